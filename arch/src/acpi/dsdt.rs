@@ -1,0 +1,39 @@
+//! DSDT (ACPI 6.5 §5.2.11.1): the UARTs that exist and the soft-off state.
+
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform};
+use crate::layout::SLEEP_TYPE_S5;
+use acpi_tables::Aml;
+use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope, ZERO};
+use acpi_tables::sdt::Sdt;
+
+/// One 16550 as ACPI names it: PNP0501, with its eight ports and its interrupt.
+fn uart(index: usize, port: u16, gsi: u32) -> Vec<u8> {
+    let mut aml = Vec::new();
+    Device::new(
+        Path::new(&format!("COM{}", index + 1)),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &(index + 1)),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &Interrupt::new(true, true, false, false, gsi),
+                    &IO::new(port, port, 0, 8),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    aml
+}
+
+/// The table's bytes.
+pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
+    let mut sdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let devices: Vec<u8> = platform.uarts.iter().enumerate().flat_map(|(i, &(port, gsi))| uart(i, port, gsi)).collect();
+    sdt.append_slice(&Scope::raw("_SB_".into(), devices));
+    let mut s5 = Vec::new();
+    Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO])).to_aml_bytes(&mut s5);
+    sdt.append_slice(&s5);
+    sdt.as_slice().to_vec()
+}

@@ -1,0 +1,227 @@
+//! ELF kernels, 32- and 64-bit: their segments and the PVH note (System V ABI ch. 4-5; Xen's public/elfnote.h).
+
+use super::{ReadAt, u16_at, u32_at, u64_at};
+use std::io;
+use thiserror::Error;
+
+const MAGIC: &[u8] = b"\x7fELF";
+const CLASS_32: u8 = 1;
+const CLASS_64: u8 = 2;
+const LITTLE_ENDIAN: u8 = 1;
+const EM_386: u16 = 3;
+const EM_X86_64: u16 = 62;
+const ET_EXEC: u16 = 2;
+const ET_DYN: u16 = 3;
+const PT_LOAD: u32 = 1;
+const PT_NOTE: u32 = 4;
+/// Far more than any kernel has.
+const MAX_PROGRAM_HEADERS: u16 = 256;
+/// Notes larger than this are not a kernel's.
+const MAX_NOTE_BYTES: u64 = 1 << 20;
+/// XEN_ELFNOTE_PHYS32_ENTRY: the PVH entry point.
+const XEN_PHYS32_ENTRY: u32 = 18;
+
+/// Why an ELF file cannot be used.
+#[derive(Debug, Error)]
+pub enum ElfError {
+    /// It is for another machine, or no program.
+    #[error("not an x86 ELF kernel: {0}")]
+    NotKernel(String),
+    /// Its headers contradict the file.
+    #[error("damaged ELF file: {0}")]
+    Damaged(String),
+    /// The file cannot be read.
+    #[error("cannot read the ELF file")]
+    Read(#[from] io::Error),
+}
+
+/// One PT_LOAD segment; all in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Where its bytes are in the file.
+    pub offset: u64,
+    /// The gpa to load it at (`p_paddr`).
+    pub address: u64,
+    /// How many bytes the file has.
+    pub file_bytes: u64,
+    /// How many bytes it takes; what the file has not is zero.
+    pub memory_bytes: u64,
+}
+
+/// What an ELF kernel says of itself.
+#[derive(Clone, Debug)]
+pub struct ElfImage {
+    /// 64-bit (`ELFCLASS64`) or 32-bit.
+    pub is_64: bool,
+    /// `e_entry`.
+    pub entry: u64,
+    /// In file order, none empty.
+    pub segments: Vec<Segment>,
+    /// The PVH entry point, where a note gives it.
+    pub pvh_entry: Option<u32>,
+}
+
+/// The fields of a program header that are used.
+struct ProgramHeader {
+    kind: u32,
+    segment: Segment,
+}
+
+impl ElfImage {
+    /// Whether `start` begins an ELF file.
+    #[must_use]
+    pub fn is_elf(start: &[u8]) -> bool {
+        start.starts_with(MAGIC)
+    }
+
+    /// The first gpa behind all segments, in bytes.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.segments.iter().map(|s| s.address.saturating_add(s.memory_bytes)).max().unwrap_or(0)
+    }
+
+    /// Whether a gpa lies in a segment.
+    #[must_use]
+    pub fn contains(&self, gpa: u64) -> bool {
+        self.segments.iter().any(|s| gpa.checked_sub(s.address).is_some_and(|offset| offset < s.memory_bytes))
+    }
+
+    /// Reads headers and notes, and checks them against the file.
+    ///
+    /// # Errors
+    /// Where the file is not an x86 kernel, is damaged or cannot be read.
+    pub fn parse<R: ReadAt + ?Sized>(image: &R) -> Result<Self, ElfError> {
+        let file_bytes = image.len_bytes()?;
+        let mut header = [0_u8; 64];
+        let available = usize::try_from(file_bytes.min(64)).unwrap_or(64);
+        image.read_exact_at(&mut header[..available], 0)?;
+        let is_64 = check_ident(&header[..available])?;
+        let short = || ElfError::Damaged(format!("its header is cut off: the file has {file_bytes} bytes"));
+        let header = &header[..available];
+        let (entry, table, entry_bytes, count) = if is_64 {
+            (u64_at(header, 24), u64_at(header, 32), u16_at(header, 54), u16_at(header, 56))
+        } else {
+            let wide = |offset| u32_at(header, offset).map(u64::from);
+            (wide(24), wide(28), u16_at(header, 42), u16_at(header, 44))
+        };
+        let (Some(entry), Some(table), Some(entry_bytes), Some(count)) = (entry, table, entry_bytes, count) else {
+            return Err(short());
+        };
+        let headers = program_headers(image, is_64, (table, entry_bytes, count), file_bytes)?;
+        let mut parsed = Self { is_64, entry, segments: Vec::new(), pvh_entry: None };
+        for header in headers {
+            match header.kind {
+                PT_LOAD if header.segment.memory_bytes > 0 => parsed.segments.push(header.segment),
+                PT_NOTE if parsed.pvh_entry.is_none() => {
+                    parsed.pvh_entry = find_pvh_entry(image, &header.segment)?;
+                }
+                _ => {}
+            }
+        }
+        if parsed.segments.is_empty() {
+            return Err(ElfError::NotKernel("it has nothing to load (no PT_LOAD segment)".into()));
+        }
+        Ok(parsed)
+    }
+}
+
+/// Checks the first bytes; says whether the file is 64-bit.
+fn check_ident(header: &[u8]) -> Result<bool, ElfError> {
+    if !ElfImage::is_elf(header) {
+        return Err(ElfError::NotKernel("no ELF magic number".into()));
+    }
+    let (Some(&class), Some(&order), Some(kind), Some(machine)) =
+        (header.get(4), header.get(5), u16_at(header, 16), u16_at(header, 18))
+    else {
+        return Err(ElfError::Damaged("its header is cut off".into()));
+    };
+    if order != LITTLE_ENDIAN {
+        return Err(ElfError::NotKernel("it is big-endian".into()));
+    }
+    if kind != ET_EXEC && kind != ET_DYN {
+        return Err(ElfError::NotKernel(format!("its type is {kind}: an object file or a core, not a program")));
+    }
+    match (class, machine) {
+        (CLASS_64, EM_X86_64) => Ok(true),
+        (CLASS_32, EM_386) => Ok(false),
+        _ => Err(ElfError::NotKernel(format!("it is for machine {machine} (class {class}), not for x86"))),
+    }
+}
+
+fn program_headers<R: ReadAt + ?Sized>(
+    image: &R,
+    is_64: bool,
+    (table, entry_bytes, count): (u64, u16, u16),
+    file_bytes: u64,
+) -> Result<Vec<ProgramHeader>, ElfError> {
+    let least = if is_64 { 56 } else { 32 };
+    if count == 0 || count > MAX_PROGRAM_HEADERS || entry_bytes < least || entry_bytes > 256 {
+        return Err(ElfError::Damaged(format!("{count} program headers of {entry_bytes} bytes each")));
+    }
+    let bytes = usize::from(count) * usize::from(entry_bytes);
+    let fits = table.checked_add(bytes as u64).is_some_and(|end| end <= file_bytes);
+    if !fits {
+        return Err(ElfError::Damaged(format!(
+            "its program headers ({bytes} bytes at {table:#x}) lie beyond the end of the file ({file_bytes} bytes): is it \
+             truncated?"
+        )));
+    }
+    let mut data = vec![0_u8; bytes];
+    image.read_exact_at(&mut data, table)?;
+    data.chunks_exact(usize::from(entry_bytes)).map(|entry| program_header(entry, is_64, file_bytes)).collect()
+}
+
+fn program_header(entry: &[u8], is_64: bool, file_bytes: u64) -> Result<ProgramHeader, ElfError> {
+    let field = |wide: usize, narrow: usize| {
+        if is_64 { u64_at(entry, wide) } else { u32_at(entry, narrow).map(u64::from) }.unwrap_or(0)
+    };
+    let kind = u32_at(entry, 0).unwrap_or(0);
+    let segment =
+        Segment { offset: field(8, 4), address: field(24, 12), file_bytes: field(32, 16), memory_bytes: field(40, 20) };
+    if kind != PT_LOAD && kind != PT_NOTE {
+        return Ok(ProgramHeader { kind, segment });
+    }
+    let in_file = segment.offset.checked_add(segment.file_bytes).is_some_and(|end| end <= file_bytes);
+    if !in_file {
+        return Err(ElfError::Damaged(format!(
+            "a segment takes {} bytes at {:#x}, beyond the end of the file ({file_bytes} bytes): is it truncated?",
+            segment.file_bytes, segment.offset
+        )));
+    }
+    let in_space = segment.address.checked_add(segment.memory_bytes).is_some();
+    if kind == PT_LOAD && (!in_space || segment.file_bytes > segment.memory_bytes) {
+        return Err(ElfError::Damaged(format!(
+            "a segment of {} bytes for {} bytes of memory at {:#x}",
+            segment.file_bytes, segment.memory_bytes, segment.address
+        )));
+    }
+    Ok(ProgramHeader { kind, segment })
+}
+
+/// Looks for Xen's PHYS32_ENTRY among the notes: each is name size, description size, type, name, description, the
+/// last two padded to 4 bytes.
+fn find_pvh_entry<R: ReadAt + ?Sized>(image: &R, notes: &Segment) -> Result<Option<u32>, ElfError> {
+    if notes.file_bytes > MAX_NOTE_BYTES {
+        return Err(ElfError::Damaged(format!("a note segment of {} bytes", notes.file_bytes)));
+    }
+    let mut data = vec![0_u8; usize::try_from(notes.file_bytes).unwrap_or(0)];
+    image.read_exact_at(&mut data, notes.offset)?;
+    let mut at = 0_usize;
+    while let (Some(name_bytes), Some(bytes), Some(kind)) =
+        (u32_at(&data, at), u32_at(&data, at + 4), u32_at(&data, at + 8))
+    {
+        let name = at + 12;
+        let padded = |bytes: u32| (bytes as usize).checked_next_multiple_of(4);
+        let Some(description) = padded(name_bytes).and_then(|n| n.checked_add(name)) else { break };
+        let is_xen = data.get(name..name + 4).is_some_and(|n| n == b"Xen\0") && name_bytes == 4;
+        if is_xen && kind == XEN_PHYS32_ENTRY && bytes >= 4 {
+            return Ok(u32_at(&data, description));
+        }
+        let Some(next) = padded(bytes).and_then(|n| n.checked_add(description)) else { break };
+        at = next;
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,75 @@
+//! `boot_params`, Linux' zero page (Documentation/arch/x86/boot.rst, zero-page.rst).
+
+use crate::layout::{ACPI_RSDP, CMDLINE, MemoryRange, RangeKind};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use vm_memory::ByteValued;
+
+const BOOT_FLAG: u16 = 0xaa55;
+const HEADER_MAGIC: u32 = 0x5372_6448;
+const LOADER_UNDEFINED: u8 = 0xff;
+const LOADED_HIGH: u8 = 1;
+const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+/// The default command line limit of kernels on x86, in bytes without the NUL.
+pub const CMDLINE_MAX_BYTES: usize = 2047;
+
+fn low32(value: u64) -> u32 {
+    u32::try_from(value & 0xffff_ffff).unwrap_or(0)
+}
+
+/// The zero page's bytes. `header` is the bzImage's own, where there is one; `initrd` is gpa and length in bytes;
+/// `cmdline_bytes` without the NUL.
+#[must_use]
+pub fn zero_page(
+    header: Option<&setup_header>,
+    memory_map: &[MemoryRange],
+    cmdline_bytes: usize,
+    initrd: Option<(u64, u64)>,
+) -> Vec<u8> {
+    let mut params = boot_params::default();
+    if let Some(header) = header {
+        params.hdr = *header;
+    } else {
+        params.hdr.boot_flag = BOOT_FLAG;
+        params.hdr.header = HEADER_MAGIC;
+        params.hdr.kernel_alignment = 0x0100_0000;
+    }
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    params.hdr.loadflags |= LOADED_HIGH;
+    params.hdr.cmd_line_ptr = low32(CMDLINE);
+    params.hdr.cmdline_size = u32::try_from(cmdline_bytes).unwrap_or(u32::MAX);
+    if let Some((address, size)) = initrd {
+        params.hdr.ramdisk_image = low32(address);
+        params.ext_ramdisk_image = low32(address >> 32);
+        params.hdr.ramdisk_size = low32(size);
+        params.ext_ramdisk_size = low32(size >> 32);
+    }
+    params.acpi_rsdp_addr = ACPI_RSDP;
+    for (entry, range) in params.e820_table.iter_mut().zip(memory_map) {
+        let r#type = match range.kind {
+            RangeKind::Ram => E820_RAM,
+            RangeKind::Reserved => E820_RESERVED,
+        };
+        *entry = boot_e820_entry { addr: range.start, size: range.size, r#type };
+        params.e820_entries += 1;
+    }
+    params.as_slice().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::{u32_at, u64_at};
+    use crate::layout::memory_map;
+
+    #[test]
+    fn the_fields_are_where_linux_reads_them() {
+        let bytes = zero_page(None, &memory_map(5 << 30), 7, Some((0x1_2345_6000, 99)));
+        assert_eq!(bytes.len(), 4096);
+        assert_eq!(u32_at(&bytes, 0x202), Some(HEADER_MAGIC));
+        assert_eq!(bytes[0x1e8], 4);
+        assert_eq!(u64_at(&bytes, 0x70), Some(ACPI_RSDP));
+        assert_eq!((u32_at(&bytes, 0x218), u32_at(&bytes, 0xc0)), (Some(0x2345_6000), Some(1)));
+        assert_eq!(u32_at(&bytes, 0x228), Some(0x2_0000));
+    }
+}

@@ -1,0 +1,4 @@
+//! The processors' own exit codes and their names.
+
+pub mod svm;
+pub mod vmx;

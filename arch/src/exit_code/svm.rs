@@ -1,0 +1,96 @@
+//! `#VMEXIT` codes (AMD APM vol. 2 app. C).
+
+/// The name of an exit code, without its `VMEXIT_` prefix.
+#[must_use]
+pub fn name(code: u64) -> Option<&'static str> {
+    Some(match code {
+        0x00 => "CR0_READ",
+        0x03 => "CR3_READ",
+        0x04 => "CR4_READ",
+        0x08 => "CR8_READ",
+        0x10 => "CR0_WRITE",
+        0x13 => "CR3_WRITE",
+        0x14 => "CR4_WRITE",
+        0x18 => "CR8_WRITE",
+        0x20..=0x2f => "DR_READ",
+        0x30..=0x3f => "DR_WRITE",
+        0x41 => "EXCP_DB",
+        0x43 => "EXCP_BP",
+        0x46 => "EXCP_UD",
+        0x47 => "EXCP_NM",
+        0x4d => "EXCP_GP",
+        0x4e => "EXCP_PF",
+        0x51 => "EXCP_AC",
+        0x52 => "EXCP_MC",
+        0x40..=0x5f => "EXCP",
+        0x60 => "INTR",
+        0x61 => "NMI",
+        0x62 => "SMI",
+        0x63 => "INIT",
+        0x64 => "VINTR",
+        0x65 => "CR0_SEL_WRITE",
+        0x66 => "IDTR_READ",
+        0x67 => "GDTR_READ",
+        0x68 => "LDTR_READ",
+        0x69 => "TR_READ",
+        0x6a => "IDTR_WRITE",
+        0x6b => "GDTR_WRITE",
+        0x6c => "LDTR_WRITE",
+        0x6d => "TR_WRITE",
+        0x6e => "RDTSC",
+        0x6f => "RDPMC",
+        0x70 => "PUSHF",
+        0x71 => "POPF",
+        0x72 => "CPUID",
+        0x73 => "RSM",
+        0x74 => "IRET",
+        0x75 => "SWINT",
+        0x76 => "INVD",
+        0x77 => "PAUSE",
+        0x78 => "HLT",
+        0x79 => "INVLPG",
+        0x7a => "INVLPGA",
+        0x7b => "IOIO",
+        0x7c => "MSR",
+        0x7d => "TASK_SWITCH",
+        0x7e => "FERR_FREEZE",
+        0x7f => "SHUTDOWN",
+        0x80 => "VMRUN",
+        0x81 => "VMMCALL",
+        0x82 => "VMLOAD",
+        0x83 => "VMSAVE",
+        0x84 => "STGI",
+        0x85 => "CLGI",
+        0x86 => "SKINIT",
+        0x87 => "RDTSCP",
+        0x88 => "ICEBP",
+        0x89 => "WBINVD",
+        0x8a => "MONITOR",
+        0x8b => "MWAIT",
+        0x8c => "MWAIT_CONDITIONAL",
+        0x8d => "XSETBV",
+        0x8e => "RDPRU",
+        0x8f => "EFER_WRITE_TRAP",
+        0x90..=0x9f => "CR_WRITE_TRAP",
+        0xa2 => "INVPCID",
+        0xa5 => "BUSLOCK",
+        0xa6 => "IDLE_HLT",
+        0x400 => "NPF",
+        0x401 => "AVIC_INCOMPLETE_IPI",
+        0x402 => "AVIC_NOACCEL",
+        0x403 => "VMGEXIT",
+        0xffff_ffff | u64::MAX => "INVALID",
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_codes_of_a_boot_have_names() {
+        for (code, name) in [(0x60, "INTR"), (0x72, "CPUID"), (0x7b, "IOIO"), (0x7c, "MSR"), (0x400, "NPF")] {
+            assert_eq!(super::name(code), Some(name));
+        }
+        assert_eq!(super::name(0x3ff), None);
+    }
+}

@@ -1,0 +1,209 @@
+//! The bus: which device answers at a port or a guest physical address. Built once, then frozen into a sorted list, so
+//! that a look-up takes no lock.
+
+use std::sync::Arc;
+use thiserror::Error;
+
+/// What should happen to the machine because of a guest's write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Nothing: go on.
+    None,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest turned itself off.
+    PowerOff,
+    /// The guest says that it panicked.
+    Panicked,
+    /// The guest ends the VMM with this exit status (isa-debug-exit).
+    DebugExit(u8),
+}
+
+/// A device on a port or memory bus.
+///
+/// `offset` counts bytes from the start of the range that the device was put at. `data` can have any length that a
+/// guest can make up; a device must survive all of them. Called from any vCPU thread, several at a time.
+pub trait BusDevice: Send + Sync {
+    /// Fills `data`. What a device does not set reads as all ones, the value it comes with.
+    fn read(&self, offset: u64, data: &mut [u8]);
+
+    /// Takes `data`; says what should happen to the machine.
+    fn write(&self, offset: u64, data: &[u8]) -> Action;
+
+    /// Takes the items of one string instruction, each of `size` bytes, all for `offset`. Stops at the first item
+    /// that asks for something.
+    fn write_string(&self, offset: u64, size: usize, data: &[u8]) -> Action {
+        data.chunks_exact(size.max(1))
+            .map(|item| self.write(offset, item))
+            .find(|a| *a != Action::None)
+            .unwrap_or(Action::None)
+    }
+}
+
+/// A range cannot be put on the bus.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum BusError {
+    /// Two devices at one address.
+    #[error("{name} at {base:#x} overlaps {other}")]
+    Overlap {
+        /// The device that was to be added.
+        name: String,
+        /// Its first address.
+        base: u64,
+        /// The device that is there.
+        other: String,
+    },
+    /// A length of 0, or one that runs over the end of the address space.
+    #[error("{name} at {base:#x} has a length of {len:#x}")]
+    Length {
+        /// The device that was to be added.
+        name: String,
+        /// Its first address.
+        base: u64,
+        /// The length asked for.
+        len: u64,
+    },
+}
+
+struct Range {
+    base: u64,
+    last: u64,
+    name: String,
+    device: Arc<dyn BusDevice>,
+}
+
+/// A bus that devices can still be put on.
+#[derive(Default)]
+pub struct BusBuilder {
+    ranges: Vec<Range>,
+}
+
+impl BusBuilder {
+    /// Puts `device` at `base`, for `len` bytes. `name` is what counts are shown under.
+    ///
+    /// # Errors
+    /// Where the range is empty or overlaps another.
+    pub fn insert(
+        &mut self,
+        base: u64,
+        len: u64,
+        name: impl Into<String>,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), BusError> {
+        let name = name.into();
+        let Some(last) = len.checked_sub(1).and_then(|less| base.checked_add(less)) else {
+            return Err(BusError::Length { name, base, len });
+        };
+        let at = self.ranges.partition_point(|range| range.base <= base);
+        let before = at.checked_sub(1).and_then(|i| self.ranges.get(i)).filter(|range| range.last >= base);
+        let after = self.ranges.get(at).filter(|range| range.base <= last);
+        if let Some(other) = before.or(after) {
+            return Err(BusError::Overlap { name, base, other: other.name.clone() });
+        }
+        self.ranges.insert(at, Range { base, last, name, device });
+        Ok(())
+    }
+
+    /// No more devices.
+    #[must_use]
+    pub fn freeze(self) -> Bus {
+        Bus { ranges: self.ranges.into_boxed_slice() }
+    }
+}
+
+/// Where an address led: the slot's number (for counting), the offset in it and the device.
+pub struct Found<'a> {
+    /// Index into [`Bus::slots`].
+    pub slot: usize,
+    /// Bytes from the start of the slot.
+    pub offset: u64,
+    /// Who answers.
+    pub device: &'a dyn BusDevice,
+}
+
+/// A frozen bus.
+pub struct Bus {
+    ranges: Box<[Range]>,
+}
+
+impl Bus {
+    /// The device at `address`, by the first byte of an access.
+    #[must_use]
+    pub fn find(&self, address: u64) -> Option<Found<'_>> {
+        let slot = self.ranges.partition_point(|range| range.base <= address).checked_sub(1)?;
+        let range = self.ranges.get(slot).filter(|range| address <= range.last)?;
+        Some(Found { slot, offset: address - range.base, device: range.device.as_ref() })
+    }
+
+    /// First address and name of every slot, in slot order.
+    pub fn slots(&self) -> impl Iterator<Item = (u64, &str)> {
+        self.ranges.iter().map(|range| (range.base, range.name.as_str()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    struct Nothing;
+    impl BusDevice for Nothing {
+        fn read(&self, _offset: u64, _data: &mut [u8]) {}
+        fn write(&self, _offset: u64, data: &[u8]) -> Action {
+            if data == [9] { Action::Reset } else { Action::None }
+        }
+    }
+
+    fn put(bus: &mut BusBuilder, base: u64, len: u64) -> Result<(), BusError> {
+        bus.insert(base, len, format!("{base}"), Arc::new(Nothing))
+    }
+
+    #[test]
+    fn edges_belong_to_the_right_slot() {
+        let mut bus = BusBuilder::default();
+        put(&mut bus, 0x3f8, 8).expect("free");
+        put(&mut bus, 0x60, 1).expect("free");
+        put(&mut bus, u64::MAX, 1).expect("free");
+        let bus = bus.freeze();
+        let at = |address| bus.find(address).map(|found| (found.slot, found.offset));
+        assert_eq!(at(0x5f), None);
+        assert_eq!(at(0x60), Some((0, 0)));
+        assert_eq!(at(0x61), None);
+        assert_eq!(at(0x3ff), Some((1, 7)));
+        assert_eq!(at(0x400), None);
+        assert_eq!(at(u64::MAX), Some((2, 0)));
+    }
+
+    #[test]
+    fn empty_and_overlong_ranges_are_refused() {
+        let mut bus = BusBuilder::default();
+        assert!(matches!(put(&mut bus, 1, 0), Err(BusError::Length { .. })));
+        assert!(matches!(put(&mut bus, u64::MAX, 2), Err(BusError::Length { .. })));
+    }
+
+    #[test]
+    fn a_string_stops_at_the_first_action() {
+        assert_eq!(Nothing.write_string(0, 1, &[1, 9, 2]), Action::Reset);
+        assert_eq!(Nothing.write_string(0, 0, &[1]), Action::None);
+    }
+
+    proptest! {
+        #[test]
+        fn the_bus_agrees_with_a_list(ranges in proptest::collection::vec((0_u64..64, 1_u64..8), 1..12)) {
+            let mut bus = BusBuilder::default();
+            let mut owner = [None; 80];
+            for (base, len) in ranges {
+                let cells = usize::try_from(base).unwrap()..usize::try_from(base + len).unwrap();
+                let free = owner[cells.clone()].iter().all(Option::is_none);
+                prop_assert_eq!(put(&mut bus, base, len).is_ok(), free);
+                if free {
+                    owner[cells].fill(Some(base));
+                }
+            }
+            let bus = bus.freeze();
+            for (address, owner) in (0_u64..).zip(owner) {
+                prop_assert_eq!(bus.find(address).map(|found| address - found.offset), owner);
+            }
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! Devices of the classic PC, as far as a Linux guest needs them, and small paravirtual ports.
+
+mod debug_exit;
+mod i8042;
+mod post;
+mod power;
+mod pvpanic;
+mod serial;
+mod watchdog;
+
+pub use debug_exit::DebugExit;
+pub use i8042::{I8042, I8042Port};
+pub use post::PostPort;
+pub use power::Power;
+pub use pvpanic::PvPanic;
+pub use serial::{SerialPort, SerialPortError};
+pub use watchdog::Watchdog;

@@ -1,0 +1,228 @@
+//! The 16550 UART (vm-superio's model) on the bus, with its input held back until the guest takes it.
+
+use crate::bus::{Action, BusDevice};
+use crate::irq::IrqLine;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+use thiserror::Error;
+use vm_superio::Serial;
+use vm_superio::serial::{Error as UartError, SerialEvents};
+use vmm_sys_util::eventfd::EventFd;
+
+const IER_OFFSET: u8 = 1;
+const IER_RECEIVED: u8 = 1;
+const IER_ALL: u8 = 0xf;
+const MCR_LOOP: u8 = 1 << 4;
+
+/// The guest's input could not be handed over.
+#[derive(Debug, Error)]
+pub enum SerialPortError {
+    /// The interrupt line failed.
+    #[error("cannot raise the UART's interrupt")]
+    Interrupt(#[source] io::Error),
+}
+
+/// Wakes the event loop when the guest has taken all its input.
+struct InputTaken(Arc<EventFd>);
+
+impl SerialEvents for InputTaken {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        wake(&self.0);
+    }
+}
+
+fn wake(event: &EventFd) {
+    if let Err(error) = event.write(1) {
+        log::error!("cannot wake the event loop: {error}");
+    }
+}
+
+/// Collects the bytes of one access: vm-superio flushes after each, and one write to the host is cheaper than many.
+struct Collected {
+    bytes: Vec<u8>,
+}
+
+impl Write for Collected {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Inner {
+    uart: Serial<IrqLine, InputTaken, Collected>,
+    output: Box<dyn Write + Send>,
+    failed: bool,
+}
+
+impl Inner {
+    fn write_register(&mut self, register: u8, value: u8) {
+        if let Err(error) = self.uart.write(register, value) {
+            self.complain(&error);
+        }
+    }
+
+    fn complain(&mut self, error: &UartError<io::Error>) {
+        // A closed pipe would otherwise be reported for every byte.
+        if !std::mem::replace(&mut self.failed, true) {
+            log::error!("serial port: {error}");
+        }
+    }
+
+    /// Hands what the guest wrote to the host. Blocks while the host does not take it, so that no byte is lost.
+    fn flush(&mut self) {
+        let bytes = std::mem::take(&mut self.uart.writer_mut().bytes);
+        if bytes.is_empty() {
+            return;
+        }
+        if let Err(error) = self.output.write_all(&bytes).and_then(|()| self.output.flush()) {
+            self.complain(&UartError::IOError(error));
+        }
+        let mut bytes = bytes;
+        bytes.clear();
+        self.uart.writer_mut().bytes = bytes;
+    }
+
+    /// Whether the guest's driver is ready to take input. All enable bits at once is a driver probing which kind of
+    /// UART this is, not one that listens; loop-back likewise.
+    fn takes_input(&self) -> bool {
+        let state = self.uart.state();
+        let enabled = state.interrupt_enable & IER_ALL;
+        enabled & IER_RECEIVED != 0 && enabled != IER_ALL && state.modem_control & MCR_LOOP == 0
+    }
+}
+
+/// One UART, eight ports wide.
+pub struct SerialPort {
+    inner: Mutex<Inner>,
+    input_wanted: Arc<EventFd>,
+}
+
+impl SerialPort {
+    /// A UART that raises `irq`, writes to `output`, and signals `input_wanted` when it can take more input.
+    #[must_use]
+    pub fn new(irq: IrqLine, output: Box<dyn Write + Send>, input_wanted: Arc<EventFd>) -> Self {
+        let events = InputTaken(Arc::clone(&input_wanted));
+        let uart = Serial::with_events(irq, events, Collected { bytes: Vec::new() });
+        Self { inner: Mutex::new(Inner { uart, output, failed: false }), input_wanted }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands input to the guest; the number of bytes taken. 0 while the guest does not listen or its buffer is full:
+    /// `input_wanted` then says when to try again.
+    ///
+    /// # Errors
+    /// Where the interrupt cannot be raised.
+    pub fn enqueue(&self, input: &[u8]) -> Result<usize, SerialPortError> {
+        let mut inner = self.lock();
+        if !inner.takes_input() {
+            return Ok(0);
+        }
+        let count = input.len().min(inner.uart.fifo_capacity());
+        match inner.uart.enqueue_raw_bytes(&input[..count]) {
+            Ok(taken) => Ok(taken),
+            Err(UartError::Trigger(error)) => Err(SerialPortError::Interrupt(error)),
+            Err(UartError::FullFifo | UartError::IOError(_)) => Ok(0),
+        }
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let (Ok(register), [value]) = (u8::try_from(offset), data) else { return };
+        *value = self.lock().uart.read(register);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Action {
+        self.write_string(offset, 1, data.get(..1).unwrap_or_default())
+    }
+
+    fn write_string(&self, offset: u64, size: usize, data: &[u8]) -> Action {
+        let Ok(register) = u8::try_from(offset) else { return Action::None };
+        let mut inner = self.lock();
+        for value in data.iter().step_by(size.max(1)) {
+            inner.write_register(register, *value);
+        }
+        inner.flush();
+        if register == IER_OFFSET && inner.takes_input() {
+            wake(&self.input_wanted);
+        }
+        Action::None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    struct Sink(Sender<Vec<u8>>);
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.send(bytes.to_vec()).map_err(io::Error::other)?;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn port() -> (SerialPort, Receiver<Vec<u8>>, Arc<EventFd>) {
+        let event = || Arc::new(EventFd::new(EFD_NONBLOCK).expect("eventfd"));
+        let (wanted, (sender, receiver)) = (event(), channel());
+        let port = SerialPort::new(IrqLine::new(event()), Box::new(Sink(sender)), Arc::clone(&wanted));
+        (port, receiver, wanted)
+    }
+
+    #[test]
+    fn a_string_is_one_write_and_loses_nothing() {
+        let (port, output, _) = port();
+        port.write_string(0, 1, b"hello");
+        assert_eq!(output.try_recv().expect("one write"), b"hello");
+        assert!(output.try_recv().is_err());
+        // Items of two bytes: the port is one byte wide, the low byte counts.
+        port.write_string(0, 2, b"a-b-");
+        assert_eq!(output.try_recv().expect("one write"), b"ab");
+    }
+
+    #[test]
+    fn the_transmitter_is_always_ready() {
+        let (port, _output, _) = port();
+        let mut status = [0xff];
+        port.read(5, &mut status);
+        assert_eq!(status, [0x60]);
+        let mut wide = [0xff; 4];
+        port.read(5, &mut wide);
+        assert_eq!(wide, [0xff; 4]);
+    }
+
+    #[test]
+    fn input_waits_for_the_guest() {
+        let (port, _output, wanted) = port();
+        assert_eq!(port.enqueue(b"early").expect("no interrupt"), 0);
+        port.write(1, &[0xf]);
+        assert_eq!(port.enqueue(b"probe").expect("no interrupt"), 0, "a probing driver is not listening");
+        assert!(wanted.read().is_err());
+        port.write(1, &[0x5]);
+        wanted.read().expect("the event loop is woken");
+        let long = [b'x'; 100];
+        assert_eq!(port.enqueue(&long).expect("enqueued"), 64);
+        assert_eq!(port.enqueue(&long).expect("full"), 0);
+        for _ in 0..64 {
+            port.read(0, &mut [0]);
+        }
+        wanted.read().expect("woken again when empty");
+        assert_eq!(port.enqueue(b"y").expect("enqueued"), 1);
+    }
+}

@@ -1,0 +1,63 @@
+//! The watchdog timer of the IB700 board, which Linux' ib700wdt drives: a write to one port starts or restarts the
+//! count-down, a write to another stops it.
+
+use crate::bus::{Action, BusDevice};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+const STOP: u64 = 0;
+const START: u64 = 2;
+
+/// Three ports: stop, nothing, start.
+#[derive(Default)]
+pub struct Watchdog {
+    deadline: Mutex<Option<Instant>>,
+}
+
+impl Watchdog {
+    /// First port of the device.
+    pub const BASE: u64 = 0x441;
+    /// Number of ports.
+    pub const LEN: u64 = 3;
+
+    /// When the guest is taken for dead, while the watchdog runs.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for Watchdog {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+
+    /// The low four bits of a start say how long: 30 s less 2 s each.
+    fn write(&self, offset: u64, data: &[u8]) -> Action {
+        let deadline = match (offset, data.first()) {
+            (START, Some(value)) => Some(Instant::now() + Duration::from_secs(30 - 2 * u64::from(value & 0xf))),
+            (STOP, _) => None,
+            _ => return Action::None,
+        };
+        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
+        Action::None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_counts_from_the_last_start_and_can_be_stopped() {
+        let watchdog = Watchdog::default();
+        assert_eq!(watchdog.deadline(), None);
+        watchdog.write(START, &[0xf]);
+        let short = watchdog.deadline().expect("running");
+        watchdog.write(START, &[0]);
+        let long = watchdog.deadline().expect("running");
+        assert!(long > short + Duration::from_secs(29), "{short:?} {long:?}");
+        watchdog.write(1, &[0]);
+        assert_eq!(watchdog.deadline(), Some(long));
+        watchdog.write(STOP, &[0]);
+        assert_eq!(watchdog.deadline(), None);
+    }
+}

@@ -1,0 +1,8 @@
+//! Device models: what a guest finds behind its ports and its memory-mapped registers. They know the bus, an interrupt
+//! line and host files; they know neither KVM nor the processor.
+
+pub mod bus;
+pub mod irq;
+pub mod legacy;
+
+pub use bus::{Action, Bus, BusBuilder, BusDevice, BusError};

@@ -1,0 +1,243 @@
+//! `hwvmm doctor`.
+
+use crate::kvm::caps::{Capability, Need, USED};
+use crate::kvm::system::DEFAULT_PATH;
+use crate::kvm::{OpenError, System};
+use crate::probe::{Host, Mmu, STEPS, run_trial};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Options.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// KVM's device
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    kvm: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    Ok,
+    Note,
+    Fault,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+struct Check {
+    name: String,
+    verdict: Verdict,
+    found: String,
+    /// The command or the step that mends it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<String>,
+}
+
+impl Check {
+    fn ok(name: impl Into<String>, found: impl Into<String>) -> Self {
+        Self { name: name.into(), verdict: Verdict::Ok, found: found.into(), remedy: None }
+    }
+
+    fn note(name: impl Into<String>, found: impl Into<String>, remedy: Option<&str>) -> Self {
+        Self { verdict: Verdict::Note, remedy: remedy.map(str::to_owned), ..Self::ok(name, found) }
+    }
+
+    fn fault(name: impl Into<String>, found: impl Into<String>, remedy: &str) -> Self {
+        Self { verdict: Verdict::Fault, remedy: Some(remedy.to_owned()), ..Self::ok(name, found) }
+    }
+}
+
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    schema: u32,
+    can_run_linux: bool,
+    module: Option<&'static str>,
+    nested: bool,
+    mmu: &'static str,
+    checks: Vec<Check>,
+}
+
+pub(super) fn run(args: &Args) -> ExitCode {
+    let report = examine(&args.kvm, &Host::at(Path::new("/")));
+    let text = if args.json {
+        match serde_json::to_string(&report) {
+            Ok(json) => json + "\n",
+            Err(error) => return super::fail(&error),
+        }
+    } else {
+        render(&report, io::stdout().is_terminal())
+    };
+    let printed = super::print_all(text.as_bytes());
+    if report.can_run_linux { printed } else { ExitCode::from(crate::exit::end::status::ERROR) }
+}
+
+fn examine(kvm: &Path, host: &Host) -> Report {
+    let mut checks = vec![Check::ok("kernel", host.kernel())];
+    checks.push(module_check(host));
+    let can_run_linux = match System::open(kvm) {
+        Ok(system) => {
+            checks.push(Check::ok(kvm.display().to_string(), "opens, API version 12"));
+            let trial = trial_checks(&system, host);
+            let works = trial.iter().all(|check| check.verdict != Verdict::Fault);
+            checks.extend(trial);
+            let caps = capability_checks(&system);
+            let complete = caps.iter().all(|check| check.verdict != Verdict::Fault);
+            checks.extend(caps);
+            works && complete
+        }
+        Err(error) => {
+            checks.push(open_fault(kvm, &error, host));
+            false
+        }
+    };
+    checks.extend(page_checks(host));
+    Report {
+        schema: 1,
+        can_run_linux,
+        module: host.vendor_module(),
+        nested: host.is_virtual(),
+        mmu: host.mmu().name(),
+        checks,
+    }
+}
+
+fn module_check(host: &Host) -> Check {
+    let nested = if host.is_virtual() {
+        "this host is a virtual machine: each exit costs 10 to 50 times more"
+    } else {
+        "bare metal"
+    };
+    match host.vendor_module() {
+        None if host.has_virtualization() => {
+            Check::fault("module", "no vendor module of KVM is loaded", "modprobe kvm_intel || modprobe kvm_amd")
+        }
+        None => Check::fault(
+            "module",
+            "no vendor module of KVM, and the processor shows no virtualization",
+            "turn it on in the firmware (VT-x, SVM); in a virtual machine, ask for nested virtualization; or use scripts/lab",
+        ),
+        Some(name @ "kvm_pvm") => Check::note(
+            "module",
+            format!("{name}: software virtualization, {}; {nested}", host.mmu().name()),
+            Some("fit for tiny guests; for Linux use a host with kvm_intel or kvm_amd, or scripts/lab"),
+        ),
+        Some(name) => match host.mmu() {
+            Mmu::Shadow => Check::note(
+                "module",
+                format!("{name}, shadow paging; {nested}"),
+                Some(if name == "kvm_amd" {
+                    "modprobe -r kvm_amd; modprobe kvm_amd npt=1"
+                } else {
+                    "modprobe -r kvm_intel; modprobe kvm_intel ept=1"
+                }),
+            ),
+            mmu => Check::ok("module", format!("{name}, {}; {nested}", mmu.name())),
+        },
+    }
+}
+
+fn open_fault(kvm: &Path, error: &OpenError, host: &Host) -> Check {
+    let remedy = match error {
+        OpenError::Missing(_) if host.has_virtualization() => "modprobe kvm_intel || modprobe kvm_amd",
+        OpenError::Missing(_) => "have /dev/kvm passed in, or use scripts/lab",
+        OpenError::Permission(_) => "sudo usermod -aG kvm $USER, then log in again",
+        OpenError::Other(..) | OpenError::Version(..) => "see `ls -l` and `dmesg | grep -i kvm`",
+    };
+    Check::fault(kvm.display().to_string(), super::chain(error), remedy)
+}
+
+/// The throw-away vCPU's steps: done, the one that failed, those not reached.
+fn trial_checks(system: &System, host: &Host) -> Vec<Check> {
+    let trial = run_trial(system);
+    let remedy = match host.vendor_module() {
+        Some("kvm_pvm") => {
+            "kvm_pvm emulates instructions, and not all that Linux needs: use kvm_intel or kvm_amd, or scripts/lab"
+        }
+        _ => "see `dmesg | grep -i kvm`; in a virtual machine, ask the host for nested virtualization",
+    };
+    let mut checks: Vec<Check> =
+        STEPS.iter().take(trial.done).map(|step| Check::ok(format!("vCPU: {step}"), "works")).collect();
+    if let (Some(failure), Some(step)) = (&trial.failure, STEPS.get(trial.done)) {
+        checks.push(Check::fault(format!("vCPU: {step}"), failure.to_string(), remedy));
+        let not_reached = STEPS.iter().skip(trial.done + 1);
+        checks.extend(not_reached.map(|step| Check::note(format!("vCPU: {step}"), "not reached", None)));
+    }
+    checks
+}
+
+fn capability_checks(system: &System) -> Vec<Check> {
+    let check = |capability: &Capability| {
+        let Capability { number, name, need, lost } = *capability;
+        let value = system.capability(number);
+        match need {
+            _ if value > 0 => Check::ok(name, "there"),
+            Need::Required => Check::fault(name, format!("missing: {lost}"), "use a newer kernel on the host"),
+            Need::Useful => Check::note(name, format!("missing: {lost}"), None),
+        }
+    };
+    USED.iter().map(check).collect()
+}
+
+fn page_checks(host: &Host) -> Vec<Check> {
+    let transparent = match host.transparent_huge_pages().as_deref() {
+        Some(mode @ ("always" | "madvise")) => Check::ok("transparent huge pages", mode),
+        Some(mode) => Check::note(
+            "transparent huge pages",
+            format!("{mode}: guest memory comes in small pages, and first touches cost 500 times the exits"),
+            Some("echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"),
+        ),
+        None => Check::note("transparent huge pages", "this kernel has none", None),
+    };
+    let pages = host.huge_pages().into_iter().map(|(kib, free, all)| {
+        let size = if kib >= 1 << 20 { format!("{} GiB", kib >> 20) } else { format!("{} MiB", kib >> 10) };
+        Check::ok(format!("huge pages of {size}"), format!("{free} free of {all} (for -m SIZE,hugepages=)"))
+    });
+    std::iter::once(transparent).chain(pages).collect()
+}
+
+fn render(report: &Report, colour: bool) -> String {
+    let mut text = String::new();
+    for check in &report.checks {
+        let (word, code) = match check.verdict {
+            Verdict::Ok => ("ok   ", "32"),
+            Verdict::Note => ("note ", "33"),
+            Verdict::Fault => ("FAULT", "31"),
+        };
+        let word = if colour { format!("\x1b[{code}m{word}\x1b[0m") } else { word.to_owned() };
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{word} {:<24} {}", check.name, check.found);
+        if let Some(remedy) = &check.remedy {
+            let _ = writeln!(text, "      {:<24} mend: {remedy}", "");
+        }
+    }
+    let _ = match report.can_run_linux {
+        true => writeln!(text, "Linux guests can run on this host."),
+        false => writeln!(text, "Linux guests cannot run on this host's KVM; scripts/lab runs them without it."),
+    };
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_kvm_every_fault_has_a_remedy() {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        let report = examine(Path::new("/no/such/kvm"), &Host::at(root.path()));
+        assert!(!report.can_run_linux);
+        let faults: Vec<_> = report.checks.iter().filter(|check| check.verdict == Verdict::Fault).collect();
+        assert!(faults.len() >= 2 && faults.iter().all(|check| check.remedy.is_some()), "{faults:?}");
+        let text = render(&report, false);
+        assert!(text.contains("FAULT") && text.contains("mend:") && !text.contains('\x1b'));
+        assert!(serde_json::to_string(&report).expect("JSON").contains("\"can_run_linux\":false"));
+    }
+}

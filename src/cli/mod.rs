@@ -1,0 +1,175 @@
+//! The command line: one file a subcommand.
+
+mod doctor;
+mod run;
+mod unpack;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use std::error::Error;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  hwvmm run vmlinuz -i initrd.img
+  hwvmm run vmlinuz -i initrd.img -m 2G -c 4 --append quiet --stats
+  hwvmm run vmlinux --cmdline 'console=ttyS0 root=/dev/vda rw' --timeout 60s --expect 'login: $'
+  hwvmm run test.flat --debug-exit --append 'arguments'
+  hwvmm run --config vm.toml            (kernel = \"vmlinuz\", memory = \"1G\", ...: the options' long names)
+
+On a terminal, Ctrl-A x ends the run; Ctrl-A Ctrl-A sends one Ctrl-A.
+
+Exit status:
+  0    the guest shut down (or halted and said so), or --expect was seen
+  1    hwvmm failed                     2    wrong command line
+  32   the guest reset itself           33   triple fault
+  34   the guest panicked               35   all vCPUs halted with interrupts off
+  36   the guest's watchdog ran out     37   KVM cannot run the guest further
+  38   the guest ended, --expect unseen 124  --timeout
+  130  Ctrl-A x                         128+N  ended by signal N
+  With --debug-exit, a guest's write of V to port 0xf4 ends with status V*2+1 (its low 8 bits).";
+
+/// Boots Linux guests under KVM, and says what they exit for.
+#[derive(Parser)]
+#[command(name = "hwvmm", version, max_term_width = 100, arg_required_else_help = true)]
+struct Cli {
+    /// Say more on stderr: -v what is done, -vv in detail
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot a guest
+    #[command(after_help = RUN_EXAMPLES)]
+    Run(run::Args),
+    /// Say whether this host can run Linux guests under KVM, by trying
+    #[command(after_help = "Exit status: 0 if Linux guests can run here, 1 if not.")]
+    Doctor(doctor::Args),
+    /// Unpack the kernel in a bzImage into an ELF file
+    Unpack(unpack::Args),
+    /// Print a completion script for a shell
+    #[command(after_help = "Example: hwvmm completions bash > /usr/share/bash-completion/completions/hwvmm")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page of hwvmm, or of a subcommand
+    #[command(after_help = "Example: hwvmm man run | man -l -")]
+    Man {
+        /// A subcommand
+        subcommand: Option<String>,
+    },
+}
+
+/// An error with all that caused it, on one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+fn fail(error: &dyn Error) -> ExitCode {
+    eprintln!("hwvmm: {}", chain(error));
+    ExitCode::from(crate::exit::end::status::ERROR)
+}
+
+fn start_logging(verbose: u8) {
+    let level = match verbose {
+        0 => log::LevelFilter::Warn,
+        1 => log::LevelFilter::Info,
+        2 => log::LevelFilter::Debug,
+        _ => log::LevelFilter::Trace,
+    };
+    env_logger::Builder::new()
+        .filter_level(level)
+        .format(|out, record| {
+            let level = match record.level() {
+                log::Level::Error => "error: ",
+                log::Level::Warn => "warning: ",
+                log::Level::Info | log::Level::Debug | log::Level::Trace => "",
+            };
+            writeln!(out, "hwvmm: {level}{}", record.args())
+        })
+        .init();
+}
+
+/// Parses the command line and does what it says.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_logging(cli.verbose);
+    match cli.command {
+        Command::Run(args) => run::run(args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Unpack(args) => unpack::run(&args),
+        Command::Completions { shell } => {
+            // Made first: the generator panics where it cannot write.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "hwvmm", &mut script);
+            print_all(&script)
+        }
+        Command::Man { subcommand } => man(subcommand.as_deref()),
+    }
+}
+
+fn man(subcommand: Option<&str>) -> ExitCode {
+    let mut command = Cli::command();
+    command.build();
+    let page = match subcommand {
+        None => Some(command),
+        Some(name) => command.find_subcommand(name).cloned().map(|found| found.display_name(format!("hwvmm-{name}"))),
+    };
+    let Some(page) = page else {
+        eprintln!("hwvmm: there is no subcommand '{}'", subcommand.unwrap_or_default());
+        return ExitCode::from(crate::exit::end::status::USAGE);
+    };
+    let mut text = Vec::new();
+    match clap_mangen::Man::new(page).render(&mut text) {
+        Ok(()) => print_all(&text),
+        Err(error) => fail(&error),
+    }
+}
+
+/// Prints on stdout. A reader that has seen enough is no error.
+fn print_all(bytes: &[u8]) -> ExitCode {
+    match io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_default_command_line_in_the_help_is_the_real_one() {
+        let mut command = Cli::command();
+        let help = command.find_subcommand_mut("run").expect("run").render_long_help().to_string();
+        assert!(help.contains(crate::config::DEFAULT_CMDLINE));
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let error = crate::kvm::KvmError { what: "X", errno: 1, source: io::Error::other("why") };
+        assert_eq!(chain(&error), "X failed: why");
+    }
+}

@@ -1,0 +1,124 @@
+//! What a run is made of, as plain data: from the command line, from a TOML file, checked. Knows nothing of the rest.
+
+mod file;
+mod keyvalue;
+mod options;
+mod values;
+
+pub use file::{FileError, read as read_file};
+pub use keyvalue::{KeyValueError, parse as parse_key_values};
+pub use options::{DEFAULT_CMDLINE, RunOptions};
+pub use values::{Cpus, Memory, Pages, SerialTarget, ValueError, parse_duration, parse_size};
+
+use std::path::PathBuf;
+use std::time::Duration;
+use thiserror::Error;
+
+/// A run's configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunConfig {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Multiboot modules: file and arguments.
+    pub modules: Vec<(PathBuf, String)>,
+    /// The kernel command line.
+    pub cmdline: String,
+    /// Guest memory.
+    pub memory: Memory,
+    /// vCPUs.
+    pub cpus: Cpus,
+    /// The four UARTs.
+    pub serial: [Option<SerialTarget>; 4],
+    /// Where a bzImage is unpacked.
+    pub unpack: Unpack,
+    /// How the kernel is entered.
+    pub boot: BootProtocol,
+    /// Where unpacked kernels are kept; `None` keeps none.
+    pub kernel_cache: Option<PathBuf>,
+    /// isa-debug-exit at port 0xf4.
+    pub debug_exit: bool,
+    /// The watchdog at ports 0x441 and 0x443.
+    pub watchdog: bool,
+    /// MSRs that KVM does not know come to user space.
+    pub trap_msrs: bool,
+    /// What a reset does.
+    pub on_reboot: OnReboot,
+    /// The longest that the run may take.
+    pub timeout: Option<Duration>,
+    /// A pattern that ends the run when it is seen on the console.
+    pub expect: Option<String>,
+    /// What is printed about exits after the run.
+    pub stats: Option<StatsFormat>,
+    /// Where the statistics go; `None`: stderr.
+    pub stats_out: Option<PathBuf>,
+    /// KVM's device.
+    pub kvm: PathBuf,
+}
+
+/// Where a bzImage is unpacked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unpack {
+    /// By hwvmm: the guest enters the kernel itself.
+    #[default]
+    Host,
+    /// By the kernel's own decompressor, in the guest.
+    Guest,
+}
+
+/// How a kernel is entered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootProtocol {
+    /// PVH for an ELF kernel with its note, Linux' 64-bit protocol else.
+    #[default]
+    Auto,
+    /// PVH.
+    Pvh,
+    /// Linux' 64-bit boot protocol.
+    Linux64,
+}
+
+/// What a guest's reset does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReboot {
+    /// Ends the run with status 32.
+    #[default]
+    Exit,
+    /// Starts the guest again.
+    Restart,
+}
+
+/// How statistics are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StatsFormat {
+    /// Tables.
+    Text,
+    /// One JSON object on one line.
+    Json,
+}
+
+/// A configuration that cannot be.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// No kernel.
+    #[error("no kernel given: `hwvmm run KERNEL`, or `kernel = \"...\"` in the --config file")]
+    NoKernel,
+    /// An option's value.
+    #[error("--{option} {value}: {source}")]
+    Value {
+        /// The option's name.
+        option: &'static str,
+        /// What was given.
+        value: String,
+        /// What is wrong.
+        source: ValueError,
+    },
+    /// The pattern is no regular expression.
+    #[error("--expect: not a regular expression: {0}")]
+    Expect(String),
+}

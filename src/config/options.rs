@@ -1,0 +1,258 @@
+//! The options of `hwvmm run`: the same names on the command line and in a `--config` file.
+
+use super::values::{Cpus, Memory, ValueError, parse_duration, parse_serial};
+use super::{BootProtocol, ConfigError, OnReboot, RunConfig, StatsFormat, Unpack};
+use clap::Args;
+use serde::Deserialize;
+use serde::de::Deserializer;
+use std::path::PathBuf;
+
+/// The kernel command line where none is given: the first serial port is the console, and a panic ends the run.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
+
+/// Options as given; what is not given is `None`.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct RunOptions {
+    /// The kernel: a distribution's vmlinuz (bzImage), an ELF vmlinux, or a multiboot ELF
+    #[arg(value_name = "KERNEL")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk
+    #[arg(short, long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+
+    /// Guest memory: SIZE[,hugepages=thp|off|2M|1G][,prefault=on|off] [default: 512M]
+    #[arg(short, long, value_name = "SIZE")]
+    #[serde(default, deserialize_with = "text")]
+    pub memory: Option<String>,
+
+    /// vCPUs: N[,sockets=S][,cores=C][,threads=T] [default: 1]
+    #[arg(short, long, value_name = "N")]
+    #[serde(default, deserialize_with = "text")]
+    pub cpus: Option<String>,
+
+    /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1"]
+    #[arg(short = 'p', long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+
+    /// Words added to the kernel command line (again for more)
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[serde(default)]
+    pub append: Vec<String>,
+
+    /// Multiboot module: FILE[,ARGUMENTS] (again for more)
+    #[arg(long, value_name = "FILE")]
+    #[serde(default)]
+    pub module: Vec<String>,
+
+    /// A UART: N=stdio, N=file:PATH or N=null for N from 1 (0x3f8) to 4 (0x2e8); none [default: 1=stdio]
+    #[arg(long, value_name = "N=TARGET")]
+    #[serde(default)]
+    pub serial: Vec<String>,
+
+    /// Who unpacks a bzImage: hwvmm, or the kernel's own decompressor in the guest [default: host]
+    #[arg(long, value_name = "WHO")]
+    pub unpack: Option<Unpack>,
+
+    /// How the kernel is entered [default: auto]
+    #[arg(long, value_name = "PROTOCOL")]
+    pub boot: Option<BootProtocol>,
+
+    /// Where unpacked kernels are kept for the next run; "off" keeps none [default: ~/.cache/hwvmm]
+    #[arg(long, value_name = "DIR")]
+    pub kernel_cache: Option<String>,
+
+    /// End the run after this time (status 124): 30s, 500ms, 2m
+    #[arg(long, value_name = "TIME")]
+    #[serde(default, deserialize_with = "text")]
+    pub timeout: Option<String>,
+
+    /// End the run with status 0 when a line of the console matches; 38 if the guest ends before
+    #[arg(long, value_name = "REGEX")]
+    pub expect: Option<String>,
+
+    /// What a reset of the guest does [default: exit]
+    #[arg(long, value_name = "WHAT")]
+    pub on_reboot: Option<OnReboot>,
+
+    /// isa-debug-exit at port 0xf4: a guest's write of V ends the run with status V*2+1
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
+    pub debug_exit: Option<bool>,
+
+    /// A watchdog (IB700, ports 0x441 and 0x443): a guest that starts and neglects it ends with status 36
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
+    pub watchdog: Option<bool>,
+
+    /// Let MSRs that KVM does not know exit to hwvmm, so that they are counted by number
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
+    pub trap_msrs: Option<bool>,
+
+    /// After the run, print exits by reason and device, and KVM's own figures
+    #[arg(long, num_args = 0..=1, default_missing_value = "text", require_equals = true, value_name = "FORMAT")]
+    pub stats: Option<StatsFormat>,
+
+    /// Write the statistics to this file, not to stderr
+    #[arg(long, value_name = "FILE")]
+    pub stats_out: Option<PathBuf>,
+
+    /// KVM's device [default: /dev/kvm]
+    #[arg(long, value_name = "PATH")]
+    pub kvm: Option<PathBuf>,
+}
+
+/// A text, or a number as people write it in TOML (`cpus = 4`).
+fn text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Text {
+        Words(String),
+        Number(i64),
+    }
+    Ok(Some(match Text::deserialize(deserializer)? {
+        Text::Words(words) => words,
+        Text::Number(number) => number.to_string(),
+    }))
+}
+
+fn value<T>(
+    option: &'static str,
+    given: Option<&String>,
+    parse: impl FnOnce(&str) -> Result<T, ValueError>,
+) -> Result<Option<T>, ConfigError> {
+    let Some(text) = given else { return Ok(None) };
+    parse(text).map(Some).map_err(|source| ConfigError::Value { option, value: text.clone(), source })
+}
+
+impl RunOptions {
+    /// These options, and those of `file` where these say nothing. Lists of both are joined, the file's first.
+    #[must_use]
+    pub fn or(self, file: Self) -> Self {
+        let join = |mut first: Vec<String>, second: Vec<String>| {
+            first.extend(second);
+            first
+        };
+        Self {
+            kernel: self.kernel.or(file.kernel),
+            initrd: self.initrd.or(file.initrd),
+            memory: self.memory.or(file.memory),
+            cpus: self.cpus.or(file.cpus),
+            cmdline: self.cmdline.or(file.cmdline),
+            append: join(file.append, self.append),
+            module: join(file.module, self.module),
+            serial: join(file.serial, self.serial),
+            unpack: self.unpack.or(file.unpack),
+            boot: self.boot.or(file.boot),
+            kernel_cache: self.kernel_cache.or(file.kernel_cache),
+            timeout: self.timeout.or(file.timeout),
+            expect: self.expect.or(file.expect),
+            on_reboot: self.on_reboot.or(file.on_reboot),
+            debug_exit: self.debug_exit.or(file.debug_exit),
+            watchdog: self.watchdog.or(file.watchdog),
+            trap_msrs: self.trap_msrs.or(file.trap_msrs),
+            stats: self.stats.or(file.stats),
+            stats_out: self.stats_out.or(file.stats_out),
+            kvm: self.kvm.or(file.kvm),
+        }
+    }
+
+    /// The configuration, checked, with the defaults filled in.
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming the option and its value.
+    pub fn into_config(self) -> Result<RunConfig, ConfigError> {
+        let memory = value("memory", self.memory.as_ref(), Memory::parse)?.unwrap_or_default();
+        let cpus = value("cpus", self.cpus.as_ref(), Cpus::parse)?.unwrap_or_default();
+        let timeout = value("timeout", self.timeout.as_ref(), parse_duration)?;
+        let serial = parse_serial(&self.serial).map_err(|(value, source)| ConfigError::Value {
+            option: "serial",
+            value,
+            source,
+        })?;
+        let mut cmdline = self.cmdline.unwrap_or_else(|| DEFAULT_CMDLINE.to_owned());
+        for words in &self.append {
+            if !cmdline.is_empty() {
+                cmdline.push(' ');
+            }
+            cmdline.push_str(words);
+        }
+        let module = |text: &String| {
+            let (file, arguments) = text.split_once(',').unwrap_or((text, ""));
+            (PathBuf::from(file), arguments.to_owned())
+        };
+        Ok(RunConfig {
+            kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
+            initrd: self.initrd,
+            modules: self.module.iter().map(module).collect(),
+            cmdline,
+            memory,
+            cpus,
+            serial,
+            unpack: self.unpack.unwrap_or_default(),
+            boot: self.boot.unwrap_or_default(),
+            kernel_cache: kernel_cache(self.kernel_cache),
+            debug_exit: self.debug_exit.unwrap_or(false),
+            watchdog: self.watchdog.unwrap_or(false),
+            trap_msrs: self.trap_msrs.unwrap_or(false),
+            on_reboot: self.on_reboot.unwrap_or_default(),
+            timeout,
+            expect: self.expect,
+            stats: self.stats.or(self.stats_out.as_ref().map(|_| StatsFormat::Json)),
+            stats_out: self.stats_out,
+            kvm: self.kvm.unwrap_or_else(|| PathBuf::from("/dev/kvm")),
+        })
+    }
+}
+
+/// The folder for unpacked kernels: what was asked for, else the XDG cache folder's `hwvmm`.
+fn kernel_cache(asked: Option<String>) -> Option<PathBuf> {
+    match asked.as_deref() {
+        Some("off") => None,
+        Some(path) => Some(PathBuf::from(path)),
+        None => {
+            let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+            let base = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")))?;
+            Some(base.join("hwvmm"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from_toml(text: &str) -> RunOptions {
+        toml::from_str(text).expect("valid TOML")
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let file = from_toml("kernel = 'k'\nmemory = '1G'\ncpus = 4\nappend = ['quiet']\nwatchdog = true");
+        let flags = RunOptions {
+            memory: Some("256M".into()),
+            append: vec!["debug".into()],
+            watchdog: Some(false),
+            ..RunOptions::default()
+        };
+        let config = flags.or(file).into_config().expect("valid");
+        assert_eq!(config.memory.bytes, 256 << 20);
+        assert_eq!(config.cpus.count(), 4);
+        assert_eq!(config.cmdline, format!("{DEFAULT_CMDLINE} quiet debug"));
+        assert!(!config.watchdog);
+    }
+
+    #[test]
+    fn errors_name_option_value_and_remedy() {
+        assert!(matches!(RunOptions::default().into_config(), Err(ConfigError::NoKernel)));
+        let bad = from_toml("kernel = 'k'\nmemory = '1M'").into_config().expect_err("too small").to_string();
+        assert!(bad.contains("--memory 1M") && bad.contains("16M"), "{bad}");
+        let unknown = toml::from_str::<RunOptions>("colour = 1").expect_err("unknown").to_string();
+        assert!(unknown.contains("colour") && unknown.contains("kernel-cache"), "{unknown}");
+    }
+
+    #[test]
+    fn the_command_line_is_replaced_or_added_to() {
+        let config = from_toml("kernel = 'k'\ncmdline = ''\nappend = ['a', 'b']").into_config().expect("valid");
+        assert_eq!(config.cmdline, "a b");
+    }
+}

@@ -1,0 +1,175 @@
+//! How a run ends, and the exit status that says so.
+
+use std::fmt;
+use std::time::Duration;
+
+/// Exit statuses of `hwvmm run`; also in its `--help`.
+pub mod status {
+    /// The guest shut down, or `--expect` was seen.
+    pub const OK: u8 = 0;
+    /// hwvmm failed.
+    pub const ERROR: u8 = 1;
+    /// The command line is wrong.
+    pub const USAGE: u8 = 2;
+    /// The guest reset itself.
+    pub const RESET: u8 = 32;
+    /// Triple fault.
+    pub const TRIPLE_FAULT: u8 = 33;
+    /// The guest kernel panicked.
+    pub const PANIC: u8 = 34;
+    /// Every vCPU is halted with interrupts off.
+    pub const HALTED: u8 = 35;
+    /// The guest's watchdog ran out.
+    pub const WATCHDOG: u8 = 36;
+    /// KVM gave up on the guest.
+    pub const KVM: u8 = 37;
+    /// The guest ended and `--expect` was not seen.
+    pub const NOT_SEEN: u8 = 38;
+    /// `--timeout`.
+    pub const TIMEOUT: u8 = 124;
+    /// The user left with Ctrl-A x.
+    pub const QUIT: u8 = 130;
+}
+
+/// Why a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest turned itself off.
+    PowerOff,
+    /// The guest halted for good after its kernel said that it would.
+    SystemHalted,
+    /// The guest reset itself.
+    Reset,
+    /// The guest's processor shut down.
+    TripleFault,
+    /// The guest panicked; what it said, where it said something.
+    Panicked(Option<String>),
+    /// Every started vCPU is halted with interrupts off.
+    Halted,
+    /// The guest chose the status (isa-debug-exit).
+    DebugExit(u8),
+    /// The guest's watchdog ran out.
+    Watchdog,
+    /// KVM cannot go on: an exit that cannot be handled, with its data.
+    Kvm(String),
+    /// `--expect` matched this.
+    Seen(String),
+    /// The guest ended, cleanly, without `--expect`'s pattern.
+    NotSeen(Box<End>),
+    /// `--timeout`.
+    TimedOut(Duration),
+    /// Ctrl-A x.
+    Quit,
+    /// A signal ended hwvmm; its number and name.
+    Signal(i32, &'static str),
+    /// hwvmm itself cannot go on.
+    Failed(String),
+}
+
+impl End {
+    /// The exit status.
+    #[must_use]
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::PowerOff | Self::SystemHalted | Self::Seen(_) => status::OK,
+            Self::Reset => status::RESET,
+            Self::TripleFault => status::TRIPLE_FAULT,
+            Self::Panicked(_) => status::PANIC,
+            Self::Halted => status::HALTED,
+            Self::DebugExit(status) => *status,
+            Self::Watchdog => status::WATCHDOG,
+            Self::Kvm(_) => status::KVM,
+            Self::NotSeen(_) => status::NOT_SEEN,
+            Self::TimedOut(_) => status::TIMEOUT,
+            Self::Quit => status::QUIT,
+            Self::Signal(number, _) => u8::try_from(128 + number).unwrap_or(u8::MAX),
+            Self::Failed(_) => status::ERROR,
+        }
+    }
+
+    /// Whether the guest or the user meant it: then nobody needs the last exits.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        match self {
+            Self::PowerOff
+            | Self::SystemHalted
+            | Self::Reset
+            | Self::DebugExit(_)
+            | Self::Seen(_)
+            | Self::Quit
+            | Self::Signal(..) => true,
+            Self::NotSeen(end) => end.is_clean(),
+            Self::TripleFault
+            | Self::Panicked(_)
+            | Self::Halted
+            | Self::Watchdog
+            | Self::Kvm(_)
+            | Self::TimedOut(_)
+            | Self::Failed(_) => false,
+        }
+    }
+
+    /// What the end means where `--expect` was given and not seen: only a guest that thinks all is well is told
+    /// otherwise.
+    #[must_use]
+    pub fn without_the_expected(self) -> Self {
+        match self {
+            Self::PowerOff | Self::SystemHalted | Self::Reset => Self::NotSeen(Box::new(self)),
+            other => other,
+        }
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("the guest powered off"),
+            Self::SystemHalted => f.write_str("the guest halted"),
+            Self::Reset => f.write_str("the guest reset itself"),
+            Self::TripleFault => f.write_str("triple fault: the guest's processor shut down"),
+            Self::Panicked(None) => f.write_str("the guest panicked"),
+            Self::Panicked(Some(words)) => write!(f, "the guest panicked: {words}"),
+            Self::Halted => f.write_str("every vCPU is halted with interrupts off: nothing can wake the guest"),
+            Self::DebugExit(status) => write!(f, "the guest ended the run with status {status}"),
+            Self::Watchdog => f.write_str("the guest's watchdog ran out"),
+            Self::Kvm(what) => write!(f, "KVM cannot run the guest further: {what}"),
+            Self::Seen(what) => write!(f, "seen: {what}"),
+            Self::NotSeen(end) => write!(f, "{end}, and --expect was not seen"),
+            Self::TimedOut(after) => write!(f, "timed out after {} s", after.as_secs_f64()),
+            Self::Quit => f.write_str("ended by the user"),
+            Self::Signal(_, name) => write!(f, "ended by {name}"),
+            Self::Failed(what) => f.write_str(what),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    #[test]
+    fn statuses_tell_ends_apart() {
+        let ends = [
+            End::PowerOff,
+            End::Reset,
+            End::TripleFault,
+            End::Panicked(None),
+            End::Halted,
+            End::Watchdog,
+            End::Kvm(String::new()),
+            End::NotSeen(Box::new(End::PowerOff)),
+            End::TimedOut(Duration::from_secs(1)),
+            End::Quit,
+            End::Failed(String::new()),
+        ];
+        let by_status: HashMap<u8, &End> = ends.iter().map(|end| (end.status(), end)).collect();
+        assert_eq!(by_status.len(), ends.len());
+    }
+
+    #[test]
+    fn a_panic_stays_a_panic_without_the_expected() {
+        assert_eq!(End::Panicked(None).without_the_expected(), End::Panicked(None));
+        assert_eq!(End::PowerOff.without_the_expected().status(), status::NOT_SEEN);
+    }
+}

@@ -1,0 +1,15 @@
+//! The exit handler: every way back from KVM_RUN is named, answered, and counted at one place.
+
+pub mod counters;
+pub mod end;
+pub mod handler;
+pub mod profiler;
+pub mod reason;
+pub mod recent;
+
+pub use counters::Counters;
+pub use end::End;
+pub use handler::{Handler, Outcome, Route};
+pub use profiler::{HandlerTime, NoProfile, Profiler};
+pub use reason::ExitReason;
+pub use recent::{Recent, Snapshot};

@@ -1,0 +1,119 @@
+//! `/dev/kvm` itself.
+
+use super::{KvmError, Named, Vm};
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, Kvm};
+use std::ffi::CString;
+use std::io;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// Where KVM is found unless told otherwise.
+pub const DEFAULT_PATH: &str = "/dev/kvm";
+
+/// KVM cannot be opened.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// No such device.
+    #[error(
+        "there is no {}: load KVM (`modprobe kvm_intel` or `modprobe kvm_amd`), or turn virtualization on in the firmware, \
+         or (in a virtual machine or container) have the device passed in; `scripts/lab` runs hwvmm without it", .0.display()
+    )]
+    Missing(PathBuf),
+    /// Not allowed.
+    #[error(
+        "no permission to open {}: add yourself to its group (`sudo usermod -aG kvm $USER`, then log in again) or run as \
+         root", .0.display()
+    )]
+    Permission(PathBuf),
+    /// Any other error.
+    #[error("cannot open {}", .0.display())]
+    Other(PathBuf, #[source] io::Error),
+    /// It is not KVM, or an ancient one.
+    #[error("{path} speaks KVM API version {version}, hwvmm needs {KVM_API_VERSION}: is it KVM?", path = .0.display(), version = .1)]
+    Version(PathBuf, i32),
+}
+
+/// An open `/dev/kvm`.
+pub struct System {
+    kvm: Kvm,
+}
+
+impl System {
+    /// Opens the device at `path`.
+    ///
+    /// # Errors
+    /// [`OpenError`], each with its remedy.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        let other = |error| OpenError::Other(path.to_owned(), error);
+        let name = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| other(e.into()))?;
+        let kvm = Kvm::new_with_path(name).map_err(|error| match error.errno() {
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => OpenError::Missing(path.to_owned()),
+            libc::EACCES | libc::EPERM => OpenError::Permission(path.to_owned()),
+            _ => other(error.into()),
+        })?;
+        let version = kvm.get_api_version();
+        if u32::try_from(version).ok() != Some(KVM_API_VERSION) {
+            return Err(OpenError::Version(path.to_owned(), version));
+        }
+        Ok(Self { kvm })
+    }
+
+    /// The value of a capability (KVM API 4.4): 0 where it is missing.
+    #[must_use]
+    pub fn capability(&self, number: u32) -> i32 {
+        self.kvm.check_extension_raw(number.into())
+    }
+
+    /// Whether the local APIC's TSC-deadline timer is there.
+    #[must_use]
+    pub fn has_tsc_deadline(&self) -> bool {
+        self.kvm.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    /// The largest number of vCPUs of one machine.
+    #[must_use]
+    pub fn max_vcpus(&self) -> usize {
+        self.kvm.get_max_vcpus()
+    }
+
+    /// vCPU ids must be below this.
+    #[must_use]
+    pub fn max_vcpu_id(&self) -> usize {
+        self.kvm.get_max_vcpu_id()
+    }
+
+    /// The CPUID leaves that KVM can show (KVM API 4.46).
+    ///
+    /// # Errors
+    /// Where the ioctl fails.
+    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
+        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_SUPPORTED_CPUID")
+    }
+
+    /// A new machine without memory and vCPUs.
+    ///
+    /// # Errors
+    /// Where the ioctl fails.
+    pub fn create_vm(&self) -> Result<Vm, KvmError> {
+        // A signal that arrives while KVM takes its locks makes this fail with EINTR.
+        loop {
+            match self.kvm.create_vm() {
+                Err(error) if error.errno() == libc::EINTR => {}
+                result => return result.named("KVM_CREATE_VM").map(Vm::new),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_is_said_with_a_remedy() {
+        let message = |path: &str| System::open(Path::new(path)).err().expect("no KVM").to_string();
+        assert!(message("/no/such/device").contains("modprobe"));
+        assert!(message("/dev/null").contains("/dev/null"));
+    }
+}

@@ -1,0 +1,116 @@
+//! A virtual machine's file descriptor: memory slots, interrupt controllers, irqfds.
+
+use super::{KvmError, Named, Vcpu};
+use crate::memory::GuestRam;
+use kvm_bindings::{
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::VmFd;
+use std::fs::File;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+/// A machine. Guest memory stays mapped as long as it lives.
+pub struct Vm {
+    fd: VmFd,
+    memory: Option<GuestRam>,
+}
+
+impl Vm {
+    pub(super) fn new(fd: VmFd) -> Self {
+        Self { fd, memory: None }
+    }
+
+    /// Gives the machine its memory: one slot a region (KVM API 4.35).
+    ///
+    /// # Errors
+    /// Where a slot is refused.
+    pub fn set_memory(&mut self, memory: GuestRam) -> Result<(), KvmError> {
+        for (slot, region) in (0_u32..).zip(memory.get().iter()) {
+            self.set_slot(slot, region)?;
+        }
+        self.memory = Some(memory);
+        Ok(())
+    }
+
+    fn set_slot(&self, slot: u32, region: &GuestRegionMmap) -> Result<(), KvmError> {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the range is a whole mapping that `GuestRam` owns, and `self` keeps that memory until the
+        // machine is gone: `memory` is declared after `fd`, so it is dropped after it, and vCPU fds that outlive this
+        // value hold a clone of the memory (see `create_vcpu`).
+        unsafe { self.fd.set_user_memory_region(slot) }.named("KVM_SET_USER_MEMORY_REGION (guest memory)")
+    }
+
+    /// The guest's memory, once set.
+    #[must_use]
+    pub fn memory(&self) -> Option<&GuestRam> {
+        self.memory.as_ref()
+    }
+
+    /// The pages that Intel processors without unrestricted guests need (KVM API 4.13, 4.41); no effect elsewhere.
+    ///
+    /// # Errors
+    /// Where an ioctl fails.
+    pub fn set_real_mode_pages(&self, tss: u64, identity_map: u64) -> Result<(), KvmError> {
+        self.fd.set_identity_map_address(identity_map).named("KVM_SET_IDENTITY_MAP_ADDR")?;
+        let tss = usize::try_from(tss).unwrap_or(usize::MAX);
+        self.fd.set_tss_address(tss).named("KVM_SET_TSS_ADDR")
+    }
+
+    /// Local APICs, I/O APIC and PIC in the kernel (KVM API 4.24).
+    ///
+    /// # Errors
+    /// Where the ioctl fails.
+    pub fn create_irqchip(&self) -> Result<(), KvmError> {
+        self.fd.create_irq_chip().named("KVM_CREATE_IRQCHIP")
+    }
+
+    /// Raises an edge on `gsi` whenever `event` is written (KVM API 4.75).
+    ///
+    /// # Errors
+    /// Where the ioctl fails.
+    pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
+        self.fd.register_irqfd(event, gsi).named("KVM_IRQFD")
+    }
+
+    /// Sends accesses to MSRs that KVM does not know to user space (KVM API 7.26), instead of a #GP from the kernel.
+    ///
+    /// # Errors
+    /// Where KVM lacks the capability.
+    pub fn trap_unknown_msrs(&self) -> Result<(), KvmError> {
+        let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
+        cap.args[0] = u64::from(KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_INVAL);
+        self.fd.enable_cap(&cap).named("KVM_ENABLE_CAP(X86_USER_SPACE_MSR)")
+    }
+
+    /// The value of a capability of this machine: 0 where it is missing.
+    #[must_use]
+    pub fn capability(&self, number: u32) -> i32 {
+        self.fd.check_extension_raw(number.into())
+    }
+
+    /// A new vCPU whose APIC id is `id` (KVM API 4.7).
+    ///
+    /// # Errors
+    /// Where the ioctl fails.
+    pub fn create_vcpu(&self, id: u32) -> Result<Vcpu, KvmError> {
+        let fd = self.fd.create_vcpu(id.into()).named("KVM_CREATE_VCPU")?;
+        let sync_regs = self.capability(kvm_bindings::KVM_CAP_SYNC_REGS);
+        Ok(Vcpu::new(fd, id, sync_regs, self.memory.clone()))
+    }
+
+    /// The machine's binary statistics (KVM API 4.133).
+    ///
+    /// # Errors
+    /// Where KVM has none (before Linux 5.14).
+    pub fn stats_fd(&self) -> Result<File, KvmError> {
+        super::stats::open(&self.fd)
+    }
+}

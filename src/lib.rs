@@ -1,0 +1,13 @@
+//! hwvmm: a hardware-assisted classical VMM for Linux KVM that counts its exits. The `hwvmm` command is the product;
+//! this library is what it, its tests and its benches share.
+
+pub mod cli;
+pub mod config;
+pub mod event_loop;
+pub mod exit;
+pub mod kvm;
+pub mod machine;
+pub mod memory;
+pub mod probe;
+pub mod profile;
+pub mod vcpu;

@@ -1,0 +1,258 @@
+//! Kernels and initial RAM disks: told apart, unpacked, put into guest memory.
+
+pub mod cache;
+mod load;
+pub mod unpack;
+
+pub use load::{Loaded, Request, load};
+
+use cache::Cache;
+use hwvmm_arch::acpi::AcpiTooLarge;
+use hwvmm_arch::boot::bzimage::{BzImage, BzImageError};
+use hwvmm_arch::boot::elf::{ElfError, ElfImage};
+use hwvmm_arch::boot::multiboot::{self, MultibootError};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+use unpack::UnpackError;
+
+/// A guest cannot be loaded.
+#[derive(Debug, Error)]
+pub enum KernelError {
+    /// A file cannot be opened or read.
+    #[error("cannot read the {what} {}{}", .path.display(), remedy(.source))]
+    Read {
+        /// "kernel", "initrd", "module".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// A folder, a device.
+    #[error("the {what} {} is not a file", .path.display())]
+    NotFile {
+        /// "kernel", "initrd", "module".
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// Something else than a kernel.
+    #[error("{} is not a kernel that hwvmm can boot: {what}; it takes a bzImage (vmlinuz), an x86 ELF (vmlinux) or a multiboot ELF", .path.display())]
+    NotKernel {
+        /// The file.
+        path: PathBuf,
+        /// What was found.
+        what: String,
+    },
+    /// A bzImage.
+    #[error("{}: {source}", .path.display())]
+    BzImage {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: BzImageError,
+    },
+    /// An ELF.
+    #[error("{}: {source}", .path.display())]
+    Elf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: ElfError,
+    },
+    /// A multiboot kernel.
+    #[error("{}: {source}", .path.display())]
+    Multiboot {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: MultibootError,
+    },
+    /// Unpacking failed, and so would the guest's.
+    #[error("the kernel in {} cannot be unpacked: {source}", .path.display())]
+    Unpack {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: UnpackError,
+    },
+    /// The protocol asked for is not this kernel's.
+    #[error("--boot {asked}: {} {why}", .path.display())]
+    Protocol {
+        /// The file.
+        path: PathBuf,
+        /// The protocol.
+        asked: &'static str,
+        /// Why not.
+        why: &'static str,
+    },
+    /// Not enough memory.
+    #[error(
+        "the {what} takes gpa {start:#x} to {end:#x}, and guest memory below the hole ends at {memory_end:#x}: give the guest more with -m"
+    )]
+    NoRoom {
+        /// "kernel", "initrd", "module".
+        what: &'static str,
+        /// First gpa.
+        start: u64,
+        /// gpa behind the last.
+        end: u64,
+        /// Where memory ends.
+        memory_end: u64,
+    },
+    /// The initrd does not fit between kernel and the end of memory.
+    #[error(
+        "the {what} has {bytes} bytes, and {room} bytes of guest memory are left for it: give the guest more with -m"
+    )]
+    TooLarge {
+        /// "initrd", "module".
+        what: &'static str,
+        /// Its size.
+        bytes: u64,
+        /// What is left.
+        room: u64,
+    },
+    /// The kernel overlaps what hwvmm puts at low addresses.
+    #[error("{} wants to be loaded at gpa {start:#x}, where hwvmm keeps page tables and boot data (below {limit:#x})", .path.display())]
+    LowAddress {
+        /// The file.
+        path: PathBuf,
+        /// First gpa.
+        start: u64,
+        /// From where kernels may be.
+        limit: u64,
+    },
+    /// The command line is too long.
+    #[error("the kernel command line has {bytes} bytes, and this kernel takes {limit}: shorten --cmdline or --append")]
+    CmdlineTooLong {
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// A NUL in the command line.
+    #[error("the kernel command line has a NUL character")]
+    CmdlineNul,
+    /// ACPI.
+    #[error(transparent)]
+    Acpi(#[from] AcpiTooLarge),
+    /// Guest memory cannot be written.
+    #[error("cannot write {what} to guest memory: {why}")]
+    Write {
+        /// What.
+        what: &'static str,
+        /// Why.
+        why: String,
+    },
+}
+
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => " (check the path)",
+        io::ErrorKind::PermissionDenied => {
+            " (check its permissions; distributions often let only root read /boot/vmlinuz: copy it, or run as root)"
+        }
+        _ => "",
+    }
+}
+
+/// Opens a regular file.
+pub(crate) fn open(what: &'static str, path: &Path) -> Result<File, KernelError> {
+    let read = |source| KernelError::Read { what, path: path.to_owned(), source };
+    let file = File::open(path).map_err(read)?;
+    if !file.metadata().map_err(read)?.is_file() {
+        return Err(KernelError::NotFile { what, path: path.to_owned() });
+    }
+    Ok(file)
+}
+
+/// What a kernel file is.
+pub enum Kind {
+    /// An x86 ELF, with a PVH note or without.
+    Elf(ElfImage),
+    /// A multiboot kernel (32-bit ELF).
+    Multiboot(ElfImage),
+    /// A bzImage.
+    BzImage(Box<BzImage>),
+}
+
+/// Tells what `file` is.
+///
+/// # Errors
+/// Where it is no kernel, or a damaged one.
+pub fn identify(path: &Path, file: &File) -> Result<Kind, KernelError> {
+    let mut start = [0_u8; 0x290];
+    let count = read_start(file, &mut start).map_err(|source| KernelError::Read {
+        what: "kernel",
+        path: path.to_owned(),
+        source,
+    })?;
+    let start = &start[..count];
+    if ElfImage::is_elf(start) {
+        let elf = ElfImage::parse(file).map_err(|source| KernelError::Elf { path: path.to_owned(), source })?;
+        let multiboot = !elf.is_64
+            && multiboot::find_header(file)
+                .map_err(|source| KernelError::Multiboot { path: path.to_owned(), source })?;
+        return Ok(if multiboot { Kind::Multiboot(elf) } else { Kind::Elf(elf) });
+    }
+    if BzImage::is_bzimage(start) {
+        let image = BzImage::parse(file).map_err(|source| KernelError::BzImage { path: path.to_owned(), source })?;
+        return Ok(Kind::BzImage(Box::new(image)));
+    }
+    let what = match hwvmm_arch::boot::bzimage::Compression::detect(start) {
+        Some(kind) => format!("it is a {} file: unpack it first", kind.name()),
+        None if start.is_empty() => "it is empty".to_owned(),
+        None => format!("it starts with the bytes {:02x?}", &start[..start.len().min(8)]),
+    };
+    Err(KernelError::NotKernel { path: path.to_owned(), what })
+}
+
+fn read_start(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], filled as u64)? {
+            0 => break,
+            count => filled += count,
+        }
+    }
+    Ok(filled)
+}
+
+/// Unpacks the kernel in a bzImage into an anonymous or a cached file. `progress` is told when it takes long.
+///
+/// # Errors
+/// Where there is no payload or it is damaged.
+pub fn unpack_bzimage(
+    file: &File,
+    image: &BzImage,
+    cache: Option<&Cache>,
+    progress: &dyn Fn(&str),
+) -> Result<File, UnpackError> {
+    if let Some(found) = cache.and_then(|cache| cache.find(file)) {
+        return Ok(found);
+    }
+    let (offset, bytes) = image.payload.ok_or(UnpackError::Unknown(Vec::new()))?;
+    let mut payload = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX)];
+    file.read_exact_at(&mut payload, offset).map_err(|error| UnpackError::Data("payload", error))?;
+    progress("unpacking the kernel (the next run finds it unpacked)");
+    if let Some(cache) = cache {
+        match cache.keep(file, |out| unpack::unpack(&payload, out).map(|_| ())) {
+            Err(UnpackError::Write(error)) => log::info!("the unpacked kernel cannot be kept: {error}"),
+            result => return result,
+        }
+    }
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let memory = rustix::fs::memfd_create("kernel", flags).map_err(|error| UnpackError::Write(error.into()))?;
+    let memory = File::from(memory);
+    unpack::unpack(&payload, &memory)?;
+    Ok(memory)
+}
+
+impl From<io::Error> for UnpackError {
+    fn from(error: io::Error) -> Self {
+        Self::Write(error)
+    }
+}

@@ -1,0 +1,254 @@
+//! Unpacking the kernel in a bzImage, with a library for each compression.
+
+use hwvmm_arch::boot::bzimage::Compression;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use thiserror::Error;
+
+/// A payload that unpacks to more than this is no kernel, in bytes.
+const MAX_KERNEL_BYTES: u64 = 1 << 30;
+const BLOCK: usize = 4096;
+const BUFFER: usize = 256 << 10;
+
+/// A payload cannot be unpacked.
+#[derive(Debug, Error)]
+pub enum UnpackError {
+    /// No compression that hwvmm knows.
+    #[error("its compression is unknown (it starts with {0:02x?})")]
+    Unknown(Vec<u8>),
+    /// The data are damaged.
+    #[error("its {0} data are damaged or cut off")]
+    Data(&'static str, #[source] io::Error),
+    /// The unpacked kernel cannot be written.
+    #[error("the unpacked kernel cannot be written")]
+    Write(#[source] io::Error),
+    /// A bomb.
+    #[error("it unpacks to more than {MAX_KERNEL_BYTES} bytes")]
+    TooLarge,
+}
+
+/// Writes to a file, leaving holes where a whole block is zero: kernels have megabytes of them, and holes need not be
+/// read again.
+struct SparseWriter<'a> {
+    file: &'a File,
+    position: u64,
+}
+
+impl SparseWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        for block in bytes.chunks(BLOCK) {
+            if block.iter().any(|byte| *byte != 0) {
+                self.file.write_all_at(block, self.position)?;
+            }
+            self.position += block.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Unpacks `payload` into the empty file `out`; the number of bytes.
+///
+/// # Errors
+/// [`UnpackError`].
+pub fn unpack(payload: &[u8], out: &File) -> Result<u64, UnpackError> {
+    let start = payload.get(..8.min(payload.len())).unwrap_or_default();
+    let kind = Compression::detect(start).ok_or_else(|| UnpackError::Unknown(start.to_vec()))?;
+    let mut writer = SparseWriter { file: out, position: 0 };
+    let mut reader = reader(kind, payload).map_err(|error| UnpackError::Data(kind.name(), error))?;
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let filled = fill(&mut *reader, &mut buffer).map_err(|error| UnpackError::Data(kind.name(), error))?;
+        writer.write(&buffer[..filled]).map_err(UnpackError::Write)?;
+        if writer.position > MAX_KERNEL_BYTES {
+            return Err(UnpackError::TooLarge);
+        }
+        if filled < buffer.len() {
+            break;
+        }
+    }
+    out.set_len(writer.position).map_err(UnpackError::Write)?;
+    Ok(writer.position)
+}
+
+/// Reads until `buffer` is full or the data end.
+fn fill(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match reader.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+/// A reader of the unpacked bytes. The kernel's build appends the unpacked size (4 bytes) to most payloads; every
+/// reader here stops at the end of its first stream.
+fn reader<'a>(kind: Compression, payload: &'a [u8]) -> io::Result<Box<dyn Read + 'a>> {
+    Ok(match kind {
+        Compression::Gzip => Box::new(flate2::read::GzDecoder::new(payload)),
+        Compression::Xz => Box::new(liblzma::read::XzDecoder::new(payload)),
+        Compression::Lzma => {
+            let stream = liblzma::stream::Stream::new_lzma_decoder(u64::MAX)?;
+            Box::new(liblzma::read::XzDecoder::new_stream(payload, stream))
+        }
+        Compression::Zstd => Box::new(zstd::stream::read::Decoder::with_buffer(payload)?.single_frame()),
+        Compression::Bzip2 => Box::new(bzip2::read::BzDecoder::new(payload)),
+        Compression::Lz4 => Box::new(Blocks::new(Lz4Legacy { rest: payload.get(4..).unwrap_or_default() })),
+        Compression::Lzo => Box::new(Blocks::new(Lzop::new(payload)?)),
+        Compression::None => Box::new(payload),
+    })
+}
+
+/// A container of separately compressed blocks.
+trait BlockSource {
+    /// Unpacks the next block into `out`; whether there was one.
+    fn next_block(&mut self, out: &mut Vec<u8>) -> io::Result<bool>;
+}
+
+/// Reads a container as one stream.
+struct Blocks<S> {
+    source: S,
+    block: Vec<u8>,
+    taken: usize,
+}
+
+impl<S: BlockSource> Blocks<S> {
+    fn new(source: S) -> Self {
+        Self { source, block: Vec::new(), taken: 0 }
+    }
+}
+
+impl<S: BlockSource> Read for Blocks<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.taken == self.block.len() {
+            self.block.clear();
+            self.taken = 0;
+            if !self.source.next_block(&mut self.block)? {
+                return Ok(0);
+            }
+        }
+        let count = (self.block.len() - self.taken).min(buffer.len());
+        buffer[..count].copy_from_slice(&self.block[self.taken..self.taken + count]);
+        self.taken += count;
+        Ok(count)
+    }
+}
+
+fn damaged(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
+}
+
+/// Takes `count` bytes off the front.
+fn take<'a>(rest: &mut &'a [u8], count: usize) -> io::Result<&'a [u8]> {
+    let (front, back) = rest.split_at_checked(count).ok_or(io::ErrorKind::UnexpectedEof)?;
+    *rest = back;
+    Ok(front)
+}
+
+/// The legacy LZ4 frame (lz4_Frame_format.md, "Legacy frame"): blocks of at most 8 MiB unpacked, each with its packed
+/// size in front.
+struct Lz4Legacy<'a> {
+    rest: &'a [u8],
+}
+
+const LZ4_BLOCK: usize = 8 << 20;
+
+impl BlockSource for Lz4Legacy<'_> {
+    fn next_block(&mut self, out: &mut Vec<u8>) -> io::Result<bool> {
+        // What follows the last block is too short for one, or the unpacked size that the kernel's build appends.
+        let Ok(size) = take(&mut self.rest, 4) else { return Ok(false) };
+        let size = u32::from_le_bytes(size.try_into().unwrap_or_default()) as usize;
+        if self.rest.is_empty() {
+            return Ok(false);
+        }
+        let packed = take(&mut self.rest, size)?;
+        out.resize(LZ4_BLOCK, 0);
+        let count = lz4_flex::block::decompress_into(packed, out).map_err(io::Error::other)?;
+        out.truncate(count);
+        Ok(true)
+    }
+}
+
+/// lzop's file format, as the kernel's lib/decompress_unlzo.c reads it. All numbers are big-endian.
+struct Lzop<'a> {
+    rest: &'a [u8],
+    flags: u32,
+}
+
+const LZOP_ADLER32_UNPACKED: u32 = 1;
+const LZOP_ADLER32_PACKED: u32 = 1 << 1;
+const LZOP_CRC32_UNPACKED: u32 = 1 << 8;
+const LZOP_CRC32_PACKED: u32 = 1 << 9;
+const LZOP_FILTER: u32 = 1 << 11;
+const LZOP_BLOCK_MAX: usize = 64 << 20;
+
+impl<'a> Lzop<'a> {
+    fn new(payload: &'a [u8]) -> io::Result<Self> {
+        let mut rest = payload.get(9..).unwrap_or_default();
+        let version = u16::from_be_bytes(take(&mut rest, 2)?.try_into().unwrap_or_default());
+        take(&mut rest, 2)?; // library version
+        let method = if version >= 0x940 {
+            take(&mut rest, 2)?; // version needed
+            take(&mut rest, 2)?[0] // method, level
+        } else {
+            take(&mut rest, 1)?[0]
+        };
+        if !(1..=3).contains(&method) {
+            return Err(damaged("an unknown LZO method"));
+        }
+        let flags = be32(&mut rest)?;
+        if flags & LZOP_FILTER != 0 {
+            be32(&mut rest)?;
+        }
+        // Mode, time, and with newer versions the upper half of the time.
+        take(&mut rest, if version >= 0x940 { 12 } else { 8 })?;
+        let name = usize::from(take(&mut rest, 1)?[0]);
+        take(&mut rest, name + 4)?; // name, checksum of the header
+        Ok(Self { rest, flags })
+    }
+
+    /// Bytes of checksums for the block.
+    fn checksums(&self, packed_too: bool) -> usize {
+        let count = |flag| usize::from(self.flags & flag != 0) * 4;
+        let unpacked = count(LZOP_ADLER32_UNPACKED) + count(LZOP_CRC32_UNPACKED);
+        let packed = count(LZOP_ADLER32_PACKED) + count(LZOP_CRC32_PACKED);
+        unpacked + if packed_too { packed } else { 0 }
+    }
+}
+
+fn be32(rest: &mut &[u8]) -> io::Result<u32> {
+    Ok(u32::from_be_bytes(take(rest, 4)?.try_into().unwrap_or_default()))
+}
+
+impl BlockSource for Lzop<'_> {
+    fn next_block(&mut self, out: &mut Vec<u8>) -> io::Result<bool> {
+        let unpacked = be32(&mut self.rest)? as usize;
+        if unpacked == 0 {
+            return Ok(false);
+        }
+        let packed = be32(&mut self.rest)? as usize;
+        if unpacked > LZOP_BLOCK_MAX || packed > unpacked {
+            return Err(damaged("a block of an impossible size"));
+        }
+        let checksums = self.checksums(packed < unpacked);
+        take(&mut self.rest, checksums)?;
+        let data = take(&mut self.rest, packed)?;
+        if packed == unpacked {
+            out.extend_from_slice(data);
+            return Ok(true);
+        }
+        out.resize(unpacked, 0);
+        let count = lzokay::decompress::decompress(data, out).map_err(|error| damaged(&format!("{error:?}")))?;
+        if count != unpacked {
+            return Err(damaged("a block shorter than it says"));
+        }
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests;

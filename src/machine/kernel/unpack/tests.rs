@@ -1,0 +1,139 @@
+use super::*;
+use std::io::Seek;
+
+/// Bytes that compress, with holes in them.
+fn kernel() -> Vec<u8> {
+    let mut bytes: Vec<u8> = b"\x7fELF".to_vec();
+    bytes.extend((0..600_000_u32).flat_map(|i| (i / 7).to_le_bytes()));
+    bytes.resize(bytes.len() + 300_000, 0);
+    bytes.extend(b"the end");
+    bytes
+}
+
+/// What unpacks from `payload` with the unpacked size appended, as the kernel's build does.
+fn unpacked(mut payload: Vec<u8>, size: usize) -> Vec<u8> {
+    payload.extend(u32::try_from(size).expect("small").to_le_bytes());
+    let mut file = tempfile::tempfile().expect("a temporary file");
+    assert_eq!(unpack(&payload, &file).expect("unpacks"), size as u64);
+    let mut bytes = Vec::new();
+    file.rewind().expect("seek");
+    file.read_to_end(&mut bytes).expect("read");
+    bytes
+}
+
+fn lz4_legacy(data: &[u8]) -> Vec<u8> {
+    let mut out = b"\x02\x21\x4c\x18".to_vec();
+    for block in data.chunks(LZ4_BLOCK) {
+        let packed = lz4_flex::block::compress(block);
+        out.extend(u32::try_from(packed.len()).expect("small").to_le_bytes());
+        out.extend(packed);
+    }
+    out
+}
+
+fn lzop(data: &[u8]) -> Vec<u8> {
+    let mut out = b"\x89LZO\0\r\n\x1a\n".to_vec();
+    out.extend([0x10, 0x30, 0x20, 0x80, 0x09, 0x40, 1, 9]);
+    out.extend(LZOP_ADLER32_UNPACKED.to_be_bytes());
+    out.extend([0; 12]);
+    out.extend([0, 1, 2, 3, 4]); // no name, checksum
+    for block in data.chunks(256 << 10) {
+        let packed = lzokay::compress::compress(block).expect("compresses");
+        let stored = packed.len() >= block.len();
+        let body = if stored { block } else { &packed };
+        out.extend(u32::try_from(block.len()).expect("small").to_be_bytes());
+        out.extend(u32::try_from(body.len()).expect("small").to_be_bytes());
+        out.extend([9; 4]);
+        out.extend(body);
+    }
+    out.extend([0; 4]);
+    out
+}
+
+fn xz(data: &[u8], lzma: bool) -> Vec<u8> {
+    let stream = if lzma {
+        let options = liblzma::stream::LzmaOptions::new_preset(6).expect("preset");
+        liblzma::stream::Stream::new_lzma_encoder(&options).expect("encoder")
+    } else {
+        liblzma::stream::Stream::new_easy_encoder(6, liblzma::stream::Check::Crc32).expect("encoder")
+    };
+    let mut out = Vec::new();
+    liblzma::read::XzEncoder::new_stream(data, stream).read_to_end(&mut out).expect("compresses");
+    out
+}
+
+fn packed(kind: Compression, data: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    match kind {
+        Compression::Gzip => {
+            flate2::read::GzEncoder::new(data, flate2::Compression::best()).read_to_end(&mut out).expect("gzip");
+        }
+        Compression::Bzip2 => {
+            bzip2::read::BzEncoder::new(data, bzip2::Compression::best()).read_to_end(&mut out).expect("bzip2");
+        }
+        Compression::Zstd => out = zstd::stream::encode_all(data, 3).expect("zstd"),
+        Compression::Xz => out = xz(data, false),
+        Compression::Lzma => out = xz(data, true),
+        Compression::Lz4 => out = lz4_legacy(data),
+        Compression::Lzo => out = lzop(data),
+        Compression::None => out = data.to_vec(),
+    }
+    out
+}
+
+const PACKED: [Compression; 7] = [
+    Compression::Gzip,
+    Compression::Xz,
+    Compression::Zstd,
+    Compression::Lz4,
+    Compression::Lzma,
+    Compression::Bzip2,
+    Compression::Lzo,
+];
+
+#[test]
+fn every_compression_unpacks_to_what_was_packed() {
+    let kernel = kernel();
+    for kind in PACKED {
+        assert!(unpacked(packed(kind, &kernel), kernel.len()) == kernel, "{}", kind.name());
+    }
+}
+
+#[test]
+fn damage_and_truncation_are_errors_not_panics() {
+    let kernel = kernel();
+    for kind in PACKED {
+        let whole = packed(kind, &kernel);
+        for cut in [5, 20, whole.len() / 2] {
+            let out = tempfile::tempfile().expect("a temporary file");
+            let result = unpack(&whole[..cut.min(whole.len())], &out);
+            let short = result.as_ref().is_ok_and(|bytes| *bytes < kernel.len() as u64);
+            assert!(result.is_err() || short, "{} cut at {cut}", kind.name());
+        }
+        for at in (8..whole.len()).step_by((whole.len() / 50).max(1)) {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0x55;
+            let out = tempfile::tempfile().expect("a temporary file");
+            let _ = unpack(&damaged, &out);
+        }
+    }
+}
+
+#[test]
+fn an_unknown_compression_is_named() {
+    let out = tempfile::tempfile().expect("a temporary file");
+    let error = unpack(b"hello, world", &out).expect_err("unknown").to_string();
+    assert!(error.contains("68, 65"), "{error}");
+}
+
+#[test]
+fn zero_blocks_become_holes() {
+    use std::os::unix::fs::MetadataExt;
+    let mut data = vec![0; 8 << 20];
+    data[0] = 1;
+    let file = tempfile::tempfile().expect("a temporary file");
+    unpack(&packed(Compression::Gzip, &data), &file).expect("unpacks");
+    let metadata = file.metadata().expect("metadata");
+    assert_eq!(metadata.len(), 8 << 20);
+    assert!(metadata.blocks() * 512 < 1 << 20, "{} blocks", metadata.blocks());
+}

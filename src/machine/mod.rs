@@ -1,0 +1,283 @@
+//! The composition root: makes a machine out of a configuration, and runs it.
+
+pub mod console;
+pub mod kernel;
+mod run;
+
+pub use run::{Finish, RunError, run};
+
+use crate::config::{Pages, RunConfig, SerialTarget};
+use crate::exit::Handler;
+use crate::kvm::{KvmError, System, Vcpu, Vm};
+use crate::memory::{Backing, GuestRam, MemoryError};
+use crate::vcpu::Control;
+use console::{Input, Output, Seen, Watch};
+use hwvmm_arch::cpuid::{self, CpuidOptions};
+use hwvmm_arch::layout::{
+    KVM_IDENTITY_MAP, KVM_TSS, PORT_PVPANIC, PORT_SLEEP_CONTROL, RESET_VALUE, SLEEP_TYPE_S5, UARTS, ram_banks,
+};
+use hwvmm_arch::{Topology, acpi, lapic, msr};
+use hwvmm_devices::irq::IrqLine;
+use hwvmm_devices::legacy::{DebugExit, I8042, PostPort, Power, PvPanic, SerialPort, Watchdog};
+use hwvmm_devices::{BusBuilder, BusDevice, BusError};
+use kernel::cache::Cache;
+use kernel::{KernelError, Loaded};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// A machine cannot be made.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// KVM refuses.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initrd, command line.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// Two devices at one address.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// More vCPUs than the host's KVM has.
+    #[error("this host's KVM runs at most {max} vCPUs in a machine, not {asked}: give the guest fewer with -c")]
+    TooManyVcpus {
+        /// Asked for.
+        asked: u32,
+        /// There are.
+        max: usize,
+    },
+    /// The processor told by KVM lacks something.
+    #[error("this host's KVM does not have {0}, which --{1} needs")]
+    Missing(&'static str, &'static str),
+    /// A file for a UART's output.
+    #[error("cannot open {} for the serial port's output", .0.display())]
+    SerialFile(PathBuf, #[source] io::Error),
+    /// File descriptors.
+    #[error("cannot get a file descriptor")]
+    Fd(#[from] io::Error),
+}
+
+/// A machine that is ready to run.
+pub struct Machine {
+    /// vCPUs first: they hold on to guest memory by themselves, and are gone before the machine is.
+    vcpus: Vec<Vcpu>,
+    vm: Vm,
+    handler: Arc<Handler>,
+    control: Arc<Control>,
+    input: Option<Input>,
+    watchdog: Option<Arc<Watchdog>>,
+    ram: GuestRam,
+    loaded: Loaded,
+}
+
+/// What is the same in every start of a machine.
+pub struct Setup<'a> {
+    /// The configuration.
+    pub config: &'a RunConfig,
+    /// The pattern of `--expect`.
+    pub expect: Option<regex::bytes::Regex>,
+    /// What the consoles have said.
+    pub seen: Seen,
+    /// Whether stdin is a terminal in raw mode.
+    pub terminal: bool,
+    /// Told about what takes long.
+    pub progress: &'a dyn Fn(&str),
+}
+
+impl Machine {
+    /// Makes a machine: memory, devices, vCPUs, kernel.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn new(setup: &Setup<'_>, system: &System) -> Result<Self, MachineError> {
+        let config = setup.config;
+        let topology =
+            Topology { sockets: config.cpus.sockets, cores: config.cpus.cores, threads: config.cpus.threads };
+        let apic_ids: Vec<u32> = (0..topology.cpus()).map(|index| topology.apic_id(index)).collect();
+        check_vcpus(system, &apic_ids)?;
+
+        let ram = GuestRam::new(&ram_banks(config.memory.bytes), backing(config.memory.pages))?;
+        let uarts: Vec<(u16, u32)> =
+            UARTS.iter().zip(&config.serial).filter(|(_, port)| port.is_some()).map(|(uart, _)| *uart).collect();
+        let cache = config.kernel_cache.as_deref().map(Cache::new);
+        let loaded = kernel::load(
+            &kernel::Request {
+                kernel: &config.kernel,
+                initrd: config.initrd.as_deref(),
+                modules: &config.modules,
+                cmdline: &config.cmdline,
+                memory_bytes: config.memory.bytes,
+                unpack: config.unpack,
+                boot: config.boot,
+                cache: cache.as_ref(),
+                platform: acpi::Platform { apic_ids: &apic_ids, uarts: &uarts },
+                progress: setup.progress,
+            },
+            &ram,
+        )?;
+        let vm = create_vm(config, system, &ram)?;
+        let control = Arc::new(Control::new()?);
+        let devices = Devices::new(setup, &vm, &control)?;
+        let vcpus = create_vcpus(system, &vm, topology, &apic_ids, &loaded)?;
+        if config.memory.prefault {
+            prefault(&ram, &vcpus, config.memory.bytes)?;
+        }
+        let handler = Handler { pio: devices.pio.freeze(), mmio: BusBuilder::default().freeze() };
+        Ok(Self {
+            vcpus,
+            vm,
+            handler: Arc::new(handler),
+            control,
+            input: devices.input,
+            watchdog: devices.watchdog,
+            ram,
+            loaded,
+        })
+    }
+}
+
+fn backing(pages: Pages) -> Backing {
+    match pages.huge_bytes() {
+        Some(bytes) => Backing::HugeTlb(bytes),
+        None => Backing::Anonymous(pages == Pages::Transparent),
+    }
+}
+
+fn check_vcpus(system: &System, apic_ids: &[u32]) -> Result<(), MachineError> {
+    let asked = u32::try_from(apic_ids.len()).unwrap_or(u32::MAX);
+    let largest = apic_ids.last().copied().unwrap_or(0) as usize;
+    let max = system.max_vcpus();
+    if apic_ids.len() > max || largest >= system.max_vcpu_id() {
+        return Err(MachineError::TooManyVcpus { asked, max });
+    }
+    Ok(())
+}
+
+fn create_vm(config: &RunConfig, system: &System, ram: &GuestRam) -> Result<Vm, MachineError> {
+    let mut vm = system.create_vm()?;
+    vm.set_real_mode_pages(KVM_TSS, KVM_IDENTITY_MAP)?;
+    vm.set_memory(ram.clone())?;
+    vm.create_irqchip()?;
+    if config.trap_msrs {
+        vm.trap_unknown_msrs().map_err(|_| MachineError::Missing("X86_USER_SPACE_MSR (Linux 5.10)", "trap-msrs"))?;
+    }
+    Ok(vm)
+}
+
+fn create_vcpus(
+    system: &System,
+    vm: &Vm,
+    topology: Topology,
+    apic_ids: &[u32],
+    loaded: &Loaded,
+) -> Result<Vec<Vcpu>, MachineError> {
+    let supported = system.supported_cpuid()?;
+    let tsc_deadline = system.has_tsc_deadline();
+    let mut vcpus = Vec::with_capacity(apic_ids.len());
+    for (index, &apic_id) in apic_ids.iter().enumerate() {
+        let vcpu = vm.create_vcpu(apic_id)?;
+        let options = CpuidOptions { topology, apic_id, tsc_khz: vcpu.tsc_khz(), tsc_deadline };
+        vcpu.set_cpuid(&cpuid::for_vcpu(supported.as_slice(), &options))?;
+        vcpu.set_msrs(&msr::boot_msrs())?;
+        vcpu.update_lapic(lapic::set_boot_lints)?;
+        if index == 0 {
+            vcpu.update_sregs(|sregs| loaded.entry.apply(sregs))?;
+            vcpu.set_regs(&loaded.entry.regs())?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// Fills guest memory and, where KVM can, the nested page tables too.
+fn prefault(ram: &GuestRam, vcpus: &[Vcpu], memory_bytes: u64) -> Result<(), MachineError> {
+    ram.populate()?;
+    let Some(vcpu) = vcpus.first() else { return Ok(()) };
+    for (gpa, size) in ram_banks(memory_bytes) {
+        if let Err(error) = vcpu.pre_fault(gpa, size) {
+            log::info!("prefault: {error}: {}; the guest's first touches still exit", error.source);
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The devices, before the bus is frozen.
+struct Devices {
+    pio: BusBuilder,
+    input: Option<Input>,
+    watchdog: Option<Arc<Watchdog>>,
+}
+
+impl Devices {
+    fn new(setup: &Setup<'_>, vm: &Vm, control: &Arc<Control>) -> Result<Self, MachineError> {
+        let mut devices = Self { pio: BusBuilder::default(), input: None, watchdog: None };
+        for (index, target) in setup.config.serial.iter().enumerate() {
+            if let Some(target) = target {
+                devices.add_uart(index, target, setup, vm, control)?;
+            }
+        }
+        let i8042 = I8042::default();
+        devices.add(0x60, 1, "i8042 data", i8042.data_port())?;
+        devices.add(0x64, 1, "i8042 command", i8042.command_port())?;
+        devices.add(0x80, 1, "POST code", PostPort::default())?;
+        devices.add(PORT_PVPANIC, 1, "pvpanic", PvPanic)?;
+        devices.add(PORT_SLEEP_CONTROL, 3, "ACPI power", Power::new(SLEEP_TYPE_S5, RESET_VALUE))?;
+        if setup.config.debug_exit {
+            devices.add(0xf4, 4, "debug exit", DebugExit)?;
+        }
+        if setup.config.watchdog {
+            let watchdog = Arc::new(Watchdog::default());
+            devices.pio.insert(
+                Watchdog::BASE,
+                Watchdog::LEN,
+                "watchdog",
+                Arc::clone(&watchdog) as Arc<dyn BusDevice>,
+            )?;
+            devices.watchdog = Some(watchdog);
+        }
+        Ok(devices)
+    }
+
+    fn add(&mut self, port: u16, len: u64, name: &str, device: impl BusDevice + 'static) -> Result<(), BusError> {
+        self.pio.insert(u64::from(port), len, name, Arc::new(device))
+    }
+
+    fn add_uart(
+        &mut self,
+        index: usize,
+        target: &SerialTarget,
+        setup: &Setup<'_>,
+        vm: &Vm,
+        control: &Arc<Control>,
+    ) -> Result<(), MachineError> {
+        let Some(&(port, gsi)) = UARTS.get(index) else { return Ok(()) };
+        let interrupt = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        vm.register_irqfd(&interrupt, gsi)?;
+        let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let file = match target {
+            SerialTarget::Stdio => Some(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
+            SerialTarget::File(path) => {
+                Some(File::create(path).map_err(|error| MachineError::SerialFile(path.clone(), error))?)
+            }
+            SerialTarget::Null => None,
+        };
+        let watch = Watch::new(setup.expect.clone(), setup.seen.clone());
+        let output = Output::new(file, watch, Arc::clone(control));
+        let uart = Arc::new(SerialPort::new(IrqLine::new(interrupt), Box::new(output), Arc::clone(&wanted)));
+        if *target == SerialTarget::Stdio {
+            let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+            let uart = Arc::clone(&uart);
+            self.input = Some(Input::new(stdin, setup.terminal, uart, wanted, Arc::clone(control)));
+        }
+        self.pio.insert(u64::from(port), 8, format!("UART {}", index + 1), uart)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,185 @@
+//! Running a machine to its end: vCPU threads, the event loop, and what ends a run from outside.
+
+use super::{Machine, Setup};
+use crate::event_loop::{EventLoop, OnReadable};
+use crate::exit::{End, Handler};
+use crate::kvm::stats::{Reader, Stat};
+use crate::kvm::{Vcpu, Vm};
+use crate::memory::GuestRam;
+use crate::vcpu::{Control, Ended, Finished, Threads};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// How often the run is looked at for a guest that will never wake.
+const TICK: Duration = Duration::from_secs(1);
+/// Without KVM's statistics one cannot see that a guest does something; asking costs an exit.
+const BLIND_TICKS: u32 = 10;
+
+/// A run could not be carried out.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// Threads, event loop, signals.
+    #[error("cannot {0}")]
+    Io(&'static str, #[source] io::Error),
+}
+
+/// What a run leaves behind.
+pub struct Finish {
+    /// Why it ended, and where.
+    pub ended: Ended,
+    /// By vCPU.
+    pub vcpus: Vec<Finished>,
+    /// KVM's own figures of the machine, where it has them.
+    pub vm_stats: Option<Vec<Stat>>,
+    /// The same of each vCPU.
+    pub vcpu_stats: Vec<Option<Vec<Stat>>>,
+    /// The machine's devices.
+    pub handler: Arc<Handler>,
+    /// Guest memory.
+    pub ram: GuestRam,
+    /// CPU time of hwvmm from its start until the guest ran.
+    pub startup_cpu: Duration,
+    /// What was loaded.
+    pub description: &'static str,
+    /// How long the guest ran.
+    pub ran: Duration,
+    // Last: the machine goes when all that belongs to it has gone.
+    _vm: Vm,
+}
+
+const SIGNALS: [(i32, &str); 4] = [
+    (signal_hook::consts::SIGTERM, "SIGTERM"),
+    (signal_hook::consts::SIGINT, "SIGINT"),
+    (signal_hook::consts::SIGHUP, "SIGHUP"),
+    (signal_hook::consts::SIGQUIT, "SIGQUIT"),
+];
+
+/// Ends the run on the signals that end programs, so that the terminal is put back and the counts are shown.
+fn add_signals(event_loop: &mut EventLoop, control: &Arc<Control>) -> io::Result<Vec<signal_hook::SigId>> {
+    let mut ids = Vec::new();
+    for (number, name) in SIGNALS {
+        let (receiver, sender) = UnixStream::pair()?;
+        ids.push(signal_hook::low_level::pipe::register(number, sender)?);
+        let control = Arc::clone(control);
+        event_loop.add(Box::new(OnReadable::new(receiver, move |receiver: &UnixStream| {
+            let _ = rustix::io::read(receiver.as_fd(), &mut [0; 16]);
+            control.end(End::Signal(number, name), None);
+        })));
+    }
+    Ok(ids)
+}
+
+/// Sees when all vCPUs rest for good.
+struct RestWatch {
+    readers: Vec<Option<Reader>>,
+    exits: Vec<u64>,
+    asked: bool,
+    blind_ticks: u32,
+}
+
+impl RestWatch {
+    fn new(vcpus: &[Vcpu]) -> Self {
+        let reader = |vcpu: &Vcpu| vcpu.stats_fd().ok().and_then(|file| Reader::new(file).ok());
+        Self { readers: vcpus.iter().map(reader).collect(), exits: Vec::new(), asked: false, blind_ticks: 0 }
+    }
+
+    /// VM exits of each vCPU so far, or nothing where KVM does not tell.
+    fn count_exits(&self) -> Vec<u64> {
+        let exits = |reader: &Reader| {
+            let stats = reader.read().ok()?;
+            stats.iter().find(|stat| stat.name == "exits")?.values.first().copied()
+        };
+        self.readers.iter().filter_map(|reader| exits(reader.as_ref()?)).collect()
+    }
+
+    /// Once a tick: whether the guest will never run again. Its vCPUs are asked only where none has exited since the
+    /// last tick, and once until one does.
+    fn tick(&mut self, threads: &Threads) -> bool {
+        if self.asked && threads.all_rest() {
+            return true;
+        }
+        let exits = self.count_exits();
+        let blind = exits.is_empty();
+        self.blind_ticks += 1;
+        let quiet = if blind { self.blind_ticks.is_multiple_of(BLIND_TICKS) } else { exits == self.exits };
+        if !quiet {
+            self.asked = false;
+        } else if blind || !self.asked {
+            threads.ask_for_rest();
+            self.asked = true;
+        }
+        self.exits = exits;
+        false
+    }
+}
+
+fn cpu_time() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    Duration::new(seconds, u32::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+/// Runs a machine until the run ends.
+///
+/// # Errors
+/// Where threads or the event loop cannot be had.
+pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
+    let Machine { vcpus, vm, handler, control, input, watchdog, ram, loaded } = machine;
+    let mut event_loop = EventLoop::new().map_err(|error| RunError::Io("start the event loop", error))?;
+    let event = control.event().try_clone().map_err(|error| RunError::Io("copy an eventfd", error))?;
+    event_loop.add(Box::new(OnReadable::new(event, |event: &vmm_sys_util::eventfd::EventFd| {
+        let _ = event.read();
+    })));
+    if let Some(input) = input {
+        event_loop.add(Box::new(input));
+    }
+    let signals = add_signals(&mut event_loop, &control).map_err(|error| RunError::Io("catch signals", error))?;
+    let mut rest = RestWatch::new(&vcpus);
+
+    let startup_cpu = cpu_time();
+    let start = Instant::now();
+    log::debug!("{}: {:.1} ms of CPU time before the guest runs", loaded.description, startup_cpu.as_secs_f64() * 1e3);
+    let deadline = setup.config.timeout.map(|timeout| (start + timeout, timeout));
+    let threads = Threads::start(vcpus, &handler, &control, setup.config.stats.is_some())
+        .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
+    let mut next_tick = start + TICK;
+    let result = loop {
+        if control.ended().is_some() {
+            break Ok(());
+        }
+        let now = Instant::now();
+        let dog = watchdog.as_ref().and_then(|watchdog| watchdog.deadline());
+        if let Some((_, timeout)) = deadline.filter(|(at, _)| *at <= now) {
+            control.end(End::TimedOut(timeout), None);
+        } else if dog.is_some_and(|at| at <= now) {
+            control.end(End::Watchdog, None);
+        } else if next_tick <= now {
+            next_tick = now + TICK;
+            if rest.tick(&threads) {
+                control.end(End::Halted, None);
+            }
+        }
+        let next = [Some(next_tick), dog, deadline.map(|(at, _)| at)].into_iter().flatten().min().unwrap_or(next_tick);
+        if let Err(error) = event_loop.wait(next.saturating_duration_since(now)) {
+            break Err(RunError::Io("wait for events", error));
+        }
+    };
+    let ran = start.elapsed();
+    let finished = threads.stop();
+    for id in signals {
+        signal_hook::low_level::unregister(id);
+    }
+    result?;
+    let read = |file: Option<std::fs::File>| file.and_then(|file| Reader::new(file).ok()?.read().ok());
+    let vm_stats = read(vm.stats_fd().ok());
+    let vcpu_stats = finished.iter().map(|finished| read(finished.vcpu.stats_fd().ok())).collect();
+    let ended =
+        control.ended().unwrap_or(Ended { end: End::Failed("the run ended without a reason".into()), vcpu: None });
+    let ended = Ended { end: setup.seen.explain(ended.end), vcpu: ended.vcpu };
+    let description = loaded.description;
+    Ok(Finish { ended, vcpus: finished, vm_stats, vcpu_stats, handler, ram, startup_cpu, description, ran, _vm: vm })
+}

@@ -1,0 +1,7 @@
+//! The `hwvmm` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    hwvmm::cli::main()
+}

@@ -1,0 +1,255 @@
+//! Guest memory: anonymous mappings, aligned so that huge pages fit on both sides (gpa and hva).
+
+use std::io;
+use std::sync::Arc;
+use thiserror::Error;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+/// How the mappings are backed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// Small pages; with `true`, transparent huge pages are asked for.
+    Anonymous(bool),
+    /// hugetlbfs pages of this many bytes.
+    HugeTlb(u64),
+}
+
+/// Guest memory cannot be had.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// The size is no multiple of the huge page's.
+    #[error(
+        "with huge pages of {page} bytes each bank of guest memory must be a multiple of that, and {size} bytes is not"
+    )]
+    NotMultiple {
+        /// Bytes of a huge page.
+        page: u64,
+        /// Bytes of the bank.
+        size: u64,
+    },
+    /// The host refuses to map it.
+    #[error("cannot map {size} bytes of guest memory{}", remedy(.page))]
+    Map {
+        /// Bytes of the bank.
+        size: u64,
+        /// Bytes of a huge page, where they were asked for.
+        page: Option<u64>,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// vm-memory refuses the mapping.
+    #[error("cannot use {size} bytes of guest memory: {what}")]
+    Region {
+        /// Bytes of the bank.
+        size: u64,
+        /// Why.
+        what: String,
+    },
+    /// Filling failed.
+    #[error("cannot fill {size} bytes of guest memory: is there enough free memory?")]
+    Populate {
+        /// Bytes.
+        size: u64,
+        /// The system's words.
+        source: io::Error,
+    },
+}
+
+fn remedy(page: &Option<u64>) -> String {
+    match page {
+        None => ": give the guest less with -m, or see `ulimit -v` and vm.overcommit_memory".into(),
+        Some(bytes) => format!(
+            ": reserve huge pages first (echo NUMBER > /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages), or \
+             leave hugepages= away",
+            bytes >> 10
+        ),
+    }
+}
+
+const ALIGNMENT: u64 = 2 << 20;
+const PAGE: usize = 4096;
+
+/// A mapping that is unmapped when it goes.
+struct Mapping {
+    address: *mut libc::c_void,
+    bytes: usize,
+}
+
+// SAFETY: the pointer is only an address to unmap; nothing is read or written through it here.
+unsafe impl Send for Mapping {}
+// SAFETY: as above, and no method takes `&self`.
+unsafe impl Sync for Mapping {}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `map_aligned` and belongs to this value alone. Everything that points into it
+        // (`GuestRam::memory`, KVM's slots) is declared before it wherever the two are kept together, so is gone.
+        unsafe { libc::munmap(self.address, self.bytes) };
+    }
+}
+
+/// The guest's memory. Clones share it; it is unmapped with the last.
+#[derive(Clone)]
+pub struct GuestRam {
+    memory: GuestMemoryMmap,
+    mappings: Arc<Vec<Mapping>>,
+}
+
+impl GuestRam {
+    /// Maps `banks` (gpa, size in bytes; sizes multiples of 4 KiB).
+    ///
+    /// # Errors
+    /// [`MemoryError`], with its remedy.
+    pub fn new(banks: &[(u64, u64)], backing: Backing) -> Result<Self, MemoryError> {
+        let (mut mappings, mut regions) = (Vec::new(), Vec::new());
+        for &(gpa, size) in banks {
+            let other = |what: String| MemoryError::Region { size, what };
+            let bytes = usize::try_from(size).map_err(|e| other(e.to_string()))?;
+            let mapping = map(bytes, backing)?;
+            // SAFETY: the range is mapped readable and writable, page-aligned, and `mappings` keeps it as long as the
+            // region's owner, `GuestRam`, lives.
+            let region = unsafe {
+                MmapRegion::build_raw(
+                    mapping.address.cast(),
+                    bytes,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                )
+            };
+            mappings.push(mapping);
+            let region = region.map_err(|error| other(error.to_string()))?;
+            let region = GuestRegionMmap::new(region, GuestAddress(gpa));
+            regions.push(region.ok_or_else(|| other("it ends beyond the address space".into()))?);
+        }
+        let memory = GuestMemoryMmap::from_regions(regions)
+            .map_err(|error| MemoryError::Region { size: 0, what: error.to_string() })?;
+        Ok(Self { memory, mappings: Arc::new(mappings) })
+    }
+
+    /// The memory, for reading, writing and KVM's slots.
+    #[must_use]
+    pub fn get(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// Has the host fill all pages now (Linux 5.14; before, each page is touched).
+    ///
+    /// # Errors
+    /// Where the host has not enough memory.
+    pub fn populate(&self) -> Result<(), MemoryError> {
+        for mapping in self.mappings.iter() {
+            // SAFETY: the range is this value's mapping; MADV_POPULATE_WRITE changes no contents.
+            let result = unsafe { libc::madvise(mapping.address, mapping.bytes, libc::MADV_POPULATE_WRITE) };
+            if result == 0 {
+                continue;
+            }
+            let source = io::Error::last_os_error();
+            if source.raw_os_error() != Some(libc::EINVAL) {
+                return Err(MemoryError::Populate { size: mapping.bytes as u64, source });
+            }
+            touch(mapping);
+        }
+        Ok(())
+    }
+
+    /// The host addresses of the mappings: first byte and length.
+    pub fn host_ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.mappings.iter().map(|mapping| (mapping.address as u64, mapping.bytes as u64))
+    }
+}
+
+/// Writes the first byte of each page with what it holds: no guest runs yet.
+fn touch(mapping: &Mapping) {
+    let base = mapping.address.cast::<u8>();
+    for offset in (0..mapping.bytes).step_by(PAGE) {
+        // SAFETY: `offset` is within the mapping, which is readable and writable; volatile because the guest's memory
+        // is no Rust object.
+        unsafe {
+            let byte = base.add(offset);
+            byte.write_volatile(byte.read_volatile());
+        }
+    }
+}
+
+fn map(bytes: usize, backing: Backing) -> Result<Mapping, MemoryError> {
+    let size = bytes as u64;
+    match backing {
+        Backing::Anonymous(transparent) => {
+            let mapping = map_aligned(bytes).map_err(|source| MemoryError::Map { size, page: None, source })?;
+            let advice = if transparent { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+            // SAFETY: the range is the mapping just made. A kernel without huge pages refuses, which does no harm.
+            if unsafe { libc::madvise(mapping.address, bytes, advice) } != 0 {
+                log::debug!("transparent huge pages: {}", io::Error::last_os_error());
+            }
+            Ok(mapping)
+        }
+        Backing::HugeTlb(page) => {
+            if !size.is_multiple_of(page) {
+                return Err(MemoryError::NotMultiple { page, size });
+            }
+            let log2 = i32::try_from(page.trailing_zeros()).unwrap_or(21);
+            let flags = libc::MAP_HUGETLB | log2 << libc::MAP_HUGE_SHIFT;
+            let address =
+                map_anonymous(bytes, flags).map_err(|source| MemoryError::Map { size, page: Some(page), source })?;
+            Ok(Mapping { address, bytes })
+        }
+    }
+}
+
+fn map_anonymous(bytes: usize, flags: i32) -> io::Result<*mut libc::c_void> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags;
+    // SAFETY: a new anonymous mapping at an address of the kernel's choice touches nothing that exists.
+    let address = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address) }
+}
+
+/// Maps `bytes` at a multiple of 2 MiB: more than needed, then the ends go back.
+fn map_aligned(bytes: usize) -> io::Result<Mapping> {
+    let alignment = usize::try_from(ALIGNMENT).unwrap_or(PAGE);
+    let whole = bytes.checked_add(alignment).ok_or(io::ErrorKind::InvalidInput)?;
+    let start = map_anonymous(whole, libc::MAP_NORESERVE)?;
+    let before = start.addr().next_multiple_of(alignment) - start.addr();
+    let address = start.wrapping_byte_add(before);
+    let after = whole - before - bytes;
+    // SAFETY: both ranges are ends of the mapping just made, in whole pages (`bytes` is, so are both alignments), and
+    // nobody knows of them. Lengths of 0 are left out.
+    unsafe {
+        if before > 0 {
+            libc::munmap(start, before);
+        }
+        if after > 0 {
+            libc::munmap(address.wrapping_byte_add(bytes), after);
+        }
+    }
+    Ok(Mapping { address, bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryBackend};
+
+    #[test]
+    fn banks_are_aligned_and_usable_to_the_last_byte() {
+        let banks = [(0, 4 << 20), (1 << 32, 12 << 10)];
+        let ram = GuestRam::new(&banks, Backing::Anonymous(true)).expect("16 MiB");
+        for (address, _) in ram.host_ranges() {
+            assert!(address.is_multiple_of(ALIGNMENT));
+        }
+        for (gpa, size) in banks {
+            ram.get().write_obj(0x5a_u8, GuestAddress(gpa + size - 1)).expect("last byte");
+            assert!(ram.get().write_obj(0_u8, GuestAddress(gpa + size)).is_err());
+        }
+        ram.populate().expect("populated");
+        assert_eq!(ram.get().read_obj::<u8>(GuestAddress((4 << 20) - 1)).expect("kept"), 0x5a);
+        assert_eq!(ram.get().num_regions(), 2);
+    }
+
+    #[test]
+    fn huge_pages_that_do_not_divide_or_exist_are_explained() {
+        let error = GuestRam::new(&[(0, 3 << 20)], Backing::HugeTlb(2 << 20)).err().expect("not a multiple");
+        assert!(matches!(error, MemoryError::NotMultiple { .. }));
+        let error = GuestRam::new(&[(0, 1 << 45)], Backing::HugeTlb(1 << 30)).err().expect("too many");
+        assert!(error.to_string().contains("nr_hugepages"), "{error}");
+    }
+}

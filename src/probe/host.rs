@@ -1,0 +1,147 @@
+//! What the host says of itself: KVM's module, its MMU, nesting, huge pages.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// How KVM translates guest addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mmu {
+    /// By the hardware, with nested page tables (NPT, EPT).
+    Nested,
+    /// With shadow page tables.
+    Shadow,
+    /// It does not say.
+    Unknown,
+}
+
+impl Mmu {
+    /// For people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nested => "nested paging",
+            Self::Shadow => "shadow paging",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// The host, as /sys and /proc show it below `root`.
+pub struct Host {
+    root: PathBuf,
+}
+
+const MODULES: [&str; 3] = ["kvm_amd", "kvm_intel", "kvm_pvm"];
+
+impl Host {
+    /// The host below `root`: "/" but in tests.
+    #[must_use]
+    pub fn at(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
+    fn read(&self, path: &str) -> Option<String> {
+        fs::read_to_string(self.root.join(path)).ok().map(|text| text.trim().to_owned())
+    }
+
+    /// KVM's vendor module, built in or loaded.
+    #[must_use]
+    pub fn vendor_module(&self) -> Option<&'static str> {
+        MODULES.into_iter().find(|name| self.root.join("sys/module").join(name).is_dir())
+    }
+
+    /// The MMU that the module uses.
+    #[must_use]
+    pub fn mmu(&self) -> Mmu {
+        let parameter = match self.vendor_module() {
+            Some("kvm_amd") => "npt",
+            Some("kvm_intel") => "ept",
+            Some(_) => return Mmu::Shadow,
+            None => return Mmu::Unknown,
+        };
+        let module = self.vendor_module().unwrap_or_default();
+        match self.read(&format!("sys/module/{module}/parameters/{parameter}")).as_deref() {
+            Some("Y" | "1") => Mmu::Nested,
+            Some("N" | "0") => Mmu::Shadow,
+            _ => Mmu::Unknown,
+        }
+    }
+
+    /// Whether this host is a virtual machine itself.
+    #[must_use]
+    pub fn is_virtual(&self) -> bool {
+        self.has_cpu_flag("hypervisor")
+    }
+
+    /// Whether its processor offers virtualization to the kernel.
+    #[must_use]
+    pub fn has_virtualization(&self) -> bool {
+        self.has_cpu_flag("svm") || self.has_cpu_flag("vmx")
+    }
+
+    fn has_cpu_flag(&self, flag: &str) -> bool {
+        let info = self.read("proc/cpuinfo").unwrap_or_default();
+        let line = info.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+        line.split_whitespace().any(|word| word == flag)
+    }
+
+    /// How transparent huge pages are set: "always", "madvise" or "never".
+    #[must_use]
+    pub fn transparent_huge_pages(&self) -> Option<String> {
+        let text = self.read("sys/kernel/mm/transparent_hugepage/enabled")?;
+        let chosen = text.split_once('[')?.1.split_once(']')?.0;
+        Some(chosen.to_owned())
+    }
+
+    /// Free huge pages: (size in KiB, free, reserved in all), smallest first.
+    #[must_use]
+    pub fn huge_pages(&self) -> Vec<(u64, u64, u64)> {
+        let folder = "sys/kernel/mm/hugepages";
+        let Ok(entries) = fs::read_dir(self.root.join(folder)) else { return Vec::new() };
+        let mut found: Vec<_> = entries
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                let kib = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+                let number = |file| self.read(&format!("{folder}/{name}/{file}"))?.parse().ok();
+                Some((kib, number("free_hugepages")?, number("nr_hugepages")?))
+            })
+            .collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// The running kernel's version.
+    #[must_use]
+    pub fn kernel(&self) -> String {
+        self.read("proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn module_mmu_and_pages_are_read() {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        let put = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+            fs::write(path, text).expect("written");
+        };
+        let host = Host::at(root.path());
+        assert_eq!((host.vendor_module(), host.mmu(), host.is_virtual()), (None, Mmu::Unknown, false));
+        put("sys/module/kvm_intel/parameters/ept", "N\n");
+        put("proc/cpuinfo", "processor\t: 0\nflags\t\t: fpu vmx hypervisor\n");
+        put("sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n");
+        put("sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "3\n");
+        put("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "4\n");
+        assert_eq!((host.vendor_module(), host.mmu()), (Some("kvm_intel"), Mmu::Shadow));
+        assert!(host.is_virtual() && host.has_virtualization());
+        assert_eq!(host.transparent_huge_pages().as_deref(), Some("madvise"));
+        assert_eq!(host.huge_pages(), [(2048, 3, 4)]);
+        put("sys/module/kvm_amd/parameters/npt", "1\n");
+        assert_eq!(host.mmu(), Mmu::Nested);
+    }
+}

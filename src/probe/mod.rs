@@ -1,0 +1,7 @@
+//! What this host can do, found out by trying: nothing is believed that a throw-away vCPU has not done.
+
+mod host;
+mod trial;
+
+pub use host::{Host, Mmu};
+pub use trial::{Failure, STEPS, Trial, run as run_trial};

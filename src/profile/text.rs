@@ -1,0 +1,134 @@
+//! The counts of a run, as tables for people; 100 columns at most.
+
+use super::stats::{DeviceCount, RunStats};
+use std::fmt;
+
+/// KVM's figures that tell most, in this order; the others that are not 0 follow.
+const FIRST: [&str; 12] = [
+    "exits",
+    "io_exits",
+    "mmio_exits",
+    "halt_exits",
+    "irq_exits",
+    "signal_exits",
+    "pf_taken",
+    "pf_fixed",
+    "pf_emulate",
+    "tlb_flush",
+    "irq_injections",
+    "insn_emulation",
+];
+/// Rows of the device table before the rest is summed up.
+const DEVICE_ROWS: usize = 24;
+
+fn milliseconds(ns: u64) -> f64 {
+    std::time::Duration::from_nanos(ns).as_secs_f64() * 1e3
+}
+
+fn share(part: u64, whole: u64) -> String {
+    if whole == 0 {
+        return "-".into();
+    }
+    // Tenths of a per cent, rounded, in whole numbers.
+    let tenths = (part * 1000 + whole / 2) / whole;
+    format!("{}.{} %", tenths / 10, tenths % 10)
+}
+
+impl fmt::Display for RunStats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let exits = &self.userspace_exits;
+        writeln!(f, "userspace exits: {} (KVM_RUN came back to hwvmm)", exits.total)?;
+        let mut reasons: Vec<_> = exits.by_reason.iter().collect();
+        reasons.sort_by_key(|(_, count)| std::cmp::Reverse(count.count));
+        if !reasons.is_empty() {
+            writeln!(f, "  {:<18} {:>10} {:>8} {:>14}", "reason", "count", "share", "in hwvmm, ms")?;
+        }
+        for (name, reason) in reasons {
+            let (part, ms) = (share(reason.count, exits.total), milliseconds(reason.handler_ns));
+            writeln!(f, "  {name:<18} {:>10} {part:>8} {ms:>14.3}", reason.count)?;
+        }
+        if !exits.by_device.is_empty() {
+            writeln!(f, "  {:<18} {:<12} {:>10} {:>10} {:>8}", "device", "address", "reads", "writes", "share")?;
+        }
+        for device in exits.by_device.iter().take(DEVICE_ROWS) {
+            let part = share(device.reads + device.writes, exits.total);
+            let (name, address) = (device_name(device), format!("{} {:#x}", device.bus, device.address));
+            writeln!(f, "  {name:<18} {address:<12} {:>10} {:>10} {part:>8}", device.reads, device.writes)?;
+        }
+        let rest: u64 = exits.by_device.iter().skip(DEVICE_ROWS).map(|d| d.reads + d.writes).sum();
+        if rest + exits.beyond > 0 {
+            writeln!(f, "  and {} more at other addresses", rest + exits.beyond)?;
+        }
+        self.kvm(f)?;
+        if let Some(memory) = &self.memory {
+            writeln!(
+                f,
+                "memory: guest {} KiB, hwvmm {} KiB ({} KiB its own)",
+                memory.guest_kib, memory.vmm_kib, memory.vmm_private_kib
+            )?;
+        }
+        write!(
+            f,
+            "time: {:.1} ms of CPU to the first KVM_RUN; the guest ran {:.1} ms",
+            milliseconds(self.startup_cpu_ns),
+            milliseconds(self.ran_ns)
+        )
+    }
+}
+
+fn device_name(device: &DeviceCount) -> &str {
+    match (&device.device, device.bus) {
+        (Some(name), _) => name,
+        (None, "msr") => "(unknown MSR)",
+        (None, _) => "(nobody there)",
+    }
+}
+
+impl RunStats {
+    fn kvm(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(kvm) = &self.kvm else {
+            return writeln!(f, "KVM's own figures: none (KVM_GET_STATS_FD needs Linux 5.14)");
+        };
+        writeln!(f, "KVM's own figures (VM exits are the hardware's; most never reach hwvmm):")?;
+        let mut names: Vec<&str> = FIRST.into_iter().filter(|name| kvm.contains_key(*name)).collect();
+        names.extend(kvm.iter().filter(|(n, v)| **v > 0 && !FIRST.contains(&n.as_str())).map(|(n, _)| n.as_str()));
+        for row in names.chunks(3) {
+            let cells: Vec<String> = row.iter().map(|name| format!("{name:<20} {:>9}", kvm[*name])).collect();
+            writeln!(f, "  {}", cells.join("  ").trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::stats::{ReasonCount, SCHEMA, UserspaceExits};
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn the_tables_say_which_exits_they_count_and_fit_100_columns() {
+        let stats = RunStats {
+            schema: SCHEMA,
+            end: "the guest powered off".into(),
+            status: 0,
+            boot: "",
+            starts: 1,
+            vcpus: 1,
+            ran_ns: 2_500_000,
+            startup_cpu_ns: 1_000_000,
+            userspace_exits: UserspaceExits {
+                total: 3,
+                by_reason: BTreeMap::from([("pio_out", ReasonCount { count: 3, handler_ns: 1000 })]),
+                by_device: vec![DeviceCount { bus: "pio", address: 0x61, device: None, reads: 1, writes: 2 }],
+                beyond: 0,
+            },
+            kvm: Some(BTreeMap::from([("exits".into(), 123_456_789), ("tlb_flush".into(), 2), ("zero".into(), 0)])),
+            memory: None,
+        };
+        let text = stats.to_string();
+        assert!(text.contains("userspace exits: 3") && text.contains("100.0 %"), "{text}");
+        assert!(text.contains("(nobody there)") && text.contains("123456789") && !text.contains("zero"), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= 100));
+    }
+}

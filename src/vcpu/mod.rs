@@ -1,0 +1,7 @@
+//! vCPUs: the run loop, and one thread for each.
+
+mod run_loop;
+mod threads;
+
+pub use run_loop::{Records, Stop, run};
+pub use threads::{Control, Ended, Finished, Threads};

@@ -1,0 +1,57 @@
+//! The run loop: the only place that runs a guest, and the only place that counts.
+
+use crate::exit::recent::Detail;
+use crate::exit::{Counters, End, ExitReason, Handler, Outcome, Profiler, Recent, Snapshot};
+use crate::kvm::KvmError;
+use crate::kvm::vcpu::Running;
+
+/// Why the loop was left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The guest, or KVM, ended the run.
+    End(End),
+    /// Somebody else did, and kicked this vCPU.
+    Asked,
+}
+
+/// What the loop writes down.
+pub struct Records<P> {
+    /// Counts.
+    pub counters: Counters,
+    /// The last exits.
+    pub recent: Recent,
+    /// Measurements.
+    pub profiler: P,
+}
+
+/// Runs a vCPU until the run ends. `kicked` is called after each kick and says whether to stop.
+///
+/// # Errors
+/// Where KVM_RUN itself fails.
+pub fn run<P: Profiler>(
+    vcpu: &mut Running<'_>,
+    handler: &Handler,
+    records: &mut Records<P>,
+    mut kicked: impl FnMut(&mut Running<'_>) -> bool,
+) -> Result<Stop, KvmError> {
+    loop {
+        let mut exit = vcpu.run()?;
+        let reason = ExitReason::of(&exit);
+        let stamp = records.profiler.stamp();
+        let handled = handler.handle(&mut exit);
+        records.profiler.record(reason, stamp);
+        records.counters.record(reason, handled.route);
+        let detail = Detail::of(&exit);
+        records.recent.push(Snapshot { reason, detail, rip: vcpu.vcpu().synced_rip() });
+        match handled.outcome {
+            Outcome::Continue => {}
+            Outcome::Kicked => {
+                vcpu.clear_kick();
+                if kicked(vcpu) {
+                    return Ok(Stop::Asked);
+                }
+            }
+            Outcome::End(end) => return Ok(Stop::End(end)),
+        }
+    }
+}

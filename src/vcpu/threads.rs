@@ -1,0 +1,244 @@
+//! One thread a vCPU: started together, kicked, asked whether they rest, stopped and joined.
+
+use super::run_loop::{Records, Stop, run};
+use crate::exit::{Counters, End, ExitReason, Handler, HandlerTime, NoProfile, Profiler, Recent};
+use crate::kvm::kick::{self, KickTarget};
+use crate::kvm::vcpu::{Rest, Running};
+use crate::kvm::{KvmError, Vcpu};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use vmm_sys_util::eventfd::EventFd;
+
+/// How often a vCPU that does not come out is kicked again: it may just have entered a system call.
+const KICK_AGAIN: Duration = Duration::from_millis(1);
+
+/// The end of a run and the vCPU it happened on, where it happened on one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Why.
+    pub end: End,
+    /// The vCPU's index.
+    pub vcpu: Option<usize>,
+}
+
+/// Shared by all that can end a run: the first end counts.
+pub struct Control {
+    ended: Mutex<Option<Ended>>,
+    stop: AtomicBool,
+    event: EventFd,
+    /// Raised to have each vCPU publish whether it rests.
+    inspection: AtomicU64,
+}
+
+impl Control {
+    /// A run that has not ended.
+    ///
+    /// # Errors
+    /// Where no eventfd can be had.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            ended: Mutex::new(None),
+            stop: AtomicBool::new(false),
+            event: EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)?,
+            inspection: AtomicU64::new(0),
+        })
+    }
+
+    /// Ends the run, unless it has ended already.
+    pub fn end(&self, end: End, vcpu: Option<usize>) {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(Ended { end, vcpu });
+        if let Err(error) = self.event.write(1) {
+            log::error!("cannot wake the event loop: {error}");
+        }
+    }
+
+    /// The end, once there is one.
+    #[must_use]
+    pub fn ended(&self) -> Option<Ended> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Readable once the run has ended.
+    #[must_use]
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// Whether everybody should stop what they are doing.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+}
+
+/// What a vCPU's thread leaves behind.
+pub struct Finished {
+    /// Counts.
+    pub counters: Counters,
+    /// The last exits.
+    pub recent: Recent,
+    /// Nanoseconds in the handler by reason, where they were measured.
+    pub handler_ns: Option<[u64; ExitReason::COUNT]>,
+    /// RIP when the thread stopped, where it could be read.
+    pub rip: Option<u64>,
+    /// The vCPU, for a last look at its statistics.
+    pub vcpu: Vcpu,
+}
+
+/// What a thread shows to the outside.
+struct Shown {
+    target: Mutex<Option<KickTarget>>,
+    inspected: AtomicU64,
+    rest: AtomicU8,
+}
+
+struct Thread {
+    shown: Arc<Shown>,
+    handle: JoinHandle<Finished>,
+}
+
+/// The vCPU threads of a running machine.
+pub struct Threads {
+    threads: Vec<Thread>,
+    control: Arc<Control>,
+}
+
+const AWAKE: u8 = 0;
+const HALTED: u8 = 1;
+const NOT_STARTED: u8 = 2;
+
+impl Threads {
+    /// Starts all vCPUs. With `timed`, the time in the handler is measured.
+    ///
+    /// # Errors
+    /// Where a thread cannot be started; those that run already are stopped.
+    pub fn start(vcpus: Vec<Vcpu>, handler: &Arc<Handler>, control: &Arc<Control>, timed: bool) -> io::Result<Self> {
+        kick::install()?;
+        let mut threads = Self { threads: Vec::new(), control: Arc::clone(control) };
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let shown =
+                Arc::new(Shown { target: Mutex::new(None), inspected: AtomicU64::new(0), rest: AtomicU8::new(AWAKE) });
+            let work =
+                Work { index, shown: Arc::clone(&shown), handler: Arc::clone(handler), control: Arc::clone(control) };
+            let body = move || if timed { work.run(vcpu, HandlerTime::default()) } else { work.run(vcpu, NoProfile) };
+            match std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(256 << 10).spawn(body) {
+                Ok(handle) => threads.threads.push(Thread { shown, handle }),
+                Err(error) => {
+                    threads.stop();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(threads)
+    }
+
+    fn kick(thread: &Thread) {
+        if let Some(target) = *thread.shown.target.lock().unwrap_or_else(PoisonError::into_inner) {
+            target.kick();
+        }
+    }
+
+    /// Has every vCPU say whether it rests. Costs one exit a vCPU.
+    pub fn ask_for_rest(&self) {
+        self.control.inspection.fetch_add(1, Ordering::AcqRel);
+        self.threads.iter().for_each(Self::kick);
+    }
+
+    /// Whether all vCPUs have answered the last question, and none of them will ever run again.
+    #[must_use]
+    pub fn all_rest(&self) -> bool {
+        let asked = self.control.inspection.load(Ordering::Acquire);
+        let state = |thread: &Thread| {
+            let answered = thread.shown.inspected.load(Ordering::Acquire) == asked;
+            answered.then(|| thread.shown.rest.load(Ordering::Acquire))
+        };
+        asked > 0
+            && self.threads.iter().all(|thread| matches!(state(thread), Some(HALTED | NOT_STARTED)))
+            && self.threads.iter().any(|thread| state(thread) == Some(HALTED))
+    }
+
+    /// Stops all vCPUs and takes what they leave.
+    pub fn stop(self) -> Vec<Finished> {
+        self.control.stop.store(true, Ordering::Release);
+        let mut finished = Vec::new();
+        for thread in self.threads {
+            while !thread.handle.is_finished() {
+                Self::kick(&thread);
+                std::thread::sleep(KICK_AGAIN);
+            }
+            match thread.handle.join() {
+                Ok(result) => finished.push(result),
+                Err(_) => log::error!("a vCPU's thread panicked: this is a bug in hwvmm"),
+            }
+        }
+        finished
+    }
+}
+
+/// Ends the run should the thread panic: the others would wait for it for ever.
+struct EndOnPanic<'a>(&'a Work);
+
+impl Drop for EndOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let what = format!("the thread of vCPU {} panicked: this is a bug in hwvmm", self.0.index);
+            self.0.control.end(End::Failed(what), Some(self.0.index));
+        }
+    }
+}
+
+/// What a vCPU's thread works with.
+struct Work {
+    index: usize,
+    shown: Arc<Shown>,
+    handler: Arc<Handler>,
+    control: Arc<Control>,
+}
+
+impl Work {
+    fn run<P: Profiler>(self, mut vcpu: Vcpu, profiler: P) -> Finished {
+        *self.shown.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(KickTarget::current());
+        let counters = Counters::new(&self.handler.pio, &self.handler.mmio);
+        let _guard = EndOnPanic(&self);
+        let mut records = Records { counters, recent: Recent::default(), profiler };
+        let rip = {
+            let mut running = vcpu.enter();
+            let stopped = if self.control.is_stopping() {
+                Ok(Stop::Asked)
+            } else {
+                run(&mut running, &self.handler, &mut records, |running| self.kicked(running))
+            };
+            match stopped {
+                Ok(Stop::Asked) => {}
+                Ok(Stop::End(end)) => self.control.end(end, Some(self.index)),
+                Err(error) => self.control.end(self.failure(&error), Some(self.index)),
+            }
+            running.vcpu().regs().ok().map(|regs| regs.rip)
+        };
+        *self.shown.target.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let Records { counters, recent, profiler } = records;
+        Finished { counters, recent, handler_ns: profiler.handler_ns(), rip, vcpu }
+    }
+
+    /// After a kick: publishes whether the vCPU rests, where asked; whether to stop.
+    fn kicked(&self, running: &mut Running<'_>) -> bool {
+        let asked = self.control.inspection.load(Ordering::Acquire);
+        if self.shown.inspected.load(Ordering::Acquire) != asked {
+            let rest = match running.vcpu().rest() {
+                Ok(Rest::HaltedForGood) => HALTED,
+                Ok(Rest::NotStarted) => NOT_STARTED,
+                Ok(Rest::Awake) | Err(_) => AWAKE,
+            };
+            self.shown.rest.store(rest, Ordering::Release);
+            self.shown.inspected.store(asked, Ordering::Release);
+        }
+        self.control.is_stopping()
+    }
+
+    fn failure(&self, error: &KvmError) -> End {
+        End::Kvm(format!("KVM_RUN of vCPU {} failed: {}", self.index, error.source))
+    }
+}
