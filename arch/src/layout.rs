@@ -22,7 +22,9 @@ pub const MULTIBOOT_INFO: u64 = 0x9_0000;
 /// The ACPI root pointer: in the area that ACPI 6.5 §5.2.5.1 has the guest scan; the tables follow.
 pub const ACPI_RSDP: u64 = 0xe_0000;
 /// The end of the ACPI area.
-pub const ACPI_END: u64 = HIGH_RAM_START;
+pub const ACPI_END: u64 = RESET_VECTOR;
+/// Where a PC's firmware starts after a reset, as real mode reaches it (F000:FFF0).
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where a bzImage's protected-mode code is loaded when the guest unpacks itself (`code32_start`).
 pub const BZIMAGE_LOAD: u64 = HIGH_RAM_START;
 
@@ -50,6 +52,19 @@ pub const PORT_RESET: u16 = 0x602;
 pub const RESET_VALUE: u8 = 1;
 /// The sleep type of the soft-off state S5, as the DSDT's `_S5` tells it.
 pub const SLEEP_TYPE_S5: u8 = 5;
+/// All the firmware there is: real-mode code for [`RESET_VECTOR`] that resets the machine. A kernel on a
+/// hardware-reduced ACPI platform expects UEFI to reset it; without UEFI it jumps to the BIOS, which is this.
+pub const RESET_CODE: [u8; 9] = [
+    0xba,
+    PORT_RESET.to_le_bytes()[0],
+    PORT_RESET.to_le_bytes()[1], // mov $PORT_RESET,%dx
+    0xb0,
+    RESET_VALUE, // mov $RESET_VALUE,%al
+    0xee,        // out %al,(%dx)
+    0xf4,        // hlt
+    0xeb,
+    0xfd, // jmp to the hlt
+];
 /// The paravirtual panic port (the same as QEMU's).
 pub const PORT_PVPANIC: u16 = 0x505;
 

@@ -72,7 +72,7 @@ pub enum Unpack {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BootProtocol {
-    /// PVH for an ELF kernel with its note, Linux' 64-bit protocol else.
+    /// PVH for an ELF kernel with its note; Linux' 64-bit protocol else, and for a bzImage.
     #[default]
     Auto,
     /// PVH.

@@ -129,6 +129,8 @@ impl Loader<'_> {
         self.segments(file, elf, HIGH_RAM_START)?;
         let pvh = match (self.request.boot, elf.pvh_entry) {
             (BootProtocol::Linux64, _) => None,
+            // A bzImage's setup header says what PVH cannot, and the kernel's PVH entry looks for Xen: 256 CPUIDs.
+            (BootProtocol::Auto, _) if image.is_some() => None,
             (BootProtocol::Pvh, None) => {
                 let why = "has no PVH note (CONFIG_PVH)";
                 return Err(KernelError::Protocol { path: self.path(), asked: "pvh", why });
@@ -273,7 +275,7 @@ impl Loader<'_> {
         self.write("the command line", CMDLINE, &text)
     }
 
-    /// GDT, page tables and ACPI tables.
+    /// GDT, page tables, ACPI tables, and what there is of firmware.
     fn tables(&self, entry: &Entry) -> Result<(), KernelError> {
         let gdt: Vec<u8> = gdt::boot_gdt(entry.is_long()).iter().flat_map(|d| d.to_le_bytes()).collect();
         self.write("the GDT", layout::BOOT_GDT, &gdt)?;
@@ -285,6 +287,7 @@ impl Loader<'_> {
             }
             self.write("the page tables", layout::BOOT_PML4, &tables)?;
         }
+        self.write("the reset code", layout::RESET_VECTOR, &layout::RESET_CODE)?;
         for table in acpi::tables(&self.request.platform)? {
             self.write("the ACPI tables", table.address, &table.bytes)?;
         }

@@ -1,0 +1,238 @@
+//! Tiny guests: a few instructions each, assembled with the tests, whose exits can be counted by hand.
+
+/// Assembles instructions (AT&T syntax) and makes them a function that gives their bytes.
+macro_rules! payload {
+    ($name:ident, $bits:literal, $($line:literal),* $(,)?) => {
+        std::arch::global_asm!(
+            ".pushsection .rodata",
+            concat!(".globl guest_", stringify!($name), "_start"),
+            concat!(".globl guest_", stringify!($name), "_end"),
+            $bits,
+            concat!("guest_", stringify!($name), "_start:"),
+            $($line,)*
+            concat!("guest_", stringify!($name), "_end:"),
+            ".code64",
+            ".popsection",
+            options(att_syntax)
+        );
+
+        pub fn $name() -> &'static [u8] {
+            unsafe extern "C" {
+                #[link_name = concat!("guest_", stringify!($name), "_start")]
+                static START: u8;
+                #[link_name = concat!("guest_", stringify!($name), "_end")]
+                static END: u8;
+            }
+            // SAFETY: both labels are in one section, START before END, and what lies between is initialised bytes.
+            unsafe {
+                let start = &raw const START;
+                let bytes = (&raw const END).offset_from_unsigned(start);
+                std::slice::from_raw_parts(start, bytes)
+            }
+        }
+    };
+}
+
+// Port I/O of each width: port 0x10 holds what was written last. Ends by isa-debug-exit with status 3, or 5 where a
+// value read is wrong.
+payload!(
+    pio_real,
+    ".code16",
+    "mov $0x5a,%al",
+    "out %al,$0x10",
+    "in $0x10,%al",
+    "cmp $0x5a,%al",
+    "jne 9f",
+    "mov $0x1234,%ax",
+    "out %ax,$0x10",
+    "xor %ax,%ax",
+    "in $0x10,%ax",
+    "cmp $0x1234,%ax",
+    "jne 9f",
+    "mov $0x12345678,%eax",
+    "out %eax,$0x10",
+    "xor %eax,%eax",
+    "in $0x10,%eax",
+    "cmp $0x12345678,%eax",
+    "jne 9f",
+    "mov $1,%al",
+    "out %al,$0xf4",
+    "9: mov $2,%al",
+    "out %al,$0xf4",
+);
+payload!(
+    pio_protected,
+    ".code32",
+    "mov $0x5a,%al",
+    "out %al,$0x10",
+    "in $0x10,%al",
+    "cmp $0x5a,%al",
+    "jne 9f",
+    "mov $0x1234,%ax",
+    "out %ax,$0x10",
+    "xor %eax,%eax",
+    "in $0x10,%ax",
+    "cmp $0x1234,%ax",
+    "jne 9f",
+    "mov $0x12345678,%eax",
+    "out %eax,$0x10",
+    "xor %eax,%eax",
+    "in $0x10,%eax",
+    "cmp $0x12345678,%eax",
+    "jne 9f",
+    "mov $1,%al",
+    "out %al,$0xf4",
+    "9: mov $2,%al",
+    "out %al,$0xf4",
+);
+payload!(
+    pio_long,
+    ".code64",
+    "mov $0x5a,%al",
+    "out %al,$0x10",
+    "in $0x10,%al",
+    "cmp $0x5a,%al",
+    "jne 9f",
+    "mov $0x1234,%ax",
+    "out %ax,$0x10",
+    "xor %eax,%eax",
+    "in $0x10,%ax",
+    "cmp $0x1234,%ax",
+    "jne 9f",
+    "mov $0x12345678,%eax",
+    "out %eax,$0x10",
+    "xor %eax,%eax",
+    "in $0x10,%eax",
+    "cmp $0x12345678,%eax",
+    "jne 9f",
+    "mov $1,%al",
+    "out %al,$0xf4",
+    "9: mov $2,%al",
+    "out %al,$0xf4",
+);
+
+// String I/O: 5 bytes out from 0x3000, 4 words in to 0x3100; the words read are what the port gives.
+payload!(
+    string_real,
+    ".code16",
+    "cld",
+    "mov $0x10,%dx",
+    "mov $0x3000,%si",
+    "mov $5,%cx",
+    "rep outsb",
+    "mov $0x3100,%di",
+    "mov $4,%cx",
+    "rep insw",
+    "cmpw $0x3434,0x3106",
+    "jne 9f",
+    "mov $1,%al",
+    "out %al,$0xf4",
+    "9: mov $2,%al",
+    "out %al,$0xf4",
+);
+payload!(
+    string_long,
+    ".code64",
+    "cld",
+    "mov $0x10,%edx",
+    "mov $0x3000,%esi",
+    "mov $5,%ecx",
+    "rep outsb",
+    "mov $0x3100,%edi",
+    "mov $4,%ecx",
+    "rep insw",
+    "cmpw $0x3434,0x3106",
+    "jne 9f",
+    "mov $1,%al",
+    "out %al,$0xf4",
+    "9: mov $2,%al",
+    "out %al,$0xf4",
+);
+
+// MMIO of each width to a device at 0xd000_0000 that holds what was written last.
+payload!(
+    mmio_long,
+    ".code64",
+    "mov $0xd0000000,%ebx",
+    "movb $0x5a,(%rbx)",
+    "mov (%rbx),%al",
+    "cmp $0x5a,%al",
+    "jne 9f",
+    "movw $0x1234,(%rbx)",
+    "mov (%rbx),%ax",
+    "cmp $0x1234,%ax",
+    "jne 9f",
+    "movl $0x12345678,(%rbx)",
+    "mov (%rbx),%eax",
+    "cmp $0x12345678,%eax",
+    "jne 9f",
+    "mov $0x123456789abcdef0,%rcx",
+    "mov %rcx,(%rbx)",
+    "mov (%rbx),%rax",
+    "cmp %rcx,%rax",
+    "jne 9f",
+    "mov $1,%al",
+    "out %al,$0xf4",
+    "9: mov $2,%al",
+    "out %al,$0xf4",
+);
+payload!(
+    mmio_protected,
+    ".code32",
+    "mov $0xd0000000,%ebx",
+    "movl $0x12345678,(%ebx)",
+    "mov (%ebx),%eax",
+    "cmp $0x12345678,%eax",
+    "jne 9f",
+    "mov $1,%al",
+    "out %al,$0xf4",
+    "9: mov $2,%al",
+    "out %al,$0xf4",
+);
+
+// Nobody at port 0x99 nor at 0xd100_0000: reads give all ones, writes go nowhere.
+payload!(
+    unmapped_long,
+    ".code64",
+    "in $0x99,%eax",
+    "cmp $-1,%eax",
+    "jne 9f",
+    "out %al,$0x99",
+    "mov $0xd1000000,%ebx",
+    "mov (%rbx),%rax",
+    "cmp $-1,%rax",
+    "jne 9f",
+    "mov %rax,(%rbx)",
+    "mov $1,%al",
+    "out %al,$0xf4",
+    "9: mov $2,%al",
+    "out %al,$0xf4",
+);
+
+// A hundred CPUIDs, then the end.
+payload!(
+    cpuid_long,
+    ".code64",
+    "mov $100,%esi",
+    "1: xor %eax,%eax",
+    "cpuid",
+    "dec %esi",
+    "jnz 1b",
+    "mov $1,%al",
+    "out %al,$0xf4",
+);
+
+// An MSR that nobody has; there is no IDT, so that the #GP becomes a triple fault.
+payload!(msr_read_long, ".code64", "mov $0x12345,%ecx", "rdmsr", "mov $1,%al", "out %al,$0xf4");
+payload!(msr_write_long, ".code64", "mov $0x12345,%ecx", "xor %eax,%eax", "xor %edx,%edx", "wrmsr");
+
+payload!(hlt_real, ".code16", "hlt");
+payload!(hlt_protected, ".code32", "hlt");
+payload!(hlt_long, ".code64", "hlt");
+payload!(halt_for_good, ".code64", "1: cli", "hlt", "jmp 1b");
+payload!(spin_long, ".code64", "1: jmp 1b");
+
+// No IDT in long and protected mode; in real mode a limit of 0.
+payload!(triple_fault_real, ".code16", "lidt 0x3200", "int $3");
+payload!(triple_fault_protected, ".code32", "ud2");
+payload!(triple_fault_long, ".code64", "ud2");

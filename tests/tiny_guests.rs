@@ -1,0 +1,296 @@
+//! Tiny guests that must make exactly so many userspace exits of each kind, on whatever KVM there is: on the host's
+//! where it can run them, in the lab always.
+
+mod guests;
+mod harness;
+
+use harness::{Outcome, Test};
+use hwvmm::exit::handler::BusKind;
+use hwvmm::exit::{Counters, End, ExitReason, Handler, NoProfile, Recent};
+use hwvmm::kvm::System;
+use hwvmm::memory::{Backing, GuestRam};
+use hwvmm::vcpu::{Control, Records, Stop, Threads};
+use hwvmm_arch::regs::Entry;
+use hwvmm_arch::{gdt, layout, page_table};
+use hwvmm_devices::bus::{Action, BusBuilder, BusDevice};
+use hwvmm_devices::legacy::DebugExit;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestAddress};
+
+const CODE: u64 = 0x1000;
+const STRING: u64 = 0x3000;
+
+/// Gives back what was written last; a read of another width than the last write, and each item of a string, gives the
+/// number of items so far in every nibble pair.
+#[derive(Default)]
+struct Latch {
+    last: Mutex<Vec<u8>>,
+    items: Mutex<Vec<Vec<u8>>>,
+    reads: Mutex<u8>,
+}
+
+impl BusDevice for Latch {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        let last = self.last.lock().unwrap();
+        if last.len() == data.len() {
+            data.copy_from_slice(&last);
+        } else {
+            let mut reads = self.reads.lock().unwrap();
+            *reads += 1;
+            data.fill(0x30 + *reads);
+        }
+    }
+
+    fn write(&self, _offset: u64, data: &[u8]) -> Action {
+        *self.last.lock().unwrap() = data.to_vec();
+        self.items.lock().unwrap().push(data.to_vec());
+        Action::None
+    }
+}
+
+struct Machine {
+    vm: hwvmm::kvm::Vm,
+    handler: Handler,
+    latch: Arc<Latch>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Mode {
+    Real,
+    Protected,
+    Long,
+}
+
+impl Mode {
+    fn entry(self) -> Entry {
+        match self {
+            Self::Real => Entry::Real { rip: CODE },
+            Self::Protected => Entry::Multiboot { rip: CODE, info: 0 },
+            Self::Long => Entry::Linux64 { rip: CODE },
+        }
+    }
+}
+
+fn system() -> Result<System, String> {
+    System::open(Path::new("/dev/kvm")).map_err(|error| error.to_string())
+}
+
+fn machine(system: &System, code: &[u8], mode: Mode, irqchip: bool) -> Machine {
+    let ram = GuestRam::new(&[(0, 0x10_0000)], Backing::Anonymous(false)).expect("1 MiB");
+    let put = |bytes: &[u8], gpa| ram.get().write_slice(bytes, GuestAddress(gpa)).expect("in memory");
+    put(code, CODE);
+    put(b"hello", STRING);
+    for (at, entry) in (layout::BOOT_GDT..).step_by(8).zip(gdt::boot_gdt(mode == Mode::Long)) {
+        put(&entry.to_le_bytes(), at);
+    }
+    for (at, entry) in page_table::identity_4gib() {
+        put(&entry.to_le_bytes(), at);
+    }
+    let mut vm = system.create_vm().expect("a machine");
+    vm.set_real_mode_pages(layout::KVM_TSS, layout::KVM_IDENTITY_MAP).expect("pages");
+    vm.set_memory(ram).expect("memory");
+    if irqchip {
+        vm.create_irqchip().expect("irqchip");
+    }
+    let latch = Arc::new(Latch::default());
+    let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
+    pio.insert(0x10, 4, "latch", Arc::clone(&latch) as Arc<dyn BusDevice>).unwrap();
+    pio.insert(0xf4, 4, "debug exit", Arc::new(DebugExit)).unwrap();
+    mmio.insert(0xd000_0000, 8, "latch", Arc::clone(&latch) as Arc<dyn BusDevice>).unwrap();
+    Machine { vm, handler: Handler { pio: pio.freeze(), mmio: mmio.freeze() }, latch }
+}
+
+fn vcpu(system: &System, machine: &Machine, mode: Mode) -> hwvmm::kvm::Vcpu {
+    let vcpu = machine.vm.create_vcpu(0).expect("a vCPU");
+    vcpu.set_cpuid(system.supported_cpuid().unwrap().as_slice()).expect("cpuid");
+    vcpu.update_sregs(|sregs| mode.entry().apply(sregs)).expect("sregs");
+    vcpu.set_regs(&mode.entry().regs()).expect("regs");
+    vcpu
+}
+
+struct Ran {
+    end: End,
+    counters: Counters,
+    latch: Arc<Latch>,
+    last: Option<hwvmm::exit::Snapshot>,
+}
+
+/// Runs a payload to its end. `Err`: this host's KVM cannot run it.
+fn run_with(code: &[u8], mode: Mode, trap_msrs: bool) -> Result<Ran, String> {
+    let system = system()?;
+    let machine = machine(&system, code, mode, false);
+    if trap_msrs {
+        machine.vm.trap_unknown_msrs().map_err(|error| error.to_string())?;
+    }
+    let mut vcpu = vcpu(&system, &machine, mode);
+    let counters = Counters::new(&machine.handler.pio, &machine.handler.mmio);
+    let mut records = Records { counters, recent: Recent::default(), profiler: NoProfile };
+    let stop = hwvmm::vcpu::run(&mut vcpu.enter(), &machine.handler, &mut records, |_| false).expect("KVM_RUN");
+    let Stop::End(end) = stop else { panic!("nobody asked it to stop") };
+    let last = records.recent.iter().last().copied();
+    match end {
+        End::Kvm(why) => Err(format!("this host's KVM: {why}")),
+        end => Ok(Ran { end, counters: records.counters, latch: machine.latch, last }),
+    }
+}
+
+fn run(code: &[u8], mode: Mode) -> Result<Ran, String> {
+    run_with(code, mode, false)
+}
+
+/// Asserts the count of every reason: those listed, and none else.
+fn assert_exits(ran: &Ran, expected: &[(ExitReason, u64)]) {
+    for reason in ExitReason::ALL {
+        let wanted = expected.iter().find(|(r, _)| r == reason).map_or(0, |(_, count)| *count);
+        assert_eq!(ran.counters.reason(*reason), wanted, "{} (all: {expected:?})", reason.name());
+    }
+    assert_eq!(ran.counters.total(), expected.iter().map(|(_, count)| count).sum::<u64>());
+}
+
+fn outcome(result: Result<(), String>) -> Outcome {
+    result.map_or_else(Outcome::Skipped, |()| Outcome::Passed)
+}
+
+fn pio(code: &[u8], mode: Mode) -> Outcome {
+    outcome(run(code, mode).map(|ran| {
+        assert_eq!(ran.end, End::DebugExit(3), "all values read back");
+        assert_exits(&ran, &[(ExitReason::PioOut, 4), (ExitReason::PioIn, 3)]);
+        let slots = ran.counters.slots(BusKind::Pio);
+        assert_eq!((slots[0].reads, slots[0].writes, slots[1].writes), (3, 3, 1));
+        let widths: Vec<usize> = ran.latch.items.lock().unwrap().iter().map(Vec::len).collect();
+        assert_eq!(widths, [1, 2, 4]);
+        let last = ran.last.expect("remembered");
+        assert_eq!((last.detail.address, last.detail.data, last.detail.size), (0xf4, 1, 1));
+    }))
+}
+
+/// KVM hands a string over in as many exits as it likes; no item may be lost or doubled.
+fn string(code: &[u8], mode: Mode) -> Outcome {
+    outcome(run(code, mode).map(|ran| {
+        assert_eq!(ran.end, End::DebugExit(3), "the fourth word read is 0x3434");
+        let items: Vec<u8> = ran.latch.items.lock().unwrap().concat();
+        assert_eq!(items, b"hello");
+        let (out, read) = (ran.counters.reason(ExitReason::PioOut), ran.counters.reason(ExitReason::PioIn));
+        assert!((2..=6).contains(&out) && (1..=4).contains(&read), "{out} out, {read} in");
+        assert_eq!(ran.counters.total(), out + read);
+    }))
+}
+
+fn mmio(code: &[u8], mode: Mode, accesses: u64) -> Outcome {
+    outcome(run(code, mode).map(|ran| {
+        assert_eq!(ran.end, End::DebugExit(3), "all values read back");
+        let expected = [(ExitReason::MmioWrite, accesses), (ExitReason::MmioRead, accesses), (ExitReason::PioOut, 1)];
+        assert_exits(&ran, &expected);
+        let slot = ran.counters.slots(BusKind::Mmio)[0];
+        assert_eq!((slot.reads, slot.writes), (accesses, accesses));
+    }))
+}
+
+fn unmapped() -> Outcome {
+    outcome(run(guests::unmapped_long(), Mode::Long).map(|ran| {
+        assert_eq!(ran.end, End::DebugExit(3), "reads of nobody give all ones");
+        let one = 1;
+        assert_exits(
+            &ran,
+            &[
+                (ExitReason::PioIn, one),
+                (ExitReason::PioOut, 2),
+                (ExitReason::MmioRead, one),
+                (ExitReason::MmioWrite, one),
+            ],
+        );
+        let unmapped: Vec<_> = ran.counters.unmapped().map(|(bus, gpa, n)| (bus, gpa, n.reads, n.writes)).collect();
+        assert_eq!(unmapped, [(BusKind::Pio, 0x99, 1, 1), (BusKind::Mmio, 0xd100_0000, 1, 1)]);
+    }))
+}
+
+fn cpuid() -> Outcome {
+    outcome(run(guests::cpuid_long(), Mode::Long).map(|ran| {
+        assert_eq!(ran.end, End::DebugExit(3));
+        assert_exits(&ran, &[(ExitReason::PioOut, 1)]);
+    }))
+}
+
+fn hlt(code: &[u8], mode: Mode) -> Outcome {
+    outcome(run(code, mode).map(|ran| {
+        assert_eq!(ran.end, End::Halted);
+        assert_exits(&ran, &[(ExitReason::Hlt, 1)]);
+    }))
+}
+
+fn triple_fault(code: &[u8], mode: Mode) -> Outcome {
+    outcome(run(code, mode).map(|ran| {
+        assert_eq!(ran.end, End::TripleFault);
+        assert_exits(&ran, &[(ExitReason::Shutdown, 1)]);
+    }))
+}
+
+/// Without the trap KVM itself raises #GP; with it, user space sees the MSR once and has #GP raised.
+fn msr(code: &'static [u8], reason: ExitReason) -> Outcome {
+    let body = || -> Result<(), String> {
+        let plain = run_with(code, Mode::Long, false)?;
+        assert_eq!(plain.end, End::TripleFault);
+        assert_exits(&plain, &[(ExitReason::Shutdown, 1)]);
+        let trapped = run_with(code, Mode::Long, true)?;
+        assert_eq!(trapped.end, End::TripleFault);
+        assert_exits(&trapped, &[(reason, 1), (ExitReason::Shutdown, 1)]);
+        assert_eq!(trapped.counters.msrs().next().map(|(index, n)| (index, n.total())), Some((0x12345, 1)));
+        Ok(())
+    };
+    outcome(body())
+}
+
+/// Whether a payload on its own thread is seen to rest for good within 3 s, with the kicks that took.
+fn rests(code: &[u8]) -> Result<(bool, u64), String> {
+    let system = system()?;
+    let machine = machine(&system, code, Mode::Long, true);
+    let vcpu = vcpu(&system, &machine, Mode::Long);
+    let control = Arc::new(Control::new().expect("control"));
+    let handler = Arc::new(machine.handler);
+    let threads = Threads::start(vec![vcpu], &handler, &control, false).expect("a thread");
+    let deadline = Instant::now() + Duration::from_secs(3);
+    let mut rested = false;
+    while !rested && control.ended().is_none() && Instant::now() < deadline {
+        threads.ask_for_rest();
+        std::thread::sleep(Duration::from_millis(20));
+        rested = threads.all_rest();
+    }
+    let finished = threads.stop();
+    if let Some(ended) = control.ended() {
+        return Err(format!("this host's KVM: {}", ended.end));
+    }
+    let counters = &finished[0].counters;
+    assert_eq!(counters.total(), counters.reason(ExitReason::Interrupted), "kicks and nothing else");
+    Ok((rested, counters.total()))
+}
+
+const TESTS: &[Test] = &[
+    ("pio_in_real_mode", || pio(guests::pio_real(), Mode::Real)),
+    ("pio_in_protected_mode", || pio(guests::pio_protected(), Mode::Protected)),
+    ("pio_in_long_mode", || pio(guests::pio_long(), Mode::Long)),
+    ("string_pio_in_real_mode", || string(guests::string_real(), Mode::Real)),
+    ("string_pio_in_long_mode", || string(guests::string_long(), Mode::Long)),
+    ("mmio_in_protected_mode", || mmio(guests::mmio_protected(), Mode::Protected, 1)),
+    ("mmio_in_long_mode", || mmio(guests::mmio_long(), Mode::Long, 4)),
+    ("unmapped_accesses_are_counted_by_address", unmapped),
+    ("cpuid_does_not_reach_user_space", cpuid),
+    ("unknown_msr_read", || msr(guests::msr_read_long(), ExitReason::MsrRead)),
+    ("unknown_msr_write", || msr(guests::msr_write_long(), ExitReason::MsrWrite)),
+    ("hlt_in_real_mode", || hlt(guests::hlt_real(), Mode::Real)),
+    ("hlt_in_protected_mode", || hlt(guests::hlt_protected(), Mode::Protected)),
+    ("hlt_in_long_mode", || hlt(guests::hlt_long(), Mode::Long)),
+    ("triple_fault_in_real_mode", || triple_fault(guests::triple_fault_real(), Mode::Real)),
+    ("triple_fault_in_protected_mode", || triple_fault(guests::triple_fault_protected(), Mode::Protected)),
+    ("triple_fault_in_long_mode", || triple_fault(guests::triple_fault_long(), Mode::Long)),
+    ("a_guest_halted_for_good_is_seen", || outcome(rests(guests::halt_for_good()).map(|(rested, _)| assert!(rested)))),
+    ("a_spinning_guest_does_not_rest_and_can_be_stopped", || {
+        outcome(rests(guests::spin_long()).map(|(rested, kicks)| assert!(!rested && kicks > 10)))
+    }),
+];
+
+fn main() -> ExitCode {
+    harness::run("tiny guests", TESTS)
+}
