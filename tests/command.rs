@@ -1,1 +1,376 @@
-fn main() {}
+//! The `hwvmm` command as users meet it: ways to end, exit statuses, input and output, bad input. The guests are tiny
+//! multiboot programs, so that these tests run wherever a KVM runs flat 32-bit code.
+
+#![allow(clippy::unwrap_used, reason = "a test may fail where it stands")]
+
+mod guests;
+mod harness;
+
+use harness::{Outcome, Test};
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+fn hwvmm() -> Command {
+    let path = std::env::var_os("HWVMM_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_hwvmm").into());
+    let mut command = Command::new(path);
+    command.stdin(Stdio::null()).env("HOME", folder()).env_remove("XDG_CACHE_HOME");
+    command
+}
+
+/// A folder for this test run.
+fn folder() -> &'static Path {
+    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
+    FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder")).path()
+}
+
+fn file(name: &str, content: &[u8]) -> PathBuf {
+    let path = folder().join(name);
+    fs::write(&path, content).expect("written");
+    path
+}
+
+fn kernel(name: &str, code: &[u8]) -> PathBuf {
+    file(&format!("{name}.elf"), &guests::multiboot(code))
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Whether a tiny guest runs here at all; why not, if not.
+fn can_run() -> Result<(), String> {
+    static PROBE: OnceLock<Result<(), String>> = OnceLock::new();
+    PROBE
+        .get_or_init(|| {
+            let path = kernel("probe", guests::power_off());
+            let out = hwvmm().args(["run", "--timeout", "10s", "-m", "16M"]).arg(path).output().expect("started");
+            if out.status.code() == Some(0) { Ok(()) } else { Err(text(&out.stderr)) }
+        })
+        .clone()
+}
+
+fn when_it_runs(test: impl FnOnce()) -> Outcome {
+    match can_run() {
+        Ok(()) => {
+            test();
+            Outcome::Passed
+        }
+        Err(why) => Outcome::Skipped(why),
+    }
+}
+
+fn run(name: &str, code: &[u8], options: &[&str]) -> Output {
+    let path = kernel(name, code);
+    hwvmm().args(["run", "-m", "16M", "--timeout", "20s"]).args(options).arg(path).output().expect("started")
+}
+
+/// A guest, its options, the exit status and the words that the last line must have.
+fn ends(name: &str, code: &'static [u8], options: &[&str], status: i32, words: &str) -> Outcome {
+    when_it_runs(|| {
+        let out = run(name, code, options);
+        let errors = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(status), "{errors}");
+        assert!(errors.contains(words), "{errors}");
+        let unclean = matches!(status, 33..=37 | 124);
+        assert_eq!(errors.contains("userspace exits of vCPU 0"), unclean, "{errors}");
+    })
+}
+
+/// Bad input: exit status 1 or 2, nothing on stdout, and words in the message.
+fn refused(arguments: &[&str], status: i32, words: &[&str]) -> Outcome {
+    let out = hwvmm().args(arguments).output().expect("started");
+    let errors = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(status), "{errors}");
+    assert!(out.stdout.is_empty());
+    for word in words {
+        assert!(errors.contains(word), "{word:?} is not in: {errors}");
+    }
+    assert!(!errors.contains("panicked at"), "{errors}");
+    Outcome::Passed
+}
+
+/// A bad kernel file.
+fn refused_kernel(name: &str, content: &[u8], options: &[&str], words: &[&str]) -> Outcome {
+    if !Path::new("/dev/kvm").exists() {
+        return Outcome::Skipped("no /dev/kvm".into());
+    }
+    let path = file(name, content);
+    let mut arguments = vec!["run", path.to_str().expect("UTF-8")];
+    arguments.extend(options);
+    refused(&arguments, 1, words)
+}
+
+fn output_and_statistics() -> Outcome {
+    when_it_runs(|| {
+        let stats = folder().join("stats.json");
+        let out = run("hello", guests::power_off(), &["--stats-out", stats.to_str().expect("UTF-8")]);
+        assert_eq!(text(&out.stdout), "hello\n");
+        let json: serde_json::Value = serde_json::from_slice(&fs::read(&stats).expect("written")).expect("JSON");
+        let exits = &json["userspace_exits"];
+        assert_eq!((json["schema"].as_u64(), json["status"].as_u64()), (Some(1), Some(0)));
+        assert_eq!(exits["total"], 7, "six characters and the end: {json}");
+        assert_eq!(exits["by_reason"]["pio_out"]["count"], 7);
+        assert_eq!(exits["by_device"][0]["device"], "UART 1");
+        assert_eq!(exits["by_device"][0]["writes"], 6);
+    })
+}
+
+fn command_line_and_module() -> Outcome {
+    when_it_runs(|| {
+        let module = file("module.txt", b"from-the-module\0");
+        let out =
+            run("show", guests::show_boot(), &["-p", "a=1", "--append", "b", "--module", module.to_str().unwrap()]);
+        let said = text(&out.stdout);
+        assert!(said.ends_with("show.elf a=1 b from-the-module\n"), "{said}");
+        let out = run("show", guests::show_boot(), &["-p", "", "-i", module.to_str().unwrap()]);
+        assert!(text(&out.stdout).ends_with("show.elf from-the-module\n"));
+    })
+}
+
+fn memory_beyond_the_hole() -> Outcome {
+    when_it_runs(|| {
+        let map = |memory| text(&run("map", guests::memory_map(), &["-m", memory]).stdout);
+        assert_eq!(map("16M"), "121\n");
+        assert_eq!(map("5G"), "1211\n");
+    })
+}
+
+fn input_from_a_pipe_loses_nothing() -> Outcome {
+    when_it_runs(|| {
+        let path = kernel("echo", guests::echo());
+        let sent = format!("{}.", "the quick brown fox ".repeat(40));
+        let mut child = hwvmm()
+            .args(["run", "-m", "16M", "--timeout", "30s"])
+            .arg(path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("started");
+        child.stdin.take().expect("stdin").write_all(sent.as_bytes()).expect("written");
+        let out = child.wait_with_output().expect("ended");
+        assert_eq!(text(&out.stdout), sent, "{}", text(&out.stderr));
+        // The same from a regular file, which epoll cannot wait for.
+        let input = fs::File::open(file("input.txt", sent.as_bytes())).expect("opened");
+        let path = kernel("echo", guests::echo());
+        let out =
+            hwvmm().args(["run", "-m", "16M", "--timeout", "30s"]).arg(path).stdin(input).output().expect("started");
+        assert_eq!(text(&out.stdout), sent, "{}", text(&out.stderr));
+    })
+}
+
+fn spawn(code: &[u8], options: &[&str]) -> Child {
+    let path = kernel("spawned", code);
+    hwvmm()
+        .args(["run", "-m", "16M", "--timeout", "30s"])
+        .args(options)
+        .arg(path)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("started")
+}
+
+fn a_slow_reader_gets_every_byte() -> Outcome {
+    when_it_runs(|| {
+        let mut child = spawn(guests::flood(), &[]);
+        std::thread::sleep(Duration::from_millis(500));
+        let mut said = Vec::new();
+        child.stdout.take().expect("stdout").read_to_end(&mut said).expect("read");
+        assert_eq!(child.wait().expect("ended").code(), Some(0));
+        assert_eq!(said.len(), 200_000);
+        assert!(said.chunks(50).all(|line| line == b"0123456789012345678901234567890123456789012345678\n"));
+    })
+}
+
+fn a_reader_that_never_reads_does_not_outlast_the_timeout() -> Outcome {
+    when_it_runs(|| {
+        let start = Instant::now();
+        let mut child = spawn(guests::flood(), &["--timeout", "1s"]);
+        let unread = child.stdout.take();
+        assert_eq!(child.wait().expect("ended").code(), Some(124));
+        assert!(start.elapsed() < Duration::from_secs(10));
+        drop(unread);
+    })
+}
+
+fn a_full_disk_is_said() -> Outcome {
+    when_it_runs(|| {
+        let path = kernel("full", guests::spin());
+        let full = fs::File::options().write(true).open("/dev/full").expect("/dev/full");
+        let out = hwvmm().args(["run", "-m", "16M", "--timeout", "20s"]).arg(path).stdout(full).output().expect("ran");
+        assert_eq!(out.status.code(), Some(1), "{}", text(&out.stderr));
+        assert!(text(&out.stderr).contains("No space left"), "{}", text(&out.stderr));
+        let out = run("full2", guests::power_off(), &["--stats-out", "/dev/full"]);
+        assert_eq!(out.status.code(), Some(1));
+        assert!(text(&out.stderr).contains("cannot write the statistics"));
+    })
+}
+
+fn sigterm_ends_the_run_in_order() -> Outcome {
+    when_it_runs(|| {
+        let mut child = spawn(guests::spin(), &["--stats"]);
+        let mut first = [0; 6];
+        child.stdout.as_mut().expect("stdout").read_exact(&mut first).expect("hello");
+        let killed = Command::new("kill").arg(child.id().to_string()).status().expect("kill");
+        assert!(killed.success());
+        let out = child.wait_with_output().expect("ended");
+        assert_eq!(out.status.code(), Some(128 + 15), "{}", text(&out.stderr));
+        assert!(text(&out.stderr).contains("ended by SIGTERM") && text(&out.stderr).contains("userspace exits:"));
+    })
+}
+
+fn a_closed_stdin_is_no_matter() -> Outcome {
+    when_it_runs(|| {
+        let path = kernel("closed", guests::power_off());
+        let line =
+            format!("exec '{}' run -m 16M --timeout 20s '{}' <&-", hwvmm().get_program().display(), path.display());
+        let out = Command::new("sh").args(["-c", &line]).output().expect("sh");
+        assert_eq!((out.status.code(), text(&out.stdout).as_str()), (Some(0), "hello\n"), "{}", text(&out.stderr));
+    })
+}
+
+fn restart_counts_every_start() -> Outcome {
+    when_it_runs(|| {
+        let stats = folder().join("restart.json");
+        let options = ["--on-reboot=restart", "--timeout", "2s", "--stats-out", stats.to_str().expect("UTF-8")];
+        let out = run("restart", guests::reset(), &options);
+        assert_eq!(out.status.code(), Some(124), "{}", text(&out.stderr));
+        let starts = text(&out.stdout).matches("hello\n").count() as u64;
+        let json: serde_json::Value = serde_json::from_slice(&fs::read(&stats).expect("written")).expect("JSON");
+        assert!(starts >= 2, "{starts}");
+        assert!(json["starts"].as_u64().expect("a number") >= starts);
+    })
+}
+
+fn configuration_file() -> Outcome {
+    when_it_runs(|| {
+        let path = kernel("toml", guests::debug_exit());
+        let toml =
+            format!("kernel = '{}'\nmemory = '16M'\ncpus = 1\ndebug-exit = true\ntimeout = '20s'\n", path.display());
+        let config = file("vm.toml", toml.as_bytes());
+        let status = |extra: &[&str]| {
+            hwvmm().args(["run", "--config"]).arg(&config).args(extra).output().expect("started").status.code()
+        };
+        assert_eq!(status(&[]), Some(77));
+        assert_eq!(status(&["--debug-exit=false", "--timeout", "1s"]), Some(124), "flags win");
+    })
+}
+
+fn two_at_once() -> Outcome {
+    when_it_runs(|| {
+        let mut children = [spawn(guests::power_off(), &[]), spawn(guests::power_off(), &[])];
+        for child in &mut children {
+            assert_eq!(child.wait().expect("ended").code(), Some(0));
+        }
+    })
+}
+
+fn help_and_generated_texts() -> Outcome {
+    let said = |arguments: &[&str]| {
+        let out = hwvmm().args(arguments).output().expect("started");
+        assert!(out.status.success(), "{arguments:?}: {}", text(&out.stderr));
+        text(&out.stdout)
+    };
+    let help = said(&["run", "--help"]);
+    assert!(help.contains("Examples:") && help.contains("Exit status:") && help.contains("panic=-1"));
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(said(&["completions", shell]).contains("kernel-cache"), "{shell}");
+    }
+    assert!(said(&["man", "run"]).contains(".TH hwvmm-run"));
+    Outcome::Passed
+}
+
+fn doctor_agrees_with_its_status() -> Outcome {
+    let out = hwvmm().args(["doctor", "--json"]).output().expect("started");
+    let json: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    assert_eq!(json["can_run_linux"].as_bool(), Some(out.status.code() == Some(0)));
+    let out = hwvmm().args(["doctor", "--kvm", "/no/such/kvm"]).output().expect("started");
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stdout).contains("mend:"));
+    Outcome::Passed
+}
+
+const TESTS: &[Test] = &[
+    ("power_off_is_0", || ends("off", guests::power_off(), &[], 0, "powered off (vCPU 0, rip 0x")),
+    ("reset_is_32", || ends("reset", guests::reset(), &[], 32, "reset itself")),
+    ("reset_by_keyboard_controller_is_32", || ends("i8042", guests::reset_i8042(), &[], 32, "reset itself")),
+    ("triple_fault_is_33", || ends("triple", guests::triple_fault(), &[], 33, "triple fault")),
+    ("pvpanic_is_34", || ends("pvpanic", guests::pvpanic(), &[], 34, "panicked")),
+    ("a_kernels_last_words_make_its_reset_34", || {
+        ends("panic", guests::panic_line(), &["--on-reboot=restart"], 34, "panicked: out of luck")
+    }),
+    ("halt_for_good_is_35", || ends("halt", guests::halt(), &[], 35, "interrupts off")),
+    ("a_neglected_watchdog_is_36", || {
+        ends("dog", guests::neglected_watchdog(), &["--watchdog"], 36, "watchdog ran out")
+    }),
+    ("timeout_is_124", || ends("spin", guests::spin(), &["--timeout", "500ms"], 124, "timed out after 0.5 s")),
+    ("expect_seen_is_0", || ends("seen", guests::spin(), &["--expect", "^he.lo"], 0, "seen: hello")),
+    ("expect_not_seen_is_38", || ends("unseen", guests::power_off(), &["--expect", "bye"], 38, "not seen")),
+    ("expect_does_not_hide_a_triple_fault", || {
+        ends("fault2", guests::triple_fault(), &["--expect", "bye"], 33, "triple fault")
+    }),
+    ("debug_exit_chooses_the_status", || ends("debug", guests::debug_exit(), &["--debug-exit"], 77, "status 77")),
+    ("output_and_statistics", output_and_statistics),
+    ("command_line_and_module", command_line_and_module),
+    ("memory_beyond_the_hole", memory_beyond_the_hole),
+    ("input_from_a_pipe_loses_nothing", input_from_a_pipe_loses_nothing),
+    ("a_slow_reader_gets_every_byte", a_slow_reader_gets_every_byte),
+    ("a_reader_that_never_reads_does_not_outlast_the_timeout", a_reader_that_never_reads_does_not_outlast_the_timeout),
+    ("a_full_disk_is_said", a_full_disk_is_said),
+    ("sigterm_ends_the_run_in_order", sigterm_ends_the_run_in_order),
+    ("a_closed_stdin_is_no_matter", a_closed_stdin_is_no_matter),
+    ("restart_counts_every_start", restart_counts_every_start),
+    ("configuration_file", configuration_file),
+    ("two_at_once", two_at_once),
+    ("help_and_generated_texts", help_and_generated_texts),
+    ("doctor_agrees_with_its_status", doctor_agrees_with_its_status),
+    ("no_kvm", || refused(&["run", "--kvm", "/no/such/kvm", "k"], 1, &["/no/such/kvm", "modprobe"])),
+    ("not_kvm", || refused(&["run", "--kvm", "/dev/null", "k"], 1, &["/dev/null"])),
+    ("no_kernel_given", || refused(&["run"], 1, &["no kernel given"])),
+    ("a_kernel_that_is_not_there", || {
+        refused_with_kvm(&["run", "/no/such/kernel"], &["/no/such/kernel", "check the path"])
+    }),
+    ("a_folder_as_kernel", || refused_with_kvm(&["run", "/tmp"], &["/tmp is not a file"])),
+    ("an_empty_kernel", || refused_kernel("empty", b"", &[], &["it is empty"])),
+    ("a_text_as_kernel", || refused_kernel("text", b"#!/bin/sh\n", &[], &["not a kernel"])),
+    ("a_compressed_file_as_kernel", || {
+        refused_kernel("gz", b"\x1f\x8b\x08\0\0\0\0\0", &[], &["gzip", "unpack it first"])
+    }),
+    ("a_truncated_elf", || refused_kernel("cut.elf", &guests::multiboot(guests::halt())[..70], &[], &["truncated"])),
+    ("an_initrd_larger_than_memory", || {
+        let initrd = folder().join("large");
+        fs::File::create(&initrd).and_then(|file| file.set_len(64 << 20)).expect("sparse");
+        let options = ["-m", "16M", "-i", initrd.to_str().expect("UTF-8")];
+        refused_kernel("small.elf", &guests::multiboot(guests::halt()), &options, &["67108864 bytes", "-m"])
+    }),
+    ("1_mib_of_memory", || refused(&["run", "-m", "1M", "k"], 1, &["--memory 1M", "16M to 4T"])),
+    ("0_vcpus", || refused(&["run", "-c", "0", "k"], 1, &["--cpus 0", "1 to 254"])),
+    ("100000_vcpus", || refused(&["run", "-c", "100000", "k"], 1, &["1 to 254"])),
+    ("a_command_line_too_long", || {
+        let long = "x".repeat(70_000);
+        refused_kernel("long.elf", &guests::multiboot(guests::halt()), &["-p", &long], &["70", "there is room for"])
+    }),
+    ("unknown_keys", || refused(&["run", "-m", "1G,huge=on", "k"], 1, &["'huge'", "hugepages, prefault"])),
+    ("unknown_keys_in_a_file", || {
+        let path = file("bad.toml", b"kernel = 'k'\ncolour = 1\n");
+        refused(&["run", "--config", path.to_str().expect("UTF-8")], 1, &["colour", "cmdline", "bad.toml"])
+    }),
+    ("a_bad_pattern", || refused(&["run", "--expect", "(", "k"], 1, &["--expect", "regular expression"])),
+    ("an_unknown_flag", || refused(&["run", "--colour", "k"], 2, &["--colour"])),
+];
+
+fn refused_with_kvm(arguments: &[&str], words: &[&str]) -> Outcome {
+    if !Path::new("/dev/kvm").exists() {
+        return Outcome::Skipped("no /dev/kvm".into());
+    }
+    refused(arguments, 1, words)
+}
+
+fn main() -> ExitCode {
+    harness::run("command", TESTS)
+}

@@ -1,13 +1,15 @@
 //! Tiny guests that must make exactly so many userspace exits of each kind, on whatever KVM there is: on the host's
 //! where it can run them, in the lab always.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail where it stands")]
+
 mod guests;
 mod harness;
 
 use harness::{Outcome, Test};
 use hwvmm::exit::handler::BusKind;
 use hwvmm::exit::{Counters, End, ExitReason, Handler, NoProfile, Recent};
-use hwvmm::kvm::System;
+use hwvmm::kvm::{System, kick};
 use hwvmm::memory::{Backing, GuestRam};
 use hwvmm::vcpu::{Control, Records, Stop, Threads};
 use hwvmm_arch::regs::Entry;
@@ -16,6 +18,7 @@ use hwvmm_devices::bus::{Action, BusBuilder, BusDevice};
 use hwvmm_devices::legacy::DebugExit;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
@@ -118,6 +121,26 @@ struct Ran {
     last: Option<hwvmm::exit::Snapshot>,
 }
 
+/// Kicks the thread that made it when a payload takes too long: some KVMs loop where hardware would exit.
+struct Guard {
+    /// Its end tells the watching thread to stop.
+    _done: std::sync::mpsc::Sender<()>,
+}
+
+impl Guard {
+    fn start() -> Self {
+        kick::install().expect("the kick's handler");
+        let target = kick::KickTarget::current();
+        let (sender, done) = std::sync::mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            while done.recv_timeout(Duration::from_secs(5)) == Err(RecvTimeoutError::Timeout) {
+                target.kick();
+            }
+        });
+        Self { _done: sender }
+    }
+}
+
 /// Runs a payload to its end. `Err`: this host's KVM cannot run it.
 fn run_with(code: &[u8], mode: Mode, trap_msrs: bool) -> Result<Ran, String> {
     let system = system()?;
@@ -128,8 +151,10 @@ fn run_with(code: &[u8], mode: Mode, trap_msrs: bool) -> Result<Ran, String> {
     let mut vcpu = vcpu(&system, &machine, mode);
     let counters = Counters::new(&machine.handler.pio, &machine.handler.mmio);
     let mut records = Records { counters, recent: Recent::default(), profiler: NoProfile };
-    let stop = hwvmm::vcpu::run(&mut vcpu.enter(), &machine.handler, &mut records, |_| false).expect("KVM_RUN");
-    let Stop::End(end) = stop else { panic!("nobody asked it to stop") };
+    let guard = Guard::start();
+    let stop = hwvmm::vcpu::run(&mut vcpu.enter(), &machine.handler, &mut records, |_| true).expect("KVM_RUN");
+    drop(guard);
+    let Stop::End(end) = stop else { return Err("this host's KVM never comes back from it".into()) };
     let last = records.recent.iter().last().copied();
     match end {
         End::Kvm(why) => Err(format!("this host's KVM: {why}")),

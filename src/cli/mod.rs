@@ -44,8 +44,8 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Boot a guest
-    #[command(after_help = RUN_EXAMPLES)]
-    Run(run::Args),
+    #[command(after_help = RUN_EXAMPLES, args_override_self = true)]
+    Run(Box<run::Args>),
     /// Say whether this host can run Linux guests under KVM, by trying
     #[command(after_help = "Exit status: 0 if Linux guests can run here, 1 if not.")]
     Doctor(doctor::Args),
@@ -111,7 +111,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     start_logging(cli.verbose);
     match cli.command {
-        Command::Run(args) => run::run(args),
+        Command::Run(args) => run::run(*args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Unpack(args) => unpack::run(&args),
         Command::Completions { shell } => {

@@ -191,7 +191,7 @@ impl RunOptions {
             serial,
             unpack: self.unpack.unwrap_or_default(),
             boot: self.boot.unwrap_or_default(),
-            kernel_cache: kernel_cache(self.kernel_cache),
+            kernel_cache: kernel_cache(self.kernel_cache.as_deref()),
             debug_exit: self.debug_exit.unwrap_or(false),
             watchdog: self.watchdog.unwrap_or(false),
             trap_msrs: self.trap_msrs.unwrap_or(false),
@@ -206,8 +206,8 @@ impl RunOptions {
 }
 
 /// The folder for unpacked kernels: what was asked for, else the XDG cache folder's `hwvmm`.
-fn kernel_cache(asked: Option<String>) -> Option<PathBuf> {
-    match asked.as_deref() {
+fn kernel_cache(asked: Option<&str>) -> Option<PathBuf> {
+    match asked {
         Some("off") => None,
         Some(path) => Some(PathBuf::from(path)),
         None => {

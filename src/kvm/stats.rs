@@ -3,16 +3,19 @@
 use super::{KvmError, Named};
 use kvm_bindings::{
     KVM_STATS_TYPE_CUMULATIVE, KVM_STATS_TYPE_INSTANT, KVM_STATS_TYPE_LINEAR_HIST, KVM_STATS_TYPE_LOG_HIST,
-    KVM_STATS_TYPE_MASK, KVM_STATS_TYPE_PEAK, KVMIO,
+    KVM_STATS_TYPE_MASK, KVM_STATS_TYPE_PEAK,
 };
+use number::KVM_GET_STATS_FD;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use vmm_sys_util::ioctl::ioctl;
-use vmm_sys_util::ioctl_io_nr;
 
-ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
+#[allow(missing_docs, reason = "the macro makes a public function without documentation")]
+mod number {
+    vmm_sys_util::ioctl_io_nr!(KVM_GET_STATS_FD, kvm_bindings::KVMIO, 0xce);
+}
 
 /// The header: flags, name size, number, offsets of id, descriptors and data.
 const HEADER_BYTES: usize = 24;

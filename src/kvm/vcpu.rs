@@ -9,11 +9,15 @@ use kvm_bindings::{
     kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry, kvm_pre_fault_memory, kvm_regs, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
+use number::KVM_PRE_FAULT_MEMORY;
 use std::fs::File;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
-use vmm_sys_util::ioctl_iowr_nr;
 
-ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, kvm_bindings::KVMIO, 0xd5, kvm_pre_fault_memory);
+#[allow(missing_docs, reason = "the macro makes a public function without documentation")]
+mod number {
+    use kvm_bindings::kvm_pre_fault_memory;
+    vmm_sys_util::ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, kvm_bindings::KVMIO, 0xd5, kvm_pre_fault_memory);
+}
 
 /// What a vCPU waits for, seen from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,5 +1,7 @@
 //! Tiny guests: a few instructions each, assembled with the tests, whose exits can be counted by hand.
 
+#![allow(dead_code, reason = "each test uses a part")]
+
 /// Assembles instructions (AT&T syntax) and makes them a function that gives their bytes.
 macro_rules! payload {
     ($name:ident, $bits:literal, $($line:literal),* $(,)?) => {
@@ -16,7 +18,7 @@ macro_rules! payload {
             options(att_syntax)
         );
 
-        pub fn $name() -> &'static [u8] {
+        pub(crate) fn $name() -> &'static [u8] {
             unsafe extern "C" {
                 #[link_name = concat!("guest_", stringify!($name), "_start")]
                 static START: u8;
@@ -236,3 +238,160 @@ payload!(spin_long, ".code64", "1: jmp 1b");
 payload!(triple_fault_real, ".code16", "lidt 0x3200", "int $3");
 payload!(triple_fault_protected, ".code32", "ud2");
 payload!(triple_fault_long, ".code64", "ud2");
+
+// Multiboot programs (32-bit) for whole runs: they print "hello\n" on the first UART, then end in their ways.
+macro_rules! program {
+    ($name:ident, $($line:literal),* $(,)?) => {
+        payload!(
+            $name, ".code32",
+            "mov $0x80000,%esp", "mov $0x3f8,%edx", "call 2f", ".ascii \"hello\\n\\0\"",
+            "2: pop %esi",
+            "3: lodsb", "test %al,%al", "jz 4f", "out %al,%dx", "jmp 3b",
+            "4:",
+            $($line),*
+        );
+    };
+}
+
+program!(power_off, "mov $0x600,%dx", "mov $0x34,%al", "out %al,%dx", "hlt");
+program!(reset, "mov $0x602,%dx", "mov $1,%al", "out %al,%dx", "hlt");
+program!(reset_i8042, "mov $0xfe,%al", "out %al,$0x64", "hlt");
+program!(pvpanic, "mov $0x505,%dx", "mov $1,%al", "out %al,%dx", "hlt");
+program!(triple_fault, "ud2");
+program!(halt, "5: cli", "hlt", "jmp 5b");
+program!(spin, "5: jmp 5b");
+program!(debug_exit, "mov $38,%eax", "out %eax,$0xf4", "hlt");
+program!(neglected_watchdog, "mov $0x443,%dx", "mov $0xf,%al", "out %al,%dx", "5: jmp 5b");
+// What a Linux kernel says in its last line, then a reset.
+payload!(
+    panic_line,
+    ".code32",
+    "mov $0x3f8,%edx",
+    "mov $0x80000,%esp",
+    "call 2f",
+    ".ascii \"[    0.5] Kernel panic - not syncing: out of luck\\r\\n\\0\"",
+    "2: pop %esi",
+    "3: lodsb",
+    "test %al,%al",
+    "jz 4f",
+    "out %al,%dx",
+    "jmp 3b",
+    "4: mov $0x602,%dx",
+    "mov $1,%al",
+    "out %al,%dx",
+    "hlt",
+);
+// Prints the command line that it was given, and the first bytes of its first module.
+payload!(
+    show_boot,
+    ".code32",
+    "mov $0x3f8,%edx",
+    "mov $0x80000,%esp",
+    "mov 16(%ebx),%esi",
+    "call 3f",
+    "mov $32,%al",
+    "out %al,%dx",
+    "mov 24(%ebx),%ecx",
+    "mov (%ecx),%esi",
+    "call 3f",
+    "mov $10,%al",
+    "out %al,%dx",
+    "mov $0x600,%dx",
+    "mov $0x34,%al",
+    "out %al,%dx",
+    "hlt",
+    "3: lodsb",
+    "test %al,%al",
+    "jz 4f",
+    "out %al,%dx",
+    "jmp 3b",
+    "4: ret",
+);
+// Listens on the first UART, and echoes each byte until a '.'.
+payload!(
+    echo,
+    ".code32",
+    "mov $0x3f9,%edx",
+    "mov $1,%al",
+    "out %al,%dx",
+    "5: mov $0x3fd,%edx",
+    "in %dx,%al",
+    "test $1,%al",
+    "jz 5b",
+    "mov $0x3f8,%edx",
+    "in %dx,%al",
+    "out %al,%dx",
+    "cmp $0x2e,%al",
+    "jne 5b",
+    "mov $0x600,%dx",
+    "mov $0x34,%al",
+    "out %al,%dx",
+    "hlt",
+);
+// 4,000 lines of 50 characters in string instructions, then off: for a reader that is slow.
+payload!(
+    flood,
+    ".code32",
+    "mov $0x80000,%esp",
+    "call 2f",
+    ".ascii \"0123456789012345678901234567890123456789012345678\\n\"",
+    "2: pop %ebx",
+    "mov $4000,%ebp",
+    "3: mov %ebx,%esi",
+    "mov $50,%ecx",
+    "mov $0x3f8,%edx",
+    "cld",
+    "rep outsb",
+    "dec %ebp",
+    "jnz 3b",
+    "mov $0x600,%dx",
+    "mov $0x34,%al",
+    "out %al,%dx",
+    "hlt",
+);
+// Prints the types of the entries in its memory map.
+payload!(
+    memory_map,
+    ".code32",
+    "mov 44(%ebx),%ecx",
+    "mov 48(%ebx),%esi",
+    "lea (%esi,%ecx),%edi",
+    "mov $0x3f8,%edx",
+    "3: mov 20(%esi),%al",
+    "add $0x30,%al",
+    "out %al,%dx",
+    "add $24,%esi",
+    "cmp %edi,%esi",
+    "jb 3b",
+    "mov $10,%al",
+    "out %al,%dx",
+    "mov $0x600,%dx",
+    "mov $0x34,%al",
+    "out %al,%dx",
+    "hlt",
+);
+
+/// A multiboot kernel: an ELF of one segment at 1 MiB that starts with the multiboot header; the entry is behind it.
+pub(crate) fn multiboot(code: &[u8]) -> Vec<u8> {
+    const HEADERS: u32 = 52 + 32;
+    const LOAD: u32 = 0x10_0000;
+    let bytes = 12 + u32::try_from(code.len()).unwrap();
+    let mut file = b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let half = |file: &mut Vec<u8>, value: u16| file.extend(value.to_le_bytes());
+    half(&mut file, 2);
+    half(&mut file, 3);
+    for word in [1, LOAD + 12, 52, 0, 0] {
+        file.extend(u32::to_le_bytes(word));
+    }
+    for value in [52, 32, 1, 40, 0, 0] {
+        half(&mut file, value);
+    }
+    for word in [1, HEADERS, LOAD, LOAD, bytes, bytes + 0x1000, 7, 4] {
+        file.extend(u32::to_le_bytes(word));
+    }
+    for word in [0x1bad_b002, 0, 0_u32.wrapping_sub(0x1bad_b002)] {
+        file.extend(u32::to_le_bytes(word));
+    }
+    file.extend(code);
+    file
+}

@@ -5,16 +5,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 /// What a test that did not panic came to.
-pub enum Outcome {
+pub(crate) enum Outcome {
     Passed,
     /// Not run, and why.
     Skipped(String),
 }
 
-pub type Test = (&'static str, fn() -> Outcome);
+pub(crate) type Test = (&'static str, fn() -> Outcome);
 
 /// Runs the tests whose names contain one of the command line's words (all, without words).
-pub fn run(suite: &str, tests: &[Test]) -> ExitCode {
+pub(crate) fn run(suite: &str, tests: &[Test]) -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     if std::env::args().any(|word| word == "--list") {
         tests.iter().for_each(|(name, _)| println!("{name}: test"));
