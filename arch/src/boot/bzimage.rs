@@ -228,10 +228,9 @@ mod tests {
             file[0x1f1..0x290].copy_from_slice(&header);
             file[0x1fe..0x200].copy_from_slice(&BOOT_FLAG.to_le_bytes());
             file[0x202..0x206].copy_from_slice(&HEADER_MAGIC.to_le_bytes());
-            if let Ok(parsed) = BzImage::parse(file.as_slice()) {
-                if let Some((offset, bytes)) = parsed.payload {
-                    prop_assert!(offset + bytes <= file.len() as u64);
-                }
+            let payload = BzImage::parse(file.as_slice()).ok().and_then(|parsed| parsed.payload);
+            if let Some((offset, bytes)) = payload {
+                prop_assert!(offset + bytes <= file.len() as u64);
             }
         }
     }
