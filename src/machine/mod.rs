@@ -16,7 +16,7 @@ use hwvmm_arch::cpuid::{self, CpuidOptions};
 use hwvmm_arch::layout::{
     KVM_IDENTITY_MAP, KVM_TSS, PORT_PVPANIC, PORT_SLEEP_CONTROL, RESET_VALUE, SLEEP_TYPE_S5, UARTS, ram_banks,
 };
-use hwvmm_arch::{Topology, acpi, lapic, msr};
+use hwvmm_arch::{Topology, lapic, msr};
 use hwvmm_devices::irq::IrqLine;
 use hwvmm_devices::legacy::{DebugExit, I8042, PostPort, Power, PvPanic, SerialPort, Watchdog};
 use hwvmm_devices::{BusBuilder, BusDevice, BusError};
@@ -117,7 +117,8 @@ impl Machine {
                 unpack: config.unpack,
                 boot: config.boot,
                 cache: cache.as_ref(),
-                platform: acpi::Platform { apic_ids: &apic_ids, uarts: &uarts },
+                apic_ids: &apic_ids,
+                uarts: &uarts,
                 progress: setup.progress,
             },
             &ram,

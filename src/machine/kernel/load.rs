@@ -41,8 +41,10 @@ pub struct Request<'a> {
     pub boot: BootProtocol,
     /// Where unpacked kernels are.
     pub cache: Option<&'a Cache>,
-    /// The ACPI tables' contents.
-    pub platform: acpi::Platform<'a>,
+    /// The APIC id of each vCPU, for the ACPI tables.
+    pub apic_ids: &'a [u32],
+    /// The UARTs that exist (first port, gsi), for the ACPI tables.
+    pub uarts: &'a [(u16, u32)],
     /// Told about what takes long.
     pub progress: &'a dyn Fn(&str),
 }
@@ -288,7 +290,8 @@ impl Loader<'_> {
             self.write("the page tables", layout::BOOT_PML4, &tables)?;
         }
         self.write("the reset code", layout::RESET_VECTOR, &layout::RESET_CODE)?;
-        for table in acpi::tables(&self.request.platform)? {
+        let platform = acpi::Platform { apic_ids: self.request.apic_ids, uarts: self.request.uarts };
+        for table in acpi::tables(&platform)? {
             self.write("the ACPI tables", table.address, &table.bytes)?;
         }
         Ok(())

@@ -1,0 +1,10 @@
+//! Any bytes as a compressed payload.
+#![no_main]
+
+use hwvmm::machine::kernel::unpack::unpack;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    let out = tempfile::tempfile().expect("a temporary file");
+    let _ = unpack(data, &out);
+});

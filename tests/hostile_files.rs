@@ -1,0 +1,114 @@
+//! Kernel files from hostile hands: the fuzz targets' corpus, and thousands of changes of it, must be loaded or refused,
+//! and never make hwvmm panic, hang or write outside of guest memory.
+
+use hwvmm::config::{BootProtocol, Unpack};
+use hwvmm::machine::kernel::unpack::unpack;
+use hwvmm::machine::kernel::{KernelError, Loaded, Request, load};
+use hwvmm::memory::{Backing, GuestRam};
+use proptest::prelude::*;
+use std::fs;
+use std::path::Path;
+
+const MEMORY: u64 = 16 << 20;
+
+fn corpus(target: &str) -> Vec<(String, Vec<u8>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(target);
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .expect("a corpus")
+        .flatten()
+        .map(|entry| (entry.file_name().to_string_lossy().into_owned(), fs::read(entry.path()).expect("readable")))
+        .collect();
+    files.sort();
+    assert!(!files.is_empty());
+    files
+}
+
+fn load_bytes(bytes: &[u8], unpack: Unpack) -> Result<Loaded, KernelError> {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    fs::write(file.path(), bytes).expect("written");
+    let ram = GuestRam::new(&[(0, MEMORY)], Backing::Anonymous(false)).expect("16 MiB");
+    let request = Request {
+        kernel: file.path(),
+        initrd: None,
+        modules: &[],
+        cmdline: "console=ttyS0",
+        memory_bytes: MEMORY,
+        unpack,
+        boot: BootProtocol::Auto,
+        cache: None,
+        apic_ids: &[0],
+        uarts: &[(0x3f8, 4)],
+        progress: &|_| {},
+    };
+    load(&request, &ram)
+}
+
+#[test]
+fn the_corpus_loads_as_it_should() {
+    for (name, bytes) in corpus("kernel_file") {
+        let loaded = load_bytes(&bytes, Unpack::Host).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let words = match name.as_str() {
+            "vmlinux-pvh" => "PVH",
+            "multiboot" => "multiboot",
+            "bzimage-unknown" => "unpacked by the guest",
+            _ => "unpacked by hwvmm",
+        };
+        assert!(loaded.description.contains(words), "{name}: {}", loaded.description);
+        if name.starts_with("bzimage") {
+            let guest = load_bytes(&bytes, Unpack::Guest).unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert_eq!(guest.entry.rip(), 0x10_0200);
+        }
+    }
+}
+
+#[test]
+fn every_truncation_is_refused_or_loaded() {
+    for (_, bytes) in corpus("kernel_file") {
+        for length in (0..bytes.len()).step_by(bytes.len() / 60 + 1) {
+            if let Err(error) = load_bytes(&bytes[..length], Unpack::Host) {
+                assert!(!error.to_string().is_empty());
+            }
+        }
+    }
+}
+
+/// A file of the corpus with some bytes changed, and perhaps cut.
+fn changed(target: &'static str, strides: usize) -> impl Strategy<Value = Vec<u8>> {
+    let change = (any::<prop::sample::Index>(), prop_oneof![any::<u8>(), Just(0), Just(0xff), Just(0x80)]);
+    (
+        any::<prop::sample::Index>(),
+        prop::collection::vec(change, 1..strides),
+        any::<prop::sample::Index>(),
+        any::<bool>(),
+    )
+        .prop_map(move |(which, changes, cut, cuts)| {
+            let files = corpus(target);
+            let mut bytes = files[which.index(files.len())].1.clone();
+            for (at, value) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            if cuts {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            bytes
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn changed_kernels_are_survived(bytes in changed("kernel_file", 12), guest in any::<bool>()) {
+        let unpack = if guest { Unpack::Guest } else { Unpack::Host };
+        if let Ok(loaded) = load_bytes(&bytes, unpack) {
+            prop_assert!(loaded.entry.rip() < MEMORY);
+        }
+    }
+
+    #[test]
+    fn changed_payloads_are_survived(bytes in changed("unpack", 20)) {
+        let out = tempfile::tempfile().expect("a temporary file");
+        let _ = unpack(&bytes, &out);
+    }
+}
