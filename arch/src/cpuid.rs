@@ -16,6 +16,7 @@ const TOPOEXT: u32 = 1 << 22; // leaf 0x8000_0001 ecx
 const APIC_BUS_KHZ: u32 = 1_000_000;
 const KVM_SIGNATURE_LEAF: u32 = 0x4000_0000;
 const TIMING_LEAF: u32 = 0x4000_0010;
+const AMD_TOPOLOGY_LEAF: u32 = 0x8000_001e;
 const TOPOLOGY_LEAVES: [u32; 2] = [0xb, 0x1f];
 
 /// What the leaves depend on, beside what KVM supports.
@@ -68,9 +69,12 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Vec<k
             0x8000_0001 if vendor == Vendor::Amd => amd_features(leaf, &options.topology),
             0x8000_0008 if vendor == Vendor::Amd => amd_sizes(leaf, &options.topology),
             0x8000_001d => cache_sharing(leaf, &options.topology, false),
-            0x8000_001e => amd_topology(leaf, options),
+            AMD_TOPOLOGY_LEAF => amd_topology(leaf, options),
             _ => {}
         }
+    }
+    if vendor == Vendor::Amd && options.topology.threads > 1 {
+        add_amd_topology(&mut leaves, options);
     }
     add_topology(&mut leaves, supported, options);
     add_timing(&mut leaves, options);
@@ -112,8 +116,23 @@ fn leaf_15(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
 
 fn amd_features(leaf: &mut kvm_cpuid_entry2, topology: &Topology) {
     leaf.ecx = if topology.threads_per_socket() > 1 { leaf.ecx | CMP_LEGACY } else { leaf.ecx & !CMP_LEGACY };
-    // Leaf 0x8000_001e numbers at most 256 threads; where KVM lacks it, leaf 0xb tells the topology.
-    leaf.ecx &= if topology.cpus() > 256 { !TOPOEXT } else { u32::MAX };
+}
+
+/// AMD processors tell their threads by leaf 0x8000_001e alone, and a guest looks there only with TOPOEXT. KVM shows
+/// both where the host has them; they are plain numbers, so that a guest can be told them anywhere.
+fn add_amd_topology(leaves: &mut Vec<kvm_cpuid_entry2>, options: &CpuidOptions) {
+    for leaf in leaves.iter_mut() {
+        match leaf.function {
+            0x8000_0000 => leaf.eax = leaf.eax.max(AMD_TOPOLOGY_LEAF),
+            0x8000_0001 => leaf.ecx |= TOPOEXT,
+            _ => {}
+        }
+    }
+    if !leaves.iter().any(|leaf| leaf.function == AMD_TOPOLOGY_LEAF) {
+        let mut leaf = kvm_cpuid_entry2 { function: AMD_TOPOLOGY_LEAF, ..Default::default() };
+        amd_topology(&mut leaf, options);
+        leaves.push(leaf);
+    }
 }
 
 fn amd_sizes(leaf: &mut kvm_cpuid_entry2, topology: &Topology) {
@@ -179,7 +198,7 @@ mod tests {
     fn supported() -> Vec<kvm_cpuid_entry2> {
         let amd = kvm_cpuid_entry2 { eax: 0x1f, ebx: 0x6874_7541, edx: 0x6974_6e65, ecx: 0x444d_4163, ..leaf(0) };
         let signature = kvm_cpuid_entry2 { eax: 0x4000_0001, ..leaf(0x4000_0000) };
-        vec![amd, leaf(1), leaf(0xb), signature, leaf(0x8000_0008), leaf(0x8000_001e)]
+        vec![amd, leaf(1), leaf(0xb), signature, leaf(0x8000_0000), leaf(0x8000_0001), leaf(0x8000_0008)]
     }
 
     fn find(leaves: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -201,6 +220,8 @@ mod tests {
         assert_eq!(find(&leaves, 0xb, 1).edx, 3);
         assert_eq!(find(&leaves, 0x8000_0008, 0).ecx, 3 | 2 << 12);
         assert_eq!(find(&leaves, 0x8000_001e, 0).ebx, 1 | 1 << 8);
+        assert_ne!(find(&leaves, 0x8000_0001, 0).ecx & TOPOEXT, 0);
+        assert_eq!(find(&leaves, 0x8000_0000, 0).eax, 0x8000_001e);
         assert_eq!(find(&leaves, 0x4000_0000, 0).eax, 0x4000_0010);
         assert_eq!(find(&leaves, 0x4000_0010, 0).eax, 2_400_000);
     }
