@@ -261,6 +261,54 @@ fn configuration_file() -> Outcome {
     })
 }
 
+/// With a terminal: raw while the guest runs, as before afterwards, by Ctrl-A x and by SIGTERM.
+fn the_terminal_is_put_back() -> Outcome {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    use rustix::termios::{LocalModes, tcgetattr};
+    when_it_runs(|| {
+        for by_key in [true, false] {
+            let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a terminal");
+            grantpt(&master).and_then(|()| unlockpt(&master)).expect("unlocked");
+            let name = ptsname(&master, Vec::new()).expect("its name").into_string().expect("UTF-8");
+            let slave = fs::File::options().read(true).write(true).open(name).expect("its other side");
+            let before = tcgetattr(&slave).expect("a terminal");
+            assert!(before.local_modes.contains(LocalModes::ICANON | LocalModes::ECHO));
+            let mut child = hwvmm()
+                .args(["run", "-m", "16M", "--timeout", "30s"])
+                .arg(kernel("terminal", guests::spin()))
+                .stdin(slave.try_clone().expect("cloned"))
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .expect("started");
+            child.stdout.as_mut().expect("stdout").read_exact(&mut [0; 6]).expect("hello");
+            let during = tcgetattr(&slave).expect("a terminal");
+            assert!(!during.local_modes.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG));
+            if by_key {
+                rustix::io::write(&master, b"\x01x").expect("typed");
+            } else {
+                Command::new("kill").arg(child.id().to_string()).status().expect("kill");
+            }
+            let out = child.wait_with_output().expect("ended");
+            let status = if by_key { 130 } else { 143 };
+            assert_eq!(out.status.code(), Some(status), "{}", text(&out.stderr));
+            let after = tcgetattr(&slave).expect("a terminal");
+            assert_eq!(after.local_modes, before.local_modes);
+            assert_eq!((after.input_modes, after.output_modes), (before.input_modes, before.output_modes));
+        }
+    })
+}
+
+fn sixty_four_vcpus() -> Outcome {
+    when_it_runs(|| {
+        let out = run("many", guests::power_off(), &["-c", "64,sockets=2,cores=16,threads=2", "--stats"]);
+        assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+        assert_eq!(text(&out.stdout), "hello\n");
+        let out = run("many", guests::halt(), &["-c", "64"]);
+        assert_eq!(out.status.code(), Some(35), "halted, though 63 never started: {}", text(&out.stderr));
+    })
+}
+
 fn two_at_once() -> Outcome {
     when_it_runs(|| {
         let mut children = [spawn(guests::power_off(), &[]), spawn(guests::power_off(), &[])];
@@ -326,6 +374,8 @@ const TESTS: &[Test] = &[
     ("a_closed_stdin_is_no_matter", a_closed_stdin_is_no_matter),
     ("restart_counts_every_start", restart_counts_every_start),
     ("configuration_file", configuration_file),
+    ("the_terminal_is_put_back", the_terminal_is_put_back),
+    ("sixty_four_vcpus", sixty_four_vcpus),
     ("two_at_once", two_at_once),
     ("help_and_generated_texts", help_and_generated_texts),
     ("doctor_agrees_with_its_status", doctor_agrees_with_its_status),

@@ -1,7 +1,7 @@
-//! DSDT (ACPI 6.5 §5.2.11.1): the UARTs that exist and the soft-off state.
+//! DSDT (ACPI 6.5 §5.2.11.1): the UARTs that exist, the panic port and the soft-off state.
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform};
-use crate::layout::SLEEP_TYPE_S5;
+use crate::layout::{PORT_PVPANIC, SLEEP_TYPE_S5};
 use acpi_tables::Aml;
 use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope, ZERO};
 use acpi_tables::sdt::Sdt;
@@ -27,10 +27,26 @@ fn uart(index: usize, port: u16, gsi: u32) -> Vec<u8> {
     aml
 }
 
+/// The panic port, by the name that Linux' pvpanic driver looks for.
+fn pvpanic() -> Vec<u8> {
+    let mut aml = Vec::new();
+    Device::new(
+        Path::new("PEVT"),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&IO::new(PORT_PVPANIC, PORT_PVPANIC, 1, 1)])),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    aml
+}
+
 /// The table's bytes.
 pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
     let mut sdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    let devices: Vec<u8> = platform.uarts.iter().enumerate().flat_map(|(i, &(port, gsi))| uart(i, port, gsi)).collect();
+    let mut devices: Vec<u8> =
+        platform.uarts.iter().enumerate().flat_map(|(i, &(port, gsi))| uart(i, port, gsi)).collect();
+    devices.extend(pvpanic());
     sdt.append_slice(&Scope::raw("_SB_".into(), devices));
     let mut s5 = Vec::new();
     Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO])).to_aml_bytes(&mut s5);

@@ -1,7 +1,6 @@
 //! Unpacked kernels, kept from run to run: unpacking takes a second, reading what was unpacked a few milliseconds.
 
 use std::fs::{self, File};
-use std::hash::{DefaultHasher, Hasher};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -22,12 +21,12 @@ pub struct Cache {
 /// all of it: that would take longer than reading the unpacked kernel.
 fn key(packed: &File) -> io::Result<String> {
     let metadata = packed.metadata()?;
-    let (size, mut hasher) = (metadata.len(), DefaultHasher::new());
+    let (size, mut crc) = (metadata.len(), flate2::Crc::new());
     let mut sample = |offset: u64, bytes: u64| -> io::Result<()> {
         let count = usize::try_from(bytes.min(size.saturating_sub(offset))).unwrap_or(0);
         let mut buffer = vec![0; count];
         packed.read_exact_at(&mut buffer, offset)?;
-        hasher.write(&buffer);
+        crc.update(&buffer);
         Ok(())
     };
     sample(0, END_BYTES)?;
@@ -35,7 +34,7 @@ fn key(packed: &File) -> io::Result<String> {
         sample(size / (SAMPLES + 1) * index, SAMPLE_BYTES)?;
     }
     sample(size.saturating_sub(END_BYTES), END_BYTES)?;
-    Ok(format!("{size}-{}-{:016x}.vmlinux", metadata.mtime(), hasher.finish()))
+    Ok(format!("{size}-{}-{:08x}.vmlinux", metadata.mtime(), crc.sum()))
 }
 
 impl Cache {
