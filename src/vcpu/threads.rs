@@ -163,12 +163,13 @@ impl Threads {
     /// Stops all vCPUs and takes what they leave.
     pub fn stop(self) -> Vec<Finished> {
         self.control.stop.store(true, Ordering::Release);
+        // All of them, again and again: one may wait for a lock that another holds while it writes to a full pipe.
+        while self.threads.iter().any(|thread| !thread.handle.is_finished()) {
+            self.threads.iter().filter(|thread| !thread.handle.is_finished()).for_each(Self::kick);
+            std::thread::sleep(KICK_AGAIN);
+        }
         let mut finished = Vec::new();
         for thread in self.threads {
-            while !thread.handle.is_finished() {
-                Self::kick(&thread);
-                std::thread::sleep(KICK_AGAIN);
-            }
             match thread.handle.join() {
                 Ok(result) => finished.push(result),
                 Err(_) => log::error!("a vCPU's thread panicked: this is a bug in hwvmm"),

@@ -3,7 +3,8 @@
 use crate::bus::{Action, BusDevice};
 use crate::irq::IrqLine;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use thiserror::Error;
 use vm_superio::Serial;
 use vm_superio::serial::{Error as UartError, SerialEvents};
@@ -103,6 +104,8 @@ impl Inner {
 pub struct SerialPort {
     inner: Mutex<Inner>,
     input_wanted: Arc<EventFd>,
+    /// Input came while a vCPU held the lock.
+    input_missed: AtomicBool,
 }
 
 impl SerialPort {
@@ -111,20 +114,45 @@ impl SerialPort {
     pub fn new(irq: IrqLine, output: Box<dyn Write + Send>, input_wanted: Arc<EventFd>) -> Self {
         let events = InputTaken(Arc::clone(&input_wanted));
         let uart = Serial::with_events(irq, events, Collected { bytes: Vec::new() });
-        Self { inner: Mutex::new(Inner { uart, output, failed: false }), input_wanted }
+        Self {
+            inner: Mutex::new(Inner { uart, output, failed: false }),
+            input_wanted,
+            input_missed: AtomicBool::new(false),
+        }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn try_lock(&self) -> Option<MutexGuard<'_, Inner>> {
+        match self.inner.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// After the lock has been given back: has input that came meanwhile tried again.
+    fn unlocked(&self) {
+        if self.input_missed.swap(false, Ordering::AcqRel) {
+            wake(&self.input_wanted);
+        }
+    }
+
     /// Hands input to the guest; the number of bytes taken. 0 while the guest does not listen or its buffer is full:
-    /// `input_wanted` then says when to try again.
+    /// `input_wanted` then says when to try again. Never waits: a vCPU may hold the lock for as long as the host does not
+    /// take its output.
     ///
     /// # Errors
     /// Where the interrupt cannot be raised.
     pub fn enqueue(&self, input: &[u8]) -> Result<usize, SerialPortError> {
-        let mut inner = self.lock();
+        let guard = self.try_lock().or_else(|| {
+            // Said before the second try, so that a vCPU that gives the lock back in between sees it.
+            self.input_missed.store(true, Ordering::Release);
+            self.try_lock()
+        });
+        let Some(mut inner) = guard else { return Ok(0) };
         if !inner.takes_input() {
             return Ok(0);
         }
@@ -141,6 +169,7 @@ impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let (Ok(register), [value]) = (u8::try_from(offset), data) else { return };
         *value = self.lock().uart.read(register);
+        self.unlocked();
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Action {
@@ -154,9 +183,12 @@ impl BusDevice for SerialPort {
             inner.write_register(register, *value);
         }
         inner.flush();
-        if register == IER_OFFSET && inner.takes_input() {
+        let ready = register == IER_OFFSET && inner.takes_input();
+        drop(inner);
+        if ready {
             wake(&self.input_wanted);
         }
+        self.unlocked();
         Action::None
     }
 }
@@ -194,6 +226,40 @@ mod tests {
         // Items of two bytes: the port is one byte wide, the low byte counts.
         port.write_string(0, 2, b"a-b-");
         assert_eq!(output.try_recv().expect("one write"), b"ab");
+    }
+
+    /// Output that waits until it may go on.
+    struct Stuck(Receiver<()>, Sender<()>);
+    impl Write for Stuck {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.1.send(()).map_err(io::Error::other)?;
+            self.0.recv().map_err(io::Error::other)?;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn input_does_not_wait_for_stuck_output() {
+        let event = || Arc::new(EventFd::new(EFD_NONBLOCK).expect("eventfd"));
+        let wanted = event();
+        let ((go, wait), (inside, entered)) = (channel(), channel());
+        let output = Box::new(Stuck(wait, inside));
+        let port = Arc::new(SerialPort::new(IrqLine::new(event()), output, Arc::clone(&wanted)));
+        port.write(1, &[5]);
+        wanted.read().expect("woken by the driver");
+        let vcpu = {
+            let port = Arc::clone(&port);
+            std::thread::spawn(move || port.write(0, b"x"))
+        };
+        entered.recv().expect("the vCPU writes");
+        assert_eq!(port.enqueue(b"typed").expect("no interrupt"), 0);
+        go.send(()).expect("the output goes on");
+        vcpu.join().expect("written");
+        wanted.read().expect("woken to try again");
+        assert_eq!(port.enqueue(b"typed").expect("enqueued"), 5);
     }
 
     #[test]
