@@ -52,7 +52,7 @@ impl SparseWriter<'_> {
 /// # Errors
 /// [`UnpackError`].
 pub fn unpack(payload: &[u8], out: &File) -> Result<u64, UnpackError> {
-    let start = payload.get(..8.min(payload.len())).unwrap_or_default();
+    let start = payload.get(..16.min(payload.len())).unwrap_or_default();
     let kind = Compression::detect(start).ok_or_else(|| UnpackError::Unknown(start.to_vec()))?;
     let mut writer = SparseWriter { file: out, position: 0 };
     let mut reader = reader(kind, payload).map_err(|error| UnpackError::Data(kind.name(), error))?;

@@ -4,7 +4,7 @@ use std::io::Seek;
 /// Bytes that compress, with holes in them.
 fn kernel() -> Vec<u8> {
     let mut bytes: Vec<u8> = b"\x7fELF".to_vec();
-    bytes.extend((0..600_000_u32).flat_map(|i| (i / 7).to_le_bytes()));
+    bytes.extend((0..100_000_u32).flat_map(|i| (i / 7).to_le_bytes()));
     bytes.resize(bytes.len() + 300_000, 0);
     bytes.extend(b"the end");
     bytes
@@ -110,7 +110,7 @@ fn damage_and_truncation_are_errors_not_panics() {
             let short = result.as_ref().is_ok_and(|bytes| *bytes < kernel.len() as u64);
             assert!(result.is_err() || short, "{} cut at {cut}", kind.name());
         }
-        for at in (8..whole.len()).step_by((whole.len() / 50).max(1)) {
+        for at in (8..whole.len()).step_by((whole.len() / 20).max(1)) {
             let mut damaged = whole.clone();
             damaged[at] ^= 0x55;
             let out = tempfile::tempfile().expect("a temporary file");
@@ -123,7 +123,7 @@ fn damage_and_truncation_are_errors_not_panics() {
 fn an_unknown_compression_is_named() {
     let out = tempfile::tempfile().expect("a temporary file");
     let error = unpack(b"hello, world", &out).expect_err("unknown").to_string();
-    assert!(error.contains("68, 65"), "{error}");
+    assert!(error.contains("68, 65") && error.len() < 200, "{error}");
 }
 
 #[test]
