@@ -386,6 +386,11 @@ const TESTS: &[Test] = &[
         refused_with_kvm(&["run", "/no/such/kernel"], &["/no/such/kernel", "check the path"])
     }),
     ("a_folder_as_kernel", || refused_with_kvm(&["run", "/tmp"], &["/tmp is not a file"])),
+    ("a_fifo_as_kernel", || {
+        let path = folder().join("fifo");
+        assert!(Command::new("mkfifo").arg(&path).status().expect("mkfifo").success());
+        refused_with_kvm(&["run", path.to_str().expect("UTF-8")], &["is not a file"])
+    }),
     ("an_empty_kernel", || refused_kernel("empty", b"", &[], &["it is empty"])),
     ("a_text_as_kernel", || refused_kernel("text", b"#!/bin/sh\n", &[], &["not a kernel"])),
     ("a_compressed_file_as_kernel", || {

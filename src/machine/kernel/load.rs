@@ -122,7 +122,7 @@ impl Loader<'_> {
         let end = start.saturating_add(bytes).max(BZIMAGE_LOAD + image.code_bytes);
         self.check_room("kernel", start.min(BZIMAGE_LOAD), end)?;
         self.read("kernel", file, image.code_offset, image.code_bytes, BZIMAGE_LOAD)?;
-        self.linux64(BZIMAGE_LOAD + ENTRY_64_OFFSET, end, Some(image))?;
+        self.linux64(end, Some(image))?;
         let entry = Entry::Linux64 { rip: BZIMAGE_LOAD + ENTRY_64_OFFSET };
         Ok(Loaded { entry, description: "bzImage, unpacked by the guest" })
     }
@@ -147,7 +147,7 @@ impl Loader<'_> {
             return Err(KernelError::NotKernel { path: self.path(), what });
         }
         self.check_entry(elf.entry, elf)?;
-        self.linux64(elf.entry, elf.end(), image)?;
+        self.linux64(elf.end(), image)?;
         let description =
             if image.is_some() { "bzImage, unpacked by hwvmm, 64-bit entry" } else { "vmlinux, 64-bit entry" };
         Ok(Loaded { entry: Entry::Linux64 { rip: elf.entry }, description })
@@ -163,7 +163,7 @@ impl Loader<'_> {
         Ok(Loaded { entry, description: "ELF kernel, PVH entry" })
     }
 
-    fn linux64(&self, _entry: u64, end: u64, image: Option<&BzImage>) -> Result<(), KernelError> {
+    fn linux64(&self, end: u64, image: Option<&BzImage>) -> Result<(), KernelError> {
         let limit = image.map_or(INITRD_LIMIT, |image| match image.header.initrd_addr_max {
             0 => INITRD_LIMIT,
             limit => u64::from(limit).min(INITRD_LIMIT),

@@ -162,11 +162,11 @@ fn remedy(error: &io::Error) -> &'static str {
 /// Opens a regular file.
 pub(crate) fn open(what: &'static str, path: &Path) -> Result<File, KernelError> {
     let read = |source| KernelError::Read { what, path: path.to_owned(), source };
-    let file = File::open(path).map_err(read)?;
-    if !file.metadata().map_err(read)?.is_file() {
+    // Looked at before it is opened: opening a FIFO waits for whoever writes to it.
+    if !std::fs::metadata(path).map_err(read)?.is_file() {
         return Err(KernelError::NotFile { what, path: path.to_owned() });
     }
-    Ok(file)
+    File::open(path).map_err(read)
 }
 
 /// What a kernel file is.
