@@ -36,7 +36,8 @@ lab_packages() { need_packages qemu-system-x86 seabios busybox-static cpio; }
 # guest_kernel: fetches Debian's kernel (no install) into $HWVMM_LAB/kernel: vmlinuz, modules/, version.
 guest_kernel() {
     local dir=$HWVMM_LAB/kernel
-    [ -s "$dir/version" ] && return 0
+    [ -s "$dir/version" ] && [ -s "$dir/modules/modules.dep" ] && return 0
+    need_packages kmod
     mkdir -p "$HWVMM_LAB/work"
     local work; work=$(mktemp -d "$HWVMM_LAB/work/kernel.XXXXXX")
     local package
@@ -51,6 +52,7 @@ guest_kernel() {
         die "cannot download $package with apt-get: check the network and /etc/apt/sources.list"
     dpkg -x "$work"/"$package"_*.deb "$work/root"
     local version=${package#linux-image-}
+    PATH=$PATH:/sbin depmod -b "$work/root" "$version"
     mkdir -p "$work/kernel"
     cp -p "$work/root/boot/vmlinuz-$version" "$work/kernel/vmlinuz"
     mv "$work/root/lib/modules/$version" "$work/kernel/modules"
@@ -89,4 +91,82 @@ guest_initramfs() {
 # build_hwvmm: builds the release binary where it is not given by HWVMM_BIN.
 build_hwvmm() {
     (cd "$HWVMM_ROOT" && cargo build --release --quiet)
+}
+
+# guest_image FORCE: makes $HWVMM_LAB/guest/debian.img, a Debian 12 root file system (ext4, 2 GiB, sparse).
+guest_image() {
+    local out=$HWVMM_LAB/guest/debian.img
+    local script=$HWVMM_ROOT/scripts/guest-image
+    [ "$1" = no ] && [ -s "$out" ] && [ "$out" -nt "$script" ] && return 0
+    need_packages mmdebstrap e2fsprogs
+    guest_kernel
+    mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
+    local work; work=$(mktemp -d "$HWVMM_LAB/work/image.XXXXXX")
+    say "making a Debian 12 system (about 2 minutes, once)"
+    local packages=systemd-sysv,udev,dbus,openssh-server,iproute2,iputils-ping,fio,iperf3,kmod,tcc,libc6-dev,socat,procps
+    as_root mmdebstrap --quiet --variant=minbase --include="$packages" \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+        --dpkgopt='path-exclude=/usr/share/locale/*' --aptopt='APT::Install-Recommends "false"' \
+        bookworm "$work/root" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2; die "mmdebstrap failed"; }
+    as_root cp -R "$HWVMM_ROOT/scripts/guest-files/." "$work/root/"
+    local version; version=$(cat "$HWVMM_LAB/kernel/version")
+    as_root mkdir -p "$work/root/lib/modules/$version"
+    # Only what a guest of hwvmm has a use for: all of them are 400 MB.
+    local folder
+    for folder in drivers/virtio drivers/block drivers/net drivers/char/hw_random drivers/firmware fs/fuse fs/ext4 \
+        fs/jbd2 fs/mbcache.ko net/vmw_vsock net/core crypto lib arch/x86/crypto; do
+        [ -e "$HWVMM_LAB/kernel/modules/kernel/$folder" ] || continue
+        as_root mkdir -p "$work/root/lib/modules/$version/kernel/$(dirname "$folder")"
+        as_root cp -R "$HWVMM_LAB/kernel/modules/kernel/$folder" "$work/root/lib/modules/$version/kernel/$folder"
+    done
+    as_root rm -rf "$work/root/lib/modules/$version/kernel/drivers/net/"{wireless,ethernet,usb,can}
+    as_root cp "$HWVMM_LAB"/kernel/modules/modules.{order,builtin,builtin.modinfo} "$work/root/lib/modules/$version/"
+    as_root chroot "$work/root" depmod "$version"
+    as_root chroot "$work/root" systemctl --quiet enable hwvmm-guest.service
+    # Nothing of these has work in a guest like this.
+    as_root chroot "$work/root" systemctl --quiet mask e2scrub_reap.service systemd-pstore.service apt-daily.timer \
+        apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer getty@tty1.service
+    as_root truncate -s 2G "$work/debian.img"
+    as_root mkfs.ext4 -q -F -L root -d "$work/root" "$work/debian.img"
+    as_root chown "$(id -u)" "$work/debian.img"
+    mv "$work/debian.img" "$out"
+    as_root rm -rf "$work"
+}
+
+# add_modules ROOT MODULE...: puts kernel modules and all that they need into ROOT/modules, in the order to load them.
+add_modules() {
+    local root=$1 module path line
+    shift
+    mkdir -p "$root/modules"
+    for module in "$@"; do
+        line=$(grep -E "(^|/)${module}\.ko(\.xz|\.zst)?:" "$HWVMM_LAB/kernel/modules/modules.dep" | head -n 1 || true)
+        # Built in, then.
+        [ -n "$line" ] || continue
+        # The file itself, then what it needs; the last must be loaded first.
+        for path in $(printf '%s\n' "${line/:/}" | tr ' ' '\n' | tac); do
+            [ -e "$root/modules/${path##*/}" ] && continue
+            cp "$HWVMM_LAB/kernel/modules/$path" "$root/modules/"
+            echo "${path##*/}" >>"$root/modules/order"
+        done
+    done
+}
+
+# guest_root_initramfs: makes $HWVMM_LAB/guest/root.cpio.gz (see root-init beside this file).
+guest_root_initramfs() {
+    local out=$HWVMM_LAB/guest/root.cpio.gz
+    [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/root-init" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/lib.sh" ] && return 0
+    guest_kernel
+    mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
+    local work; work=$(mktemp -d "$HWVMM_LAB/work/root.XXXXXX")
+    mkdir -p "$work"/{bin,dev,proc,sys}
+    cp "$(command -v busybox)" "$work/bin/busybox"
+    local applet
+    for applet in sh mount umount insmod sleep mkdir switch_root poweroff cat echo; do ln -s busybox "$work/bin/$applet"; done
+    add_modules "$work" virtio_pci virtio_mmio virtio_console virtio_blk virtio_rng crc32c_generic crc32c-intel ext4
+    cp "$HWVMM_ROOT/scripts/root-init" "$work/init"
+    chmod 755 "$work/init"
+    make_cpio "$work" "$work.cpio"
+    gzip -9n <"$work.cpio" >"$out.new"
+    mv "$out.new" "$out"
+    rm -rf "$work" "$work.cpio"
 }

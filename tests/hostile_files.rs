@@ -38,6 +38,8 @@ fn load_bytes(bytes: &[u8], unpack: Unpack) -> Result<Loaded, KernelError> {
         cache: None,
         apic_ids: &[0],
         uarts: &[(0x3f8, 4)],
+        pci: true,
+        virtio_mmio: &[],
         progress: &|_| {},
     };
     load(&request, &ram)

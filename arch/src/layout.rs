@@ -33,6 +33,19 @@ pub const HOLE_START: u64 = 0xc000_0000;
 /// The end of the hole.
 pub const HOLE_END: u64 = 0x1_0000_0000;
 
+/// PCI devices' BARs.
+pub const PCI_WINDOW: u32 = 0xc000_0000;
+/// Bytes of [`PCI_WINDOW`].
+pub const PCI_WINDOW_BYTES: u32 = 0x1000_0000;
+/// The registers of virtio-mmio devices, one after the other.
+pub const VIRTIO_MMIO: u64 = 0xd000_0000;
+/// PCI configuration space in memory (ECAM), one bus.
+pub const PCI_ECAM: u64 = 0xe000_0000;
+/// Bytes of [`PCI_ECAM`].
+pub const PCI_ECAM_BYTES: u64 = 1 << 20;
+/// The I/O APIC's pins that virtio-mmio devices get: first those that no ISA device knows.
+pub const VIRTIO_MMIO_GSIS: [u32; 17] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 13, 14, 15];
+
 /// The I/O APIC's registers.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APICs' registers (xAPIC mode).
@@ -101,8 +114,8 @@ pub fn ram_banks(memory_bytes: u64) -> Vec<(u64, u64)> {
     vec![(0, HOLE_START), (HOLE_END, memory_bytes - HOLE_START)]
 }
 
-/// The memory map told to the guest for `memory_bytes` of RAM: low RAM, the firmware area, RAM from 1 MiB, RAM from
-/// 4 GiB.
+/// The memory map told to the guest for `memory_bytes` of RAM: low RAM, the firmware area, RAM from 1 MiB, PCI's
+/// configuration space (Linux uses none that is not reserved), RAM from 4 GiB.
 #[must_use]
 pub fn memory_map(memory_bytes: u64) -> Vec<MemoryRange> {
     let ram = |start, end: u64| MemoryRange { start, size: end - start, kind: RangeKind::Ram };
@@ -116,6 +129,8 @@ pub fn memory_map(memory_bytes: u64) -> Vec<MemoryRange> {
             map.push(ram(first, start + size));
         }
     }
+    map.push(MemoryRange { start: PCI_ECAM, size: PCI_ECAM_BYTES, kind: RangeKind::Reserved });
+    map.sort_by_key(|range| range.start);
     map
 }
 

@@ -2,7 +2,11 @@
 //! line and host files; they know neither KVM nor the processor.
 
 pub mod bus;
+pub mod console;
 pub mod irq;
 pub mod legacy;
+pub mod memory;
+pub mod pci;
+pub mod virtio;
 
 pub use bus::{Action, Bus, BusBuilder, BusDevice, BusError};

@@ -164,7 +164,7 @@ mod tests {
     fn the_default_command_line_in_the_help_is_the_real_one() {
         let mut command = Cli::command();
         let help = command.find_subcommand_mut("run").expect("run").render_long_help().to_string();
-        assert!(help.contains(crate::config::DEFAULT_CMDLINE));
+        assert!(help.contains("console=ttyS0 panic=-1 pci=off"));
     }
 
     #[test]

@@ -61,7 +61,8 @@ fn compile(pattern: &str) -> Result<regex::bytes::Regex, crate::config::ConfigEr
 }
 
 fn uses_stdin(config: &RunConfig) -> bool {
-    config.serial.iter().flatten().any(|target| *target == crate::config::SerialTarget::Stdio)
+    let targets = config.serial.iter().flatten().chain(&config.console);
+    targets.into_iter().any(|target| *target == crate::config::ConsoleTarget::Stdio)
 }
 
 /// Starts the guest, and again as often as it resets itself, where that is wanted.

@@ -1,14 +1,16 @@
 //! What a run is made of, as plain data: from the command line, from a TOML file, checked. Knows nothing of the rest.
 
+mod devices;
 mod file;
 mod keyvalue;
 mod options;
 mod values;
 
+pub use devices::{DiskConfig, DiskFormat, Forward, NetBackend, NetConfig, RngConfig, Transport};
 pub use file::{FileError, read as read_file};
 pub use keyvalue::{KeyValueError, parse as parse_key_values};
-pub use options::{DEFAULT_CMDLINE, RunOptions};
-pub use values::{Cpus, Memory, Pages, SerialTarget, ValueError, parse_duration, parse_size};
+pub use options::RunOptions;
+pub use values::{ConsoleTarget, Cpus, Memory, Pages, ValueError, parse_duration, parse_size};
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -30,7 +32,17 @@ pub struct RunConfig {
     /// vCPUs.
     pub cpus: Cpus,
     /// The four UARTs.
-    pub serial: [Option<SerialTarget>; 4],
+    pub serial: [Option<ConsoleTarget>; 4],
+    /// The virtio console, where there is one.
+    pub console: Option<ConsoleTarget>,
+    /// What carries virtio devices.
+    pub transport: Transport,
+    /// Disks.
+    pub disks: Vec<DiskConfig>,
+    /// Network cards.
+    pub nets: Vec<NetConfig>,
+    /// Entropy.
+    pub rng: Option<RngConfig>,
     /// Where a bzImage is unpacked.
     pub unpack: Unpack,
     /// How the kernel is entered.

@@ -1,15 +1,19 @@
 //! The options of `hwvmm run`: the same names on the command line and in a `--config` file.
 
-use super::values::{Cpus, Memory, ValueError, parse_duration, parse_serial};
-use super::{BootProtocol, ConfigError, OnReboot, RunConfig, StatsFormat, Unpack};
+use super::devices::{DiskConfig, NetConfig, RngConfig, Transport};
+use super::values::{Cpus, Memory, ValueError, parse_console, parse_duration, parse_serial};
+use super::{BootProtocol, ConfigError, ConsoleTarget, OnReboot, RunConfig, StatsFormat, Unpack};
 use clap::Args;
 use serde::Deserialize;
 use serde::de::Deserializer;
 use std::path::PathBuf;
 
-/// The kernel command line where none is given: the first serial port is the console, a panic ends the run, and nobody
-/// looks for PCI devices (ACPI has no way to say that there are none: Linux makes 300 accesses to find out).
-pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 pci=off";
+/// The kernel command line where none is given: the consoles that there are, a panic ends the run, and where there are no
+/// PCI devices nobody looks for them (ACPI has no way to say that there are none: Linux makes 300 accesses to find out).
+fn default_cmdline(serial: bool, virtio: bool, pci: bool) -> String {
+    let words = [(serial, "console=ttyS0"), (virtio, "console=hvc0"), (true, "panic=-1"), (!pci, "pci=off")];
+    words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
+}
 
 /// Options as given; what is not given is `None`.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
@@ -33,7 +37,8 @@ pub struct RunOptions {
     #[serde(default, deserialize_with = "text")]
     pub cpus: Option<String>,
 
-    /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1 pci=off"]
+    /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1 pci=off"; console=hvc0 with
+    /// --console virtio; no pci=off with PCI devices]
     #[arg(short = 'p', long, value_name = "TEXT")]
     pub cmdline: Option<String>,
 
@@ -51,6 +56,30 @@ pub struct RunOptions {
     #[arg(long, value_name = "N=TARGET")]
     #[serde(default)]
     pub serial: Vec<String>,
+
+    /// The console: serial, or a virtio console (hvc0) on virtio[=stdio|file:PATH|null] [default: serial]
+    #[arg(long, value_name = "WHAT")]
+    pub console: Option<String>,
+
+    /// A disk: PATH[,format=auto|raw|qcow2][,readonly=on][,direct=on][,queues=N][,serial=S][,id=S][,werror=report|stop]
+    /// (again for more)
+    #[arg(short, long, value_name = "PATH")]
+    #[serde(default)]
+    pub disk: Vec<String>,
+
+    /// A network card: tap=NAME[,mac=A][,queues=N][,vhost=on] (again for more)
+    #[arg(short, long, value_name = "BACKEND")]
+    #[serde(default)]
+    pub net: Vec<String>,
+
+    /// Entropy from the host, at most RATE bytes a second where it is given
+    #[arg(long, num_args = 0..=1, default_missing_value = "on", require_equals = true, value_name = "RATE")]
+    #[serde(default, deserialize_with = "text")]
+    pub rng: Option<String>,
+
+    /// What carries virtio devices [default: pci]
+    #[arg(long, value_name = "BUS")]
+    pub transport: Option<Transport>,
 
     /// Who unpacks a bzImage: hwvmm, or the kernel's own decompressor in the guest [default: host]
     #[arg(long, value_name = "WHO")]
@@ -125,6 +154,15 @@ fn value<T>(
     parse(text).map(Some).map_err(|source| ConfigError::Value { option, value: text.clone(), source })
 }
 
+fn list<T>(
+    option: &'static str,
+    given: &[String],
+    parse: impl Fn(&str) -> Result<T, ValueError>,
+) -> Result<Vec<T>, ConfigError> {
+    let one = |text: &String| parse(text).map_err(|source| ConfigError::Value { option, value: text.clone(), source });
+    given.iter().map(one).collect()
+}
+
 impl RunOptions {
     /// These options, and those of `file` where these say nothing. Lists of both are joined, the file's first.
     #[must_use]
@@ -142,6 +180,11 @@ impl RunOptions {
             append: join(file.append, self.append),
             module: join(file.module, self.module),
             serial: join(file.serial, self.serial),
+            console: self.console.or(file.console),
+            disk: join(file.disk, self.disk),
+            net: join(file.net, self.net),
+            rng: self.rng.or(file.rng),
+            transport: self.transport.or(file.transport),
             unpack: self.unpack.or(file.unpack),
             boot: self.boot.or(file.boot),
             kernel_cache: self.kernel_cache.or(file.kernel_cache),
@@ -165,12 +208,22 @@ impl RunOptions {
         let memory = value("memory", self.memory.as_ref(), Memory::parse)?.unwrap_or_default();
         let cpus = value("cpus", self.cpus.as_ref(), Cpus::parse)?.unwrap_or_default();
         let timeout = value("timeout", self.timeout.as_ref(), parse_duration)?;
-        let serial = parse_serial(&self.serial).map_err(|(value, source)| ConfigError::Value {
+        let console = value("console", self.console.as_ref(), parse_console)?.flatten();
+        let on_stdio = console == Some(ConsoleTarget::Stdio);
+        let disks = list("disk", &self.disk, DiskConfig::parse)?;
+        let nets = list("net", &self.net, NetConfig::parse)?;
+        let rng = value("rng", self.rng.as_ref(), RngConfig::parse)?;
+        let transport = self.transport.unwrap_or_default();
+        let serial = parse_serial(&self.serial, on_stdio).map_err(|(value, source)| ConfigError::Value {
             option: "serial",
             value,
             source,
         })?;
-        let mut cmdline = self.cmdline.unwrap_or_else(|| DEFAULT_CMDLINE.to_owned());
+        let devices = disks.len() + nets.len() + usize::from(rng.is_some()) + usize::from(console.is_some());
+        let pci = transport == Transport::Pci && devices > 0;
+        let mut cmdline = self
+            .cmdline
+            .unwrap_or_else(|| default_cmdline(serial.first().is_some_and(Option::is_some), console.is_some(), pci));
         for words in &self.append {
             if !cmdline.is_empty() {
                 cmdline.push(' ');
@@ -189,6 +242,11 @@ impl RunOptions {
             memory,
             cpus,
             serial,
+            console,
+            transport,
+            disks,
+            nets,
+            rng,
             unpack: self.unpack.unwrap_or_default(),
             boot: self.boot.unwrap_or_default(),
             kernel_cache: kernel_cache(self.kernel_cache.as_deref()),
@@ -238,8 +296,21 @@ mod tests {
         let config = flags.or(file).into_config().expect("valid");
         assert_eq!(config.memory.bytes, 256 << 20);
         assert_eq!(config.cpus.count(), 4);
-        assert_eq!(config.cmdline, format!("{DEFAULT_CMDLINE} quiet debug"));
+        assert_eq!(config.cmdline, "console=ttyS0 panic=-1 pci=off quiet debug");
         assert!(!config.watchdog);
+    }
+
+    #[test]
+    fn the_default_command_line_follows_the_devices() {
+        let of = |text: &str| from_toml(&format!("kernel = 'k'\n{text}")).into_config().expect("valid");
+        assert_eq!(of("disk = ['d']").cmdline, "console=ttyS0 panic=-1");
+        assert_eq!(of("disk = ['d']\ntransport = 'mmio'").cmdline, "console=ttyS0 panic=-1 pci=off");
+        assert_eq!(of("console = 'virtio'").cmdline, "console=hvc0 panic=-1");
+        let both = of("console = 'virtio'\nserial = ['1=null']\ntransport = 'mmio'\nrng = 65536");
+        assert_eq!(both.cmdline, "console=ttyS0 console=hvc0 panic=-1 pci=off");
+        assert_eq!(both.rng.and_then(|rng| rng.bytes_per_second), Some(65536));
+        let error = from_toml("kernel = 'k'\nconsole = 'virtio'\nserial = ['1=stdio']").into_config();
+        assert!(error.expect_err("two on stdio").to_string().contains("virtio=file:"));
     }
 
     #[test]

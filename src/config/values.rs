@@ -53,12 +53,44 @@ pub enum ValueError {
     /// Not a time.
     #[error("'{0}' is not a time: a number with ms, s, m or h behind it, such as 30s")]
     Time(String),
+    /// A number out of bounds.
+    #[error("{key} must be {from} to {to}, not '{value}'")]
+    Number {
+        /// The key.
+        key: &'static str,
+        /// The smallest.
+        from: u32,
+        /// The largest.
+        to: u32,
+        /// What was given.
+        value: String,
+    },
+    /// Something is missing.
+    #[error("it needs {0}")]
+    Needs(&'static str),
+    /// Not a MAC address.
+    #[error("'{0}' is not a MAC address of one card, such as 52:54:00:12:34:56")]
+    Mac(String),
+    /// Not an interface's name.
+    #[error("'{0}' is not the name of an interface: 1 to 15 characters")]
+    Interface(String),
+    /// Not a forwarded port.
+    #[error("'{0}' is not a forwarded port, such as hostfwd=tcp:127.0.0.1:2222-:22")]
+    Forward(String),
+    /// Not a console.
+    #[error("'{0}' is not a console: serial, virtio, virtio=stdio, virtio=file:PATH or virtio=null")]
+    Console(String),
     /// Not a serial port.
     #[error("'{0}' is not a serial port: N=stdio, N=file:PATH or N=null, with N from 1 to 4; or none")]
     Serial(String),
     /// Two ports on one terminal.
     #[error("serial ports {0} and {1} cannot both be stdio")]
     TwoOnStdio(usize, usize),
+    /// The terminal has the virtio console already.
+    #[error(
+        "serial port {0} cannot be stdio: the virtio console is; give that a file, as in --console virtio=file:PATH"
+    )]
+    ConsoleTaken(usize),
 }
 
 /// How guest memory is backed.
@@ -142,7 +174,7 @@ fn parse_pages(value: &str) -> Result<Pages, ValueError> {
     })
 }
 
-fn parse_switch(key: &'static str, value: &str) -> Result<bool, ValueError> {
+pub(super) fn parse_switch(key: &'static str, value: &str) -> Result<bool, ValueError> {
     match value {
         "on" => Ok(true),
         "off" => Ok(false),
@@ -251,9 +283,9 @@ impl Cpus {
     }
 }
 
-/// What a UART is connected to.
+/// What a console is connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SerialTarget {
+pub enum ConsoleTarget {
     /// The terminal: stdin and stdout.
     Stdio,
     /// A file for its output.
@@ -262,12 +294,42 @@ pub enum SerialTarget {
     Null,
 }
 
-/// Reads the `--serial` options. Without any, the first port is the terminal.
+impl ConsoleTarget {
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "stdio" => Some(Self::Stdio),
+            "null" => Some(Self::Null),
+            _ => text.strip_prefix("file:").filter(|path| !path.is_empty()).map(|path| Self::File(path.into())),
+        }
+    }
+}
+
+/// Reads `--console`: the virtio console's target, if there is to be one.
+///
+/// # Errors
+/// Where it is malformed.
+pub(super) fn parse_console(text: &str) -> Result<Option<ConsoleTarget>, ValueError> {
+    match text.split_once('=') {
+        None if text == "serial" => Ok(None),
+        None if text == "virtio" => Ok(Some(ConsoleTarget::Stdio)),
+        Some(("virtio", target)) => {
+            ConsoleTarget::parse(target).map(Some).ok_or_else(|| ValueError::Console(text.to_owned()))
+        }
+        _ => Err(ValueError::Console(text.to_owned())),
+    }
+}
+
+/// Reads the `--serial` options. Without any, the first port is the terminal, unless `taken` says that another
+/// console has it.
 ///
 /// # Errors
 /// Where one is malformed.
-pub(super) fn parse_serial(options: &[String]) -> Result<[Option<SerialTarget>; 4], (String, ValueError)> {
-    let mut ports = [Some(SerialTarget::Stdio), None, None, None];
+pub(super) fn parse_serial(
+    options: &[String],
+    taken: bool,
+) -> Result<[Option<ConsoleTarget>; 4], (String, ValueError)> {
+    let first = if taken { None } else { Some(ConsoleTarget::Stdio) };
+    let mut ports = [first, None, None, None];
     for text in options {
         let error = || (text.clone(), ValueError::Serial(text.clone()));
         if text == "none" {
@@ -276,18 +338,15 @@ pub(super) fn parse_serial(options: &[String]) -> Result<[Option<SerialTarget>; 
         }
         let (number, target) = text.split_once('=').ok_or_else(error)?;
         let slot = number.parse::<usize>().ok().and_then(|n| ports.get_mut(n.checked_sub(1)?)).ok_or_else(error)?;
-        *slot = Some(match target {
-            "stdio" => SerialTarget::Stdio,
-            "null" => SerialTarget::Null,
-            _ => match target.strip_prefix("file:") {
-                Some(path) if !path.is_empty() => SerialTarget::File(path.into()),
-                _ => return Err(error()),
-            },
-        });
+        *slot = Some(ConsoleTarget::parse(target).ok_or_else(error)?);
     }
-    let mut stdio = (1..).zip(&ports).filter(|(_, port)| **port == Some(SerialTarget::Stdio)).map(|(n, _)| n);
-    if let (Some(one), Some(two)) = (stdio.next(), stdio.next()) {
+    let mut stdio = (1..).zip(&ports).filter(|(_, port)| **port == Some(ConsoleTarget::Stdio)).map(|(n, _)| n);
+    let stdio_port = stdio.next();
+    if let (Some(one), Some(two)) = (stdio_port, stdio.next()) {
         return Err((options.join(" "), ValueError::TwoOnStdio(one, two)));
+    }
+    if let Some(port) = stdio_port.filter(|_| taken) {
+        return Err((options.join(" "), ValueError::ConsoleTaken(port)));
     }
     Ok(ports)
 }

@@ -3,6 +3,7 @@
 pub mod caps;
 pub mod exit;
 pub mod kick;
+mod routes;
 pub mod stats;
 pub mod system;
 pub mod vcpu;

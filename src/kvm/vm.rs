@@ -1,25 +1,28 @@
 //! A virtual machine's file descriptor: memory slots, interrupt controllers, irqfds.
 
+use super::routes::{IOAPIC_PINS, Routes};
 use super::{KvmError, Named, Vcpu};
 use crate::memory::GuestRam;
 use kvm_bindings::{
     KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use std::fs::File;
+use std::sync::{Mutex, PoisonError};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A machine. Guest memory stays mapped as long as it lives.
 pub struct Vm {
     fd: VmFd,
+    routes: Mutex<Routes>,
     memory: Option<GuestRam>,
 }
 
 impl Vm {
     pub(super) fn new(fd: VmFd) -> Self {
-        Self { fd, memory: None }
+        Self { fd, routes: Mutex::default(), memory: None }
     }
 
     /// Gives the machine its memory: one slot a region (KVM API 4.35).
@@ -78,6 +81,31 @@ impl Vm {
     /// Where the ioctl fails.
     pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
         self.fd.register_irqfd(event, gsi).named("KVM_IRQFD")
+    }
+
+    /// The first GSI that is free for messages (MSI).
+    pub const FIRST_MESSAGE_GSI: u32 = IOAPIC_PINS;
+
+    /// From now on `gsi` sends the message `data` to `address` (KVM API 4.52).
+    ///
+    /// # Errors
+    /// Where the ioctl fails.
+    pub fn route_message(&self, gsi: u32, address: u64, data: u32) -> Result<(), KvmError> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner).set(&self.fd, gsi, address, data)
+    }
+
+    /// Has KVM write `event` when the guest writes to `gpa` (KVM API 4.59), instead of leaving KVM_RUN: any write, or
+    /// with `datamatch` only a 32-bit write of that value.
+    ///
+    /// # Errors
+    /// Where the ioctl fails.
+    pub fn register_ioeventfd(&self, event: &EventFd, gpa: u64, datamatch: Option<u32>) -> Result<(), KvmError> {
+        let address = IoEventAddress::Mmio(gpa);
+        match datamatch {
+            Some(value) => self.fd.register_ioevent(event, &address, value),
+            None => self.fd.register_ioevent(event, &address, NoDatamatch),
+        }
+        .named("KVM_IOEVENTFD")
     }
 
     /// Sends accesses to MSRs that KVM does not know to user space (KVM API 7.26), instead of a #GP from the kernel.

@@ -2,11 +2,14 @@
 
 pub mod console;
 pub mod kernel;
+mod net;
 mod run;
+mod virtio;
 
 pub use run::{Finish, RunError, run};
+pub use virtio::Attached;
 
-use crate::config::{Pages, RunConfig, SerialTarget};
+use crate::config::{ConsoleTarget, Pages, RunConfig};
 use crate::exit::Handler;
 use crate::kvm::{KvmError, System, Vcpu, Vm};
 use crate::memory::{Backing, GuestRam, MemoryError};
@@ -17,8 +20,10 @@ use hwvmm_arch::layout::{
     KVM_IDENTITY_MAP, KVM_TSS, PORT_PVPANIC, PORT_SLEEP_CONTROL, RESET_VALUE, SLEEP_TYPE_S5, UARTS, ram_banks,
 };
 use hwvmm_arch::{Topology, lapic, msr};
+use hwvmm_devices::console::ConsoleInput;
 use hwvmm_devices::irq::IrqLine;
 use hwvmm_devices::legacy::{DebugExit, I8042, PostPort, Power, PvPanic, SerialPort, Watchdog};
+use hwvmm_devices::virtio::console::{Console, Port};
 use hwvmm_devices::{BusBuilder, BusDevice, BusError};
 use kernel::cache::Cache;
 use kernel::{KernelError, Loaded};
@@ -28,6 +33,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use thiserror::Error;
+use virtio::{Attacher, Placement};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// A machine cannot be made.
@@ -59,6 +65,22 @@ pub enum MachineError {
     /// A file for a UART's output.
     #[error("cannot open {} for the serial port's output", .0.display())]
     SerialFile(PathBuf, #[source] io::Error),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] hwvmm_devices::virtio::block::ImageError),
+    /// A tap interface.
+    #[error(transparent)]
+    Tap(#[from] hwvmm_devices::virtio::net::TapError),
+    /// More devices than places.
+    #[error("{asked} virtio devices are too many: {bus} takes {max}")]
+    TooManyDevices {
+        /// Asked for.
+        asked: usize,
+        /// There are.
+        max: usize,
+        /// Of what.
+        bus: &'static str,
+    },
     /// File descriptors.
     #[error("cannot get a file descriptor")]
     Fd(#[from] io::Error),
@@ -68,10 +90,13 @@ pub enum MachineError {
 pub struct Machine {
     /// vCPUs first: they hold on to guest memory by themselves, and are gone before the machine is.
     vcpus: Vec<Vcpu>,
-    vm: Vm,
+    vm: Arc<Vm>,
+    virtio: Vec<Attached>,
     handler: Arc<Handler>,
     control: Arc<Control>,
     input: Option<Input>,
+    /// The console that must learn of the terminal's new size.
+    resized: Option<Arc<Port>>,
     watchdog: Option<Arc<Watchdog>>,
     ram: GuestRam,
     loaded: Loaded,
@@ -106,6 +131,7 @@ impl Machine {
         let ram = GuestRam::new(&ram_banks(config.memory.bytes), backing(config.memory.pages))?;
         let uarts: Vec<(u16, u32)> =
             UARTS.iter().zip(&config.serial).filter(|(_, port)| port.is_some()).map(|(uart, _)| *uart).collect();
+        let placement = Placement::new(config)?;
         let cache = config.kernel_cache.as_deref().map(Cache::new);
         let loaded = kernel::load(
             &kernel::Request {
@@ -119,24 +145,33 @@ impl Machine {
                 cache: cache.as_ref(),
                 apic_ids: &apic_ids,
                 uarts: &uarts,
+                pci: placement.pci,
+                virtio_mmio: &placement.mmio,
                 progress: setup.progress,
             },
             &ram,
         )?;
-        let vm = create_vm(config, system, &ram)?;
+        let vm = Arc::new(create_vm(config, system, &ram)?);
         let control = Arc::new(Control::new()?);
-        let devices = Devices::new(setup, &vm, &control)?;
+        let mut devices = Devices::new(setup, &vm, &control)?;
+        let mut mmio = BusBuilder::default();
+        let mut attacher = Attacher::new(&vm, &ram, &placement, &mut mmio);
+        attacher.add_configured(config)?;
+        devices.add_virtio_console(setup, &control, &mut attacher)?;
+        let virtio = attacher.finish(&mut devices.pio)?;
         let vcpus = create_vcpus(system, &vm, topology, &apic_ids, &loaded)?;
         if config.memory.prefault {
             prefault(&ram, &vcpus, config.memory.bytes)?;
         }
-        let handler = Handler { pio: devices.pio.freeze(), mmio: BusBuilder::default().freeze() };
+        let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze() };
         Ok(Self {
             vcpus,
             vm,
+            virtio,
             handler: Arc::new(handler),
             control,
             input: devices.input,
+            resized: devices.resized,
             watchdog: devices.watchdog,
             ram,
             loaded,
@@ -214,12 +249,14 @@ fn prefault(ram: &GuestRam, vcpus: &[Vcpu], memory_bytes: u64) -> Result<(), Mac
 struct Devices {
     pio: BusBuilder,
     input: Option<Input>,
+    /// The console that must learn of the terminal's new size.
+    resized: Option<Arc<Port>>,
     watchdog: Option<Arc<Watchdog>>,
 }
 
 impl Devices {
     fn new(setup: &Setup<'_>, vm: &Vm, control: &Arc<Control>) -> Result<Self, MachineError> {
-        let mut devices = Self { pio: BusBuilder::default(), input: None, watchdog: None };
+        let mut devices = Self { pio: BusBuilder::default(), input: None, resized: None, watchdog: None };
         for (index, target) in setup.config.serial.iter().enumerate() {
             if let Some(target) = target {
                 devices.add_uart(index, target, setup, vm, control)?;
@@ -254,7 +291,7 @@ impl Devices {
     fn add_uart(
         &mut self,
         index: usize,
-        target: &SerialTarget,
+        target: &ConsoleTarget,
         setup: &Setup<'_>,
         vm: &Vm,
         control: &Arc<Control>,
@@ -263,22 +300,53 @@ impl Devices {
         let interrupt = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         vm.register_irqfd(&interrupt, gsi)?;
         let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        let file = match target {
-            SerialTarget::Stdio => Some(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
-            SerialTarget::File(path) => {
-                Some(File::create(path).map_err(|error| MachineError::SerialFile(path.clone(), error))?)
-            }
-            SerialTarget::Null => None,
-        };
-        let watch = Watch::new(setup.expect.clone(), setup.seen.clone());
-        let output = Output::new(file, watch, Arc::clone(control));
+        let output = output(target, setup, control)?;
         let uart = Arc::new(SerialPort::new(IrqLine::new(interrupt), Box::new(output), Arc::clone(&wanted)));
-        if *target == SerialTarget::Stdio {
-            let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-            let uart = Arc::clone(&uart);
-            self.input = Some(Input::new(stdin, setup.terminal, uart, wanted, Arc::clone(control)));
+        if *target == ConsoleTarget::Stdio {
+            self.input = Some(input(setup, Arc::clone(&uart) as _, wanted, control)?);
         }
         self.pio.insert(u64::from(port), 8, format!("UART {}", index + 1), uart)?;
         Ok(())
     }
+
+    fn add_virtio_console(
+        &mut self,
+        setup: &Setup<'_>,
+        control: &Arc<Control>,
+        attacher: &mut Attacher<'_>,
+    ) -> Result<(), MachineError> {
+        let Some(target) = &setup.config.console else { return Ok(()) };
+        let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let output = output(target, setup, control)?.on_a_device_thread();
+        let on_stdio = *target == ConsoleTarget::Stdio;
+        let size = if on_stdio && setup.terminal { console::terminal_size() } else { (0, 0) };
+        let console = Console::new(Box::new(output), Arc::clone(&wanted), size)?;
+        if on_stdio {
+            self.input = Some(input(setup, console.port(), wanted, control)?);
+            self.resized = setup.terminal.then(|| console.port());
+        }
+        attacher.add("console".into(), Box::new(console))
+    }
+}
+
+fn output(target: &ConsoleTarget, setup: &Setup<'_>, control: &Arc<Control>) -> Result<Output, MachineError> {
+    let file = match target {
+        ConsoleTarget::Stdio => Some(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
+        ConsoleTarget::File(path) => {
+            Some(File::create(path).map_err(|error| MachineError::SerialFile(path.clone(), error))?)
+        }
+        ConsoleTarget::Null => None,
+    };
+    let watch = Watch::new(setup.expect.clone(), setup.seen.clone());
+    Ok(Output::new(file, watch, Arc::clone(control)))
+}
+
+fn input(
+    setup: &Setup<'_>,
+    port: Arc<dyn ConsoleInput>,
+    wanted: Arc<EventFd>,
+    control: &Arc<Control>,
+) -> Result<Input, MachineError> {
+    let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    Ok(Input::new(stdin, setup.terminal, port, wanted, Arc::clone(control)))
 }

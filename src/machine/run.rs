@@ -1,12 +1,14 @@
 //! Running a machine to its end: vCPU threads, the event loop, and what ends a run from outside.
 
-use super::{Machine, Setup};
+use super::console::terminal_size;
+use super::{Attached, Machine, Setup};
 use crate::event_loop::{EventLoop, OnReadable};
 use crate::exit::{End, Handler};
 use crate::kvm::stats::{Reader, Stat};
 use crate::kvm::{Vcpu, Vm};
 use crate::memory::GuestRam;
 use crate::vcpu::{Control, Ended, Finished, Threads};
+use hwvmm_devices::virtio::console::Port;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -39,6 +41,8 @@ pub struct Finish {
     pub vcpu_stats: Vec<Option<Vec<Stat>>>,
     /// The machine's devices.
     pub handler: Arc<Handler>,
+    /// Virtio devices.
+    pub virtio: Vec<Attached>,
     /// Guest memory.
     pub ram: GuestRam,
     /// CPU time of hwvmm from its start until the guest ran.
@@ -48,7 +52,7 @@ pub struct Finish {
     /// How long the guest ran.
     pub ran: Duration,
     // Last: the machine goes when all that belongs to it has gone.
-    _vm: Vm,
+    _vm: Arc<Vm>,
 }
 
 const SIGNALS: [(i32, &str); 4] = [
@@ -71,6 +75,18 @@ fn add_signals(event_loop: &mut EventLoop, control: &Arc<Control>) -> io::Result
         })));
     }
     Ok(ids)
+}
+
+/// Tells the console when the terminal's size changes.
+fn watch_size(event_loop: &mut EventLoop, port: Arc<Port>) -> io::Result<()> {
+    let (receiver, sender) = UnixStream::pair()?;
+    signal_hook::low_level::pipe::register(signal_hook::consts::SIGWINCH, sender)?;
+    event_loop.add(Box::new(OnReadable::new(receiver, move |receiver: &UnixStream| {
+        let _ = rustix::io::read(receiver.as_fd(), &mut [0; 16]);
+        let (columns, rows) = terminal_size();
+        port.resize(columns, rows);
+    })));
+    Ok(())
 }
 
 /// Sees when all vCPUs rest for good.
@@ -128,7 +144,7 @@ fn cpu_time() -> Duration {
 /// # Errors
 /// Where threads or the event loop cannot be had.
 pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
-    let Machine { vcpus, vm, handler, control, input, watchdog, ram, loaded } = machine;
+    let Machine { vcpus, vm, virtio, handler, control, input, resized, watchdog, ram, loaded } = machine;
     let mut event_loop = EventLoop::new().map_err(|error| RunError::Io("start the event loop", error))?;
     let event = control.event().try_clone().map_err(|error| RunError::Io("copy an eventfd", error))?;
     event_loop.add(Box::new(OnReadable::new(event, |event: &vmm_sys_util::eventfd::EventFd| {
@@ -136,6 +152,9 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     })));
     if let Some(input) = input {
         event_loop.add(Box::new(input));
+    }
+    if let Some(port) = resized {
+        watch_size(&mut event_loop, port).map_err(|error| RunError::Io("watch the terminal's size", error))?;
     }
     let signals = add_signals(&mut event_loop, &control).map_err(|error| RunError::Io("catch signals", error))?;
     let mut rest = RestWatch::new(&vcpus);
@@ -170,6 +189,9 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     };
     let ran = start.elapsed();
     let finished = threads.stop();
+    for device in &virtio {
+        device.stop();
+    }
     for id in signals {
         signal_hook::low_level::unregister(id);
     }
@@ -181,5 +203,17 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
         control.ended().unwrap_or(Ended { end: End::Failed("the run ended without a reason".into()), vcpu: None });
     let ended = Ended { end: setup.seen.explain(ended.end), vcpu: ended.vcpu };
     let description = loaded.description;
-    Ok(Finish { ended, vcpus: finished, vm_stats, vcpu_stats, handler, ram, startup_cpu, description, ran, _vm: vm })
+    Ok(Finish {
+        ended,
+        vcpus: finished,
+        vm_stats,
+        vcpu_stats,
+        handler,
+        virtio,
+        ram,
+        startup_cpu,
+        description,
+        ran,
+        _vm: vm,
+    })
 }

@@ -49,6 +49,21 @@ pub struct UserspaceExits {
     pub beyond: u64,
 }
 
+/// A queue of a virtio device. Kicks are VM exits that KVM handles by itself (ioeventfd): no userspace exits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct VirtioQueue {
+    /// The device.
+    pub device: String,
+    /// The queue's number.
+    pub queue: usize,
+    /// Notifications by the driver.
+    pub kicks: u64,
+    /// Interrupts to the driver.
+    pub interrupts: u64,
+    /// Buffers (chains of descriptors) used.
+    pub requests: u64,
+}
+
 /// What `--stats` shows.
 #[derive(Clone, Debug, Serialize)]
 pub struct RunStats {
@@ -70,6 +85,8 @@ pub struct RunStats {
     pub startup_cpu_ns: u64,
     /// KVM_RUN returning to hwvmm.
     pub userspace_exits: UserspaceExits,
+    /// Queues of virtio devices on which something happened.
+    pub virtio: Vec<VirtioQueue>,
     /// KVM's own figures, of the machine and of all vCPUs together; not userspace exits. `None`: KVM has none.
     pub kvm: Option<BTreeMap<String, u64>>,
     /// Memory at the end.
@@ -95,6 +112,7 @@ impl RunStats {
             ran_ns: nanoseconds(finish.ran),
             startup_cpu_ns: nanoseconds(finish.startup_cpu),
             userspace_exits: userspace_exits(finish),
+            virtio: virtio_queues(finish),
             kvm: None,
             memory: MemoryUse::now(&guest).ok(),
         };
@@ -113,6 +131,16 @@ impl RunStats {
         self.ran_ns += later.ran_ns;
         (self.end, self.status, self.memory) = (later.end, later.status, later.memory);
         self.userspace_exits.merge(later.userspace_exits);
+        for theirs in later.virtio {
+            match self.virtio.iter_mut().find(|mine| mine.device == theirs.device && mine.queue == theirs.queue) {
+                Some(mine) => {
+                    mine.kicks += theirs.kicks;
+                    mine.interrupts += theirs.interrupts;
+                    mine.requests += theirs.requests;
+                }
+                None => self.virtio.push(theirs),
+            }
+        }
         match (&mut self.kvm, later.kvm) {
             (Some(mine), Some(theirs)) => {
                 for (name, value) in theirs {
@@ -122,6 +150,20 @@ impl RunStats {
             (mine, _) => *mine = None,
         }
     }
+}
+
+fn virtio_queues(finish: &Finish) -> Vec<VirtioQueue> {
+    let get = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
+    let queues = finish.virtio.iter().flat_map(|device| {
+        device.counts.iter().enumerate().map(move |(queue, counts)| VirtioQueue {
+            device: device.name.clone(),
+            queue,
+            kicks: get(&counts.kicks),
+            interrupts: get(&counts.interrupts),
+            requests: get(&counts.requests),
+        })
+    });
+    queues.filter(|queue| queue.kicks + queue.interrupts + queue.requests > 0).collect()
 }
 
 /// Adds cumulative counts; histograms and momentary values say nothing in a sum.

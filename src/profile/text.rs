@@ -59,6 +59,7 @@ impl fmt::Display for RunStats {
         if rest + exits.beyond > 0 {
             writeln!(f, "  and {} more at other addresses", rest + exits.beyond)?;
         }
+        self.virtio(f)?;
         self.kvm(f)?;
         if let Some(memory) = &self.memory {
             writeln!(
@@ -85,6 +86,23 @@ fn device_name(device: &DeviceCount) -> &str {
 }
 
 impl RunStats {
+    fn virtio(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.virtio.is_empty() {
+            return Ok(());
+        }
+        writeln!(f, "virtio queues (a kick is a VM exit that KVM answers by itself):")?;
+        writeln!(f, "  {:<18} {:>5} {:>12} {:>12} {:>12}", "device", "queue", "kicks", "interrupts", "requests")?;
+        for queue in &self.virtio {
+            let name = &queue.device;
+            writeln!(
+                f,
+                "  {name:<18} {:>5} {:>12} {:>12} {:>12}",
+                queue.queue, queue.kicks, queue.interrupts, queue.requests
+            )?;
+        }
+        Ok(())
+    }
+
     fn kvm(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(kvm) = &self.kvm else {
             return writeln!(f, "KVM's own figures: none (KVM_GET_STATS_FD needs Linux 5.14)");
@@ -103,7 +121,7 @@ impl RunStats {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::profile::stats::{ReasonCount, SCHEMA, UserspaceExits};
+    use crate::profile::stats::{ReasonCount, SCHEMA, UserspaceExits, VirtioQueue};
     use std::collections::BTreeMap;
 
     #[test]
@@ -123,6 +141,7 @@ mod tests {
                 by_device: vec![DeviceCount { bus: "pio", address: 0x61, device: None, reads: 1, writes: 2 }],
                 beyond: 0,
             },
+            virtio: vec![VirtioQueue { device: "disk0".into(), queue: 0, kicks: 1, interrupts: 2, requests: 3 }],
             kvm: Some(BTreeMap::from([("exits".into(), 123_456_789), ("tlb_flush".into(), 2), ("zero".into(), 0)])),
             memory: None,
         };

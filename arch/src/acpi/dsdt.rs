@@ -1,9 +1,12 @@
 //! DSDT (ACPI 6.5 §5.2.11.1): the UARTs that exist, the panic port and the soft-off state.
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform};
-use crate::layout::{PORT_PVPANIC, SLEEP_TYPE_S5};
+use crate::layout::{PCI_WINDOW, PCI_WINDOW_BYTES, PORT_PVPANIC, SLEEP_TYPE_S5};
 use acpi_tables::Aml;
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope, ZERO};
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
+    ResourceTemplate, Scope, ZERO,
+};
 use acpi_tables::sdt::Sdt;
 
 /// One 16550 as ACPI names it: PNP0501, with its eight ports and its interrupt.
@@ -41,12 +44,66 @@ fn pvpanic() -> Vec<u8> {
     aml
 }
 
+/// The PCI bus: one, with a window for the BARs. No _PRT: nobody has an INTx line.
+fn pci() -> Vec<u8> {
+    let mut aml = Vec::new();
+    let last = PCI_WINDOW + (PCI_WINDOW_BYTES - 1);
+    Device::new(
+        Path::new("PCI0"),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+            &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_SEG".into(), &ZERO),
+            &Name::new("_BBN".into(), &ZERO),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &AddressSpace::new_bus_number(0_u16, 0_u16),
+                    &IO::new(0xcf8, 0xcf8, 1, 8),
+                    &AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, PCI_WINDOW, last, None),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    aml
+}
+
+/// A virtio-mmio device (virtio 1.3 §4.2.1 leaves its discovery to the platform; LNRO0005 is what drivers look for).
+fn virtio_mmio(index: usize, gpa: u64, bytes: u64, gsi: u32) -> Vec<u8> {
+    let mut aml = Vec::new();
+    let (base, bytes) = (u32::try_from(gpa).unwrap_or(0), u32::try_from(bytes).unwrap_or(0));
+    Device::new(
+        Path::new(&format!("VR{index:02}")),
+        vec![
+            &Name::new("_HID".into(), &"LNRO0005"),
+            &Name::new("_UID".into(), &index),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &Memory32Fixed::new(true, base, bytes),
+                    &Interrupt::new(true, true, false, false, gsi),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    aml
+}
+
 /// The table's bytes.
 pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
     let mut sdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut devices: Vec<u8> =
         platform.uarts.iter().enumerate().flat_map(|(i, &(port, gsi))| uart(i, port, gsi)).collect();
     devices.extend(pvpanic());
+    if platform.pci {
+        devices.extend(pci());
+    }
+    for (index, &(gpa, bytes, gsi)) in platform.virtio_mmio.iter().enumerate() {
+        devices.extend(virtio_mmio(index, gpa, bytes, gsi));
+    }
     sdt.append_slice(&Scope::raw("_SB_".into(), devices));
     let mut s5 = Vec::new();
     Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO])).to_aml_bytes(&mut s5);

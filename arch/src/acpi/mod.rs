@@ -4,6 +4,7 @@
 mod dsdt;
 mod fadt;
 mod madt;
+mod mcfg;
 
 use crate::layout::{ACPI_END, ACPI_RSDP};
 use acpi_tables::Aml;
@@ -22,6 +23,10 @@ pub struct Platform<'a> {
     pub apic_ids: &'a [u32],
     /// The UARTs that exist: (first port, gsi).
     pub uarts: &'a [(u16, u32)],
+    /// Whether there is a PCI bus.
+    pub pci: bool,
+    /// The virtio-mmio devices: (gpa, bytes, gsi).
+    pub virtio_mmio: &'a [(u64, u64, u32)],
 }
 
 /// The tables do not fit into the firmware area.
@@ -59,9 +64,13 @@ pub fn tables(platform: &Platform<'_>) -> Result<Vec<Placed>, AcpiTooLarge> {
     let dsdt = place(dsdt::dsdt(platform));
     let fadt = place(bytes_of(&fadt::fadt(dsdt)));
     let madt = place(madt::madt(platform));
+    let mcfg = platform.pci.then(|| place(bytes_of(&mcfg::mcfg())));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if let Some(mcfg) = mcfg {
+        xsdt.add_entry(mcfg);
+    }
     let xsdt = place(bytes_of(&xsdt));
     placed.push(Placed { address: ACPI_RSDP, bytes: bytes_of(&Rsdp::new(OEM_ID, xsdt)) });
     if next > ACPI_END {
@@ -81,7 +90,12 @@ mod tests {
     #[test]
     fn every_table_has_its_checksum_and_they_do_not_overlap() {
         let apic_ids: Vec<u32> = (0..254).collect();
-        let platform = Platform { apic_ids: &apic_ids, uarts: &[(0x3f8, 4), (0x2f8, 3)] };
+        let platform = Platform {
+            apic_ids: &apic_ids,
+            uarts: &[(0x3f8, 4), (0x2f8, 3)],
+            pci: true,
+            virtio_mmio: &[(0xd000_0000, 4096, 16)],
+        };
         let mut all = tables(&platform).expect("254 vCPUs fit");
         for table in &all {
             assert_eq!(sum(&table.bytes), 0, "{:?}", std::str::from_utf8(&table.bytes[..4]));

@@ -1,6 +1,7 @@
 //! The 16550 UART (vm-superio's model) on the bus, with its input held back until the guest takes it.
 
 use crate::bus::{Action, BusDevice};
+use crate::console::ConsoleInput;
 use crate::irq::IrqLine;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -162,6 +163,12 @@ impl SerialPort {
             Err(UartError::Trigger(error)) => Err(SerialPortError::Interrupt(error)),
             Err(UartError::FullFifo | UartError::IOError(_)) => Ok(0),
         }
+    }
+}
+
+impl ConsoleInput for SerialPort {
+    fn enqueue(&self, input: &[u8]) -> io::Result<usize> {
+        Self::enqueue(self, input).map_err(io::Error::other)
     }
 }
 

@@ -51,16 +51,16 @@ fn cpus() {
 
 #[test]
 fn serial_ports() {
-    let parse = |list: &[&str]| parse_serial(&list.iter().map(|&s| s.to_owned()).collect::<Vec<_>>());
-    assert_eq!(parse(&[]).expect("default")[0], Some(SerialTarget::Stdio));
+    let parse = |list: &[&str]| parse_serial(&list.iter().map(|&s| s.to_owned()).collect::<Vec<_>>(), false);
+    assert_eq!(parse(&[]).expect("default")[0], Some(ConsoleTarget::Stdio));
     let two = parse(&["2=file:a=b.log"]).expect("two");
-    assert_eq!(two[1], Some(SerialTarget::File("a=b.log".into())));
+    assert_eq!(two[1], Some(ConsoleTarget::File("a=b.log".into())));
     assert_eq!(parse(&["none"]).expect("none"), [None, None, None, None]);
     for bad in ["0=stdio", "5=stdio", "1=", "1", "1=file:", "x=null"] {
         assert!(parse(&[bad]).is_err(), "{bad}");
     }
     assert_eq!(parse(&["3=stdio"]).expect_err("both").1, ValueError::TwoOnStdio(1, 3));
-    assert_eq!(parse(&["1=null", "3=stdio"]).expect("moved")[2], Some(SerialTarget::Stdio));
+    assert_eq!(parse(&["1=null", "3=stdio"]).expect("moved")[2], Some(ConsoleTarget::Stdio));
 }
 
 proptest! {
@@ -70,7 +70,7 @@ proptest! {
         let _ = parse_duration(&text);
         let _ = Memory::parse(&text);
         let _ = Cpus::parse(&text);
-        let _ = parse_serial(&[text]);
+        let _ = parse_serial(&[text], false);
     }
 
     #[test]

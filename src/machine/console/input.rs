@@ -1,9 +1,9 @@
-//! Input: from stdin to a UART, no faster than the guest takes it.
+//! Input: from stdin to a console, no faster than the guest takes it.
 
 use crate::exit::End;
 use crate::vcpu::Control;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use hwvmm_devices::legacy::SerialPort;
+use hwvmm_devices::console::ConsoleInput;
 use rustix::io::Errno;
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -14,11 +14,11 @@ use vmm_sys_util::eventfd::EventFd;
 const HELD_BYTES: usize = 64 << 10;
 const CTRL_A: u8 = 1;
 
-/// Reads stdin for one UART.
+/// Reads stdin for one console.
 pub struct Input {
     stdin: File,
-    port: Arc<SerialPort>,
-    /// The UART can take more.
+    port: Arc<dyn ConsoleInput>,
+    /// The console can take more.
     wanted: Arc<EventFd>,
     control: Arc<Control>,
     /// On a terminal, Ctrl-A is for hwvmm.
@@ -36,7 +36,7 @@ impl Input {
     pub fn new(
         stdin: File,
         terminal: bool,
-        port: Arc<SerialPort>,
+        port: Arc<dyn ConsoleInput>,
         wanted: Arc<EventFd>,
         control: Arc<Control>,
     ) -> Self {

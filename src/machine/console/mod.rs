@@ -8,5 +8,5 @@ mod watch;
 
 pub use input::Input;
 pub use output::Output;
-pub use terminal::RawTerminal;
+pub use terminal::{RawTerminal, terminal_size};
 pub use watch::{Seen, Watch};

@@ -3,29 +3,60 @@
 use super::watch::Watch;
 use crate::exit::End;
 use crate::vcpu::Control;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 
-/// Where a UART's output goes.
+/// How long one waits before looking whether the run is over.
+const LOOK_AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// How often, after the run, before output that nobody takes is given up.
+const LAST_WORDS: u32 = 20;
+
+/// Where a console's output goes.
 pub struct Output {
     file: Option<File>,
     watch: Watch,
     control: Arc<Control>,
+    on_a_device_thread: bool,
 }
 
 impl Output {
     /// Writes to `file` (nowhere, if `None`), watched by `watch`, which can end the run.
     #[must_use]
     pub fn new(file: Option<File>, watch: Watch, control: Arc<Control>) -> Self {
-        Self { file, watch, control }
+        Self { file, watch, control, on_a_device_thread: false }
+    }
+
+    /// For a thread that no signal reaches: it never waits in `write`, and gives up some time after the run is over.
+    #[must_use]
+    pub fn on_a_device_thread(self) -> Self {
+        Self { on_a_device_thread: true, ..self }
+    }
+
+    /// Waits until `file` takes something; false where nobody will take it any more.
+    fn wait_for_room(&self, file: &File) -> io::Result<bool> {
+        let mut patience = LAST_WORDS;
+        loop {
+            match poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&LOOK_AGAIN)) {
+                Ok(0) if self.control.is_stopping() => match patience.checked_sub(1) {
+                    Some(less) => patience = less,
+                    None => return Ok(false),
+                },
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(true),
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Writes what it can; waits while the other side does not take it, unless the run is over.
     fn write_some(&self, file: &File, bytes: &[u8]) -> io::Result<usize> {
         loop {
+            if self.on_a_device_thread && !self.wait_for_room(file)? {
+                return Ok(bytes.len());
+            }
             match rustix::io::write(file, bytes) {
                 Ok(count) => return Ok(count),
                 Err(Errno::INTR | Errno::AGAIN) if self.control.is_stopping() => return Ok(bytes.len()),

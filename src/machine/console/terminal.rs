@@ -16,6 +16,12 @@ fn restore() {
     }
 }
 
+/// Columns and rows of the terminal on stdin; 0 where they are not known.
+#[must_use]
+pub fn terminal_size() -> (u16, u16) {
+    rustix::termios::tcgetwinsize(stdin()).map_or((0, 0), |size| (size.ws_col, size.ws_row))
+}
+
 /// The terminal in raw mode, until this goes or the program panics. Signals end the run in order, so this goes then
 /// too.
 pub struct RawTerminal(());

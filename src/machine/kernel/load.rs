@@ -45,6 +45,10 @@ pub struct Request<'a> {
     pub apic_ids: &'a [u32],
     /// The UARTs that exist (first port, gsi), for the ACPI tables.
     pub uarts: &'a [(u16, u32)],
+    /// Whether there is a PCI bus.
+    pub pci: bool,
+    /// The virtio-mmio devices: (gpa, bytes, gsi).
+    pub virtio_mmio: &'a [(u64, u64, u32)],
     /// Told about what takes long.
     pub progress: &'a dyn Fn(&str),
 }
@@ -290,7 +294,12 @@ impl Loader<'_> {
             self.write("the page tables", layout::BOOT_PML4, &tables)?;
         }
         self.write("the reset code", layout::RESET_VECTOR, &layout::RESET_CODE)?;
-        let platform = acpi::Platform { apic_ids: self.request.apic_ids, uarts: self.request.uarts };
+        let platform = acpi::Platform {
+            apic_ids: self.request.apic_ids,
+            uarts: self.request.uarts,
+            pci: self.request.pci,
+            virtio_mmio: self.request.virtio_mmio,
+        };
         for table in acpi::tables(&platform)? {
             self.write("the ACPI tables", table.address, &table.bytes)?;
         }

@@ -21,7 +21,7 @@ fuzz_target!(|data: &[u8]| {
             boot: BootProtocol::Auto,
             cache: None,
             apic_ids: &[0],
-            uarts: &[],
+            uarts: &[], pci: true, virtio_mmio: &[],
             progress: &|_| {},
         };
         let _ = load(&request, &ram);

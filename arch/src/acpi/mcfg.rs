@@ -1,0 +1,12 @@
+//! MCFG (PCI Firmware Specification 3.2 §4.1.2): where the PCI bus' configuration space is in memory.
+
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::layout::PCI_ECAM;
+use acpi_tables::mcfg::MCFG;
+
+/// The table: one segment, one bus.
+pub(super) fn mcfg() -> MCFG {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    mcfg.add_ecam(PCI_ECAM, 0, 0, 0);
+    mcfg
+}

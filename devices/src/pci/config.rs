@@ -1,0 +1,220 @@
+//! A function's configuration space: 256 bytes, of which the guest may write few.
+
+/// Bytes that a function has. Beyond, ECAM reads all zeroes: no extended capabilities.
+const BYTES: usize = 256;
+
+const COMMAND: usize = 0x04;
+const STATUS: usize = 0x06;
+const BAR0: usize = 0x10;
+const CAPABILITIES: usize = 0x34;
+const FIRST_CAPABILITY: usize = 0x40;
+/// Status: a capability list is there.
+const STATUS_CAPABILITIES: u8 = 1 << 4;
+/// Command: memory space.
+const COMMAND_MEMORY: u8 = 1 << 1;
+/// Command: bus master.
+const COMMAND_MASTER: u8 = 1 << 2;
+/// Command, second byte: no INTx. Nobody has one, so it may be set and read back.
+const COMMAND_INTX_OFF: u8 = 1 << 2;
+
+/// Who a function is.
+#[derive(Clone, Copy, Debug)]
+pub struct Identity {
+    /// Vendor.
+    pub vendor: u16,
+    /// Device.
+    pub device: u16,
+    /// Revision.
+    pub revision: u8,
+    /// Class and subclass.
+    pub class: u16,
+    /// Subsystem vendor and device.
+    pub subsystem: (u16, u16),
+}
+
+/// A memory BAR of 32 bits that hwvmm placed: BAR 0.
+#[derive(Clone, Copy, Debug)]
+pub struct BarLayout {
+    /// First gpa, a multiple of `bytes`.
+    pub base: u32,
+    /// A power of two.
+    pub bytes: u32,
+}
+
+/// A capability: its id, what follows its two-byte header, and which bits of that the guest may write.
+pub struct Capability<'a> {
+    /// The id (PCI Code and ID Assignment, §2).
+    pub id: u8,
+    /// The bytes behind the header.
+    pub body: &'a [u8],
+    /// As long as `body`: ones where the guest may write.
+    pub writable: &'a [u8],
+}
+
+/// The registers.
+pub struct ConfigSpace {
+    bytes: [u8; BYTES],
+    writable: [u8; BYTES],
+    bar: Option<BarLayout>,
+    /// The guest wrote all ones to BAR 0 and wants to see its size.
+    sizing: bool,
+    next_capability: usize,
+    last_link: usize,
+}
+
+impl ConfigSpace {
+    /// A function without capabilities.
+    #[must_use]
+    pub fn new(identity: Identity, bar: Option<BarLayout>) -> Self {
+        let mut bytes = [0; BYTES];
+        let mut put = |at: usize, value: u16| bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
+        put(0x00, identity.vendor);
+        put(0x02, identity.device);
+        put(0x0a, identity.class);
+        put(0x2c, identity.subsystem.0);
+        put(0x2e, identity.subsystem.1);
+        bytes[0x08] = identity.revision;
+        if let Some(bar) = bar {
+            bytes[BAR0..BAR0 + 4].copy_from_slice(&bar.base.to_le_bytes());
+            bytes[COMMAND] = COMMAND_MEMORY;
+        }
+        let mut writable = [0; BYTES];
+        writable[COMMAND] = COMMAND_MEMORY | COMMAND_MASTER;
+        writable[COMMAND + 1] = COMMAND_INTX_OFF;
+        writable[0x0c] = 0xff; // cache line size: scratch
+        writable[0x3c] = 0xff; // interrupt line: scratch
+        Self { bytes, writable, bar, sizing: false, next_capability: FIRST_CAPABILITY, last_link: CAPABILITIES }
+    }
+
+    /// Adds a capability and returns where it starts. `None` where it does not fit.
+    pub fn add_capability(&mut self, capability: &Capability<'_>) -> Option<usize> {
+        let at = self.next_capability;
+        let body = at + 2;
+        let end = body.checked_add(capability.body.len()).filter(|end| *end <= BYTES)?;
+        self.bytes[at] = capability.id;
+        self.bytes[body..end].copy_from_slice(capability.body);
+        for (mask, bits) in self.writable[body..end].iter_mut().zip(capability.writable) {
+            *mask = *bits;
+        }
+        self.bytes[self.last_link] = u8::try_from(at).ok()?;
+        self.bytes[STATUS] |= STATUS_CAPABILITIES;
+        self.last_link = at + 1;
+        self.next_capability = end.next_multiple_of(4);
+        Some(at)
+    }
+
+    /// Fills `data` from `offset`; zeroes beyond the space.
+    pub fn read(&self, offset: usize, data: &mut [u8]) {
+        for (index, byte) in (offset..).zip(data) {
+            *byte = match self.bar {
+                Some(bar) if self.sizing && (BAR0..BAR0 + 4).contains(&index) => {
+                    (!(bar.bytes - 1)).to_le_bytes()[index - BAR0]
+                }
+                _ => self.bytes.get(index).copied().unwrap_or(0),
+            };
+        }
+    }
+
+    /// Takes a write: only writable bits change. BAR 0 stays where it is; its size can be asked for.
+    pub fn write(&mut self, offset: usize, data: &[u8]) {
+        if offset == BAR0 && self.bar.is_some() {
+            self.write_bar(data);
+        }
+        for (index, byte) in (offset..).zip(data) {
+            let Some(mask) = self.writable.get(index) else { break };
+            self.bytes[index] = self.bytes[index] & !mask | byte & mask;
+        }
+    }
+
+    fn write_bar(&mut self, data: &[u8]) {
+        self.sizing = data == [0xff; 4];
+        if let (Some(bar), false, Ok(value)) = (self.bar, self.sizing, <[u8; 4]>::try_from(data))
+            && u32::from_le_bytes(value) != bar.base
+        {
+            log::warn!(
+                "PCI: the guest wants to move a BAR from {:#x} to {:#x}: it stays",
+                bar.base,
+                u32::from_le_bytes(value)
+            );
+        }
+    }
+
+    /// The byte at `offset`.
+    #[must_use]
+    pub fn byte(&self, offset: usize) -> u8 {
+        self.bytes.get(offset).copied().unwrap_or(0)
+    }
+
+    /// The 32 bits at `offset`.
+    #[must_use]
+    pub fn dword(&self, offset: usize) -> u32 {
+        let mut data = [0; 4];
+        for (index, byte) in (offset..).zip(&mut data) {
+            *byte = self.byte(index);
+        }
+        u32::from_le_bytes(data)
+    }
+
+    /// Whether the function answers in memory space.
+    #[must_use]
+    pub fn memory_enabled(&self) -> bool {
+        self.bytes[COMMAND] & COMMAND_MEMORY != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn space() -> ConfigSpace {
+        let identity = Identity { vendor: 0x1af4, device: 0x1042, revision: 1, class: 0x0180, subsystem: (1, 2) };
+        ConfigSpace::new(identity, Some(BarLayout { base: 0xc000_8000, bytes: 0x8000 }))
+    }
+
+    fn dword(space: &ConfigSpace, at: usize) -> u32 {
+        let mut data = [0; 4];
+        space.read(at, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn the_bar_tells_its_size_and_stays() {
+        let mut space = space();
+        space.write(BAR0, &[0xff; 4]);
+        assert_eq!(dword(&space, BAR0), 0xffff_8000);
+        space.write(BAR0, &0xc000_8000_u32.to_le_bytes());
+        assert_eq!(dword(&space, BAR0), 0xc000_8000);
+        space.write(BAR0, &0xd000_0000_u32.to_le_bytes());
+        assert_eq!(dword(&space, BAR0), 0xc000_8000);
+        space.write(BAR0 + 4, &[0xff; 4]);
+        assert_eq!(dword(&space, BAR0 + 4), 0, "there is no second BAR");
+    }
+
+    #[test]
+    fn capabilities_are_linked_and_end() {
+        let mut space = space();
+        let first = space.add_capability(&Capability { id: 0x11, body: &[1; 10], writable: &[] }).expect("room");
+        let second = space.add_capability(&Capability { id: 9, body: &[2; 3], writable: &[0, 0xf0] }).expect("room");
+        assert_eq!((first, second), (0x40, 0x4c));
+        assert_eq!(usize::from(space.byte(CAPABILITIES)), first);
+        assert_eq!(usize::from(space.byte(first + 1)), second);
+        assert_eq!(space.byte(second + 1), 0);
+        space.write(second + 2, &[0xff; 3]);
+        assert_eq!([2, 3, 4].map(|i| space.byte(second + i)), [2, 0xf2, 2]);
+        assert!(space.add_capability(&Capability { id: 9, body: &[0; 250], writable: &[] }).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn identity_survives_any_write(writes in proptest::collection::vec((0_usize..5000, proptest::collection::vec(any::<u8>(), 0..9)), 0..40)) {
+            let mut space = space();
+            for (at, data) in writes {
+                space.write(at, &data);
+                space.read(at, &mut vec![0; data.len()]);
+            }
+            prop_assert_eq!(dword(&space, 0), 0x1042_1af4);
+            prop_assert_eq!(dword(&space, 8), 0x0180_0001);
+        }
+    }
+}

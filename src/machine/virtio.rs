@@ -1,0 +1,178 @@
+//! Virtio devices: made from the configuration, put on their transport, connected to KVM.
+
+use super::MachineError;
+use crate::config::{DiskConfig, DiskFormat, RunConfig, Transport};
+use crate::kvm::Vm;
+use crate::memory::GuestRam;
+use hwvmm_arch::layout::{PCI_ECAM, PCI_WINDOW, PCI_WINDOW_BYTES, VIRTIO_MMIO, VIRTIO_MMIO_GSIS};
+use hwvmm_devices::memory::Memory;
+use hwvmm_devices::pci::{ConfigPorts, ECAM_BUS_BYTES, Ecam, MsiRouter, MsiVector, Root};
+use hwvmm_devices::virtio::block::{Block, BlockOptions, Format, Image, ImageOptions, WhenFull};
+use hwvmm_devices::virtio::mmio::{MmioDevice, REGION_BYTES};
+use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
+use hwvmm_devices::virtio::rng::{Rate, Rng};
+use hwvmm_devices::virtio::{Carrier, Doorbell, QueueCounts, VirtioDevice};
+use hwvmm_devices::{BusBuilder, BusDevice};
+use std::io;
+use std::sync::Arc;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Where virtio devices go; known before they are made, for the ACPI tables.
+pub(super) struct Placement {
+    /// There is a PCI bus.
+    pub(super) pci: bool,
+    /// virtio-mmio devices: (gpa, bytes, gsi).
+    pub(super) mmio: Vec<(u64, u64, u32)>,
+}
+
+/// How many virtio devices the configuration has.
+fn count(config: &RunConfig) -> usize {
+    config.disks.len() + config.nets.len() + usize::from(config.rng.is_some()) + usize::from(config.console.is_some())
+}
+
+impl Placement {
+    /// # Errors
+    /// Where there are more devices than places.
+    pub(super) fn new(config: &RunConfig) -> Result<Self, MachineError> {
+        let count = count(config);
+        match config.transport {
+            Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new() }),
+            Transport::Mmio if count > VIRTIO_MMIO_GSIS.len() => {
+                Err(MachineError::TooManyDevices { asked: count, max: VIRTIO_MMIO_GSIS.len(), bus: "virtio-mmio" })
+            }
+            Transport::Mmio => {
+                let gpas = (VIRTIO_MMIO..).step_by(usize::try_from(REGION_BYTES).unwrap_or(4096));
+                let place = |(gpa, gsi): (u64, &u32)| (gpa, REGION_BYTES, *gsi);
+                Ok(Self { pci: false, mmio: gpas.zip(&VIRTIO_MMIO_GSIS).take(count).map(place).collect() })
+            }
+        }
+    }
+}
+
+/// A device of the machine.
+pub struct Attached {
+    /// Its name, such as `disk0`.
+    pub name: String,
+    /// What happened on its queues.
+    pub counts: Vec<Arc<QueueCounts>>,
+    /// What carries it.
+    carrier: Arc<dyn Carrier>,
+}
+
+impl Attached {
+    /// Ends its threads, once they have done what is there to do. The guest must not run any more.
+    pub fn stop(&self) {
+        self.carrier.stop();
+    }
+}
+
+/// MSI by KVM.
+struct Router(Arc<Vm>);
+
+impl MsiRouter for Router {
+    fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()> {
+        self.0.route_message(gsi, address, data).map_err(io::Error::other)
+    }
+}
+
+/// Puts devices on the machine.
+pub(super) struct Attacher<'a> {
+    vm: &'a Arc<Vm>,
+    memory: Memory,
+    placement: &'a Placement,
+    mmio: &'a mut BusBuilder,
+    router: Arc<dyn MsiRouter>,
+    root: Root,
+    next_message: u32,
+    attached: Vec<Attached>,
+}
+
+impl<'a> Attacher<'a> {
+    pub(super) fn new(vm: &'a Arc<Vm>, ram: &GuestRam, placement: &'a Placement, mmio: &'a mut BusBuilder) -> Self {
+        let memory = Memory::new(ram.get().clone(), Arc::new(ram.clone()));
+        let router = Arc::new(Router(Arc::clone(vm)));
+        let next_message = Vm::FIRST_MESSAGE_GSI;
+        Self { vm, memory, placement, mmio, router, root: Root::default(), next_message, attached: Vec::new() }
+    }
+
+    /// The devices that need nothing else of the machine.
+    pub(super) fn add_configured(&mut self, config: &RunConfig) -> Result<(), MachineError> {
+        for (index, disk) in config.disks.iter().enumerate() {
+            let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
+            self.add(name, Box::new(block(disk)?))?;
+        }
+        for (index, net) in config.nets.iter().enumerate() {
+            self.add(format!("net{index}"), super::net::card(net)?)?;
+        }
+        if let Some(rng) = &config.rng {
+            let rate = rng.bytes_per_second.map(|bytes_per_second| Rate { bytes_per_second });
+            self.add("rng".into(), Box::new(Rng::new(rate)))?;
+        }
+        Ok(())
+    }
+
+    /// Puts a device in the next place.
+    pub(super) fn add(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
+        let place = self.attached.len();
+        let (base, bytes, carrier, bells) = match self.placement.mmio.get(place) {
+            Some(&(gpa, bytes, gsi)) => {
+                let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+                self.vm.register_irqfd(&event, gsi)?;
+                let made = Arc::new(MmioDevice::new(&name, device, self.memory.clone(), event)?);
+                let bells = made.doorbells(gpa);
+                (gpa, bytes, made as Arc<dyn Carrier>, bells)
+            }
+            None => {
+                let index = u32::try_from(place).unwrap_or(u32::MAX);
+                let bar = PCI_WINDOW + index.min(PCI_WINDOW_BYTES / BAR_BYTES - 1) * BAR_BYTES;
+                let vectors = self.vectors(PciDevice::vectors_wanted(device.as_ref()))?;
+                let router = Arc::clone(&self.router);
+                let made = Arc::new(PciDevice::new(&name, device, self.memory.clone(), bar, vectors, router)?);
+                let full = |_| MachineError::TooManyDevices { asked: place + 1, max: place, bus: "PCI" };
+                self.root.add(Arc::clone(&made) as _).map_err(full)?;
+                let bells = made.doorbells(bar);
+                (u64::from(bar), u64::from(BAR_BYTES), made as Arc<dyn Carrier>, bells)
+            }
+        };
+        for Doorbell { gpa, datamatch, event } in bells {
+            self.vm.register_ioeventfd(&event, gpa, datamatch)?;
+        }
+        self.mmio.insert(base, bytes, format!("virtio {name}"), Arc::clone(&carrier) as Arc<dyn BusDevice>)?;
+        self.attached.push(Attached { name, counts: carrier.counts(), carrier });
+        Ok(())
+    }
+
+    fn vectors(&mut self, count: usize) -> Result<Vec<MsiVector>, MachineError> {
+        let mut vectors = Vec::with_capacity(count);
+        for _ in 0..count {
+            let (gsi, event) = (self.next_message, Arc::new(EventFd::new(EFD_NONBLOCK)?));
+            self.vm.register_irqfd(&event, gsi)?;
+            self.next_message += 1;
+            vectors.push(MsiVector { gsi, event });
+        }
+        Ok(vectors)
+    }
+
+    /// Puts the PCI bus itself in its place, where there is one.
+    pub(super) fn finish(self, pio: &mut BusBuilder) -> Result<Vec<Attached>, MachineError> {
+        if self.placement.pci {
+            let root = Arc::new(self.root);
+            let (port, ports) = ConfigPorts::PORTS;
+            pio.insert(u64::from(port), ports, "PCI configuration", Arc::new(ConfigPorts::new(Arc::clone(&root))))?;
+            self.mmio.insert(PCI_ECAM, ECAM_BUS_BYTES, "PCI configuration", Arc::new(Ecam(root)))?;
+        }
+        Ok(self.attached)
+    }
+}
+
+fn block(disk: &DiskConfig) -> Result<Block, MachineError> {
+    let format = match disk.format {
+        DiskFormat::Auto => Format::Auto,
+        DiskFormat::Raw => Format::Raw,
+        DiskFormat::Qcow2 => Format::Qcow2,
+    };
+    let options = ImageOptions { path: disk.path.clone(), format, read_only: disk.read_only, direct: disk.direct };
+    let image = Image::open(&options)?;
+    let when_full = if disk.stop_when_full { WhenFull::Stop } else { WhenFull::Report };
+    Ok(Block::new(image, BlockOptions { queues: disk.queues, serial: disk.serial.clone(), when_full }))
+}
