@@ -7,6 +7,7 @@ pub mod irq;
 pub mod legacy;
 pub mod memory;
 pub mod pci;
+pub mod socket;
 pub mod virtio;
 
 pub use bus::{Action, Bus, BusBuilder, BusDevice, BusError};

@@ -292,14 +292,26 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
 pub fn give_back(memory: &Memory, gpa: GuestAddress, len: usize) -> io::Result<()> {
     for piece in GuestMemoryBackend::get_slices(&**memory, gpa, len) {
         let piece = piece.map_err(|_| io::Error::other(format!("{len} bytes at {gpa:?} are not guest memory")))?;
-        // SAFETY: the range is guest memory, mapped private and anonymous by its owner; no Rust object lies in it. The
-        // guest said that it does not use it; where it lies, it finds zeroes.
-        let result = unsafe { libc::madvise(piece.ptr_guard_mut().as_ptr().cast(), piece.len(), libc::MADV_DONTNEED) };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        release(&piece)?;
     }
     Ok(())
+}
+
+impl Buffers<'_> {
+    /// Has the host take back all that is left, as [`give_back`] does.
+    ///
+    /// # Errors
+    /// Where the host refuses.
+    pub fn give_back(&self) -> io::Result<()> {
+        self.rest().iter().try_for_each(release)
+    }
+}
+
+fn release(piece: &VolatileSlice<'_>) -> io::Result<()> {
+    // SAFETY: the range is guest memory, mapped private and anonymous by its owner; no Rust object lies in it. The
+    // guest said that it does not use it; where it lies, it finds zeroes.
+    let result = unsafe { libc::madvise(piece.ptr_guard_mut().as_ptr().cast(), piece.len(), libc::MADV_DONTNEED) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// A little-endian number of the guest's memory.

@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand.
 
+mod ctl;
 mod doctor;
 mod run;
 mod unpack;
@@ -14,6 +15,8 @@ Examples:
   hwvmm run vmlinuz -i initrd.img
   hwvmm run vmlinuz -i initrd.img -m 2G -c 4 --append quiet --stats
   hwvmm run vmlinux --cmdline 'console=ttyS0 root=/dev/vda rw' --timeout 60s --expect 'login: $'
+  hwvmm run vmlinuz -i initrd.img --disk debian.img --append root=/dev/vda --net tap=tap0 --rng
+  hwvmm run vmlinuz -i initrd.img --disk a.qcow2,readonly=on --net user,hostfwd=tcp:127.0.0.1:2222-:22
   hwvmm run test.flat --debug-exit --append 'arguments'
   hwvmm run --config vm.toml            (kernel = \"vmlinuz\", memory = \"1G\", ...: the options' long names)
 
@@ -49,6 +52,12 @@ enum Command {
     /// Say whether this host can run Linux guests under KVM, by trying
     #[command(after_help = "Exit status: 0 if Linux guests can run here, 1 if not.")]
     Doctor(doctor::Args),
+    /// Control a running machine: its state, its balloon, its end
+    #[command(
+        after_help = "Examples:\n  hwvmm run vmlinuz --balloon --api /tmp/vm.sock ...\n  hwvmm ctl /tmp/vm.sock status\n  \
+                            hwvmm ctl /tmp/vm.sock balloon 100M\n\nExit status: 0, or 1 where the machine says no."
+    )]
+    Ctl(ctl::Args),
     /// Unpack the kernel in a bzImage into an ELF file
     Unpack(unpack::Args),
     /// Print a completion script for a shell
@@ -112,6 +121,7 @@ pub fn main() -> ExitCode {
     start_logging(cli.verbose);
     match cli.command {
         Command::Run(args) => run::run(*args),
+        Command::Ctl(args) => ctl::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Unpack(args) => unpack::run(&args),
         Command::Completions { shell } => {

@@ -241,6 +241,85 @@ impl RngConfig {
     }
 }
 
+/// Streams between guest and host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VsockConfig {
+    /// The guest's address, from 3.
+    pub cid: u32,
+    /// The host's Unix socket.
+    pub path: PathBuf,
+}
+
+impl VsockConfig {
+    /// Reads `cid=N,uds=PATH`.
+    ///
+    /// # Errors
+    /// Where it is malformed or out of bounds.
+    pub fn parse(text: &str) -> Result<Self, ValueError> {
+        let (mut cid, mut path) = (3, None);
+        for (key, value) in keyvalue::parse(text, None, &["cid", "uds"])? {
+            match key {
+                "cid" => {
+                    let bad = || ValueError::Number { key: "cid", from: 3, to: u32::MAX - 1, value: value.to_owned() };
+                    cid = value.parse().ok().filter(|cid| (3..u32::MAX).contains(cid)).ok_or_else(bad)?;
+                }
+                _ => path = Some(PathBuf::from(value)).filter(|path| !path.as_os_str().is_empty()),
+            }
+        }
+        Ok(Self { cid, path: path.ok_or(ValueError::Needs("uds=PATH"))? })
+    }
+}
+
+/// A folder of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShareConfig {
+    /// The name by which the guest mounts it.
+    pub tag: String,
+    /// The folder.
+    pub path: PathBuf,
+    /// The guest may not change it.
+    pub read_only: bool,
+}
+
+impl ShareConfig {
+    /// Reads `tag=NAME,path=DIR[,readonly=on]`.
+    ///
+    /// # Errors
+    /// Where it is malformed.
+    pub fn parse(text: &str) -> Result<Self, ValueError> {
+        let (mut tag, mut path, mut read_only) = (None, None, false);
+        for (key, value) in keyvalue::parse(text, None, &["tag", "path", "readonly"])? {
+            match key {
+                "tag" => tag = Some(value.to_owned()),
+                "path" => path = Some(PathBuf::from(value)),
+                _ => read_only = parse_switch("readonly", value)?,
+            }
+        }
+        match (tag, path) {
+            (Some(tag), Some(path)) => Ok(Self { tag, path, read_only }),
+            _ => Err(ValueError::Needs("tag=NAME and path=DIR")),
+        }
+    }
+}
+
+/// A memory balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BalloonConfig {
+    /// What the guest is to give up from the start, in bytes.
+    pub bytes: u64,
+}
+
+impl BalloonConfig {
+    /// Reads `on`, or a size.
+    ///
+    /// # Errors
+    /// Where it is neither.
+    pub fn parse(text: &str) -> Result<Self, ValueError> {
+        let bytes = if matches!(text, "on" | "true") { 0 } else { parse_size(text)? };
+        Ok(Self { bytes })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -284,9 +363,25 @@ mod tests {
         }
     }
 
+    #[test]
+    fn sockets_folders_and_balloons() {
+        let vsock = VsockConfig::parse("cid=7,uds=/tmp/v").expect("both");
+        assert_eq!((vsock.cid, vsock.path), (7, "/tmp/v".into()));
+        let share = ShareConfig::parse("tag=src,path=.,readonly=on").expect("all");
+        assert_eq!((share.tag.as_str(), share.read_only), ("src", true));
+        assert_eq!(BalloonConfig::parse("1G").map(|balloon| balloon.bytes), Ok(1 << 30));
+        for bad in ["", "cid=2,uds=x", "cid=4294967295,uds=x", "cid=3", "uds="] {
+            assert!(VsockConfig::parse(bad).is_err(), "{bad}");
+        }
+        for bad in ["", "tag=x", "path=x", "x", "tag=a,path=b,readonly=1"] {
+            assert!(ShareConfig::parse(bad).is_err(), "{bad}");
+        }
+    }
+
     proptest! {
         #[test]
         fn any_text_is_survived(text in ".*") {
+            let _ = (VsockConfig::parse(&text), ShareConfig::parse(&text), BalloonConfig::parse(&text));
             let _ = (DiskConfig::parse(&text), NetConfig::parse(&text), RngConfig::parse(&text));
         }
     }

@@ -6,7 +6,10 @@ mod keyvalue;
 mod options;
 mod values;
 
-pub use devices::{DiskConfig, DiskFormat, Forward, NetBackend, NetConfig, RngConfig, Transport};
+pub use devices::{
+    BalloonConfig, DiskConfig, DiskFormat, Forward, NetBackend, NetConfig, RngConfig, ShareConfig, Transport,
+    VsockConfig,
+};
 pub use file::{FileError, read as read_file};
 pub use keyvalue::{KeyValueError, parse as parse_key_values};
 pub use options::RunOptions;
@@ -43,6 +46,14 @@ pub struct RunConfig {
     pub nets: Vec<NetConfig>,
     /// Entropy.
     pub rng: Option<RngConfig>,
+    /// Streams between guest and host.
+    pub vsock: Option<VsockConfig>,
+    /// A memory balloon.
+    pub balloon: Option<BalloonConfig>,
+    /// Shared folders.
+    pub shares: Vec<ShareConfig>,
+    /// The socket by which the running machine is controlled.
+    pub api: Option<PathBuf>,
     /// Where a bzImage is unpacked.
     pub unpack: Unpack,
     /// How the kernel is entered.
@@ -67,6 +78,16 @@ pub struct RunConfig {
     pub stats_out: Option<PathBuf>,
     /// KVM's device.
     pub kvm: PathBuf,
+}
+
+impl RunConfig {
+    /// How many virtio devices there are to be.
+    #[must_use]
+    pub fn virtio_devices(&self) -> usize {
+        let lists = self.disks.len() + self.nets.len() + self.shares.len();
+        let single = [self.rng.is_some(), self.console.is_some(), self.vsock.is_some(), self.balloon.is_some()];
+        lists + single.iter().filter(|there| **there).count()
+    }
 }
 
 /// Where a bzImage is unpacked.

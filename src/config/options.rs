@@ -1,6 +1,6 @@
 //! The options of `hwvmm run`: the same names on the command line and in a `--config` file.
 
-use super::devices::{DiskConfig, NetConfig, RngConfig, Transport};
+use super::devices::{BalloonConfig, DiskConfig, NetConfig, RngConfig, ShareConfig, Transport, VsockConfig};
 use super::values::{Cpus, Memory, ValueError, parse_console, parse_duration, parse_serial};
 use super::{BootProtocol, ConfigError, ConsoleTarget, OnReboot, RunConfig, StatsFormat, Unpack};
 use clap::Args;
@@ -13,6 +13,22 @@ use std::path::PathBuf;
 fn default_cmdline(serial: bool, virtio: bool, pci: bool) -> String {
     let words = [(serial, "console=ttyS0"), (virtio, "console=hvc0"), (true, "panic=-1"), (!pci, "pci=off")];
     words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
+}
+
+/// The kernel command line: what was given, else the default, and what is added.
+fn cmdline(given: Option<String>, added: &[String], config: &RunConfig) -> String {
+    let mut cmdline = given.unwrap_or_else(|| {
+        let serial = config.serial.first().is_some_and(Option::is_some);
+        let pci = config.transport == Transport::Pci && config.virtio_devices() > 0;
+        default_cmdline(serial, config.console.is_some(), pci)
+    });
+    for words in added {
+        if !cmdline.is_empty() {
+            cmdline.push(' ');
+        }
+        cmdline.push_str(words);
+    }
+    cmdline
 }
 
 /// Options as given; what is not given is `None`.
@@ -67,7 +83,8 @@ pub struct RunOptions {
     #[serde(default)]
     pub disk: Vec<String>,
 
-    /// A network card: tap=NAME[,mac=A][,queues=N][,vhost=on] (again for more)
+    /// A network card: tap=NAME[,mac=A][,queues=N][,vhost=on], or user[,hostfwd=tcp:127.0.0.1:2222-:22]... (again for
+    /// more)
     #[arg(short, long, value_name = "BACKEND")]
     #[serde(default)]
     pub net: Vec<String>,
@@ -76,6 +93,25 @@ pub struct RunOptions {
     #[arg(long, num_args = 0..=1, default_missing_value = "on", require_equals = true, value_name = "RATE")]
     #[serde(default, deserialize_with = "text")]
     pub rng: Option<String>,
+
+    /// Streams between guest and host (vsock): cid=N,uds=PATH. Host programs connect to PATH and say "CONNECT PORT"; the
+    /// guest's connections go to PATH_PORT
+    #[arg(long, value_name = "cid=N,uds=PATH")]
+    pub vsock: Option<String>,
+
+    /// A memory balloon that takes SIZE from the guest [default: 0], and gives the host what the guest has free
+    #[arg(long, num_args = 0..=1, default_missing_value = "on", require_equals = true, value_name = "SIZE")]
+    #[serde(default, deserialize_with = "text")]
+    pub balloon: Option<String>,
+
+    /// A folder for the guest (virtiofs): tag=NAME,path=DIR[,readonly=on] (again for more)
+    #[arg(long, value_name = "tag=NAME,path=DIR")]
+    #[serde(default)]
+    pub share: Vec<String>,
+
+    /// A Unix socket to control the running machine by, with `hwvmm ctl`
+    #[arg(long, value_name = "PATH")]
+    pub api: Option<PathBuf>,
 
     /// What carries virtio devices [default: pci]
     #[arg(long, value_name = "BUS")]
@@ -184,6 +220,10 @@ impl RunOptions {
             disk: join(file.disk, self.disk),
             net: join(file.net, self.net),
             rng: self.rng.or(file.rng),
+            vsock: self.vsock.or(file.vsock),
+            balloon: self.balloon.or(file.balloon),
+            share: join(file.share, self.share),
+            api: self.api.or(file.api),
             transport: self.transport.or(file.transport),
             unpack: self.unpack.or(file.unpack),
             boot: self.boot.or(file.boot),
@@ -213,32 +253,24 @@ impl RunOptions {
         let disks = list("disk", &self.disk, DiskConfig::parse)?;
         let nets = list("net", &self.net, NetConfig::parse)?;
         let rng = value("rng", self.rng.as_ref(), RngConfig::parse)?;
+        let vsock = value("vsock", self.vsock.as_ref(), VsockConfig::parse)?;
+        let balloon = value("balloon", self.balloon.as_ref(), BalloonConfig::parse)?;
+        let shares = list("share", &self.share, ShareConfig::parse)?;
         let transport = self.transport.unwrap_or_default();
         let serial = parse_serial(&self.serial, on_stdio).map_err(|(value, source)| ConfigError::Value {
             option: "serial",
             value,
             source,
         })?;
-        let devices = disks.len() + nets.len() + usize::from(rng.is_some()) + usize::from(console.is_some());
-        let pci = transport == Transport::Pci && devices > 0;
-        let mut cmdline = self
-            .cmdline
-            .unwrap_or_else(|| default_cmdline(serial.first().is_some_and(Option::is_some), console.is_some(), pci));
-        for words in &self.append {
-            if !cmdline.is_empty() {
-                cmdline.push(' ');
-            }
-            cmdline.push_str(words);
-        }
         let module = |text: &String| {
             let (file, arguments) = text.split_once(',').unwrap_or((text, ""));
             (PathBuf::from(file), arguments.to_owned())
         };
-        Ok(RunConfig {
+        let mut config = RunConfig {
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
             initrd: self.initrd,
             modules: self.module.iter().map(module).collect(),
-            cmdline,
+            cmdline: String::new(),
             memory,
             cpus,
             serial,
@@ -247,6 +279,10 @@ impl RunOptions {
             disks,
             nets,
             rng,
+            vsock,
+            balloon,
+            shares,
+            api: self.api,
             unpack: self.unpack.unwrap_or_default(),
             boot: self.boot.unwrap_or_default(),
             kernel_cache: kernel_cache(self.kernel_cache.as_deref()),
@@ -259,7 +295,9 @@ impl RunOptions {
             stats: self.stats.or(self.stats_out.as_ref().map(|_| StatsFormat::Json)),
             stats_out: self.stats_out,
             kvm: self.kvm.unwrap_or_else(|| PathBuf::from("/dev/kvm")),
-        })
+        };
+        config.cmdline = cmdline(self.cmdline, &self.append, &config);
+        Ok(config)
     }
 }
 

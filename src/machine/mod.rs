@@ -1,5 +1,6 @@
 //! The composition root: makes a machine out of a configuration, and runs it.
 
+pub mod api;
 pub mod console;
 pub mod kernel;
 mod net;
@@ -71,6 +72,18 @@ pub enum MachineError {
     /// A tap interface.
     #[error(transparent)]
     Tap(#[from] hwvmm_devices::virtio::net::TapError),
+    /// A shared folder.
+    #[error(transparent)]
+    Share(#[from] hwvmm_devices::virtio::fs::ShareError),
+    /// The guest's sockets.
+    #[error(transparent)]
+    Vsock(#[from] hwvmm_devices::virtio::vsock::VsockError),
+    /// The control socket.
+    #[error(transparent)]
+    Api(#[from] api::ApiError),
+    /// passt, for user-mode networking.
+    #[error("--net user needs the program passt{}", Self::passt_remedy(.0))]
+    Passt(#[source] io::Error),
     /// More devices than places.
     #[error("{asked} virtio devices are too many: {bus} takes {max}")]
     TooManyDevices {
@@ -92,6 +105,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     vm: Arc<Vm>,
     virtio: Vec<Attached>,
+    api: Option<api::Server>,
     handler: Arc<Handler>,
     control: Arc<Control>,
     input: Option<Input>,
@@ -158,6 +172,9 @@ impl Machine {
         let mut attacher = Attacher::new(&vm, &ram, &placement, &mut mmio);
         attacher.add_configured(config)?;
         devices.add_virtio_console(setup, &control, &mut attacher)?;
+        let balloon = attacher.balloon.take();
+        let api =
+            config.api.as_deref().map(|path| api::Server::new(path, balloon, Arc::clone(&control))).transpose()?;
         let virtio = attacher.finish(&mut devices.pio)?;
         let vcpus = create_vcpus(system, &vm, topology, &apic_ids, &loaded)?;
         if config.memory.prefault {
@@ -168,6 +185,7 @@ impl Machine {
             vcpus,
             vm,
             virtio,
+            api,
             handler: Arc::new(handler),
             control,
             input: devices.input,

@@ -144,7 +144,7 @@ fn cpu_time() -> Duration {
 /// # Errors
 /// Where threads or the event loop cannot be had.
 pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
-    let Machine { vcpus, vm, virtio, handler, control, input, resized, watchdog, ram, loaded } = machine;
+    let Machine { vcpus, vm, virtio, api, handler, control, input, resized, watchdog, ram, loaded } = machine;
     let mut event_loop = EventLoop::new().map_err(|error| RunError::Io("start the event loop", error))?;
     let event = control.event().try_clone().map_err(|error| RunError::Io("copy an eventfd", error))?;
     event_loop.add(Box::new(OnReadable::new(event, |event: &vmm_sys_util::eventfd::EventFd| {
@@ -152,6 +152,9 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     })));
     if let Some(input) = input {
         event_loop.add(Box::new(input));
+    }
+    if let Some(api) = api {
+        event_loop.add(Box::new(api));
     }
     if let Some(port) = resized {
         watch_size(&mut event_loop, port).map_err(|error| RunError::Io("watch the terminal's size", error))?;

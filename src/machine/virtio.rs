@@ -7,10 +7,13 @@ use crate::memory::GuestRam;
 use hwvmm_arch::layout::{PCI_ECAM, PCI_WINDOW, PCI_WINDOW_BYTES, VIRTIO_MMIO, VIRTIO_MMIO_GSIS};
 use hwvmm_devices::memory::Memory;
 use hwvmm_devices::pci::{ConfigPorts, ECAM_BUS_BYTES, Ecam, MsiRouter, MsiVector, Root};
+use hwvmm_devices::virtio::balloon::{Balloon, BalloonControl};
 use hwvmm_devices::virtio::block::{Block, BlockOptions, Format, Image, ImageOptions, WhenFull};
+use hwvmm_devices::virtio::fs::Fs;
 use hwvmm_devices::virtio::mmio::{MmioDevice, REGION_BYTES};
 use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
 use hwvmm_devices::virtio::rng::{Rate, Rng};
+use hwvmm_devices::virtio::vsock::Vsock;
 use hwvmm_devices::virtio::{Carrier, Doorbell, QueueCounts, VirtioDevice};
 use hwvmm_devices::{BusBuilder, BusDevice};
 use std::io;
@@ -25,16 +28,11 @@ pub(super) struct Placement {
     pub(super) mmio: Vec<(u64, u64, u32)>,
 }
 
-/// How many virtio devices the configuration has.
-fn count(config: &RunConfig) -> usize {
-    config.disks.len() + config.nets.len() + usize::from(config.rng.is_some()) + usize::from(config.console.is_some())
-}
-
 impl Placement {
     /// # Errors
     /// Where there are more devices than places.
     pub(super) fn new(config: &RunConfig) -> Result<Self, MachineError> {
-        let count = count(config);
+        let count = config.virtio_devices();
         match config.transport {
             Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new() }),
             Transport::Mmio if count > VIRTIO_MMIO_GSIS.len() => {
@@ -85,6 +83,8 @@ pub(super) struct Attacher<'a> {
     root: Root,
     next_message: u32,
     attached: Vec<Attached>,
+    /// The balloon's handle, once there is one.
+    pub(super) balloon: Option<Arc<BalloonControl>>,
 }
 
 impl<'a> Attacher<'a> {
@@ -92,7 +92,17 @@ impl<'a> Attacher<'a> {
         let memory = Memory::new(ram.get().clone(), Arc::new(ram.clone()));
         let router = Arc::new(Router(Arc::clone(vm)));
         let next_message = Vm::FIRST_MESSAGE_GSI;
-        Self { vm, memory, placement, mmio, router, root: Root::default(), next_message, attached: Vec::new() }
+        Self {
+            vm,
+            memory,
+            placement,
+            mmio,
+            router,
+            root: Root::default(),
+            next_message,
+            attached: Vec::new(),
+            balloon: None,
+        }
     }
 
     /// The devices that need nothing else of the machine.
@@ -107,6 +117,17 @@ impl<'a> Attacher<'a> {
         if let Some(rng) = &config.rng {
             let rate = rng.bytes_per_second.map(|bytes_per_second| Rate { bytes_per_second });
             self.add("rng".into(), Box::new(Rng::new(rate)))?;
+        }
+        if let Some(vsock) = &config.vsock {
+            self.add("vsock".into(), Box::new(Vsock::new(vsock.cid, &vsock.path)?))?;
+        }
+        for share in &config.shares {
+            self.add(format!("share {}", share.tag), Box::new(Fs::new(&share.tag, &share.path, share.read_only)?))?;
+        }
+        if let Some(balloon) = &config.balloon {
+            let device = Balloon::new(balloon.bytes)?;
+            self.balloon = Some(device.control());
+            self.add("balloon".into(), Box::new(device))?;
         }
         Ok(())
     }

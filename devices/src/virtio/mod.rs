@@ -3,14 +3,17 @@
 //! A device knows no registers and no transport; a transport ([`pci`], [`mmio`]) knows no device. How to add a device:
 //! README.md beside this file.
 
+pub mod balloon;
 pub mod block;
 pub mod console;
+pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod pci;
 mod queue;
 pub mod rng;
 mod transport;
+pub mod vsock;
 mod worker;
 
 pub use queue::{Chain, QueueCounts, Virtqueue};
