@@ -8,10 +8,14 @@ pub mod block;
 pub mod console;
 pub mod fs;
 pub mod mmio;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod mock;
 pub mod net;
 pub mod pci;
 mod queue;
 pub mod rng;
+#[cfg(test)]
+mod tests;
 mod transport;
 pub mod vsock;
 mod worker;

@@ -1,0 +1,237 @@
+//! The transports and the queues, driven rightly and wrongly.
+
+use super::mock::{Driver, INDIRECT, MEMORY_BYTES, NEEDS_RESET, NEXT, WRITE};
+use super::rng::{Rate, Rng};
+use super::{Carrier, F_EVENT_IDX, F_VERSION_1};
+use proptest::prelude::*;
+
+fn rng() -> Driver {
+    Driver::running(Box::new(Rng::new(None)))
+}
+
+fn works(driver: &mut Driver) {
+    driver.start(u64::MAX);
+    assert_eq!(driver.status(), 15);
+    assert_eq!(driver.request(0, &[], &[64]).len(), 64);
+}
+
+#[test]
+fn random_bytes_fill_the_whole_buffer() {
+    let mut driver = rng();
+    let bytes = driver.request(0, &[], &[5000, 1, 99]);
+    assert_eq!(bytes.len(), 5100);
+    assert!(bytes.iter().filter(|byte| **byte == 0).count() < 200);
+    assert_eq!(driver.interrupts(), 1);
+    assert_eq!(driver.read(0x60), 1, "the queue's bit");
+    driver.write(0x64, 1);
+    assert_eq!(driver.read(0x60), 0);
+}
+
+#[test]
+fn a_rate_is_kept() {
+    let mut driver = Driver::running(Box::new(Rng::new(Some(Rate { bytes_per_second: 1000 }))));
+    let start = std::time::Instant::now();
+    let mut given = 0;
+    while given < 1200 {
+        given += driver.request(0, &[], &[400]).len();
+    }
+    assert!(start.elapsed().as_millis() >= 150, "{:?}", start.elapsed());
+}
+
+#[test]
+fn negotiation_keeps_to_the_rules() {
+    let mut driver = Driver::new(Box::new(Rng::new(None)));
+    assert_eq!(driver.read(0x0), 0x7472_6976);
+    assert_eq!((driver.read(0x4), driver.read(0x8)), (2, 4));
+    // Without VERSION_1, and with what was not offered: no FEATURES_OK.
+    for features in [0, F_VERSION_1 | 1] {
+        driver.write(0x70, 0);
+        driver.write(0x70, 3);
+        for (select, half) in [(0, features & 0xffff_ffff), (1, features >> 32)] {
+            driver.write(0x24, select);
+            driver.write(0x20, half as u32);
+        }
+        driver.write(0x70, 11);
+        assert_eq!(driver.status(), 3, "{features:#x}");
+    }
+    driver.negotiate(0);
+    assert_eq!(driver.status(), 11);
+    // Too late: features, and bits that go.
+    driver.write(0x24, 0);
+    driver.write(0x20, 0xffff_ffff);
+    driver.write(0x70, 8);
+    assert_eq!(driver.status(), 11);
+    driver.start(u64::MAX);
+    // Running: the queues are what they are.
+    driver.write(0x30, 0);
+    driver.write(0x44, 0);
+    driver.write(0x38, 2);
+    assert_eq!(driver.read(0x44), 1);
+    // Queues that do not exist.
+    driver.write(0x30, 1);
+    assert_eq!((driver.read(0x34), driver.read(0x44)), (0, 0));
+    driver.write(0x44, 1);
+    assert_eq!(driver.read(0x44), 0);
+    driver.kick(7);
+    works(&mut driver);
+}
+
+#[test]
+fn queues_before_their_time_or_place_are_refused() {
+    let mut driver = Driver::new(Box::new(Rng::new(None)));
+    driver.negotiate(u64::MAX);
+    for size in [0, 3, 128, 0x1_0040] {
+        driver.write(0x38, size);
+    }
+    for (register, value) in [(0x80, MEMORY_BYTES as u32 - 16), (0x90, 0x1000), (0xa0, 0x2000)] {
+        driver.write(register, value);
+    }
+    driver.write(0x44, 1);
+    driver.write(0x70, 15);
+    assert_ne!(driver.status() & NEEDS_RESET, 0, "rings beyond memory");
+    works(&mut driver);
+}
+
+/// What a driver must not do, each of which breaks the queue until a reset.
+#[test]
+fn broken_rings_need_a_reset_and_a_reset_mends_them() {
+    let mut driver = rng();
+    let cases: [(&str, fn(&mut Driver)); 9] = [
+        ("a loop", |d| {
+            d.put_descriptor(0, 0, 0x50_0000, 16, WRITE | NEXT, 1);
+            d.put_descriptor(0, 1, 0x50_0000, 16, WRITE | NEXT, 0);
+            d.make_available(0, 0);
+        }),
+        ("a head out of range", |d| d.make_available(0, 64)),
+        ("a next out of range", |d| {
+            d.put_descriptor(0, 0, 0x50_0000, 16, WRITE | NEXT, 64);
+            d.make_available(0, 0);
+        }),
+        ("a buffer outside of memory", |d| {
+            d.put_descriptor(0, 0, MEMORY_BYTES - 8, 16, WRITE, 0);
+            d.make_available(0, 0);
+        }),
+        ("a buffer that wraps", |d| {
+            d.put_descriptor(0, 0, u64::MAX - 7, 16, WRITE, 0);
+            d.make_available(0, 0);
+        }),
+        ("readable behind writable", |d| {
+            d.put_descriptor(0, 0, 0x50_0000, 16, WRITE | NEXT, 1);
+            d.put_descriptor(0, 1, 0x50_0000, 16, 0, 0);
+            d.make_available(0, 0);
+        }),
+        ("an indirect table of no whole entries", |d| {
+            d.put_descriptor(0, 0, 0x50_0000, 17, INDIRECT, 0);
+            d.make_available(0, 0);
+        }),
+        ("an indirect table outside of memory", |d| {
+            d.put_descriptor(0, 0, MEMORY_BYTES, 32, INDIRECT, 0);
+            d.make_available(0, 0);
+        }),
+        ("an index that jumps", |d| d.set_available_index(0, 1000)),
+    ];
+    for (name, case) in cases {
+        works(&mut driver);
+        case(&mut driver);
+        driver.kick(0);
+        driver.wait_needs_reset();
+        assert!(driver.poll_used(0).is_none_or(|_| name.is_empty()), "{name}");
+        assert_ne!(driver.read(0x60) & 2, 0, "{name}: a configuration interrupt says so");
+    }
+    works(&mut driver);
+}
+
+#[test]
+fn an_indirect_table_is_followed_once() {
+    use vm_memory::{Bytes, GuestAddress};
+    let mut driver = rng();
+    let table = driver.buffer(32);
+    let mut bytes = Vec::new();
+    for (gpa, flags, next) in [(0x60_0000_u64, WRITE | NEXT, 1_u16), (0x61_0000, WRITE, 0)] {
+        bytes.extend(gpa.to_le_bytes());
+        bytes.extend(100_u32.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+    }
+    driver.memory.write_slice(&bytes, GuestAddress(table)).expect("memory");
+    driver.put_descriptor(0, 5, table, 32, INDIRECT, 0);
+    driver.make_available(0, 5);
+    driver.kick(0);
+    assert_eq!(driver.wait_used(0), (5, 200));
+}
+
+#[test]
+fn interrupts_come_only_as_asked() {
+    use vm_memory::{Bytes, GuestAddress};
+    for features in [u64::MAX, !F_EVENT_IDX] {
+        let mut driver = Driver::new(Box::new(Rng::new(None)));
+        driver.start(features);
+        driver.request(0, &[], &[8]);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let _ = driver.interrupts();
+        // VRING_AVAIL_F_NO_INTERRUPT; with the event index, an event far ahead.
+        driver.memory.write_obj(1_u16, GuestAddress(0x4000)).expect("memory");
+        driver.memory.write_obj(60_u16, GuestAddress(0x4000 + 4 + 64 * 2)).expect("memory");
+        driver.request(0, &[], &[8]);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!(driver.interrupts(), 0, "{features:#x}");
+    }
+}
+
+#[test]
+fn odd_accesses_change_nothing() {
+    let mut driver = rng();
+    for offset in [0_u64, 1, 2, 0x70, 0x72, 0x100, 0xfff, 0x1000, u64::MAX] {
+        for len in [0_usize, 1, 2, 3, 5, 8] {
+            driver.read_bytes(offset, &mut vec![0; len]);
+            if offset != 0x70 {
+                driver.write_bytes(offset, &vec![0xa5; len]);
+            }
+        }
+    }
+    assert_eq!(driver.status(), 15);
+    assert_eq!(driver.request(0, &[], &[4]).len(), 4);
+}
+
+#[test]
+fn what_was_asked_before_the_end_is_done() {
+    let mut driver = rng();
+    driver.submit(0, &[], &[128]);
+    driver.device().stop();
+    assert_eq!(driver.poll_used(0).map(|used| used.1), Some(128));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn any_ring_is_survived(
+        descriptors in proptest::collection::vec((any::<u64>(), any::<u32>(), 0_u16..8, 0_u16..70), 1..20),
+        heads in proptest::collection::vec(0_u16..70, 1..8),
+        small in any::<bool>(),
+    ) {
+        let mut driver = rng();
+        for (index, (gpa, len, flags, next)) in (0_u16..).zip(&descriptors) {
+            let (gpa, len) = if small { (gpa % MEMORY_BYTES, len % 8192) } else { (*gpa, *len) };
+            driver.put_descriptor(0, index, gpa, len, *flags, *next);
+        }
+        for head in heads {
+            driver.make_available(0, head);
+        }
+        driver.kick(0);
+        // Not the rings that were overwritten, but a reset, must always work.
+        works(&mut driver);
+    }
+
+    #[test]
+    fn any_register_write_is_survived(writes in proptest::collection::vec((0_u64..0x140, any::<u32>(), 0_u8..3), 0..60)) {
+        let mut driver = rng();
+        for (register, value, kind) in writes {
+            match kind {
+                0 => driver.write(register & !3, value % 8),
+                1 => driver.write(register & !3, value),
+                _ => driver.write_bytes(register, &value.to_le_bytes()[..(value % 5) as usize]),
+            }
+        }
+        works(&mut driver);
+    }
+}
