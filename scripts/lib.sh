@@ -114,7 +114,7 @@ guest_image() {
     # Only what a guest of hwvmm has a use for: all of them are 400 MB.
     local folder
     for folder in drivers/virtio drivers/block drivers/net drivers/char/hw_random drivers/firmware fs/fuse fs/ext4 \
-        fs/jbd2 fs/mbcache.ko net/vmw_vsock net/core crypto lib arch/x86/crypto; do
+        fs/autofs fs/jbd2 fs/mbcache.ko net/vmw_vsock net/core crypto lib arch/x86/crypto; do
         [ -e "$HWVMM_LAB/kernel/modules/kernel/$folder" ] || continue
         as_root mkdir -p "$work/root/lib/modules/$version/kernel/$(dirname "$folder")"
         as_root cp -R "$HWVMM_LAB/kernel/modules/kernel/$folder" "$work/root/lib/modules/$version/kernel/$folder"

@@ -50,10 +50,13 @@ pub struct DiskConfig {
     pub id: Option<String>,
     /// When the host's disk is full, the guest waits, instead of getting an error.
     pub stop_when_full: bool,
+    /// No io_uring.
+    pub plain_io: bool,
 }
 
 impl DiskConfig {
-    /// Reads `PATH[,format=raw|qcow2|auto][,readonly=on][,direct=on][,queues=N][,serial=S][,id=S][,werror=report|stop]`.
+    /// Reads `PATH[,format=raw|qcow2|auto][,readonly=on][,direct=on][,queues=N][,serial=S][,id=S][,werror=report|stop]
+    /// [,io=auto|plain]`.
     ///
     /// # Errors
     /// Where it is malformed or out of bounds.
@@ -67,8 +70,9 @@ impl DiskConfig {
             serial: String::new(),
             id: None,
             stop_when_full: false,
+            plain_io: false,
         };
-        let keys = ["path", "format", "readonly", "direct", "queues", "serial", "id", "werror"];
+        let keys = ["path", "format", "readonly", "direct", "queues", "serial", "id", "werror", "io"];
         for (key, value) in keyvalue::parse(text, Some("path"), &keys)? {
             match key {
                 "path" => disk.path = value.into(),
@@ -77,6 +81,13 @@ impl DiskConfig {
                 "direct" => disk.direct = parse_switch("direct", value)?,
                 "queues" => disk.queues = parse_queues(value)?,
                 "serial" => value.clone_into(&mut disk.serial),
+                "io" => {
+                    disk.plain_io = match value {
+                        "auto" => false,
+                        "plain" => true,
+                        _ => return Err(choice("io", "auto, plain", value)),
+                    }
+                }
                 "id" => disk.id = Some(value.to_owned()),
                 _ => {
                     disk.stop_when_full = match value {

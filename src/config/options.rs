@@ -78,7 +78,7 @@ pub struct RunOptions {
     pub console: Option<String>,
 
     /// A disk: PATH[,format=auto|raw|qcow2][,readonly=on][,direct=on][,queues=N][,serial=S][,id=S][,werror=report|stop]
-    /// (again for more)
+    /// [,io=auto|plain] (again for more)
     #[arg(short, long, value_name = "PATH")]
     #[serde(default)]
     pub disk: Vec<String>,

@@ -195,5 +195,8 @@ fn block(disk: &DiskConfig) -> Result<Block, MachineError> {
     let options = ImageOptions { path: disk.path.clone(), format, read_only: disk.read_only, direct: disk.direct };
     let image = Image::open(&options)?;
     let when_full = if disk.stop_when_full { WhenFull::Stop } else { WhenFull::Report };
-    Ok(Block::new(image, BlockOptions { queues: disk.queues, serial: disk.serial.clone(), when_full }))
+    Ok(Block::new(
+        image,
+        BlockOptions { queues: disk.queues, serial: disk.serial.clone(), when_full, plain_io: disk.plain_io },
+    ))
 }

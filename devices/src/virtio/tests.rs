@@ -2,7 +2,7 @@
 
 use super::mock::{Driver, INDIRECT, MEMORY_BYTES, NEEDS_RESET, NEXT, WRITE};
 use super::rng::{Rate, Rng};
-use super::{Carrier, F_EVENT_IDX, F_VERSION_1};
+use super::{F_EVENT_IDX, F_VERSION_1};
 use proptest::prelude::*;
 
 fn rng() -> Driver {

@@ -31,12 +31,15 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    pub(super) fn new(image: &Arc<Image>, write_through: bool) -> Self {
+    pub(super) fn new(image: &Arc<Image>, write_through: bool, plain: bool) -> Self {
         let ring = match &image.content {
+            _ if plain => Err(io::ErrorKind::Unsupported.into()),
             Content::Raw(file) => file.try_clone().and_then(|file| Ring::new(file, write_through)),
             Content::Qcow2(_) => Err(io::ErrorKind::Unsupported.into()),
         };
-        if let (Err(error), Content::Raw(_)) = (&ring, &image.content) {
+        if let (Err(error), Content::Raw(_)) = (&ring, &image.content)
+            && !plain
+        {
             log::info!("block: no io_uring ({error}): plain system calls");
         }
         Self { image: Arc::clone(image), ring: ring.ok(), write_through }

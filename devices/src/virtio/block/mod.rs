@@ -3,6 +3,8 @@
 mod engine;
 mod image;
 mod request;
+#[cfg(test)]
+mod tests;
 mod uring;
 mod worker;
 
@@ -52,6 +54,8 @@ pub struct BlockOptions {
     pub serial: String,
     /// When the host's disk is full.
     pub when_full: WhenFull,
+    /// No io_uring, even where the host has it.
+    pub plain_io: bool,
 }
 
 /// The device.
@@ -125,7 +129,7 @@ impl VirtioDevice for Block {
         for index in 0..self.options.queues {
             // Drivers with fewer processors than queues leave the last ones alone.
             let Ok(queue) = activation.queue(index) else { continue };
-            let engine = Engine::new(&self.image, !flushes);
+            let engine = Engine::new(&self.image, !flushes, self.options.plain_io);
             let watch_size = (index == 0).then(|| Arc::clone(&activation.signals));
             let worker =
                 QueueWorker::new(queue, Arc::clone(&self.image), engine, self.id(), self.options.when_full, watch_size);
