@@ -203,7 +203,7 @@ mod tests {
         assert_eq!(u32_at(&bytes, 8), Some(127 * 1024));
         let list = at(u32_at(&bytes, 24).expect("modules"));
         assert_eq!(u32_at(&bytes, list), Some(0x200_0000));
-        assert_eq!(u32_at(&bytes, 44), Some(24 * 3));
+        assert_eq!(u32_at(&bytes, 44), Some(24 * 4));
         let memory = at(u32_at(&bytes, 48).expect("map"));
         assert_eq!(u32_at(&bytes, memory), Some(20));
     }

@@ -67,7 +67,7 @@ mod tests {
         let bytes = zero_page(None, &memory_map(5 << 30), 7, Some((0x1_2345_6000, 99)));
         assert_eq!(bytes.len(), 4096);
         assert_eq!(u32_at(&bytes, 0x202), Some(HEADER_MAGIC));
-        assert_eq!(bytes[0x1e8], 4);
+        assert_eq!(bytes[0x1e8], 5);
         assert_eq!(u64_at(&bytes, 0x70), Some(ACPI_RSDP));
         assert_eq!((u32_at(&bytes, 0x218), u32_at(&bytes, 0xc0)), (Some(0x2345_6000), Some(1)));
         assert_eq!(u32_at(&bytes, 0x228), Some(0x2_0000));

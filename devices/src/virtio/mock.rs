@@ -175,7 +175,8 @@ impl Driver {
     pub fn make_available(&mut self, queue: usize, head: u16) {
         let ring = &mut self.rings[queue];
         let base = queue as u64 * RING_BYTES + AVAILABLE;
-        let slot = u64::from(ring.available % ring.size);
+        // A driver that set nothing up has no ring.
+        let slot = u64::from(ring.available % ring.size.max(1));
         self.memory.write_obj(head, GuestAddress(base + 4 + slot * 2)).expect("memory");
         ring.available = ring.available.wrapping_add(1);
         self.memory.write_obj(ring.available, GuestAddress(base + 2)).expect("memory");
@@ -203,7 +204,7 @@ impl Driver {
         for len in writable {
             parts.push((self.buffer(u64::from(*len)), *len, WRITE));
         }
-        let size = self.rings[queue].size;
+        let size = self.rings[queue].size.max(1);
         let first = self.rings[queue].next_descriptor;
         let index = |offset: usize| (first + u16::try_from(offset).expect("few")) % size;
         for (offset, (gpa, len, flags)) in parts.iter().enumerate() {
@@ -279,7 +280,13 @@ impl Driver {
         self.interrupt.read().unwrap_or(0)
     }
 
-    /// Kicks that the device's worker has seen.
+    /// How many queues the device has.
+    #[must_use]
+    pub fn queues(&self) -> usize {
+        self.rings.len()
+    }
+
+    /// The device on its transport.
     #[must_use]
     pub fn device(&self) -> &dyn Carrier {
         &*self.device

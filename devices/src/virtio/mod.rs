@@ -7,6 +7,8 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod fs;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod hostile;
 pub mod mmio;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod mock;

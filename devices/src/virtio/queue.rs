@@ -184,6 +184,22 @@ impl Virtqueue {
         }
     }
 
+    /// As [`Virtqueue::listen`], for chains behind all that are there now: for a device that has looked at those, and
+    /// needs more of them at once.
+    pub fn listen_for_more(&mut self) -> bool {
+        let next = self.queue.next_avail();
+        match self.queue.avail_idx(&*self.memory, Ordering::Acquire) {
+            Ok(all) => self.queue.set_next_avail(all.0),
+            Err(error) => {
+                self.fail(&error.to_string());
+                return false;
+            }
+        }
+        let more = self.listen();
+        self.queue.set_next_avail(next);
+        more
+    }
+
     /// The loop that most devices are: takes the kicks, has `each` chain answered (with the number of bytes written),
     /// gives it back, tells the driver where it wants to be told. `None` from `each` leaves the chain for later.
     pub fn serve(&mut self, mut each: impl FnMut(&mut Chain<'_>) -> Option<u32>) {

@@ -1,4 +1,5 @@
 //! The transports and the queues, driven rightly and wrongly.
+#![allow(clippy::cast_possible_truncation, reason = "numbers of tests are small")]
 
 use super::mock::{Driver, INDIRECT, MEMORY_BYTES, NEEDS_RESET, NEXT, WRITE};
 use super::rng::{Rate, Rng};
@@ -96,7 +97,8 @@ fn queues_before_their_time_or_place_are_refused() {
 #[test]
 fn broken_rings_need_a_reset_and_a_reset_mends_them() {
     let mut driver = rng();
-    let cases: [(&str, fn(&mut Driver)); 9] = [
+    type Case = (&'static str, fn(&mut Driver));
+    let cases: [Case; 9] = [
         ("a loop", |d| {
             d.put_descriptor(0, 0, 0x50_0000, 16, WRITE | NEXT, 1);
             d.put_descriptor(0, 1, 0x50_0000, 16, WRITE | NEXT, 0);

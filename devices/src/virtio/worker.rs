@@ -81,6 +81,8 @@ impl Drop for WorkerThread {
         }
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("a device's thread panicked");
+            // A test must not pass over it.
+            debug_assert!(std::thread::panicking(), "a device's thread panicked");
         }
     }
 }

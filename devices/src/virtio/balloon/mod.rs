@@ -1,6 +1,8 @@
 //! The memory balloon (virtio 1.3 §5.5): takes memory from the guest and gives it back, gives pages that the guest has
 //! free to the host by itself (free page reporting), and asks the guest how it fares.
 
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use super::{ActivateError, Activation, DeviceKind, Signals, VirtioDevice, Worker, read_config_bytes};

@@ -1,4 +1,5 @@
 //! The block device, driven rightly and wrongly, by io_uring (where the host has it) and by plain system calls.
+#![allow(clippy::cast_possible_truncation, reason = "numbers of tests are small")]
 
 use super::{Block, BlockOptions, Format, Image, ImageError, ImageOptions, WhenFull};
 use crate::virtio::mock::{Driver, MEMORY_BYTES, NEXT, WRITE};

@@ -1,6 +1,9 @@
 //! The console device (virtio 1.3 §5.3), one port: hvc0 in a Linux guest. A whole line costs one kick, where a UART
 //! costs an exit or more a byte.
 
+#[cfg(test)]
+mod tests;
+
 use super::worker::watch;
 use super::{ActivateError, Activation, DeviceKind, Signals, VirtioDevice, Virtqueue, Worker, read_config_bytes};
 use crate::console::ConsoleInput;

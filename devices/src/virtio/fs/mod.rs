@@ -3,6 +3,8 @@
 //! and no symbolic link leads out of the folder.
 
 mod bounce;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use super::{ActivateError, Activation, DeviceKind, VirtioDevice, Worker, read_config_bytes};

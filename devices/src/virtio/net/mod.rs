@@ -5,6 +5,8 @@ mod control;
 mod pair;
 mod stream;
 mod tap;
+#[cfg(test)]
+mod tests;
 
 pub use backend::{Backend, Offloads};
 pub use stream::Stream;

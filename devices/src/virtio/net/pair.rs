@@ -68,7 +68,7 @@ impl Pair {
             match place(&mut self.receive, memory, &mut self.frame[..self.held], self.mergeable) {
                 Placed::Done => self.held = 0,
                 // The driver kicks when it has buffers again; look once more after asking it to.
-                Placed::NoRoom if self.receive.listen() => {}
+                Placed::NoRoom if self.receive.listen_for_more() => {}
                 Placed::NoRoom => return false,
             }
         }

@@ -8,6 +8,8 @@
 mod connection;
 mod muxer;
 mod packet;
+#[cfg(test)]
+mod tests;
 
 use super::{ActivateError, Activation, DeviceKind, VirtioDevice, Worker, read_config_bytes};
 use crate::socket::Listener;

@@ -1,0 +1,66 @@
+//! The console, from both sides.
+
+use super::{Console, PENDING_BYTES};
+use crate::console::ConsoleInput;
+use crate::virtio::mock::Driver;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+#[derive(Clone, Default)]
+struct Sink(Arc<Mutex<Vec<u8>>>);
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().expect("alone").extend(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn console() -> (Arc<super::Port>, Sink, Arc<EventFd>, Driver) {
+    let (sink, wanted) = (Sink::default(), Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd")));
+    let device = Console::new(Box::new(sink.clone()), Arc::clone(&wanted), (80, 25)).expect("a console");
+    (device.port(), sink, wanted, Driver::running(Box::new(device)))
+}
+
+#[test]
+fn output_comes_out_in_order() {
+    let (_port, sink, _wanted, mut driver) = console();
+    let long = vec![b'x'; 10_000];
+    driver.request(1, &[b"one ", b"two\n"], &[]);
+    driver.request(1, &[&long], &[]);
+    let seen = sink.0.lock().expect("alone");
+    assert_eq!(seen[..8], *b"one two\n");
+    assert_eq!(seen.len(), 10_008);
+}
+
+#[test]
+fn input_waits_for_buffers_and_says_when_it_wants_more() {
+    let (port, _sink, wanted, mut driver) = console();
+    let input: Vec<u8> = (0..PENDING_BYTES + 100).map(|at| u8::try_from(at % 251).expect("small")).collect();
+    assert_eq!(port.enqueue(&input).expect("taken"), PENDING_BYTES);
+    assert_eq!(port.enqueue(&input).expect("full"), 0);
+    let mut seen = Vec::new();
+    while seen.len() < PENDING_BYTES {
+        seen.extend(driver.request(0, &[], &[700, 300]));
+    }
+    assert_eq!(seen, input[..PENDING_BYTES]);
+    assert!(wanted.read().expect("wanted") > 0);
+    let waiting = driver.submit(0, &[], &[64]);
+    assert_eq!(port.enqueue(b"late").expect("taken"), 4);
+    assert_eq!(driver.wait_used(0), (u32::from(waiting.head), 4));
+    assert_eq!(driver.contents(&waiting, 4), b"late");
+}
+
+#[test]
+fn the_size_is_told_and_told_again() {
+    let (port, _sink, _wanted, driver) = console();
+    assert_eq!(driver.read(0x100), 25 << 16 | 80);
+    let (_, generation) = (driver.interrupts(), driver.read(0xfc));
+    port.resize(100, 40);
+    assert_eq!(driver.read(0x100), 40 << 16 | 100);
+    assert_ne!(driver.read(0xfc), generation);
+    assert_eq!(driver.interrupts(), 1);
+}

@@ -1,0 +1,171 @@
+//! A driver that does anything: bytes become register writes, descriptors, ring indices, requests and resets. For the
+//! fuzz targets, and for a bounded run of the same in the tests.
+
+use super::balloon::Balloon;
+use super::block::{Block, BlockOptions, Format, Image, ImageOptions, WhenFull};
+use super::console::Console;
+use super::fs::Fs;
+use super::mock::{Driver, MEMORY_BYTES};
+use super::net::{Net, Stream};
+use super::rng::Rng;
+use super::vsock::Vsock;
+use super::{F_VERSION_1, VirtioDevice};
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Devices that [`drive`] knows.
+pub const DEVICES: u8 = 8;
+
+/// Bytes as numbers, zero after their end.
+struct Source<'a>(&'a [u8]);
+
+impl Source<'_> {
+    fn byte(&mut self) -> u8 {
+        let Some((first, rest)) = self.0.split_first() else { return 0 };
+        self.0 = rest;
+        *first
+    }
+
+    fn short(&mut self) -> u16 {
+        u16::from_le_bytes([self.byte(), self.byte()])
+    }
+
+    fn word(&mut self) -> u32 {
+        u32::from(self.short()) << 16 | u32::from(self.short())
+    }
+
+    /// Mostly addresses in memory; sometimes any.
+    fn gpa(&mut self) -> u64 {
+        match self.byte() {
+            0..=15 => u64::from(self.word()) << 32 | u64::from(self.word()),
+            _ => u64::from(self.word()) % MEMORY_BYTES,
+        }
+    }
+}
+
+fn device(kind: u8, folder: &Path) -> io::Result<Box<dyn VirtioDevice>> {
+    let other = |error: &dyn std::error::Error| io::Error::other(error.to_string());
+    Ok(match kind % DEVICES {
+        0 => Box::new(Rng::new(None)),
+        1 | 2 => {
+            let path = folder.join("disk");
+            std::fs::File::create(&path)?.set_len(1 << 20)?;
+            let options = ImageOptions { path, format: Format::Raw, read_only: false, direct: false };
+            let image = Image::open(&options).map_err(|error| other(&error))?;
+            let (serial, when_full) = (String::new(), WhenFull::Report);
+            Box::new(Block::new(image, BlockOptions { queues: 2, serial, when_full, plain_io: kind.is_multiple_of(2) }))
+        }
+        3 => Box::new(Console::new(Box::new(io::sink()), Arc::new(EventFd::new(EFD_NONBLOCK)?), (1, 1))?),
+        4 => {
+            let (ours, mut theirs) = UnixStream::pair()?;
+            io::Write::write_all(&mut theirs, &[0, 0, 0, 4, 1, 2, 3, 4, 0, 0, 2])?;
+            theirs.set_nonblocking(true)?;
+            Box::new(Net::new([2; 6], vec![Box::new(Stream::new(ours)?)]))
+        }
+        5 => Box::new(Vsock::new(3, &folder.join("vsock")).map_err(|error| other(&error))?),
+        6 => Box::new(Balloon::new(1 << 20)?),
+        _ => {
+            let shared = folder.join("shared");
+            std::fs::create_dir_all(&shared)?;
+            std::fs::write(shared.join("file"), "content")?;
+            Box::new(Fs::new("tag", &shared, false).map_err(|error| other(&error))?)
+        }
+    })
+}
+
+/// Drives one device, named by the first byte, through what the others say. Afterwards it must still take a reset and
+/// a start.
+///
+/// # Errors
+/// Where the device itself cannot be made.
+///
+/// # Panics
+/// Where the device does not survive.
+pub fn drive(bytes: &[u8], folder: &Path) -> io::Result<()> {
+    let mut source = Source(bytes);
+    let mut driver = Driver::new(device(source.byte(), folder)?);
+    driver.start(u64::MAX);
+    while !source.0.is_empty() {
+        step(&mut driver, &mut source);
+    }
+    driver.start(F_VERSION_1);
+    assert_eq!(driver.status(), 15, "a reset and a start");
+    Ok(())
+}
+
+fn step(driver: &mut Driver, source: &mut Source<'_>) {
+    let queue = usize::from(source.byte()) % driver.queues();
+    match source.byte() % 10 {
+        0 => driver.write(u64::from(source.byte()) * 4, source.word()),
+        1 => {
+            let offset = u64::from(source.short()) % 0x400;
+            let data = source.word().to_le_bytes();
+            driver.write_bytes(offset, &data[..usize::from(source.byte() % 5)]);
+            driver.read_bytes(offset, &mut [0; 7]);
+        }
+        2 => driver.set_available_index(queue, source.short()),
+        3 => {
+            let (index, gpa) = (source.short() % 256, source.gpa());
+            driver.put_descriptor(
+                queue,
+                index,
+                gpa,
+                source.word() % 0x2_0000,
+                source.short() % 8,
+                source.short() % 300,
+            );
+        }
+        4 => driver.make_available(queue, source.short() % 300),
+        5 => {
+            let gpa = source.gpa().min(MEMORY_BYTES - 64);
+            let mut data = [0; 64];
+            data.iter_mut().for_each(|byte| *byte = source.byte());
+            let _ = driver.memory.write_slice(&data, GuestAddress(gpa));
+        }
+        6 => driver.start(u64::MAX),
+        // Requests in the shape that devices want, with any content.
+        _ => {
+            let mut header = [0; 48];
+            let len = usize::from(source.byte()) % header.len();
+            header[..len].iter_mut().for_each(|byte| *byte = source.byte());
+            let mut writable = vec![u32::from(source.short()) % 8192];
+            if source.byte().is_multiple_of(2) {
+                writable.push(1);
+            }
+            if driver.status() & 4 != 0 {
+                driver.submit(queue, &[&header[..len]], &writable);
+            }
+        }
+    }
+    driver.kick(queue);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The fuzz target's own corpus, and a few thousand steps of a generator's.
+    #[test]
+    fn devices_survive_a_driver_that_does_anything() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus/virtio");
+        for entry in std::fs::read_dir(corpus).expect("the corpus").flatten() {
+            drive(&std::fs::read(entry.path()).expect("readable"), folder.path()).expect("a device");
+        }
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        for round in 0..240_u32 {
+            let mut bytes = vec![u8::try_from(round % u32::from(DEVICES)).expect("small")];
+            for _ in 0..400 {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                bytes.push(state.to_le_bytes()[3]);
+            }
+            drive(&bytes, folder.path()).expect("a device");
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! The network card, over a socket pair in place of passt.
+#![allow(clippy::cast_possible_truncation, reason = "numbers of tests are small")]
+
+use super::{Net, Stream};
+use crate::virtio::mock::Driver;
+use proptest::prelude::*;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+const MAC: [u8; 6] = [2, 1, 2, 3, 4, 5];
+
+fn card() -> (UnixStream, Driver) {
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    theirs.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+    let device = Net::new(MAC, vec![Box::new(Stream::new(ours).expect("non-blocking"))]);
+    (theirs, Driver::running(Box::new(device)))
+}
+
+fn send(socket: &mut UnixStream, frame: &[u8]) {
+    let length = u32::try_from(frame.len()).expect("short");
+    socket.write_all(&length.to_be_bytes()).expect("room");
+    socket.write_all(frame).expect("room");
+}
+
+fn take(socket: &mut UnixStream) -> Vec<u8> {
+    let mut length = [0; 4];
+    socket.read_exact(&mut length).expect("in time");
+    let mut frame = vec![0; u32::from_be_bytes(length) as usize];
+    socket.read_exact(&mut frame).expect("in time");
+    frame
+}
+
+#[test]
+fn a_card_without_offloads_offers_none() {
+    let (_socket, driver) = card();
+    let mut config = [0; 10];
+    driver.read_bytes(0x100, &mut config);
+    assert_eq!(config[..6], MAC);
+    assert_eq!(config[6..], [1, 0, 1, 0]);
+    assert_eq!(driver.device_features() & super::OFFLOADS, 0);
+}
+
+#[test]
+fn frames_leave_without_the_header() {
+    let (mut socket, mut driver) = card();
+    driver.request(1, &[&[0; 12], b"a frame"], &[]);
+    driver.request(1, &[&[&[0; 12][..], b"another"].concat()], &[]);
+    assert_eq!(take(&mut socket), b"a frame");
+    assert_eq!(take(&mut socket), b"another");
+}
+
+#[test]
+fn frames_arrive_behind_a_header_and_over_merged_buffers() {
+    let (mut socket, mut driver) = card();
+    let frame: Vec<u8> = (0..3000_u32).map(|at| (at % 250) as u8).collect();
+    // No buffers yet: it waits.
+    send(&mut socket, &frame);
+    std::thread::sleep(Duration::from_millis(30));
+    let buffers: Vec<_> = (0..4).map(|_| driver.submit(0, &[], &[1000])).collect();
+    let mut seen = Vec::new();
+    for buffer in &buffers {
+        let (id, len) = driver.wait_used(0);
+        assert_eq!(id, u32::from(buffer.head));
+        seen.extend(driver.contents(buffer, len));
+    }
+    assert_eq!(seen[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0], "four buffers");
+    assert_eq!(seen[12..], frame);
+}
+
+#[test]
+fn without_merging_a_frame_that_does_not_fit_is_dropped_and_the_next_one_comes() {
+    let (ours, mut socket) = UnixStream::pair().expect("a pair");
+    let device = Net::new(MAC, vec![Box::new(Stream::new(ours).expect("non-blocking"))]);
+    let mut driver = Driver::new(Box::new(device));
+    driver.start(!super::F_MRG_RXBUF);
+    let buffer = driver.submit(0, &[], &[100]);
+    send(&mut socket, &[1; 2000]);
+    send(&mut socket, &[2; 50]);
+    let (id, len) = driver.wait_used(0);
+    assert_eq!((id, len), (u32::from(buffer.head), 62));
+    assert_eq!(driver.contents(&buffer, len)[10..], [&[1, 0][..], &[2; 50]].concat());
+}
+
+#[test]
+fn a_backend_that_does_not_read_holds_frames_back_and_loses_none() {
+    let (mut socket, mut driver) = card();
+    let frame = [7; 1500];
+    let (mut sent, mut used) = (0_u32, 0_u32);
+    while sent < 400 {
+        driver.submit(1, &[&[0; 12], &frame], &[]);
+        sent += 1;
+        while driver.poll_used(1).is_some() {
+            used += 1;
+        }
+        // At most as many as the queue has room for (two descriptors each).
+        if sent - used >= 100 {
+            break;
+        }
+    }
+    for _ in 0..sent {
+        assert_eq!(take(&mut socket), frame);
+    }
+    while used < sent {
+        driver.wait_used(1);
+        used += 1;
+    }
+}
+
+#[test]
+fn a_backend_that_ends_leaves_the_card_alive() {
+    let (socket, mut driver) = card();
+    drop(socket);
+    for _ in 0..10 {
+        driver.request(1, &[&[0; 12], b"into the void"], &[]);
+    }
+    driver.start(u64::MAX);
+    driver.request(1, &[&[0; 12], b"again"], &[]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+    #[test]
+    fn any_chain_is_survived(chains in proptest::collection::vec((0_usize..2, 0_usize..30, 0_u32..70), 1..30)) {
+        let (mut socket, mut driver) = card();
+        for (queue, readable, writable) in chains {
+            let bytes = vec![0xa5; readable];
+            driver.submit(queue, &[&bytes], &[writable]);
+            send(&mut socket, &bytes);
+        }
+        driver.start(u64::MAX);
+        driver.request(1, &[&[0; 12], b"still there"], &[]);
+    }
+}

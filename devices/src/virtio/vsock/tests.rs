@@ -1,0 +1,205 @@
+//! Streams, from both sides.
+#![allow(clippy::cast_possible_truncation, reason = "numbers of tests are small")]
+
+use super::packet::{HEADER_BYTES, Header, OP_CREDIT_REQUEST, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN};
+use super::{HOST_CID, Vsock};
+use crate::memory::{Buffers, Memory};
+use crate::virtio::mock::Driver;
+use proptest::prelude::*;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::time::Duration;
+use tempfile::TempDir;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+const CID: u64 = 9;
+
+fn device() -> (TempDir, Driver) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let device = Vsock::new(9, &folder.path().join("v")).expect("a socket");
+    let mut driver = Driver::running(Box::new(device));
+    for _ in 0..16 {
+        driver.submit(0, &[], &[4096]);
+    }
+    (folder, driver)
+}
+
+fn packet(op: u16, src_port: u32, dst_port: u32, len: usize) -> Header {
+    let len = u32::try_from(len).expect("short");
+    Header {
+        src_cid: CID,
+        dst_cid: HOST_CID,
+        src_port,
+        dst_port,
+        len,
+        kind: 1,
+        op,
+        buf_alloc: 1 << 20,
+        ..Header::default()
+    }
+}
+
+fn send(driver: &mut Driver, header: Header, data: &[u8]) {
+    driver.request(1, &[&header.to_bytes(), data], &[]);
+}
+
+/// The next packet for the guest; its buffer goes back to the device.
+fn receive(driver: &mut Driver) -> (Header, Vec<u8>) {
+    let (id, len) = driver.wait_used(0);
+    // `submit` uses one descriptor a buffer: the head tells where it lies.
+    let mut descriptor = [0; 8];
+    driver.memory.read_slice(&mut descriptor, GuestAddress(u64::from(id) * 16)).expect("memory");
+    let mut bytes = vec![0; len as usize];
+    driver.memory.read_slice(&mut bytes, GuestAddress(u64::from_le_bytes(descriptor))).expect("memory");
+    let memory = Memory::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8192)]).expect("small"), Arc::new(()));
+    memory.write_slice(&bytes, GuestAddress(0)).expect("there");
+    let mut buffers = Buffers::default();
+    buffers.push(&memory, GuestAddress(0), len).expect("there");
+    let header = Header::read(&mut buffers).expect("a header");
+    driver.submit(0, &[], &[4096]);
+    (header, buffers.to_vec())
+}
+
+fn line(socket: &mut UnixStream) -> String {
+    let mut text = String::new();
+    let mut byte = [0];
+    while !text.ends_with('\n') {
+        match socket.read(&mut byte) {
+            Ok(1) => text.push(char::from(byte[0])),
+            // Closed, perhaps before all that we said was read.
+            Ok(_) => break,
+            Err(error) => {
+                assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "in time");
+                break;
+            }
+        }
+    }
+    text
+}
+
+fn patient(socket: UnixStream) -> UnixStream {
+    socket.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+    socket
+}
+
+#[test]
+fn the_guest_reaches_a_host_program() {
+    let (folder, mut driver) = device();
+    let listener = UnixListener::bind(folder.path().join("v_77")).expect("a socket");
+    send(&mut driver, packet(OP_REQUEST, 1000, 77, 0), &[]);
+    let mut socket = patient(listener.accept().expect("a stream").0);
+    let (header, _) = receive(&mut driver);
+    assert_eq!((header.op, header.src_port, header.dst_port, header.dst_cid), (OP_RESPONSE, 77, 1000, CID));
+    send(&mut driver, packet(OP_RW, 1000, 77, 5), b"hello");
+    let mut seen = [0; 5];
+    socket.read_exact(&mut seen).expect("in time");
+    assert_eq!(&seen, b"hello");
+    socket.write_all(b"and back").expect("room");
+    let (header, data) = receive(&mut driver);
+    assert_eq!((header.op, data.as_slice(), header.fwd_cnt), (OP_RW, &b"and back"[..], 5));
+    drop(socket);
+    assert_eq!(receive(&mut driver).0.op, OP_SHUTDOWN);
+    send(&mut driver, Header { flags: 3, ..packet(OP_SHUTDOWN, 1000, 77, 0) }, &[]);
+    assert_eq!(receive(&mut driver).0.op, OP_RST);
+}
+
+#[test]
+fn a_host_program_reaches_the_guest() {
+    let (folder, mut driver) = device();
+    let mut socket = patient(UnixStream::connect(folder.path().join("v")).expect("listening"));
+    socket.write_all(b"CONNECT 5").expect("room");
+    socket.write_all(b"2\nearly").expect("room");
+    let (request, _) = receive(&mut driver);
+    assert_eq!((request.op, request.dst_port), (OP_REQUEST, 52));
+    send(&mut driver, packet(OP_RESPONSE, 52, request.src_port, 0), &[]);
+    assert_eq!(line(&mut socket), format!("OK {}\n", request.src_port));
+    let (header, data) = receive(&mut driver);
+    assert_eq!((header.op, data.as_slice()), (OP_RW, &b"early"[..]));
+    // A guest that says no.
+    let mut other = patient(UnixStream::connect(folder.path().join("v")).expect("listening"));
+    other.write_all(b"CONNECT 53\n").expect("room");
+    let (request, _) = receive(&mut driver);
+    send(&mut driver, packet(OP_RST, 53, request.src_port, 0), &[]);
+    assert_eq!(line(&mut other), "");
+    // And a program that says nonsense.
+    let mut rude = patient(UnixStream::connect(folder.path().join("v")).expect("listening"));
+    rude.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("room");
+    assert_eq!(line(&mut rude), "");
+}
+
+#[test]
+fn nobody_there_and_nonsense_are_refused() {
+    let (_folder, mut driver) = device();
+    send(&mut driver, packet(OP_REQUEST, 1, 1234, 0), &[]);
+    assert_eq!(receive(&mut driver).0.op, OP_RST);
+    send(&mut driver, packet(OP_RW, 1, 99, 3), b"abc");
+    assert_eq!(receive(&mut driver).0.op, OP_RST);
+    // Another type is refused in its own type; other addresses are not ours.
+    send(&mut driver, Header { kind: 2, ..packet(OP_REQUEST, 1, 99, 0) }, &[]);
+    let (header, _) = receive(&mut driver);
+    assert_eq!((header.op, header.kind), (OP_RST, 2));
+    send(&mut driver, Header { src_cid: 4, ..packet(OP_REQUEST, 1, 99, 0) }, &[]);
+    send(&mut driver, Header { dst_cid: 4, ..packet(OP_REQUEST, 1, 99, 0) }, &[]);
+    // A header cut short, and nothing at all.
+    driver.request(1, &[&[1; HEADER_BYTES - 1]], &[]);
+    driver.request(1, &[], &[8]);
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(driver.poll_used(0).is_none());
+}
+
+#[test]
+fn credit_is_kept_on_both_sides() {
+    let (folder, mut driver) = device();
+    let listener = UnixListener::bind(folder.path().join("v_8")).expect("a socket");
+    send(&mut driver, Header { buf_alloc: 10, ..packet(OP_REQUEST, 7, 8, 0) }, &[]);
+    let mut socket = listener.accept().expect("a stream").0;
+    assert_eq!(receive(&mut driver).0.op, OP_RESPONSE);
+    socket.write_all(&[1; 25]).expect("room");
+    assert_eq!(receive(&mut driver).1.len(), 10, "no more than the guest has room for");
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(driver.poll_used(0).is_none());
+    send(&mut driver, Header { buf_alloc: 10, fwd_cnt: 10, ..packet(OP_CREDIT_REQUEST, 7, 8, 0) }, &[]);
+    let mut rest = 0;
+    while rest < 10 {
+        rest += receive(&mut driver).1.len();
+    }
+    // A guest that sends more than it may, to a program that does not read, is cut off.
+    let mut reset = false;
+    for _ in 0..2000 {
+        send(&mut driver, packet(OP_RW, 7, 8, 4000), &[5; 4000]);
+        if driver.poll_used(0).is_some() {
+            reset = true;
+            break;
+        }
+    }
+    assert!(reset);
+}
+
+#[test]
+fn the_socket_goes_with_the_device() {
+    let (folder, driver) = device();
+    assert!(folder.path().join("v").exists());
+    drop(driver);
+    assert!(!folder.path().join("v").exists());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn any_packets_are_survived(packets in proptest::collection::vec(
+        (0_u16..9, 0_u32..3, 0_u32..3, any::<u32>(), 0_usize..100, any::<u32>(), any::<u32>()), 1..60)) {
+        let (folder, mut driver) = device();
+        let listener = UnixListener::bind(folder.path().join("v_1")).expect("a socket");
+        for (op, src, dst, flags, len, buf_alloc, fwd_cnt) in packets {
+            let claimed = if flags % 3 == 0 { len } else { (flags % 200) as usize };
+            let header = Header { flags, buf_alloc, fwd_cnt, ..packet(op, src, dst, claimed) };
+            send(&mut driver, header, &vec![1; len]);
+        }
+        drop(listener);
+        driver.start(u64::MAX);
+        driver.submit(0, &[], &[4096]);
+        send(&mut driver, packet(OP_REQUEST, 1, 1234, 0), &[]);
+        prop_assert_eq!(driver.wait_used(0).1 as usize, HEADER_BYTES);
+    }
+}
