@@ -13,6 +13,7 @@ pub mod mmio;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod mock;
 pub mod net;
+mod patience;
 pub mod pci;
 mod queue;
 pub mod rng;

@@ -2,6 +2,7 @@
 //! in both directions are kept to what the other side asked for.
 
 use super::Signals;
+use super::patience::Patience;
 use crate::memory::{Buffers, Memory, read_u16};
 use std::io;
 use std::sync::Arc;
@@ -51,6 +52,7 @@ pub struct Virtqueue {
     broken: bool,
     /// Chains pushed since the driver was last told.
     untold: bool,
+    patience: Patience,
 }
 
 impl Virtqueue {
@@ -63,7 +65,18 @@ impl Virtqueue {
         counts: Arc<QueueCounts>,
         name: Arc<str>,
     ) -> Self {
-        Self { index, queue, memory, kick, signals, counts, name, broken: false, untold: false }
+        Self {
+            index,
+            queue,
+            memory,
+            kick,
+            signals,
+            counts,
+            name,
+            broken: false,
+            untold: false,
+            patience: Patience::default(),
+        }
     }
 
     /// Readable when the driver kicked.
@@ -91,9 +104,10 @@ impl Virtqueue {
     }
 
     /// Takes the kicks there are; call it when [`Virtqueue::kick`] is readable, before looking for chains.
-    pub fn take_kicks(&self) {
+    pub fn take_kicks(&mut self) {
         if let Ok(kicks) = self.kick.read() {
             QueueCounts::add(&self.counts.kicks, kicks);
+            self.patience.arrive();
         }
     }
 
@@ -141,6 +155,7 @@ impl Virtqueue {
         if self.broken || !std::mem::take(&mut self.untold) {
             return;
         }
+        self.patience.tell();
         match self.wants_interrupt() {
             Ok(true) => {
                 QueueCounts::add(&self.counts.interrupts, 1);
@@ -184,6 +199,18 @@ impl Virtqueue {
         }
     }
 
+    /// Waits a moment for more chains, where that has paid lately and where something is done that the driver does not
+    /// know of; true where there are some. The driver must have been asked not to kick ([`Virtqueue::quiet`]).
+    pub fn more_soon(&mut self) -> bool {
+        if self.broken || !self.untold {
+            return false;
+        }
+        let (queue, memory) = (&self.queue, &self.memory);
+        self.patience.wait_for(|| {
+            queue.avail_idx(&**memory, Ordering::Acquire).is_ok_and(|available| available.0 != queue.next_avail())
+        })
+    }
+
     /// As [`Virtqueue::listen`], for chains behind all that are there now: for a device that has looked at those, and
     /// needs more of them at once.
     pub fn listen_for_more(&mut self) -> bool {
@@ -214,6 +241,9 @@ impl Virtqueue {
                     return;
                 };
                 self.push(chain.head, len);
+            }
+            if self.more_soon() {
+                continue;
             }
             self.notify();
             if !self.listen() {

@@ -3,6 +3,7 @@
 use super::Worker;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use std::io;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -52,6 +53,10 @@ impl WorkerThread {
         let told = Arc::clone(&stopping);
         let called = name.to_owned();
         let thread = std::thread::Builder::new().name(name.chars().take(15).collect()).spawn(move || {
+            // Short waits are to be short (see Patience).
+            if let Err(error) = rustix::thread::set_current_timer_slack(NonZeroU64::new(1)) {
+                log::debug!("{called}: timer slack: {error}");
+            }
             manager.add_subscriber(worker);
             loop {
                 // What was asked for before the end is still done: the guest's last words, say.

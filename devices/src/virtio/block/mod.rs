@@ -27,9 +27,9 @@ const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// Entries of a queue.
-const QUEUE_SIZE: u16 = 256;
-/// Data segments of a request: the queue's entries less header and status.
-const SEG_MAX: u32 = 254;
+const QUEUE_SIZE: u16 = 512;
+/// Data segments of a request: the queue's entries less header and status. 1 MiB in single pages fits into one request.
+const SEG_MAX: u32 = 510;
 /// The most sectors of one discard or write-zeroes: 2 GiB.
 const MAX_ERASE_SECTORS: u32 = 1 << 22;
 /// Bytes of the serial number (§5.2.6.1).

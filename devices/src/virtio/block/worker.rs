@@ -92,6 +92,9 @@ impl QueueWorker {
             }
             // What the host had at hand is done by now: no need to wait for its event.
             self.reap();
+            if !self.stalled && self.queue.more_soon() {
+                continue;
+            }
             self.queue.notify();
             // Stalled: the next completion looks again; the driver need not kick.
             if self.stalled || !self.queue.listen() {
