@@ -257,27 +257,31 @@ impl RngConfig {
 pub struct VsockConfig {
     /// The guest's address, from 3.
     pub cid: u32,
-    /// The host's Unix socket.
-    pub path: PathBuf,
+    /// The host's Unix socket; `None`: the host's kernel does the work (vhost-vsock).
+    pub path: Option<PathBuf>,
 }
 
 impl VsockConfig {
-    /// Reads `cid=N,uds=PATH`.
+    /// Reads `cid=N,uds=PATH` or `cid=N,vhost=on`.
     ///
     /// # Errors
     /// Where it is malformed or out of bounds.
     pub fn parse(text: &str) -> Result<Self, ValueError> {
-        let (mut cid, mut path) = (3, None);
-        for (key, value) in keyvalue::parse(text, None, &["cid", "uds"])? {
+        let (mut cid, mut path, mut vhost) = (3, None, false);
+        for (key, value) in keyvalue::parse(text, None, &["cid", "uds", "vhost"])? {
             match key {
                 "cid" => {
                     let bad = || ValueError::Number { key: "cid", from: 3, to: u32::MAX - 1, value: value.to_owned() };
                     cid = value.parse().ok().filter(|cid| (3..u32::MAX).contains(cid)).ok_or_else(bad)?;
                 }
+                "vhost" => vhost = parse_switch("vhost", value)?,
                 _ => path = Some(PathBuf::from(value)).filter(|path| !path.as_os_str().is_empty()),
             }
         }
-        Ok(Self { cid, path: path.ok_or(ValueError::Needs("uds=PATH"))? })
+        if vhost == path.is_some() {
+            return Err(ValueError::Needs("either uds=PATH or vhost=on"));
+        }
+        Ok(Self { cid, path })
     }
 }
 
@@ -377,11 +381,12 @@ mod tests {
     #[test]
     fn sockets_folders_and_balloons() {
         let vsock = VsockConfig::parse("cid=7,uds=/tmp/v").expect("both");
-        assert_eq!((vsock.cid, vsock.path), (7, "/tmp/v".into()));
+        assert_eq!((vsock.cid, vsock.path), (7, Some("/tmp/v".into())));
+        assert_eq!(VsockConfig::parse("vhost=on").map(|vsock| vsock.path), Ok(None));
         let share = ShareConfig::parse("tag=src,path=.,readonly=on").expect("all");
         assert_eq!((share.tag.as_str(), share.read_only), ("src", true));
         assert_eq!(BalloonConfig::parse("1G").map(|balloon| balloon.bytes), Ok(1 << 30));
-        for bad in ["", "cid=2,uds=x", "cid=4294967295,uds=x", "cid=3", "uds="] {
+        for bad in ["", "cid=2,uds=x", "cid=4294967295,uds=x", "cid=3", "uds=", "uds=x,vhost=on", "vhost=off"] {
             assert!(VsockConfig::parse(bad).is_err(), "{bad}");
         }
         for bad in ["", "tag=x", "path=x", "x", "tag=a,path=b,readonly=1"] {

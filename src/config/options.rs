@@ -95,7 +95,7 @@ pub struct RunOptions {
     pub rng: Option<String>,
 
     /// Streams between guest and host (vsock): cid=N,uds=PATH. Host programs connect to PATH and say "CONNECT PORT"; the
-    /// guest's connections go to PATH_PORT
+    /// guest's connections go to PATH_PORT. Or cid=N,vhost=on, for the host's own vsock sockets
     #[arg(long, value_name = "cid=N,uds=PATH")]
     pub vsock: Option<String>,
 

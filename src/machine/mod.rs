@@ -81,6 +81,14 @@ pub enum MachineError {
     /// The control socket.
     #[error(transparent)]
     Api(#[from] api::ApiError),
+    /// The kernel's side of a network card.
+    #[error("vhost=on needs /dev/vhost-net: is the module loaded (modprobe vhost_net), and may you open it?")]
+    Vhost(#[source] io::Error),
+    /// The kernel's side of the guest's sockets.
+    #[error(
+        "vsock with vhost=on needs /dev/vhost-vsock (modprobe vhost_vsock, and may you open it?) and a cid of its own"
+    )]
+    VhostVsock(#[source] io::Error),
     /// passt, for user-mode networking.
     #[error("--net user needs the program passt{}", Self::passt_remedy(.0))]
     Passt(#[source] io::Error),

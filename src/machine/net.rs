@@ -20,13 +20,17 @@ const LAST_LINES: usize = 5;
 /// A card for `net`.
 pub(super) fn card(net: &NetConfig) -> Result<Box<dyn VirtioDevice>, MachineError> {
     let (name, backends): (&str, Vec<Box<dyn Backend>>) = match &net.backend {
-        NetBackend::Tap { name, vhost: _ } => {
+        NetBackend::Tap { name, .. } => {
             let queues = Tap::open(name, net.queues)?;
             (name, queues.into_iter().map(|tap| Box::new(tap) as Box<dyn Backend>).collect())
         }
         NetBackend::User(forwards) => ("user", vec![Box::new(Stream::new(start_passt(forwards)?)?)]),
     };
-    Ok(Box::new(Net::new(net.mac.unwrap_or_else(|| stable_mac(name)), backends)))
+    let card = Net::new(net.mac.unwrap_or_else(|| stable_mac(name)), backends);
+    match net.backend {
+        NetBackend::Tap { vhost: true, .. } => Ok(Box::new(card.by_vhost().map_err(MachineError::Vhost)?)),
+        NetBackend::Tap { .. } | NetBackend::User(_) => Ok(Box::new(card)),
+    }
 }
 
 /// An address that is the same in every run: locally administered, the rest from the backend's name (FNV-1a).

@@ -13,7 +13,7 @@ use hwvmm_devices::virtio::fs::Fs;
 use hwvmm_devices::virtio::mmio::{MmioDevice, REGION_BYTES};
 use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
 use hwvmm_devices::virtio::rng::{Rate, Rng};
-use hwvmm_devices::virtio::vsock::Vsock;
+use hwvmm_devices::virtio::vsock::{KernelVsock, Vsock};
 use hwvmm_devices::virtio::{Carrier, Doorbell, QueueCounts, VirtioDevice};
 use hwvmm_devices::{BusBuilder, BusDevice};
 use std::io;
@@ -119,7 +119,11 @@ impl<'a> Attacher<'a> {
             self.add("rng".into(), Box::new(Rng::new(rate)))?;
         }
         if let Some(vsock) = &config.vsock {
-            self.add("vsock".into(), Box::new(Vsock::new(vsock.cid, &vsock.path)?))?;
+            let device: Box<dyn VirtioDevice> = match &vsock.path {
+                Some(path) => Box::new(Vsock::new(vsock.cid, path)?),
+                None => Box::new(KernelVsock::new(vsock.cid).map_err(MachineError::VhostVsock)?),
+            };
+            self.add("vsock".into(), device)?;
         }
         for share in &config.shares {
             self.add(format!("share {}", share.tag), Box::new(Fs::new(&share.tag, &share.path, share.read_only)?))?;

@@ -20,6 +20,7 @@ pub mod rng;
 #[cfg(test)]
 mod tests;
 mod transport;
+mod vhost;
 pub mod vsock;
 mod worker;
 

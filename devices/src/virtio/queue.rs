@@ -166,6 +166,12 @@ impl Virtqueue {
         }
     }
 
+    /// Interrupts the driver, where somebody else keeps the ring and has found out that it wants to know.
+    pub fn interrupt(&mut self) {
+        QueueCounts::add(&self.counts.interrupts, 1);
+        self.signals.used(self.index);
+    }
+
     /// virtio-queue does the event index and leaves VRING_AVAIL_F_NO_INTERRUPT (virtio 1.3 §2.7.7.2) to others.
     fn wants_interrupt(&mut self) -> io::Result<bool> {
         if self.queue.event_idx_enabled() {

@@ -1,6 +1,7 @@
 //! What a network card's frames go to.
 
 use crate::memory::Buffers;
+use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -24,6 +25,11 @@ pub(super) type Switch = Box<dyn Fn(bool) -> io::Result<()> + Send>;
 pub trait Backend: Send {
     /// Readable when a frame has come, writable when one can go.
     fn fd(&self) -> BorrowedFd<'_>;
+
+    /// The file that the host's kernel can work on by itself (vhost-net), where there is one.
+    fn vhost_file(&self) -> Option<&File> {
+        None
+    }
 
     /// Whether frames start with virtio's header, offloads and all; else they are plain Ethernet.
     fn has_header(&self) -> bool;

@@ -7,6 +7,7 @@ mod stream;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod vhost;
 
 pub use backend::{Backend, Offloads};
 pub use stream::Stream;
@@ -15,6 +16,7 @@ pub use tap::{Tap, TapError};
 use super::{ActivateError, Activation, DeviceKind, VirtioDevice, Worker, read_config_bytes};
 use control::Control;
 use pair::Pair;
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 const F_CSUM: u64 = 1 << 0;
@@ -50,6 +52,7 @@ pub struct Net {
     mac: [u8; 6],
     offloads: bool,
     pairs: Vec<Slot>,
+    vhost: bool,
 }
 
 impl Net {
@@ -58,7 +61,16 @@ impl Net {
     pub fn new(mac: [u8; 6], backends: Vec<Box<dyn Backend>>) -> Self {
         let offloads = backends.iter().all(|backend| backend.has_header());
         let pairs = backends.into_iter().map(|backend| Arc::new(Mutex::new(Some(backend)))).collect();
-        Self { mac, offloads, pairs }
+        Self { mac, offloads, pairs, vhost: false }
+    }
+
+    /// The same, with the work done by the host's kernel (vhost-net).
+    ///
+    /// # Errors
+    /// Where the host has no vhost-net.
+    pub fn by_vhost(self) -> io::Result<Self> {
+        vhost::probe()?;
+        Ok(Self { vhost: true, ..self })
     }
 
     fn pair_count(&self) -> u16 {
@@ -120,6 +132,11 @@ impl VirtioDevice for Net {
                 // Until the driver says that it wants more, it has one pair.
                 backend.set_enabled(index == 0).map_err(|error| ActivateError::Io(what, error))?;
                 switches.push(backend.switch().map_err(|error| ActivateError::Io(what, error))?);
+            }
+            if self.vhost {
+                let worker = vhost::start(backend.as_deref(), receive, transmit, &activation)?;
+                workers.push(Box::new(worker));
+                continue;
             }
             drop(backend);
             if let Some(pair) = Pair::new(Arc::clone(slot), receive, transmit, mergeable) {

@@ -103,6 +103,10 @@ impl Backend for Tap {
         true
     }
 
+    fn vhost_file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
         let Offloads { checksum, tso4, tso6, ufo } = offloads;
         let pairs =

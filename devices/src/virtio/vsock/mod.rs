@@ -6,10 +6,13 @@
 //!   `OK LOCAL_PORT\n` once the guest accepts; else it closes.
 
 mod connection;
+mod kernel;
 mod muxer;
 mod packet;
 #[cfg(test)]
 mod tests;
+
+pub use kernel::KernelVsock;
 
 use super::{ActivateError, Activation, DeviceKind, VirtioDevice, Worker, read_config_bytes};
 use crate::socket::Listener;
@@ -48,9 +51,13 @@ impl Vsock {
     }
 }
 
+fn kind() -> DeviceKind {
+    DeviceKind { id: 19, name: "vsock", pci_class: 0x0780 }
+}
+
 impl VirtioDevice for Vsock {
     fn kind(&self) -> DeviceKind {
-        DeviceKind { id: 19, name: "vsock", pci_class: 0x0780 }
+        kind()
     }
 
     fn queue_max_sizes(&self) -> Vec<u16> {
