@@ -52,7 +52,8 @@ pub struct Virtqueue {
     broken: bool,
     /// Chains pushed since the driver was last told.
     untold: bool,
-    patience: Patience,
+    /// `None`: never wait.
+    patience: Option<Patience>,
 }
 
 impl Virtqueue {
@@ -75,7 +76,7 @@ impl Virtqueue {
             name,
             broken: false,
             untold: false,
-            patience: Patience::default(),
+            patience: Some(Patience::default()),
         }
     }
 
@@ -107,7 +108,9 @@ impl Virtqueue {
     pub fn take_kicks(&mut self) {
         if let Ok(kicks) = self.kick.read() {
             QueueCounts::add(&self.counts.kicks, kicks);
-            self.patience.arrive();
+            if let Some(patience) = &mut self.patience {
+                patience.arrive();
+            }
         }
     }
 
@@ -155,7 +158,9 @@ impl Virtqueue {
         if self.broken || !std::mem::take(&mut self.untold) {
             return;
         }
-        self.patience.tell();
+        if let Some(patience) = &mut self.patience {
+            patience.tell();
+        }
         match self.wants_interrupt() {
             Ok(true) => {
                 QueueCounts::add(&self.counts.interrupts, 1);
@@ -205,6 +210,11 @@ impl Virtqueue {
         }
     }
 
+    /// From now on the driver is told at once: for work whose other end takes a pause for trouble.
+    pub fn be_prompt(&mut self) {
+        self.patience = None;
+    }
+
     /// Waits a moment for more chains, where that has paid lately and where something is done that the driver does not
     /// know of; true where there are some. The driver must have been asked not to kick ([`Virtqueue::quiet`]).
     pub fn more_soon(&mut self) -> bool {
@@ -212,7 +222,8 @@ impl Virtqueue {
             return false;
         }
         let (queue, memory) = (&self.queue, &self.memory);
-        self.patience.wait_for(|| {
+        let Some(patience) = &mut self.patience else { return false };
+        patience.wait_for(|| {
             queue.avail_idx(&**memory, Ordering::Acquire).is_ok_and(|available| available.0 != queue.next_avail())
         })
     }

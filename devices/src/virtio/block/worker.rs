@@ -14,7 +14,7 @@ use std::time::Duration;
 use vmm_sys_util::timerfd::TimerFd;
 
 /// How often the disk's size is looked at, and a full host disk tried again.
-const TICK: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_secs(4);
 
 const KICK: u32 = 0;
 const DONE: u32 = 1;
