@@ -371,3 +371,7 @@ impl BusDevice for PciDevice {
         Action::None
     }
 }
+
+#[cfg(test)]
+#[path = "pci_tests.rs"]
+mod tests;

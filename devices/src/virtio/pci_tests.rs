@@ -1,0 +1,193 @@
+//! The PCI transport as a driver sees it: capabilities, the BAR, messages.
+
+use super::{BAR_BYTES, COMMON, DEVICE_CONFIG, MSIX_TABLE, NOTIFY, PciDevice};
+use crate::bus::BusDevice;
+use crate::memory::Memory;
+use crate::pci::{MsiRouter, MsiVector, PciFunction};
+use crate::virtio::VirtioDevice;
+use crate::virtio::rng::Rng;
+use proptest::prelude::*;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+const BAR: u32 = 0xc000_0000;
+
+#[derive(Default)]
+struct Routes(Mutex<Vec<(u32, u64, u32)>>);
+impl MsiRouter for Routes {
+    fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()> {
+        self.0.lock().expect("alone").push((gsi, address, data));
+        Ok(())
+    }
+}
+
+struct Function {
+    device: PciDevice,
+    routes: Arc<Routes>,
+    events: Vec<Arc<EventFd>>,
+    memory: Memory,
+}
+
+fn function() -> Function {
+    let rng: Box<dyn VirtioDevice> = Box::new(Rng::new(None));
+    let events: Vec<_> = (0..2).map(|_| Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"))).collect();
+    let vectors = (24..).zip(&events).map(|(gsi, event)| MsiVector { gsi, event: Arc::clone(event) }).collect();
+    assert_eq!(PciDevice::vectors_wanted(rng.as_ref()), 2);
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory");
+    let memory = Memory::new(memory, Arc::new(()));
+    let routes = Arc::new(Routes::default());
+    let router: Arc<dyn MsiRouter> = Arc::clone(&routes) as Arc<dyn MsiRouter>;
+    let device = PciDevice::new("rng", rng, memory.clone(), BAR, vectors, router).expect("a device");
+    Function { device, routes, events, memory }
+}
+
+impl Function {
+    fn config(&self, at: usize) -> u32 {
+        let mut data = [0; 4];
+        self.device.read_config(at, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn read(&self, at: u32, bytes: usize) -> u32 {
+        let mut data = [0; 4];
+        self.device.read(u64::from(at), &mut data[..bytes]);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&self, at: u32, value: u32, bytes: usize) {
+        self.device.write(u64::from(at), &value.to_le_bytes()[..bytes]);
+    }
+
+    /// Where each vendor capability starts, by its cfg_type.
+    fn capability(&self, wanted: u32) -> usize {
+        let mut at = (self.config(0x34) & 0xff) as usize;
+        while at != 0 {
+            let header = self.config(at);
+            if header & 0xff == 9 && header >> 24 == wanted {
+                return at;
+            }
+            at = (header >> 8 & 0xff) as usize;
+        }
+        panic!("no capability {wanted}");
+    }
+
+    /// Sets the device up with message 0 for changes and message 1 for the queue, and starts it.
+    fn start(&self) {
+        // MSI-X on.
+        let msix = (self.config(0x34) & 0xff) as usize;
+        self.device.write_config(msix + 2, &0x8000_u16.to_le_bytes());
+        for entry in 0..2 {
+            self.write(MSIX_TABLE + entry * 16, 0xfee0_0000, 4);
+            self.write(MSIX_TABLE + entry * 16 + 8, 0x40 + entry, 4);
+            self.write(MSIX_TABLE + entry * 16 + 12, 0, 4);
+        }
+        for status in [0, 1, 3] {
+            self.write(COMMON + 0x14, status, 1);
+        }
+        self.write(COMMON + 0x08, 1, 4);
+        self.write(COMMON + 0x0c, 1, 4);
+        self.write(COMMON + 0x14, 11, 1);
+        self.write(COMMON + 0x10, 0, 2);
+        self.write(COMMON + 0x16, 0, 2);
+        self.write(COMMON + 0x18, 8, 2);
+        self.write(COMMON + 0x1a, 1, 2);
+        self.write(COMMON + 0x20, 0x1000, 4);
+        self.write(COMMON + 0x28, 0x2000, 4);
+        self.write(COMMON + 0x30, 0x3000, 4);
+        self.write(COMMON + 0x1c, 1, 2);
+        self.write(COMMON + 0x14, 15, 1);
+    }
+}
+
+#[test]
+fn the_function_says_what_it_is() {
+    let function = function();
+    assert_eq!(function.config(0), 0x1044_1af4);
+    assert_eq!(function.config(0x10), BAR);
+    assert_eq!([1, 2, 3, 4, 5].map(|kind| function.capability(kind) > 0), [true; 5]);
+    // Offsets as the capabilities tell them.
+    let offset = |kind| function.config(function.capability(kind) + 8);
+    assert_eq!((offset(1), offset(2), offset(4)), (COMMON, NOTIFY, DEVICE_CONFIG));
+    assert_eq!(function.device.doorbells(BAR)[0].gpa, u64::from(BAR + NOTIFY));
+}
+
+#[test]
+fn a_request_ends_in_its_message() {
+    let function = function();
+    function.start();
+    assert_eq!(function.read(COMMON + 0x14, 1), 15);
+    let mut descriptor = 0x8000_u64.to_le_bytes().to_vec();
+    descriptor.extend([100, 0, 0, 0, 2, 0, 0, 0]);
+    function.memory.write_slice(&descriptor, GuestAddress(0x1000)).expect("memory");
+    function.memory.write_slice(&[0, 0, 1, 0, 0, 0], GuestAddress(0x2000)).expect("memory");
+    function.write(NOTIFY, 0, 2);
+    let start = Instant::now();
+    while function.events[1].read().is_err() {
+        assert!(start.elapsed() < Duration::from_secs(10), "no message");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(function.memory.read_obj::<u32>(GuestAddress(0x3008)).expect("memory"), 100);
+    assert_eq!(*function.routes.0.lock().expect("alone"), [(24, 0xfee0_0000, 0x40), (25, 0xfee0_0000, 0x41)]);
+    assert!(function.events[0].read().is_err());
+    // Vectors that do not exist read back as none.
+    function.write(COMMON + 0x1a, 2, 2);
+    assert_eq!(function.read(COMMON + 0x1a, 2), 0xffff);
+}
+
+#[test]
+fn the_window_in_configuration_space_leads_to_the_bar() {
+    let function = function();
+    let window = function.capability(5);
+    let aim = |offset: u32, length: u32| {
+        function.device.write_config(window + 8, &offset.to_le_bytes());
+        function.device.write_config(window + 12, &length.to_le_bytes());
+    };
+    aim(COMMON + 0x12, 2);
+    assert_eq!(function.config(window + 16) & 0xffff, 1, "one queue");
+    aim(COMMON + 0x14, 1);
+    function.device.write_config(window + 16, &[1]);
+    assert_eq!(function.read(COMMON + 0x14, 1), 1);
+    // Aims beyond the BAR, or crooked ones, hit nothing.
+    for (offset, length) in [(BAR_BYTES, 4), (u32::MAX, 1), (0, 3), (1, 4), (0, 0), (0, 8)] {
+        aim(offset, length);
+        function.device.write_config(window + 16, &[0; 4]);
+        let _ = function.config(window + 16);
+    }
+    assert_eq!(function.read(COMMON + 0x14, 1), 1);
+}
+
+#[test]
+fn without_memory_space_nobody_answers() {
+    let function = function();
+    function.device.write_config(4, &[0, 0]);
+    let mut data = [0xff; 4];
+    function.device.read(0, &mut data);
+    assert_eq!(data, [0xff; 4], "the bus' own");
+    function.write(COMMON + 0x14, 1, 1);
+    function.device.write_config(4, &[6, 0]);
+    assert_eq!(function.read(COMMON + 0x14, 1), 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn any_access_is_survived(accesses in proptest::collection::vec((0_u32..0x9000, any::<u32>(), 0_usize..5, any::<bool>()), 0..80)) {
+        let function = function();
+        for (at, value, bytes, config) in accesses {
+            if config {
+                function.device.write_config(at as usize % 300, &value.to_le_bytes()[..bytes.min(4)]);
+                function.device.read_config(at as usize % 300, &mut vec![0; bytes]);
+            } else {
+                function.device.write(u64::from(at), &value.to_le_bytes()[..bytes.min(4)]);
+                function.device.read(u64::from(at), &mut vec![0; bytes * 2]);
+            }
+        }
+        // A function whose BAR is still on starts as ever.
+        function.device.write_config(4, &[6, 0]);
+        function.start();
+        prop_assert_eq!(function.read(COMMON + 0x14, 1), 15);
+    }
+}
