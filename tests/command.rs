@@ -139,6 +139,48 @@ fn memory_beyond_the_hole() -> Outcome {
     })
 }
 
+fn devices_that_cannot_be_are_explained() -> Outcome {
+    when_it_runs(|| {
+        let folder = tempfile::tempdir().expect("a folder");
+        let odd = folder.path().join("odd");
+        fs::write(&odd, [0; 1000]).expect("written");
+        let (odd, none) = (odd.display().to_string(), folder.path().join("none").display().to_string());
+        for (option, value, words) in [
+            ("--disk", none.clone(), "cannot open the disk"),
+            ("--disk", odd.clone(), "truncate"),
+            ("--disk", "/dev/null".into(), "neither a file nor a block device"),
+            ("--disk", format!("{odd},format=qcow2"), "qcow2 image"),
+            ("--disk", format!("{odd},cache=none"), "the keys are"),
+            ("--share", format!("tag=x,path={none}"), "cannot share"),
+            ("--share", format!("tag=x,path={odd}"), "not a folder"),
+            ("--vsock", "cid=2,uds=/tmp/x".into(), "cid must be 3"),
+            ("--vsock", format!("cid=3,uds={none}/deeper"), "cannot listen"),
+            ("--net", "tap=a/b".into(), "a/b"),
+            ("--net", "bridge".into(), "tap=NAME"),
+            ("--console", "vga".into(), "not a console"),
+            ("--api", format!("{none}/deeper"), "control socket"),
+        ] {
+            let out = run("devices", guests::power_off(), &[option, &value]);
+            let said = text(&out.stderr);
+            assert!(!out.status.success() && said.contains(words), "{option} {value}: {said}");
+        }
+    })
+}
+
+fn one_writer_a_disk() -> Outcome {
+    when_it_runs(|| {
+        let folder = tempfile::tempdir().expect("a folder");
+        let disk = folder.path().join("disk");
+        fs::write(&disk, [0; 4096]).expect("written");
+        let disk = disk.to_str().expect("UTF-8");
+        let out = run("disks", guests::power_off(), &["--disk", disk, "--disk", disk]);
+        assert!(text(&out.stderr).contains("in use by another process"), "{}", text(&out.stderr));
+        let shared = format!("{disk},readonly=on");
+        let out = run("disks", guests::power_off(), &["--disk", &shared, "--disk", &shared]);
+        assert!(out.status.success(), "{}", text(&out.stderr));
+    })
+}
+
 fn input_from_a_pipe_loses_nothing() -> Outcome {
     when_it_runs(|| {
         let path = kernel("echo", guests::echo());
@@ -366,6 +408,8 @@ const TESTS: &[Test] = &[
     ("output_and_statistics", output_and_statistics),
     ("command_line_and_module", command_line_and_module),
     ("memory_beyond_the_hole", memory_beyond_the_hole),
+    ("devices_that_cannot_be_are_explained", devices_that_cannot_be_are_explained),
+    ("one_writer_a_disk", one_writer_a_disk),
     ("input_from_a_pipe_loses_nothing", input_from_a_pipe_loses_nothing),
     ("a_slow_reader_gets_every_byte", a_slow_reader_gets_every_byte),
     ("a_reader_that_never_reads_does_not_outlast_the_timeout", a_reader_that_never_reads_does_not_outlast_the_timeout),

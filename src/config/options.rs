@@ -77,8 +77,8 @@ pub struct RunOptions {
     #[arg(long, value_name = "WHAT")]
     pub console: Option<String>,
 
-    /// A disk: PATH[,format=auto|raw|qcow2][,readonly=on][,direct=on][,queues=N][,serial=S][,id=S][,werror=report|stop]
-    /// [,io=auto|plain] (again for more)
+    /// A disk: PATH, and of these what is wanted: ,format=auto|raw|qcow2 ,readonly=on ,direct=on ,queues=N ,serial=S
+    /// ,id=S ,werror=report|stop ,io=auto|plain (again for more)
     #[arg(short, long, value_name = "PATH")]
     #[serde(default)]
     pub disk: Vec<String>,
