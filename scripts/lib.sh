@@ -96,8 +96,9 @@ build_hwvmm() {
 # guest_image FORCE: makes $HWVMM_LAB/guest/debian.img, a Debian 12 root file system (ext4, 2 GiB, sparse).
 guest_image() {
     local out=$HWVMM_LAB/guest/debian.img
-    local script=$HWVMM_ROOT/scripts/guest-image
-    [ "$1" = no ] && [ -s "$out" ] && [ "$out" -nt "$script" ] && return 0
+    # Made again when what it is made from changes.
+    [ "$1" = no ] && [ -s "$out" ] && [ -z "$(find "$HWVMM_ROOT/scripts/guest-image" "$HWVMM_ROOT/scripts/lib.sh" \
+        "$HWVMM_ROOT/scripts/guest-files" -newer "$out" | head -n 1)" ] && return 0
     need_packages mmdebstrap e2fsprogs
     guest_kernel
     mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
@@ -125,7 +126,8 @@ guest_image() {
     as_root chroot "$work/root" systemctl --quiet enable hwvmm-guest.service
     # Nothing of these has work in a guest like this.
     as_root chroot "$work/root" systemctl --quiet mask e2scrub_reap.service systemd-pstore.service apt-daily.timer \
-        apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer getty@tty1.service
+        apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer getty@tty1.service \
+        proc-sys-fs-binfmt_misc.automount proc-sys-fs-binfmt_misc.mount systemd-binfmt.service
     as_root truncate -s 2G "$work/debian.img"
     as_root mkfs.ext4 -q -F -L root -d "$work/root" "$work/debian.img"
     as_root chown "$(id -u)" "$work/debian.img"
