@@ -280,6 +280,15 @@ impl Driver {
         self.interrupt.read().unwrap_or(0)
     }
 
+    /// Waits for an interrupt: it may come a moment after the buffers are used.
+    pub fn wait_interrupt(&self) {
+        let start = Instant::now();
+        while self.interrupts() == 0 {
+            assert!(start.elapsed() < PATIENCE, "no interrupt");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
     /// How many queues the device has.
     #[must_use]
     pub fn queues(&self) -> usize {
