@@ -47,10 +47,23 @@ impl Listener {
     }
 }
 
+/// Connects to a Unix socket without waiting: a program whose queue of callers is full refuses, instead of holding us up
+/// until it looks. The stream does not wait either.
+///
+/// # Errors
+/// The system's; `WouldBlock` for a full queue.
+pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(UnixStream::from(socket))
+}
+
 fn is_dead(path: &Path) -> bool {
     let socket = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
     let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    socket && UnixStream::connect(path).is_err_and(refused)
+    socket && connect_now(path).is_err_and(refused)
 }
 
 impl Drop for Listener {

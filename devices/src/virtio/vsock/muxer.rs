@@ -7,14 +7,15 @@ use super::packet::{
     SHUTDOWN_SEND, TYPE_STREAM,
 };
 use crate::memory::{Buffers, Memory};
+use crate::socket::connect_now;
 use crate::virtio::worker::watch;
 use crate::virtio::{Chain, Virtqueue};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 
 /// The most streams at once.
 const MAX_CONNECTIONS: usize = 1024;
@@ -261,7 +262,7 @@ impl Muxer {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{}", key.local));
         let stream = if self.connections.len() < MAX_CONNECTIONS {
-            UnixStream::connect(&path).and_then(|stream| stream.set_nonblocking(true).map(|()| stream))
+            connect_now(Path::new(&path))
         } else {
             Err(io::Error::other("too many streams"))
         };

@@ -149,6 +149,19 @@ fn nobody_there_and_nonsense_are_refused() {
 }
 
 #[test]
+fn a_host_program_that_does_not_answer_its_callers_holds_nobody_up() {
+    let (folder, mut driver) = device();
+    let path = folder.path().join("v_5");
+    let _listener = UnixListener::bind(&path).expect("a socket");
+    let mut callers = Vec::new();
+    while let Ok(caller) = crate::socket::connect_now(&path) {
+        callers.push(caller);
+    }
+    send(&mut driver, packet(OP_REQUEST, 1, 5, 0), &[]);
+    assert_eq!(receive(&mut driver).0.op, OP_RST);
+}
+
+#[test]
 fn credit_is_kept_on_both_sides() {
     let (folder, mut driver) = device();
     let listener = UnixListener::bind(folder.path().join("v_8")).expect("a socket");
