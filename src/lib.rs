@@ -10,4 +10,5 @@ pub mod machine;
 pub mod memory;
 pub mod probe;
 pub mod profile;
+pub mod trace;
 pub mod vcpu;

@@ -81,6 +81,11 @@ pub const RESET_CODE: [u8; 9] = [
 /// The paravirtual panic port (the same as QEMU's).
 pub const PORT_PVPANIC: u16 = 0x505;
 
+/// The power-on self-test code.
+pub const PORT_POST: u16 = 0x80;
+/// A guest's write here puts a mark on the profile's time line (1 to 4 bytes, its number). Reads give all ones.
+pub const PORT_MARK: u16 = 0x508;
+
 /// The four classic UARTs: (first port, interrupt line).
 pub const UARTS: [(u16, u32); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
 

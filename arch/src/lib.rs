@@ -9,6 +9,7 @@ pub mod gdt;
 pub mod lapic;
 pub mod layout;
 pub mod msr;
+pub mod msr_name;
 pub mod page_table;
 pub mod regs;
 pub mod topology;

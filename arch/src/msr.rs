@@ -7,6 +7,9 @@ pub const IA32_MISC_ENABLE: u32 = 0x1a0;
 /// `IA32_MTRR_DEF_TYPE`.
 pub const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 
+/// Where SYSCALL enters the kernel (APM vol. 2 §6.1.1).
+pub const IA32_LSTAR: u32 = 0xc000_0082;
+
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MTRR_ENABLE: u64 = 1 << 11;
 const MTRR_TYPE_WRITE_BACK: u64 = 6;

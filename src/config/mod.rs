@@ -76,6 +76,18 @@ pub struct RunConfig {
     pub stats: Option<StatsFormat>,
     /// Where the statistics go; `None`: stderr.
     pub stats_out: Option<PathBuf>,
+    /// How much is told about exits.
+    pub profile: Option<ProfileLevel>,
+    /// Where the profile goes.
+    pub profile_out: Option<PathBuf>,
+    /// How many exits of which kind there may be.
+    pub budget: Option<String>,
+    /// A profile whose counts may not be exceeded.
+    pub budget_from: Option<PathBuf>,
+    /// By how much they may, in per cent.
+    pub slack: Option<String>,
+    /// The guest's symbols, where they are not the kernel's own.
+    pub symbols: Option<PathBuf>,
     /// KVM's device.
     pub kvm: PathBuf,
 }
@@ -123,6 +135,16 @@ pub enum OnReboot {
     Exit,
     /// Starts the guest again.
     Restart,
+}
+
+/// How much `--profile` looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProfileLevel {
+    /// Userspace exits: no privileges needed.
+    User,
+    /// VM exits too, by KVM's tracepoints, where this user may read them.
+    Full,
 }
 
 /// How statistics are printed.

@@ -2,7 +2,7 @@
 
 use super::devices::{BalloonConfig, DiskConfig, NetConfig, RngConfig, ShareConfig, Transport, VsockConfig};
 use super::values::{Cpus, Memory, ValueError, parse_console, parse_duration, parse_serial};
-use super::{BootProtocol, ConfigError, ConsoleTarget, OnReboot, RunConfig, StatsFormat, Unpack};
+use super::{BootProtocol, ConfigError, ConsoleTarget, OnReboot, ProfileLevel, RunConfig, StatsFormat, Unpack};
 use clap::Args;
 use serde::Deserialize;
 use serde::de::Deserializer;
@@ -162,6 +162,33 @@ pub struct RunOptions {
     #[arg(long, value_name = "FILE")]
     pub stats_out: Option<PathBuf>,
 
+    /// After the run, print who made the guest exit, where, at what cost, and what to do: the userspace exits, or all
+    /// VM exits too [default with no LEVEL: full]
+    #[arg(long, num_args = 0..=1, default_missing_value = "full", require_equals = true, value_name = "LEVEL")]
+    pub profile: Option<ProfileLevel>,
+
+    /// Write the profile to this file, for `hwvmm report` (implies --profile)
+    #[arg(long, value_name = "FILE")]
+    pub profile_out: Option<PathBuf>,
+
+    /// At most so many exits, else the run ends with status 39: total=4500,userspace=100,pio=50,npf=100,port.0x3f8=0,
+    /// or a file with such lines (implies --profile)
+    #[arg(long, value_name = "LIMITS")]
+    pub budget: Option<String>,
+
+    /// At most as many exits of each kind as in this profile
+    #[arg(long, value_name = "FILE")]
+    pub budget_from: Option<PathBuf>,
+
+    /// How much more than in --budget-from there may be [default: 2%]
+    #[arg(long, value_name = "PERCENT")]
+    #[serde(default, deserialize_with = "text")]
+    pub slack: Option<String>,
+
+    /// The guest kernel's symbols, an ELF or a System.map, where the kernel itself has none
+    #[arg(long, value_name = "FILE")]
+    pub symbols: Option<PathBuf>,
+
     /// KVM's device [default: /dev/kvm]
     #[arg(long, value_name = "PATH")]
     pub kvm: Option<PathBuf>,
@@ -236,6 +263,12 @@ impl RunOptions {
             trap_msrs: self.trap_msrs.or(file.trap_msrs),
             stats: self.stats.or(file.stats),
             stats_out: self.stats_out.or(file.stats_out),
+            profile: self.profile.or(file.profile),
+            profile_out: self.profile_out.or(file.profile_out),
+            budget: self.budget.or(file.budget),
+            budget_from: self.budget_from.or(file.budget_from),
+            slack: self.slack.or(file.slack),
+            symbols: self.symbols.or(file.symbols),
             kvm: self.kvm.or(file.kvm),
         }
     }
@@ -266,6 +299,7 @@ impl RunOptions {
             let (file, arguments) = text.split_once(',').unwrap_or((text, ""));
             (PathBuf::from(file), arguments.to_owned())
         };
+        let wants_profile = self.profile_out.is_some() || self.budget.is_some() || self.budget_from.is_some();
         let mut config = RunConfig {
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
             initrd: self.initrd,
@@ -294,6 +328,12 @@ impl RunOptions {
             expect: self.expect,
             stats: self.stats.or(self.stats_out.as_ref().map(|_| StatsFormat::Json)),
             stats_out: self.stats_out,
+            profile: self.profile.or(wants_profile.then_some(ProfileLevel::Full)),
+            profile_out: self.profile_out,
+            budget: self.budget,
+            budget_from: self.budget_from,
+            slack: self.slack,
+            symbols: self.symbols,
             kvm: self.kvm.unwrap_or_else(|| PathBuf::from("/dev/kvm")),
         };
         config.cmdline = cmdline(self.cmdline, &self.append, &config);

@@ -20,7 +20,7 @@ pub enum BusKind {
 }
 
 /// Who an exit went to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Route {
     /// A slot of a bus.
     Slot(BusKind, usize),

@@ -1,7 +1,10 @@
 //! What is measured at an exit beyond its count. The run loop is generic over it and chooses once, when the vCPU's
 //! thread starts, so that what is off costs nothing.
 
+use super::handler::Route;
 use super::reason::ExitReason;
+use super::recent::Snapshot;
+use super::user_profile::UserProfile;
 use std::time::Instant;
 
 /// Measures exits.
@@ -13,10 +16,25 @@ pub trait Profiler {
     fn stamp(&self) -> Self::Stamp;
 
     /// After it has been handled.
-    fn record(&mut self, reason: ExitReason, stamp: Self::Stamp);
+    fn record(&mut self, exit: &Snapshot, route: Route, stamp: Self::Stamp);
 
-    /// Nanoseconds spent in the handler, by reason, where they were measured.
-    fn handler_ns(&self) -> Option<[u64; ExitReason::COUNT]>;
+    /// Before the guest is entered (again).
+    fn enter(&mut self);
+
+    /// What was measured.
+    fn finish(self) -> Measured;
+}
+
+/// What a profiler measured.
+#[derive(Clone, Debug, Default)]
+pub enum Measured {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// Nanoseconds in the handler, by reason.
+    HandlerTime([u64; ExitReason::COUNT]),
+    /// All causes.
+    Profile(Box<UserProfile>),
 }
 
 /// Measures nothing.
@@ -28,10 +46,12 @@ impl Profiler for NoProfile {
 
     fn stamp(&self) {}
 
-    fn record(&mut self, _reason: ExitReason, (): ()) {}
+    fn record(&mut self, _exit: &Snapshot, _route: Route, (): ()) {}
 
-    fn handler_ns(&self) -> Option<[u64; ExitReason::COUNT]> {
-        None
+    fn enter(&mut self) {}
+
+    fn finish(self) -> Measured {
+        Measured::Nothing
     }
 }
 
@@ -54,18 +74,21 @@ impl Profiler for HandlerTime {
         Instant::now()
     }
 
-    fn record(&mut self, reason: ExitReason, stamp: Instant) {
-        self.ns[reason.index()] += u64::try_from(stamp.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    fn record(&mut self, exit: &Snapshot, _route: Route, stamp: Instant) {
+        self.ns[exit.reason.index()] += u64::try_from(stamp.elapsed().as_nanos()).unwrap_or(u64::MAX);
     }
 
-    fn handler_ns(&self) -> Option<[u64; ExitReason::COUNT]> {
-        Some(self.ns)
+    fn enter(&mut self) {}
+
+    fn finish(self) -> Measured {
+        Measured::HandlerTime(self.ns)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exit::recent::Detail;
 
     #[test]
     fn off_takes_no_space_and_on_adds_up() {
@@ -74,8 +97,9 @@ mod tests {
         let mut time = HandlerTime::default();
         let stamp = time.stamp();
         std::thread::sleep(std::time::Duration::from_millis(2));
-        time.record(ExitReason::PioIn, stamp);
-        let ns = time.handler_ns().expect("measured");
+        let exit = Snapshot { reason: ExitReason::PioIn, detail: Detail::default(), rip: None, cpl: None, tsc: 0 };
+        time.record(&exit, Route::None, stamp);
+        let Measured::HandlerTime(ns) = time.finish() else { panic!("measured") };
         assert!(ns[ExitReason::PioIn.index()] >= 2_000_000);
         assert_eq!(ns[ExitReason::PioOut.index()], 0);
     }

@@ -53,6 +53,10 @@ pub struct Snapshot {
     pub detail: Detail,
     /// Where, if KVM tells it with the exit.
     pub rip: Option<u64>,
+    /// At which privilege level, if that was asked for.
+    pub cpl: Option<u8>,
+    /// When, on the time-stamp counter.
+    pub tsc: u64,
 }
 
 impl fmt::Display for Snapshot {
@@ -76,28 +80,36 @@ impl fmt::Display for Snapshot {
 }
 
 /// How many exits are remembered.
-pub const KEPT: usize = 16;
+pub const KEPT: usize = 256;
 
 /// The last [`KEPT`] exits.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Recent {
-    ring: [Option<Snapshot>; KEPT],
+    ring: Vec<Snapshot>,
     next: usize,
+}
+
+impl Default for Recent {
+    fn default() -> Self {
+        Self { ring: Vec::with_capacity(KEPT), next: 0 }
+    }
 }
 
 impl Recent {
     /// Remembers an exit in place of the oldest.
     pub fn push(&mut self, snapshot: Snapshot) {
-        if let Some(slot) = self.ring.get_mut(self.next) {
-            *slot = Some(snapshot);
+        match self.ring.get_mut(self.next) {
+            Some(slot) => *slot = snapshot,
+            None => self.ring.push(snapshot),
         }
         self.next = (self.next + 1) % KEPT;
     }
 
     /// The exits, oldest first.
     pub fn iter(&self) -> impl Iterator<Item = &Snapshot> {
-        let (newer, older) = self.ring.split_at(self.next);
-        older.iter().chain(newer).flatten()
+        // Until the ring is full, nothing is overwritten: the next place is behind the last one filled.
+        let (newer, older) = self.ring.split_at(self.next.min(self.ring.len()));
+        older.iter().chain(newer)
     }
 }
 
@@ -107,15 +119,17 @@ mod tests {
 
     fn snapshot(address: u64) -> Snapshot {
         let detail = Detail { address, data: 0x41, size: 1, count: 1 };
-        Snapshot { reason: ExitReason::PioOut, detail, rip: Some(0x1000) }
+        Snapshot { reason: ExitReason::PioOut, detail, rip: Some(0x1000), cpl: None, tsc: 0 }
     }
 
     #[test]
     fn the_oldest_go_first() {
         let mut recent = Recent::default();
+        let kept = |recent: &Recent| recent.iter().map(|s| s.detail.address).collect::<Vec<u64>>();
         (0..20).for_each(|address| recent.push(snapshot(address)));
-        let kept: Vec<u64> = recent.iter().map(|s| s.detail.address).collect();
-        assert_eq!(kept, (4..20).collect::<Vec<_>>());
+        assert_eq!(kept(&recent), (0..20).collect::<Vec<_>>());
+        (20..260).for_each(|address| recent.push(snapshot(address)));
+        assert_eq!(kept(&recent), (4..260).collect::<Vec<_>>());
     }
 
     #[test]

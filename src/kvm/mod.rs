@@ -1,6 +1,7 @@
 //! KVM: the only code that issues its ioctls (Linux Documentation/virt/kvm/api.rst, "KVM API" below).
 
 pub mod caps;
+pub mod clock;
 pub mod exit;
 pub mod kick;
 mod routes;

@@ -5,8 +5,9 @@ use super::kick::Kickable;
 use super::{KvmError, Named};
 use crate::memory::GuestRam;
 use kvm_bindings::{
-    CpuId, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_REGS, Msrs,
-    kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry, kvm_pre_fault_memory, kvm_regs, kvm_sregs,
+    CpuId, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_REGS,
+    KVM_SYNC_X86_SREGS, Msrs, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry, kvm_pre_fault_memory, kvm_regs,
+    kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 use number::KVM_PRE_FAULT_MEMORY;
@@ -35,17 +36,20 @@ pub struct Vcpu {
     fd: VcpuFd,
     id: u32,
     syncs_regs: bool,
+    syncs_sregs: bool,
+    can_sync_sregs: bool,
     // Keeps the guest's memory mapped as long as this vCPU could run.
     _memory: Option<GuestRam>,
 }
 
 impl Vcpu {
     pub(super) fn new(mut fd: VcpuFd, id: u32, sync_regs: i32, memory: Option<GuestRam>) -> Self {
-        let syncs_regs = u32::try_from(sync_regs).is_ok_and(|bits| bits & KVM_SYNC_X86_REGS != 0);
+        let syncs = |bit: u32| u32::try_from(sync_regs).is_ok_and(|bits| bits & bit != 0);
+        let syncs_regs = syncs(KVM_SYNC_X86_REGS);
         if syncs_regs {
             fd.set_sync_valid_reg(SyncReg::Register);
         }
-        Self { fd, id, syncs_regs, _memory: memory }
+        Self { fd, id, syncs_regs, syncs_sregs: false, can_sync_sregs: syncs(KVM_SYNC_X86_SREGS), _memory: memory }
     }
 
     /// The APIC id.
@@ -168,6 +172,29 @@ impl Vcpu {
     #[must_use]
     pub fn synced_rip(&self) -> Option<u64> {
         self.syncs_regs.then(|| self.fd.sync_regs().regs.rip)
+    }
+
+    /// Has the privilege level come with every exit from now on, where KVM can: it costs some time at each.
+    pub fn sync_cpl(&mut self) {
+        if self.can_sync_sregs {
+            self.fd.set_sync_valid_reg(SyncReg::SystemRegister);
+            self.syncs_sregs = true;
+        }
+    }
+
+    /// The privilege level at the last exit (SDM vol. 3A §6.5: SS.DPL), where it came with it (see
+    /// [`Vcpu::sync_cpl`]).
+    #[must_use]
+    pub fn synced_cpl(&self) -> Option<u8> {
+        self.syncs_sregs.then(|| self.fd.sync_regs().sregs.ss.dpl)
+    }
+
+    /// An MSR's value (KVM API 4.18); `None` where KVM does not have it.
+    #[must_use]
+    pub fn msr(&self, index: u32) -> Option<u64> {
+        let mut one = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).ok()?;
+        let read = self.fd.get_msrs(&mut one).ok()?;
+        one.as_slice().first().filter(|_| read == 1).map(|entry| entry.data)
     }
 
     /// The vCPU's binary statistics (KVM API 4.133).

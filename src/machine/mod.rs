@@ -18,12 +18,13 @@ use crate::vcpu::Control;
 use console::{Input, Output, Seen, Watch};
 use hwvmm_arch::cpuid::{self, CpuidOptions};
 use hwvmm_arch::layout::{
-    KVM_IDENTITY_MAP, KVM_TSS, PORT_PVPANIC, PORT_SLEEP_CONTROL, RESET_VALUE, SLEEP_TYPE_S5, UARTS, ram_banks,
+    KVM_IDENTITY_MAP, KVM_TSS, PORT_MARK, PORT_POST, PORT_PVPANIC, PORT_SLEEP_CONTROL, RESET_VALUE, SLEEP_TYPE_S5,
+    UARTS, ram_banks,
 };
 use hwvmm_arch::{Topology, lapic, msr};
 use hwvmm_devices::console::ConsoleInput;
 use hwvmm_devices::irq::IrqLine;
-use hwvmm_devices::legacy::{DebugExit, I8042, PostPort, Power, PvPanic, SerialPort, Watchdog};
+use hwvmm_devices::legacy::{DebugExit, I8042, MarkPort, PostPort, Power, PvPanic, SerialPort, Watchdog};
 use hwvmm_devices::virtio::console::{Console, Port};
 use hwvmm_devices::{BusBuilder, BusDevice, BusError};
 use kernel::cache::Cache;
@@ -291,7 +292,8 @@ impl Devices {
         let i8042 = I8042::default();
         devices.add(0x60, 1, "i8042 data", i8042.data_port())?;
         devices.add(0x64, 1, "i8042 command", i8042.command_port())?;
-        devices.add(0x80, 1, "POST code", PostPort::default())?;
+        devices.add(PORT_POST, 1, "POST code", PostPort::default())?;
+        devices.add(PORT_MARK, 4, "mark", MarkPort)?;
         devices.add(PORT_PVPANIC, 1, "pvpanic", PvPanic)?;
         devices.add(PORT_SLEEP_CONTROL, 3, "ACPI power", Power::new(SLEEP_TYPE_S5, RESET_VALUE))?;
         if setup.config.debug_exit {

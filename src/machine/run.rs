@@ -2,12 +2,14 @@
 
 use super::console::terminal_size;
 use super::{Attached, Machine, Setup};
+use crate::config::ProfileLevel;
 use crate::event_loop::{EventLoop, OnReadable};
 use crate::exit::{End, Handler};
 use crate::kvm::stats::{Reader, Stat};
 use crate::kvm::{Vcpu, Vm};
 use crate::memory::GuestRam;
-use crate::vcpu::{Control, Ended, Finished, Threads};
+use crate::trace::{Traced, Tracer};
+use crate::vcpu::{Control, Ended, Finished, Measure, Threads};
 use hwvmm_devices::virtio::console::Port;
 use std::io;
 use std::os::fd::AsFd;
@@ -15,6 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 /// How often the run is looked at for a guest that will never wake.
 const TICK: Duration = Duration::from_secs(1);
@@ -51,6 +54,8 @@ pub struct Finish {
     pub description: &'static str,
     /// How long the guest ran.
     pub ran: Duration,
+    /// VM exits one by one, where `--profile` asked for them.
+    pub traced: Option<Traced>,
     // Last: the machine goes when all that belongs to it has gone.
     _vm: Arc<Vm>,
 }
@@ -139,6 +144,32 @@ fn cpu_time() -> Duration {
     Duration::new(seconds, u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
+/// CLOCK_MONOTONIC, in nanoseconds: perf's records are on it.
+fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// What is measured, and the tracer of VM exits. What cannot be had is said, and the run goes on without.
+fn measure(setup: &Setup<'_>, ram: &GuestRam, start: Instant) -> (Measure, Option<Tracer>, Vec<String>) {
+    let Some(level) = setup.config.profile else {
+        let measure = if setup.config.stats.is_some() { Measure::Times } else { Measure::Nothing };
+        return (measure, None, Vec::new());
+    };
+    if level == ProfileLevel::User {
+        return (Measure::Profile { start, tracer: None }, None, Vec::new());
+    }
+    let banks = ram.get().iter().map(|region| (region.start_addr().0, region.len())).collect();
+    match Tracer::new(banks, monotonic_ns()) {
+        Ok(tracer) => (Measure::Profile { start, tracer: Some(tracer.handle()) }, Some(tracer), Vec::new()),
+        Err(error) => {
+            let missing = format!("VM exits are not told apart: {error}");
+            log::warn!("{missing}");
+            (Measure::Profile { start, tracer: None }, None, vec![missing])
+        }
+    }
+}
+
 /// Runs a machine until the run ends.
 ///
 /// # Errors
@@ -166,7 +197,9 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     let start = Instant::now();
     log::debug!("{}: {:.1} ms of CPU time before the guest runs", loaded.description, startup_cpu.as_secs_f64() * 1e3);
     let deadline = setup.config.timeout.map(|timeout| (start + timeout, timeout));
-    let threads = Threads::start(vcpus, &handler, &control, setup.config.stats.is_some())
+    let count = vcpus.len();
+    let (measure, tracer, missing) = measure(setup, &ram, start);
+    let threads = Threads::start(vcpus, &handler, &control, &measure)
         .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
     let mut next_tick = start + TICK;
     let result = loop {
@@ -192,6 +225,10 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     };
     let ran = start.elapsed();
     let finished = threads.stop();
+    let mut traced = tracer.map(|tracer| tracer.finish(count));
+    if let Some(more) = (!missing.is_empty()).then_some(missing) {
+        traced.get_or_insert_default().missing.extend(more);
+    }
     for device in &virtio {
         device.stop();
     }
@@ -217,6 +254,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
         startup_cpu,
         description,
         ran,
+        traced,
         _vm: vm,
     })
 }

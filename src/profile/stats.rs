@@ -3,7 +3,7 @@
 use super::MemoryUse;
 use crate::exit::counters::Accesses;
 use crate::exit::handler::BusKind;
-use crate::exit::{Counters, ExitReason};
+use crate::exit::{Counters, ExitReason, Measured};
 use crate::kvm::stats::{Kind, Stat};
 use crate::machine::Finish;
 use serde::Serialize;
@@ -179,7 +179,7 @@ fn userspace_exits(finish: &Finish) -> UserspaceExits {
     let mut ns = [0_u64; ExitReason::COUNT];
     for vcpu in &finish.vcpus {
         counters.merge(&vcpu.counters);
-        if let Some(times) = &vcpu.handler_ns {
+        if let Measured::HandlerTime(times) = &vcpu.measured {
             ns.iter_mut().zip(times).for_each(|(sum, time)| *sum += time);
         }
     }

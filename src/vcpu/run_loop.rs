@@ -2,8 +2,8 @@
 
 use crate::exit::recent::Detail;
 use crate::exit::{Counters, End, ExitReason, Handler, Outcome, Profiler, Recent, Snapshot};
-use crate::kvm::KvmError;
 use crate::kvm::vcpu::Running;
+use crate::kvm::{KvmError, clock};
 
 /// Why the loop was left.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,22 +32,25 @@ pub fn run<P: Profiler>(
     vcpu: &mut Running<'_>,
     handler: &Handler,
     records: &mut Records<P>,
-    mut kicked: impl FnMut(&mut Running<'_>) -> bool,
+    mut kicked: impl FnMut(&mut Running<'_>, &Records<P>) -> bool,
 ) -> Result<Stop, KvmError> {
     loop {
+        records.profiler.enter();
         let mut exit = vcpu.run()?;
         let reason = ExitReason::of(&exit);
         let stamp = records.profiler.stamp();
         let handled = handler.handle(&mut exit);
-        records.profiler.record(reason, stamp);
-        records.counters.record(reason, handled.route);
         let detail = Detail::of(&exit);
-        records.recent.push(Snapshot { reason, detail, rip: vcpu.vcpu().synced_rip() });
+        let (rip, cpl) = (vcpu.vcpu().synced_rip(), vcpu.vcpu().synced_cpl());
+        let snapshot = Snapshot { reason, detail, rip, cpl, tsc: clock::tsc() };
+        records.profiler.record(&snapshot, handled.route, stamp);
+        records.counters.record(reason, handled.route);
+        records.recent.push(snapshot);
         match handled.outcome {
             Outcome::Continue => {}
             Outcome::Kicked => {
                 vcpu.clear_kick();
-                if kicked(vcpu) {
+                if kicked(vcpu, records) {
                     return Ok(Stop::Asked);
                 }
             }

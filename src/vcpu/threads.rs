@@ -1,15 +1,18 @@
 //! One thread a vCPU: started together, kicked, asked whether they rest, stopped and joined.
 
 use super::run_loop::{Records, Stop, run};
-use crate::exit::{Counters, End, ExitReason, Handler, HandlerTime, NoProfile, Profiler, Recent};
+use crate::exit::{Counters, End, Handler, HandlerTime, Measured, NoProfile, Profiler, Recent, UserProfile};
+use crate::kvm::clock::Anchor;
 use crate::kvm::kick::{self, KickTarget};
 use crate::kvm::vcpu::{Rest, Running};
 use crate::kvm::{KvmError, Vcpu};
+use crate::trace;
+use hwvmm_arch::msr::IA32_LSTAR;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 /// How often a vCPU that does not come out is kicked again: it may just have entered a system call.
@@ -80,12 +83,32 @@ pub struct Finished {
     pub counters: Counters,
     /// The last exits.
     pub recent: Recent,
-    /// Nanoseconds in the handler by reason, where they were measured.
-    pub handler_ns: Option<[u64; ExitReason::COUNT]>,
+    /// What the profiler measured.
+    pub measured: Measured,
+    /// When the thread started and ended, on both clocks.
+    pub clock: (Anchor, Anchor),
+    /// Where the guest takes system calls (MSR LSTAR), where it has said so: it tells where its kernel lies.
+    pub lstar: Option<u64>,
     /// RIP when the thread stopped, where it could be read.
     pub rip: Option<u64>,
     /// The vCPU, for a last look at its statistics.
     pub vcpu: Vcpu,
+}
+
+/// What is to be measured at exits.
+#[derive(Clone)]
+pub enum Measure {
+    /// Nothing.
+    Nothing,
+    /// Time in the handler.
+    Times,
+    /// Every cause, from `start` on; VM exits too where they can be traced.
+    Profile {
+        /// From when times count.
+        start: Instant,
+        /// The tracer of VM exits.
+        tracer: Option<trace::Handle>,
+    },
 }
 
 /// What a thread shows to the outside.
@@ -93,6 +116,8 @@ struct Shown {
     target: Mutex<Option<KickTarget>>,
     inspected: AtomicU64,
     rest: AtomicU8,
+    /// A copy of the counters, made when the thread was last kicked for one.
+    counters: Mutex<Option<Counters>>,
 }
 
 struct Thread {
@@ -111,19 +136,29 @@ const HALTED: u8 = 1;
 const NOT_STARTED: u8 = 2;
 
 impl Threads {
-    /// Starts all vCPUs. With `timed`, the time in the handler is measured.
+    /// Starts all vCPUs.
     ///
     /// # Errors
     /// Where a thread cannot be started; those that run already are stopped.
-    pub fn start(vcpus: Vec<Vcpu>, handler: &Arc<Handler>, control: &Arc<Control>, timed: bool) -> io::Result<Self> {
+    pub fn start(
+        vcpus: Vec<Vcpu>,
+        handler: &Arc<Handler>,
+        control: &Arc<Control>,
+        measure: &Measure,
+    ) -> io::Result<Self> {
         kick::install()?;
         let mut threads = Self { threads: Vec::new(), control: Arc::clone(control) };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let shown =
-                Arc::new(Shown { target: Mutex::new(None), inspected: AtomicU64::new(0), rest: AtomicU8::new(AWAKE) });
+            let shown = Arc::new(Shown {
+                target: Mutex::new(None),
+                inspected: AtomicU64::new(0),
+                rest: AtomicU8::new(AWAKE),
+                counters: Mutex::new(None),
+            });
             let work =
                 Work { index, shown: Arc::clone(&shown), handler: Arc::clone(handler), control: Arc::clone(control) };
-            let body = move || if timed { work.run(vcpu, HandlerTime::default()) } else { work.run(vcpu, NoProfile) };
+            let measure = measure.clone();
+            let body = move || work.start(vcpu, measure);
             match std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(256 << 10).spawn(body) {
                 Ok(handle) => threads.threads.push(Thread { shown, handle }),
                 Err(error) => {
@@ -141,7 +176,7 @@ impl Threads {
         }
     }
 
-    /// Has every vCPU say whether it rests. Costs one exit a vCPU.
+    /// Has every vCPU say whether it rests, and show its counters. Costs one exit a vCPU.
     pub fn ask_for_rest(&self) {
         self.control.inspection.fetch_add(1, Ordering::AcqRel);
         self.threads.iter().for_each(Self::kick);
@@ -158,6 +193,20 @@ impl Threads {
         asked > 0
             && self.threads.iter().all(|thread| matches!(state(thread), Some(HALTED | NOT_STARTED)))
             && self.threads.iter().any(|thread| state(thread) == Some(HALTED))
+    }
+
+    /// The counters of each vCPU as they were last shown; `None` before.
+    #[must_use]
+    pub fn shown_counters(&self) -> Vec<Option<Counters>> {
+        let shown = |thread: &Thread| thread.shown.counters.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.threads.iter().map(shown).collect()
+    }
+
+    /// Whether all vCPUs have answered the last question.
+    #[must_use]
+    pub fn all_answered(&self) -> bool {
+        let asked = self.control.inspection.load(Ordering::Acquire);
+        self.threads.iter().all(|thread| thread.shown.inspected.load(Ordering::Acquire) == asked)
     }
 
     /// Stops all vCPUs and takes what they leave.
@@ -200,17 +249,34 @@ struct Work {
 }
 
 impl Work {
+    fn start(self, mut vcpu: Vcpu, measure: Measure) -> Finished {
+        match measure {
+            Measure::Nothing => self.run(vcpu, NoProfile),
+            Measure::Times => self.run(vcpu, HandlerTime::default()),
+            Measure::Profile { start, tracer } => {
+                vcpu.sync_cpl();
+                if let Some(tracer) = tracer {
+                    tracer.attach(self.index);
+                }
+                self.run(vcpu, UserProfile::new(start))
+            }
+        }
+    }
+
     fn run<P: Profiler>(self, mut vcpu: Vcpu, profiler: P) -> Finished {
         *self.shown.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(KickTarget::current());
         let counters = Counters::new(&self.handler.pio, &self.handler.mmio);
         let _guard = EndOnPanic(&self);
         let mut records = Records { counters, recent: Recent::default(), profiler };
+        let began = Anchor::now();
         let rip = {
             let mut running = vcpu.enter();
             let stopped = if self.control.is_stopping() {
                 Ok(Stop::Asked)
             } else {
-                run(&mut running, &self.handler, &mut records, |running| self.kicked(running))
+                run(&mut running, &self.handler, &mut records, |running, records| {
+                    self.kicked(running, &records.counters)
+                })
             };
             match stopped {
                 Ok(Stop::Asked) => {}
@@ -221,13 +287,16 @@ impl Work {
         };
         *self.shown.target.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let Records { counters, recent, profiler } = records;
-        Finished { counters, recent, handler_ns: profiler.handler_ns(), rip, vcpu }
+        let clock = (began, Anchor::now());
+        let lstar = vcpu.msr(IA32_LSTAR).filter(|address| *address != 0);
+        Finished { counters, recent, measured: profiler.finish(), clock, lstar, rip, vcpu }
     }
 
-    /// After a kick: publishes whether the vCPU rests, where asked; whether to stop.
-    fn kicked(&self, running: &mut Running<'_>) -> bool {
+    /// After a kick: publishes whether the vCPU rests and what it has counted, where asked; whether to stop.
+    fn kicked(&self, running: &mut Running<'_>, counters: &Counters) -> bool {
         let asked = self.control.inspection.load(Ordering::Acquire);
         if self.shown.inspected.load(Ordering::Acquire) != asked {
+            *self.shown.counters.lock().unwrap_or_else(PoisonError::into_inner) = Some(counters.clone());
             let rest = match running.vcpu().rest() {
                 Ok(Rest::HaltedForGood) => HALTED,
                 Ok(Rest::NotStarted) => NOT_STARTED,

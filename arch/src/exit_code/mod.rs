@@ -1,4 +1,7 @@
-//! The processors' own exit codes and their names.
+//! The processors' own exit codes, their names, and what their details say.
 
+pub mod detail;
 pub mod svm;
 pub mod vmx;
+
+pub use detail::{Class, IoAccess, Isa};

@@ -10,7 +10,7 @@ mod watchdog;
 
 pub use debug_exit::DebugExit;
 pub use i8042::{I8042, I8042Port};
-pub use post::PostPort;
+pub use post::{MarkPort, PostPort};
 pub use power::Power;
 pub use pvpanic::PvPanic;
 pub use serial::{SerialPort, SerialPortError};

@@ -31,6 +31,20 @@ impl BusDevice for PostPort {
     }
 }
 
+/// A port whose writes mean something to who counts them only: marks in a profile.
+#[derive(Default)]
+pub struct MarkPort;
+
+impl BusDevice for MarkPort {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn write(&self, _offset: u64, _data: &[u8]) -> Action {
+        Action::None
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

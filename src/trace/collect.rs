@@ -1,0 +1,309 @@
+//! VM exits by cause: what the tracepoints of one vCPU say, put together.
+
+use super::format::{Field, Format};
+use crate::exit::tally::Tally;
+use crate::exit::timeline::Timeline;
+use hwvmm_arch::exit_code::{Class, Isa};
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+
+/// Causes that are told apart; beyond, they are counted without their instruction, then without their detail.
+const MAX_CAUSES: usize = 16384;
+const HIGH_HALF: u64 = 1 << 63;
+
+/// What an exit was about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum VmDetail {
+    /// The reason says it all.
+    None,
+    /// A port.
+    Port {
+        /// Which.
+        port: u16,
+        /// Bytes of an item.
+        size: u8,
+        /// Whether the guest writes.
+        write: bool,
+    },
+    /// An MSR; `None` where KVM did not say which.
+    Msr {
+        /// ECX.
+        index: Option<u32>,
+        /// Whether the guest writes.
+        write: bool,
+    },
+    /// A CPUID leaf.
+    Leaf(u32),
+    /// The guest's memory: a first touch, or one that the host had taken back.
+    Memory {
+        /// Whether the guest writes.
+        write: bool,
+    },
+    /// Memory that is a device's.
+    Device {
+        /// The address.
+        gpa: u64,
+        /// Whether the guest writes.
+        write: bool,
+    },
+}
+
+/// Why the hardware left the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VmCause {
+    /// Whose exit code it is.
+    pub isa: Isa,
+    /// The exit code (EXITCODE, or the exit reason).
+    pub code: u64,
+    /// What it was about.
+    pub detail: VmDetail,
+    /// The guest's instruction; 0 where there were too many to tell apart.
+    pub rip: u64,
+}
+
+/// The VM exits of one vCPU.
+#[derive(Clone, Debug, Default)]
+pub struct VmProfile {
+    causes: HashMap<VmCause, Tally>,
+    timeline: Timeline<Class>,
+    /// Exits by code, exact.
+    reasons: HashMap<(Isa, u64), u64>,
+    /// Records that perf dropped because the ring was full.
+    pub lost: u64,
+    /// Entries without an exit before them: exits that KVM answered on its fast path without tracing them.
+    pub untraced: u64,
+    /// When the first instruction in the kernel's half exited, in nanoseconds from the start.
+    pub first_kernel_ns: Option<u64>,
+    /// When the first instruction of a program did, after that.
+    pub first_user_ns: Option<u64>,
+}
+
+impl VmProfile {
+    /// Causes and their times, from exit to entry.
+    pub fn causes(&self) -> impl Iterator<Item = (&VmCause, &Tally)> {
+        self.causes.iter()
+    }
+
+    /// Exits by code.
+    pub fn reasons(&self) -> impl Iterator<Item = (Isa, u64, u64)> {
+        self.reasons.iter().map(|((isa, code), count)| (*isa, *code, *count))
+    }
+
+    /// Exits over time.
+    #[must_use]
+    pub fn timeline(&self) -> &Timeline<Class> {
+        &self.timeline
+    }
+
+    fn room_for(&self, cause: VmCause) -> VmCause {
+        if self.causes.len() < MAX_CAUSES || self.causes.contains_key(&cause) {
+            return cause;
+        }
+        let anywhere = VmCause { rip: 0, ..cause };
+        if self.causes.len() < 2 * MAX_CAUSES || self.causes.contains_key(&anywhere) {
+            return anywhere;
+        }
+        VmCause { detail: VmDetail::None, ..anywhere }
+    }
+}
+
+struct ExitFields {
+    id: u16,
+    reason: Field,
+    rip: Field,
+    isa: Field,
+    info1: Field,
+    info2: Field,
+}
+
+/// A tracepoint that says more about an exit, and the field that says it.
+struct More {
+    id: u16,
+    what: Field,
+}
+
+/// The tracepoints that are read, and what their fields are.
+pub(super) struct Events {
+    exit: ExitFields,
+    entry: u16,
+    msr: Option<More>,
+    cpuid: Option<More>,
+    /// Where an Intel processor's nested page faults have their address.
+    faults: Vec<More>,
+}
+
+impl Events {
+    /// Reads the formats below the tracefs at `tracefs`.
+    pub(super) fn read(tracefs: &Path) -> io::Result<Self> {
+        let exit = Format::read(tracefs, "kvm/kvm_exit")?;
+        let field = |name: &str| {
+            exit.field(name).ok_or_else(|| io::Error::other(format!("this kernel's kvm_exit has no field '{name}'")))
+        };
+        let exit = ExitFields {
+            id: exit.id,
+            reason: field("exit_reason")?,
+            rip: field("guest_rip")?,
+            isa: field("isa")?,
+            info1: field("info1")?,
+            info2: field("info2")?,
+        };
+        let more = |name: &str, what: &str| {
+            let format = Format::read(tracefs, name).ok()?;
+            Some(More { id: format.id, what: format.field(what)? })
+        };
+        let intel = Path::new("/sys/module/kvm_intel").exists();
+        let faults = [("kvm/kvm_page_fault", "fault_address"), ("kvm/kvm_mmio", "gpa"), ("kvm/kvm_fast_mmio", "gpa")];
+        Ok(Self {
+            exit,
+            entry: Format::read(tracefs, "kvm/kvm_entry")?.id,
+            msr: more("kvm/kvm_msr", "ecx"),
+            cpuid: more("kvm/kvm_cpuid", "function"),
+            faults: faults.iter().filter(|_| intel).filter_map(|(name, what)| more(name, what)).collect(),
+        })
+    }
+
+    /// The tracepoints' numbers, the exit's first.
+    pub(super) fn ids(&self) -> Vec<u16> {
+        let more = self.msr.iter().chain(&self.cpuid).chain(&self.faults).map(|more| more.id);
+        [self.exit.id, self.entry].into_iter().chain(more).collect()
+    }
+}
+
+/// Puts the records of one vCPU together.
+pub(super) struct Collector {
+    /// The guest's memory: (gpa, bytes).
+    ram: Vec<(u64, u64)>,
+    /// perf's clock when the run started.
+    start_ns: u64,
+    pending: Option<(u64, VmCause)>,
+    /// An MSR that was told before its exit: KVM's fast path does so.
+    early_msr: Option<u32>,
+    /// Before the first exit, entries say nothing.
+    begun: bool,
+    profile: VmProfile,
+}
+
+impl Collector {
+    pub(super) fn new(ram: Vec<(u64, u64)>, start_ns: u64) -> Self {
+        Self { ram, start_ns, pending: None, early_msr: None, begun: false, profile: VmProfile::default() }
+    }
+
+    /// Takes one record: perf's time and the tracepoint's bytes.
+    pub(super) fn record(&mut self, events: &Events, time_ns: u64, raw: &[u8]) {
+        let Some(id) = raw.get(..2).map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]])) else { return };
+        if id == events.exit.id {
+            self.exit(&events.exit, time_ns, raw);
+        } else if id == events.entry {
+            self.entry(time_ns);
+        } else if let Some(more) = events.msr.as_ref().filter(|more| more.id == id) {
+            self.msr(more.what.get(raw));
+        } else if let Some(more) = events.cpuid.as_ref().filter(|more| more.id == id) {
+            let leaf = more.what.get(raw).and_then(|leaf| u32::try_from(leaf).ok());
+            self.refine(Class::Cpuid, |_| leaf.map(VmDetail::Leaf));
+        } else if let Some(more) = events.faults.iter().find(|more| more.id == id) {
+            let gpa = more.what.get(raw);
+            let ram = std::mem::take(&mut self.ram);
+            self.refine(Class::NestedPageFault, |detail| Some(fault(&ram, gpa?, is_write(detail))));
+            self.ram = ram;
+        }
+    }
+
+    fn exit(&mut self, fields: &ExitFields, time_ns: u64, raw: &[u8]) {
+        self.settle(None);
+        let get = |field: Field| field.get(raw).unwrap_or(0);
+        let Some(isa) = Isa::from_kvm(get(fields.isa)) else { return };
+        let (code, rip) = (get(fields.reason), get(fields.rip));
+        let (info1, info2) = (get(fields.info1), get(fields.info2));
+        let detail = match isa.class(code) {
+            Class::Pio => {
+                let io = isa.io(info1);
+                VmDetail::Port { port: io.port, size: io.size, write: io.write }
+            }
+            Class::Msr => VmDetail::Msr { index: self.early_msr.take(), write: isa.is_msr_write(code, info1) },
+            Class::NestedPageFault => {
+                let write = isa.is_fault_write(info1);
+                isa.fault_gpa(info2).map_or(VmDetail::Memory { write }, |gpa| fault(&self.ram, gpa, write))
+            }
+            _ => VmDetail::None,
+        };
+        self.early_msr = None;
+        self.begun = true;
+        let at_ns = time_ns.saturating_sub(self.start_ns);
+        *self.profile.reasons.entry((isa, code)).or_default() += 1;
+        self.profile.timeline.add(at_ns, isa.class(code));
+        if rip >= HIGH_HALF {
+            self.profile.first_kernel_ns.get_or_insert(at_ns);
+        } else if self.profile.first_kernel_ns.is_some() && rip >= 0x40_0000 {
+            self.profile.first_user_ns.get_or_insert(at_ns);
+        }
+        self.pending = Some((time_ns, VmCause { isa, code, detail, rip }));
+    }
+
+    fn entry(&mut self, time_ns: u64) {
+        if self.pending.is_none() && self.begun {
+            self.profile.untraced += 1;
+        }
+        self.settle(Some(time_ns));
+    }
+
+    fn msr(&mut self, index: Option<u64>) {
+        let index = index.and_then(|index| u32::try_from(index).ok());
+        match &mut self.pending {
+            Some((_, VmCause { detail: VmDetail::Msr { index: known, .. }, .. })) => *known = index.or(*known),
+            Some(_) => {}
+            None => self.early_msr = index,
+        }
+    }
+
+    /// Says more about the exit that is being answered, if it is of this kind.
+    fn refine(&mut self, class: Class, more: impl FnOnce(VmDetail) -> Option<VmDetail>) {
+        if let Some((_, cause)) = &mut self.pending
+            && cause.isa.class(cause.code) == class
+            && let Some(detail) = more(cause.detail)
+        {
+            cause.detail = detail;
+        }
+    }
+
+    /// Counts the exit that was being answered.
+    fn settle(&mut self, until_ns: Option<u64>) {
+        let Some((since_ns, cause)) = self.pending.take() else { return };
+        let cause = self.profile.room_for(cause);
+        let tally = self.profile.causes.entry(cause).or_default();
+        match until_ns {
+            Some(until_ns) => tally.add(until_ns.saturating_sub(since_ns)),
+            None => tally.count += 1,
+        }
+    }
+
+    pub(super) fn lost(&mut self, records: u64) {
+        self.profile.lost += records;
+    }
+
+    pub(super) fn finish(mut self) -> VmProfile {
+        self.settle(None);
+        self.profile
+    }
+}
+
+fn fault(ram: &[(u64, u64)], gpa: u64, write: bool) -> VmDetail {
+    if ram.iter().any(|(start, bytes)| gpa.checked_sub(*start).is_some_and(|offset| offset < *bytes)) {
+        VmDetail::Memory { write }
+    } else {
+        VmDetail::Device { gpa, write }
+    }
+}
+
+fn is_write(detail: VmDetail) -> bool {
+    match detail {
+        VmDetail::None | VmDetail::Leaf(_) => false,
+        VmDetail::Port { write, .. }
+        | VmDetail::Msr { write, .. }
+        | VmDetail::Memory { write }
+        | VmDetail::Device { write, .. } => write,
+    }
+}
+
+#[cfg(test)]
+mod tests;

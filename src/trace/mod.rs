@@ -1,0 +1,10 @@
+//! VM exits one by one: KVM's tracepoints on the vCPU threads, read through perf (perf_event_open(2), Linux
+//! Documentation/trace/events.rst).
+
+mod collect;
+mod format;
+mod output;
+mod reader;
+
+pub use collect::{VmCause, VmDetail, VmProfile};
+pub use reader::{Handle, Traced, Tracer, Unavailable};

@@ -1,0 +1,262 @@
+//! Opens the tracepoints on each vCPU's thread and reads what they write, on a thread of its own.
+
+use super::collect::{Collector, Events, VmProfile};
+use super::output::redirect;
+use perf_event::events::Tracepoint;
+use perf_event::{Builder, Clock, Counter, SampleFlag, Sampler};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use thiserror::Error;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Sizes of a vCPU's ring, tried in this order: without privileges the kernel allows little locked memory.
+const RING_BYTES: [usize; 4] = [8 << 20, 2 << 20, 512 << 10, 64 << 10];
+/// Record types (perf_event_open(2)).
+const PERF_RECORD_LOST: u32 = 2;
+const PERF_RECORD_SAMPLE: u32 = 9;
+
+/// VM exits cannot be traced one by one.
+#[derive(Debug, Error)]
+pub enum Unavailable {
+    /// No tracefs, or not for this user.
+    #[error("KVM's tracepoints cannot be read at {}: {source}; {}", .path.display(), remedy(.source))]
+    Tracefs {
+        /// Where they should be.
+        path: PathBuf,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// perf_event_open refuses.
+    #[error(
+        "perf_event_open does not allow KVM's tracepoints: {source}; run as root, or give hwvmm CAP_PERFMON, or set the \
+         sysctl kernel.perf_event_paranoid to -1{}",
+        paranoid()
+    )]
+    Perf {
+        /// The system's words.
+        source: io::Error,
+    },
+}
+
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            "is tracefs mounted (mount -t tracefs tracefs /sys/kernel/tracing), and does the kernel have KVM's tracepoints?"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "run as root, or let this user read them (mount -o remount,mode=755 /sys/kernel/tracing)"
+        }
+        _ => "VM exits are counted in total only",
+    }
+}
+
+fn perf(source: io::Error) -> Unavailable {
+    Unavailable::Perf { source }
+}
+
+fn paranoid() -> String {
+    let now = std::fs::read_to_string("/proc/sys/kernel/perf_event_paranoid");
+    now.map(|value| format!(" (it is {})", value.trim())).unwrap_or_default()
+}
+
+/// The events of one vCPU.
+struct Source {
+    vcpu: usize,
+    ring: Sampler,
+    /// Closed with the ring.
+    _others: Vec<Counter>,
+    collector: Collector,
+}
+
+impl Source {
+    fn drain(&mut self, events: &Events) {
+        while let Some(record) = self.ring.next_record() {
+            let bytes = record.to_contiguous();
+            let word = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
+            match record.ty() {
+                // time, size of the raw data, raw data.
+                PERF_RECORD_SAMPLE => {
+                    if let (Some(time_ns), Some(raw)) = (word(0), bytes.get(12..)) {
+                        self.collector.record(events, time_ns, raw);
+                    }
+                }
+                // id, how many.
+                PERF_RECORD_LOST => self.collector.lost(word(8).unwrap_or(1)),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// What was traced.
+#[derive(Debug, Default)]
+pub struct Traced {
+    /// By vCPU; `None` where its tracepoints could not be opened.
+    pub vcpus: Vec<Option<VmProfile>>,
+    /// What could not be had, in words.
+    pub missing: Vec<String>,
+}
+
+struct Shared {
+    events: Events,
+    ram: Vec<(u64, u64)>,
+    start_ns: u64,
+    sources: Mutex<Vec<Source>>,
+    missing: Mutex<Vec<String>>,
+    epoll: Epoll,
+    stop: EventFd,
+}
+
+/// For vCPU threads: opens the tracepoints on the calling thread.
+#[derive(Clone)]
+pub struct Handle(Arc<Shared>);
+
+/// The tracer of a machine.
+pub struct Tracer {
+    shared: Arc<Shared>,
+    thread: JoinHandle<()>,
+}
+
+fn tracefs() -> PathBuf {
+    let usual = Path::new("/sys/kernel/tracing");
+    let old = Path::new("/sys/kernel/debug/tracing");
+    if !usual.join("events").exists() && old.join("events").exists() { old.to_owned() } else { usual.to_owned() }
+}
+
+impl Tracer {
+    /// Prepares for a machine with this memory ((gpa, bytes)); times count from `start_ns` on CLOCK_MONOTONIC.
+    ///
+    /// # Errors
+    /// [`Unavailable`], with the remedy.
+    pub fn new(ram: Vec<(u64, u64)>, start_ns: u64) -> Result<Self, Unavailable> {
+        let path = tracefs();
+        let events =
+            Events::read(&path).map_err(|source| Unavailable::Tracefs { path: path.join("events/kvm"), source })?;
+        // Tried here, so that what is missing is said before the guest runs.
+        open(events.ids().first().copied().unwrap_or(0)).map_err(perf)?;
+        let epoll = Epoll::new().map_err(perf)?;
+        let stop = EventFd::new(EFD_NONBLOCK).map_err(perf)?;
+        epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, 0)).map_err(perf)?;
+        let shared = Arc::new(Shared {
+            events,
+            ram,
+            start_ns,
+            sources: Mutex::default(),
+            missing: Mutex::default(),
+            epoll,
+            stop,
+        });
+        let reader = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name("trace".into()).spawn(move || read(&reader));
+        Ok(Self { shared, thread: thread.map_err(perf)? })
+    }
+
+    /// For the vCPU threads.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        Handle(Arc::clone(&self.shared))
+    }
+
+    /// Reads what is left, after the vCPU threads have ended.
+    #[must_use]
+    pub fn finish(self, vcpus: usize) -> Traced {
+        if let Err(error) = self.shared.stop.write(1) {
+            log::error!("cannot wake the tracer: {error}");
+        }
+        if self.thread.join().is_err() {
+            log::error!("the tracer's thread panicked: this is a bug in hwvmm");
+        }
+        let mut traced = Traced { vcpus: (0..vcpus).map(|_| None).collect(), missing: Vec::new() };
+        let mut sources = std::mem::take(&mut *self.shared.sources.lock().unwrap_or_else(PoisonError::into_inner));
+        for mut source in sources.drain(..) {
+            source.drain(&self.shared.events);
+            if let Some(place) = traced.vcpus.get_mut(source.vcpu) {
+                *place = Some(source.collector.finish());
+            }
+        }
+        traced.missing = std::mem::take(&mut *self.shared.missing.lock().unwrap_or_else(PoisonError::into_inner));
+        traced
+    }
+}
+
+/// Reads rings as they fill, until told to stop.
+fn read(shared: &Shared) {
+    let mut ready = vec![EpollEvent::default(); 16];
+    loop {
+        match shared.epoll.wait(-1, &mut ready) {
+            Ok(count) if ready.iter().take(count).any(|event| event.data() == 0) => return,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                log::error!("the tracer cannot wait: {error}");
+                return;
+            }
+        }
+        let mut sources = shared.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.iter_mut().for_each(|source| source.drain(&shared.events));
+    }
+}
+
+fn builder(id: u16) -> Builder<'static> {
+    let mut builder = Builder::new(Tracepoint::with_id(u64::from(id)));
+    builder
+        .observe_self()
+        .any_cpu()
+        .include_kernel()
+        .include_hv()
+        .sample_period(1)
+        .sample(SampleFlag::TIME | SampleFlag::RAW)
+        .clockid(Clock::MONOTONIC);
+    builder
+}
+
+fn open(id: u16) -> io::Result<Counter> {
+    builder(id).build()
+}
+
+/// The exit's tracepoint, with the largest ring that the system allows.
+fn open_ring(id: u16) -> io::Result<Sampler> {
+    let mut last = io::Error::other("no size of ring was tried");
+    for bytes in RING_BYTES {
+        match builder(id).wakeup_watermark(bytes / 4).build()?.sampled(bytes) {
+            Ok(ring) => return Ok(ring),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+impl Handle {
+    /// Traces the calling thread as vCPU `vcpu` from here on. What fails is remembered, and the guest runs without.
+    pub fn attach(&self, vcpu: usize) {
+        if let Err(error) = self.try_attach(vcpu) {
+            let what = format!("vCPU {vcpu}: {}", perf(error));
+            self.0.missing.lock().unwrap_or_else(PoisonError::into_inner).push(what);
+        }
+    }
+
+    fn try_attach(&self, vcpu: usize) -> io::Result<()> {
+        let shared = &self.0;
+        let ids = shared.events.ids();
+        let (first, rest) = ids.split_first().ok_or_else(|| io::Error::other("no tracepoints"))?;
+        let mut ring = open_ring(*first)?;
+        let mut others = Vec::new();
+        for id in rest {
+            let mut event = open(*id)?;
+            redirect(&event, &ring)?;
+            event.enable()?;
+            others.push(event);
+        }
+        ring.enable()?;
+        let readable = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 1);
+        shared.epoll.ctl(ControlOperation::Add, ring.as_raw_fd(), readable)?;
+        let collector = Collector::new(shared.ram.clone(), shared.start_ns);
+        let source = Source { vcpu, ring, _others: others, collector };
+        shared.sources.lock().unwrap_or_else(PoisonError::into_inner).push(source);
+        Ok(())
+    }
+}
