@@ -1,16 +1,17 @@
-//! What one userspace exit costs in hwvmm itself: naming, handling, counting, remembering; without and with the profiler
-//! that `--stats` turns on. Holds the claim that what is off is free. Run with `cargo bench`.
+//! What one userspace exit costs in hwvmm itself: naming, handling, counting, remembering. Without the profiler's hook, with
+//! the hook and no profiler (as every run without `--stats` and `--profile`), with the times of `--stats`, and with
+//! `--profile`. Holds the claim that what is off is free. Run with `cargo bench --bench exit_path`; with the name of one
+//! variant (plain, off, stats, profile) only that one runs, for a tool that counts instructions (scripts/profile-cost).
 
 use hwvmm::exit::recent::Detail;
-use hwvmm::exit::{Counters, ExitReason, Handler, HandlerTime, NoProfile, Profiler, Recent, Snapshot};
-use hwvmm::kvm::{Direction, Exit};
+use hwvmm::exit::{Counters, ExitReason, Handler, HandlerTime, NoProfile, Profiler, Recent, Snapshot, UserProfile};
+use hwvmm::kvm::{Direction, Exit, clock};
 use hwvmm_devices::BusBuilder;
 use hwvmm_devices::legacy::PostPort;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
 
-const EXITS: u32 = 2_000_000;
 const ROUNDS: usize = 7;
 
 fn handler() -> Handler {
@@ -21,33 +22,82 @@ fn handler() -> Handler {
     Handler { pio: pio.freeze(), mmio: BusBuilder::default().freeze() }
 }
 
-/// Nanoseconds an exit, the best of some rounds: what else the machine does only adds.
-fn measure<P: Profiler>(new: impl Fn() -> P) -> f64 {
+fn exit(data: &mut [u8; 1]) -> Exit<'_> {
+    Exit::Pio { port: black_box(0x3f8), direction: Direction::Out, size: 1, data }
+}
+
+/// The run loop's body without the hook.
+fn plain(exits: u32) {
     let handler = handler();
-    let round = || {
-        let (mut profiler, mut recent) = (new(), Recent::default());
-        let mut counters = Counters::new(&handler.pio, &handler.mmio);
-        let start = Instant::now();
-        for _ in 0..EXITS {
-            let mut data = [0x41];
-            let mut exit = Exit::Pio { port: black_box(0x3f8), direction: Direction::Out, size: 1, data: &mut data };
-            let reason = ExitReason::of(&exit);
-            let stamp = profiler.stamp();
-            let handled = handler.handle(&mut exit);
-            profiler.record(reason, stamp);
-            counters.record(reason, handled.route);
-            recent.push(Snapshot { reason, detail: Detail::of(&exit), rip: None });
-            black_box(&handled.outcome);
+    let mut recent = Recent::default();
+    let mut counters = Counters::new(&handler.pio, &handler.mmio);
+    for _ in 0..exits {
+        let mut data = [0x41];
+        let mut exit = exit(&mut data);
+        let reason = ExitReason::of(&exit);
+        let handled = handler.handle(&mut exit);
+        let snapshot = Snapshot { reason, detail: Detail::of(&exit), rip: None, cpl: None, tsc: clock::tsc() };
+        counters.record(reason, handled.route);
+        recent.push(snapshot);
+        black_box(&handled.outcome);
+    }
+    black_box((&counters, &recent));
+}
+
+/// The same with it.
+fn hooked<P: Profiler>(exits: u32, mut profiler: P) {
+    let handler = handler();
+    let mut recent = Recent::default();
+    let mut counters = Counters::new(&handler.pio, &handler.mmio);
+    for _ in 0..exits {
+        profiler.enter();
+        let mut data = [0x41];
+        let mut exit = exit(&mut data);
+        let reason = ExitReason::of(&exit);
+        let stamp = profiler.stamp();
+        let handled = handler.handle(&mut exit);
+        let snapshot = Snapshot { reason, detail: Detail::of(&exit), rip: None, cpl: None, tsc: clock::tsc() };
+        profiler.record(&snapshot, handled.route, stamp);
+        counters.record(reason, handled.route);
+        recent.push(snapshot);
+        black_box(&handled.outcome);
+    }
+    black_box((&counters, &recent, profiler.finish()));
+}
+
+fn run(variant: &str, exits: u32) {
+    match variant {
+        "plain" => plain(exits),
+        "off" => hooked(exits, NoProfile),
+        "stats" => hooked(exits, HandlerTime::default()),
+        "profile" => hooked(exits, UserProfile::new(Instant::now())),
+        other => {
+            eprintln!("unknown variant '{other}': plain, off, stats or profile");
+            std::process::exit(2);
         }
-        black_box((&counters, &recent, profiler.handler_ns()));
+    }
+}
+
+/// Nanoseconds an exit, the best of some rounds: what else the machine does only adds.
+fn measure(variant: &str) -> f64 {
+    const EXITS: u32 = 2_000_000;
+    let round = || {
+        let start = Instant::now();
+        run(variant, EXITS);
         start.elapsed().as_secs_f64() * 1e9 / f64::from(EXITS)
     };
     (0..ROUNDS).map(|_| round()).fold(f64::INFINITY, f64::min)
 }
 
 fn main() {
-    let (off, on) = (measure(|| NoProfile), measure(HandlerTime::default));
-    println!("one exit in hwvmm, profiler off: {off:.1} ns");
-    println!("one exit in hwvmm, profiler on:  {on:.1} ns (two readings of the clock)");
-    assert!(off < on, "the profiler that is off must cost less than the one that is on");
+    if let Some(variant) = std::env::args().nth(1).filter(|word| !word.starts_with('-')) {
+        let exits = std::env::args().nth(2).and_then(|word| word.parse().ok()).unwrap_or(100_000);
+        return run(&variant, exits);
+    }
+    let [plain, off, stats, profile] = ["plain", "off", "stats", "profile"].map(measure);
+    println!("one exit in hwvmm, without the profiler's hook: {plain:.1} ns");
+    println!("one exit in hwvmm, with the hook, profiler off: {off:.1} ns");
+    println!("one exit in hwvmm, times of --stats:            {stats:.1} ns");
+    println!("one exit in hwvmm, --profile:                   {profile:.1} ns");
+    assert!(off < stats && stats < profile, "the profiler that is off must cost less than those that are on");
 }

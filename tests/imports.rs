@@ -16,7 +16,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vcpu", &["exit", "kvm", "trace"]),
     ("probe", &["exit", "kvm", "memory"]),
     ("machine", &["config", "event_loop", "exit", "kvm", "memory", "trace", "vcpu"]),
-    ("profile", &["exit", "kvm", "machine", "trace"]),
+    ("profile", &["config", "exit", "kvm", "machine", "trace"]),
     ("cli", &["config", "exit", "kvm", "machine", "probe", "profile"]),
 ];
 

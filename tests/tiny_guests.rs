@@ -11,7 +11,7 @@ use hwvmm::exit::handler::BusKind;
 use hwvmm::exit::{Counters, End, ExitReason, Handler, NoProfile, Recent};
 use hwvmm::kvm::{System, kick};
 use hwvmm::memory::{Backing, GuestRam};
-use hwvmm::vcpu::{Control, Records, Stop, Threads};
+use hwvmm::vcpu::{Control, Measure, Records, Stop, Threads};
 use hwvmm_arch::regs::Entry;
 use hwvmm_arch::{gdt, layout, page_table};
 use hwvmm_devices::bus::{Action, BusBuilder, BusDevice};
@@ -152,7 +152,7 @@ fn run_with(code: &[u8], mode: Mode, trap_msrs: bool) -> Result<Ran, String> {
     let counters = Counters::new(&machine.handler.pio, &machine.handler.mmio);
     let mut records = Records { counters, recent: Recent::default(), profiler: NoProfile };
     let guard = Guard::start();
-    let stop = hwvmm::vcpu::run(&mut vcpu.enter(), &machine.handler, &mut records, |_| true).expect("KVM_RUN");
+    let stop = hwvmm::vcpu::run(&mut vcpu.enter(), &machine.handler, &mut records, |_, _| true).expect("KVM_RUN");
     drop(guard);
     let Stop::End(end) = stop else { return Err("this host's KVM never comes back from it".into()) };
     let last = records.recent.iter().last().copied();
@@ -275,7 +275,7 @@ fn rests(code: &[u8]) -> Result<(bool, u64), String> {
     let vcpu = vcpu(&system, &machine, Mode::Long);
     let control = Arc::new(Control::new().expect("control"));
     let handler = Arc::new(machine.handler);
-    let threads = Threads::start(vec![vcpu], &handler, &control, false).expect("a thread");
+    let threads = Threads::start(vec![vcpu], &handler, &control, &Measure::Nothing).expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(3);
     let mut rested = false;
     while !rested && control.ended().is_none() && Instant::now() < deadline {

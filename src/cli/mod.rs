@@ -2,6 +2,7 @@
 
 mod ctl;
 mod doctor;
+mod report;
 mod run;
 mod unpack;
 
@@ -17,6 +18,7 @@ Examples:
   hwvmm run vmlinux --cmdline 'console=ttyS0 root=/dev/vda rw' --timeout 60s --expect 'login: $'
   hwvmm run vmlinuz -i initrd.img --disk debian.img --append root=/dev/vda --net tap=tap0 --rng
   hwvmm run vmlinuz -i initrd.img --disk a.qcow2,readonly=on --net user,hostfwd=tcp:127.0.0.1:2222-:22
+  hwvmm run vmlinuz -i initrd.img --profile --profile-out boot.json --budget userspace=400,npf=100
   hwvmm run test.flat --debug-exit --append 'arguments'
   hwvmm run --config vm.toml            (kernel = \"vmlinuz\", memory = \"1G\", ...: the options' long names)
 
@@ -28,9 +30,19 @@ Exit status:
   32   the guest reset itself           33   triple fault
   34   the guest panicked               35   all vCPUs halted with interrupts off
   36   the guest's watchdog ran out     37   KVM cannot run the guest further
-  38   the guest ended, --expect unseen 124  --timeout
-  130  Ctrl-A x                         128+N  ended by signal N
+  38   the guest ended, --expect unseen 39   more exits than --budget allows
+  124  --timeout                        130  Ctrl-A x
+  128+N  ended by signal N (on SIGQUIT, and after every end that nobody meant, the last exits are shown)
   With --debug-exit, a guest's write of V to port 0xf4 ends with status V*2+1 (its low 8 bits).";
+
+const REPORT_EXAMPLES: &str = "\
+Examples:
+  hwvmm report boot.json
+  hwvmm report boot.json --format html -o boot.html
+  hwvmm report yesterday.json today.json
+  hwvmm report today.json --budget-from yesterday.json --slack 2%
+
+Exit status: 0; 1 where a file cannot be read or written; 39 where there are more exits than a budget allows.";
 
 /// Boots Linux guests under KVM, and says what they exit for.
 #[derive(Parser)]
@@ -52,6 +64,9 @@ enum Command {
     /// Say whether this host can run Linux guests under KVM, by trying
     #[command(after_help = "Exit status: 0 if Linux guests can run here, 1 if not.")]
     Doctor(doctor::Args),
+    /// Show a profile in many forms, compare two, hold one to a budget
+    #[command(after_help = REPORT_EXAMPLES)]
+    Report(report::Args),
     /// Control a running machine: its state, its balloon, its end
     #[command(
         after_help = "Examples:\n  hwvmm run vmlinuz --balloon --api /tmp/vm.sock ...\n  hwvmm ctl /tmp/vm.sock status\n  \
@@ -122,6 +137,7 @@ pub fn main() -> ExitCode {
     match cli.command {
         Command::Run(args) => run::run(*args),
         Command::Ctl(args) => ctl::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Unpack(args) => unpack::run(&args),
         Command::Completions { shell } => {

@@ -1,11 +1,15 @@
 //! `hwvmm run`.
 
+use super::report;
 use crate::config::{OnReboot, RunConfig, RunOptions, StatsFormat, read_file};
 use crate::exit::End;
+use crate::exit::end::status;
 use crate::kvm::System;
 use crate::machine::console::{RawTerminal, Seen};
 use crate::machine::{self, Finish, Machine, Setup};
-use crate::profile::RunStats;
+use crate::profile::budget::Budget;
+use crate::profile::render::{Format, Style, render};
+use crate::profile::{self, Profile, RunStats};
 use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write as _};
@@ -25,15 +29,17 @@ pub(super) struct Args {
 
 pub(super) fn run(args: Args) -> ExitCode {
     match try_run(args) {
-        Ok(end) => ExitCode::from(end.status()),
+        Ok(status) => ExitCode::from(status),
         Err(error) => super::fail(error.as_ref()),
     }
 }
 
-fn try_run(args: Args) -> Result<End, Box<dyn Error>> {
+fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
     let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
     let config = args.options.or(file).into_config()?;
     let expect = config.expect.as_deref().map(compile).transpose()?;
+    let slack = config.slack.as_deref().unwrap_or(report::SLACK);
+    let budget = report::budget(config.budget.as_deref(), config.budget_from.as_deref(), slack)?;
     let system = System::open(&config.kvm)?;
     let expects = expect.is_some();
     let terminal = uses_stdin(&config) && io::stdin().is_terminal();
@@ -49,11 +55,32 @@ fn try_run(args: Args) -> Result<End, Box<dyn Error>> {
     let (finish, stats) = start_until_done(&mut setup, &system)?;
     let end = if expects { finish.ended.end.clone().without_the_expected() } else { finish.ended.end.clone() };
     eprintln!("{}", describe(&finish, &end));
+    if !end.is_clean() {
+        let symbols = profile::symbols_of(&config, &finish, &mut Vec::new());
+        eprint!("{}", profile::flight_recorder(&finish, symbols.as_ref()));
+    }
+    let starts = stats.as_ref().map_or(1, |stats| stats.starts);
     if let Some(mut stats) = stats {
         (stats.end, stats.status) = (end.to_string(), end.status());
         show(&config, &stats)?;
     }
-    Ok(end)
+    if config.profile.is_none() {
+        return Ok(end.status());
+    }
+    let mut profile = Profile::new(&config, &finish);
+    (profile.end, profile.status, profile.starts) = (end.to_string(), end.status(), starts);
+    let within = show_profile(&config, &profile, &budget)?;
+    Ok(if within || end.status() != status::OK { end.status() } else { status::OVER_BUDGET })
+}
+
+/// Shows and keeps the profile; whether it is within the budget.
+fn show_profile(config: &RunConfig, profile: &Profile, budget: &Budget) -> Result<bool, Box<dyn Error>> {
+    let style = Style { colour: io::stderr().is_terminal(), ..Style::default() };
+    eprint!("{}", render(profile, Format::Text, style)?);
+    if let Some(path) = &config.profile_out {
+        report::write(path, &render(profile, Format::Json, style)?)?;
+    }
+    Ok(report::show_checks(&budget.check(profile)))
 }
 
 fn compile(pattern: &str) -> Result<regex::bytes::Regex, crate::config::ConfigError> {
@@ -86,7 +113,7 @@ fn start_until_done(setup: &mut Setup<'_>, system: &System) -> Result<(Finish, O
             let _raw = if setup.terminal { RawTerminal::enter() } else { None };
             machine::run(machine, &this)?
         };
-        if setup.config.stats.is_some() {
+        if setup.config.stats.is_some() || setup.config.profile.is_some() {
             let new = RunStats::new(&finish);
             match &mut stats {
                 Some(sum) => sum.add_start(new),
@@ -109,7 +136,7 @@ fn with_whole_timeout(mut finish: Finish, config: &RunConfig) -> Finish {
     finish
 }
 
-/// One line: why and where. After an unclean end also the last exits.
+/// One line: why and where.
 fn describe(finish: &Finish, end: &End) -> String {
     let mut text = format!("hwvmm: {end}");
     let rip = |index: usize| finish.vcpus.get(index).and_then(|vcpu| vcpu.rip);
@@ -120,20 +147,6 @@ fn describe(finish: &Finish, end: &End) -> String {
         (None, Some(rip)) => write!(text, " (vCPU 0 at rip {rip:#x})"),
         _ => Ok(()),
     };
-    if end.is_clean() {
-        return text;
-    }
-    let shown: Vec<_> = match finish.ended.vcpu {
-        Some(index) => finish.vcpus.iter().enumerate().filter(|(i, _)| *i == index).collect(),
-        None => finish.vcpus.iter().enumerate().take(4).collect(),
-    };
-    for (index, vcpu) in shown {
-        let exits: Vec<_> = vcpu.recent.iter().collect();
-        let _ = write!(text, "\nhwvmm: the last {} userspace exits of vCPU {index}, oldest first:", exits.len());
-        for exit in exits {
-            let _ = write!(text, "\nhwvmm:   {exit}");
-        }
-    }
     text
 }
 

@@ -25,6 +25,8 @@ pub mod status {
     pub const KVM: u8 = 37;
     /// The guest ended and `--expect` was not seen.
     pub const NOT_SEEN: u8 = 38;
+    /// The guest ended well, and made more exits than its budget allows.
+    pub const OVER_BUDGET: u8 = 39;
     /// `--timeout`.
     pub const TIMEOUT: u8 = 124;
     /// The user left with Ctrl-A x.
@@ -91,13 +93,9 @@ impl End {
     #[must_use]
     pub fn is_clean(&self) -> bool {
         match self {
-            Self::PowerOff
-            | Self::SystemHalted
-            | Self::Reset
-            | Self::DebugExit(_)
-            | Self::Seen(_)
-            | Self::Quit
-            | Self::Signal(..) => true,
+            Self::PowerOff | Self::SystemHalted | Self::Reset | Self::DebugExit(_) | Self::Seen(_) | Self::Quit => true,
+            // SIGQUIT is how one asks a program for what it knows.
+            Self::Signal(number, _) => *number != libc::SIGQUIT,
             Self::NotSeen(end) => end.is_clean(),
             Self::TripleFault
             | Self::Panicked(_)

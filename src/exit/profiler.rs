@@ -32,7 +32,7 @@ pub enum Measured {
     #[default]
     Nothing,
     /// Nanoseconds in the handler, by reason.
-    HandlerTime([u64; ExitReason::COUNT]),
+    HandlerTime(Box<[u64; ExitReason::COUNT]>),
     /// All causes.
     Profile(Box<UserProfile>),
 }
@@ -81,7 +81,7 @@ impl Profiler for HandlerTime {
     fn enter(&mut self) {}
 
     fn finish(self) -> Measured {
-        Measured::HandlerTime(self.ns)
+        Measured::HandlerTime(Box::new(self.ns))
     }
 }
 

@@ -4,7 +4,7 @@ use serde::Serialize;
 use std::io;
 
 /// Resident memory of this process, in KiB.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize)]
 pub struct MemoryUse {
     /// The guest's memory that the guest has touched.
     pub guest_kib: u64,

@@ -50,7 +50,7 @@ pub struct UserspaceExits {
 }
 
 /// A queue of a virtio device. Kicks are VM exits that KVM handles by itself (ioeventfd): no userspace exits.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
 pub struct VirtioQueue {
     /// The device.
     pub device: String,
@@ -93,7 +93,7 @@ pub struct RunStats {
     pub memory: Option<MemoryUse>,
 }
 
-fn nanoseconds(time: std::time::Duration) -> u64 {
+pub(super) fn nanoseconds(time: std::time::Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
@@ -152,7 +152,7 @@ impl RunStats {
     }
 }
 
-fn virtio_queues(finish: &Finish) -> Vec<VirtioQueue> {
+pub(super) fn virtio_queues(finish: &Finish) -> Vec<VirtioQueue> {
     let get = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
     let queues = finish.virtio.iter().flat_map(|device| {
         device.counts.iter().enumerate().map(move |(queue, counts)| VirtioQueue {
@@ -167,7 +167,7 @@ fn virtio_queues(finish: &Finish) -> Vec<VirtioQueue> {
 }
 
 /// Adds cumulative counts; histograms and momentary values say nothing in a sum.
-fn add_kvm(sums: &mut BTreeMap<String, u64>, stats: &[Stat]) {
+pub(super) fn add_kvm(sums: &mut BTreeMap<String, u64>, stats: &[Stat]) {
     for stat in stats.iter().filter(|stat| stat.kind == Kind::Cumulative) {
         *sums.entry(stat.name.clone()).or_default() += stat.values.iter().sum::<u64>();
     }
@@ -180,7 +180,7 @@ fn userspace_exits(finish: &Finish) -> UserspaceExits {
     for vcpu in &finish.vcpus {
         counters.merge(&vcpu.counters);
         if let Measured::HandlerTime(times) = &vcpu.measured {
-            ns.iter_mut().zip(times).for_each(|(sum, time)| *sum += time);
+            ns.iter_mut().zip(times.iter()).for_each(|(sum, time)| *sum += time);
         }
     }
     let mut exits =

@@ -6,6 +6,7 @@ pub mod unpack;
 
 pub use load::{Loaded, Request, load};
 
+use crate::config::RunConfig;
 use cache::Cache;
 use hwvmm_arch::acpi::AcpiTooLarge;
 use hwvmm_arch::boot::bzimage::{BzImage, BzImageError};
@@ -249,6 +250,23 @@ pub fn unpack_bzimage(
     let memory = File::from(memory);
     unpack::unpack(&payload, &memory)?;
     Ok(memory)
+}
+
+/// The kernel of a configuration as an ELF file, unpacked where it is a bzImage.
+///
+/// # Errors
+/// [`KernelError`].
+pub fn unpacked(config: &RunConfig) -> Result<File, KernelError> {
+    let path = &config.kernel;
+    let file = open("kernel", path)?;
+    match identify(path, &file)? {
+        Kind::Elf(_) | Kind::Multiboot(_) => Ok(file),
+        Kind::BzImage(image) => {
+            let cache = config.kernel_cache.as_deref().map(Cache::new);
+            unpack_bzimage(&file, &image, cache.as_ref(), &|_| {})
+                .map_err(|source| KernelError::Unpack { path: path.clone(), source })
+        }
+    }
 }
 
 impl From<io::Error> for UnpackError {

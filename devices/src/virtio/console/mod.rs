@@ -114,6 +114,10 @@ impl VirtioDevice for Console {
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
         let receiver = Receiver { queue: activation.queue(RECEIVE)?, port: self.port() };
         let transmitter = Transmitter { queue: activation.queue(TRANSMIT)?, output: Arc::clone(&self.output) };
+        // Linux reads the size only when it is told of a change.
+        if *lock(&self.port.size) != (0, 0) {
+            activation.signals.config_changed();
+        }
         *lock(&self.port.signals) = Some(activation.signals);
         // Two threads: output that waits for the terminal must not hold up input.
         Ok(vec![Box::new(receiver), Box::new(transmitter)])

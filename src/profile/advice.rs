@@ -1,0 +1,224 @@
+//! What to do about exits. The rules are data: `advice.toml` beside this file.
+
+use super::data::{Cause, Exits, Profile};
+use super::render::{number, share, time};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+const RULES: &str = include_str!("advice.toml");
+
+/// One piece of advice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Advice {
+    /// The rule's name.
+    pub rule: &'static str,
+    /// What was found, and what to do.
+    pub text: String,
+    /// Exits that it saves.
+    pub saved: u64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Rules {
+    rule: Vec<Rule>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rule {
+    name: String,
+    #[serde(default)]
+    sort: Option<Sort>,
+    #[serde(default)]
+    class: Option<String>,
+    #[serde(default)]
+    device: Option<String>,
+    #[serde(default)]
+    nobody: bool,
+    #[serde(default)]
+    address: Option<(u64, u64)>,
+    #[serde(default)]
+    write: Option<bool>,
+    #[serde(default)]
+    phase: Option<String>,
+    share: f64,
+    count: u64,
+    saves: f64,
+    text: String,
+    #[cfg_attr(not(test), expect(dead_code, reason = "read by the rules' test"))]
+    example: toml::Value,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Sort {
+    Vm,
+    Userspace,
+}
+
+/// What of a profile a rule is about.
+struct Found<'a> {
+    count: u64,
+    time_ns: u64,
+    all: u64,
+    function: String,
+    device: &'a str,
+}
+
+/// The rules; the file is part of the program, and the tests read all of it.
+fn rules() -> &'static [Rule] {
+    static PARSED: OnceLock<Vec<Rule>> = OnceLock::new();
+    PARSED.get_or_init(|| match toml::from_str::<Rules>(RULES) {
+        Ok(rules) => rules.rule,
+        Err(error) => {
+            log::error!("advice.toml: {error}");
+            Vec::new()
+        }
+    })
+}
+
+/// Enough digits for what is rounded anyway.
+fn float(value: u64) -> f64 {
+    std::time::Duration::from_nanos(value).as_secs_f64() * 1e9
+}
+
+impl Rule {
+    fn matches(&self, cause: &Cause) -> bool {
+        let device = match (&self.device, &cause.device) {
+            (Some(start), Some(device)) => device.starts_with(start.as_str()),
+            (Some(_), None) => false,
+            (None, _) => true,
+        };
+        device
+            && self.class.as_ref().is_none_or(|class| *class == cause.class)
+            && (!self.nobody || cause.device.is_none())
+            && self.address.is_none_or(|(first, last)| cause.address.is_some_and(|it| (first..=last).contains(&it)))
+            && self.write.is_none_or(|write| cause.write == Some(write))
+    }
+
+    fn in_exits<'a>(&self, exits: &'a Exits) -> Found<'a> {
+        let mut found = Found { count: 0, time_ns: 0, all: exits.total, function: String::new(), device: "" };
+        let mut functions: BTreeMap<String, u64> = BTreeMap::new();
+        for cause in exits.causes.iter().filter(|cause| self.matches(cause)) {
+            found.count = found.count.saturating_add(cause.count);
+            found.time_ns = found.time_ns.saturating_add(cause.time_ns);
+            let sum = functions.entry(cause.function()).or_default();
+            *sum = sum.saturating_add(cause.count);
+            if found.device.is_empty() {
+                found.device = cause.device.as_deref().unwrap_or("");
+            }
+        }
+        found.function =
+            functions.into_iter().max_by_key(|(_, count)| *count).map(|(name, _)| name).unwrap_or_default();
+        found
+    }
+
+    fn in_phases<'a>(&self, profile: &Profile, name: &str) -> Found<'a> {
+        let spent = |phase: &super::data::Phase| phase.end_ns.saturating_sub(phase.start_ns);
+        let ns = profile.phases.iter().filter(|phase| phase.name == name).map(spent).max().unwrap_or(0);
+        Found { count: ns, time_ns: ns, all: profile.ran_ns, function: String::new(), device: "" }
+    }
+
+    fn apply(&'static self, profile: &Profile) -> Option<Advice> {
+        let found = match (&self.phase, self.sort) {
+            (Some(phase), _) => self.in_phases(profile, phase),
+            (None, Some(Sort::Vm)) => self.in_exits(profile.vm_exits.as_ref()?),
+            (None, _) => self.in_exits(&profile.userspace_exits),
+        };
+        if found.count == 0 || found.count < self.count || float(found.count) < self.share * float(found.all) {
+            return None;
+        }
+        let saved = std::time::Duration::try_from_secs_f64(float(found.count) * self.saves / 1e9);
+        let saved = saved.map_or(0, |it| u64::try_from(it.as_nanos()).unwrap_or(u64::MAX));
+        let text = self
+            .text
+            .replace("{count}", &number(found.count))
+            .replace("{share}", &share(found.count, found.all))
+            .replace("{all}", &number(found.all))
+            .replace("{time}", &time(found.time_ns))
+            .replace("{saved}", &number(saved))
+            .replace("{device}", found.device)
+            .replace("{function}", &found.function);
+        let saved = if self.phase.is_some() { 0 } else { saved };
+        Some(Advice { rule: &self.name, text, saved })
+    }
+}
+
+impl Advice {
+    /// All that applies to a profile, what saves most first.
+    #[must_use]
+    pub fn of(profile: &Profile) -> Vec<Self> {
+        let mut advice: Vec<Self> = rules().iter().filter_map(|rule| rule.apply(profile)).collect();
+        advice.sort_by_key(|one| std::cmp::Reverse(one.saved));
+        advice
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::data::Phase;
+
+    /// The rule's example, among other exits that make it a quarter of all.
+    fn provoke(rule: &Rule) -> Profile {
+        let mut profile = Profile { ran_ns: 10_000_000, ..Profile::default() };
+        if rule.example.as_str() == Some("phase") {
+            let name = rule.phase.clone().expect("a phase");
+            profile.phases.push(Phase { name, start_ns: 0, end_ns: 5_000_000 });
+            return profile;
+        }
+        let number =
+            |key: &str| rule.example.get(key).and_then(toml::Value::as_integer).and_then(|it| u64::try_from(it).ok());
+        let word = |key: &str| rule.example.get(key).and_then(|it| it.as_str()).map(str::to_owned);
+        let count = number("count").expect("a count");
+        let cause = Cause {
+            class: word("class").expect("a class"),
+            device: word("device"),
+            address: number("address"),
+            write: rule.example.get("write").and_then(toml::Value::as_bool),
+            function: Some("the_function".into()),
+            count,
+            ..Cause::default()
+        };
+        let exits = Exits { total: count * 2, causes: vec![cause], ..Exits::default() };
+        match rule.sort {
+            Some(Sort::Vm) => profile.vm_exits = Some(exits),
+            _ => profile.userspace_exits = exits,
+        }
+        profile
+    }
+
+    #[test]
+    fn every_rule_is_provoked_by_its_example_and_by_no_other() {
+        assert!(rules().len() >= 14, "the file is read");
+        for rule in rules() {
+            let advice = Advice::of(&provoke(rule));
+            let names: Vec<&str> = advice.iter().map(|one| one.rule).collect();
+            assert_eq!(names, [rule.name.as_str()]);
+            let text = &advice[0].text;
+            assert!(!text.contains('{'), "{text}");
+            assert!(
+                rule.phase.is_some() || !rule.text.contains("{function}") || text.contains("the_function"),
+                "{text}"
+            );
+        }
+        assert_eq!(Advice::of(&Profile::default()), []);
+    }
+
+    #[test]
+    fn a_rule_keeps_quiet_below_its_share() {
+        let rule = rules().iter().find(|rule| rule.name == "uart output").expect("there");
+        let mut profile = provoke(rule);
+        profile.userspace_exits.total *= 100;
+        assert_eq!(Advice::of(&profile), []);
+    }
+
+    #[test]
+    fn figures_are_those_of_the_profile() {
+        let rule = rules().iter().find(|rule| rule.name == "uart output").expect("there");
+        let text = Advice::of(&provoke(rule)).remove(0).text;
+        assert!(text.starts_with("50.0 % of userspace exits (500) are writes to UART 1 from the_function"), "{text}");
+        assert!(text.ends_with("saves about 475 exits"), "{text}");
+    }
+}

@@ -1,0 +1,440 @@
+//! A profile as data: what `--profile-out` writes and `hwvmm report` reads.
+//!
+//! The format is JSON with `"format": "hwvmm-profile"` and a version. The version changes when a field changes its
+//! meaning or goes; new fields may come without. All counts are exact; times are nanoseconds; histograms are pairs of (upper
+//! end of a bucket in nanoseconds, how many).
+
+use super::MemoryUse;
+use super::stats::VirtioQueue;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// What the file says it is.
+pub const FORMAT: &str = "hwvmm-profile";
+/// The version of the format.
+pub const VERSION: u32 = 1;
+/// Larger files are no profiles.
+const MAX_BYTES: u64 = 256 << 20;
+
+/// A profile cannot be read.
+#[derive(Debug, Error)]
+pub enum ProfileError {
+    /// The file.
+    #[error("cannot read the profile {}", .0.display())]
+    Read(PathBuf, #[source] std::io::Error),
+    /// Something else.
+    #[error("{} is no profile of hwvmm's: {why}; make one with `hwvmm run --profile-out FILE`", .path.display())]
+    Not {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// Another version.
+    #[error(
+        "{} is a profile of version {found}, and this hwvmm reads version {VERSION}: use the hwvmm that wrote it (it says {by})",
+        .path.display()
+    )]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u64,
+        /// Who wrote it.
+        by: String,
+    },
+    /// Counts that contradict each other.
+    #[error("{} is damaged: {why}", .path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// A whole profile.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Profile {
+    /// [`FORMAT`].
+    pub format: String,
+    /// [`VERSION`].
+    pub version: u32,
+    /// The version of hwvmm that wrote it.
+    pub hwvmm: String,
+    /// How the run ended, in words.
+    pub end: String,
+    /// The exit status.
+    pub status: u8,
+    /// The guest.
+    pub guest: Guest,
+    /// The host.
+    pub host: Host,
+    /// How often the guest was started (--on-reboot=restart); all else is of the last start.
+    pub starts: u32,
+    /// How long the guest ran.
+    pub ran_ns: u64,
+    /// CPU time of hwvmm until the guest ran first.
+    pub startup_cpu_ns: u64,
+    /// Parts of the run, in order; the first ends at 0, when the guest first ran.
+    pub phases: Vec<Phase>,
+    /// Moments.
+    pub marks: Vec<Mark>,
+    /// VM exits: the hardware's, by KVM's tracepoints. `None`: they were not traced.
+    pub vm_exits: Option<Exits>,
+    /// Userspace exits: KVM_RUN returned to hwvmm.
+    pub userspace_exits: Exits,
+    /// KVM's own figures, of the machine and all vCPUs together.
+    pub kvm: BTreeMap<String, u64>,
+    /// Queues of virtio devices.
+    pub virtio: Vec<VirtioQueue>,
+    /// Memory at the end.
+    pub memory: Option<MemoryUse>,
+    /// What could not be had, and how to have it.
+    pub missing: Vec<String>,
+    /// What exits of each kind cost on this host, by `hwvmm bench exits`, where it was measured.
+    #[serde(default)]
+    pub costs: BTreeMap<String, f64>,
+}
+
+/// The guest of a profile.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Guest {
+    /// The kernel's file.
+    pub kernel: String,
+    /// Its command line.
+    pub cmdline: String,
+    /// How it was loaded and entered.
+    pub boot: String,
+    /// vCPUs.
+    pub vcpus: usize,
+    /// Memory.
+    pub memory_bytes: u64,
+    /// Where the names of functions come from.
+    pub symbols: Option<String>,
+    /// By how much its kernel was moved (KASLR).
+    pub slide: u64,
+}
+
+/// The host of a profile.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Host {
+    /// The host kernel's release.
+    pub kernel: String,
+    /// "svm" or "vmx", where VM exits told it.
+    pub isa: Option<String>,
+}
+
+/// A part of the run.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Phase {
+    /// "load", "decompress", "kernel", "init".
+    pub name: String,
+    /// From when the guest first ran; for "load", 0 is hwvmm's start.
+    pub start_ns: u64,
+    /// Its end.
+    pub end_ns: u64,
+}
+
+/// A moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// What.
+    pub name: String,
+    /// When, from when the guest first ran.
+    pub at_ns: u64,
+}
+
+/// Exits of one of the two sorts.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Exits {
+    /// All of them.
+    pub total: u64,
+    /// Records that were lost: so many exits more there were at most.
+    pub lost: u64,
+    /// Exits that KVM answered without a trace.
+    pub untraced: u64,
+    /// By reason.
+    pub by_reason: BTreeMap<String, u64>,
+    /// By vCPU.
+    pub by_vcpu: Vec<u64>,
+    /// Most time first.
+    pub causes: Vec<Cause>,
+    /// Over time.
+    pub timeline: Timeline,
+}
+
+/// Who made the guest exit.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Cause {
+    /// The reason: as in KVM_EXIT_*, or the manual's name of the exit code.
+    pub reason: String,
+    /// Its kind, the same on all processors: "pio", "msr", "cpuid", "npf", "hlt", ...
+    pub class: String,
+    /// "port", "gpa", "msr", "leaf", "hypercall", where there is one.
+    pub space: Option<String>,
+    /// The number in that space.
+    pub address: Option<u64>,
+    /// Bytes of an item, for ports and memory.
+    pub size: Option<u8>,
+    /// Whether the guest wrote.
+    pub write: Option<bool>,
+    /// The device, or the register's name.
+    pub device: Option<String>,
+    /// The guest's instruction; `None` where there were too many to tell apart.
+    pub rip: Option<u64>,
+    /// The kernel's function it is in.
+    pub function: Option<String>,
+    /// Bytes from the function's start.
+    pub offset: Option<u64>,
+    /// Whose instruction: "kernel", "user", "boot" (before the kernel maps itself), "low" (addresses below the kernel's
+    /// that may be anyone's).
+    pub mode: String,
+    /// vCPU → count.
+    pub by_vcpu: BTreeMap<usize, u64>,
+    /// How often.
+    pub count: u64,
+    /// From the exit until the guest was entered again, together. For HLT this is sleep.
+    pub time_ns: u64,
+    /// The longest.
+    pub max_ns: u64,
+    /// Of the time, what hwvmm's handler took (userspace exits).
+    pub handler_ns: u64,
+    /// Times.
+    pub histogram: Vec<(u64, u64)>,
+}
+
+/// Counts over time.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timeline {
+    /// How wide a step is.
+    pub step_ns: u64,
+    /// (step, reason or class, count).
+    pub counts: Vec<(u64, String, u64)>,
+}
+
+impl Cause {
+    /// What it was about, for people: `0x3f8 write UART 1`.
+    #[must_use]
+    pub fn what(&self) -> String {
+        let direction = match self.write {
+            Some(true) => " write",
+            Some(false) => " read",
+            None => "",
+        };
+        match (&self.device, self.space.as_deref(), self.address) {
+            (Some(device), Some(_), Some(address)) => format!("{device} {address:#x}{direction}"),
+            (Some(device), ..) => format!("{device}{direction}"),
+            (None, Some("port" | "gpa"), Some(address)) => format!("(nobody) {address:#x}{direction}"),
+            (None, Some(space), Some(address)) => format!("{space} {address:#x}{direction}"),
+            (None, _, _) => direction.trim().to_owned(),
+        }
+    }
+
+    /// Where it came from, for people: `serial8250_console_putchar+0x12`.
+    #[must_use]
+    pub fn place(&self) -> String {
+        match (&self.function, self.offset, self.rip, self.mode.as_str()) {
+            (Some(function), Some(offset), _, _) => format!("{function}+{offset:#x}"),
+            (_, _, None, _) => "(many places)".into(),
+            (_, _, Some(rip), "user") => format!("user {rip:#x}"),
+            (_, _, Some(rip), _) => format!("{rip:#x}"),
+        }
+    }
+
+    /// The function alone, or whose code it is.
+    #[must_use]
+    pub fn function(&self) -> String {
+        match (&self.function, self.rip, self.mode.as_str()) {
+            (Some(function), _, _) => function.clone(),
+            (None, _, "user") => "user space".into(),
+            (None, None, _) => "(many places)".into(),
+            (None, Some(rip), _) => format!("{rip:#x}"),
+        }
+    }
+}
+
+/// The upper end of the bucket that `share` of all lie in or below, of a histogram.
+#[must_use]
+pub fn percentile(histogram: &[(u64, u64)], per_cent: u64) -> u64 {
+    let all: u64 = histogram.iter().map(|(_, count)| count).fold(0, |sum, count| sum.saturating_add(*count));
+    let wanted = u64::try_from((u128::from(all) * u128::from(per_cent)).div_ceil(100)).unwrap_or(u64::MAX);
+    let mut seen = 0_u64;
+    for (value, count) in histogram {
+        seen = seen.saturating_add(*count);
+        if seen >= wanted {
+            return *value;
+        }
+    }
+    histogram.last().map_or(0, |(value, _)| *value)
+}
+
+impl Exits {
+    /// Time outside of the guest, without what it slept in HLT.
+    #[must_use]
+    pub fn busy_ns(&self) -> u64 {
+        self.causes.iter().filter(|cause| cause.class != "hlt").fold(0, |sum, cause| sum.saturating_add(cause.time_ns))
+    }
+
+    fn check(&self, what: &str) -> Result<(), String> {
+        let by_cause = self.causes.iter().try_fold(0_u64, |sum, cause| sum.checked_add(cause.count));
+        let by_reason = self.by_reason.values().try_fold(0_u64, |sum, count| sum.checked_add(*count));
+        for (how, counted) in [("by cause", by_cause), ("by reason", by_reason)] {
+            if counted != Some(self.total) {
+                return Err(format!("it has {} {what} in all, and {counted:?} {how}", self.total));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Profile {
+    /// Reads and checks a profile.
+    ///
+    /// # Errors
+    /// [`ProfileError`].
+    pub fn read(path: &Path) -> Result<Self, ProfileError> {
+        let failed = |source| ProfileError::Read(path.to_owned(), source);
+        let not = |why: String| ProfileError::Not { path: path.to_owned(), why };
+        let metadata = std::fs::metadata(path).map_err(failed)?;
+        if metadata.is_dir() {
+            return Err(not("it is a folder".into()));
+        }
+        if metadata.len() > MAX_BYTES {
+            return Err(not(format!("it has {} bytes", metadata.len())));
+        }
+        let bytes = std::fs::read(path).map_err(failed)?;
+        Self::parse(&bytes, path)
+    }
+
+    fn parse(bytes: &[u8], path: &Path) -> Result<Self, ProfileError> {
+        let not = |why: String| ProfileError::Not { path: path.to_owned(), why };
+        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| not(error.to_string()))?;
+        if value.get("format").and_then(|format| format.as_str()) != Some(FORMAT) {
+            return Err(not(format!("it has no \"format\": \"{FORMAT}\"")));
+        }
+        let found = value.get("version").and_then(serde_json::Value::as_u64).unwrap_or(0);
+        if found != u64::from(VERSION) {
+            let by = value.get("hwvmm").and_then(|by| by.as_str()).unwrap_or("not which").to_owned();
+            return Err(ProfileError::Version { path: path.to_owned(), found, by });
+        }
+        let profile: Self = serde_json::from_value(value).map_err(|error| not(error.to_string()))?;
+        let checked = profile.userspace_exits.check("userspace exits").and_then(|()| match &profile.vm_exits {
+            Some(exits) => exits.check("VM exits"),
+            None => Ok(()),
+        });
+        checked.map_err(|why| ProfileError::Damaged { path: path.to_owned(), why })?;
+        Ok(profile)
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A small profile with one cause of each sort.
+    pub(in crate::profile) fn sample() -> Profile {
+        let cause = Cause {
+            reason: "pio_out".into(),
+            class: "pio".into(),
+            space: Some("port".into()),
+            address: Some(0x3f8),
+            size: Some(1),
+            write: Some(true),
+            device: Some("UART 1".into()),
+            rip: Some(0xffff_ffff_8123_4567),
+            function: Some("io_serial_out".into()),
+            offset: Some(0x16),
+            mode: "kernel".into(),
+            by_vcpu: BTreeMap::from([(0, 300)]),
+            count: 300,
+            time_ns: 3_000_000,
+            max_ns: 50_000,
+            handler_ns: 600_000,
+            histogram: vec![(9_983, 297), (51_199, 3)],
+        };
+        let exits = |cause: Cause| Exits {
+            total: cause.count,
+            by_reason: BTreeMap::from([(cause.reason.clone(), cause.count)]),
+            by_vcpu: vec![cause.count],
+            timeline: Timeline {
+                step_ns: 1_000_000,
+                counts: vec![(0, cause.class.clone(), 100), (7, cause.class.clone(), 200)],
+            },
+            causes: vec![cause],
+            ..Exits::default()
+        };
+        let cpuid = Cause {
+            reason: "CPUID".into(),
+            class: "cpuid".into(),
+            space: Some("leaf".into()),
+            address: Some(0x4000_0000),
+            write: None,
+            device: None,
+            size: None,
+            ..cause.clone()
+        };
+        Profile {
+            format: FORMAT.into(),
+            version: VERSION,
+            hwvmm: "0.1.0".into(),
+            end: "the guest powered off".into(),
+            guest: Guest { kernel: "vmlinuz".into(), vcpus: 1, memory_bytes: 256 << 20, ..Guest::default() },
+            starts: 1,
+            ran_ns: 8_000_000,
+            startup_cpu_ns: 9_000_000,
+            phases: vec![
+                Phase { name: "load".into(), start_ns: 0, end_ns: 9_000_000 },
+                Phase { name: "kernel".into(), start_ns: 0, end_ns: 8_000_000 },
+            ],
+            marks: vec![Mark { name: "console".into(), at_ns: 5_000_000 }],
+            vm_exits: Some(exits(cpuid)),
+            userspace_exits: exits(cause),
+            ..Profile::default()
+        }
+    }
+
+    fn parse(text: &str) -> Result<Profile, ProfileError> {
+        Profile::parse(text.as_bytes(), Path::new("p.json"))
+    }
+
+    #[test]
+    fn a_profile_survives_the_file() {
+        let text = serde_json::to_string(&sample()).expect("JSON");
+        assert_eq!(parse(&text).expect("a profile"), sample());
+    }
+
+    #[test]
+    fn what_is_no_profile_is_told() {
+        for (text, words) in [
+            ("", "no profile of hwvmm's"),
+            ("[]", "\"format\""),
+            (
+                "{\"format\":\"hwvmm-profile\",\"version\":9,\"hwvmm\":\"7.0\"}",
+                "version 9, and this hwvmm reads version 1",
+            ),
+            ("{\"format\":\"hwvmm-profile\",\"version\":1}", "missing field"),
+        ] {
+            let error = parse(text).expect_err("no profile").to_string();
+            assert!(error.contains(words) && error.contains("p.json"), "{error}");
+        }
+        let mut damaged = sample();
+        damaged.userspace_exits.causes[0].count = u64::MAX;
+        damaged.userspace_exits.causes.push(damaged.userspace_exits.causes[0].clone());
+        let error = parse(&serde_json::to_string(&damaged).expect("JSON")).expect_err("damaged").to_string();
+        assert!(error.contains("is damaged") && error.contains("by cause"), "{error}");
+    }
+
+    #[test]
+    fn percentiles_are_upper_ends() {
+        let histogram = [(10, 98), (100, 1), (1000, 1)];
+        assert_eq!(
+            (percentile(&histogram, 50), percentile(&histogram, 99), percentile(&histogram, 100)),
+            (10, 100, 1000)
+        );
+        assert_eq!(percentile(&[], 99), 0);
+        assert_eq!(percentile(&[(5, u64::MAX), (6, u64::MAX)], 100), 5, "hostile counts do not overflow");
+    }
+}

@@ -1,0 +1,153 @@
+//! Two profiles: what changed, most first.
+
+use super::rows::rows;
+use super::text::{Style, number};
+use crate::profile::data::{Exits, Profile};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+/// A cause in two profiles.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Change {
+    /// "vm" or "userspace".
+    pub sort: &'static str,
+    /// The reason.
+    pub reason: String,
+    /// Device or register.
+    pub what: String,
+    /// The function.
+    pub function: String,
+    /// In the first profile.
+    pub before: u64,
+    /// In the second.
+    pub after: u64,
+}
+
+/// The difference of two profiles.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Difference {
+    /// VM exits before and after, where both tell.
+    pub vm_exits: Option<(u64, u64)>,
+    /// Userspace exits before and after.
+    pub userspace_exits: (u64, u64),
+    /// How long the guest ran, in nanoseconds.
+    pub ran_ns: (u64, u64),
+    /// What changed, most first; what did not is left out.
+    pub changes: Vec<Change>,
+}
+
+impl Change {
+    fn size(&self) -> u64 {
+        self.before.abs_diff(self.after)
+    }
+}
+
+fn changes(sort: &'static str, before: &Exits, after: &Exits) -> Vec<Change> {
+    let mut all: BTreeMap<(String, String, String), (u64, u64)> = BTreeMap::new();
+    for row in rows(&before.causes) {
+        all.entry((row.reason, row.what, row.function)).or_default().0 += row.count;
+    }
+    for row in rows(&after.causes) {
+        all.entry((row.reason, row.what, row.function)).or_default().1 += row.count;
+    }
+    let change = |((reason, what, function), (before, after))| Change { sort, reason, what, function, before, after };
+    all.into_iter().map(change).filter(|change| change.before != change.after).collect()
+}
+
+/// Compares two profiles, by reason, device or register, and function.
+#[must_use]
+pub fn diff(before: &Profile, after: &Profile) -> Difference {
+    let mut all = Vec::new();
+    let both = before.vm_exits.as_ref().zip(after.vm_exits.as_ref());
+    if let Some((before, after)) = both {
+        all.extend(changes("vm", before, after));
+    }
+    all.extend(changes("userspace", &before.userspace_exits, &after.userspace_exits));
+    all.sort_by(|a, b| {
+        b.size().cmp(&a.size()).then_with(|| (a.sort, &a.reason, &a.what).cmp(&(b.sort, &b.reason, &b.what)))
+    });
+    Difference {
+        vm_exits: both.map(|(before, after)| (before.total, after.total)),
+        userspace_exits: (before.userspace_exits.total, after.userspace_exits.total),
+        ran_ns: (before.ran_ns, after.ran_ns),
+        changes: all,
+    }
+}
+
+fn signed(before: u64, after: u64) -> String {
+    let sign = if after >= before { '+' } else { '-' };
+    format!("{sign}{}", number(before.abs_diff(after)))
+}
+
+impl Difference {
+    /// A table for people.
+    #[must_use]
+    pub fn text(&self, style: Style) -> String {
+        let mut out = String::new();
+        let mut total = |what: &str, before: u64, after: u64| {
+            let _ = writeln!(out, "{what}: {} → {} ({})", number(before), number(after), signed(before, after));
+        };
+        if let Some((before, after)) = self.vm_exits {
+            total("VM exits", before, after);
+        }
+        total("userspace exits", self.userspace_exits.0, self.userspace_exits.1);
+        if self.vm_exits.is_none() {
+            let _ = writeln!(out, "(VM exits are not in both profiles)");
+        }
+        let time = super::text::time;
+        let _ = writeln!(out, "the guest ran {} → {}", time(self.ran_ns.0), time(self.ran_ns.1));
+        if self.changes.is_empty() {
+            let _ = writeln!(out, "no cause changed");
+            return out;
+        }
+        let _ = writeln!(
+            out,
+            "{:>9} {:>9} {:>9}  {:<9} {:<11} {:<24} function",
+            "before", "after", "change", "sort", "reason", "what"
+        );
+        for change in self.changes.iter().take(style.rows) {
+            let cells = super::text::cells(&[(&change.reason, 11), (&change.what, 24), (&change.function, 19)]);
+            let (before, after) = (number(change.before), number(change.after));
+            let line = format!(
+                "{before:>9} {after:>9} {:>9}  {:<9} {cells}",
+                signed(change.before, change.after),
+                change.sort
+            );
+            let _ = writeln!(out, "{}", line.trim_end());
+        }
+        if self.changes.len() > style.rows {
+            let _ = writeln!(out, "and {} smaller changes (--rows N shows more)", self.changes.len() - style.rows);
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::data::tests::sample;
+
+    #[test]
+    fn what_changed_most_comes_first() {
+        let (before, mut after) = (sample(), sample());
+        assert_eq!(diff(&before, &after).changes, []);
+        assert!(diff(&before, &after).text(Style::default()).contains("no cause changed"));
+        after.userspace_exits.causes[0].count = 10;
+        after.userspace_exits.total = 10;
+        if let Some(exits) = &mut after.vm_exits {
+            exits.causes[0].function = Some("another".into());
+            exits.causes[0].count = 301;
+            exits.total = 301;
+        }
+        let difference = diff(&before, &after);
+        let found: Vec<_> = difference.changes.iter().map(|c| (c.sort, c.before, c.after)).collect();
+        assert_eq!(found, [("vm", 0, 301), ("vm", 300, 0), ("userspace", 300, 10)]);
+        let text = difference.text(Style::default());
+        assert!(
+            text.contains("userspace exits: 300 → 10 (-290)") && text.contains("VM exits: 300 → 301 (+1)"),
+            "{text}"
+        );
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+    }
+}

@@ -1,0 +1,282 @@
+//! Tables for people: 100 columns at most, colour where a terminal is.
+
+use super::rows::{Row, rows};
+use crate::profile::advice::Advice;
+use crate::profile::data::{Exits, Profile};
+use std::fmt::Write as _;
+
+/// How text is written.
+#[derive(Clone, Copy, Debug)]
+pub struct Style {
+    /// With colour.
+    pub colour: bool,
+    /// Rows of a table before the rest is summed up.
+    pub rows: usize,
+}
+
+impl Default for Style {
+    fn default() -> Self {
+        Self { colour: false, rows: 25 }
+    }
+}
+
+const WIDTH: usize = 100;
+
+impl Style {
+    fn bold(self, text: &str) -> String {
+        if self.colour { format!("\x1b[1m{text}\x1b[0m") } else { text.to_owned() }
+    }
+
+    fn dim(self, text: &str) -> String {
+        if self.colour { format!("\x1b[2m{text}\x1b[0m") } else { text.to_owned() }
+    }
+
+    fn warn(self, text: &str) -> String {
+        if self.colour { format!("\x1b[33m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}
+
+/// A time with a unit, in 8 columns at most.
+pub(in crate::profile) fn time(ns: u64) -> String {
+    let (divisor, unit) = match ns {
+        0..1_000 => return format!("{ns} ns"),
+        1_000..1_000_000 => (1_000, "µs"),
+        1_000_000..1_000_000_000 => (1_000_000, "ms"),
+        _ => (1_000_000_000, "s"),
+    };
+    let tenths = u128::from(ns) * 10 / divisor;
+    if tenths < 1000 { format!("{}.{} {unit}", tenths / 10, tenths % 10) } else { format!("{} {unit}", tenths / 10) }
+}
+
+/// A part of a whole, in per cent with one digit behind the point.
+pub(in crate::profile) fn share(part: u64, whole: u64) -> String {
+    if whole == 0 {
+        return "-".into();
+    }
+    let tenths = (u128::from(part) * 1000 + u128::from(whole) / 2) / u128::from(whole);
+    format!("{}.{} %", tenths / 10, tenths % 10)
+}
+
+/// A number with its thousands apart.
+pub(in crate::profile) fn number(value: u64) -> String {
+    let digits = value.to_string();
+    let mut out = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// `text` in exactly `width` columns; what is cut ends in an ellipsis.
+fn fit(text: &str, width: usize) -> String {
+    if text.chars().count() <= width {
+        return format!("{text:<width$}");
+    }
+    let cut: String = text.chars().take(width.saturating_sub(1)).collect();
+    format!("{cut}…")
+}
+
+/// What a terminal must not get from a guest or a file: control characters.
+fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+/// Columns side by side.
+pub(super) fn cells(columns: &[(&str, usize)]) -> String {
+    columns.iter().map(|(text, width)| fit(&clean(text), *width)).collect::<Vec<_>>().join(" ")
+}
+
+fn row(row: &Row, total: u64) -> String {
+    format!(
+        "{:>9} {:>7} {:>8} {:>8}  {}",
+        number(row.count),
+        share(row.count, total),
+        time(row.mean_ns()),
+        time(row.p99_ns()),
+        cells(&[(&row.reason, 11), (&row.what, 24), (&row.function, 27)]),
+    )
+    .trim_end()
+    .to_owned()
+}
+
+fn table(out: &mut String, exits: &Exits, style: Style) {
+    let head = format!(
+        "{:>9} {:>7} {:>8} {:>8}  {:<11} {:<24} {}",
+        "count", "share", "mean", "p99", "reason", "what", "function"
+    );
+    let rows = rows(&exits.causes);
+    let _ = writeln!(out, "{}", style.dim(&head));
+    for one in rows.iter().take(style.rows) {
+        let _ = writeln!(out, "{}", row(one, exits.total));
+    }
+    let rest: u64 = rows.iter().skip(style.rows).fold(0, |sum, row| sum.saturating_add(row.count));
+    if rest > 0 {
+        let more = rows.len() - style.rows;
+        let _ = writeln!(out, "{:>9} {:>7} {:>17}  in {more} more rows", number(rest), share(rest, exits.total), "");
+    }
+}
+
+fn by_reason(out: &mut String, exits: &Exits) {
+    let mut reasons: Vec<_> = exits.by_reason.iter().collect();
+    reasons.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+    let words: Vec<String> =
+        reasons.iter().map(|(name, count)| format!("{} {}", clean(name), number(**count))).collect();
+    wrapped(out, &words.join(", "), "  ");
+}
+
+/// Words on lines of at most [`WIDTH`] columns.
+fn wrapped(out: &mut String, text: &str, indent: &str) {
+    let mut line = indent.to_owned();
+    let mut empty = true;
+    for word in text.split(' ') {
+        if !empty && line.chars().count() + 1 + word.chars().count() > WIDTH {
+            let _ = writeln!(out, "{line}");
+            line = indent.to_owned();
+            empty = true;
+        }
+        if !empty {
+            line.push(' ');
+        }
+        line.push_str(word);
+        empty = false;
+    }
+    let _ = writeln!(out, "{line}");
+}
+
+fn head(out: &mut String, profile: &Profile, style: Style) {
+    let guest = &profile.guest;
+    let title = format!("profile: {}, {} vCPU, {} MiB", clean(&guest.kernel), guest.vcpus, guest.memory_bytes >> 20);
+    let _ = writeln!(out, "{}", style.bold(fit(&title, WIDTH).trim_end()));
+    wrapped(out, &format!("{}; the guest ran {}", clean(&profile.end), time(profile.ran_ns)), "  ");
+    let phase = |phase: &crate::profile::data::Phase| {
+        format!("{} {}", clean(&phase.name), time(phase.end_ns.saturating_sub(phase.start_ns)))
+    };
+    let phases: Vec<String> = profile.phases.iter().map(phase).collect();
+    wrapped(out, &format!("phases: {}", phases.join(", ")), "  ");
+    if !profile.marks.is_empty() {
+        let marks = profile.marks.iter().take(20).map(|mark| format!("{} at {}", clean(&mark.name), time(mark.at_ns)));
+        wrapped(out, &format!("marks: {}", marks.collect::<Vec<_>>().join(", ")), "  ");
+    }
+    match &guest.symbols {
+        Some(symbols) => {
+            let moved = if guest.slide == 0 { String::new() } else { format!(", moved by {:#x} (KASLR)", guest.slide) };
+            wrapped(out, &format!("functions by {}{moved}", clean(symbols)), "  ");
+        }
+        None => wrapped(out, "no names of functions", "  "),
+    }
+}
+
+fn cost(profile: &Profile) -> Option<String> {
+    let exits = profile.vm_exits.as_ref()?;
+    if profile.costs.is_empty() {
+        return None;
+    }
+    let cost = |cause: &crate::profile::data::Cause| {
+        let ns = profile.costs.get(&cause.class)?;
+        Some(ns * f64::from(u32::try_from(cause.count).unwrap_or(u32::MAX)))
+    };
+    let ns: f64 = exits.causes.iter().filter_map(cost).sum();
+    Some(format!("by what this host's exits cost (hwvmm bench exits), about {:.1} ms of this run", ns / 1e6))
+}
+
+/// The whole report.
+pub(super) fn render(profile: &Profile, advice: &[Advice], style: Style) -> String {
+    let mut out = String::new();
+    head(&mut out, profile, style);
+    match &profile.vm_exits {
+        Some(exits) => {
+            let lost = if exits.lost > 0 {
+                style.warn(&format!(", and {} lost", number(exits.lost)))
+            } else {
+                ", none lost".into()
+            };
+            let title = format!("VM exits: {}", number(exits.total));
+            let busy = time(exits.busy_ns());
+            let _ = writeln!(
+                out,
+                "\n{} (the hardware left the guest{lost}; {busy} outside of it, sleep in HLT left out)",
+                style.bold(&title)
+            );
+            if exits.untraced > 0 {
+                let _ = writeln!(
+                    out,
+                    "  and {} that KVM answered on its fast path without a trace",
+                    number(exits.untraced)
+                );
+            }
+            by_reason(&mut out, exits);
+            if let Some(cost) = cost(profile) {
+                wrapped(&mut out, &cost, "  ");
+            }
+            table(&mut out, exits, style);
+        }
+        None => {
+            let total =
+                profile.kvm.get("exits").map_or_else(|| "KVM does not tell how many".into(), |exits| number(*exits));
+            let _ = writeln!(out, "\n{} (not told apart)", style.bold(&format!("VM exits: {total}")));
+        }
+    }
+    let exits = &profile.userspace_exits;
+    let handler = exits.causes.iter().fold(0_u64, |sum, cause| sum.saturating_add(cause.handler_ns));
+    let title = format!("userspace exits: {}", number(exits.total));
+    let _ = writeln!(out, "\n{} (KVM_RUN came back to hwvmm; {} in its handler)", style.bold(&title), time(handler));
+    by_reason(&mut out, exits);
+    table(&mut out, exits, style);
+    if !advice.is_empty() {
+        let _ = writeln!(out, "\n{}", style.bold("what to do:"));
+        for (index, one) in advice.iter().enumerate() {
+            wrapped(&mut out, &format!("{}. {}", index + 1, clean(&one.text)), "  ");
+        }
+    }
+    for missing in &profile.missing {
+        wrapped(&mut out, &style.warn(&format!("missing: {}", clean(missing))), "");
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::data::tests::sample;
+
+    #[test]
+    fn a_report_fits_100_columns_and_names_the_function() {
+        let mut profile = sample();
+        profile.userspace_exits.causes[0].function = Some("a_function_with_a_very_long_name_that_will_not_fit".into());
+        profile.missing.push(
+            "a long story about what could not be had, and what one might do to have it, in many words more".into(),
+        );
+        let text = render(&profile, &Advice::of(&profile), Style::default());
+        assert!(
+            text.contains("VM exits: 300") && text.contains("io_serial_out") && text.contains("leaf 0x40000000"),
+            "{text}"
+        );
+        assert!(text.contains("UART 1 0x3f8 write") && text.contains("10.0 µs") && text.contains("50.0 µs"), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= WIDTH), "{text}");
+        assert!(!text.contains('\x1b'), "no colour unless asked for");
+        assert!(render(&profile, &[], Style { colour: true, rows: 1 }).contains("\x1b[1m"));
+    }
+
+    #[test]
+    fn control_characters_of_a_file_do_not_reach_the_terminal() {
+        let mut profile = sample();
+        profile.guest.kernel = "\x1b]0;title\x07".into();
+        profile.end = "\x1b[31m".into();
+        profile.userspace_exits.causes[0].function = Some("\x1b[2J".into());
+        profile.userspace_exits.causes[0].device = Some("\x1b[2J".into());
+        assert!(!render(&profile, &[], Style::default()).contains('\x1b'));
+    }
+
+    #[test]
+    fn numbers_are_for_people() {
+        assert_eq!((number(999), number(1_234_567)), ("999".into(), "1,234,567".into()));
+        assert_eq!(
+            (time(12), time(1_500), time(123_456_789), time(u64::MAX)),
+            ("12 ns".into(), "1.5 µs".into(), "123 ms".into(), "18446744073 s".into())
+        );
+        assert_eq!((share(1, 3), share(0, 0)), ("33.3 %".into(), "-".into()));
+    }
+}

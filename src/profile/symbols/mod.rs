@@ -1,0 +1,184 @@
+//! The guest kernel's symbols: which function an instruction belongs to.
+
+mod kallsyms;
+mod table;
+
+use crate::config::RunConfig;
+use crate::machine::kernel;
+use kallsyms::Kallsyms;
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::path::{Path, PathBuf};
+use table::Table;
+use thiserror::Error;
+
+/// Where Linux links its text, and from which physical address it does so (CONFIG_PHYSICAL_START may differ; the
+/// difference of both is the same): what the kernel's first instructions run at, before paging is its own.
+const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+/// A symbol farther away than this says nothing.
+const REACH: u64 = 4 << 20;
+/// KASLR moves a kernel by whole steps of this.
+const KASLR_STEP: u64 = 2 << 20;
+const KASLR_MOST: u64 = 1 << 30;
+/// Where LSTAR points.
+const SYSCALL_ENTRIES: [&str; 3] = ["entry_SYSCALL_64", "system_call", "entry_SYSCALL_64_trampoline"];
+/// Larger than any kernel.
+const MAX_BYTES: u64 = 1 << 30;
+
+/// There are no symbols.
+#[derive(Debug, Error)]
+pub enum SymbolsError {
+    /// The kernel.
+    #[error(transparent)]
+    Kernel(#[from] kernel::KernelError),
+    /// A file.
+    #[error("cannot read {}", .0.display())]
+    Read(PathBuf, #[source] std::io::Error),
+    /// Neither symbol table nor kallsyms.
+    #[error(
+        "{} has no symbols: neither a symbol table nor kallsyms (CONFIG_KALLSYMS); give them with --symbols vmlinux or \
+         --symbols System.map", .0.display()
+    )]
+    None(PathBuf),
+    /// Too large.
+    #[error("{} has {bytes} bytes: that is no kernel", .path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+}
+
+enum Source {
+    Table(Table),
+    Kallsyms(Kallsyms),
+}
+
+/// A kernel's symbols.
+pub struct Symbols {
+    source: Source,
+    /// By how much the running kernel was moved.
+    slide: u64,
+}
+
+/// A place in the guest's kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The function.
+    pub function: String,
+    /// Bytes from its start.
+    pub offset: u64,
+}
+
+fn read(path: &Path, mut file: &File) -> Result<Vec<u8>, SymbolsError> {
+    let error = |source| SymbolsError::Read(path.to_owned(), source);
+    let bytes = file.metadata().map_err(error)?.len();
+    if bytes > MAX_BYTES {
+        return Err(SymbolsError::TooLarge { path: path.to_owned(), bytes });
+    }
+    let mut contents = Vec::with_capacity(usize::try_from(bytes).unwrap_or(0));
+    file.rewind().map_err(error)?;
+    file.take(MAX_BYTES).read_to_end(&mut contents).map_err(error)?;
+    Ok(contents)
+}
+
+impl Symbols {
+    /// The symbols of a run's kernel, or those that were given instead.
+    ///
+    /// # Errors
+    /// [`SymbolsError`].
+    pub fn load(config: &RunConfig) -> Result<Self, SymbolsError> {
+        let (path, contents) = match &config.symbols {
+            Some(path) => {
+                let file = File::open(path).map_err(|source| SymbolsError::Read(path.clone(), source))?;
+                (path, read(path, &file)?)
+            }
+            None => (&config.kernel, read(&config.kernel, &kernel::unpacked(config)?)?),
+        };
+        Self::find(&contents).ok_or_else(|| SymbolsError::None(path.clone()))
+    }
+
+    /// The symbols in an unpacked kernel or a System.map.
+    #[must_use]
+    pub fn find(contents: &[u8]) -> Option<Self> {
+        let source = Table::from_elf(contents)
+            .map(Source::Table)
+            .or_else(|| Kallsyms::find(contents).map(Source::Kallsyms))
+            .or_else(|| Table::from_system_map(contents).map(Source::Table))?;
+        Some(Self { source, slide: 0 })
+    }
+
+    /// Where they come from, and how many there are.
+    #[must_use]
+    pub fn description(&self) -> String {
+        match &self.source {
+            Source::Table(table) => format!("{} symbols of {}", table.len(), table.origin()),
+            Source::Kallsyms(kallsyms) => format!("{} symbols of the kernel's own kallsyms", kallsyms.len()),
+        }
+    }
+
+    /// By how much the running kernel was moved, found from where it takes system calls.
+    #[must_use]
+    pub fn slide(&self) -> u64 {
+        self.slide
+    }
+
+    /// The address of a symbol, where the kernel was linked to.
+    #[must_use]
+    pub fn address(&self, name: &str) -> Option<u64> {
+        match &self.source {
+            Source::Table(table) => table.address(name),
+            Source::Kallsyms(kallsyms) => kallsyms.address(name),
+        }
+    }
+
+    /// Learns from the running guest's LSTAR by how much its kernel was moved (KASLR). `false` where it fits no kernel
+    /// with these symbols.
+    pub fn locate(&mut self, lstar: u64) -> bool {
+        let linked = SYSCALL_ENTRIES.iter().find_map(|name| self.address(name));
+        let slide = linked.and_then(|linked| lstar.checked_sub(linked));
+        match slide.filter(|slide| slide.is_multiple_of(KASLR_STEP) && *slide <= KASLR_MOST) {
+            Some(slide) => {
+                self.slide = slide;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The function of an instruction in the kernel.
+    #[must_use]
+    pub fn resolve(&self, rip: u64) -> Option<Place> {
+        // Before it maps itself, a kernel runs where it was loaded.
+        let linked = if rip < REACH * 256 { rip.checked_add(KERNEL_MAP)? } else { rip.checked_sub(self.slide)? };
+        let (function, start) = match &self.source {
+            Source::Table(table) => table.resolve(linked)?,
+            Source::Kallsyms(kallsyms) => kallsyms.resolve(linked)?,
+        };
+        let offset = linked - start;
+        (start >= KERNEL_MAP && offset < REACH).then_some(Place { function, offset })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAP: &str = "0000000000000000 A fixed_percpu_data\nffffffff81000000 T _text\nffffffff81000000 T startup_64\n\
+        ffffffff81000100 t early\nffffffff81c00080 T entry_SYSCALL_64\nffffffff82000000 D data\n";
+
+    #[test]
+    fn kaslr_is_found_from_the_system_call_entry() {
+        let mut symbols = Symbols::find(MAP.as_bytes()).expect("symbols");
+        assert!(symbols.description().contains("System.map"));
+        assert!(!symbols.locate(0x1234) && symbols.slide() == 0, "no kernel's");
+        assert!(!symbols.locate(0xffff_ffff_81c0_0080 + 4096), "not a step of KASLR");
+        assert!(symbols.locate(0xffff_ffff_81c0_0080 + 0x1a00_0000));
+        let place = symbols.resolve(0xffff_ffff_8100_0110 + 0x1a00_0000);
+        assert_eq!(place, Some(Place { function: "early".into(), offset: 0x10 }));
+        let early = symbols.resolve(0x100_0005);
+        assert_eq!(early, Some(Place { function: "_text".into(), offset: 5 }), "where it was loaded, not moved");
+        assert_eq!(symbols.resolve(0x7f12_3456_7890), None);
+    }
+}
