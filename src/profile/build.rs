@@ -16,36 +16,47 @@ use hwvmm_arch::{layout, msr_name::msr_name};
 use std::collections::BTreeMap;
 
 const HIGH_HALF: u64 = 1 << 63;
+/// Where the lowest of ordinary programs are linked to (x86-64 psABI).
+const LOWEST_PROGRAM: u64 = 0x40_0000;
 
 /// Where instructions are, and what addresses are.
 struct Names<'a> {
     symbols: Option<&'a Symbols>,
     handler: &'a Handler,
-    /// Whether the guest ever ran in a kernel's half of the address space: then low addresses are programs'.
-    has_kernel: bool,
+    /// Whether the kernel was loaded to where it was linked for, so that its first instructions have names too.
+    in_place: bool,
+}
+
+/// Whose an instruction is, by what is known of it.
+enum Whose {
+    /// By its privilege level.
+    Level(Option<u8>),
+    /// By its address: before the kernel ran in its own half or after.
+    Early(bool),
 }
 
 impl Names<'_> {
     /// Fills in whose instruction it is, and in which function.
-    fn place(&self, cause: &mut Cause, cpl: Option<u8>) {
+    fn place(&self, cause: &mut Cause, whose: &Whose) {
         let Some(rip) = cause.rip else {
             cause.mode = "many".into();
             return;
         };
-        cause.mode = match (rip >= HIGH_HALF, cpl) {
-            (_, Some(3)) => "user",
+        cause.mode = match (rip >= HIGH_HALF, whose) {
+            (_, Whose::Level(Some(3))) => "user",
             (true, _) => "kernel",
-            (false, Some(_)) => "boot",
-            // Before paging is its own, Linux runs where it was loaded, from 1 MiB on.
-            (false, None) if self.symbols.is_some_and(|symbols| symbols.resolve(rip).is_some()) => "boot",
-            (false, None) if self.has_kernel && rip >= 0x40_0000 => "user",
-            (false, None) => "low",
+            (false, Whose::Level(Some(_)) | Whose::Early(true)) => "boot",
+            // Below this nobody's programs are; the trampolines of other vCPUs are.
+            (false, Whose::Early(false)) if rip >= LOWEST_PROGRAM => "user",
+            (false, _) => "low",
         }
         .into();
-        if cause.mode == "kernel" || cause.mode == "boot" {
-            let place = self.symbols.and_then(|symbols| symbols.resolve(rip));
-            (cause.function, cause.offset) = place.map(|place| (place.function, place.offset)).unzip();
-        }
+        let place = match (&self.symbols, cause.mode.as_str()) {
+            (Some(symbols), "kernel") => symbols.resolve(rip),
+            (Some(symbols), "boot") if self.in_place => symbols.resolve_unmapped(rip),
+            _ => None,
+        };
+        (cause.function, cause.offset) = place.map(|place| (place.function, place.offset)).unzip();
     }
 
     fn port(&self, port: u64) -> Option<String> {
@@ -102,7 +113,7 @@ impl Names<'_> {
             rip: cause.rip,
             ..Cause::default()
         };
-        self.place(&mut named, cause.cpl);
+        self.place(&mut named, &Whose::Level(cause.cpl));
         named
     }
 
@@ -134,7 +145,7 @@ impl Names<'_> {
             }
             VmDetail::Device { gpa, write } => about("gpa", gpa, Some(write), self.memory(gpa)),
         }
-        self.place(&mut named, None);
+        self.place(&mut named, &Whose::Early(cause.early));
         named
     }
 }
@@ -297,9 +308,8 @@ impl Profile {
             .collect();
         let vm: &[Option<VmProfile>] = finish.traced.as_ref().map_or(&[], |traced| &traced.vcpus);
         let marks = marks(&users);
-        let has_kernel = marks.iter().any(|mark| mark.name == "kernel")
-            || vm.iter().flatten().any(|vm| vm.first_kernel_ns.is_some());
-        let names = Names { symbols: symbols.as_ref(), handler: &finish.handler, has_kernel };
+        let in_place = !finish.description.contains("by the guest");
+        let names = Names { symbols: symbols.as_ref(), handler: &finish.handler, in_place };
         let mut kvm = BTreeMap::new();
         finish.vm_stats.iter().chain(finish.vcpu_stats.iter().flatten()).for_each(|stats| add_kvm(&mut kvm, stats));
         let guest_memory: Vec<_> = finish.ram.host_ranges().collect();

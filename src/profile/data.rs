@@ -353,7 +353,7 @@ pub(super) mod tests {
             time_ns: 3_000_000,
             max_ns: 50_000,
             handler_ns: 600_000,
-            histogram: vec![(9_983, 297), (51_199, 3)],
+            histogram: vec![(9_983, 290), (51_199, 10)],
         };
         let exits = |cause: Cause| Exits {
             total: cause.count,

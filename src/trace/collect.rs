@@ -60,6 +60,9 @@ pub struct VmCause {
     pub detail: VmDetail,
     /// The guest's instruction; 0 where there were too many to tell apart.
     pub rip: u64,
+    /// Whether this was before the vCPU's first exit from a kernel's half of the address space: low addresses are then the
+    /// boot code's, and programs' later.
+    pub early: bool,
 }
 
 /// The VM exits of one vCPU.
@@ -100,7 +103,7 @@ impl VmProfile {
         if self.causes.len() < MAX_CAUSES || self.causes.contains_key(&cause) {
             return cause;
         }
-        let anywhere = VmCause { rip: 0, ..cause };
+        let anywhere = VmCause { rip: 0, early: false, ..cause };
         if self.causes.len() < 2 * MAX_CAUSES || self.causes.contains_key(&anywhere) {
             return anywhere;
         }
@@ -229,6 +232,7 @@ impl Collector {
         };
         self.early_msr = None;
         self.begun = true;
+        let early = rip < HIGH_HALF && self.profile.first_kernel_ns.is_none();
         let at_ns = time_ns.saturating_sub(self.start_ns);
         *self.profile.reasons.entry((isa, code)).or_default() += 1;
         self.profile.timeline.add(at_ns, isa.class(code));
@@ -237,7 +241,7 @@ impl Collector {
         } else if self.profile.first_kernel_ns.is_some() && rip >= 0x40_0000 {
             self.profile.first_user_ns.get_or_insert(at_ns);
         }
-        self.pending = Some((time_ns, VmCause { isa, code, detail, rip }));
+        self.pending = Some((time_ns, VmCause { isa, code, detail, rip, early }));
     }
 
     fn entry(&mut self, time_ns: u64) {

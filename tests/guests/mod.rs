@@ -113,6 +113,23 @@ payload!(
     "out %al,$0xf4",
 );
 
+// Exits at known places, PROFILED_* bytes from the start: 50 times CPUID and OUT, then the end.
+payload!(
+    profiled_long,
+    ".code64",
+    "mov $50,%r8d",
+    "1: xor %eax,%eax",
+    "cpuid",
+    "out %al,$0x10",
+    "dec %r8d",
+    "jnz 1b",
+    "mov $1,%al",
+    "out %al,$0xf4",
+);
+pub(crate) const PROFILED_CPUID: u64 = 8;
+pub(crate) const PROFILED_OUT: u64 = 10;
+pub(crate) const PROFILED_END: u64 = 19;
+
 // String I/O: 5 bytes out from 0x3000, 4 words in to 0x3100; the words read are what the port gives.
 payload!(
     string_real,

@@ -147,16 +147,25 @@ impl Symbols {
         }
     }
 
-    /// The function of an instruction in the kernel.
+    /// The function of an instruction in the running kernel.
     #[must_use]
     pub fn resolve(&self, rip: u64) -> Option<Place> {
-        // Before it maps itself, a kernel runs where it was loaded.
-        let linked = if rip < REACH * 256 { rip.checked_add(KERNEL_MAP)? } else { rip.checked_sub(self.slide)? };
+        self.linked(rip.checked_sub(self.slide)?)
+    }
+
+    /// The function of an instruction in a kernel that runs where it was loaded, before it maps itself to where it was
+    /// linked for.
+    #[must_use]
+    pub fn resolve_unmapped(&self, rip: u64) -> Option<Place> {
+        self.linked(rip.checked_add(KERNEL_MAP)?)
+    }
+
+    fn linked(&self, address: u64) -> Option<Place> {
         let (function, start) = match &self.source {
-            Source::Table(table) => table.resolve(linked)?,
-            Source::Kallsyms(kallsyms) => kallsyms.resolve(linked)?,
+            Source::Table(table) => table.resolve(address)?,
+            Source::Kallsyms(kallsyms) => kallsyms.resolve(address)?,
         };
-        let offset = linked - start;
+        let offset = address - start;
         (start >= KERNEL_MAP && offset < REACH).then_some(Place { function, offset })
     }
 }
@@ -177,7 +186,7 @@ mod tests {
         assert!(symbols.locate(0xffff_ffff_81c0_0080 + 0x1a00_0000));
         let place = symbols.resolve(0xffff_ffff_8100_0110 + 0x1a00_0000);
         assert_eq!(place, Some(Place { function: "early".into(), offset: 0x10 }));
-        let early = symbols.resolve(0x100_0005);
+        let early = symbols.resolve_unmapped(0x100_0005);
         assert_eq!(early, Some(Place { function: "_text".into(), offset: 5 }), "where it was loaded, not moved");
         assert_eq!(symbols.resolve(0x7f12_3456_7890), None);
     }
