@@ -26,43 +26,46 @@ fn exit(data: &mut [u8; 1]) -> Exit<'_> {
     Exit::Pio { port: black_box(0x3f8), direction: Direction::Out, size: 1, data }
 }
 
-/// The run loop's body without the hook.
-fn plain(exits: u32) {
-    let handler = handler();
-    let mut recent = Recent::default();
-    let mut counters = Counters::new(&handler.pio, &handler.mmio);
-    for _ in 0..exits {
-        let mut data = [0x41];
-        let mut exit = exit(&mut data);
-        let reason = ExitReason::of(&exit);
-        let handled = handler.handle(&mut exit);
-        let snapshot = Snapshot { reason, detail: Detail::of(&exit), rip: None, cpl: None, tsc: clock::tsc() };
-        counters.record(reason, handled.route);
-        recent.push(snapshot);
-        black_box(&handled.outcome);
-    }
-    black_box((&counters, &recent));
+/// The run loop's body; what is in the last brackets is the hook: before the entry, before handling, after it, at the end.
+macro_rules! run_loop {
+    ($exits:ident, [$($enter:tt)*] [$($stamp:tt)*] [$exit:ident, $handled:ident, $($record:tt)*] [$($finish:tt)*]) => {
+        let handler = handler();
+        let mut recent = Recent::default();
+        let mut counters = Counters::new(&handler.pio, &handler.mmio);
+        for _ in 0..$exits {
+            $($enter)*
+            let mut data = [0x41];
+            let mut exit = exit(&mut data);
+            let reason = ExitReason::of(&exit);
+            $($stamp)*
+            let $handled = handler.handle(&mut exit);
+            let $exit = Snapshot { reason, detail: Detail::of(&exit), rip: None, cpl: None, tsc: clock::tsc() };
+            $($record)*
+            counters.record(reason, $handled.route);
+            recent.push($exit);
+            black_box(&$handled.outcome);
+        }
+        black_box((&counters, &recent));
+        $($finish)*
+    };
 }
 
-/// The same with it.
+/// Without the hook.
+#[inline(never)]
+fn plain(exits: u32) {
+    run_loop!(exits, [] [] [snapshot, handled,] []);
+}
+
+/// With it.
+#[inline(never)]
 fn hooked<P: Profiler>(exits: u32, mut profiler: P) {
-    let handler = handler();
-    let mut recent = Recent::default();
-    let mut counters = Counters::new(&handler.pio, &handler.mmio);
-    for _ in 0..exits {
-        profiler.enter();
-        let mut data = [0x41];
-        let mut exit = exit(&mut data);
-        let reason = ExitReason::of(&exit);
-        let stamp = profiler.stamp();
-        let handled = handler.handle(&mut exit);
-        let snapshot = Snapshot { reason, detail: Detail::of(&exit), rip: None, cpl: None, tsc: clock::tsc() };
-        profiler.record(&snapshot, handled.route, stamp);
-        counters.record(reason, handled.route);
-        recent.push(snapshot);
-        black_box(&handled.outcome);
-    }
-    black_box((&counters, &recent, profiler.finish()));
+    run_loop!(
+        exits,
+        [profiler.enter();]
+        [let stamp = profiler.stamp();]
+        [snapshot, handled, profiler.record(&snapshot, handled.route, stamp);]
+        [black_box(profiler.finish());]
+    );
 }
 
 fn run(variant: &str, exits: u32) {

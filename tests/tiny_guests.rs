@@ -318,7 +318,7 @@ fn profiled() -> Result<(Box<UserProfile>, Result<VmProfile, String>), String> {
         let traced = tracer.finish(1);
         traced.vcpus.into_iter().next().flatten().ok_or_else(|| traced.missing.join("; "))
     });
-    let Measured::Profile(profile) = finished.measured else { panic!("a profile") };
+    let Measured::Profile(profile) = finished.measured else { return Err("no profile was made".into()) };
     assert_eq!(finished.counters.total(), profile.causes().map(|(_, tally)| tally.outside.count).sum::<u64>());
     Ok((profile, traced))
 }

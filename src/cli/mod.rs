@@ -1,9 +1,11 @@
 //! The command line: one file a subcommand.
 
+mod bench;
 mod ctl;
 mod doctor;
 mod report;
 mod run;
+mod top;
 mod unpack;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -67,6 +69,13 @@ enum Command {
     /// Show a profile in many forms, compare two, hold one to a budget
     #[command(after_help = REPORT_EXAMPLES)]
     Report(report::Args),
+    /// Show what a running machine exits for, as it happens
+    #[command(
+        after_help = "Examples:\n  hwvmm run vmlinuz --api /tmp/vm.sock ...\n  hwvmm top /tmp/vm.sock\n  hwvmm top --once /tmp/vm.sock"
+    )]
+    Top(top::Args),
+    /// Measure what exits cost on this host
+    Bench(bench::Args),
     /// Control a running machine: its state, its balloon, its end
     #[command(
         after_help = "Examples:\n  hwvmm run vmlinuz --balloon --api /tmp/vm.sock ...\n  hwvmm ctl /tmp/vm.sock status\n  \
@@ -138,6 +147,8 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(*args),
         Command::Ctl(args) => ctl::run(&args),
         Command::Report(args) => report::run(&args),
+        Command::Top(args) => top::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Unpack(args) => unpack::run(&args),
         Command::Completions { shell } => {

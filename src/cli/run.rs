@@ -68,6 +68,7 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
         return Ok(end.status());
     }
     let mut profile = Profile::new(&config, &finish);
+    profile.costs = super::bench::saved_costs();
     (profile.end, profile.status, profile.starts) = (end.to_string(), end.status(), starts);
     let within = show_profile(&config, &profile, &budget)?;
     Ok(if within || end.status() != status::OK { end.status() } else { status::OVER_BUDGET })

@@ -2,8 +2,10 @@
 //!
 //! - `status`: what runs, and the balloon.
 //! - `balloon SIZE`: asks the guest to give up SIZE in all.
+//! - `exits`: what each vCPU has exited for so far (`hwvmm top` asks again and again).
 //! - `stop`: ends the run, as Ctrl-A x does.
 
+use super::live::Live;
 use crate::config::parse_size;
 use crate::exit::End;
 use crate::vcpu::Control;
@@ -16,7 +18,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use thiserror::Error;
 
 /// Clients at once; more wait at the door.
@@ -37,6 +39,7 @@ pub struct Server {
     clients: HashMap<RawFd, (UnixStream, Vec<u8>)>,
     balloon: Option<Arc<BalloonControl>>,
     control: Arc<Control>,
+    live: Arc<OnceLock<Live>>,
 }
 
 impl Server {
@@ -46,7 +49,13 @@ impl Server {
     /// [`ApiError`].
     pub fn new(path: &Path, balloon: Option<Arc<BalloonControl>>, control: Arc<Control>) -> Result<Self, ApiError> {
         let listener = Listener::new(path).map_err(|source| ApiError { path: path.to_owned(), source })?;
-        Ok(Self { listener, clients: HashMap::new(), balloon, control })
+        Ok(Self { listener, clients: HashMap::new(), balloon, control, live: Arc::default() })
+    }
+
+    /// Where to put what looks at the vCPUs, once they run.
+    #[must_use]
+    pub fn live(&self) -> Arc<OnceLock<Live>> {
+        Arc::clone(&self.live)
     }
 
     fn answer(&self, line: &str) -> Value {
@@ -61,11 +70,15 @@ impl Server {
                     json!({"balloon": self.balloon()})
                 }
             },
+            (Some("exits"), None, None) => match self.live.get() {
+                Some(live) => live.exits(),
+                None => json!({"error": "the machine does not run yet"}),
+            },
             (Some("stop"), None, None) => {
                 self.control.end(End::Quit, None);
                 json!({"state": "stopping"})
             }
-            _ => json!({"error": format!("unknown command '{line}'; known are: status, balloon SIZE, stop")}),
+            _ => json!({"error": format!("unknown command '{line}'; known are: status, exits, balloon SIZE, stop")}),
         }
     }
 

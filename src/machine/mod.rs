@@ -3,6 +3,7 @@
 pub mod api;
 pub mod console;
 pub mod kernel;
+mod live;
 mod net;
 mod run;
 mod virtio;

@@ -1,6 +1,7 @@
 //! Running a machine to its end: vCPU threads, the event loop, and what ends a run from outside.
 
 use super::console::terminal_size;
+use super::live::Live;
 use super::{Attached, Machine, Setup};
 use crate::config::ProfileLevel;
 use crate::event_loop::{EventLoop, OnReadable};
@@ -102,10 +103,13 @@ struct RestWatch {
     blind_ticks: u32,
 }
 
+fn stats_readers(vcpus: &[Vcpu]) -> Vec<Option<Reader>> {
+    vcpus.iter().map(|vcpu| vcpu.stats_fd().ok().and_then(|file| Reader::new(file).ok())).collect()
+}
+
 impl RestWatch {
     fn new(vcpus: &[Vcpu]) -> Self {
-        let reader = |vcpu: &Vcpu| vcpu.stats_fd().ok().and_then(|file| Reader::new(file).ok());
-        Self { readers: vcpus.iter().map(reader).collect(), exits: Vec::new(), asked: false, blind_ticks: 0 }
+        Self { readers: stats_readers(vcpus), exits: Vec::new(), asked: false, blind_ticks: 0 }
     }
 
     /// VM exits of each vCPU so far, or nothing where KVM does not tell.
@@ -184,6 +188,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     if let Some(input) = input {
         event_loop.add(Box::new(input));
     }
+    let live = api.as_ref().map(super::api::Server::live);
     if let Some(api) = api {
         event_loop.add(Box::new(api));
     }
@@ -192,6 +197,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     }
     let signals = add_signals(&mut event_loop, &control).map_err(|error| RunError::Io("catch signals", error))?;
     let mut rest = RestWatch::new(&vcpus);
+    let readers = if live.is_some() { stats_readers(&vcpus) } else { Vec::new() };
 
     let startup_cpu = cpu_time();
     let start = Instant::now();
@@ -201,6 +207,9 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     let (measure, tracer, missing) = measure(setup, &ram, start);
     let threads = Threads::start(vcpus, &handler, &control, &measure)
         .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
+    if let Some(live) = live {
+        let _ = live.set(Live::new(threads.inspector(), Arc::clone(&handler), readers));
+    }
     let mut next_tick = start + TICK;
     let result = loop {
         if control.ended().is_some() {

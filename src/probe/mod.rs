@@ -1,7 +1,9 @@
 //! What this host can do, found out by trying: nothing is believed that a throw-away vCPU has not done.
 
+mod cost;
 mod host;
 mod trial;
 
+pub use cost::{Cost, Kind as CostKind, Price, costs};
 pub use host::{Host, Mmu};
 pub use trial::{Failure, STEPS, Trial, run as run_trial};

@@ -120,6 +120,42 @@ struct Shown {
     counters: Mutex<Option<Counters>>,
 }
 
+impl Shown {
+    fn kick(&self) {
+        if let Some(target) = *self.target.lock().unwrap_or_else(PoisonError::into_inner) {
+            target.kick();
+        }
+    }
+}
+
+/// Looks at running vCPUs from outside.
+pub struct Inspector {
+    shown: Vec<Arc<Shown>>,
+    control: Arc<Control>,
+}
+
+impl Inspector {
+    /// Has every vCPU say whether it rests, and show its counters. Costs one exit a vCPU.
+    pub fn ask(&self) {
+        self.control.inspection.fetch_add(1, Ordering::AcqRel);
+        self.shown.iter().for_each(|shown| shown.kick());
+    }
+
+    /// Whether all vCPUs have answered the last question.
+    #[must_use]
+    pub fn all_answered(&self) -> bool {
+        let asked = self.control.inspection.load(Ordering::Acquire);
+        self.shown.iter().all(|shown| shown.inspected.load(Ordering::Acquire) == asked)
+    }
+
+    /// The counters of each vCPU as they were last shown; `None` before.
+    #[must_use]
+    pub fn counters(&self) -> Vec<Option<Counters>> {
+        let of = |shown: &Arc<Shown>| shown.counters.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.shown.iter().map(of).collect()
+    }
+}
+
 struct Thread {
     shown: Arc<Shown>,
     handle: JoinHandle<Finished>,
@@ -170,16 +206,16 @@ impl Threads {
         Ok(threads)
     }
 
-    fn kick(thread: &Thread) {
-        if let Some(target) = *thread.shown.target.lock().unwrap_or_else(PoisonError::into_inner) {
-            target.kick();
-        }
-    }
-
     /// Has every vCPU say whether it rests, and show its counters. Costs one exit a vCPU.
     pub fn ask_for_rest(&self) {
-        self.control.inspection.fetch_add(1, Ordering::AcqRel);
-        self.threads.iter().for_each(Self::kick);
+        self.inspector().ask();
+    }
+
+    /// For somebody else who looks at the vCPUs.
+    #[must_use]
+    pub fn inspector(&self) -> Inspector {
+        let shown = self.threads.iter().map(|thread| Arc::clone(&thread.shown)).collect();
+        Inspector { shown, control: Arc::clone(&self.control) }
     }
 
     /// Whether all vCPUs have answered the last question, and none of them will ever run again.
@@ -195,26 +231,12 @@ impl Threads {
             && self.threads.iter().any(|thread| state(thread) == Some(HALTED))
     }
 
-    /// The counters of each vCPU as they were last shown; `None` before.
-    #[must_use]
-    pub fn shown_counters(&self) -> Vec<Option<Counters>> {
-        let shown = |thread: &Thread| thread.shown.counters.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        self.threads.iter().map(shown).collect()
-    }
-
-    /// Whether all vCPUs have answered the last question.
-    #[must_use]
-    pub fn all_answered(&self) -> bool {
-        let asked = self.control.inspection.load(Ordering::Acquire);
-        self.threads.iter().all(|thread| thread.shown.inspected.load(Ordering::Acquire) == asked)
-    }
-
     /// Stops all vCPUs and takes what they leave.
     pub fn stop(self) -> Vec<Finished> {
         self.control.stop.store(true, Ordering::Release);
         // All of them, again and again: one may wait for a lock that another holds while it writes to a full pipe.
         while self.threads.iter().any(|thread| !thread.handle.is_finished()) {
-            self.threads.iter().filter(|thread| !thread.handle.is_finished()).for_each(Self::kick);
+            self.threads.iter().filter(|thread| !thread.handle.is_finished()).for_each(|thread| thread.shown.kick());
             std::thread::sleep(KICK_AGAIN);
         }
         let mut finished = Vec::new();

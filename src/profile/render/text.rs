@@ -96,7 +96,7 @@ fn row(row: &Row, total: u64) -> String {
         share(row.count, total),
         time(row.mean_ns()),
         time(row.p99_ns()),
-        cells(&[(&row.reason, 11), (&row.what, 24), (&row.function, 27)]),
+        cells(&[(&row.reason, 11), (&row.what, 24), (&row.function, 26)]),
     )
     .trim_end()
     .to_owned()
@@ -169,17 +169,28 @@ fn head(out: &mut String, profile: &Profile, style: Style) {
     }
 }
 
+/// What the exits cost by what one of each kind costs on this host: in the kernel by class, and what a way to hwvmm adds.
 fn cost(profile: &Profile) -> Option<String> {
     let exits = profile.vm_exits.as_ref()?;
-    if profile.costs.is_empty() {
-        return None;
-    }
-    let cost = |cause: &crate::profile::data::Cause| {
-        let ns = profile.costs.get(&cause.class)?;
-        Some(ns * f64::from(u32::try_from(cause.count).unwrap_or(u32::MAX)))
+    let costs = &profile.costs;
+    // What has no price of its own is at least a way out and in again.
+    let least = *costs.get("cpuid")?;
+    let float = |count: u64| std::time::Duration::from_nanos(count).as_secs_f64() * 1e9;
+    let kernel: f64 = exits
+        .causes
+        .iter()
+        .filter(|cause| cause.class != "hlt")
+        .map(|cause| costs.get(&cause.class).copied().unwrap_or(least) * float(cause.count))
+        .sum();
+    let more = |class: &str| {
+        let there = costs.get(&format!("userspace_{class}"))?;
+        Some((there - costs.get(class).copied().unwrap_or(least)).max(0.0))
     };
-    let ns: f64 = exits.causes.iter().filter_map(cost).sum();
-    Some(format!("by what this host's exits cost (hwvmm bench exits), about {:.1} ms of this run", ns / 1e6))
+    let causes = &profile.userspace_exits.causes;
+    let user: f64 = causes.iter().filter_map(|cause| Some(more(&cause.class)? * float(cause.count))).sum();
+    let all = std::time::Duration::try_from_secs_f64((kernel + user) / 1e9).ok()?;
+    let all = u64::try_from(all.as_nanos()).unwrap_or(u64::MAX);
+    Some(format!("by what one exit costs on this host (hwvmm bench exits), about {} of this run", time(all)))
 }
 
 /// The whole report.
@@ -268,6 +279,16 @@ mod tests {
         profile.userspace_exits.causes[0].function = Some("\x1b[2J".into());
         profile.userspace_exits.causes[0].device = Some("\x1b[2J".into());
         assert!(!render(&profile, &[], Style::default()).contains('\x1b'));
+    }
+
+    #[test]
+    fn the_price_is_told_where_it_is_known() {
+        let mut profile = sample();
+        assert!(!render(&profile, &[], Style::default()).contains("costs on this host"));
+        profile.costs = [("cpuid", 1000.0), ("userspace_pio", 5000.0)].map(|(name, ns)| (name.to_owned(), ns)).into();
+        // 300 CPUIDs, and 300 times what a way to hwvmm adds.
+        let text = render(&profile, &[], Style::default());
+        assert!(text.contains("about 1.5 ms of this run"), "{text}");
     }
 
     #[test]

@@ -5,7 +5,11 @@
 //! addresses as offsets from a base. Linux 6.5 moved the addresses behind the tokens; 6.2 to 6.4 have one table more
 //! between markers and tokens; 6.1 has lengths of two bytes. All of these are read.
 
+use object::{Object, ObjectSection, ReadCache};
+use std::fs::File;
+use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 /// How many tokens there are.
 const TOKENS: usize = 256;
@@ -15,6 +19,10 @@ const MARKED: usize = 256;
 const DIGITS: &[u8; 20] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\0";
 /// Fewer and more symbols than any kernel has.
 const COUNTS: Range<usize> = 500..4_000_000;
+/// Bytes read at a time.
+const CHUNK: usize = 1 << 20;
+/// How far around the tokens the other tables are looked for.
+const WINDOWS: [u64; 2] = [4 << 20, 64 << 20];
 /// How far before the tokens the names may start.
 const NAMES_WITHIN: usize = 64 << 20;
 /// Names looked at before all of them are walked.
@@ -43,6 +51,27 @@ struct Names {
     range: Range<usize>,
     /// Where each 256th name starts, from the first.
     markers: Vec<usize>,
+}
+
+/// Where a kernel's read-only data lie in its file, if it says so.
+fn read_only_data(file: &File) -> Option<u64> {
+    let contents = ReadCache::new(file);
+    let elf = object::File::parse(&contents).ok()?;
+    elf.section_by_name(".rodata")?.file_range().map(|(offset, _)| offset)
+}
+
+/// Reads as much as there is, up to the buffer's end.
+fn read_at(file: &File, at: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, at + filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
 }
 
 fn align(offset: usize, to: usize) -> usize {
@@ -115,7 +144,11 @@ impl Names {
     /// The names that start at `count_at`, with their number, if there are such.
     fn at(image: &[u8], table: &TokenTable, count_at: usize) -> Option<Self> {
         let count = usize::try_from(u32_at(image, count_at)?).ok().filter(|count| COUNTS.contains(count))?;
-        let start = align(count_at + 4, 8);
+        // Every table starts at a multiple of 8: behind the count are four bytes of nothing.
+        let start = count_at + 8;
+        if u32_at(image, count_at + 4)? != 0 {
+            return None;
+        }
         let mut at = start;
         for _ in 0..SAMPLE.min(count) {
             let name = name_at(image, at)?;
@@ -140,9 +173,9 @@ impl Names {
     }
 
     fn find(image: &[u8], table: &TokenTable) -> Option<Self> {
-        let first = align(table.range.start.saturating_sub(NAMES_WITHIN), 4);
+        let first = align(table.range.start.saturating_sub(NAMES_WITHIN), 8);
         // Backwards: they are near.
-        (first..table.range.start).step_by(4).rev().find_map(|at| Self::at(image, table, at))
+        (first..table.range.start).step_by(8).rev().find_map(|at| Self::at(image, table, at))
     }
 }
 
@@ -162,7 +195,51 @@ fn addresses(image: &[u8], offsets_at: usize, base_at: usize, count: usize) -> O
 }
 
 impl Kallsyms {
-    /// Finds and decodes the tables in an unpacked kernel image; `None` where it has none.
+    /// Finds and decodes the tables in the file of an unpacked kernel: they are in its read-only data. Only what is looked at
+    /// is read, since most of a kernel is something else.
+    pub(super) fn read(file: &File) -> io::Result<Option<Self>> {
+        if let Some(offset) = read_only_data(file)
+            && let Some(found) = Self::from(file, offset)?
+        {
+            return Ok(Some(found));
+        }
+        Self::from(file, 0)
+    }
+
+    /// Looks for the tables from `at` on.
+    fn from(file: &File, mut at: u64) -> io::Result<Option<Self>> {
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            let count = read_at(file, at, &mut chunk)?;
+            let Some(part) = chunk.get(..count) else { return Ok(None) };
+            for digits in memchr::memmem::find_iter(part, DIGITS) {
+                if let Some(found) = Self::around(file, at + digits as u64)? {
+                    return Ok(Some(found));
+                }
+            }
+            if count < CHUNK {
+                return Ok(None);
+            }
+            at += (CHUNK - DIGITS.len()) as u64;
+        }
+    }
+
+    /// The tables around a place in the file, in a small window first.
+    fn around(file: &File, place: u64) -> io::Result<Option<Self>> {
+        for reach in WINDOWS {
+            // A multiple of 8 in the file must be one in the window.
+            let start = place.saturating_sub(reach) & !7;
+            let mut window = vec![0; usize::try_from(place - start + reach).unwrap_or(usize::MAX)];
+            let count = read_at(file, start, &mut window)?;
+            window.truncate(count);
+            if let Some(found) = Self::find(&window) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Finds and decodes the tables in a part of an unpacked kernel; `None` where it has none.
     pub(super) fn find(image: &[u8]) -> Option<Self> {
         let table = TokenTable::find(image)?;
         let names = Names::find(image, &table)?;

@@ -7,8 +7,8 @@ use crate::config::RunConfig;
 use crate::machine::kernel;
 use kallsyms::Kallsyms;
 use std::fs::File;
-use std::io::{Read, Seek};
-use std::path::{Path, PathBuf};
+use std::io::{self, Read, Seek};
+use std::path::PathBuf;
 use table::Table;
 use thiserror::Error;
 
@@ -22,8 +22,8 @@ const KASLR_STEP: u64 = 2 << 20;
 const KASLR_MOST: u64 = 1 << 30;
 /// Where LSTAR points.
 const SYSCALL_ENTRIES: [&str; 3] = ["entry_SYSCALL_64", "system_call", "entry_SYSCALL_64_trampoline"];
-/// Larger than any kernel.
-const MAX_BYTES: u64 = 1 << 30;
+/// More than any System.map has.
+const MAX_MAP_BYTES: u64 = 64 << 20;
 
 /// There are no symbols.
 #[derive(Debug, Error)]
@@ -40,14 +40,6 @@ pub enum SymbolsError {
          --symbols System.map", .0.display()
     )]
     None(PathBuf),
-    /// Too large.
-    #[error("{} has {bytes} bytes: that is no kernel", .path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
-    },
 }
 
 enum Source {
@@ -71,42 +63,36 @@ pub struct Place {
     pub offset: u64,
 }
 
-fn read(path: &Path, mut file: &File) -> Result<Vec<u8>, SymbolsError> {
-    let error = |source| SymbolsError::Read(path.to_owned(), source);
-    let bytes = file.metadata().map_err(error)?.len();
-    if bytes > MAX_BYTES {
-        return Err(SymbolsError::TooLarge { path: path.to_owned(), bytes });
-    }
-    let mut contents = Vec::with_capacity(usize::try_from(bytes).unwrap_or(0));
-    file.rewind().map_err(error)?;
-    file.take(MAX_BYTES).read_to_end(&mut contents).map_err(error)?;
-    Ok(contents)
-}
-
 impl Symbols {
     /// The symbols of a run's kernel, or those that were given instead.
     ///
     /// # Errors
     /// [`SymbolsError`].
     pub fn load(config: &RunConfig) -> Result<Self, SymbolsError> {
-        let (path, contents) = match &config.symbols {
-            Some(path) => {
-                let file = File::open(path).map_err(|source| SymbolsError::Read(path.clone(), source))?;
-                (path, read(path, &file)?)
-            }
-            None => (&config.kernel, read(&config.kernel, &kernel::unpacked(config)?)?),
+        let (path, file) = match &config.symbols {
+            Some(path) => (path, File::open(path).map_err(|source| SymbolsError::Read(path.clone(), source))?),
+            None => (&config.kernel, kernel::unpacked(config)?),
         };
-        Self::find(&contents).ok_or_else(|| SymbolsError::None(path.clone()))
+        let failed = |source| SymbolsError::Read(path.clone(), source);
+        if !file.metadata().map_err(failed)?.is_file() {
+            return Err(failed(io::Error::other("it is not a file")));
+        }
+        let found = match Table::from_elf(&file).map(Source::Table) {
+            Some(source) => Some(source),
+            None => match Kallsyms::read(&file).map_err(failed)?.map(Source::Kallsyms) {
+                Some(source) => Some(source),
+                None => Self::system_map(&file).map_err(failed)?,
+            },
+        };
+        found.map(|source| Self { source, slide: 0 }).ok_or_else(|| SymbolsError::None(path.clone()))
     }
 
-    /// The symbols in an unpacked kernel or a System.map.
-    #[must_use]
-    pub fn find(contents: &[u8]) -> Option<Self> {
-        let source = Table::from_elf(contents)
-            .map(Source::Table)
-            .or_else(|| Kallsyms::find(contents).map(Source::Kallsyms))
-            .or_else(|| Table::from_system_map(contents).map(Source::Table))?;
-        Some(Self { source, slide: 0 })
+    /// A System.map: a text of some megabytes.
+    fn system_map(mut file: &File) -> io::Result<Option<Source>> {
+        let mut contents = Vec::new();
+        file.rewind()?;
+        file.take(MAX_MAP_BYTES).read_to_end(&mut contents)?;
+        Ok(Table::from_system_map(&contents).map(Source::Table))
     }
 
     /// Where they come from, and how many there are.
@@ -179,7 +165,8 @@ mod tests {
 
     #[test]
     fn kaslr_is_found_from_the_system_call_entry() {
-        let mut symbols = Symbols::find(MAP.as_bytes()).expect("symbols");
+        let table = Table::from_system_map(MAP.as_bytes()).expect("symbols");
+        let mut symbols = Symbols { source: Source::Table(table), slide: 0 };
         assert!(symbols.description().contains("System.map"));
         assert!(!symbols.locate(0x1234) && symbols.slide() == 0, "no kernel's");
         assert!(!symbols.locate(0xffff_ffff_81c0_0080 + 4096), "not a step of KASLR");

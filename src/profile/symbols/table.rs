@@ -1,6 +1,7 @@
 //! Symbols as a list: from an ELF's symbol table, or from a System.map.
 
-use object::{Object, ObjectSymbol, SymbolKind};
+use object::{Object, ObjectSymbol, ReadCache, SymbolKind};
+use std::fs::File;
 
 /// Symbols by address.
 pub(super) struct Table {
@@ -10,11 +11,10 @@ pub(super) struct Table {
 
 impl Table {
     /// The functions of an ELF's symbol table; `None` where it has none.
-    pub(super) fn from_elf(contents: &[u8]) -> Option<Self> {
-        if !contents.starts_with(b"\x7fELF") {
-            return None;
-        }
-        let elf = object::File::parse(contents).ok()?;
+    pub(super) fn from_elf(file: &File) -> Option<Self> {
+        // Reads only what is asked for.
+        let contents = ReadCache::new(file);
+        let elf = object::File::parse(&contents).ok()?;
         let code = elf.symbols().filter(|symbol| {
             symbol.is_definition()
                 && matches!(symbol.kind(), SymbolKind::Text | SymbolKind::Label | SymbolKind::Unknown)
@@ -68,11 +68,13 @@ mod tests {
     #[test]
     fn this_test_finds_itself() {
         // Any ELF with a symbol table will do: this one.
-        let contents = std::fs::read("/proc/self/exe").expect("readable");
-        let table = Table::from_elf(&contents).expect("a symbol table");
+        let file = File::open("/proc/self/exe").expect("readable");
+        let table = Table::from_elf(&file).expect("a symbol table");
         let main = table.address("main").expect("a program has main");
         assert_eq!(table.resolve(main + 1).map(|(_, start)| start), Some(main));
-        assert!(Table::from_elf(b"\x7fELF and nonsense").is_none());
+        let mut nonsense = tempfile::tempfile().expect("a file");
+        std::io::Write::write_all(&mut nonsense, b"\x7fELF and nonsense").expect("written");
+        assert!(Table::from_elf(&nonsense).is_none());
         assert!(Table::from_system_map(b"no map").is_none() && Table::from_system_map(&[0xff; 9]).is_none());
     }
 }

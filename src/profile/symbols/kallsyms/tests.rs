@@ -120,6 +120,19 @@ fn all_layouts_are_read() {
 }
 
 #[test]
+fn tables_are_found_in_a_large_file_wherever_they_are() {
+    use std::io::Write;
+    for before in [0, CHUNK - 4096 - 40_000, 5 * CHUNK + 8] {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(&vec![0xcc; before]).expect("written");
+        file.write_all(&image(Layout::Behind)).expect("written");
+        let found = Kallsyms::read(&file).expect("readable").expect("tables");
+        assert_eq!(found.len(), COUNT);
+    }
+    assert!(Kallsyms::read(&tempfile::tempfile().expect("a file")).expect("readable").is_none());
+}
+
+#[test]
 fn what_is_damaged_or_missing_is_no_table() {
     assert!(Kallsyms::find(&[]).is_none());
     assert!(Kallsyms::find(&[0; 10_000]).is_none());

@@ -1,0 +1,127 @@
+//! `hwvmm bench`.
+
+use super::report;
+use crate::kvm::System;
+use crate::probe::{Cost, costs};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fmt::Write as _;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Options.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// What one exit of each kind costs on this host
+    #[command(
+        after_help = "The costs are kept in ~/.cache/hwvmm/exit-costs.json: profiles then say what their exits cost on this \
+                            host.\n\nExample: hwvmm bench exits --json"
+    )]
+    Exits(Exits),
+}
+
+#[derive(clap::Args)]
+struct Exits {
+    /// One JSON object on one line
+    #[arg(long)]
+    json: bool,
+
+    /// Do not keep the costs for profiles
+    #[arg(long)]
+    no_save: bool,
+
+    /// KVM's device
+    #[arg(long, default_value = "/dev/kvm", value_name = "PATH")]
+    kvm: PathBuf,
+}
+
+/// Where the costs are kept.
+fn saved() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")))?;
+    Some(base.join("hwvmm").join("exit-costs.json"))
+}
+
+fn host() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+/// The costs that an earlier `hwvmm bench exits` found on this host's kernel; empty where there are none.
+pub(super) fn saved_costs() -> BTreeMap<String, f64> {
+    let read = || {
+        let value: Value = serde_json::from_str(&std::fs::read_to_string(saved()?).ok()?).ok()?;
+        let same = value.get("host_kernel")?.as_str()? == host();
+        let costs = value.get("ns")?.as_object()?;
+        let cost =
+            |(name, ns): (&String, &Value)| Some((name.clone(), ns.as_f64().filter(|ns| (0.0..1e12).contains(ns))?));
+        same.then(|| costs.iter().filter_map(cost).collect())
+    };
+    read().unwrap_or_default()
+}
+
+pub(super) fn run(args: &Args) -> ExitCode {
+    let What::Exits(exits) = &args.what;
+    match bench(exits) {
+        Ok(code) => code,
+        Err(error) => super::fail(error.as_ref()),
+    }
+}
+
+fn to_json(costs: &[Cost]) -> Value {
+    let measured = costs.iter().filter_map(|cost| Some((cost.kind.name().to_owned(), cost.result.as_ref().ok()?)));
+    let (mut ns, mut cycles) = (Map::new(), Map::new());
+    for (name, price) in measured {
+        ns.insert(name.clone(), json!((price.ns * 10.0).round() / 10.0));
+        cycles.insert(name, json!(price.cycles.round()));
+    }
+    let failed: Map<String, Value> = costs
+        .iter()
+        .filter_map(|cost| Some((cost.kind.name().to_owned(), cost.result.as_ref().err()?.clone().into())))
+        .collect();
+    json!({"host_kernel": host(), "ns": ns, "cycles": cycles, "failed": failed})
+}
+
+fn to_text(costs: &[Cost]) -> String {
+    let mut text = format!("{:<46} {:>12} {:>12}\n", "one exit on this host", "ns", "cycles");
+    for cost in costs {
+        let _ = match &cost.result {
+            Ok(price) => writeln!(text, "{:<46} {:>12.0} {:>12.0}", cost.kind.what(), price.ns, price.cycles),
+            Err(why) => writeln!(text, "{:<46} not measured: {why}", cost.kind.what()),
+        };
+    }
+    text
+}
+
+fn bench(args: &Exits) -> Result<ExitCode, Box<dyn Error>> {
+    let system = System::open(&args.kvm)?;
+    let talks = std::io::stderr().is_terminal();
+    let costs = costs(&system, |kind| {
+        if talks {
+            eprintln!("hwvmm: measuring: {}", kind.what());
+        }
+    });
+    let value = to_json(&costs);
+    if !args.no_save
+        && let Some(path) = saved()
+    {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        report::write(&path, &format!("{value}\n"))?;
+    }
+    let text = if args.json { format!("{value}\n") } else { to_text(&costs) };
+    let printed = super::print_all(text.as_bytes());
+    // A host where nothing can be measured has no answer to give.
+    if costs.iter().all(|cost| cost.result.is_err()) {
+        return Err("no kind of exit could be measured here; `hwvmm doctor` says why".into());
+    }
+    Ok(printed)
+}
