@@ -63,7 +63,7 @@ fn hooked<P: Profiler>(exits: u32, mut profiler: P) {
         exits,
         [profiler.enter();]
         [let stamp = profiler.stamp();]
-        [snapshot, handled, profiler.record(&snapshot, handled.route, stamp);]
+        [snapshot, handled, profiler.record(snapshot, handled.route, stamp);]
         [black_box(profiler.finish());]
     );
 }

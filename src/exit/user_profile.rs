@@ -154,10 +154,10 @@ impl Profiler for UserProfile {
         Instant::now()
     }
 
-    fn record(&mut self, exit: &Snapshot, route: Route, stamp: Instant) {
+    fn record(&mut self, exit: Snapshot, route: Route, stamp: Instant) {
         let at_ns = nanoseconds(self.start, stamp);
         self.timeline.add(at_ns, exit.reason);
-        self.look_for_marks(at_ns, exit);
+        self.look_for_marks(at_ns, &exit);
         let size = u8::try_from(exit.detail.size).unwrap_or(u8::MAX);
         let address = exit.detail.address;
         let cause = UserCause { reason: exit.reason, route, address, size, rip: exit.rip, cpl: exit.cpl };
@@ -208,7 +208,7 @@ mod tests {
         for rip in [0x1000, 0x1000, 0xffff_ffff_8100_0000] {
             profile.enter();
             let stamp = profile.stamp();
-            profile.record(&exit(ExitReason::PioOut, 0x3f8, rip), Route::Slot(BusKind::Pio, 0), stamp);
+            profile.record(exit(ExitReason::PioOut, 0x3f8, rip), Route::Slot(BusKind::Pio, 0), stamp);
         }
         let Measured::Profile(profile) = profile.finish() else { panic!("a profile") };
         let mut counts: Vec<_> = profile.causes().map(|(c, t)| (c.rip, t.outside.count, t.outside.buckets())).collect();
@@ -224,7 +224,7 @@ mod tests {
         let mut profile = UserProfile::new(Instant::now());
         for n in 0..100_000_u64 {
             let stamp = profile.stamp();
-            profile.record(&exit(ExitReason::MmioRead, n << 3, n), Route::Unmapped(BusKind::Mmio, n << 3), stamp);
+            profile.record(exit(ExitReason::MmioRead, n << 3, n), Route::Unmapped(BusKind::Mmio, n << 3), stamp);
         }
         assert!(profile.causes.len() <= 2 * MAX_CAUSES + 1);
         assert_eq!(profile.causes().map(|(_, tally)| tally.outside.count).sum::<u64>(), 100_000);
@@ -236,7 +236,7 @@ mod tests {
         for (port, data) in [(u64::from(PORT_POST), 0x42), (u64::from(PORT_MARK), 0x1234_5678)] {
             let mut snapshot = exit(ExitReason::PioOut, port, 0);
             snapshot.detail.data = data;
-            profile.record(&snapshot, Route::None, Instant::now());
+            profile.record(snapshot, Route::None, Instant::now());
         }
         let marks: Vec<_> = profile.marks().iter().map(|(_, mark)| *mark).collect();
         assert_eq!(marks, [Mark::Post(0x42), Mark::Guest(0x1234_5678)]);

@@ -41,6 +41,8 @@ struct Rule {
     #[serde(default)]
     write: Option<bool>,
     #[serde(default)]
+    virtio: Option<bool>,
+    #[serde(default)]
     phase: Option<String>,
     share: f64,
     count: u64,
@@ -121,6 +123,9 @@ impl Rule {
     }
 
     fn apply(&'static self, profile: &Profile) -> Option<Advice> {
+        if self.virtio.is_some_and(|wanted| wanted == profile.virtio.is_empty()) {
+            return None;
+        }
         let found = match (&self.phase, self.sort) {
             (Some(phase), _) => self.in_phases(profile, phase),
             (None, Some(Sort::Vm)) => self.in_exits(profile.vm_exits.as_ref()?),
@@ -211,6 +216,22 @@ mod tests {
         let rule = rules().iter().find(|rule| rule.name == "uart output").expect("there");
         let mut profile = provoke(rule);
         profile.userspace_exits.total *= 100;
+        assert_eq!(Advice::of(&profile), []);
+    }
+
+    #[test]
+    fn who_has_pci_devices_is_not_told_to_do_without() {
+        let rule = rules().iter().find(|rule| rule.name == "pci configuration").expect("there");
+        let mut profile = provoke(rule);
+        assert_eq!(Advice::of(&profile).len(), 1);
+        let queue = crate::profile::stats::VirtioQueue {
+            device: "disk0".into(),
+            queue: 0,
+            kicks: 1,
+            interrupts: 1,
+            requests: 1,
+        };
+        profile.virtio.push(queue);
         assert_eq!(Advice::of(&profile), []);
     }
 

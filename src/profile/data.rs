@@ -15,6 +15,8 @@ use thiserror::Error;
 pub const FORMAT: &str = "hwvmm-profile";
 /// The version of the format.
 pub const VERSION: u32 = 1;
+/// Where Linux puts modules (Documentation/arch/x86/x86_64/mm.rst), whose symbols are not in the kernel's image.
+const MODULES: u64 = 0xffff_ffff_c000_0000;
 /// Larger files are no profiles.
 const MAX_BYTES: u64 = 256 << 20;
 
@@ -251,6 +253,7 @@ impl Cause {
             (Some(function), _, _) => function.clone(),
             (None, _, "user") => "user space".into(),
             (None, None, _) => "(many places)".into(),
+            (None, Some(MODULES..), "kernel") => "(a module)".into(),
             (None, Some(rip), _) => format!("{rip:#x}"),
         }
     }

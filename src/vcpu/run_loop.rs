@@ -43,7 +43,7 @@ pub fn run<P: Profiler>(
         let detail = Detail::of(&exit);
         let (rip, cpl) = (vcpu.vcpu().synced_rip(), vcpu.vcpu().synced_cpl());
         let snapshot = Snapshot { reason, detail, rip, cpl, tsc: clock::tsc() };
-        records.profiler.record(&snapshot, handled.route, stamp);
+        records.profiler.record(snapshot, handled.route, stamp);
         records.counters.record(reason, handled.route);
         records.recent.push(snapshot);
         match handled.outcome {

@@ -52,6 +52,7 @@ pub(super) fn svg(profile: &Profile) -> Result<String, String> {
     options.title = "Exits: reason, device or register, function, instruction".into();
     options.count_name = "exits".into();
     options.deterministic = true;
+    options.text_truncate_direction = inferno::flamegraph::TextTruncateDirection::Right;
     options.colors = inferno::flamegraph::color::Palette::Basic(inferno::flamegraph::color::BasicPalette::Hot);
     let mut svg = Vec::new();
     inferno::flamegraph::from_lines(&mut options, folded.lines(), &mut svg).map_err(|error| error.to_string())?;

@@ -132,11 +132,13 @@ fn timeline(profile: &Profile, exits: &Exits, id: &str) -> String {
     for (row, phase) in profile.phases.iter().filter(|phase| phase.name != "load").enumerate() {
         let x = place(phase.start_ns);
         let y = HEIGHT + 12.0 + if row.is_multiple_of(2) { 0.0 } else { 14.0 };
+        // Near the right edge the words stand on the left of their line.
+        let (shift, anchor) = if x > width * 0.85 { (-3.0, "end") } else { (3.0, "start") };
         let _ = writeln!(
             out,
-            "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=0 y2=\"{:.1}\" stroke=currentColor stroke-dasharray=\"3 3\" /><text x=\"{:.1}\" y=\"{y:.1}\">{} ({})</text>",
+            "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=0 y2=\"{:.1}\" stroke=currentColor stroke-dasharray=\"3 3\" /><text x=\"{:.1}\" y=\"{y:.1}\" text-anchor={anchor}>{} ({})</text>",
             HEIGHT + LABELS,
-            x + 3.0,
+            x + shift,
             escape(&phase.name),
             time(phase.end_ns.saturating_sub(phase.start_ns))
         );
@@ -218,10 +220,12 @@ pub(super) fn render(profile: &Profile, advice: &[Advice]) -> Result<String, Str
     if let Ok(svg) = flame::svg(profile) {
         // Behind the XML declaration, which a page must not have.
         let drawing = svg.find("<svg").and_then(|start| svg.get(start..)).unwrap_or(&svg);
+        let drawing =
+            format!("<!doctype html><style>body {{ margin: 0 }} svg {{ width: 100%; height: auto }}</style>{drawing}");
         let _ = writeln!(
             out,
             "<h2>Flame graph</h2>\n<iframe id=flame title=\"flame graph\" srcdoc=\"{}\"></iframe>",
-            escape(drawing)
+            escape(&drawing)
         );
     }
     if let Some(exits) = &profile.vm_exits {
