@@ -54,3 +54,52 @@ pub fn render(profile: &Profile, format: Format, style: Style) -> Result<String,
         Format::Prometheus => prometheus::render(profile),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::budget::Budget;
+    use crate::profile::data::tests::sample;
+    use clap::ValueEnum;
+    use proptest::prelude::*;
+
+    /// Numbers that hurt.
+    fn number() -> impl Strategy<Value = u64> {
+        prop_oneof![Just(0), Just(1), Just(u64::MAX), Just(u64::MAX - 1), Just(1 << 63), any::<u64>(), 0_u64..5000]
+    }
+
+    proptest! {
+        #[test]
+        fn no_profile_makes_a_report_panic(
+            numbers in proptest::collection::vec(number(), 24),
+            words in "\\PC{0,40}",
+            costs in proptest::collection::vec(proptest::num::f64::ANY, 2),
+        ) {
+            let mut profile = sample();
+            let mut next = numbers.iter().copied();
+            let mut number = || next.next().unwrap_or(7);
+            for exits in [&mut profile.userspace_exits].into_iter().chain(&mut profile.vm_exits) {
+                let cause = &mut exits.causes[0];
+                (cause.count, cause.time_ns, cause.max_ns, cause.handler_ns) = (number(), number(), number(), number());
+                (cause.rip, cause.address, cause.offset) = (Some(number()), Some(number()), Some(number()));
+                cause.histogram = vec![(number(), number()), (number(), number())];
+                (cause.function, cause.device) = (Some(words.clone()), Some(words.clone()));
+                exits.timeline.step_ns = number();
+                exits.timeline.counts = vec![(number(), words.clone(), number()), (number(), "b".into(), number())];
+                (exits.total, exits.lost, exits.untraced) = (cause.count, number(), number());
+                exits.by_reason = [(words.clone(), cause.count)].into();
+            }
+            profile.phases[1].start_ns = number();
+            profile.phases[1].end_ns = number();
+            profile.marks[0].at_ns = number();
+            profile.ran_ns = number();
+            profile.costs = [("cpuid".to_owned(), costs[0]), ("userspace_pio".to_owned(), costs[1])].into();
+            for format in Format::value_variants() {
+                let _ = render(&profile, *format, Style { colour: true, rows: 3 });
+            }
+            let _ = diff(&profile, &sample()).text(Style::default());
+            let _ = Budget::parse("total=1,userspace=1,pio=0,cpuid=0,leaf.0=0").map(|budget| budget.check(&profile));
+            let _ = Budget::from_profile(&profile, "2%");
+        }
+    }
+}
