@@ -8,7 +8,7 @@ use crate::event_loop::{EventLoop, OnReadable};
 use crate::exit::{End, Handler};
 use crate::kvm::stats::{Reader, Stat};
 use crate::kvm::{Vcpu, Vm};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, give_back_startup};
 use crate::trace::{Traced, Tracer};
 use crate::vcpu::{Control, Ended, Finished, Measure, Threads};
 use hwvmm_devices::virtio::console::Port;
@@ -199,6 +199,9 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     let mut rest = RestWatch::new(&vcpus);
     let readers = if live.is_some() { stats_readers(&vcpus) } else { Vec::new() };
 
+    if let Err(error) = give_back_startup() {
+        log::debug!("start-up's memory stays: {error}");
+    }
     let startup_cpu = cpu_time();
     let start = Instant::now();
     log::debug!("{}: {:.1} ms of CPU time before the guest runs", loaded.description, startup_cpu.as_secs_f64() * 1e3);

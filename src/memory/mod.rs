@@ -1,5 +1,9 @@
 //! Guest memory: anonymous mappings, aligned so that huge pages fit on both sides (gpa and hva).
 
+mod own;
+
+pub use own::give_back_startup;
+
 use std::io;
 use std::sync::Arc;
 use thiserror::Error;
