@@ -80,9 +80,15 @@ fn counts_agree() -> Outcome {
         // The same guest with --stats has the same exits.
         let kernel = file("hello2.elf", &guests::multiboot(guests::power_off()));
         let stats = folder().join("stats.json").display().to_string();
-        hwvmm(&["run", "-m", "16M", "--timeout", "20s", "--stats-out", &stats, &kernel]);
-        let stats: serde_json::Value = serde_json::from_slice(&fs::read(stats).unwrap()).expect("JSON");
-        assert_eq!(stats["userspace_exits"]["total"], sum);
+        for more in [&[][..], &["--profile=user"]] {
+            let arguments =
+                [&["run", "-m", "16M", "--timeout", "20s", "--stats-out", &stats, &kernel][..], more].concat();
+            hwvmm(&arguments);
+            let stats: serde_json::Value = serde_json::from_slice(&fs::read(&stats).unwrap()).expect("JSON");
+            let exits = &stats["userspace_exits"];
+            assert_eq!(exits["total"], sum);
+            assert!(exits["by_reason"]["pio_out"]["handler_ns"].as_u64().is_some_and(|ns| ns > 0), "{exits}");
+        }
     })
 }
 

@@ -1,6 +1,7 @@
 //! `hwvmm bench`.
 
 use super::report;
+use crate::config::cache_folder;
 use crate::kvm::System;
 use crate::probe::{Cost, costs};
 use serde_json::{Map, Value, json};
@@ -45,9 +46,7 @@ struct Exits {
 
 /// Where the costs are kept.
 fn saved() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let base = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")))?;
-    Some(base.join("hwvmm").join("exit-costs.json"))
+    cache_folder().map(|folder| folder.join("exit-costs.json"))
 }
 
 fn host() -> String {

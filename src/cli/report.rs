@@ -37,7 +37,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "LIMITS")]
     budget: Option<String>,
 
-    /// At most as many exits of each kind as in this profile
+    /// At most as many exits of each kind as in this profile, but for the host's interrupts
     #[arg(long, value_name = "FILE")]
     budget_from: Option<PathBuf>,
 

@@ -12,7 +12,7 @@ pub use devices::{
 };
 pub use file::{FileError, read as read_file};
 pub use keyvalue::{KeyValueError, parse as parse_key_values};
-pub use options::RunOptions;
+pub use options::{RunOptions, cache_folder};
 pub use values::{ConsoleTarget, Cpus, Memory, Pages, ValueError, parse_duration, parse_size};
 
 use std::path::PathBuf;

@@ -176,7 +176,7 @@ pub struct RunOptions {
     #[arg(long, value_name = "LIMITS")]
     pub budget: Option<String>,
 
-    /// At most as many exits of each kind as in this profile
+    /// At most as many exits of each kind as in this profile, but for the host's interrupts
     #[arg(long, value_name = "FILE")]
     pub budget_from: Option<PathBuf>,
 
@@ -341,16 +341,20 @@ impl RunOptions {
     }
 }
 
+/// The XDG cache folder's `hwvmm`, for what can be made again.
+#[must_use]
+pub fn cache_folder() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")))?;
+    Some(base.join("hwvmm"))
+}
+
 /// The folder for unpacked kernels: what was asked for, else the XDG cache folder's `hwvmm`.
 fn kernel_cache(asked: Option<&str>) -> Option<PathBuf> {
     match asked {
         Some("off") => None,
         Some(path) => Some(PathBuf::from(path)),
-        None => {
-            let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-            let base = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")))?;
-            Some(base.join("hwvmm"))
-        }
+        None => cache_folder(),
     }
 }
 

@@ -11,6 +11,8 @@ use crate::kvm::{Vcpu, Vm};
 use crate::memory::{GuestRam, give_back_startup};
 use crate::trace::{Traced, Tracer};
 use crate::vcpu::{Control, Ended, Finished, Measure, Threads};
+use event_manager::MutEventSubscriber;
+use hwvmm_devices::legacy::Watchdog;
 use hwvmm_devices::virtio::console::Port;
 use std::io;
 use std::os::fd::AsFd;
@@ -174,38 +176,81 @@ fn measure(setup: &Setup<'_>, ram: &GuestRam, start: Instant) -> (Measure, Optio
     }
 }
 
+/// The event loop with everybody who waits outside of the guest, and the signals that it has taken over.
+fn listen(
+    control: &Arc<Control>,
+    subscribers: impl IntoIterator<Item = Box<dyn MutEventSubscriber>>,
+    resized: Option<Arc<Port>>,
+) -> Result<(EventLoop, Vec<signal_hook::SigId>), RunError> {
+    let mut event_loop = EventLoop::new().map_err(|error| RunError::Io("start the event loop", error))?;
+    let event = control.event().try_clone().map_err(|error| RunError::Io("copy an eventfd", error))?;
+    event_loop.add(Box::new(OnReadable::new(event, |event: &vmm_sys_util::eventfd::EventFd| {
+        let _ = event.read();
+    })));
+    subscribers.into_iter().for_each(|subscriber| event_loop.add(subscriber));
+    if let Some(port) = resized {
+        watch_size(&mut event_loop, port).map_err(|error| RunError::Io("watch the terminal's size", error))?;
+    }
+    let signals = add_signals(&mut event_loop, control).map_err(|error| RunError::Io("catch signals", error))?;
+    Ok((event_loop, signals))
+}
+
+/// What ends a run besides the guest.
+struct Limits<'a> {
+    control: &'a Control,
+    watchdog: Option<Arc<Watchdog>>,
+    /// When, and after how long.
+    timeout: Option<(Instant, Duration)>,
+    rest: RestWatch,
+}
+
+impl Limits<'_> {
+    /// Handles events until the run has ended.
+    fn wait(&mut self, event_loop: &mut EventLoop, threads: &Threads) -> Result<(), RunError> {
+        let mut next_tick = Instant::now() + TICK;
+        while self.control.ended().is_none() {
+            let now = Instant::now();
+            let dog = self.watchdog.as_ref().and_then(|watchdog| watchdog.deadline());
+            if let Some((_, timeout)) = self.timeout.filter(|(at, _)| *at <= now) {
+                self.control.end(End::TimedOut(timeout), None);
+            } else if dog.is_some_and(|at| at <= now) {
+                self.control.end(End::Watchdog, None);
+            } else if next_tick <= now {
+                next_tick = now + TICK;
+                if self.rest.tick(threads) {
+                    self.control.end(End::Halted, None);
+                }
+            }
+            let moments = [Some(next_tick), dog, self.timeout.map(|(at, _)| at)];
+            let next = moments.into_iter().flatten().min().unwrap_or(next_tick);
+            event_loop
+                .wait(next.saturating_duration_since(now))
+                .map_err(|error| RunError::Io("wait for events", error))?;
+        }
+        Ok(())
+    }
+}
+
 /// Runs a machine until the run ends.
 ///
 /// # Errors
 /// Where threads or the event loop cannot be had.
 pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     let Machine { vcpus, vm, virtio, api, handler, control, input, resized, watchdog, ram, loaded } = machine;
-    let mut event_loop = EventLoop::new().map_err(|error| RunError::Io("start the event loop", error))?;
-    let event = control.event().try_clone().map_err(|error| RunError::Io("copy an eventfd", error))?;
-    event_loop.add(Box::new(OnReadable::new(event, |event: &vmm_sys_util::eventfd::EventFd| {
-        let _ = event.read();
-    })));
-    if let Some(input) = input {
-        event_loop.add(Box::new(input));
-    }
     let live = api.as_ref().map(super::api::Server::live);
-    if let Some(api) = api {
-        event_loop.add(Box::new(api));
-    }
-    if let Some(port) = resized {
-        watch_size(&mut event_loop, port).map_err(|error| RunError::Io("watch the terminal's size", error))?;
-    }
-    let signals = add_signals(&mut event_loop, &control).map_err(|error| RunError::Io("catch signals", error))?;
-    let mut rest = RestWatch::new(&vcpus);
+    let input = input.map(|input| Box::new(input) as Box<dyn MutEventSubscriber>);
+    let api = api.map(|api| Box::new(api) as Box<dyn MutEventSubscriber>);
+    let (mut event_loop, signals) = listen(&control, input.into_iter().chain(api), resized)?;
+    let rest = RestWatch::new(&vcpus);
     let readers = if live.is_some() { stats_readers(&vcpus) } else { Vec::new() };
-
     if let Err(error) = give_back_startup() {
         log::debug!("start-up's memory stays: {error}");
     }
+
     let startup_cpu = cpu_time();
     let start = Instant::now();
     log::debug!("{}: {:.1} ms of CPU time before the guest runs", loaded.description, startup_cpu.as_secs_f64() * 1e3);
-    let deadline = setup.config.timeout.map(|timeout| (start + timeout, timeout));
+    let timeout = setup.config.timeout.map(|timeout| (start + timeout, timeout));
     let count = vcpus.len();
     let (measure, tracer, missing) = measure(setup, &ram, start);
     let threads = Threads::start(vcpus, &handler, &control, &measure)
@@ -213,51 +258,28 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     if let Some(live) = live {
         let _ = live.set(Live::new(threads.inspector(), Arc::clone(&handler), readers));
     }
-    let mut next_tick = start + TICK;
-    let result = loop {
-        if control.ended().is_some() {
-            break Ok(());
-        }
-        let now = Instant::now();
-        let dog = watchdog.as_ref().and_then(|watchdog| watchdog.deadline());
-        if let Some((_, timeout)) = deadline.filter(|(at, _)| *at <= now) {
-            control.end(End::TimedOut(timeout), None);
-        } else if dog.is_some_and(|at| at <= now) {
-            control.end(End::Watchdog, None);
-        } else if next_tick <= now {
-            next_tick = now + TICK;
-            if rest.tick(&threads) {
-                control.end(End::Halted, None);
-            }
-        }
-        let next = [Some(next_tick), dog, deadline.map(|(at, _)| at)].into_iter().flatten().min().unwrap_or(next_tick);
-        if let Err(error) = event_loop.wait(next.saturating_duration_since(now)) {
-            break Err(RunError::Io("wait for events", error));
-        }
-    };
+    let result = Limits { control: &control, watchdog, timeout, rest }.wait(&mut event_loop, &threads);
     let ran = start.elapsed();
-    let finished = threads.stop();
+    let vcpus = threads.stop();
     let mut traced = tracer.map(|tracer| tracer.finish(count));
-    if let Some(more) = (!missing.is_empty()).then_some(missing) {
-        traced.get_or_insert_default().missing.extend(more);
+    if !missing.is_empty() {
+        traced.get_or_insert_default().missing.extend(missing);
     }
-    for device in &virtio {
-        device.stop();
-    }
+    virtio.iter().for_each(Attached::stop);
     for id in signals {
         signal_hook::low_level::unregister(id);
     }
     result?;
     let read = |file: Option<std::fs::File>| file.and_then(|file| Reader::new(file).ok()?.read().ok());
     let vm_stats = read(vm.stats_fd().ok());
-    let vcpu_stats = finished.iter().map(|finished| read(finished.vcpu.stats_fd().ok())).collect();
+    let vcpu_stats = vcpus.iter().map(|finished| read(finished.vcpu.stats_fd().ok())).collect();
     let ended =
         control.ended().unwrap_or(Ended { end: End::Failed("the run ended without a reason".into()), vcpu: None });
     let ended = Ended { end: setup.seen.explain(ended.end), vcpu: ended.vcpu };
     let description = loaded.description;
     Ok(Finish {
         ended,
-        vcpus: finished,
+        vcpus,
         vm_stats,
         vcpu_stats,
         handler,

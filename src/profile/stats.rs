@@ -179,8 +179,12 @@ fn userspace_exits(finish: &Finish) -> UserspaceExits {
     let mut ns = [0_u64; ExitReason::COUNT];
     for vcpu in &finish.vcpus {
         counters.merge(&vcpu.counters);
-        if let Measured::HandlerTime(times) = &vcpu.measured {
-            ns.iter_mut().zip(times.iter()).for_each(|(sum, time)| *sum += time);
+        match &vcpu.measured {
+            Measured::HandlerTime(times) => ns.iter_mut().zip(times.iter()).for_each(|(sum, time)| *sum += time),
+            Measured::Profile(profile) => {
+                profile.causes().for_each(|(cause, tally)| ns[cause.reason.index()] += tally.handler_ns);
+            }
+            Measured::Nothing => {}
         }
     }
     let mut exits =
