@@ -1,10 +1,13 @@
-//! Kernel files from hostile hands: the fuzz targets' corpus, and thousands of changes of it, must be loaded or refused,
+//! Kernel files, profiles and symbols from hostile hands: the fuzz targets' corpus, and thousands of changes of it, must be loaded or refused,
 //! and never make hwvmm panic, hang or write outside of guest memory.
 
 use hwvmm::config::{BootProtocol, Unpack};
 use hwvmm::machine::kernel::unpack::unpack;
 use hwvmm::machine::kernel::{KernelError, Loaded, Request, load};
 use hwvmm::memory::{Backing, GuestRam};
+use hwvmm::profile::Profile;
+use hwvmm::profile::render::{Format, Style, render};
+use hwvmm::profile::symbols::Symbols;
 use proptest::prelude::*;
 use std::fs;
 use std::path::Path;
@@ -64,6 +67,20 @@ fn the_corpus_loads_as_it_should() {
 }
 
 #[test]
+fn the_other_corpora_are_what_they_should_be() {
+    for (name, bytes) in corpus("profile") {
+        let profile = Profile::from_json(&bytes, Path::new(&name)).unwrap_or_else(|error| panic!("{error}"));
+        assert!(profile.userspace_exits.total > 0);
+    }
+    for (name, bytes) in corpus("symbols") {
+        let mut file = tempfile::tempfile().expect("a temporary file");
+        std::io::Write::write_all(&mut file, &bytes).expect("written");
+        let symbols = Symbols::read(&file).expect("readable").unwrap_or_else(|| panic!("{name} has no symbols"));
+        assert_eq!(symbols.resolve(0xffff_ffff_8100_0100).map(|place| place.offset), Some(0), "{name}");
+    }
+}
+
+#[test]
 fn every_truncation_is_refused_or_loaded() {
     for (_, bytes) in corpus("kernel_file") {
         for length in (0..bytes.len()).step_by(bytes.len() / 60 + 1) {
@@ -105,6 +122,27 @@ proptest! {
         let unpack = if guest { Unpack::Guest } else { Unpack::Host };
         if let Ok(loaded) = load_bytes(&bytes, unpack) {
             prop_assert!(loaded.entry.rip() < MEMORY);
+        }
+    }
+
+    #[test]
+    fn changed_profiles_are_survived(bytes in changed("profile", 6)) {
+        if let Ok(profile) = Profile::from_json(&bytes, Path::new("changed")) {
+            for format in [Format::Text, Format::Csv, Format::Svg, Format::Html, Format::ChromeTrace, Format::Prometheus] {
+                let _ = render(&profile, format, Style::default());
+            }
+        }
+    }
+
+    #[test]
+    fn changed_symbols_are_survived(bytes in changed("symbols", 12)) {
+        let mut file = tempfile::tempfile().expect("a temporary file");
+        std::io::Write::write_all(&mut file, &bytes).expect("written");
+        if let Some(mut symbols) = Symbols::read(&file).expect("readable") {
+            let _ = symbols.locate(0xffff_ffff_8100_0000);
+            for rip in (0xffff_ffff_8100_0000..0xffff_ffff_8102_0000_u64).step_by(4096).chain([0, u64::MAX]) {
+                let _ = (symbols.resolve(rip), symbols.resolve_unmapped(rip));
+            }
         }
     }
 

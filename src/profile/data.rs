@@ -309,10 +309,14 @@ impl Profile {
             return Err(not(format!("it has {} bytes", metadata.len())));
         }
         let bytes = std::fs::read(path).map_err(failed)?;
-        Self::parse(&bytes, path)
+        Self::from_json(&bytes, path)
     }
 
-    fn parse(bytes: &[u8], path: &Path) -> Result<Self, ProfileError> {
+    /// Checks what was read from `path`.
+    ///
+    /// # Errors
+    /// [`ProfileError`].
+    pub fn from_json(bytes: &[u8], path: &Path) -> Result<Self, ProfileError> {
         let not = |why: String| ProfileError::Not { path: path.to_owned(), why };
         let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| not(error.to_string()))?;
         if value.get("format").and_then(|format| format.as_str()) != Some(FORMAT) {
@@ -400,7 +404,7 @@ pub(super) mod tests {
     }
 
     fn parse(text: &str) -> Result<Profile, ProfileError> {
-        Profile::parse(text.as_bytes(), Path::new("p.json"))
+        Profile::from_json(text.as_bytes(), Path::new("p.json"))
     }
 
     #[test]

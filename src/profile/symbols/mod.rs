@@ -77,14 +77,23 @@ impl Symbols {
         if !file.metadata().map_err(failed)?.is_file() {
             return Err(failed(io::Error::other("it is not a file")));
         }
-        let found = match Table::from_elf(&file).map(Source::Table) {
+        Self::read(&file).map_err(failed)?.ok_or_else(|| SymbolsError::None(path.clone()))
+    }
+
+    /// The symbols in an unpacked kernel (its symbol table, or its kallsyms), or those of a System.map; `None` where there
+    /// are none.
+    ///
+    /// # Errors
+    /// Where the file cannot be read.
+    pub fn read(file: &File) -> io::Result<Option<Self>> {
+        let source = match Table::from_elf(file).map(Source::Table) {
             Some(source) => Some(source),
-            None => match Kallsyms::read(&file).map_err(failed)?.map(Source::Kallsyms) {
+            None => match Kallsyms::read(file)?.map(Source::Kallsyms) {
                 Some(source) => Some(source),
-                None => Self::system_map(&file).map_err(failed)?,
+                None => Self::system_map(file)?,
             },
         };
-        found.map(|source| Self { source, slide: 0 }).ok_or_else(|| SymbolsError::None(path.clone()))
+        Ok(source.map(|source| Self { source, slide: 0 }))
     }
 
     /// A System.map: a text of some megabytes.
