@@ -301,7 +301,7 @@ fn profiled() -> Result<(Box<UserProfile>, Result<VmProfile, String>), String> {
     let vcpu = vcpu(&system, &machine, Mode::Long);
     let control = Arc::new(Control::new().expect("control"));
     let handler = Arc::new(machine.handler);
-    let tracer = Tracer::new(vec![(0, 0x10_0000)], 0).map_err(|error| error.to_string());
+    let tracer = Tracer::new(vec![(0, 0x10_0000)], 1, 0).map_err(|error| error.to_string());
     let handle = tracer.as_ref().ok().map(Tracer::handle);
     let measure = Measure::Profile { start: Instant::now(), tracer: handle };
     let threads = Threads::start(vec![vcpu], &handler, &control, &measure).expect("a thread");
@@ -315,7 +315,7 @@ fn profiled() -> Result<(Box<UserProfile>, Result<VmProfile, String>), String> {
         other => return Err(format!("this host's KVM: {other:?}")),
     }
     let traced = tracer.and_then(|tracer| {
-        let traced = tracer.finish(1);
+        let traced = tracer.finish();
         traced.vcpus.into_iter().next().flatten().ok_or_else(|| traced.missing.join("; "))
     });
     let Measured::Profile(profile) = finished.measured else { return Err("no profile was made".into()) };

@@ -157,7 +157,7 @@ fn monotonic_ns() -> u64 {
 }
 
 /// What is measured, and the tracer of VM exits. What cannot be had is said, and the run goes on without.
-fn measure(setup: &Setup<'_>, ram: &GuestRam, start: Instant) -> (Measure, Option<Tracer>, Vec<String>) {
+fn measure(setup: &Setup<'_>, ram: &GuestRam, vcpus: usize, start: Instant) -> (Measure, Option<Tracer>, Vec<String>) {
     let Some(level) = setup.config.profile else {
         let measure = if setup.config.stats.is_some() { Measure::Times } else { Measure::Nothing };
         return (measure, None, Vec::new());
@@ -166,7 +166,7 @@ fn measure(setup: &Setup<'_>, ram: &GuestRam, start: Instant) -> (Measure, Optio
         return (Measure::Profile { start, tracer: None }, None, Vec::new());
     }
     let banks = ram.get().iter().map(|region| (region.start_addr().0, region.len())).collect();
-    match Tracer::new(banks, monotonic_ns()) {
+    match Tracer::new(banks, vcpus, monotonic_ns()) {
         Ok(tracer) => (Measure::Profile { start, tracer: Some(tracer.handle()) }, Some(tracer), Vec::new()),
         Err(error) => {
             let missing = format!("VM exits are not told apart: {error}");
@@ -251,8 +251,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     let start = Instant::now();
     log::debug!("{}: {:.1} ms of CPU time before the guest runs", loaded.description, startup_cpu.as_secs_f64() * 1e3);
     let timeout = setup.config.timeout.map(|timeout| (start + timeout, timeout));
-    let count = vcpus.len();
-    let (measure, tracer, missing) = measure(setup, &ram, start);
+    let (measure, tracer, missing) = measure(setup, &ram, vcpus.len(), start);
     let threads = Threads::start(vcpus, &handler, &control, &measure)
         .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
     if let Some(live) = live {
@@ -261,7 +260,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     let result = Limits { control: &control, watchdog, timeout, rest }.wait(&mut event_loop, &threads);
     let ran = start.elapsed();
     let vcpus = threads.stop();
-    let mut traced = tracer.map(|tracer| tracer.finish(count));
+    let mut traced = tracer.map(Tracer::finish);
     if !missing.is_empty() {
         traced.get_or_insert_default().missing.extend(missing);
     }

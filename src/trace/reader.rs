@@ -15,6 +15,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Sizes of a vCPU's ring, tried in this order: without privileges the kernel allows little locked memory.
 const RING_BYTES: [usize; 4] = [8 << 20, 2 << 20, 512 << 10, 64 << 10];
+/// What the rings of all vCPUs may take together, where that leaves each the smallest.
+const ALL_RINGS_BYTES: usize = 64 << 20;
 /// Record types (perf_event_open(2)).
 const PERF_RECORD_LOST: u32 = 2;
 const PERF_RECORD_SAMPLE: u32 = 9;
@@ -104,6 +106,7 @@ pub struct Traced {
 struct Shared {
     events: Events,
     ram: Vec<(u64, u64)>,
+    vcpus: usize,
     start_ns: u64,
     sources: Mutex<Vec<Source>>,
     missing: Mutex<Vec<String>>,
@@ -128,11 +131,11 @@ fn tracefs() -> PathBuf {
 }
 
 impl Tracer {
-    /// Prepares for a machine with this memory ((gpa, bytes)); times count from `start_ns` on CLOCK_MONOTONIC.
+    /// Prepares for a machine with this memory ((gpa, bytes)) and so many vCPUs; times count from `start_ns` on CLOCK_MONOTONIC.
     ///
     /// # Errors
     /// [`Unavailable`], with the remedy.
-    pub fn new(ram: Vec<(u64, u64)>, start_ns: u64) -> Result<Self, Unavailable> {
+    pub fn new(ram: Vec<(u64, u64)>, vcpus: usize, start_ns: u64) -> Result<Self, Unavailable> {
         let path = tracefs();
         let events =
             Events::read(&path).map_err(|source| Unavailable::Tracefs { path: path.join("events/kvm"), source })?;
@@ -144,6 +147,7 @@ impl Tracer {
         let shared = Arc::new(Shared {
             events,
             ram,
+            vcpus,
             start_ns,
             sources: Mutex::default(),
             missing: Mutex::default(),
@@ -163,7 +167,8 @@ impl Tracer {
 
     /// Reads what is left, after the vCPU threads have ended.
     #[must_use]
-    pub fn finish(self, vcpus: usize) -> Traced {
+    pub fn finish(self) -> Traced {
+        let vcpus = self.shared.vcpus;
         if let Err(error) = self.shared.stop.write(1) {
             log::error!("cannot wake the tracer: {error}");
         }
@@ -218,10 +223,16 @@ fn open(id: u16) -> io::Result<Counter> {
     builder(id).build()
 }
 
+/// Sizes to try for each of so many rings, the largest first.
+fn ring_sizes(vcpus: usize) -> impl Iterator<Item = usize> {
+    let most = (ALL_RINGS_BYTES / vcpus.max(1)).max(RING_BYTES[RING_BYTES.len() - 1]);
+    RING_BYTES.into_iter().filter(move |bytes| *bytes <= most)
+}
+
 /// The exit's tracepoint, with the largest ring that the system allows.
-fn open_ring(id: u16) -> io::Result<Sampler> {
+fn open_ring(id: u16, vcpus: usize) -> io::Result<Sampler> {
     let mut last = io::Error::other("no size of ring was tried");
-    for bytes in RING_BYTES {
+    for bytes in ring_sizes(vcpus) {
         match builder(id).wakeup_watermark(bytes / 4).build()?.sampled(bytes) {
             Ok(ring) => return Ok(ring),
             Err(error) => last = error,
@@ -243,7 +254,7 @@ impl Handle {
         let shared = &self.0;
         let ids = shared.events.ids();
         let (first, rest) = ids.split_first().ok_or_else(|| io::Error::other("no tracepoints"))?;
-        let mut ring = open_ring(*first)?;
+        let mut ring = open_ring(*first, shared.vcpus)?;
         let mut others = Vec::new();
         for id in rest {
             let mut event = open(*id)?;
@@ -258,5 +269,26 @@ impl Handle {
         let source = Source { vcpu, ring, _others: others, collector };
         shared.sources.lock().unwrap_or_else(PoisonError::into_inner).push(source);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_vcpus_have_smaller_rings() {
+        assert_eq!(ring_sizes(1).next(), Some(8 << 20));
+        assert_eq!(ring_sizes(64).next(), Some(512 << 10));
+        assert_eq!(ring_sizes(100_000).collect::<Vec<_>>(), [64 << 10]);
+    }
+
+    #[test]
+    fn what_is_missing_comes_with_its_remedy() {
+        let source = io::Error::from(io::ErrorKind::NotFound);
+        let text = Unavailable::Tracefs { path: "/sys/x".into(), source }.to_string();
+        assert!(text.contains("/sys/x") && text.contains("mount -t tracefs"), "{text}");
+        let text = perf(io::Error::from(io::ErrorKind::PermissionDenied)).to_string();
+        assert!(text.contains("CAP_PERFMON") && text.contains("perf_event_paranoid"), "{text}");
     }
 }
