@@ -12,6 +12,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Output, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 fn hwvmm() -> Command {
@@ -206,7 +207,9 @@ fn input_from_a_pipe_loses_nothing() -> Outcome {
 }
 
 fn spawn(code: &[u8], options: &[&str]) -> Child {
-    let path = kernel("spawned", code);
+    // A file for each: one that is started must not find its kernel being written for the next.
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    let path = kernel(&format!("spawned{}", NUMBER.fetch_add(1, Ordering::Relaxed)), code);
     hwvmm()
         .args(["run", "-m", "16M", "--timeout", "30s"])
         .args(options)
