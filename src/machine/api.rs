@@ -118,7 +118,8 @@ impl Server {
         }
         let text = String::from_utf8_lossy(&line);
         let reply = self.answer(text.lines().next().unwrap_or_default().trim());
-        if let Err(error) = writeln!(client, "{reply}") {
+        // In one piece: many small writes would fill the socket's buffer, and the rest of the answer be lost.
+        if let Err(error) = client.write_all(format!("{reply}\n").as_bytes()) {
             log::debug!("control socket: {error}");
         }
         if let Err(error) = ops.remove(Events::new(&client, EventSet::IN)) {
