@@ -19,7 +19,7 @@ fn handler() -> Handler {
     for port in [0x60, 0x64, 0x80, 0x3f8, 0x505, 0x600] {
         pio.insert(port, 1, "port", Arc::new(PostPort::default())).expect("free");
     }
-    Handler { pio: pio.freeze(), mmio: BusBuilder::default().freeze() }
+    Handler { pio: pio.freeze(), mmio: BusBuilder::default().freeze(), ring: None }
 }
 
 fn exit(data: &mut [u8; 1]) -> Exit<'_> {

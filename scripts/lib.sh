@@ -172,3 +172,28 @@ guest_root_initramfs() {
     mv "$out.new" "$out"
     rm -rf "$work" "$work.cpio"
 }
+
+# guest_console_initramfs: makes $HWVMM_LAB/guest/console.cpio.gz: the busybox guest with a driver for hvc0.
+guest_console_initramfs() {
+    local out=$HWVMM_LAB/guest/console.cpio.gz
+    [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/guest-init" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/lib.sh" ] && return 0
+    guest_kernel
+    mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
+    local work; work=$(mktemp -d "$HWVMM_LAB/work/console.XXXXXX")
+    mkdir -p "$work"/{bin,dev,proc,sys,tmp,etc,root}
+    cp "$(command -v busybox)" "$work/bin/busybox"
+    local applet
+    for applet in sh mount insmod sleep poweroff reboot halt echo cat; do ln -s busybox "$work/bin/$applet"; done
+    add_modules "$work" virtio_pci virtio_mmio virtio_console
+    {
+        printf '#!/bin/sh\nmount -t devtmpfs dev /dev\n'
+        while read -r module; do printf 'insmod /modules/%s\n' "$module"; done <"$work/modules/order"
+        printf 'exec </dev/console >/dev/console 2>&1\nexec /guest-init\n'
+    } >"$work/init"
+    cp "$HWVMM_ROOT/scripts/guest-init" "$work/guest-init"
+    chmod 755 "$work/init" "$work/guest-init"
+    make_cpio "$work" "$work.cpio"
+    gzip -9n <"$work.cpio" >"$out.new"
+    mv "$out.new" "$out"
+    rm -rf "$work" "$work.cpio"
+}

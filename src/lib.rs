@@ -11,4 +11,5 @@ pub mod memory;
 pub mod probe;
 pub mod profile;
 pub mod trace;
+pub mod tune;
 pub mod vcpu;

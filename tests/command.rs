@@ -108,7 +108,14 @@ fn refused_kernel(name: &str, content: &[u8], options: &[&str], words: &[&str]) 
 fn output_and_statistics() -> Outcome {
     when_it_runs(|| {
         let stats = folder().join("stats.json");
-        let out = run("hello", guests::power_off(), &["--stats-out", stats.to_str().expect("UTF-8")]);
+        let path = stats.to_str().expect("UTF-8");
+        // The bytes wait in the kernel where it can do that; none is lost.
+        let out = run("hello", guests::power_off(), &["--stats-out", path]);
+        assert_eq!(text(&out.stdout), "hello\n");
+        let json: serde_json::Value = serde_json::from_slice(&fs::read(&stats).expect("written")).expect("JSON");
+        let (exits, waited) = (json["userspace_exits"]["total"].as_u64(), json["waited"].as_u64());
+        assert_eq!(exits.zip(waited).map(|(exits, waited)| exits + waited), Some(7), "{json}");
+        let out = run("hello", guests::power_off(), &["--stats-out", path, "--tune", "quiet-ports=off"]);
         assert_eq!(text(&out.stdout), "hello\n");
         let json: serde_json::Value = serde_json::from_slice(&fs::read(&stats).expect("written")).expect("JSON");
         let exits = &json["userspace_exits"];

@@ -30,6 +30,14 @@ fn load_bytes(bytes: &[u8], unpack: Unpack) -> Result<Loaded, KernelError> {
     let file = tempfile::NamedTempFile::new().expect("a temporary file");
     fs::write(file.path(), bytes).expect("written");
     let ram = GuestRam::new(&[(0, MEMORY)], Backing::Anonymous(false)).expect("16 MiB");
+    let platform = hwvmm_arch::acpi::Platform {
+        apic_ids: &[0],
+        uarts: &[(0x3f8, 4)],
+        legacy_free: true,
+        pins: Some((0, 24)),
+        pci: true,
+        virtio_mmio: &[],
+    };
     let request = Request {
         kernel: file.path(),
         initrd: None,
@@ -39,10 +47,7 @@ fn load_bytes(bytes: &[u8], unpack: Unpack) -> Result<Loaded, KernelError> {
         unpack,
         boot: BootProtocol::Auto,
         cache: None,
-        apic_ids: &[0],
-        uarts: &[(0x3f8, 4)],
-        pci: true,
-        virtio_mmio: &[],
+        platform: &platform,
         progress: &|_| {},
     };
     load(&request, &ram)

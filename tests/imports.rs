@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 /// For each module, those it may use.
 const ALLOWED: &[(&str, &[&str])] = &[
-    ("config", &[]),
+    ("tune", &[]),
+    ("config", &["tune"]),
     ("memory", &[]),
     ("event_loop", &[]),
     ("kvm", &["memory"]),
@@ -15,9 +16,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("trace", &["exit"]),
     ("vcpu", &["exit", "kvm", "trace"]),
     ("probe", &["exit", "kvm", "memory"]),
-    ("machine", &["config", "event_loop", "exit", "kvm", "memory", "trace", "vcpu"]),
+    ("machine", &["config", "event_loop", "exit", "kvm", "memory", "probe", "trace", "tune", "vcpu"]),
     ("profile", &["config", "exit", "kvm", "machine", "trace"]),
-    ("cli", &["config", "exit", "kvm", "machine", "probe", "profile"]),
+    ("cli", &["config", "exit", "kvm", "machine", "probe", "profile", "tune"]),
 ];
 
 /// Only these may have `unsafe` in them.

@@ -105,7 +105,7 @@ fn machine(system: &System, code: &[u8], mode: Mode, irqchip: bool) -> Machine {
     pio.insert(0x10, 4, "latch", Arc::clone(&latch) as Arc<dyn BusDevice>).unwrap();
     pio.insert(0xf4, 4, "debug exit", Arc::new(DebugExit)).unwrap();
     mmio.insert(0xd000_0000, 8, "latch", Arc::clone(&latch) as Arc<dyn BusDevice>).unwrap();
-    Machine { vm, handler: Handler { pio: pio.freeze(), mmio: mmio.freeze() }, latch }
+    Machine { vm, handler: Handler { pio: pio.freeze(), mmio: mmio.freeze(), ring: None }, latch }
 }
 
 fn vcpu(system: &System, machine: &Machine, mode: Mode) -> hwvmm::kvm::Vcpu {

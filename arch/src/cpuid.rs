@@ -15,6 +15,7 @@ const TOPOEXT: u32 = 1 << 22; // leaf 0x8000_0001 ecx
 /// KVM's local APIC timer runs on a bus of 1 GHz.
 const APIC_BUS_KHZ: u32 = 1_000_000;
 const KVM_SIGNATURE_LEAF: u32 = 0x4000_0000;
+const KVM_FEATURES_LEAF: u32 = 0x4000_0001;
 const TIMING_LEAF: u32 = 0x4000_0010;
 const AMD_TOPOLOGY_LEAF: u32 = 0x8000_001e;
 const TOPOLOGY_LEAVES: [u32; 2] = [0xb, 0x1f];
@@ -31,6 +32,12 @@ pub struct CpuidOptions {
     /// Whether KVM has the TSC-deadline timer (`KVM_CAP_TSC_DEADLINE_TIMER`: Linux before 6.x does not put it into
     /// the supported leaves).
     pub tsc_deadline: bool,
+    /// Whether the guest is told of x2APIC.
+    pub x2apic: bool,
+    /// Whether it is told the frequencies of TSC and APIC timer.
+    pub tell_tsc: bool,
+    /// KVM's paravirtual features (leaf 0x4000_0001 EAX) that it is not told of.
+    pub hidden_features: u32,
 }
 
 /// Which vendor's rules the leaves follow.
@@ -65,7 +72,8 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Vec<k
         match leaf.function {
             1 => leaf_1(leaf, options),
             4 => cache_sharing(leaf, &options.topology, true),
-            0x15 if vendor == Vendor::Intel => leaf_15(leaf, options),
+            0x15 if vendor == Vendor::Intel && options.tell_tsc => leaf_15(leaf, options),
+            KVM_FEATURES_LEAF => leaf.eax &= !options.hidden_features,
             0x8000_0001 if vendor == Vendor::Amd => amd_features(leaf, &options.topology),
             0x8000_0008 if vendor == Vendor::Amd => amd_sizes(leaf, &options.topology),
             0x8000_001d => cache_sharing(leaf, &options.topology, false),
@@ -77,7 +85,9 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Vec<k
         add_amd_topology(&mut leaves, options);
     }
     add_topology(&mut leaves, supported, options);
-    add_timing(&mut leaves, options);
+    if options.tell_tsc {
+        add_timing(&mut leaves, options);
+    }
     leaves
 }
 
@@ -86,10 +96,8 @@ fn leaf_1(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
     // The number of APIC ids that a socket takes, not of its threads; 0xff is the field's largest.
     let ids = (1_u32 << options.topology.socket_shift()).min(0xff);
     leaf.ebx = leaf.ebx & 0x0000_ffff | ids << 16 | (options.apic_id & 0xff) << 24;
-    leaf.ecx |= HYPERVISOR | X2APIC;
-    if options.tsc_deadline {
-        leaf.ecx |= TSC_DEADLINE;
-    }
+    leaf.ecx = (leaf.ecx | HYPERVISOR | X2APIC) & !if options.x2apic { 0 } else { X2APIC };
+    leaf.ecx = if options.tsc_deadline { leaf.ecx | TSC_DEADLINE } else { leaf.ecx & !TSC_DEADLINE };
     leaf.edx = if threads > 1 { leaf.edx | HTT } else { leaf.edx & !HTT };
 }
 
@@ -191,6 +199,18 @@ fn add_timing(leaves: &mut Vec<kvm_cpuid_entry2>, options: &CpuidOptions) {
 mod tests {
     use super::*;
 
+    fn options() -> CpuidOptions {
+        CpuidOptions {
+            topology: Topology::flat(1),
+            apic_id: 0,
+            tsc_khz: None,
+            tsc_deadline: true,
+            x2apic: true,
+            tell_tsc: true,
+            hidden_features: 0,
+        }
+    }
+
     fn leaf(function: u32) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 { function, ..Default::default() }
     }
@@ -208,7 +228,7 @@ mod tests {
     #[test]
     fn the_topology_asked_for_is_in_every_leaf() {
         let topology = Topology { sockets: 1, cores: 2, threads: 2 };
-        let options = CpuidOptions { topology, apic_id: 3, tsc_khz: Some(2_400_000), tsc_deadline: true };
+        let options = CpuidOptions { topology, apic_id: 3, tsc_khz: Some(2_400_000), ..options() };
         assert_eq!(vendor(&supported()), Vendor::Amd);
         let leaves = for_vcpu(&supported(), &options);
         let one = find(&leaves, 1, 0);
@@ -228,10 +248,23 @@ mod tests {
 
     #[test]
     fn without_a_tsc_frequency_nothing_is_told() {
-        let options = CpuidOptions { topology: Topology::flat(1), apic_id: 0, tsc_khz: None, tsc_deadline: false };
+        let options = CpuidOptions { tsc_deadline: false, ..options() };
         let leaves = for_vcpu(&supported(), &options);
         assert!(leaves.iter().all(|e| e.function != 0x4000_0010));
         assert_eq!(find(&leaves, 1, 0).edx & HTT, 0);
         assert_eq!(find(&leaves, 1, 0).ecx & TSC_DEADLINE, 0);
+    }
+
+    #[test]
+    fn what_is_hidden_is_not_there() {
+        let mut supported = supported();
+        supported.push(kvm_cpuid_entry2 { eax: 0xff, ..leaf(0x4000_0001) });
+        let all = CpuidOptions { tsc_khz: Some(1), ..options() };
+        assert_eq!(find(&for_vcpu(&supported, &all), 0x4000_0001, 0).eax, 0xff);
+        let few = CpuidOptions { x2apic: false, tell_tsc: false, hidden_features: 1 << 6, ..all };
+        let leaves = for_vcpu(&supported, &few);
+        assert_eq!(find(&leaves, 1, 0).ecx & X2APIC, 0);
+        assert_eq!(find(&leaves, 0x4000_0001, 0).eax, 0xbf);
+        assert!(leaves.iter().all(|e| e.function != 0x4000_0010));
     }
 }

@@ -21,6 +21,7 @@ Examples:
   hwvmm run vmlinuz -i initrd.img --disk debian.img --append root=/dev/vda --net tap=tap0 --rng
   hwvmm run vmlinuz -i initrd.img --disk a.qcow2,readonly=on --net user,hostfwd=tcp:127.0.0.1:2222-:22
   hwvmm run vmlinuz -i initrd.img --profile --profile-out boot.json --budget userspace=400,npf=100
+  hwvmm run vmlinuz --tune poll=off,few-pins=off --profile        (hwvmm run --tune help lists them)
   hwvmm run test.flat --debug-exit --append 'arguments'
   hwvmm run --config vm.toml            (kernel = \"vmlinuz\", memory = \"1G\", ...: the options' long names)
 
@@ -201,7 +202,7 @@ mod tests {
     fn the_default_command_line_in_the_help_is_the_real_one() {
         let mut command = Cli::command();
         let help = command.find_subcommand_mut("run").expect("run").render_long_help().to_string();
-        assert!(help.contains("console=ttyS0 panic=-1 pci=off"));
+        assert!(help.contains("pci=conf1,noearly 8250.nr_uarts=1"));
     }
 
     #[test]

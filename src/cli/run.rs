@@ -35,6 +35,10 @@ pub(super) fn run(args: Args) -> ExitCode {
 }
 
 fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
+    if args.options.tune.iter().any(|text| text == "help") {
+        io::stdout().write_all(crate::tune::help().as_bytes())?;
+        return Ok(status::OK);
+    }
     let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
     let config = args.options.or(file).into_config()?;
     let expect = config.expect.as_deref().map(compile).transpose()?;

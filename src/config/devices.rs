@@ -9,11 +9,10 @@ use std::path::PathBuf;
 const MAX_QUEUES: u16 = 16;
 
 /// What carries virtio devices.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
     /// virtio-pci: a message and a doorbell for each queue.
-    #[default]
     Pci,
     /// virtio-mmio: fewest exits at boot, one interrupt a device.
     Mmio,

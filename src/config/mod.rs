@@ -15,6 +15,7 @@ pub use keyvalue::{KeyValueError, parse as parse_key_values};
 pub use options::{RunOptions, cache_folder};
 pub use values::{ConsoleTarget, Cpus, Memory, Pages, ValueError, parse_duration, parse_size};
 
+use crate::tune::{Tune, TuneError};
 use std::path::PathBuf;
 use std::time::Duration;
 use thiserror::Error;
@@ -88,6 +89,8 @@ pub struct RunConfig {
     pub slack: Option<String>,
     /// The guest's symbols, where they are not the kernel's own.
     pub symbols: Option<PathBuf>,
+    /// What is done against exits.
+    pub tune: Tune,
     /// KVM's device.
     pub kvm: PathBuf,
 }
@@ -173,6 +176,9 @@ pub enum ConfigError {
         /// What is wrong.
         source: ValueError,
     },
+    /// The levers.
+    #[error("--tune {0}: {1}")]
+    Tune(String, #[source] TuneError),
     /// The pattern is no regular expression.
     #[error("--expect: not a regular expression: {0}")]
     Expect(String),

@@ -3,25 +3,33 @@
 use super::devices::{BalloonConfig, DiskConfig, NetConfig, RngConfig, ShareConfig, Transport, VsockConfig};
 use super::values::{Cpus, Memory, ValueError, parse_console, parse_duration, parse_serial};
 use super::{BootProtocol, ConfigError, ConsoleTarget, OnReboot, ProfileLevel, RunConfig, StatsFormat, Unpack};
+use crate::tune::{Lever, Tune};
 use clap::Args;
 use serde::Deserialize;
 use serde::de::Deserializer;
 use std::path::PathBuf;
 
-/// The kernel command line where none is given: the consoles that there are, a panic ends the run, and where there are no
-/// PCI devices nobody looks for them (ACPI has no way to say that there are none: Linux makes 300 accesses to find out).
-fn default_cmdline(serial: bool, virtio: bool, pci: bool) -> String {
-    let words = [(serial, "console=ttyS0"), (virtio, "console=hvc0"), (true, "panic=-1"), (!pci, "pci=off")];
+/// The kernel command line where none is given: the consoles that there are, a panic ends the run, and what levers add to
+/// keep the guest from looking for what is not there.
+fn default_cmdline(config: &RunConfig) -> String {
+    let tune = &config.tune;
+    let serial = config.serial.first().is_some_and(Option::is_some);
+    let pci = config.transport == Transport::Pci && config.virtio_devices() > 0;
+    // Linux numbers them in order, whichever there are.
+    let uarts = format!("8250.nr_uarts={}", config.serial.iter().flatten().count());
+    let words = [
+        (serial, "console=ttyS0"),
+        (config.console.is_some(), "console=hvc0"),
+        (true, "panic=-1"),
+        (!pci && tune.wants(Lever::NoPci), "pci=conf1,noearly"),
+        (tune.wants(Lever::UartCount), &*uarts),
+    ];
     words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
 }
 
 /// The kernel command line: what was given, else the default, and what is added.
 fn cmdline(given: Option<String>, added: &[String], config: &RunConfig) -> String {
-    let mut cmdline = given.unwrap_or_else(|| {
-        let serial = config.serial.first().is_some_and(Option::is_some);
-        let pci = config.transport == Transport::Pci && config.virtio_devices() > 0;
-        default_cmdline(serial, config.console.is_some(), pci)
-    });
+    let mut cmdline = given.unwrap_or_else(|| default_cmdline(config));
     for words in added {
         if !cmdline.is_empty() {
             cmdline.push(' ');
@@ -53,8 +61,8 @@ pub struct RunOptions {
     #[serde(default, deserialize_with = "text")]
     pub cpus: Option<String>,
 
-    /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1 pci=off"; console=hvc0 with
-    /// --console virtio; no pci=off with PCI devices]
+    /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1
+    /// pci=conf1,noearly 8250.nr_uarts=1"; console=hvc0 with --console virtio; no pci= with PCI devices; see --tune help]
     #[arg(short = 'p', long, value_name = "TEXT")]
     pub cmdline: Option<String>,
 
@@ -113,7 +121,8 @@ pub struct RunOptions {
     #[arg(long, value_name = "PATH")]
     pub api: Option<PathBuf>,
 
-    /// What carries virtio devices [default: pci]
+    /// What carries virtio devices [default: mmio for consoles, entropy and balloon alone: fewest exits at boot; else pci:
+    /// fewest at work]
     #[arg(long, value_name = "BUS")]
     pub transport: Option<Transport>,
 
@@ -188,6 +197,11 @@ pub struct RunOptions {
     /// The guest kernel's symbols, an ELF or a System.map, where the kernel itself has none
     #[arg(long, value_name = "FILE")]
     pub symbols: Option<PathBuf>,
+
+    /// Levers against exits: NAME=on|off|auto,...; all=off; "help" lists them with what they are worth (again for more)
+    #[arg(long, value_name = "LIST")]
+    #[serde(default)]
+    pub tune: Vec<String>,
 
     /// KVM's device [default: /dev/kvm]
     #[arg(long, value_name = "PATH")]
@@ -269,6 +283,7 @@ impl RunOptions {
             budget_from: self.budget_from.or(file.budget_from),
             slack: self.slack.or(file.slack),
             symbols: self.symbols.or(file.symbols),
+            tune: join(file.tune, self.tune),
             kvm: self.kvm.or(file.kvm),
         }
     }
@@ -289,7 +304,8 @@ impl RunOptions {
         let vsock = value("vsock", self.vsock.as_ref(), VsockConfig::parse)?;
         let balloon = value("balloon", self.balloon.as_ref(), BalloonConfig::parse)?;
         let shares = list("share", &self.share, ShareConfig::parse)?;
-        let transport = self.transport.unwrap_or_default();
+        let busy = !(disks.is_empty() && nets.is_empty() && shares.is_empty() && vsock.is_none());
+        let transport = self.transport.unwrap_or(if busy { Transport::Pci } else { Transport::Mmio });
         let serial = parse_serial(&self.serial, on_stdio).map_err(|(value, source)| ConfigError::Value {
             option: "serial",
             value,
@@ -299,6 +315,10 @@ impl RunOptions {
             let (file, arguments) = text.split_once(',').unwrap_or((text, ""));
             (PathBuf::from(file), arguments.to_owned())
         };
+        let mut tune = Tune::default();
+        for text in &self.tune {
+            tune.set(text).map_err(|error| ConfigError::Tune(text.clone(), error))?;
+        }
         let wants_profile = self.profile_out.is_some() || self.budget.is_some() || self.budget_from.is_some();
         let mut config = RunConfig {
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
@@ -317,7 +337,7 @@ impl RunOptions {
             balloon,
             shares,
             api: self.api,
-            unpack: self.unpack.unwrap_or_default(),
+            unpack: self.unpack.unwrap_or(if tune.wants(Lever::HostUnpack) { Unpack::Host } else { Unpack::Guest }),
             boot: self.boot.unwrap_or_default(),
             kernel_cache: kernel_cache(self.kernel_cache.as_deref()),
             debug_exit: self.debug_exit.unwrap_or(false),
@@ -334,6 +354,7 @@ impl RunOptions {
             budget_from: self.budget_from,
             slack: self.slack,
             symbols: self.symbols,
+            tune,
             kvm: self.kvm.unwrap_or_else(|| PathBuf::from("/dev/kvm")),
         };
         config.cmdline = cmdline(self.cmdline, &self.append, &config);
@@ -378,18 +399,20 @@ mod tests {
         let config = flags.or(file).into_config().expect("valid");
         assert_eq!(config.memory.bytes, 256 << 20);
         assert_eq!(config.cpus.count(), 4);
-        assert_eq!(config.cmdline, "console=ttyS0 panic=-1 pci=off quiet debug");
+        assert_eq!(config.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 quiet debug");
         assert!(!config.watchdog);
     }
 
     #[test]
     fn the_default_command_line_follows_the_devices() {
         let of = |text: &str| from_toml(&format!("kernel = 'k'\n{text}")).into_config().expect("valid");
-        assert_eq!(of("disk = ['d']").cmdline, "console=ttyS0 panic=-1");
-        assert_eq!(of("disk = ['d']\ntransport = 'mmio'").cmdline, "console=ttyS0 panic=-1 pci=off");
-        assert_eq!(of("console = 'virtio'").cmdline, "console=hvc0 panic=-1");
+        assert_eq!(of("disk = ['d']").cmdline, "console=ttyS0 panic=-1 8250.nr_uarts=1");
+        assert_eq!(of("disk = ['d']\ntune = ['all=off']").cmdline, "console=ttyS0 panic=-1");
+        let mmio = of("disk = ['d']\ntransport = 'mmio'\ntune = ['uart-count=off']");
+        assert_eq!(mmio.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly");
+        assert_eq!(of("console = 'virtio'").cmdline, "console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=0");
         let both = of("console = 'virtio'\nserial = ['1=null']\ntransport = 'mmio'\nrng = 65536");
-        assert_eq!(both.cmdline, "console=ttyS0 console=hvc0 panic=-1 pci=off");
+        assert_eq!(both.cmdline, "console=ttyS0 console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1");
         assert_eq!(both.rng.and_then(|rng| rng.bytes_per_second), Some(65536));
         let error = from_toml("kernel = 'k'\nconsole = 'virtio'\nserial = ['1=stdio']").into_config();
         assert!(error.expect_err("two on stdio").to_string().contains("virtio=file:"));

@@ -3,7 +3,7 @@
 use super::end::End;
 use super::reason::kvm_exit_name;
 use crate::kvm::exit::InternalError;
-use crate::kvm::{Direction, Exit};
+use crate::kvm::{Coalesced, Direction, Exit};
 use hwvmm_devices::bus::{Action, Bus};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 
@@ -68,11 +68,17 @@ pub struct Handler {
     pub pio: Bus,
     /// Device memory.
     pub mmio: Bus,
+    /// Writes that wait in the kernel, where there are such.
+    pub ring: Option<Coalesced>,
 }
 
 impl Handler {
     /// Answers an exit: fills what the guest reads, hands on what it writes.
     pub fn handle(&self, exit: &mut Exit<'_>) -> Handled {
+        // What the guest wrote before comes first.
+        if let Outcome::End(end) = self.take_waiting() {
+            return Handled::end(end);
+        }
         match exit {
             Exit::Pio { port, direction, size, data } => self.pio(*port, *direction, *size, data),
             Exit::MmioRead { gpa, data } => read(&self.mmio, BusKind::Mmio, *gpa, data.len(), data),
@@ -104,6 +110,20 @@ impl Handler {
             | Exit::Unknown
             | Exit::Unsupported(_) => Handled::end(End::Kvm(describe(exit))),
         }
+    }
+
+    /// Hands on the writes that wait in the kernel.
+    pub fn take_waiting(&self) -> Outcome {
+        let mut outcome = Outcome::Continue;
+        let Some(ring) = &self.ring else { return outcome };
+        ring.take(|port, address, size, data| {
+            let (bus, kind) = if port { (&self.pio, BusKind::Pio) } else { (&self.mmio, BusKind::Mmio) };
+            let handled = write(bus, kind, address, size, data);
+            if outcome == Outcome::Continue {
+                outcome = handled.outcome;
+            }
+        });
+        outcome
     }
 
     fn pio(&self, port: u16, direction: Direction, size: usize, data: &mut [u8]) -> Handled {
@@ -227,7 +247,7 @@ mod tests {
         let items = Arc::new(Items::default());
         let mut pio = BusBuilder::default();
         pio.insert(0xe0, 4, "items", Arc::clone(&items) as Arc<dyn BusDevice>).expect("free");
-        (Handler { pio: pio.freeze(), mmio: BusBuilder::default().freeze() }, items)
+        (Handler { pio: pio.freeze(), mmio: BusBuilder::default().freeze(), ring: None }, items)
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 pub mod caps;
 pub mod clock;
+mod coalesced;
 pub mod exit;
 pub mod kick;
 mod routes;
@@ -10,6 +11,7 @@ pub mod system;
 pub mod vcpu;
 pub mod vm;
 
+pub use coalesced::Coalesced;
 pub use exit::{Direction, Exit};
 pub use system::{OpenError, System};
 pub use vcpu::Vcpu;

@@ -16,6 +16,8 @@ const PIC_PINS: u32 = 8;
 #[derive(Default)]
 pub(super) struct Routes {
     messages: BTreeMap<u32, (u64, u32)>,
+    /// The interrupt controllers with pins are not in the kernel.
+    no_pins: bool,
 }
 
 fn pin(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
@@ -49,12 +51,26 @@ fn message(gsi: u32, address: u64, data: u32) -> kvm_irq_routing_entry {
 }
 
 impl Routes {
+    /// There are messages only.
+    pub(super) fn without_pins(&mut self) {
+        self.no_pins = true;
+    }
+
+    /// From now on `gsi` sends nothing.
+    pub(super) fn clear(&mut self, fd: &VmFd, gsi: u32) -> Result<(), KvmError> {
+        if self.messages.remove(&gsi).is_none() { Ok(()) } else { self.tell(fd) }
+    }
+
     /// From now on `gsi` sends `data` to `address`.
     pub(super) fn set(&mut self, fd: &VmFd, gsi: u32, address: u64, data: u32) -> Result<(), KvmError> {
         if self.messages.insert(gsi, (address, data)) == Some((address, data)) {
             return Ok(());
         }
-        let mut entries = pins();
+        self.tell(fd)
+    }
+
+    fn tell(&self, fd: &VmFd) -> Result<(), KvmError> {
+        let mut entries = if self.no_pins { Vec::new() } else { pins() };
         entries.extend(self.messages.iter().map(|(gsi, (address, data))| message(*gsi, *address, *data)));
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG));
         let table = table.named("KVM_SET_GSI_ROUTING")?;

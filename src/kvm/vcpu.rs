@@ -2,7 +2,7 @@
 
 use super::exit::{self, Exit};
 use super::kick::Kickable;
-use super::{KvmError, Named};
+use super::{Coalesced, KvmError, Named};
 use crate::memory::GuestRam;
 use kvm_bindings::{
     CpuId, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_REGS,
@@ -10,13 +10,15 @@ use kvm_bindings::{
     kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
-use number::KVM_PRE_FAULT_MEMORY;
+use number::{KVM_PRE_FAULT_MEMORY, KVM_X86_SETUP_MCE};
 use std::fs::File;
-use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+use std::os::fd::AsRawFd;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
 #[allow(missing_docs, reason = "the macro makes a public function without documentation")]
 mod number {
     use kvm_bindings::kvm_pre_fault_memory;
+    vmm_sys_util::ioctl_iow_nr!(KVM_X86_SETUP_MCE, kvm_bindings::KVMIO, 0x9c, u64);
     vmm_sys_util::ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, kvm_bindings::KVMIO, 0xd5, kvm_pre_fault_memory);
 }
 
@@ -90,6 +92,25 @@ impl Vcpu {
             }
         }
         Ok(())
+    }
+
+    /// So many banks of machine-check registers (KVM API 4.107, KVM_X86_SETUP_MCE).
+    ///
+    /// # Errors
+    /// Where KVM refuses.
+    pub fn set_machine_check_banks(&self, banks: u8) -> Result<(), KvmError> {
+        let capabilities = u64::from(banks);
+        // SAFETY: the fd is a vCPU's, and the ioctl reads one 64-bit word.
+        let result = unsafe { ioctl_with_ref(&self.fd, KVM_X86_SETUP_MCE(), &capabilities) };
+        if result == 0 { Ok(()) } else { Err(kvm_ioctls::Error::last()).named("KVM_X86_SETUP_MCE") }
+    }
+
+    /// The ring of its machine's coalesced writes.
+    ///
+    /// # Errors
+    /// Where it cannot be mapped.
+    pub fn coalesced(&self) -> Result<Coalesced, KvmError> {
+        Coalesced::new(self.fd.as_raw_fd())
     }
 
     /// The TSC's frequency in kHz (KVM API 4.56), where KVM tells it.

@@ -4,6 +4,7 @@ use super::routes::{IOAPIC_PINS, Routes};
 use super::{KvmError, Named, Vcpu};
 use crate::memory::GuestRam;
 use kvm_bindings::{
+    KVM_CAP_COALESCED_PIO, KVM_CAP_HALT_POLL, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_DISABLE_EXITS,
     KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap,
     kvm_userspace_memory_region,
 };
@@ -75,6 +76,18 @@ impl Vm {
         self.fd.create_irq_chip().named("KVM_CREATE_IRQCHIP")
     }
 
+    /// Local APICs in the kernel, and nothing else (KVM API 7.5): the I/O APIC is ours, its pins send messages.
+    ///
+    /// # Errors
+    /// Where KVM lacks it (before Linux 4.4).
+    pub fn split_irqchip(&self) -> Result<(), KvmError> {
+        let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        cap.args[0] = u64::from(IOAPIC_PINS);
+        self.fd.enable_cap(&cap).named("KVM_ENABLE_CAP(SPLIT_IRQCHIP)")?;
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner).without_pins();
+        Ok(())
+    }
+
     /// Raises an edge on `gsi` whenever `event` is written (KVM API 4.75).
     ///
     /// # Errors
@@ -92,6 +105,14 @@ impl Vm {
     /// Where the ioctl fails.
     pub fn route_message(&self, gsi: u32, address: u64, data: u32) -> Result<(), KvmError> {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner).set(&self.fd, gsi, address, data)
+    }
+
+    /// From now on `gsi` sends nothing.
+    ///
+    /// # Errors
+    /// Where the ioctl fails.
+    pub fn unroute(&self, gsi: u32) -> Result<(), KvmError> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner).clear(&self.fd, gsi)
     }
 
     /// Has KVM write `event` when the guest writes to `gpa` (KVM API 4.59), instead of leaving KVM_RUN: any write, or
@@ -116,6 +137,50 @@ impl Vm {
         let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
         cap.args[0] = u64::from(KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_INVAL);
         self.fd.enable_cap(&cap).named("KVM_ENABLE_CAP(X86_USER_SPACE_MSR)")
+    }
+
+    /// Has the guest's writes to `count` ports from `port` on wait in the ring (KVM API 4.116, KVM_CAP_COALESCED_PIO)
+    /// that [`Vcpu::coalesced`] gives.
+    ///
+    /// # Errors
+    /// Where KVM lacks it.
+    pub fn coalesce_ports(&self, port: u16, count: u32) -> Result<(), KvmError> {
+        if self.capability(KVM_CAP_COALESCED_PIO) <= 0 {
+            return Err(kvm_ioctls::Error::new(libc::ENOSYS)).named("KVM_CAP_COALESCED_PIO");
+        }
+        self.fd.register_coalesced_mmio(IoEventAddress::Pio(port.into()), count).named("KVM_REGISTER_COALESCED_MMIO")
+    }
+
+    /// The same for `count` bytes of memory where a device is, from `gpa` on (KVM_CAP_COALESCED_MMIO).
+    ///
+    /// # Errors
+    /// Where KVM lacks it.
+    pub fn coalesce_memory(&self, gpa: u64, count: u32) -> Result<(), KvmError> {
+        self.fd.register_coalesced_mmio(IoEventAddress::Mmio(gpa), count).named("KVM_REGISTER_COALESCED_MMIO")
+    }
+
+    /// The guest's idle instructions (KVM_X86_DISABLE_EXITS_*) do not exit (KVM API 7.13). Before the first vCPU.
+    ///
+    /// # Errors
+    /// Where KVM does not allow it on this host.
+    pub fn disable_exits(&self, instructions: u32) -> Result<(), KvmError> {
+        let allowed = u32::try_from(self.capability(KVM_CAP_X86_DISABLE_EXITS)).unwrap_or(0);
+        if instructions & !allowed != 0 {
+            return Err(kvm_ioctls::Error::new(libc::EOPNOTSUPP)).named("KVM_CAP_X86_DISABLE_EXITS");
+        }
+        let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_DISABLE_EXITS, ..Default::default() };
+        cap.args[0] = u64::from(instructions);
+        self.fd.enable_cap(&cap).named("KVM_ENABLE_CAP(X86_DISABLE_EXITS)")
+    }
+
+    /// The longest time in nanoseconds that the host polls for a halted vCPU's wake-up (KVM API 7.20).
+    ///
+    /// # Errors
+    /// Where KVM lacks the capability.
+    pub fn set_halt_poll(&self, longest_ns: u64) -> Result<(), KvmError> {
+        let mut cap = kvm_enable_cap { cap: KVM_CAP_HALT_POLL, ..Default::default() };
+        cap.args[0] = longest_ns;
+        self.fd.enable_cap(&cap).named("KVM_ENABLE_CAP(HALT_POLL)")
     }
 
     /// The value of a capability of this machine: 0 where it is missing.

@@ -3,6 +3,7 @@
 pub mod api;
 pub mod console;
 pub mod kernel;
+mod levers;
 mod live;
 mod net;
 mod run;
@@ -15,17 +16,19 @@ use crate::config::{ConsoleTarget, Pages, RunConfig};
 use crate::exit::Handler;
 use crate::kvm::{KvmError, System, Vcpu, Vm};
 use crate::memory::{Backing, GuestRam, MemoryError};
+use crate::tune::{Lever, Tune};
 use crate::vcpu::Control;
 use console::{Input, Output, Seen, Watch};
+use hwvmm_arch::acpi::Platform;
 use hwvmm_arch::cpuid::{self, CpuidOptions};
 use hwvmm_arch::layout::{
-    KVM_IDENTITY_MAP, KVM_TSS, PORT_MARK, PORT_POST, PORT_PVPANIC, PORT_SLEEP_CONTROL, RESET_VALUE, SLEEP_TYPE_S5,
-    UARTS, ram_banks,
+    IOAPIC, KVM_IDENTITY_MAP, KVM_TSS, PORT_MARK, PORT_POST, PORT_PVPANIC, PORT_SLEEP_CONTROL, RESET_VALUE,
+    SLEEP_TYPE_S5, UARTS, ram_banks,
 };
 use hwvmm_arch::{Topology, lapic, msr};
 use hwvmm_devices::console::ConsoleInput;
 use hwvmm_devices::irq::IrqLine;
-use hwvmm_devices::legacy::{DebugExit, I8042, MarkPort, PostPort, Power, PvPanic, SerialPort, Watchdog};
+use hwvmm_devices::legacy::{DebugExit, I8042, IoApic, MarkPort, PostPort, Power, PvPanic, SerialPort, Watchdog};
 use hwvmm_devices::virtio::console::{Console, Port};
 use hwvmm_devices::{BusBuilder, BusDevice, BusError};
 use kernel::cache::Cache;
@@ -152,10 +155,14 @@ impl Machine {
         let apic_ids: Vec<u32> = (0..topology.cpus()).map(|index| topology.apic_id(index)).collect();
         check_vcpus(system, &apic_ids)?;
 
-        let ram = GuestRam::new(&ram_banks(config.memory.bytes), backing(config.memory.pages))?;
+        let ram = GuestRam::new(&ram_banks(config.memory.bytes), backing(config))?;
         let uarts: Vec<(u16, u32)> =
             UARTS.iter().zip(&config.serial).filter(|(_, port)| port.is_some()).map(|(uart, _)| *uart).collect();
-        let placement = Placement::new(config)?;
+        let mut placement = Placement::new(config)?;
+        let (vm, split) = create_vm(config, system, &ram)?;
+        let vm = Arc::new(vm);
+        let pins =
+            if split { placement.pack_pins(uarts.iter().map(|uart| uart.1)) } else { Some((0, Vm::FIRST_MESSAGE_GSI)) };
         let cache = config.kernel_cache.as_deref().map(Cache::new);
         let loaded = kernel::load(
             &kernel::Request {
@@ -167,30 +174,38 @@ impl Machine {
                 unpack: config.unpack,
                 boot: config.boot,
                 cache: cache.as_ref(),
-                apic_ids: &apic_ids,
-                uarts: &uarts,
-                pci: placement.pci,
-                virtio_mmio: &placement.mmio,
+                platform: &Platform {
+                    apic_ids: &apic_ids,
+                    uarts: &uarts,
+                    legacy_free: config.tune.wants(Lever::LegacyFree),
+                    pins,
+                    pci: placement.pci,
+                    virtio_mmio: &placement.mmio,
+                },
                 progress: setup.progress,
             },
             &ram,
         )?;
-        let vm = Arc::new(create_vm(config, system, &ram)?);
         let control = Arc::new(Control::new()?);
         let mut devices = Devices::new(setup, &vm, &control)?;
         let mut mmio = BusBuilder::default();
-        let mut attacher = Attacher::new(&vm, &ram, &placement, &mut mmio);
+        if let Some((first, count)) = pins.filter(|_| split) {
+            let io_apic = IoApic::new(first, count, Arc::new(virtio::Router(Arc::clone(&vm))));
+            mmio.insert(IOAPIC.into(), IoApic::BYTES, "I/O APIC", Arc::new(io_apic))?;
+        }
+        let mut attacher = Attacher::new(&vm, &ram, &placement, config.tune, &mut mmio);
         attacher.add_configured(config)?;
         devices.add_virtio_console(setup, &control, &mut attacher)?;
         let balloon = attacher.balloon.take();
         let api =
             config.api.as_deref().map(|path| api::Server::new(path, balloon, Arc::clone(&control))).transpose()?;
         let virtio = attacher.finish(&mut devices.pio)?;
-        let vcpus = create_vcpus(system, &vm, topology, &apic_ids, &loaded)?;
-        if config.memory.prefault {
+        let vcpus = create_vcpus(system, &vm, topology, &apic_ids, &loaded, &config.tune)?;
+        if config.memory.prefault || config.tune.wants(Lever::Prefault) {
             prefault(&ram, &vcpus, config.memory.bytes)?;
         }
-        let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze() };
+        let ring = vcpus.first().and_then(|vcpu| levers::quiet_ports(&vm, vcpu, config, split));
+        let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze(), ring };
         Ok(Self {
             vcpus,
             vm,
@@ -207,10 +222,11 @@ impl Machine {
     }
 }
 
-fn backing(pages: Pages) -> Backing {
+fn backing(config: &RunConfig) -> Backing {
+    let pages = config.memory.pages;
     match pages.huge_bytes() {
         Some(bytes) => Backing::HugeTlb(bytes),
-        None => Backing::Anonymous(pages == Pages::Transparent),
+        None => Backing::Anonymous(pages == Pages::Transparent && config.tune.wants(Lever::HugePages)),
     }
 }
 
@@ -224,15 +240,17 @@ fn check_vcpus(system: &System, apic_ids: &[u32]) -> Result<(), MachineError> {
     Ok(())
 }
 
-fn create_vm(config: &RunConfig, system: &System, ram: &GuestRam) -> Result<Vm, MachineError> {
+/// The machine, and whether its I/O APIC is hwvmm's.
+fn create_vm(config: &RunConfig, system: &System, ram: &GuestRam) -> Result<(Vm, bool), MachineError> {
     let mut vm = system.create_vm()?;
     vm.set_real_mode_pages(KVM_TSS, KVM_IDENTITY_MAP)?;
     vm.set_memory(ram.clone())?;
-    vm.create_irqchip()?;
+    let split = levers::create_irqchip(&vm, config)?;
+    levers::set_vm(&vm, system, &config.tune);
     if config.trap_msrs {
         vm.trap_unknown_msrs().map_err(|_| MachineError::Missing("X86_USER_SPACE_MSR (Linux 5.10)", "trap-msrs"))?;
     }
-    Ok(vm)
+    Ok((vm, split))
 }
 
 fn create_vcpus(
@@ -241,14 +259,28 @@ fn create_vcpus(
     topology: Topology,
     apic_ids: &[u32],
     loaded: &Loaded,
+    tune: &Tune,
 ) -> Result<Vec<Vcpu>, MachineError> {
     let supported = system.supported_cpuid()?;
-    let tsc_deadline = system.has_tsc_deadline();
+    let tsc_deadline = system.has_tsc_deadline() && tune.wants(Lever::TscDeadline);
     let mut vcpus = Vec::with_capacity(apic_ids.len());
     for (index, &apic_id) in apic_ids.iter().enumerate() {
         let vcpu = vm.create_vcpu(apic_id)?;
-        let options = CpuidOptions { topology, apic_id, tsc_khz: vcpu.tsc_khz(), tsc_deadline };
+        let options = CpuidOptions {
+            topology,
+            apic_id,
+            tsc_khz: vcpu.tsc_khz(),
+            tsc_deadline,
+            x2apic: tune.wants(Lever::X2Apic),
+            tell_tsc: tune.wants(Lever::TellTsc),
+            hidden_features: levers::hidden_features(tune),
+        };
         vcpu.set_cpuid(&cpuid::for_vcpu(supported.as_slice(), &options))?;
+        if tune.wants(Lever::FewBanks)
+            && let Err(error) = vcpu.set_machine_check_banks(1)
+        {
+            tune.cannot(Lever::FewBanks, &format!("{error}: {}", error.source));
+        }
         vcpu.set_msrs(&msr::boot_msrs())?;
         vcpu.update_lapic(lapic::set_boot_lints)?;
         if index == 0 {
@@ -329,7 +361,10 @@ impl Devices {
         let interrupt = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         vm.register_irqfd(&interrupt, gsi)?;
         let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        let output = output(target, setup, control)?;
+        let mut output = output(target, setup, control)?;
+        if setup.config.tune.wants(Lever::QuietPorts) {
+            output = output.on_a_device_thread();
+        }
         let uart = Arc::new(SerialPort::new(IrqLine::new(interrupt), Box::new(output), Arc::clone(&wanted)));
         if *target == ConsoleTarget::Stdio {
             self.input = Some(input(setup, Arc::clone(&uart) as _, wanted, control)?);

@@ -5,7 +5,7 @@ use super::live::Live;
 use super::{Attached, Machine, Setup};
 use crate::config::ProfileLevel;
 use crate::event_loop::{EventLoop, OnReadable};
-use crate::exit::{End, Handler};
+use crate::exit::{End, Handler, Outcome};
 use crate::kvm::stats::{Reader, Stat};
 use crate::kvm::{Vcpu, Vm};
 use crate::memory::{GuestRam, give_back_startup};
@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -195,6 +196,46 @@ fn listen(
     Ok((event_loop, signals))
 }
 
+/// How long writes wait in the kernel at most, where there are some just now, and else.
+const DRAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(50));
+
+/// Takes what waits in the kernel when no exit does.
+struct Drain {
+    thread: std::thread::JoinHandle<()>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Drain {
+    /// `None` where nothing ever waits.
+    fn start(handler: &Arc<Handler>, control: &Arc<Control>) -> io::Result<Option<Self>> {
+        if handler.ring.is_none() {
+            return Ok(None);
+        }
+        let (handler, control) = (Arc::clone(handler), Arc::clone(control));
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopping = Arc::clone(&stop);
+        let work = move || {
+            while !stopping.load(Ordering::Acquire) {
+                let busy = handler.ring.as_ref().is_some_and(crate::kvm::Coalesced::was_stirred);
+                std::thread::park_timeout(if busy { DRAIN.0 } else { DRAIN.1 });
+                if let Outcome::End(end) = handler.take_waiting() {
+                    control.end(end, None);
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("drain".into()).stack_size(128 << 10).spawn(work)?;
+        Ok(Some(Self { thread, stop }))
+    }
+
+    fn stop(self) {
+        self.stop.store(true, Ordering::Release);
+        self.thread.thread().unpark();
+        if self.thread.join().is_err() {
+            log::error!("the thread that takes waiting writes panicked: this is a bug in hwvmm");
+        }
+    }
+}
+
 /// What ends a run besides the guest.
 struct Limits<'a> {
     control: &'a Control,
@@ -257,9 +298,13 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     if let Some(live) = live {
         let _ = live.set(Live::new(threads.inspector(), Arc::clone(&handler), readers));
     }
+    let drain = Drain::start(&handler, &control).map_err(|error| RunError::Io("start a thread", error))?;
     let result = Limits { control: &control, watchdog, timeout, rest }.wait(&mut event_loop, &threads);
     let ran = start.elapsed();
     let vcpus = threads.stop();
+    // The guest's last words.
+    drain.into_iter().for_each(Drain::stop);
+    handler.take_waiting();
     let mut traced = tracer.map(Tracer::finish);
     if !missing.is_empty() {
         traced.get_or_insert_default().missing.extend(missing);

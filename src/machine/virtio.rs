@@ -4,6 +4,7 @@ use super::MachineError;
 use crate::config::{DiskConfig, DiskFormat, RunConfig, Transport};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
+use crate::tune::{Lever, Tune};
 use hwvmm_arch::layout::{PCI_ECAM, PCI_WINDOW, PCI_WINDOW_BYTES, VIRTIO_MMIO, VIRTIO_MMIO_GSIS};
 use hwvmm_devices::memory::Memory;
 use hwvmm_devices::pci::{ConfigPorts, ECAM_BUS_BYTES, Ecam, MsiRouter, MsiVector, Root};
@@ -14,11 +15,14 @@ use hwvmm_devices::virtio::mmio::{MmioDevice, REGION_BYTES};
 use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
 use hwvmm_devices::virtio::rng::{Rate, Rng};
 use hwvmm_devices::virtio::vsock::{KernelVsock, Vsock};
-use hwvmm_devices::virtio::{Carrier, Doorbell, QueueCounts, VirtioDevice};
+use hwvmm_devices::virtio::{Carrier, Doorbell, QueueCounts, Switches, VirtioDevice};
 use hwvmm_devices::{BusBuilder, BusDevice};
 use std::io;
 use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// The pin behind those of the UARTs.
+const FIRST_FREE_PIN: u32 = 5;
 
 /// Where virtio devices go; known before they are made, for the ACPI tables.
 pub(super) struct Placement {
@@ -47,6 +51,19 @@ impl Placement {
     }
 }
 
+impl Placement {
+    /// For an I/O APIC of hwvmm's own: moves the virtio-mmio devices to pins next to those of the UARTs (GSIs `uarts`), and
+    /// says which the first pin is and how many there are; `None` where nothing is wired.
+    pub(super) fn pack_pins(&mut self, uarts: impl Iterator<Item = u32>) -> Option<(u32, u32)> {
+        for (gsi, place) in (FIRST_FREE_PIN..).zip(&mut self.mmio) {
+            place.2 = gsi;
+        }
+        let wired: Vec<u32> = uarts.chain(self.mmio.iter().map(|place| place.2)).collect();
+        let (first, last) = (*wired.iter().min()?, *wired.iter().max()?);
+        Some((first, last - first + 1))
+    }
+}
+
 /// A device of the machine.
 pub struct Attached {
     /// Its name, such as `disk0`.
@@ -65,11 +82,15 @@ impl Attached {
 }
 
 /// MSI by KVM.
-struct Router(Arc<Vm>);
+pub(super) struct Router(pub(super) Arc<Vm>);
 
 impl MsiRouter for Router {
     fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()> {
         self.0.route_message(gsi, address, data).map_err(io::Error::other)
+    }
+
+    fn unroute(&self, gsi: u32) -> io::Result<()> {
+        self.0.unroute(gsi).map_err(io::Error::other)
     }
 }
 
@@ -78,6 +99,7 @@ pub(super) struct Attacher<'a> {
     vm: &'a Arc<Vm>,
     memory: Memory,
     placement: &'a Placement,
+    tune: Tune,
     mmio: &'a mut BusBuilder,
     router: Arc<dyn MsiRouter>,
     root: Root,
@@ -88,7 +110,13 @@ pub(super) struct Attacher<'a> {
 }
 
 impl<'a> Attacher<'a> {
-    pub(super) fn new(vm: &'a Arc<Vm>, ram: &GuestRam, placement: &'a Placement, mmio: &'a mut BusBuilder) -> Self {
+    pub(super) fn new(
+        vm: &'a Arc<Vm>,
+        ram: &GuestRam,
+        placement: &'a Placement,
+        tune: Tune,
+        mmio: &'a mut BusBuilder,
+    ) -> Self {
         let memory = Memory::new(ram.get().clone(), Arc::new(ram.clone()));
         let router = Arc::new(Router(Arc::clone(vm)));
         let next_message = Vm::FIRST_MESSAGE_GSI;
@@ -96,6 +124,7 @@ impl<'a> Attacher<'a> {
             vm,
             memory,
             placement,
+            tune,
             mmio,
             router,
             root: Root::default(),
@@ -129,7 +158,7 @@ impl<'a> Attacher<'a> {
             self.add(format!("share {}", share.tag), Box::new(Fs::new(&share.tag, &share.path, share.read_only)?))?;
         }
         if let Some(balloon) = &config.balloon {
-            let device = Balloon::new(balloon.bytes)?;
+            let device = Balloon::new(balloon.bytes, self.tune.wants(Lever::FreePages))?;
             self.balloon = Some(device.control());
             self.add("balloon".into(), Box::new(device))?;
         }
@@ -159,8 +188,14 @@ impl<'a> Attacher<'a> {
                 (u64::from(bar), u64::from(BAR_BYTES), made as Arc<dyn Carrier>, bells)
             }
         };
-        for Doorbell { gpa, datamatch, event } in bells {
-            self.vm.register_ioeventfd(&event, gpa, datamatch)?;
+        carrier.set_switches(Switches {
+            event_idx: self.tune.wants(Lever::EventIdx),
+            batch: self.tune.wants(Lever::Batch),
+        });
+        if self.tune.wants(Lever::Ioeventfd) {
+            for Doorbell { gpa, datamatch, event } in bells {
+                self.vm.register_ioeventfd(&event, gpa, datamatch)?;
+            }
         }
         self.mmio.insert(base, bytes, format!("virtio {name}"), Arc::clone(&carrier) as Arc<dyn BusDevice>)?;
         self.attached.push(Attached { name, counts: carrier.counts(), carrier });
@@ -180,10 +215,11 @@ impl<'a> Attacher<'a> {
 
     /// Puts the PCI bus itself in its place, where there is one.
     pub(super) fn finish(self, pio: &mut BusBuilder) -> Result<Vec<Attached>, MachineError> {
+        let root = Arc::new(self.root);
+        // Without devices too: Linux complains on its console where it finds no way to ask.
+        let (port, ports) = ConfigPorts::PORTS;
+        pio.insert(u64::from(port), ports, "PCI configuration", Arc::new(ConfigPorts::new(Arc::clone(&root))))?;
         if self.placement.pci {
-            let root = Arc::new(self.root);
-            let (port, ports) = ConfigPorts::PORTS;
-            pio.insert(u64::from(port), ports, "PCI configuration", Arc::new(ConfigPorts::new(Arc::clone(&root))))?;
             self.mmio.insert(PCI_ECAM, ECAM_BUS_BYTES, "PCI configuration", Arc::new(Ecam(root)))?;
         }
         Ok(self.attached)

@@ -6,4 +6,4 @@ mod trial;
 
 pub use cost::{Cost, Kind as CostKind, Price, costs};
 pub use host::{Host, Mmu};
-pub use trial::{Failure, STEPS, Trial, run as run_trial};
+pub use trial::{Failure, STEPS, Trial, run as run_trial, without_exits};

@@ -85,6 +85,8 @@ pub struct RunStats {
     pub startup_cpu_ns: u64,
     /// KVM_RUN returning to hwvmm.
     pub userspace_exits: UserspaceExits,
+    /// Writes that waited in the kernel for another exit (--tune quiet-ports): each one exit less.
+    pub waited: u64,
     /// Queues of virtio devices on which something happened.
     pub virtio: Vec<VirtioQueue>,
     /// KVM's own figures, of the machine and of all vCPUs together; not userspace exits. `None`: KVM has none.
@@ -112,6 +114,7 @@ impl RunStats {
             ran_ns: nanoseconds(finish.ran),
             startup_cpu_ns: nanoseconds(finish.startup_cpu),
             userspace_exits: userspace_exits(finish),
+            waited: finish.handler.ring.as_ref().map_or(0, crate::kvm::Coalesced::taken),
             virtio: virtio_queues(finish),
             kvm: None,
             memory: MemoryUse::now(&guest).ok(),
@@ -128,6 +131,7 @@ impl RunStats {
     /// Adds the counts of a later start of the same guest.
     pub fn add_start(&mut self, later: Self) {
         self.starts += later.starts;
+        self.waited += later.waited;
         self.ran_ns += later.ran_ns;
         (self.end, self.status, self.memory) = (later.end, later.status, later.memory);
         self.userspace_exits.merge(later.userspace_exits);

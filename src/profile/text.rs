@@ -38,6 +38,9 @@ impl fmt::Display for RunStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let exits = &self.userspace_exits;
         writeln!(f, "userspace exits: {} (KVM_RUN came back to hwvmm)", exits.total)?;
+        if self.waited > 0 {
+            writeln!(f, "  and {} writes that waited in the kernel for another exit", self.waited)?;
+        }
         let mut reasons: Vec<_> = exits.by_reason.iter().collect();
         reasons.sort_by_key(|(_, count)| std::cmp::Reverse(count.count));
         if !reasons.is_empty() {
@@ -144,6 +147,7 @@ mod tests {
             virtio: vec![VirtioQueue { device: "disk0".into(), queue: 0, kicks: 1, interrupts: 2, requests: 3 }],
             kvm: Some(BTreeMap::from([("exits".into(), 123_456_789), ("tlb_flush".into(), 2), ("zero".into(), 0)])),
             memory: None,
+            waited: 0,
         };
         let text = stats.to_string();
         assert!(text.contains("userspace exits: 3") && text.contains("100.0 %"), "{text}");

@@ -6,6 +6,7 @@ use acpi_tables::fadt::{FADT, FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 
 // IAPC_BOOT_ARCH (§5.2.9.3). "Legacy devices" (bit 0) and "8042" (bit 1) stay clear.
+const KEYBOARD_CONTROLLER: u16 = 1 << 1;
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 const PCIE_ASPM_CONTROLS: u16 = 1 << 4;
 const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
@@ -14,8 +15,9 @@ fn port(address: u16) -> GAS {
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(address))
 }
 
-/// The table, with the DSDT at gpa `dsdt`.
-pub(super) fn fadt(dsdt: u64) -> FADT {
+/// The table, with the DSDT at gpa `dsdt`. Without `legacy_free` the guest may expect a keyboard controller, a CMOS clock
+/// and a VGA.
+pub(super) fn fadt(dsdt: u64, legacy_free: bool) -> FADT {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .dsdt_64(dsdt)
@@ -25,7 +27,8 @@ pub(super) fn fadt(dsdt: u64) -> FADT {
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless)
         .flag(Flags::HwReducedAcpi);
-    fadt.iapc_boot_arch = (VGA_NOT_PRESENT | PCIE_ASPM_CONTROLS | CMOS_RTC_NOT_PRESENT).into();
+    let arch = if legacy_free { VGA_NOT_PRESENT | CMOS_RTC_NOT_PRESENT } else { KEYBOARD_CONTROLLER };
+    fadt.iapc_boot_arch = (arch | PCIE_ASPM_CONTROLS).into();
     fadt.reset_reg = port(PORT_RESET);
     fadt.reset_value = RESET_VALUE;
     fadt.sleep_control_reg = port(PORT_SLEEP_CONTROL);

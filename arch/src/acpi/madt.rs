@@ -23,7 +23,9 @@ impl Aml for LocalX2Apic {
 /// The table's bytes.
 pub(super) fn madt(platform: &Platform<'_>) -> Vec<u8> {
     let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, LocalInterruptController::Address(LAPIC));
-    madt.add_structure(IoApic::new(0, IOAPIC, 0));
+    if let Some((first, _)) = platform.pins {
+        madt.add_structure(IoApic::new(0, IOAPIC, first));
+    }
     let mut wide = Vec::new();
     for (uid, &apic_id) in (0_u32..).zip(platform.apic_ids) {
         match (u8::try_from(uid), u8::try_from(apic_id)) {

@@ -23,6 +23,10 @@ pub struct Platform<'a> {
     pub apic_ids: &'a [u32],
     /// The UARTs that exist: (first port, gsi).
     pub uarts: &'a [(u16, u32)],
+    /// Whether the tables say that the PC's legacy devices are not there.
+    pub legacy_free: bool,
+    /// Pins of the I/O APIC: the first one's GSI, and how many; `None` where there is no I/O APIC.
+    pub pins: Option<(u32, u32)>,
     /// Whether there is a PCI bus.
     pub pci: bool,
     /// The virtio-mmio devices: (gpa, bytes, gsi).
@@ -62,7 +66,7 @@ pub fn tables(platform: &Platform<'_>) -> Result<Vec<Placed>, AcpiTooLarge> {
         address
     };
     let dsdt = place(dsdt::dsdt(platform));
-    let fadt = place(bytes_of(&fadt::fadt(dsdt)));
+    let fadt = place(bytes_of(&fadt::fadt(dsdt, platform.legacy_free)));
     let madt = place(madt::madt(platform));
     let mcfg = platform.pci.then(|| place(bytes_of(&mcfg::mcfg())));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -93,6 +97,8 @@ mod tests {
         let platform = Platform {
             apic_ids: &apic_ids,
             uarts: &[(0x3f8, 4), (0x2f8, 3)],
+            legacy_free: true,
+            pins: Some((0, 24)),
             pci: true,
             virtio_mmio: &[(0xd000_0000, 4096, 16)],
         };

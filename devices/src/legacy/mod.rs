@@ -2,6 +2,7 @@
 
 mod debug_exit;
 mod i8042;
+mod ioapic;
 mod post;
 mod power;
 mod pvpanic;
@@ -10,6 +11,7 @@ mod watchdog;
 
 pub use debug_exit::DebugExit;
 pub use i8042::{I8042, I8042Port};
+pub use ioapic::IoApic;
 pub use post::{MarkPort, PostPort};
 pub use power::Power;
 pub use pvpanic::PvPanic;

@@ -15,6 +15,12 @@ pub trait MsiRouter: Send + Sync {
     /// # Errors
     /// The system's.
     fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()>;
+
+    /// From now on, `gsi` sends nothing.
+    ///
+    /// # Errors
+    /// The system's.
+    fn unroute(&self, gsi: u32) -> io::Result<()>;
 }
 
 /// A message that can be sent: a write to `event` sends what `gsi` is routed to.
@@ -198,6 +204,9 @@ mod tests {
     impl MsiRouter for Routes {
         fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()> {
             self.0.lock().expect("alone").push((gsi, address, data));
+            Ok(())
+        }
+        fn unroute(&self, _gsi: u32) -> io::Result<()> {
             Ok(())
         }
     }

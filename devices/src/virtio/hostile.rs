@@ -67,7 +67,7 @@ fn device(kind: u8, folder: &Path) -> io::Result<Box<dyn VirtioDevice>> {
             Box::new(Net::new([2; 6], vec![Box::new(Stream::new(ours)?)]))
         }
         5 => Box::new(Vsock::new(3, &folder.join("vsock")).map_err(|error| other(&error))?),
-        6 => Box::new(Balloon::new(1 << 20)?),
+        6 => Box::new(Balloon::new(1 << 20, true)?),
         _ => {
             let shared = folder.join("shared");
             std::fs::create_dir_all(&shared)?;

@@ -143,6 +143,10 @@ impl Carrier for MmioDevice {
         self.core().counts()
     }
 
+    fn set_switches(&self, switches: super::Switches) {
+        self.core().set_switches(switches);
+    }
+
     fn stop(&self) {
         self.core().stop();
     }

@@ -25,7 +25,7 @@ pub mod vsock;
 mod worker;
 
 pub use queue::{Chain, QueueCounts, Virtqueue};
-pub use transport::Doorbell;
+pub use transport::{Doorbell, Switches};
 pub use worker::WorkerThread;
 
 use crate::bus::BusDevice;
@@ -168,6 +168,9 @@ pub type Worker = Box<dyn MutEventSubscriber + Send>;
 pub trait Carrier: BusDevice {
     /// What happens on the queues.
     fn counts(&self) -> Vec<Arc<QueueCounts>>;
+
+    /// Sets what the transport may do against exits; before the guest sees the device.
+    fn set_switches(&self, switches: Switches);
 
     /// Ends the device's threads, once they have done what the guest asked for so far. The guest must not run any more.
     fn stop(&self);

@@ -348,6 +348,10 @@ impl Carrier for PciDevice {
         self.core().counts()
     }
 
+    fn set_switches(&self, switches: super::Switches) {
+        self.core().set_switches(switches);
+    }
+
     fn stop(&self) {
         self.core().stop();
     }

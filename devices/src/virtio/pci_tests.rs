@@ -22,6 +22,9 @@ impl MsiRouter for Routes {
         self.0.lock().expect("alone").push((gsi, address, data));
         Ok(())
     }
+    fn unroute(&self, _gsi: u32) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 struct Function {

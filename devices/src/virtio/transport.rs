@@ -29,6 +29,21 @@ pub struct Doorbell {
     pub event: Arc<EventFd>,
 }
 
+/// What a transport may do to have fewer kicks and interrupts.
+#[derive(Clone, Copy, Debug)]
+pub struct Switches {
+    /// Offer VIRTIO_F_EVENT_IDX.
+    pub event_idx: bool,
+    /// Wait a moment for more before the driver is told, where that pays.
+    pub batch: bool,
+}
+
+impl Default for Switches {
+    fn default() -> Self {
+        Self { event_idx: true, batch: true }
+    }
+}
+
 /// Which of a queue's three addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Area {
@@ -63,6 +78,7 @@ pub(super) struct Core {
     queues: Vec<Setup>,
     workers: Vec<WorkerThread>,
     status: u8,
+    switches: Switches,
     driver_features: u64,
     pub(super) device_features_select: u32,
     pub(super) driver_features_select: u32,
@@ -90,11 +106,17 @@ impl Core {
             queues,
             workers: Vec::new(),
             status: 0,
+            switches: Switches::default(),
             driver_features: 0,
             device_features_select: 0,
             driver_features_select: 0,
             queue_select: 0,
         })
+    }
+
+    /// Before the guest sees the device.
+    pub(super) fn set_switches(&mut self, switches: Switches) {
+        self.switches = switches;
     }
 
     pub(super) fn kind(&self) -> DeviceKind {
@@ -130,7 +152,8 @@ impl Core {
     }
 
     fn offered(&self) -> u64 {
-        self.device.device_features() | F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC
+        let event_idx = if self.switches.event_idx { F_EVENT_IDX } else { 0 };
+        self.device.device_features() | F_VERSION_1 | F_INDIRECT_DESC | event_idx
     }
 
     pub(super) fn device_features(&self) -> u32 {
@@ -260,7 +283,7 @@ impl Core {
                 continue;
             }
             let queue = self.ring(setup).map_err(|error| io::Error::other(format!("queue {index}: {error}")))?;
-            made.push(Some(Virtqueue::new(
+            let mut queue = Virtqueue::new(
                 index,
                 queue,
                 self.memory.clone(),
@@ -268,7 +291,11 @@ impl Core {
                 Arc::clone(&self.signals),
                 Arc::clone(counts),
                 Arc::clone(&self.name),
-            )));
+            );
+            if !self.switches.batch {
+                queue.be_prompt();
+            }
+            made.push(Some(queue));
         }
         Ok(made)
     }

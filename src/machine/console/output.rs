@@ -20,13 +20,15 @@ pub struct Output {
     watch: Watch,
     control: Arc<Control>,
     on_a_device_thread: bool,
+    /// The run is over and nobody takes what is left.
+    given_up: bool,
 }
 
 impl Output {
     /// Writes to `file` (nowhere, if `None`), watched by `watch`, which can end the run.
     #[must_use]
     pub fn new(file: Option<File>, watch: Watch, control: Arc<Control>) -> Self {
-        Self { file, watch, control, on_a_device_thread: false }
+        Self { file, watch, control, on_a_device_thread: false, given_up: false }
     }
 
     /// For a thread that no signal reaches: it never waits in `write`, and gives up some time after the run is over.
@@ -44,6 +46,8 @@ impl Output {
                     Some(less) => patience = less,
                     None => return Ok(false),
                 },
+                // A vCPU that is kicked to stop.
+                Err(Errno::INTR) if self.control.is_stopping() => return Ok(false),
                 Ok(0) | Err(Errno::INTR) => {}
                 Ok(_) => return Ok(true),
                 Err(error) => return Err(error.into()),
@@ -52,9 +56,11 @@ impl Output {
     }
 
     /// Writes what it can; waits while the other side does not take it, unless the run is over.
-    fn write_some(&self, file: &File, bytes: &[u8]) -> io::Result<usize> {
+    fn write_some(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let Some(file) = self.file.as_ref().filter(|_| !self.given_up) else { return Ok(bytes.len()) };
         loop {
             if self.on_a_device_thread && !self.wait_for_room(file)? {
+                self.given_up = true;
                 return Ok(bytes.len());
             }
             match rustix::io::write(file, bytes) {
@@ -74,13 +80,10 @@ impl Output {
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = match &self.file {
-            Some(file) => self.write_some(file, bytes).inspect_err(|error| {
-                let what = format!("cannot write the console's output: {error}");
-                self.control.end(End::Failed(what), None);
-            })?,
-            None => bytes.len(),
-        };
+        let count = self.write_some(bytes).inspect_err(|error| {
+            let what = format!("cannot write the console's output: {error}");
+            self.control.end(End::Failed(what), None);
+        })?;
         if let Some(end) = self.watch.feed(&bytes[..count]) {
             self.control.end(end, None);
         }

@@ -1,4 +1,4 @@
-//! Unpacked kernels, kept from run to run: unpacking takes a second, reading what was unpacked a few milliseconds.
+//! Unpacked kernels and initrds, kept from run to run: unpacking takes a second, reading what was unpacked a few milliseconds.
 
 use std::fs::{self, File};
 use std::io;
@@ -34,7 +34,7 @@ fn key(packed: &File) -> io::Result<String> {
         sample(size / (SAMPLES + 1) * index, SAMPLE_BYTES)?;
     }
     sample(size.saturating_sub(END_BYTES), END_BYTES)?;
-    Ok(format!("{size}-{}-{:08x}.vmlinux", metadata.mtime(), crc.sum()))
+    Ok(format!("{size}-{}-{:08x}.unpacked", metadata.mtime(), crc.sum()))
 }
 
 impl Cache {
@@ -93,7 +93,7 @@ impl Cache {
         let Ok(entries) = fs::read_dir(&self.folder) else { return };
         let mut kernels: Vec<_> = entries
             .flatten()
-            .filter(|entry| entry.file_name().to_string_lossy().ends_with(".vmlinux"))
+            .filter(|entry| entry.file_name().to_string_lossy().ends_with(".unpacked"))
             .filter_map(|entry| Some((entry.metadata().ok()?.atime(), entry.path())))
             .filter(|(_, path)| path != newest)
             .collect();

@@ -1,7 +1,7 @@
 //! Putting a kernel, its initrd and what it is told into guest memory.
 
 use super::cache::Cache;
-use super::{KernelError, Kind, identify, open, unpack_bzimage};
+use super::{KernelError, Kind, identify, open, unpack_bzimage, unpack_initrd};
 use crate::config::{BootProtocol, Unpack};
 use crate::memory::GuestRam;
 use hwvmm_arch::boot::bzimage::{BzImage, ENTRY_64_OFFSET};
@@ -19,6 +19,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 /// Kernels since 2.6.x take an initrd anywhere below this.
 const INITRD_LIMIT: u64 = 0x7fff_ffff;
+/// The largest part of the guest's memory that an unpacked initrd may take: one in so many.
+const INITRD_SHARE: u64 = 4;
 const PAGE: u64 = 4096;
 /// Where multiboot kernels may start: behind what hwvmm writes for them.
 const MULTIBOOT_LOW: u64 = 0x8000;
@@ -41,14 +43,8 @@ pub struct Request<'a> {
     pub boot: BootProtocol,
     /// Where unpacked kernels are.
     pub cache: Option<&'a Cache>,
-    /// The APIC id of each vCPU, for the ACPI tables.
-    pub apic_ids: &'a [u32],
-    /// The UARTs that exist (first port, gsi), for the ACPI tables.
-    pub uarts: &'a [(u16, u32)],
-    /// Whether there is a PCI bus.
-    pub pci: bool,
-    /// The virtio-mmio devices: (gpa, bytes, gsi).
-    pub virtio_mmio: &'a [(u64, u64, u32)],
+    /// What the ACPI tables describe.
+    pub platform: &'a acpi::Platform<'a>,
     /// Told about what takes long.
     pub progress: &'a dyn Fn(&str),
 }
@@ -243,9 +239,15 @@ impl Loader<'_> {
         let Some(path) = self.request.initrd else { return Ok(None) };
         let end = self.low_end().min(limit + 1);
         let floor = kernel_end.next_multiple_of(PAGE);
-        let file = open("initrd", path)?;
-        let bytes = self.size("initrd", path, &file)?;
+        let mut file = open("initrd", path)?;
         let room = end.saturating_sub(floor);
+        // The guest has it in memory twice while it makes files of it: that must not be what takes its memory.
+        if self.request.unpack == Unpack::Host
+            && let Some(unpacked) = unpack_initrd(&file, self.request.cache, room / INITRD_SHARE)
+        {
+            file = unpacked;
+        }
+        let bytes = self.size("initrd", path, &file)?;
         let start = end.checked_sub(bytes).map(|start| start & !(PAGE - 1)).filter(|start| *start >= floor);
         let Some(start) = start else {
             return Err(KernelError::TooLarge { what: "initrd", bytes, room });
@@ -294,13 +296,7 @@ impl Loader<'_> {
             self.write("the page tables", layout::BOOT_PML4, &tables)?;
         }
         self.write("the reset code", layout::RESET_VECTOR, &layout::RESET_CODE)?;
-        let platform = acpi::Platform {
-            apic_ids: self.request.apic_ids,
-            uarts: self.request.uarts,
-            pci: self.request.pci,
-            virtio_mmio: self.request.virtio_mmio,
-        };
-        for table in acpi::tables(&platform)? {
+        for table in acpi::tables(self.request.platform)? {
             self.write("the ACPI tables", table.address, &table.bytes)?;
         }
         Ok(())

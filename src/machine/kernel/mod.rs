@@ -211,6 +211,12 @@ pub fn identify(path: &Path, file: &File) -> Result<Kind, KernelError> {
     Err(KernelError::NotKernel { path: path.to_owned(), what })
 }
 
+/// Whether the file at `path` is a multiboot kernel; false where it cannot be told, which loading it will explain.
+#[must_use]
+pub fn is_multiboot(path: &Path) -> bool {
+    open("kernel", path).and_then(|file| identify(path, &file)).is_ok_and(|kind| matches!(kind, Kind::Multiboot(_)))
+}
+
 fn read_start(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -245,11 +251,45 @@ pub fn unpack_bzimage(
             result => return result,
         }
     }
-    let flags = rustix::fs::MemfdFlags::CLOEXEC;
-    let memory = rustix::fs::memfd_create("kernel", flags).map_err(|error| UnpackError::Write(error.into()))?;
-    let memory = File::from(memory);
+    let memory = anonymous("kernel")?;
     unpack::unpack(&payload, &memory)?;
     Ok(memory)
+}
+
+/// An initrd as the guest would unpack it, in an anonymous or a cached file; `None` where that is not to be had (it is not
+/// compressed, or not wholly, or damaged) or would be more than `limit` bytes: the guest then does it.
+#[must_use]
+pub fn unpack_initrd(file: &File, cache: Option<&Cache>, limit: u64) -> Option<File> {
+    let small = |found: File| found.metadata().is_ok_and(|metadata| metadata.len() <= limit).then_some(found);
+    if let Some(found) = cache.and_then(|cache| cache.find(file)) {
+        return small(found);
+    }
+    let mut start = [0; 16];
+    let count = read_start(file, &mut start).ok()?;
+    hwvmm_arch::boot::bzimage::Compression::detect(&start[..count])
+        .filter(|kind| *kind != hwvmm_arch::boot::bzimage::Compression::None)?;
+    let size = file.metadata().ok()?.len();
+    if size > limit {
+        return None;
+    }
+    let mut archive = vec![0; usize::try_from(size).ok()?];
+    file.read_exact_at(&mut archive, 0).ok()?;
+    let result = match cache {
+        Some(cache) => cache.keep(file, |out| unpack::unpack_parts(&archive, out).map(|_| ())),
+        None => anonymous("initrd").and_then(|out| unpack::unpack_parts(&archive, &out).map(|_| out)),
+    };
+    match result {
+        Ok(out) => small(out),
+        Err(error) => {
+            log::info!("the guest unpacks its initrd itself: {error}");
+            None
+        }
+    }
+}
+
+fn anonymous(name: &str) -> Result<File, UnpackError> {
+    let memory = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC);
+    memory.map(File::from).map_err(|error| UnpackError::Write(error.into()))
 }
 
 /// The kernel of a configuration as an ELF file, unpacked where it is a bzImage.

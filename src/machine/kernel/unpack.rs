@@ -51,11 +51,36 @@ impl SparseWriter<'_> {
 ///
 /// # Errors
 /// [`UnpackError`].
-pub fn unpack(payload: &[u8], out: &File) -> Result<u64, UnpackError> {
-    let start = payload.get(..16.min(payload.len())).unwrap_or_default();
-    let kind = Compression::detect(start).ok_or_else(|| UnpackError::Unknown(start.to_vec()))?;
+pub fn unpack(mut payload: &[u8], out: &File) -> Result<u64, UnpackError> {
     let mut writer = SparseWriter { file: out, position: 0 };
-    let mut reader = reader(kind, payload).map_err(|error| UnpackError::Data(kind.name(), error))?;
+    unpack_one(&mut payload, &mut writer)?;
+    out.set_len(writer.position).map_err(UnpackError::Write)?;
+    Ok(writer.position)
+}
+
+/// Unpacks all of `archive` into the empty file `out`: compressed parts, one behind the other, with zeros between, as
+/// Linux takes an initrd (Documentation/driver-api/early-userspace/buffer-format.rst). Each part starts at a multiple
+/// of 4 again. The number of bytes.
+///
+/// # Errors
+/// [`UnpackError`]; a part that is not compressed is [`UnpackError::Unknown`].
+pub fn unpack_parts(mut archive: &[u8], out: &File) -> Result<u64, UnpackError> {
+    let mut writer = SparseWriter { file: out, position: 0 };
+    while !archive.is_empty() {
+        unpack_one(&mut archive, &mut writer)?;
+        writer.position = writer.position.next_multiple_of(4);
+        let zeros = archive.iter().take_while(|byte| **byte == 0).count();
+        archive = &archive[zeros..];
+    }
+    out.set_len(writer.position).map_err(UnpackError::Write)?;
+    Ok(writer.position)
+}
+
+/// Unpacks one stream off the front of `rest`.
+fn unpack_one(rest: &mut &[u8], writer: &mut SparseWriter<'_>) -> Result<(), UnpackError> {
+    let start = rest.get(..16.min(rest.len())).unwrap_or_default();
+    let kind = Compression::detect(start).ok_or_else(|| UnpackError::Unknown(start.to_vec()))?;
+    let mut reader = reader(kind, rest).map_err(|error| UnpackError::Data(kind.name(), error))?;
     let mut buffer = vec![0; BUFFER];
     loop {
         let filled = fill(&mut *reader, &mut buffer).map_err(|error| UnpackError::Data(kind.name(), error))?;
@@ -64,11 +89,9 @@ pub fn unpack(payload: &[u8], out: &File) -> Result<u64, UnpackError> {
             return Err(UnpackError::TooLarge);
         }
         if filled < buffer.len() {
-            break;
+            return Ok(());
         }
     }
-    out.set_len(writer.position).map_err(UnpackError::Write)?;
-    Ok(writer.position)
 }
 
 /// Reads until `buffer` is full or the data end.
@@ -87,19 +110,19 @@ fn fill(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
 
 /// A reader of the unpacked bytes. The kernel's build appends the unpacked size (4 bytes) to most payloads; every
 /// reader here stops at the end of its first stream.
-fn reader<'a>(kind: Compression, payload: &'a [u8]) -> io::Result<Box<dyn Read + 'a>> {
+fn reader<'a, 'b: 'a>(kind: Compression, payload: &'a mut &'b [u8]) -> io::Result<Box<dyn Read + 'a>> {
     Ok(match kind {
-        Compression::Gzip => Box::new(flate2::read::GzDecoder::new(payload)),
-        Compression::Xz => Box::new(liblzma::read::XzDecoder::new(payload)),
+        Compression::Gzip => Box::new(flate2::bufread::GzDecoder::new(payload)),
+        Compression::Xz => Box::new(liblzma::bufread::XzDecoder::new(payload)),
         Compression::Lzma => {
             let stream = liblzma::stream::Stream::new_lzma_decoder(u64::MAX)?;
-            Box::new(liblzma::read::XzDecoder::new_stream(payload, stream))
+            Box::new(liblzma::bufread::XzDecoder::new_stream(payload, stream))
         }
         Compression::Zstd => Box::new(zstd::stream::read::Decoder::with_buffer(payload)?.single_frame()),
-        Compression::Bzip2 => Box::new(bzip2::read::BzDecoder::new(payload)),
-        Compression::Lz4 => Box::new(Blocks::new(Lz4Legacy { rest: payload.get(4..).unwrap_or_default() })),
+        Compression::Bzip2 => Box::new(bzip2::bufread::BzDecoder::new(payload)),
+        Compression::Lz4 => Box::new(Blocks::new(Lz4Legacy::new(payload))),
         Compression::Lzo => Box::new(Blocks::new(Lzop::new(payload)?)),
-        Compression::None => Box::new(payload),
+        Compression::None => Box::new(std::mem::take(payload)),
     })
 }
 
@@ -151,21 +174,29 @@ fn take<'a>(rest: &mut &'a [u8], count: usize) -> io::Result<&'a [u8]> {
 
 /// The legacy LZ4 frame (lz4_Frame_format.md, "Legacy frame"): blocks of at most 8 MiB unpacked, each with its packed
 /// size in front.
-struct Lz4Legacy<'a> {
-    rest: &'a [u8],
+struct Lz4Legacy<'a, 'b> {
+    rest: &'a mut &'b [u8],
+}
+
+impl<'a, 'b> Lz4Legacy<'a, 'b> {
+    fn new(rest: &'a mut &'b [u8]) -> Self {
+        *rest = rest.get(4..).unwrap_or_default();
+        Self { rest }
+    }
 }
 
 const LZ4_BLOCK: usize = 8 << 20;
 
-impl BlockSource for Lz4Legacy<'_> {
+impl BlockSource for Lz4Legacy<'_, '_> {
     fn next_block(&mut self, out: &mut Vec<u8>) -> io::Result<bool> {
         // What follows the last block is too short for one, or the unpacked size that the kernel's build appends.
-        let Ok(size) = take(&mut self.rest, 4) else { return Ok(false) };
+        let Ok(size) = take(self.rest, 4) else { return Ok(false) };
         let size = u32::from_le_bytes(size.try_into().unwrap_or_default()) as usize;
-        if self.rest.is_empty() {
+        // Zeros: what lies between two parts of an initrd.
+        if self.rest.is_empty() || size == 0 {
             return Ok(false);
         }
-        let packed = take(&mut self.rest, size)?;
+        let packed = take(self.rest, size)?;
         out.resize(LZ4_BLOCK, 0);
         let count = lz4_flex::block::decompress_into(packed, out).map_err(io::Error::other)?;
         out.truncate(count);
@@ -174,8 +205,8 @@ impl BlockSource for Lz4Legacy<'_> {
 }
 
 /// lzop's file format, as the kernel's lib/decompress_unlzo.c reads it. All numbers are big-endian.
-struct Lzop<'a> {
-    rest: &'a [u8],
+struct Lzop<'a, 'b> {
+    rest: &'a mut &'b [u8],
     flags: u32,
 }
 
@@ -186,8 +217,8 @@ const LZOP_CRC32_PACKED: u32 = 1 << 9;
 const LZOP_FILTER: u32 = 1 << 11;
 const LZOP_BLOCK_MAX: usize = 64 << 20;
 
-impl<'a> Lzop<'a> {
-    fn new(payload: &'a [u8]) -> io::Result<Self> {
+impl<'a, 'b> Lzop<'a, 'b> {
+    fn new(payload: &'a mut &'b [u8]) -> io::Result<Self> {
         let mut rest = payload.get(9..).unwrap_or_default();
         let version = u16::from_be_bytes(take(&mut rest, 2)?.try_into().unwrap_or_default());
         take(&mut rest, 2)?; // library version
@@ -208,7 +239,8 @@ impl<'a> Lzop<'a> {
         take(&mut rest, if version >= 0x940 { 12 } else { 8 })?;
         let name = usize::from(take(&mut rest, 1)?[0]);
         take(&mut rest, name + 4)?; // name, checksum of the header
-        Ok(Self { rest, flags })
+        *payload = rest;
+        Ok(Self { rest: payload, flags })
     }
 
     /// Bytes of checksums for the block.
@@ -224,19 +256,19 @@ fn be32(rest: &mut &[u8]) -> io::Result<u32> {
     Ok(u32::from_be_bytes(take(rest, 4)?.try_into().unwrap_or_default()))
 }
 
-impl BlockSource for Lzop<'_> {
+impl BlockSource for Lzop<'_, '_> {
     fn next_block(&mut self, out: &mut Vec<u8>) -> io::Result<bool> {
-        let unpacked = be32(&mut self.rest)? as usize;
+        let unpacked = be32(self.rest)? as usize;
         if unpacked == 0 {
             return Ok(false);
         }
-        let packed = be32(&mut self.rest)? as usize;
+        let packed = be32(self.rest)? as usize;
         if unpacked > LZOP_BLOCK_MAX || packed > unpacked {
             return Err(damaged("a block of an impossible size"));
         }
         let checksums = self.checksums(packed < unpacked);
-        take(&mut self.rest, checksums)?;
-        let data = take(&mut self.rest, packed)?;
+        take(self.rest, checksums)?;
+        let data = take(self.rest, packed)?;
         if packed == unpacked {
             out.extend_from_slice(data);
             return Ok(true);

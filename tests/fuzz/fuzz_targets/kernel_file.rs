@@ -11,6 +11,7 @@ fuzz_target!(|data: &[u8]| {
     std::fs::write(file.path(), data).expect("written");
     let ram = GuestRam::new(&[(0, 16 << 20)], Backing::Anonymous(false)).expect("16 MiB");
     for unpack in [Unpack::Host, Unpack::Guest] {
+        let platform = hwvmm_arch::acpi::Platform { apic_ids: &[0], uarts: &[(0x3f8, 4)], legacy_free: true, pins: Some((0, 24)), pci: true, virtio_mmio: &[] };
         let request = Request {
             kernel: file.path(),
             initrd: None,
@@ -20,8 +21,7 @@ fuzz_target!(|data: &[u8]| {
             unpack,
             boot: BootProtocol::Auto,
             cache: None,
-            apic_ids: &[0],
-            uarts: &[], pci: true, virtio_mmio: &[],
+            platform: &platform,
             progress: &|_| {},
         };
         let _ = load(&request, &ram);

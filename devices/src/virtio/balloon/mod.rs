@@ -97,6 +97,8 @@ impl BalloonControl {
 /// The device.
 pub struct Balloon {
     control: Arc<BalloonControl>,
+    /// The guest may report free pages.
+    reporting: bool,
 }
 
 impl Balloon {
@@ -104,7 +106,7 @@ impl Balloon {
     ///
     /// # Errors
     /// Where no eventfd is to be had.
-    pub fn new(target: u64) -> io::Result<Self> {
+    pub fn new(target: u64, reporting: bool) -> io::Result<Self> {
         let control = Arc::new(BalloonControl {
             target_pages: AtomicU32::new(0),
             actual_pages: AtomicU32::new(0),
@@ -114,7 +116,7 @@ impl Balloon {
             ask: EventFd::new(EFD_NONBLOCK)?,
         });
         control.set_target(target);
-        Ok(Self { control })
+        Ok(Self { control, reporting })
     }
 
     /// The host's side.
@@ -130,7 +132,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn device_features(&self) -> u64 {
-        F_STATS_VQ | F_DEFLATE_ON_OOM | F_REPORTING
+        F_STATS_VQ | F_DEFLATE_ON_OOM | if self.reporting { F_REPORTING } else { 0 }
     }
 
     fn queue_max_sizes(&self) -> Vec<u16> {

@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 #[test]
 fn pages_go_and_are_zero_when_they_come_back() {
-    let device = Balloon::new(0).expect("a balloon");
+    let device = Balloon::new(0, true).expect("a balloon");
     let control = device.control();
     let mut driver = Driver::running(Box::new(device));
     let _ = driver.interrupts();
@@ -32,7 +32,7 @@ fn pages_go_and_are_zero_when_they_come_back() {
 
 #[test]
 fn reported_pages_go() {
-    let device = Balloon::new(0).expect("a balloon");
+    let device = Balloon::new(0, true).expect("a balloon");
     let control = device.control();
     let mut driver = Driver::running(Box::new(device));
     let submitted = driver.submit(3, &[], &[4096]);
@@ -44,7 +44,7 @@ fn reported_pages_go() {
 
 #[test]
 fn statistics_come_when_asked_for() {
-    let device = Balloon::new(0).expect("a balloon");
+    let device = Balloon::new(0, true).expect("a balloon");
     let control = device.control();
     let mut driver = Driver::running(Box::new(device));
     let entry = |tag: u16, value: u64| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat();

@@ -137,3 +137,41 @@ fn zero_blocks_become_holes() {
     assert_eq!(metadata.len(), 8 << 20);
     assert!(metadata.blocks() * 512 < 1 << 20, "{} blocks", metadata.blocks());
 }
+
+/// What `unpack_parts` makes of `archive`.
+fn parts(archive: &[u8]) -> Result<Vec<u8>, UnpackError> {
+    let mut file = tempfile::tempfile().expect("a temporary file");
+    let size = unpack_parts(archive, &file)?;
+    let mut bytes = Vec::new();
+    file.rewind().expect("seek");
+    file.read_to_end(&mut bytes).expect("read");
+    assert_eq!(bytes.len() as u64, size);
+    Ok(bytes)
+}
+
+#[test]
+fn an_initrd_of_several_parts_is_unpacked_whole() {
+    let gzip = |data: &[u8]| {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut encoder, data).expect("written");
+        encoder.finish().expect("finished")
+    };
+    let (one, two) = (b"070701 one".repeat(1000), b"070701 two.".repeat(999));
+    let mut wanted = one.clone();
+    wanted.resize(wanted.len().next_multiple_of(4), 0);
+    wanted.extend(&two);
+    wanted.resize(wanted.len().next_multiple_of(4), 0);
+    for first in
+        [gzip(&one), xz(&one, false), lz4_legacy(&one), lzop(&one), zstd::encode_all(&one[..], 1).expect("zstd")]
+    {
+        for second in [gzip(&two), xz(&two, false), lz4_legacy(&two)] {
+            let mut archive = first.clone();
+            archive.resize(archive.len() + 8, 0);
+            archive.extend(&second);
+            assert_eq!(parts(&archive).expect("unpacks"), wanted);
+        }
+    }
+    let mut plain = gzip(&one);
+    plain.extend(b"070701");
+    assert!(matches!(parts(&plain), Err(UnpackError::Unknown(_))));
+}

@@ -1,0 +1,183 @@
+//! An I/O APIC with as many pins as are wired (82093AA data sheet, §3). What a pin sends is a message, so an entry's route is
+//! all there is to it; all lines are edges.
+
+use crate::bus::{Action, BusDevice};
+use crate::pci::MsiRouter;
+use std::sync::{Arc, Mutex, PoisonError};
+
+const SELECT: u64 = 0x00;
+const WINDOW: u64 = 0x10;
+const REG_ID: u8 = 0;
+const REG_VERSION: u8 = 1;
+const REG_ARBITRATION: u8 = 2;
+const FIRST_ENTRY: u8 = 0x10;
+/// As KVM's own: without an EOI register.
+const VERSION: u32 = 0x11;
+
+const MASKED: u64 = 1 << 16;
+/// Delivery status and remote IRR.
+const READ_ONLY: u64 = 1 << 12 | 1 << 14;
+const MSI_ADDRESS: u64 = 0xfee0_0000;
+
+struct State {
+    select: u8,
+    id: u32,
+    entries: Vec<u64>,
+}
+
+/// The I/O APIC.
+pub struct IoApic {
+    first_gsi: u32,
+    state: Mutex<State>,
+    router: Arc<dyn MsiRouter>,
+}
+
+/// The message of a redirection entry (SDM vol. 3A §11.11): address and data. The trigger mode is left out.
+fn message(entry: u64) -> (u64, u32) {
+    let (destination, logical) = (entry >> 56, entry >> 11 & 1);
+    let data = u32::try_from(entry & 0x7ff).unwrap_or(0);
+    (MSI_ADDRESS | destination << 12 | logical << 2, data)
+}
+
+impl IoApic {
+    /// Bytes of its registers.
+    pub const BYTES: u64 = 0x20;
+
+    /// `pins` pins, the first of which is `first_gsi` at `router`; all masked.
+    #[must_use]
+    pub fn new(first_gsi: u32, pins: u32, router: Arc<dyn MsiRouter>) -> Self {
+        let entries = (0..pins.min(120)).map(|_| MASKED).collect();
+        Self { first_gsi, state: Mutex::new(State { select: 0, id: 0, entries }), router }
+    }
+
+    /// The pin of the selected register, and whether it is the upper half.
+    fn selected(select: u8) -> Option<(usize, bool)> {
+        let register = select.checked_sub(FIRST_ENTRY)?;
+        Some((usize::from(register / 2), register % 2 == 1))
+    }
+
+    fn set_entry(&self, state: &mut State, pin: usize, high: bool, value: u32) {
+        let Some(entry) = state.entries.get_mut(pin) else { return };
+        let old = *entry;
+        *entry = if high {
+            old & 0xffff_ffff | u64::from(value) << 32
+        } else {
+            old >> 32 << 32 | old & READ_ONLY | u64::from(value) & !READ_ONLY
+        };
+        let (new, gsi) = (*entry, self.first_gsi + u32::try_from(pin).unwrap_or(0));
+        let result = if new & MASKED != 0 {
+            if old & MASKED == 0 { self.router.unroute(gsi) } else { Ok(()) }
+        } else {
+            let (address, data) = message(new);
+            self.router.route(gsi, address, data)
+        };
+        if let Err(error) = result {
+            log::warn!("I/O APIC: pin {pin} (entry {new:#x}): {error}");
+        }
+    }
+}
+
+impl BusDevice for IoApic {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let value = match (offset, state.select) {
+            (SELECT, select) => u32::from(select),
+            (WINDOW, REG_ID | REG_ARBITRATION) => state.id,
+            (WINDOW, REG_VERSION) => VERSION | u32::try_from(state.entries.len().saturating_sub(1)).unwrap_or(0) << 16,
+            (WINDOW, select) => {
+                let entry = Self::selected(select).and_then(|(pin, high)| Some((state.entries.get(pin)?, high)));
+                let half = entry.map_or(0, |(entry, high)| if high { entry >> 32 } else { entry & 0xffff_ffff });
+                u32::try_from(half).unwrap_or(0)
+            }
+            _ => 0,
+        };
+        data.fill(0);
+        let bytes = value.to_le_bytes();
+        let count = data.len().min(bytes.len());
+        data[..count].copy_from_slice(&bytes[..count]);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Action {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match (offset, data) {
+            (SELECT, [select, ..]) => state.select = *select,
+            (WINDOW, &[a, b, c, d]) => {
+                let value = u32::from_le_bytes([a, b, c, d]);
+                match state.select {
+                    REG_ID => state.id = value & 0x0f00_0000,
+                    select => {
+                        if let Some((pin, high)) = Self::selected(select) {
+                            self.set_entry(&mut state, pin, high, value);
+                        }
+                    }
+                }
+            }
+            _ => {}
+        }
+        Action::None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+    use std::io;
+
+    #[derive(Default)]
+    struct Routes(Mutex<BTreeMap<u32, (u64, u32)>>);
+    impl MsiRouter for Routes {
+        fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()> {
+            self.0.lock().expect("lock").insert(gsi, (address, data));
+            Ok(())
+        }
+        fn unroute(&self, gsi: u32) -> io::Result<()> {
+            self.0.lock().expect("lock").remove(&gsi);
+            Ok(())
+        }
+    }
+
+    fn set(chip: &IoApic, register: u8, value: u32) {
+        chip.write(SELECT, &u32::from(register).to_le_bytes());
+        chip.write(WINDOW, &value.to_le_bytes());
+    }
+
+    fn get(chip: &IoApic, register: u8) -> u32 {
+        let mut data = [0; 4];
+        chip.write(SELECT, &[register]);
+        chip.read(WINDOW, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn an_unmasked_pin_is_a_route() {
+        let routes = Arc::new(Routes::default());
+        let chip = IoApic::new(4, 2, Arc::clone(&routes) as _);
+        assert_eq!((get(&chip, 1), get(&chip, 0x10), get(&chip, 0x14)), (0x1_0011, 0x1_0000, 0));
+        set(&chip, 0x13, 3 << 24);
+        set(&chip, 0x12, 0x31);
+        assert_eq!(routes.0.lock().expect("lock").get(&5), Some(&(0xfee0_3000, 0x31)));
+        // Read-only bits stay as they are; a logical destination; the lowest priority.
+        set(&chip, 0x12, 0x5931);
+        assert_eq!(get(&chip, 0x12), 0x0931);
+        assert_eq!(routes.0.lock().expect("lock").get(&5), Some(&(0xfee0_3004, 0x131)));
+        set(&chip, 0x12, 0x1_0031);
+        assert!(routes.0.lock().expect("lock").is_empty());
+        set(&chip, 0, 0xffff_ffff);
+        assert_eq!(get(&chip, 0), 0x0f00_0000);
+    }
+
+    proptest! {
+        #[test]
+        fn any_access_is_survived(writes in proptest::collection::vec((0_u64..0x20, proptest::collection::vec(any::<u8>(), 0..9)), 0..50)) {
+            let routes = Arc::new(Routes::default());
+            let chip = IoApic::new(4, 3, Arc::clone(&routes) as _);
+            for (offset, data) in writes {
+                chip.write(offset, &data);
+                chip.read(offset, &mut data.clone());
+            }
+            prop_assert!(routes.0.lock().expect("lock").keys().all(|gsi| (4..7).contains(gsi)));
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Levers that are settings of KVM's, and what a host can do of them.
+
+use super::kernel::is_multiboot;
+use crate::config::RunConfig;
+use crate::kvm::{Coalesced, KvmError, System, Vcpu, Vm};
+use crate::probe::without_exits;
+use crate::tune::{Choice, Lever, Tune};
+use hwvmm_arch::layout::{IOAPIC, UARTS};
+use kvm_bindings::{KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE};
+
+// Bits of leaf 0x4000_0001 EAX (Documentation/virt/kvm/x86/cpuid.rst).
+const KVM_FEATURE_PV_EOI: u32 = 6;
+const KVM_FEATURE_PV_UNHALT: u32 = 7;
+const KVM_FEATURE_PV_TLB_FLUSH: u32 = 9;
+const KVM_FEATURE_PV_SEND_IPI: u32 = 11;
+const KVM_FEATURE_PV_SCHED_YIELD: u32 = 13;
+
+/// The longest time that a halted vCPU is waited for, in microseconds, where the lever is just on.
+const HALT_POLL_US: u32 = 200;
+
+/// KVM's paravirtual features (leaf 0x4000_0001 EAX) whose levers are off.
+pub(super) fn hidden_features(tune: &Tune) -> u32 {
+    let bits = [
+        (Lever::PvEoi, KVM_FEATURE_PV_EOI),
+        (Lever::PvIpi, KVM_FEATURE_PV_SEND_IPI),
+        (Lever::PvTlbFlush, KVM_FEATURE_PV_TLB_FLUSH),
+        (Lever::PvSchedYield, KVM_FEATURE_PV_SCHED_YIELD),
+        (Lever::PvUnhalt, KVM_FEATURE_PV_UNHALT),
+    ];
+    bits.into_iter().filter(|(lever, _)| !tune.wants(*lever)).fold(0, |mask, (_, bit)| mask | 1 << bit)
+}
+
+/// Interrupt controllers. Whether the I/O APIC is hwvmm's.
+///
+/// # Errors
+/// Where KVM has neither way.
+pub(super) fn create_irqchip(vm: &Vm, config: &RunConfig) -> Result<bool, KvmError> {
+    // Test kernels want the whole PC.
+    if config.tune.wants(Lever::FewPins) && !is_multiboot(&config.kernel) {
+        match vm.split_irqchip() {
+            Ok(()) => return Ok(true),
+            Err(error) => config.tune.cannot(Lever::FewPins, &format!("{error}: {}", error.source)),
+        }
+    }
+    vm.create_irqchip()?;
+    Ok(false)
+}
+
+/// Linux looks there for a Super-I/O chip behind each UART: eight times five writes into the void.
+const SUPER_IO: [u16; 2] = [0x2e, 0x4e];
+/// The PCI configuration address.
+const PCI_ADDRESS: u16 = 0xcf8;
+
+/// A UART's registers whose writes the guest sees by reading only: data (or divisor), FIFO, line and modem control, scratch.
+/// A write to interrupt enable may raise one at once.
+const UART_QUIET: [u16; 5] = [0, 2, 3, 4, 7];
+
+/// Has writes wait in the kernel that change nothing that the guest could see before its next exit: a UART's bytes,
+/// addresses of PCI registers, I/O APIC entries (a device is started by an exit), and what is written where nobody is. `None` where this host cannot, or should not.
+pub(super) fn quiet_ports(vm: &Vm, vcpu: &Vcpu, config: &RunConfig, split: bool) -> Option<Coalesced> {
+    let tune = &config.tune;
+    if !tune.wants(Lever::QuietPorts) {
+        return None;
+    }
+    let uarts = UARTS.iter().zip(&config.serial).filter(|(_, target)| target.is_some()).map(|((port, _), _)| *port);
+    let mut zones: Vec<(u16, u32)> = SUPER_IO.into_iter().map(|port| (port, 1)).collect();
+    zones.extend(uarts.flat_map(|base| UART_QUIET.map(|register| (base + register, 1))));
+    // What it says is asked for by a read of the data, or of itself.
+    zones.push((PCI_ADDRESS, 4));
+    let cannot = |error: &KvmError| tune.cannot(Lever::QuietPorts, &format!("{error}: {}", error.source));
+    // The ring first: what waits must have somebody to take it.
+    let ring = vcpu.coalesced().inspect_err(cannot).ok()?;
+    for (port, count) in zones {
+        if let Err(error) = vm.coalesce_ports(port, count) {
+            cannot(&error);
+            break;
+        }
+    }
+    if split {
+        let io_apic = u64::from(IOAPIC);
+        for register in [io_apic, io_apic + 0x10] {
+            if let Err(error) = vm.coalesce_memory(register, 4) {
+                cannot(&error);
+            }
+        }
+    }
+    Some(ring)
+}
+
+/// Sets what is a machine's. What this host cannot is said, and left.
+pub(super) fn set_vm(vm: &Vm, system: &System, tune: &Tune) {
+    let idle_levers = [
+        (Lever::DisableHlt, KVM_X86_DISABLE_EXITS_HLT),
+        (Lever::DisablePause, KVM_X86_DISABLE_EXITS_PAUSE),
+        (Lever::DisableMwait, KVM_X86_DISABLE_EXITS_MWAIT),
+    ];
+    let mut bits = 0;
+    for (lever, bit) in idle_levers.into_iter().filter(|(lever, _)| tune.wants(*lever)) {
+        // On some hosts the call succeeds, and the guest cannot be entered afterwards.
+        match without_exits(system, bit) {
+            Ok(()) => bits |= bit,
+            Err(why) => tune.cannot(lever, &why),
+        }
+    }
+    if bits != 0
+        && let Err(error) = vm.disable_exits(bits)
+    {
+        tune.cannot(Lever::DisableHlt, &format!("{error}: {}", error.source));
+    }
+    if tune.wants(Lever::HaltPoll) {
+        let micros = if let Choice::Micros(micros) = tune.choice(Lever::HaltPoll) { micros } else { HALT_POLL_US };
+        if let Err(error) = vm.set_halt_poll(u64::from(micros) * 1000) {
+            tune.cannot(Lever::HaltPoll, &format!("{error}: {}", error.source));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_feature_has_its_own_bit() {
+        let mut tune = Tune::default();
+        assert_eq!(hidden_features(&tune), 0);
+        tune.set("pv-eoi=off,pv-ipi=off").expect("valid");
+        assert_eq!(hidden_features(&tune), 1 << 6 | 1 << 11);
+        tune.set("all=off").expect("valid");
+        assert_eq!(hidden_features(&tune).count_ones(), 5);
+    }
+}
