@@ -204,7 +204,7 @@ impl Machine {
         if config.memory.prefault || config.tune.wants(Lever::Prefault) {
             prefault(&ram, &vcpus, config.memory.bytes)?;
         }
-        let ring = vcpus.first().and_then(|vcpu| levers::quiet_ports(&vm, vcpu, config, split));
+        let ring = vcpus.first().and_then(|vcpu| levers::quiet_ports(&vm, vcpu, config, split, &placement.mmio));
         let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze(), ring };
         Ok(Self {
             vcpus,
