@@ -35,7 +35,7 @@ fn load_bytes(bytes: &[u8], unpack: Unpack) -> Result<Loaded, KernelError> {
         uarts: &[(0x3f8, 4)],
         legacy_free: true,
         pins: Some((0, 24)),
-        pci: true,
+        pci: Some(1),
         virtio_mmio: &[],
     };
     let request = Request {

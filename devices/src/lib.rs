@@ -6,8 +6,10 @@ pub mod console;
 pub mod irq;
 pub mod legacy;
 pub mod memory;
+pub mod page;
 pub mod pci;
 pub mod socket;
 pub mod virtio;
 
 pub use bus::{Action, Bus, BusBuilder, BusDevice, BusError};
+pub use page::RegisterPage;

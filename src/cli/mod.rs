@@ -202,7 +202,7 @@ mod tests {
     fn the_default_command_line_in_the_help_is_the_real_one() {
         let mut command = Cli::command();
         let help = command.find_subcommand_mut("run").expect("run").render_long_help().to_string();
-        assert!(help.contains("pci=conf1,noearly 8250.nr_uarts=1"));
+        assert!(help.contains("pci=conf1,noearly 8250.nr_uarts=1 reboot=f"));
     }
 
     #[test]

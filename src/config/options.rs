@@ -22,7 +22,9 @@ fn default_cmdline(config: &RunConfig) -> String {
         (config.console.is_some(), "console=hvc0"),
         (true, "panic=-1"),
         (!pci && tune.wants(Lever::NoPci), "pci=conf1,noearly"),
+        (pci && tune.wants(Lever::NoPci), "pci=noearly"),
         (tune.wants(Lever::UartCount), &*uarts),
+        (tune.wants(Lever::QuickReset), "reboot=f"),
     ];
     words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
 }
@@ -62,7 +64,7 @@ pub struct RunOptions {
     pub cpus: Option<String>,
 
     /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1
-    /// pci=conf1,noearly 8250.nr_uarts=1"; console=hvc0 with --console virtio; no pci= with PCI devices; see --tune help]
+    /// pci=conf1,noearly 8250.nr_uarts=1 reboot=f"; console=hvc0 with --console virtio; pci=noearly with PCI devices; see --tune help]
     #[arg(short = 'p', long, value_name = "TEXT")]
     pub cmdline: Option<String>,
 
@@ -399,20 +401,20 @@ mod tests {
         let config = flags.or(file).into_config().expect("valid");
         assert_eq!(config.memory.bytes, 256 << 20);
         assert_eq!(config.cpus.count(), 4);
-        assert_eq!(config.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 quiet debug");
+        assert_eq!(config.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 reboot=f quiet debug");
         assert!(!config.watchdog);
     }
 
     #[test]
     fn the_default_command_line_follows_the_devices() {
         let of = |text: &str| from_toml(&format!("kernel = 'k'\n{text}")).into_config().expect("valid");
-        assert_eq!(of("disk = ['d']").cmdline, "console=ttyS0 panic=-1 8250.nr_uarts=1");
+        assert_eq!(of("disk = ['d']").cmdline, "console=ttyS0 panic=-1 pci=noearly 8250.nr_uarts=1 reboot=f");
         assert_eq!(of("disk = ['d']\ntune = ['all=off']").cmdline, "console=ttyS0 panic=-1");
         let mmio = of("disk = ['d']\ntransport = 'mmio'\ntune = ['uart-count=off']");
-        assert_eq!(mmio.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly");
-        assert_eq!(of("console = 'virtio'").cmdline, "console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=0");
+        assert_eq!(mmio.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly reboot=f");
+        assert_eq!(of("console = 'virtio'").cmdline, "console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=0 reboot=f");
         let both = of("console = 'virtio'\nserial = ['1=null']\ntransport = 'mmio'\nrng = 65536");
-        assert_eq!(both.cmdline, "console=ttyS0 console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1");
+        assert_eq!(both.cmdline, "console=ttyS0 console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 reboot=f");
         assert_eq!(both.rng.and_then(|rng| rng.bytes_per_second), Some(65536));
         let error = from_toml("kernel = 'k'\nconsole = 'virtio'\nserial = ['1=stdio']").into_config();
         assert!(error.expect_err("two on stdio").to_string().contains("virtio=file:"));

@@ -9,10 +9,12 @@ use kvm_bindings::{
     KVM_SYNC_X86_SREGS, Msrs, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry, kvm_pre_fault_memory, kvm_regs,
     kvm_sregs,
 };
+use hwvmm_devices::RegisterPage;
 use kvm_ioctls::{SyncReg, VcpuFd};
 use number::{KVM_PRE_FAULT_MEMORY, KVM_X86_SETUP_MCE};
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
 #[allow(missing_docs, reason = "the macro makes a public function without documentation")]
@@ -42,16 +44,31 @@ pub struct Vcpu {
     can_sync_sregs: bool,
     // Keeps the guest's memory mapped as long as this vCPU could run.
     _memory: Option<GuestRam>,
+    _pages: Arc<Mutex<Vec<RegisterPage>>>,
 }
 
 impl Vcpu {
-    pub(super) fn new(mut fd: VcpuFd, id: u32, sync_regs: i32, memory: Option<GuestRam>) -> Self {
+    pub(super) fn new(
+        mut fd: VcpuFd,
+        id: u32,
+        sync_regs: i32,
+        memory: Option<GuestRam>,
+        pages: Arc<Mutex<Vec<RegisterPage>>>,
+    ) -> Self {
         let syncs = |bit: u32| u32::try_from(sync_regs).is_ok_and(|bits| bits & bit != 0);
         let syncs_regs = syncs(KVM_SYNC_X86_REGS);
         if syncs_regs {
             fd.set_sync_valid_reg(SyncReg::Register);
         }
-        Self { fd, id, syncs_regs, syncs_sregs: false, can_sync_sregs: syncs(KVM_SYNC_X86_SREGS), _memory: memory }
+        Self {
+            fd,
+            id,
+            syncs_regs,
+            syncs_sregs: false,
+            can_sync_sregs: syncs(KVM_SYNC_X86_SREGS),
+            _memory: memory,
+            _pages: pages,
+        }
     }
 
     /// The APIC id.

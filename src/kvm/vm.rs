@@ -5,12 +5,13 @@ use super::{KvmError, Named, Vcpu};
 use crate::memory::GuestRam;
 use kvm_bindings::{
     KVM_CAP_COALESCED_PIO, KVM_CAP_HALT_POLL, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_DISABLE_EXITS,
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_READONLY, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use std::fs::File;
-use std::sync::{Mutex, PoisonError};
+use hwvmm_devices::RegisterPage;
+use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -19,11 +20,12 @@ pub struct Vm {
     fd: VmFd,
     routes: Mutex<Routes>,
     memory: Option<GuestRam>,
+    pages: Arc<Mutex<Vec<RegisterPage>>>,
 }
 
 impl Vm {
     pub(super) fn new(fd: VmFd) -> Self {
-        Self { fd, routes: Mutex::default(), memory: None }
+        Self { fd, routes: Mutex::default(), memory: None, pages: Arc::default() }
     }
 
     /// Gives the machine its memory: one slot a region (KVM API 4.35).
@@ -50,6 +52,28 @@ impl Vm {
         // machine is gone: `memory` is declared after `fd`, so it is dropped after it, and vCPU fds that outlive this
         // value hold a clone of the memory (see `create_vcpu`).
         unsafe { self.fd.set_user_memory_region(slot) }.named("KVM_SET_USER_MEMORY_REGION (guest memory)")
+    }
+
+    /// Has the guest read `page` at `gpa` by itself; what it writes there is MMIO (KVM API 4.35, KVM_MEM_READONLY). After
+    /// [`Vm::set_memory`].
+    ///
+    /// # Errors
+    /// Where KVM lacks it.
+    pub fn show_page(&self, gpa: u64, page: &RegisterPage) -> Result<(), KvmError> {
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        let banks = self.memory.as_ref().map_or(0, |memory| memory.get().num_regions());
+        let slot = kvm_userspace_memory_region {
+            slot: u32::try_from(banks + pages.len()).unwrap_or(u32::MAX),
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: gpa,
+            memory_size: RegisterPage::BYTES as u64,
+            userspace_addr: page.address() as u64,
+        };
+        // SAFETY: the range is the whole page, which stays mapped while the clone in `pages` lives: that is dropped after
+        // `fd`, and vCPU fds that outlive this value hold on to it too (see `create_vcpu`).
+        unsafe { self.fd.set_user_memory_region(slot) }.named("KVM_SET_USER_MEMORY_REGION (read-only page)")?;
+        pages.push(page.clone());
+        Ok(())
     }
 
     /// The guest's memory, once set.
@@ -196,7 +220,7 @@ impl Vm {
     pub fn create_vcpu(&self, id: u32) -> Result<Vcpu, KvmError> {
         let fd = self.fd.create_vcpu(id.into()).named("KVM_CREATE_VCPU")?;
         let sync_regs = self.capability(kvm_bindings::KVM_CAP_SYNC_REGS);
-        Ok(Vcpu::new(fd, id, sync_regs, self.memory.clone()))
+        Ok(Vcpu::new(fd, id, sync_regs, self.memory.clone(), Arc::clone(&self.pages)))
     }
 
     /// The machine's binary statistics (KVM API 4.133).

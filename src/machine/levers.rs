@@ -6,6 +6,7 @@ use crate::kvm::{Coalesced, KvmError, System, Vcpu, Vm};
 use crate::probe::without_exits;
 use crate::tune::{Choice, Lever, Tune};
 use hwvmm_arch::layout::{IOAPIC, UARTS};
+use hwvmm_devices::virtio::mmio::MmioDevice;
 use kvm_bindings::{KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE};
 
 // Bits of leaf 0x4000_0001 EAX (Documentation/virt/kvm/x86/cpuid.rst).
@@ -55,18 +56,16 @@ const PCI_ADDRESS: u16 = 0xcf8;
 /// A write to interrupt enable may raise one at once.
 const UART_QUIET: [u16; 5] = [0, 2, 3, 4, 7];
 
-/// virtio-mmio's registers for features and queues (virtio 1.3 §4.2.2): what they set counts from the next status on. Not the
-/// interrupt's acknowledgement: taken late, it would clear a later interrupt's bit.
-const VIRTIO_MMIO_QUIET: [(u64, u32); 2] = [(0x14, 0x34), (0x80, 0x28)];
-
 /// Has writes wait in the kernel that change nothing that the guest could see before its next exit: a UART's bytes,
-/// addresses of PCI registers, I/O APIC entries (a device is started by an exit), and what is written where nobody is. `None` where this host cannot, or should not.
+/// addresses of PCI registers, I/O APIC entries (a device is started by an exit), and what is written where nobody is. `None`
+/// where this host cannot, or should not. `virtio_mmio`: the devices, and whether their registers are memory to the guest's
+/// reads.
 pub(super) fn quiet_ports(
     vm: &Vm,
     vcpu: &Vcpu,
     config: &RunConfig,
     split: bool,
-    virtio_mmio: &[(u64, u64, u32)],
+    virtio_mmio: (&[(u64, u64, u32)], bool),
 ) -> Option<Coalesced> {
     let tune = &config.tune;
     if !tune.wants(Lever::QuietPorts) {
@@ -88,7 +87,11 @@ pub(super) fn quiet_ports(
     }
     let io_apic = u64::from(IOAPIC);
     let mut zones: Vec<(u64, u32)> = if split { vec![(io_apic, 4), (io_apic + 0x10, 4)] } else { Vec::new() };
-    zones.extend(virtio_mmio.iter().flat_map(|(base, _, _)| VIRTIO_MMIO_QUIET.map(|(at, bytes)| (base + at, bytes))));
+    // Not the interrupt's acknowledgement: taken late, it would clear a later interrupt's bit.
+    let late: &[(u64, u32)] = if virtio_mmio.1 { &MmioDevice::LATE } else { &MmioDevice::LATE_WITHOUT_PAGE };
+    for (base, _, _) in virtio_mmio.0 {
+        zones.extend(late.iter().map(|(at, bytes)| (base + at, *bytes)));
+    }
     for (gpa, bytes) in zones {
         if let Err(error) = vm.coalesce_memory(gpa, bytes) {
             cannot(&error);

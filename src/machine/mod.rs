@@ -179,7 +179,7 @@ impl Machine {
                     uarts: &uarts,
                     legacy_free: config.tune.wants(Lever::LegacyFree),
                     pins,
-                    pci: placement.pci,
+                    pci: placement.pci.then_some(u8::from(placement.pages)),
                     virtio_mmio: &placement.mmio,
                 },
                 progress: setup.progress,
@@ -199,12 +199,12 @@ impl Machine {
         let balloon = attacher.balloon.take();
         let api =
             config.api.as_deref().map(|path| api::Server::new(path, balloon, Arc::clone(&control))).transpose()?;
-        let virtio = attacher.finish(&mut devices.pio)?;
+        let (virtio, pages) = attacher.finish(&mut devices.pio)?;
         let vcpus = create_vcpus(system, &vm, topology, &apic_ids, &loaded, &config.tune)?;
         if config.memory.prefault || config.tune.wants(Lever::Prefault) {
             prefault(&ram, &vcpus, config.memory.bytes)?;
         }
-        let ring = vcpus.first().and_then(|vcpu| levers::quiet_ports(&vm, vcpu, config, split, &placement.mmio));
+        let ring = vcpus.first().and_then(|vcpu| levers::quiet_ports(&vm, vcpu, config, split, (&placement.mmio, pages)));
         let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze(), ring };
         Ok(Self {
             vcpus,

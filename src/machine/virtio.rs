@@ -1,6 +1,7 @@
 //! Virtio devices: made from the configuration, put on their transport, connected to KVM.
 
 use super::MachineError;
+use super::kernel::is_multiboot;
 use crate::config::{DiskConfig, DiskFormat, RunConfig, Transport};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
@@ -16,7 +17,7 @@ use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
 use hwvmm_devices::virtio::rng::{Rate, Rng};
 use hwvmm_devices::virtio::vsock::{KernelVsock, Vsock};
 use hwvmm_devices::virtio::{Carrier, Doorbell, QueueCounts, Switches, VirtioDevice};
-use hwvmm_devices::{BusBuilder, BusDevice};
+use hwvmm_devices::{BusBuilder, BusDevice, RegisterPage};
 use std::io;
 use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -30,6 +31,8 @@ pub(super) struct Placement {
     pub(super) pci: bool,
     /// virtio-mmio devices: (gpa, bytes, gsi).
     pub(super) mmio: Vec<(u64, u64, u32)>,
+    /// Whether the guest reads registers by itself. Test kernels want the whole PC, ports and all.
+    pub(super) pages: bool,
 }
 
 impl Placement {
@@ -37,15 +40,16 @@ impl Placement {
     /// Where there are more devices than places.
     pub(super) fn new(config: &RunConfig) -> Result<Self, MachineError> {
         let count = config.virtio_devices();
+        let pages = config.tune.wants(Lever::RegisterPages) && !is_multiboot(&config.kernel);
         match config.transport {
-            Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new() }),
+            Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new(), pages }),
             Transport::Mmio if count > VIRTIO_MMIO_GSIS.len() => {
                 Err(MachineError::TooManyDevices { asked: count, max: VIRTIO_MMIO_GSIS.len(), bus: "virtio-mmio" })
             }
             Transport::Mmio => {
                 let gpas = (VIRTIO_MMIO..).step_by(usize::try_from(REGION_BYTES).unwrap_or(4096));
                 let place = |(gpa, gsi): (u64, &u32)| (gpa, REGION_BYTES, *gsi);
-                Ok(Self { pci: false, mmio: gpas.zip(&VIRTIO_MMIO_GSIS).take(count).map(place).collect() })
+                Ok(Self { pci: false, mmio: gpas.zip(&VIRTIO_MMIO_GSIS).take(count).map(place).collect(), pages })
             }
         }
     }
@@ -105,6 +109,8 @@ pub(super) struct Attacher<'a> {
     root: Root,
     next_message: u32,
     attached: Vec<Attached>,
+    /// Whether all devices' registers so far are memory to the guest's reads.
+    pages: bool,
     /// The balloon's handle, once there is one.
     pub(super) balloon: Option<Arc<BalloonControl>>,
 }
@@ -130,6 +136,7 @@ impl<'a> Attacher<'a> {
             root: Root::default(),
             next_message,
             attached: Vec::new(),
+            pages: placement.pages,
             balloon: None,
         }
     }
@@ -172,8 +179,9 @@ impl<'a> Attacher<'a> {
             Some(&(gpa, bytes, gsi)) => {
                 let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
                 self.vm.register_irqfd(&event, gsi)?;
-                let made = Arc::new(MmioDevice::new(&name, device, self.memory.clone(), event)?);
+                let made = MmioDevice::new(&name, device, self.memory.clone(), event)?;
                 let bells = made.doorbells(gpa);
+                self.show(std::iter::once((gpa, made.page())));
                 (gpa, bytes, made as Arc<dyn Carrier>, bells)
             }
             None => {
@@ -213,16 +221,36 @@ impl<'a> Attacher<'a> {
         Ok(vectors)
     }
 
-    /// Puts the PCI bus itself in its place, where there is one.
-    pub(super) fn finish(self, pio: &mut BusBuilder) -> Result<Vec<Attached>, MachineError> {
-        let root = Arc::new(self.root);
-        // Without devices too: Linux complains on its console where it finds no way to ask.
+    /// Has the guest read `pages` by itself, where this host's KVM can.
+    fn show<'p>(&mut self, pages: impl Iterator<Item = (u64, &'p RegisterPage)>) {
+        for (gpa, page) in pages {
+            if !self.pages {
+                return;
+            }
+            if let Err(error) = self.vm.show_page(gpa, page) {
+                self.tune.cannot(Lever::RegisterPages, &format!("{error}: {}", error.source));
+                self.pages = false;
+            }
+        }
+    }
+
+    /// Puts the PCI bus itself in its place, where there is one. Also says whether the devices' registers are memory to the
+    /// guest's reads.
+    pub(super) fn finish(mut self, pio: &mut BusBuilder) -> Result<(Vec<Attached>, bool), MachineError> {
+        let root = Arc::new(std::mem::take(&mut self.root));
+        if self.placement.pci && self.pages {
+            let pages = root.pages()?;
+            self.show((PCI_ECAM..).step_by(usize::try_from(Root::PAGE_STRIDE).unwrap_or(0x8000)).zip(pages));
+        }
+        // The ports are those of segment 0, which has just its host bridge where the devices are in another: Linux looks for
+        // one before it believes in the ports. Without devices too: it complains on its console where it finds no way to ask.
         let (port, ports) = ConfigPorts::PORTS;
-        pio.insert(u64::from(port), ports, "PCI configuration", Arc::new(ConfigPorts::new(Arc::clone(&root))))?;
+        let by_ports = if self.placement.pages { Arc::new(Root::default()) } else { Arc::clone(&root) };
+        pio.insert(u64::from(port), ports, "PCI configuration", Arc::new(ConfigPorts::new(by_ports)))?;
         if self.placement.pci {
             self.mmio.insert(PCI_ECAM, ECAM_BUS_BYTES, "PCI configuration", Arc::new(Ecam(root)))?;
         }
-        Ok(self.attached)
+        Ok((self.attached, self.pages))
     }
 }
 

@@ -81,8 +81,13 @@ levers! {
         "it looks for four";
     NoPci: "no-pci", Probing, true,
         "pci=conf1,noearly in the default command line of a machine without PCI devices (ACPI cannot say it): Linux tries the \
-         ports, looks at no bus, and has no error to print, as with pci=off",
+         ports, looks at no bus, and has no error to print, as with pci=off; pci=noearly with PCI devices: no search for \
+         bridges of old that need quirks",
         "Linux makes 300 accesses to find nothing";
+    QuickReset: "quick-reset", Probing, true,
+        "reboot=f in the default command line: Linux resets by ACPI at once, and does not first take the I/O APIC apart, stop \
+         other processors, and try a PC's CMOS",
+        "40 accesses at the end of a run";
     FewPins: "few-pins", Interrupts, true,
         "Split irqchip: an I/O APIC in hwvmm with as many pins as are wired, or none at all, for Linux guests",
         "KVM's, whose 24 pins the guest programs three times over";
@@ -110,6 +115,10 @@ levers! {
     Ioeventfd: "ioeventfd", Devices, true,
         "A queue's doorbell rings in the kernel, without an exit to user space",
         "a userspace exit a kick";
+    RegisterPages: "register-pages", Devices, true,
+        "virtio-mmio registers and PCI configuration space are memory to the guest's reads, mapped read-only (KVM_MEM_READONLY); \
+         the PCI bus is in segment 1, since Linux asks segment 0 by ports",
+        "a userspace exit a read";
     EventIdx: "event-idx", Devices, true,
         "VIRTIO_F_EVENT_IDX: each side says from which entry on it wants to hear",
         "flags, that come too late";

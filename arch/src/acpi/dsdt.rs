@@ -45,7 +45,7 @@ fn pvpanic() -> Vec<u8> {
 }
 
 /// The PCI bus: one, with a window for the BARs. No _PRT: nobody has an INTx line.
-fn pci() -> Vec<u8> {
+fn pci(segment: u8) -> Vec<u8> {
     let mut aml = Vec::new();
     let last = PCI_WINDOW + (PCI_WINDOW_BYTES - 1);
     Device::new(
@@ -53,7 +53,7 @@ fn pci() -> Vec<u8> {
         vec![
             &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
             &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
-            &Name::new("_SEG".into(), &ZERO),
+            &Name::new("_SEG".into(), &segment),
             &Name::new("_BBN".into(), &ZERO),
             &Name::new("_UID".into(), &ZERO),
             &Name::new(
@@ -98,8 +98,8 @@ pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
     let mut devices: Vec<u8> =
         platform.uarts.iter().enumerate().flat_map(|(i, &(port, gsi))| uart(i, port, gsi)).collect();
     devices.extend(pvpanic());
-    if platform.pci {
-        devices.extend(pci());
+    if let Some(segment) = platform.pci {
+        devices.extend(pci(segment));
     }
     for (index, &(gpa, bytes, gsi)) in platform.virtio_mmio.iter().enumerate() {
         devices.extend(virtio_mmio(index, gpa, bytes, gsi));

@@ -5,8 +5,8 @@ use crate::layout::PCI_ECAM;
 use acpi_tables::mcfg::MCFG;
 
 /// The table: one segment, one bus.
-pub(super) fn mcfg() -> MCFG {
+pub(super) fn mcfg(segment: u8) -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    mcfg.add_ecam(PCI_ECAM, 0, 0, 0);
+    mcfg.add_ecam(PCI_ECAM, segment.into(), 0, 0);
     mcfg
 }

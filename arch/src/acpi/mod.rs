@@ -27,8 +27,9 @@ pub struct Platform<'a> {
     pub legacy_free: bool,
     /// Pins of the I/O APIC: the first one's GSI, and how many; `None` where there is no I/O APIC.
     pub pins: Option<(u32, u32)>,
-    /// Whether there is a PCI bus.
-    pub pci: bool,
+    /// The segment of the PCI bus, where there is one. Linux asks for the registers of segment 0 by ports, where those
+    /// answer, and for those of all others by memory.
+    pub pci: Option<u8>,
     /// The virtio-mmio devices: (gpa, bytes, gsi).
     pub virtio_mmio: &'a [(u64, u64, u32)],
 }
@@ -68,7 +69,7 @@ pub fn tables(platform: &Platform<'_>) -> Result<Vec<Placed>, AcpiTooLarge> {
     let dsdt = place(dsdt::dsdt(platform));
     let fadt = place(bytes_of(&fadt::fadt(dsdt, platform.legacy_free)));
     let madt = place(madt::madt(platform));
-    let mcfg = platform.pci.then(|| place(bytes_of(&mcfg::mcfg())));
+    let mcfg = platform.pci.map(|segment| place(bytes_of(&mcfg::mcfg(segment))));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -99,7 +100,7 @@ mod tests {
             uarts: &[(0x3f8, 4), (0x2f8, 3)],
             legacy_free: true,
             pins: Some((0, 24)),
-            pci: true,
+            pci: Some(1),
             virtio_mmio: &[(0xd000_0000, 4096, 16)],
         };
         let mut all = tables(&platform).expect("254 vCPUs fit");

@@ -3,8 +3,10 @@
 
 use super::config::{ConfigSpace, Identity};
 use crate::bus::{Action, BusDevice};
+use crate::page::RegisterPage;
+use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use thiserror::Error;
 
 /// Bytes of ECAM that one bus takes.
@@ -20,6 +22,10 @@ pub trait PciFunction: Send + Sync {
     fn read_config(&self, offset: usize, data: &mut [u8]);
     /// Takes a write to it.
     fn write_config(&self, offset: usize, data: &[u8]);
+    /// Where a capability starts whose last four bytes of twenty are a window to registers elsewhere, if there is one.
+    fn window(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// More devices than a bus has numbers.
@@ -30,7 +36,12 @@ pub struct RootError;
 /// The bus. Slot 0 is the host bridge.
 pub struct Root {
     functions: Vec<Arc<dyn PciFunction>>,
+    /// What the guest reads by itself, by slot, once that is asked for.
+    pages: OnceLock<Vec<RegisterPage>>,
 }
+
+/// Bytes of a window's capability, and of the data at its end.
+const WINDOW: (usize, usize) = (20, 4);
 
 struct HostBridge(Mutex<ConfigSpace>);
 
@@ -49,7 +60,8 @@ impl Default for Root {
         // Red Hat's generic PCIe host bridge, which every driver leaves alone.
         let identity =
             Identity { vendor: 0x1b36, device: 0x0008, revision: 0, class: HOST_BRIDGE, subsystem: (0x1af4, 0x1100) };
-        Self { functions: vec![Arc::new(HostBridge(Mutex::new(ConfigSpace::new(identity, None))))] }
+        let bridge: Arc<dyn PciFunction> = Arc::new(HostBridge(Mutex::new(ConfigSpace::new(identity, None))));
+        Self { functions: vec![bridge], pages: OnceLock::new() }
     }
 }
 
@@ -82,7 +94,52 @@ impl Root {
     fn write(&self, slot: u32, function: u32, register: usize, data: &[u8]) {
         if let Some(found) = self.at(slot, function) {
             found.write_config(register, data);
+            if let Some(page) = self.pages.get().and_then(|pages| pages.get(usize::try_from(slot).ok()?)) {
+                show(found.as_ref(), page, register, data.len());
+            }
         }
+    }
+
+    /// The configuration spaces as the guest may read them by itself: of function 0 of each slot, in order, at
+    /// [`Root::PAGE_STRIDE`] bytes of each other; those of empty slots are all ones. Functions must have been added before.
+    ///
+    /// # Errors
+    /// Where a page cannot be mapped.
+    pub fn pages(&self) -> io::Result<&[RegisterPage]> {
+        let nobody = RegisterPage::ones()?;
+        let mut pages = Vec::with_capacity(SLOTS);
+        for slot in 0..SLOTS {
+            match self.functions.get(slot) {
+                Some(function) => {
+                    let page = RegisterPage::new()?;
+                    show(function.as_ref(), &page, 0, RegisterPage::BYTES);
+                    pages.push(page);
+                }
+                None => pages.push(nobody.clone()),
+            }
+        }
+        Ok(self.pages.get_or_init(|| pages))
+    }
+
+    /// Bytes of ECAM between two slots.
+    pub const PAGE_STRIDE: u64 = 1 << 15;
+}
+
+/// Shows what the registers at `offset` read as after a write of `bytes` bytes to them; what a window shows too, where the
+/// write was to it. (A window to a register that changes by itself shows it as it was then.)
+fn show(function: &dyn PciFunction, page: &RegisterPage, offset: usize, bytes: usize) {
+    let copy = |from: usize, count: usize| {
+        let mut data = [0; RegisterPage::BYTES];
+        function.read_config(from, &mut data[..count]);
+        page.show(from, &data[..count]);
+    };
+    let (first, last) = (offset & !3, (offset + bytes).next_multiple_of(4).min(RegisterPage::BYTES));
+    copy(first, last.saturating_sub(first));
+    if let Some(window) = function.window()
+        && offset < window + WINDOW.0
+        && offset + bytes > window
+    {
+        copy(window + WINDOW.0 - WINDOW.1, WINDOW.1);
     }
 }
 

@@ -1,12 +1,14 @@
-//! The MMIO transport (virtio 1.3 §4.2), version 2: fewest accesses at boot, one edge-triggered interrupt a device.
+//! The MMIO transport (virtio 1.3 §4.2), version 2: fewest accesses at boot, one edge-triggered interrupt a device. What a
+//! read of its registers gives lies in a page that the guest can be given (see [`MmioDevice::page`]).
 
 use super::transport::{Area, Core, Doorbell};
 use super::{Carrier, InterruptSource, QueueCounts, VirtioDevice, VirtioInterrupt};
 use crate::bus::{Action, BusDevice};
 use crate::memory::Memory;
+use crate::page::RegisterPage;
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Bytes of a device's registers, its configuration space included.
@@ -38,21 +40,57 @@ const SHM_LEN_LOW: u64 = 0xb0;
 const SHM_BASE_HIGH: u64 = 0xbc;
 const CONFIG_GENERATION: u64 = 0xfc;
 const CONFIG: u64 = 0x100;
+/// Bytes of the configuration space that are shown; no device has more.
+const CONFIG_BYTES: usize = 0x100;
+/// Registers that can be read, but for the interrupt's status and the generation.
+const READABLE: [u64; 12] = [
+    MAGIC_VALUE,
+    VERSION,
+    DEVICE_ID,
+    VENDOR_ID,
+    DEVICE_FEATURES,
+    QUEUE_SIZE_MAX,
+    QUEUE_READY,
+    STATUS,
+    SHM_LEN_LOW,
+    SHM_LEN_LOW + 4,
+    SHM_BASE_HIGH - 4,
+    SHM_BASE_HIGH,
+];
+
+/// A register's place in the page.
+fn at(offset: u64) -> usize {
+    usize::try_from(offset).unwrap_or(RegisterPage::BYTES)
+}
 
 /// One line for everything; a status register says what it was.
 struct Line {
     event: Arc<EventFd>,
-    status: AtomicU32,
+    page: RegisterPage,
+    device: OnceLock<Weak<MmioDevice>>,
 }
+
+impl Line {
+    fn raise(&self, bit: u32) -> io::Result<()> {
+        self.page.word(at(INTERRUPT_STATUS)).fetch_or(bit.to_le(), Ordering::AcqRel);
+        self.event.write(1)
+    }
+}
+
+const QUEUE_USED: u32 = 1;
+const CONFIG_CHANGED: u32 = 2;
 
 impl VirtioInterrupt for Line {
     fn trigger(&self, source: InterruptSource) -> io::Result<()> {
-        let bit = match source {
-            InterruptSource::Queue(_) => 1,
-            InterruptSource::Config => 2,
-        };
-        self.status.fetch_or(bit, Ordering::AcqRel);
-        self.event.write(1)
+        match source {
+            InterruptSource::Queue(_) => self.raise(QUEUE_USED),
+            InterruptSource::Config => {
+                if let Some(device) = self.device.get().and_then(Weak::upgrade) {
+                    device.changed();
+                }
+                self.raise(CONFIG_CHANGED)
+            }
+        }
     }
 }
 
@@ -60,6 +98,9 @@ impl VirtioInterrupt for Line {
 pub struct MmioDevice {
     core: Mutex<Core>,
     line: Arc<Line>,
+    page: RegisterPage,
+    /// The device changed while somebody held its lock: who gives it back shows the change.
+    stale: AtomicBool,
 }
 
 impl MmioDevice {
@@ -67,10 +108,80 @@ impl MmioDevice {
     ///
     /// # Errors
     /// Where eventfds are not to be had.
-    pub fn new(name: &str, device: Box<dyn VirtioDevice>, memory: Memory, event: Arc<EventFd>) -> io::Result<Self> {
-        let line = Arc::new(Line { event, status: AtomicU32::new(0) });
+    pub fn new(
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+        memory: Memory,
+        event: Arc<EventFd>,
+    ) -> io::Result<Arc<Self>> {
+        let page = RegisterPage::new()?;
+        let line = Arc::new(Line { event, page: page.clone(), device: OnceLock::new() });
         let interrupt: Arc<dyn VirtioInterrupt> = Arc::clone(&line) as Arc<dyn VirtioInterrupt>;
-        Ok(Self { core: Mutex::new(Core::new(name, device, memory, interrupt)?), line })
+        let core = Mutex::new(Core::new(name, device, memory, interrupt)?);
+        let made = Arc::new(Self { core, line, page, stale: AtomicBool::new(false) });
+        // Nobody else has set it: the line is new.
+        let _ = made.line.device.set(Arc::downgrade(&made));
+        made.show(&made.core());
+        Ok(made)
+    }
+
+    /// The registers as the guest may read them by itself. Its writes must come here at once then, for all that says what
+    /// the next read gives: [`MmioDevice::LATE`] is the rest.
+    #[must_use]
+    pub fn page(&self) -> &RegisterPage {
+        &self.page
+    }
+
+    /// Registers whose writes may come late, up to the next of any other register: (offset, bytes). They set what counts
+    /// from the next status on, and change nothing that can be read.
+    pub const LATE: [(u64, u32); 4] = [(DRIVER_FEATURES, 8), (QUEUE_SIZE, 4), (QUEUE_READY, 4), (QUEUE_DESC_LOW, 0x28)];
+
+    /// The same where the guest cannot read by itself: a read brings what was written before.
+    pub const LATE_WITHOUT_PAGE: [(u64, u32); 2] = [(DEVICE_FEATURES_SEL, 0x34), (QUEUE_DESC_LOW, 0x28)];
+
+    /// Shows what the registers are now. The configuration's generation comes last.
+    fn show(&self, core: &Core) {
+        self.stale.store(false, Ordering::SeqCst);
+        let mut config = [0; CONFIG_BYTES];
+        core.read_config(0, &mut config);
+        self.page.show(at(CONFIG), &config);
+        for register in READABLE {
+            self.page.show_u32(at(register), self.register(core, register));
+        }
+        self.page.show_u32(at(CONFIG_GENERATION), core.generation());
+    }
+
+    /// The device has changed by itself. Never waits: whoever holds the lock may wait for the thread that says so.
+    fn changed(&self) {
+        self.stale.store(true, Ordering::SeqCst);
+        if let Some(core) = self.try_core() {
+            self.show(&core);
+        }
+    }
+
+    /// After the lock has been given back: shows what the device changed meanwhile, and says so once more, since the
+    /// driver may have looked in between.
+    fn unlocked(&self) {
+        while self.stale.load(Ordering::SeqCst) {
+            let Some(core) = self.try_core() else { return };
+            self.show(&core);
+            drop(core);
+            if let Err(error) = self.line.raise(CONFIG_CHANGED) {
+                log::error!("cannot interrupt the guest: {error}");
+            }
+        }
+    }
+
+    fn try_core(&self) -> Option<MutexGuard<'_, Core>> {
+        match self.core.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn interrupt_status(&self) -> u32 {
+        u32::from_le(self.page.word(at(INTERRUPT_STATUS)).load(Ordering::Acquire))
     }
 
     /// What to make an ioeventfd of, for a device whose registers start at `base`.
@@ -97,7 +208,7 @@ impl MmioDevice {
             DEVICE_FEATURES => core.device_features(),
             QUEUE_SIZE_MAX => core.queue().map_or(0, |queue| u32::from(queue.max)),
             QUEUE_READY => core.queue().map_or(0, |queue| u32::from(queue.ready)),
-            INTERRUPT_STATUS => self.line.status.load(Ordering::Acquire),
+            INTERRUPT_STATUS => self.interrupt_status(),
             STATUS => u32::from(core.status()),
             // No shared memory (§4.2.2): a length of all ones.
             SHM_LEN_LOW..=SHM_BASE_HIGH => u32::MAX,
@@ -117,14 +228,14 @@ impl MmioDevice {
             QUEUE_READY => core.set_queue_ready(value),
             QUEUE_NOTIFY => core.kick(value),
             INTERRUPT_ACK => {
-                self.line.status.fetch_and(!value, Ordering::AcqRel);
+                self.page.word(at(INTERRUPT_STATUS)).fetch_and(!value.to_le(), Ordering::AcqRel);
             }
             STATUS => {
                 if let Ok(status) = u8::try_from(value) {
                     core.set_status(status);
                 }
                 if value == 0 {
-                    self.line.status.store(0, Ordering::Release);
+                    self.page.show_u32(at(INTERRUPT_STATUS), 0);
                 }
             }
             QUEUE_DESC_LOW => core.set_queue_address(Area::Descriptors, false, value),
@@ -161,6 +272,8 @@ impl BusDevice for MmioDevice {
             // §4.2.2.2: registers are read in 32 bits, aligned. Else: all ones.
             data.copy_from_slice(&self.register(&core, offset).to_le_bytes());
         }
+        drop(core);
+        self.unlocked();
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Action {
@@ -172,6 +285,9 @@ impl BusDevice for MmioDevice {
         {
             self.set_register(&mut core, offset, u32::from_le_bytes(value));
         }
+        self.show(&core);
+        drop(core);
+        self.unlocked();
         Action::None
     }
 }

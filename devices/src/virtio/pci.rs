@@ -310,6 +310,10 @@ fn add_virtio(config: &mut ConfigSpace, queues: usize) -> Option<usize> {
 }
 
 impl PciFunction for PciDevice {
+    fn window(&self) -> Option<usize> {
+        Some(self.window_at)
+    }
+
     fn read_config(&self, offset: usize, data: &mut [u8]) {
         let config = self.config();
         config.read(offset, data);

@@ -11,7 +11,7 @@ fuzz_target!(|data: &[u8]| {
     std::fs::write(file.path(), data).expect("written");
     let ram = GuestRam::new(&[(0, 16 << 20)], Backing::Anonymous(false)).expect("16 MiB");
     for unpack in [Unpack::Host, Unpack::Guest] {
-        let platform = hwvmm_arch::acpi::Platform { apic_ids: &[0], uarts: &[(0x3f8, 4)], legacy_free: true, pins: Some((0, 24)), pci: true, virtio_mmio: &[] };
+        let platform = hwvmm_arch::acpi::Platform { apic_ids: &[0], uarts: &[(0x3f8, 4)], legacy_free: true, pins: Some((0, 24)), pci: Some(1), virtio_mmio: &[] };
         let request = Request {
             kernel: file.path(),
             initrd: None,
