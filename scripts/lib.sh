@@ -33,18 +33,22 @@ need_packages() {
 # The packages that the lab and its guest are made from.
 lab_packages() { need_packages qemu-system-x86 seabios busybox-static cpio; }
 
-# guest_kernel: fetches Debian's kernel (no install) into $HWVMM_LAB/kernel: vmlinuz, modules/, version.
+# Where the guest's kernel is: another flavour of Debian's beside the usual one, such as HWVMM_GUEST_KERNEL=cloud.
+HWVMM_GUEST_KERNEL=${HWVMM_GUEST_KERNEL:-}
+HWVMM_KERNEL_DIR=$HWVMM_LAB/kernel${HWVMM_GUEST_KERNEL:+-$HWVMM_GUEST_KERNEL}
+
+# guest_kernel: fetches Debian's kernel (no install) into $HWVMM_KERNEL_DIR: vmlinuz, modules/, version.
 guest_kernel() {
-    local dir=$HWVMM_LAB/kernel
+    local dir=$HWVMM_KERNEL_DIR meta=linux-image-${HWVMM_GUEST_KERNEL:+$HWVMM_GUEST_KERNEL-}amd64
     [ -s "$dir/version" ] && [ -s "$dir/modules/modules.dep" ] && return 0
     need_packages kmod
     mkdir -p "$HWVMM_LAB/work"
     local work; work=$(mktemp -d "$HWVMM_LAB/work/kernel.XXXXXX")
     local package
-    package=$(apt-cache depends linux-image-amd64 2>/dev/null | awk '/Depends: linux-image/ {print $2; exit}')
+    package=$(apt-cache depends "$meta" 2>/dev/null | awk '/Depends: linux-image/ {print $2; exit}')
     if [ -z "$package" ]; then
         as_root apt-get -qq update
-        package=$(apt-cache depends linux-image-amd64 | awk '/Depends: linux-image/ {print $2; exit}')
+        package=$(apt-cache depends "$meta" | awk '/Depends: linux-image/ {print $2; exit}')
     fi
     say "fetching Debian's kernel: $package (about 70 MB, once)"
     (cd "$work" && apt-get -qq download "$package" 2>/dev/null) ||
@@ -171,13 +175,13 @@ add_modules() {
     shift
     mkdir -p "$root/modules"
     for module in "$@"; do
-        line=$(grep -E "(^|/)${module}\.ko(\.xz|\.zst)?:" "$HWVMM_LAB/kernel/modules/modules.dep" | head -n 1 || true)
+        line=$(grep -E "(^|/)${module}\.ko(\.xz|\.zst)?:" "$HWVMM_KERNEL_DIR/modules/modules.dep" | head -n 1 || true)
         # Built in, then.
         [ -n "$line" ] || continue
         # The file itself, then what it needs; the last must be loaded first.
         for path in $(printf '%s\n' "${line/:/}" | tr ' ' '\n' | tac); do
             [ -e "$root/modules/${path##*/}" ] && continue
-            cp "$HWVMM_LAB/kernel/modules/$path" "$root/modules/"
+            cp "$HWVMM_KERNEL_DIR/modules/$path" "$root/modules/"
             echo "${path##*/}" >>"$root/modules/order"
         done
     done
@@ -205,11 +209,13 @@ guest_root_initramfs() {
 
 # guest_console_initramfs: makes $HWVMM_LAB/guest/console.cpio.gz: the busybox guest with a driver for hvc0.
 guest_console_initramfs() {
-    local out=$HWVMM_LAB/guest/console.cpio.gz
+    local out=$HWVMM_LAB/guest/console${HWVMM_GUEST_KERNEL:+-$HWVMM_GUEST_KERNEL}.cpio.gz
     [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/guest-init" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/lib.sh" ] && return 0
     guest_kernel
     mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
     local work; work=$(mktemp -d "$HWVMM_LAB/work/console.XXXXXX")
+    mkdir -p "$work/modules"
+    : >"$work/modules/order"
     mkdir -p "$work"/{bin,dev,proc,sys,tmp,etc,root}
     cp "$(command -v busybox)" "$work/bin/busybox"
     local applet

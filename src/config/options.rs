@@ -412,7 +412,10 @@ mod tests {
         assert_eq!(of("disk = ['d']\ntune = ['all=off']").cmdline, "console=ttyS0 panic=-1");
         let mmio = of("disk = ['d']\ntransport = 'mmio'\ntune = ['uart-count=off']");
         assert_eq!(mmio.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly reboot=f");
-        assert_eq!(of("console = 'virtio'").cmdline, "console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=0 reboot=f");
+        assert_eq!(
+            of("console = 'virtio'").cmdline,
+            "console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=0 reboot=f"
+        );
         let both = of("console = 'virtio'\nserial = ['1=null']\ntransport = 'mmio'\nrng = 65536");
         assert_eq!(both.cmdline, "console=ttyS0 console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 reboot=f");
         assert_eq!(both.rng.and_then(|rng| rng.bytes_per_second), Some(65536));

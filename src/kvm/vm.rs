@@ -3,14 +3,14 @@
 use super::routes::{IOAPIC_PINS, Routes};
 use super::{KvmError, Named, Vcpu};
 use crate::memory::GuestRam;
+use hwvmm_devices::RegisterPage;
 use kvm_bindings::{
     KVM_CAP_COALESCED_PIO, KVM_CAP_HALT_POLL, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_DISABLE_EXITS,
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_READONLY, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_READONLY, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
+    kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use std::fs::File;
-use hwvmm_devices::RegisterPage;
 use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;

@@ -6,8 +6,10 @@ use crate::kvm::{Coalesced, KvmError, System, Vcpu, Vm};
 use crate::probe::without_exits;
 use crate::tune::{Choice, Lever, Tune};
 use hwvmm_arch::layout::{IOAPIC, UARTS};
+use hwvmm_devices::virtio::Switches;
 use hwvmm_devices::virtio::mmio::MmioDevice;
 use kvm_bindings::{KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE};
+use std::time::Duration;
 
 // Bits of leaf 0x4000_0001 EAX (Documentation/virt/kvm/x86/cpuid.rst).
 const KVM_FEATURE_PV_EOI: u32 = 6;
@@ -99,6 +101,27 @@ pub(super) fn quiet_ports(
         }
     }
     Some(ring)
+}
+
+/// The longest look for a request, in microseconds, where the lever is just on: as long as KVM looks for work for a halted
+/// vCPU.
+const POLL_US: u32 = 200;
+
+/// What virtio devices do against kicks and interrupts, in a machine of `vcpus` vCPUs.
+pub(super) fn switches(tune: &Tune, vcpus: u32) -> Switches {
+    // A device that looks takes a processor that a vCPU may need.
+    let spare = || std::thread::available_parallelism().is_ok_and(|host| host.get() > vcpus as usize);
+    let micros = match tune.choice(Lever::Poll) {
+        Choice::Auto => spare().then_some(POLL_US),
+        Choice::On => Some(POLL_US),
+        Choice::Micros(micros) => Some(micros),
+        Choice::Off => None,
+    };
+    Switches {
+        event_idx: tune.wants(Lever::EventIdx),
+        batch: tune.wants(Lever::Batch),
+        poll: micros.map(|micros| Duration::from_micros(micros.into())),
+    }
 }
 
 /// Sets what is a machine's. What this host cannot is said, and left.

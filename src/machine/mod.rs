@@ -193,7 +193,7 @@ impl Machine {
             let io_apic = IoApic::new(first, count, Arc::new(virtio::Router(Arc::clone(&vm))));
             mmio.insert(IOAPIC.into(), IoApic::BYTES, "I/O APIC", Arc::new(io_apic))?;
         }
-        let mut attacher = Attacher::new(&vm, &ram, &placement, config.tune, &mut mmio);
+        let mut attacher = Attacher::new(&vm, &ram, &placement, config, &mut mmio);
         attacher.add_configured(config)?;
         devices.add_virtio_console(setup, &control, &mut attacher)?;
         let balloon = attacher.balloon.take();
@@ -204,7 +204,8 @@ impl Machine {
         if config.memory.prefault || config.tune.wants(Lever::Prefault) {
             prefault(&ram, &vcpus, config.memory.bytes)?;
         }
-        let ring = vcpus.first().and_then(|vcpu| levers::quiet_ports(&vm, vcpu, config, split, (&placement.mmio, pages)));
+        let ring =
+            vcpus.first().and_then(|vcpu| levers::quiet_ports(&vm, vcpu, config, split, (&placement.mmio, pages)));
         let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze(), ring };
         Ok(Self {
             vcpus,

@@ -2,6 +2,7 @@
 
 use super::MachineError;
 use super::kernel::is_multiboot;
+use super::levers::switches;
 use crate::config::{DiskConfig, DiskFormat, RunConfig, Transport};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
@@ -104,6 +105,7 @@ pub(super) struct Attacher<'a> {
     memory: Memory,
     placement: &'a Placement,
     tune: Tune,
+    switches: Switches,
     mmio: &'a mut BusBuilder,
     router: Arc<dyn MsiRouter>,
     root: Root,
@@ -120,9 +122,10 @@ impl<'a> Attacher<'a> {
         vm: &'a Arc<Vm>,
         ram: &GuestRam,
         placement: &'a Placement,
-        tune: Tune,
+        config: &RunConfig,
         mmio: &'a mut BusBuilder,
     ) -> Self {
+        let tune = config.tune;
         let memory = Memory::new(ram.get().clone(), Arc::new(ram.clone()));
         let router = Arc::new(Router(Arc::clone(vm)));
         let next_message = Vm::FIRST_MESSAGE_GSI;
@@ -131,6 +134,7 @@ impl<'a> Attacher<'a> {
             memory,
             placement,
             tune,
+            switches: switches(&tune, config.cpus.count()),
             mmio,
             router,
             root: Root::default(),
@@ -196,10 +200,7 @@ impl<'a> Attacher<'a> {
                 (u64::from(bar), u64::from(BAR_BYTES), made as Arc<dyn Carrier>, bells)
             }
         };
-        carrier.set_switches(Switches {
-            event_idx: self.tune.wants(Lever::EventIdx),
-            batch: self.tune.wants(Lever::Batch),
-        });
+        carrier.set_switches(self.switches);
         if self.tune.wants(Lever::Ioeventfd) {
             for Doorbell { gpa, datamatch, event } in bells {
                 self.vm.register_ioeventfd(&event, gpa, datamatch)?;

@@ -122,6 +122,10 @@ levers! {
     EventIdx: "event-idx", Devices, true,
         "VIRTIO_F_EVENT_IDX: each side says from which entry on it wants to hear",
         "flags, that come too late";
+    Poll: "poll", Devices, true,
+        "After a request is done the device looks for the next one itself, for as long as those take to come, at most so many \
+         microseconds (200); auto: where the host has more processors than the guest",
+        "a kick a request";
     Batch: "batch", Devices, true,
         "With many requests in flight an interrupt waits a moment for more",
         "an interrupt as soon as one is done";
@@ -187,7 +191,7 @@ impl Lever {
     /// Whether it takes a number of microseconds.
     #[must_use]
     pub fn is_time(self) -> bool {
-        self == Self::HaltPoll
+        matches!(self, Self::HaltPoll | Self::Poll)
     }
 
     /// What it does, in a sentence.

@@ -242,6 +242,28 @@ mod tests {
     }
 
     #[test]
+    fn pages_show_what_reads_give_also_after_writes() {
+        let root = Arc::new(Root::default());
+        let pages = root.pages().expect("pages").to_vec();
+        assert_eq!(pages.len(), SLOTS);
+        let shown = |slot: usize, register: usize| u32::from_le(pages[slot].word(register).load(Ordering::Relaxed));
+        let ecam = Ecam(Arc::clone(&root));
+        let read = |register: u64| {
+            let mut data = [0; 4];
+            ecam.read(register, &mut data);
+            u32::from_le_bytes(data)
+        };
+        assert_eq!(shown(0, 0), 0x0008_1b36);
+        assert_eq!(shown(31, 0), u32::MAX, "nobody");
+        ecam.write(5, &[4]);
+        assert_eq!(shown(0, 4), read(4));
+        assert_ne!(read(4) & 0x400, 0, "INTx is off, and it is to be read");
+        for register in (0..0x1000).step_by(4) {
+            assert_eq!(shown(0, register), read(register as u64), "{register:#x}");
+        }
+    }
+
+    #[test]
     fn a_bus_gets_full() {
         let mut root = Root::default();
         let bridge = || Arc::clone(&Root::default().functions[0]);

@@ -68,7 +68,7 @@ impl Driver {
         let memory = Memory::new(memory, Arc::new(()));
         let interrupt = Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
         let device = MmioDevice::new("mock", device, memory.clone(), Arc::clone(&interrupt)).expect("a device");
-        Self { device: Arc::new(device), memory, interrupt, rings: vec![Ring::default(); queues], next_buffer: BUFFERS }
+        Self { device, memory, interrupt, rings: vec![Ring::default(); queues], next_buffer: BUFFERS }
     }
 
     /// The same, negotiated and running with all features.
@@ -79,12 +79,23 @@ impl Driver {
         driver
     }
 
-    /// A register.
+    /// A register. What the page shows must be the same, where the device does not change it by itself.
     #[must_use]
     pub fn read(&self, register: u64) -> u32 {
         let mut data = [0xff; 4];
         self.device.read(register, &mut data);
-        u32::from_le_bytes(data)
+        let value = u32::from_le_bytes(data);
+        if register < 0x100 && register.is_multiple_of(4) && ![0x60, 0x70, 0xfc].contains(&register) {
+            assert_eq!(self.shown(register), value, "register {register:#x} as memory");
+        }
+        value
+    }
+
+    /// A register as the guest reads it by itself.
+    #[must_use]
+    pub fn shown(&self, register: u64) -> u32 {
+        let offset = usize::try_from(register).expect("small");
+        u32::from_le(self.device.page().word(offset).load(std::sync::atomic::Ordering::Acquire))
     }
 
     /// Writes a register.

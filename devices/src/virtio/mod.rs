@@ -15,6 +15,7 @@ pub mod mock;
 pub mod net;
 mod patience;
 pub mod pci;
+mod poll;
 mod queue;
 pub mod rng;
 #[cfg(test)]

@@ -3,10 +3,12 @@
 
 use super::Signals;
 use super::patience::Patience;
+use super::poll::Poller;
 use crate::memory::{Buffers, Memory, read_u16};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::time::Duration;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
@@ -54,6 +56,8 @@ pub struct Virtqueue {
     untold: bool,
     /// `None`: never wait.
     patience: Option<Patience>,
+    /// `None`: never look.
+    poller: Option<Poller>,
 }
 
 impl Virtqueue {
@@ -77,6 +81,7 @@ impl Virtqueue {
             broken: false,
             untold: false,
             patience: Some(Patience::default()),
+            poller: None,
         }
     }
 
@@ -110,6 +115,9 @@ impl Virtqueue {
             QueueCounts::add(&self.counts.kicks, kicks);
             if let Some(patience) = &mut self.patience {
                 patience.arrive();
+            }
+            if let Some(poller) = &mut self.poller {
+                poller.arrive();
             }
         }
     }
@@ -161,6 +169,9 @@ impl Virtqueue {
         if let Some(patience) = &mut self.patience {
             patience.tell();
         }
+        if let Some(poller) = &mut self.poller {
+            poller.tell();
+        }
         match self.wants_interrupt() {
             Ok(true) => {
                 QueueCounts::add(&self.counts.interrupts, 1);
@@ -208,6 +219,30 @@ impl Virtqueue {
                 false
             }
         }
+    }
+
+    /// From now on the queue is looked at for up to `limit` after the driver was told, where that pays, in place of a kick.
+    pub fn poll_for(&mut self, limit: Duration) {
+        self.poller = Some(Poller::new(limit));
+    }
+
+    /// Whether the queue is looked at (see [`Virtqueue::poll_for`]).
+    #[must_use]
+    pub fn polls(&self) -> bool {
+        self.poller.is_some()
+    }
+
+    /// Looks for more chains for a moment, where that pays; true where there are some. The driver must have been asked not to
+    /// kick ([`Virtqueue::quiet`]), and told of what is done.
+    pub fn look_for_more(&mut self) -> bool {
+        if self.broken {
+            return false;
+        }
+        let (queue, memory) = (&self.queue, &self.memory);
+        let Some(poller) = &mut self.poller else { return false };
+        poller.look(|| {
+            queue.avail_idx(&**memory, Ordering::Acquire).is_ok_and(|available| available.0 != queue.next_avail())
+        })
     }
 
     /// From now on the driver is told at once: for work whose other end takes a pause for trouble.
@@ -263,7 +298,7 @@ impl Virtqueue {
                 continue;
             }
             self.notify();
-            if !self.listen() {
+            if !self.look_for_more() && !self.listen() {
                 break;
             }
         }

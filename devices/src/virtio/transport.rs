@@ -9,6 +9,7 @@ use super::{WorkerThread, worker};
 use crate::memory::Memory;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -36,11 +37,13 @@ pub struct Switches {
     pub event_idx: bool,
     /// Wait a moment for more before the driver is told, where that pays.
     pub batch: bool,
+    /// Look for the next request oneself for up to so long, where that pays, in place of a kick.
+    pub poll: Option<Duration>,
 }
 
 impl Default for Switches {
     fn default() -> Self {
-        Self { event_idx: true, batch: true }
+        Self { event_idx: true, batch: true, poll: None }
     }
 }
 
@@ -294,6 +297,9 @@ impl Core {
             );
             if !self.switches.batch {
                 queue.be_prompt();
+            }
+            if let Some(limit) = self.switches.poll {
+                queue.poll_for(limit);
             }
             made.push(Some(queue));
         }

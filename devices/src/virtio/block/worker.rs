@@ -96,6 +96,11 @@ impl QueueWorker {
                 continue;
             }
             self.queue.notify();
+            // With requests at the host, what those bring must not wait.
+            let idle = self.engine.ring().is_none_or(|ring| ring.is_idle());
+            if !self.stalled && idle && self.queue.look_for_more() {
+                continue;
+            }
             // Stalled: the next completion looks again; the driver need not kick.
             if self.stalled || !self.queue.listen() {
                 return;
@@ -227,7 +232,7 @@ impl MutEventSubscriber for QueueWorker {
             _ => {}
         }
         self.reap();
-        if events.data() == DONE && !self.stalled {
+        if events.data() == DONE && !self.stalled && !self.queue.polls() {
             self.queue.notify();
         } else {
             self.serve();

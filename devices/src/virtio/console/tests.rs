@@ -66,6 +66,9 @@ fn the_size_is_told_and_told_again() {
     let generation = driver.read(0xfc);
     port.resize(100, 40);
     assert_eq!(driver.read(0x100), 40 << 16 | 100);
+    assert_eq!(driver.shown(0x100), 40 << 16 | 100, "as memory");
     assert_ne!(driver.read(0xfc), generation);
+    assert_eq!(driver.shown(0xfc), driver.read(0xfc));
+    assert_eq!(driver.shown(0x60), 2, "a change of the configuration");
     assert_eq!(driver.interrupts(), 1);
 }
