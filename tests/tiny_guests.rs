@@ -16,6 +16,7 @@ use hwvmm::vcpu::{Control, Measure, Records, Stop, Threads};
 use hwvmm_arch::exit_code::Class;
 use hwvmm_arch::regs::Entry;
 use hwvmm_arch::{gdt, layout, page_table};
+use hwvmm_devices::RegisterPage;
 use hwvmm_devices::bus::{Action, BusBuilder, BusDevice};
 use hwvmm_devices::legacy::DebugExit;
 use std::path::Path;
@@ -144,12 +145,10 @@ impl Guard {
 }
 
 /// Runs a payload to its end. `Err`: this host's KVM cannot run it.
-fn run_with(code: &[u8], mode: Mode, trap_msrs: bool) -> Result<Ran, String> {
+fn run_with(code: &[u8], mode: Mode, set_up: impl FnOnce(&Machine) -> Result<(), String>) -> Result<Ran, String> {
     let system = system()?;
     let machine = machine(&system, code, mode, false);
-    if trap_msrs {
-        machine.vm.trap_unknown_msrs().map_err(|error| error.to_string())?;
-    }
+    set_up(&machine)?;
     let mut vcpu = vcpu(&system, &machine, mode);
     let counters = Counters::new(&machine.handler.pio, &machine.handler.mmio);
     let mut records = Records { counters, recent: Recent::default(), profiler: NoProfile };
@@ -165,7 +164,7 @@ fn run_with(code: &[u8], mode: Mode, trap_msrs: bool) -> Result<Ran, String> {
 }
 
 fn run(code: &[u8], mode: Mode) -> Result<Ran, String> {
-    run_with(code, mode, false)
+    run_with(code, mode, |_| Ok(()))
 }
 
 /// Asserts the count of every reason: those listed, and none else.
@@ -216,6 +215,20 @@ fn mmio(code: &[u8], mode: Mode, accesses: u64) -> Outcome {
     }))
 }
 
+/// A page of registers: reads make no exit, a write makes one and changes nothing by itself.
+fn register_page() -> Outcome {
+    let page = RegisterPage::new().expect("a page");
+    page.show_u32(4, 0x1122_3344);
+    let shown = page.clone();
+    let show = move |machine: &Machine| machine.vm.show_page(0xd200_0000, &shown).map_err(|error| error.to_string());
+    outcome(run_with(guests::register_page_long(), Mode::Long, show).map(|ran| {
+        assert_eq!(ran.end, End::DebugExit(3), "every read gives what is shown");
+        assert_exits(&ran, &[(ExitReason::MmioWrite, 1), (ExitReason::PioOut, 1)]);
+        let unmapped: Vec<_> = ran.counters.unmapped().map(|(bus, gpa, n)| (bus, gpa, n.reads, n.writes)).collect();
+        assert_eq!(unmapped, [(BusKind::Mmio, 0xd200_0004, 0, 1)]);
+    }))
+}
+
 fn unmapped() -> Outcome {
     outcome(run(guests::unmapped_long(), Mode::Long).map(|ran| {
         assert_eq!(ran.end, End::DebugExit(3), "reads of nobody give all ones");
@@ -258,10 +271,11 @@ fn triple_fault(code: &[u8], mode: Mode) -> Outcome {
 /// Without the trap KVM itself raises #GP; with it, user space sees the MSR once and has #GP raised.
 fn msr(code: &'static [u8], reason: ExitReason) -> Outcome {
     let body = || -> Result<(), String> {
-        let plain = run_with(code, Mode::Long, false)?;
+        let plain = run(code, Mode::Long)?;
         assert_eq!(plain.end, End::TripleFault);
         assert_exits(&plain, &[(ExitReason::Shutdown, 1)]);
-        let trapped = run_with(code, Mode::Long, true)?;
+        let trapped =
+            run_with(code, Mode::Long, |machine| machine.vm.trap_unknown_msrs().map_err(|error| error.to_string()))?;
         assert_eq!(trapped.end, End::TripleFault);
         assert_exits(&trapped, &[(reason, 1), (ExitReason::Shutdown, 1)]);
         assert_eq!(trapped.counters.msrs().next().map(|(index, n)| (index, n.total())), Some((0x12345, 1)));
@@ -387,6 +401,7 @@ const TESTS: &[Test] = &[
     ("mmio_in_protected_mode", || mmio(guests::mmio_protected(), Mode::Protected, 1)),
     ("mmio_in_long_mode", || mmio(guests::mmio_long(), Mode::Long, 4)),
     ("unmapped_accesses_are_counted_by_address", unmapped),
+    ("reads_of_a_register_page_make_no_exit", register_page),
     ("cpuid_does_not_reach_user_space", cpuid),
     ("unknown_msr_read", || msr(guests::msr_read_long(), ExitReason::MsrRead)),
     ("unknown_msr_write", || msr(guests::msr_write_long(), ExitReason::MsrWrite)),

@@ -211,6 +211,23 @@ payload!(
 
 // Nobody at port 0x99 nor at 0xd100_0000: reads give all ones, writes go nowhere.
 payload!(
+    register_page_long,
+    ".code64",
+    "mov $0xd2000004,%ebx",
+    "mov $100,%ecx",
+    "1: cmpl $0x11223344,(%rbx)",
+    "jne 9f",
+    "dec %ecx",
+    "jnz 1b",
+    "movl $0x55,(%rbx)",
+    "cmpl $0x11223344,(%rbx)",
+    "jne 9f",
+    "mov $1,%al",
+    "out %al,$0xf4",
+    "9: mov $2,%al",
+    "out %al,$0xf4",
+);
+payload!(
     unmapped_long,
     ".code64",
     "in $0x99,%eax",
