@@ -7,6 +7,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 const HYPERVISOR: u32 = 1 << 31; // leaf 1 ecx
 const TSC_DEADLINE: u32 = 1 << 24; // leaf 1 ecx
 const X2APIC: u32 = 1 << 21; // leaf 1 ecx
+const MTRR: u32 = 1 << 12;
 const HTT: u32 = 1 << 28; // leaf 1 edx
 const SIGNIFICANT_INDEX: u32 = 1; // KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 const CMP_LEGACY: u32 = 1 << 1; // leaf 0x8000_0001 ecx
@@ -38,6 +39,8 @@ pub struct CpuidOptions {
     pub tell_tsc: bool,
     /// KVM's paravirtual features (leaf 0x4000_0001 EAX) that it is not told of.
     pub hidden_features: u32,
+    /// Whether it is told of MTRRs.
+    pub mtrr: bool,
 }
 
 /// Which vendor's rules the leaves follow.
@@ -74,7 +77,7 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Vec<k
             4 => cache_sharing(leaf, &options.topology, true),
             0x15 if vendor == Vendor::Intel && options.tell_tsc => leaf_15(leaf, options),
             KVM_FEATURES_LEAF => leaf.eax &= !options.hidden_features,
-            0x8000_0001 if vendor == Vendor::Amd => amd_features(leaf, &options.topology),
+            0x8000_0001 if vendor == Vendor::Amd => amd_features(leaf, &options.topology, options.mtrr),
             0x8000_0008 if vendor == Vendor::Amd => amd_sizes(leaf, &options.topology),
             0x8000_001d => cache_sharing(leaf, &options.topology, false),
             AMD_TOPOLOGY_LEAF => amd_topology(leaf, options),
@@ -99,6 +102,9 @@ fn leaf_1(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
     leaf.ecx = (leaf.ecx | HYPERVISOR | X2APIC) & !if options.x2apic { 0 } else { X2APIC };
     leaf.ecx = if options.tsc_deadline { leaf.ecx | TSC_DEADLINE } else { leaf.ecx & !TSC_DEADLINE };
     leaf.edx = if threads > 1 { leaf.edx | HTT } else { leaf.edx & !HTT };
+    if !options.mtrr {
+        leaf.edx &= !MTRR;
+    }
 }
 
 /// Who shares a cache: L1 and L2 the threads of a core, L3 the socket. Bits 25:14 of EAX hold the number of APIC ids
@@ -122,8 +128,11 @@ fn leaf_15(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
     }
 }
 
-fn amd_features(leaf: &mut kvm_cpuid_entry2, topology: &Topology) {
+fn amd_features(leaf: &mut kvm_cpuid_entry2, topology: &Topology, mtrr: bool) {
     leaf.ecx = if topology.threads_per_socket() > 1 { leaf.ecx | CMP_LEGACY } else { leaf.ecx & !CMP_LEGACY };
+    if !mtrr {
+        leaf.edx &= !MTRR;
+    }
 }
 
 /// AMD processors tell their threads by leaf 0x8000_001e alone, and a guest looks there only with TOPOEXT. KVM shows
@@ -208,6 +217,7 @@ mod tests {
             x2apic: true,
             tell_tsc: true,
             hidden_features: 0,
+            mtrr: true,
         }
     }
 
@@ -259,11 +269,15 @@ mod tests {
     fn what_is_hidden_is_not_there() {
         let mut supported = supported();
         supported.push(kvm_cpuid_entry2 { eax: 0xff, ..leaf(0x4000_0001) });
+        for feature in supported.iter_mut().filter(|leaf| [1, 0x8000_0001].contains(&leaf.function)) {
+            feature.edx |= MTRR;
+        }
         let all = CpuidOptions { tsc_khz: Some(1), ..options() };
         assert_eq!(find(&for_vcpu(&supported, &all), 0x4000_0001, 0).eax, 0xff);
-        let few = CpuidOptions { x2apic: false, tell_tsc: false, hidden_features: 1 << 6, ..all };
+        let few = CpuidOptions { x2apic: false, tell_tsc: false, hidden_features: 1 << 6, mtrr: false, ..all };
         let leaves = for_vcpu(&supported, &few);
         assert_eq!(find(&leaves, 1, 0).ecx & X2APIC, 0);
+        assert_eq!((find(&leaves, 1, 0).edx | find(&leaves, 0x8000_0001, 0).edx) & MTRR, 0);
         assert_eq!(find(&leaves, 0x4000_0001, 0).eax, 0xbf);
         assert!(leaves.iter().all(|e| e.function != 0x4000_0010));
     }

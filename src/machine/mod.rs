@@ -275,6 +275,7 @@ fn create_vcpus(
             x2apic: tune.wants(Lever::X2Apic),
             tell_tsc: tune.wants(Lever::TellTsc),
             hidden_features: levers::hidden_features(tune),
+            mtrr: !tune.wants(Lever::HideMtrr),
         };
         vcpu.set_cpuid(&cpuid::for_vcpu(supported.as_slice(), &options))?;
         if tune.wants(Lever::FewBanks)

@@ -72,6 +72,7 @@ fn remedy(page: &Option<u64>) -> String {
 
 const ALIGNMENT: u64 = 2 << 20;
 const PAGE: usize = 4096;
+const HUGE_PAGE: usize = 2 << 20;
 
 /// A mapping that is unmapped when it goes.
 struct Mapping {
@@ -81,8 +82,26 @@ struct Mapping {
 
 // SAFETY: the pointer is only an address to unmap; nothing is read or written through it here.
 unsafe impl Send for Mapping {}
-// SAFETY: as above, and no method takes `&self`.
+// SAFETY: as above: `populate` has the kernel fill pages, or writes to those of its caller's range only.
 unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Has the host fill `bytes` bytes from `first` on. What lies beyond the mapping is left out.
+    fn populate(&self, first: usize, bytes: usize) -> Result<(), MemoryError> {
+        let bytes = bytes.min(self.bytes.saturating_sub(first));
+        // SAFETY: the range lies within this value's mapping; MADV_POPULATE_WRITE changes no contents.
+        let result = unsafe { libc::madvise(self.address.byte_add(first), bytes, libc::MADV_POPULATE_WRITE) };
+        if result == 0 {
+            return Ok(());
+        }
+        let source = io::Error::last_os_error();
+        if source.raw_os_error() != Some(libc::EINVAL) {
+            return Err(MemoryError::Populate { size: bytes as u64, source });
+        }
+        touch(self, first, bytes);
+        Ok(())
+    }
+}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
@@ -136,22 +155,31 @@ impl GuestRam {
         &self.memory
     }
 
-    /// Has the host fill all pages now (Linux 5.14; before, each page is touched).
+    /// Has the host fill all pages now (Linux 5.14; before, each page is touched), on all of its processors at once.
     ///
     /// # Errors
     /// Where the host has not enough memory.
     pub fn populate(&self) -> Result<(), MemoryError> {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         for mapping in self.mappings.iter() {
-            // SAFETY: the range is this value's mapping; MADV_POPULATE_WRITE changes no contents.
-            let result = unsafe { libc::madvise(mapping.address, mapping.bytes, libc::MADV_POPULATE_WRITE) };
-            if result == 0 {
-                continue;
-            }
-            let source = io::Error::last_os_error();
-            if source.raw_os_error() != Some(libc::EINVAL) {
-                return Err(MemoryError::Populate { size: mapping.bytes as u64, source });
-            }
-            touch(mapping);
+            let pages = mapping.bytes.div_ceil(HUGE_PAGE);
+            let share = pages.div_ceil(threads) * HUGE_PAGE;
+            let shares: Vec<(usize, usize)> = (0..mapping.bytes)
+                .step_by(share.max(HUGE_PAGE))
+                .map(|first| (first, share.min(mapping.bytes - first)))
+                .collect();
+            // One of them is this thread's.
+            std::thread::scope(|scope| {
+                let (mine, others) = shares.split_first().unwrap_or((&(0, 0), &[]));
+                let others: Vec<_> =
+                    others.iter().map(|&(first, bytes)| scope.spawn(move || mapping.populate(first, bytes))).collect();
+                let mut result = mapping.populate(mine.0, mine.1);
+                for other in others {
+                    let joined = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                    result = result.and(joined);
+                }
+                result
+            })?;
         }
         Ok(())
     }
@@ -162,12 +190,13 @@ impl GuestRam {
     }
 }
 
-/// Writes the first byte of each page with what it holds: no guest runs yet.
-fn touch(mapping: &Mapping) {
+/// Writes the first byte of each page of a range within the mapping with what it holds: no guest runs yet, and each page is
+/// one thread's.
+fn touch(mapping: &Mapping, first: usize, bytes: usize) {
     let base = mapping.address.cast::<u8>();
-    for offset in (0..mapping.bytes).step_by(PAGE) {
-        // SAFETY: `offset` is within the mapping, which is readable and writable; volatile because the guest's memory
-        // is no Rust object.
+    for offset in (first..first + bytes).step_by(PAGE) {
+        // SAFETY: `offset` is within the mapping (see `Mapping::populate`), which is readable and writable; volatile because
+        // the guest's memory is no Rust object.
         unsafe {
             let byte = base.add(offset);
             byte.write_volatile(byte.read_volatile());

@@ -139,6 +139,10 @@ levers! {
     FewBanks: "few-banks", Cpu, true,
         "One bank of machine-check registers: hwvmm injects no machine checks, so that no more are ever used",
         "KVM's 32, each of which the guest reads and writes";
+    HideMtrr: "hide-mtrr", Cpu, false,
+        "The guest is told of no MTRRs, and does not read 40 of them. Off by default: Linux then does without PAT too, and what \
+         maps memory for writes in a row (graphics) becomes slow",
+        "they are read and set up, for nothing";
     HaltPoll: "halt-poll", Cpu, false,
         "The host looks for work for so many microseconds (on: 200) before a halted vCPU sleeps: wakes faster, burns host time",
         "as the host's KVM is set";
