@@ -3,6 +3,7 @@
 mod bench;
 mod ctl;
 mod doctor;
+mod mmu;
 mod report;
 mod run;
 mod top;
@@ -77,6 +78,13 @@ enum Command {
     Top(top::Args),
     /// Measure what exits cost on this host
     Bench(bench::Args),
+    /// Show KVM's MMU on this host: nested or shadow paging, and who uses it; or set it
+    #[command(
+        after_help = "Examples:\n  hwvmm mmu\n  sudo hwvmm mmu set shadow && hwvmm run vmlinuz --mmu shadow --profile\n\nKVM \
+                            decides it for all machines when its module is loaded; parameters given by hand at that time \
+                            (not in /etc/modprobe.d) are lost by `set`."
+    )]
+    Mmu(mmu::Args),
     /// Control a running machine: its state, its balloon, its end
     #[command(
         after_help = "Examples:\n  hwvmm run vmlinuz --balloon --api /tmp/vm.sock ...\n  hwvmm ctl /tmp/vm.sock status\n  \
@@ -150,6 +158,7 @@ pub fn main() -> ExitCode {
         Command::Report(args) => report::run(&args),
         Command::Top(args) => top::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Mmu(args) => mmu::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Unpack(args) => unpack::run(&args),
         Command::Completions { shell } => {

@@ -7,13 +7,14 @@ use crate::exit::end::status;
 use crate::kvm::System;
 use crate::machine::console::{RawTerminal, Seen};
 use crate::machine::{self, Finish, Machine, Setup};
+use crate::probe::Host;
 use crate::profile::budget::Budget;
 use crate::profile::render::{Format, Style, render};
 use crate::profile::{self, Profile, RunStats};
 use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Options.
@@ -44,6 +45,7 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
     let expect = config.expect.as_deref().map(compile).transpose()?;
     let slack = config.slack.as_deref().unwrap_or(report::SLACK);
     let budget = report::budget(config.budget.as_deref(), config.budget_from.as_deref(), slack)?;
+    super::mmu::check(config.mmu, &Host::at(Path::new("/")))?;
     let system = System::open(&config.kvm)?;
     let expects = expect.is_some();
     let terminal = uses_stdin(&config) && io::stdin().is_terminal();

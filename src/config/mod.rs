@@ -63,6 +63,8 @@ pub struct RunConfig {
     pub kernel_cache: Option<PathBuf>,
     /// isa-debug-exit at port 0xf4.
     pub debug_exit: bool,
+    /// Which MMU KVM must use.
+    pub mmu: MmuChoice,
     /// The watchdog at ports 0x441 and 0x443.
     pub watchdog: bool,
     /// MSRs that KVM does not know come to user space.
@@ -127,6 +129,21 @@ pub enum BootProtocol {
     Pvh,
     /// Linux' 64-bit boot protocol.
     Linux64,
+}
+
+/// Which MMU is asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MmuChoice {
+    /// What this host's KVM has.
+    #[default]
+    Auto,
+    /// Nested paging: NPT on AMD, EPT on Intel.
+    #[value(name = "npt", alias = "ept")]
+    #[serde(rename = "npt", alias = "ept")]
+    Nested,
+    /// Shadow paging.
+    Shadow,
 }
 
 /// What a guest's reset does.

@@ -2,7 +2,9 @@
 
 use super::devices::{BalloonConfig, DiskConfig, NetConfig, RngConfig, ShareConfig, Transport, VsockConfig};
 use super::values::{Cpus, Memory, ValueError, parse_console, parse_duration, parse_serial};
-use super::{BootProtocol, ConfigError, ConsoleTarget, OnReboot, ProfileLevel, RunConfig, StatsFormat, Unpack};
+use super::{
+    BootProtocol, ConfigError, ConsoleTarget, MmuChoice, OnReboot, ProfileLevel, RunConfig, StatsFormat, Unpack,
+};
 use crate::tune::{Lever, Tune};
 use clap::Args;
 use serde::Deserialize;
@@ -157,6 +159,11 @@ pub struct RunOptions {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
     pub debug_exit: Option<bool>,
 
+    /// KVM's MMU: auto (what this host has), npt (nested paging; ept is the same), or shadow. KVM decides it for the whole
+    /// host (see hwvmm mmu): the other one is an error [default: auto]
+    #[arg(long, value_name = "MMU")]
+    pub mmu: Option<MmuChoice>,
+
     /// A watchdog (IB700, ports 0x441 and 0x443): a guest that starts and neglects it ends with status 36
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
     pub watchdog: Option<bool>,
@@ -275,6 +282,7 @@ impl RunOptions {
             expect: self.expect.or(file.expect),
             on_reboot: self.on_reboot.or(file.on_reboot),
             debug_exit: self.debug_exit.or(file.debug_exit),
+            mmu: self.mmu.or(file.mmu),
             watchdog: self.watchdog.or(file.watchdog),
             trap_msrs: self.trap_msrs.or(file.trap_msrs),
             stats: self.stats.or(file.stats),
@@ -343,6 +351,7 @@ impl RunOptions {
             boot: self.boot.unwrap_or_default(),
             kernel_cache: kernel_cache(self.kernel_cache.as_deref()),
             debug_exit: self.debug_exit.unwrap_or(false),
+            mmu: self.mmu.unwrap_or_default(),
             watchdog: self.watchdog.unwrap_or(false),
             trap_msrs: self.trap_msrs.unwrap_or(false),
             on_reboot: self.on_reboot.unwrap_or_default(),

@@ -40,7 +40,11 @@ impl Host {
         Self { root: root.to_owned() }
     }
 
-    fn read(&self, path: &str) -> Option<String> {
+    pub(super) fn path(&self, path: &str) -> PathBuf {
+        self.root.join(path)
+    }
+
+    pub(super) fn read(&self, path: &str) -> Option<String> {
         fs::read_to_string(self.root.join(path)).ok().map(|text| text.trim().to_owned())
     }
 

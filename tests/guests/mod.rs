@@ -209,7 +209,7 @@ payload!(
     "out %al,$0xf4",
 );
 
-// Nobody at port 0x99 nor at 0xd100_0000: reads give all ones, writes go nowhere.
+// A hundred reads of a page that the guest reads by itself, and a write.
 payload!(
     register_page_long,
     ".code64",
@@ -227,6 +227,7 @@ payload!(
     "9: mov $2,%al",
     "out %al,$0xf4",
 );
+// Nobody at port 0x99 nor at 0xd100_0000: reads give all ones, writes go nowhere.
 payload!(
     unmapped_long,
     ".code64",

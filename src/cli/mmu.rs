@@ -1,0 +1,131 @@
+//! `hwvmm mmu`: nested or shadow paging on this host.
+
+use crate::config::MmuChoice;
+use crate::probe::{Host, Mmu, MmuState, command_for};
+use clap::ValueEnum;
+use serde_json::json;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+/// Options.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    what: Option<What>,
+
+    /// One JSON object on one line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Load KVM's module again, with the other MMU (as root, and only while nobody uses it)
+    Set {
+        /// Nested paging (npt, or ept) or shadow paging
+        #[arg(value_name = "npt|shadow", value_parser = parse)]
+        mmu: MmuChoice,
+    },
+}
+
+fn parse(text: &str) -> Result<MmuChoice, String> {
+    match MmuChoice::from_str(text, false) {
+        Ok(MmuChoice::Auto) | Err(_) => Err(format!("'{text}' is not npt, ept or shadow")),
+        Ok(choice) => Ok(choice),
+    }
+}
+
+/// What a choice means on any host; `None`: whatever is there.
+pub(super) fn wanted(choice: MmuChoice) -> Option<Mmu> {
+    match choice {
+        MmuChoice::Auto => None,
+        MmuChoice::Nested => Some(Mmu::Nested),
+        MmuChoice::Shadow => Some(Mmu::Shadow),
+    }
+}
+
+/// An error where this host's KVM does not do what `choice` asks for, with the command that changes it.
+pub(super) fn check(choice: MmuChoice, host: &Host) -> Result<(), String> {
+    let (has, module) = (host.mmu(), host.vendor_module());
+    let Some(wanted) = wanted(choice).filter(|wanted| *wanted != has) else {
+        log::info!("MMU: {}{}", has.name(), module.map(|name| format!(" ({name})")).unwrap_or_default());
+        return Ok(());
+    };
+    let name = if wanted == Mmu::Nested { "npt" } else { "shadow" };
+    Err(match module.and_then(|module| Some((module, command_for(module, wanted)?))) {
+        Some((module, command)) => format!(
+            "this host's {module} uses {}, and --mmu {name} wants {}: `hwvmm mmu set {name}` as root changes that for all \
+             machines of this host (it does {command})",
+            has.name(),
+            wanted.name()
+        ),
+        None => format!(
+            "this host's KVM{} uses {}, and cannot do {}, which --mmu {name} wants",
+            module.map(|name| format!(" ({name})")).unwrap_or_default(),
+            has.name(),
+            wanted.name()
+        ),
+    })
+}
+
+pub(super) fn run(args: &Args) -> ExitCode {
+    let host = Host::at(Path::new("/"));
+    if let Some(What::Set { mmu }) = &args.what {
+        match host.set_mmu(wanted(*mmu).unwrap_or(Mmu::Nested)) {
+            Ok(true) => eprintln!("hwvmm: {} was loaded again", host.vendor_module().unwrap_or("the module")),
+            Ok(false) => eprintln!("hwvmm: it is so already"),
+            Err(error) => return super::fail(&error),
+        }
+    }
+    let state = host.mmu_state();
+    let text = if args.json { format!("{}\n", to_json(&state)) } else { to_text(&state) };
+    super::print_all(text.as_bytes())
+}
+
+fn to_json(state: &MmuState) -> serde_json::Value {
+    let parameters: serde_json::Map<_, _> =
+        state.parameters.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+    let holders: Vec<_> = state.holders.iter().map(|holder| json!({"pid": holder.pid, "name": holder.name})).collect();
+    json!({
+        "module": state.module,
+        "mmu": match state.mmu { Mmu::Nested => "nested", Mmu::Shadow => "shadow", Mmu::Unknown => "unknown" },
+        "parameters": parameters,
+        "references": state.references,
+        "holders": holders,
+    })
+}
+
+fn to_text(state: &MmuState) -> String {
+    let mut text = format!("{:<34} {}\n", "module", state.module.unwrap_or("none"));
+    let _ = writeln!(text, "{:<34} {}", "MMU", state.mmu.name());
+    for (name, value) in &state.parameters {
+        let _ = writeln!(text, "{name:<34} {value}");
+    }
+    let references = state.references.map_or_else(|| "built in, or unknown".to_owned(), |count| count.to_string());
+    let _ = writeln!(text, "{:<34} {references}", "references to the module");
+    for holder in &state.holders {
+        let _ = writeln!(text, "{:<34} {} ({})", "used by", holder.name, holder.pid);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_other_mmu_is_an_error_with_the_command_that_changes_it() {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        let folder = root.path().join("sys/module/kvm_amd/parameters");
+        std::fs::create_dir_all(&folder).expect("made");
+        std::fs::write(folder.join("npt"), "1\n").expect("written");
+        let host = Host::at(root.path());
+        assert_eq!(check(MmuChoice::Auto, &host), Ok(()));
+        assert_eq!(check(MmuChoice::Nested, &host), Ok(()));
+        let words = check(MmuChoice::Shadow, &host).expect_err("the other one");
+        assert!(words.contains("hwvmm mmu set shadow") && words.contains("modprobe kvm_amd npt=0"), "{words}");
+        let nothing = Host::at(Path::new("/nonexistent"));
+        assert!(check(MmuChoice::Nested, &nothing).is_err());
+    }
+}
