@@ -8,6 +8,7 @@ pub mod exit;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod nano;
 pub mod probe;
 pub mod profile;
 pub mod trace;

@@ -27,6 +27,15 @@ enum What {
                             host.\n\nExample: hwvmm bench exits --json"
     )]
     Exits(Exits),
+    /// What single operations of a bare guest cost, and how many exits each makes: the paper's seven, and today's
+    #[command(
+        after_help = "Examples:\n  hwvmm bench nano\n  hwvmm bench nano --json > npt.json\n  hwvmm bench nano --compare \
+                            native.json shadow.json npt.json\n  hwvmm bench nano --image nano.elf && qemu-system-x86_64 -kernel \
+                            nano.elf -nographic -device isa-debug-exit | tee native.txt\n  hwvmm bench nano --parse native.txt \
+                            --label native --json > native.json\n\nThe paper is Adams and Agesen's \"A Comparison of Software \
+                            and Hardware Techniques for x86 Virtualization\" (ASPLOS 2006)."
+    )]
+    Nano(super::nano::Args),
 }
 
 #[derive(clap::Args)]
@@ -67,7 +76,10 @@ pub(super) fn saved_costs() -> BTreeMap<String, f64> {
 }
 
 pub(super) fn run(args: &Args) -> ExitCode {
-    let What::Exits(exits) = &args.what;
+    let exits = match &args.what {
+        What::Exits(exits) => exits,
+        What::Nano(nano) => return super::nano::run(nano),
+    };
     match bench(exits) {
         Ok(code) => code,
         Err(error) => super::fail(error.as_ref()),

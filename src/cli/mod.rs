@@ -4,6 +4,7 @@ mod bench;
 mod ctl;
 mod doctor;
 mod mmu;
+mod nano;
 mod report;
 mod run;
 mod top;

@@ -112,6 +112,14 @@ impl Vm {
         Ok(())
     }
 
+    /// Writes of any size to `port` wake `event`, and do not leave the kernel (KVM API 4.59).
+    ///
+    /// # Errors
+    /// Where the ioctl fails.
+    pub fn register_port_ioeventfd(&self, event: &EventFd, port: u16) -> Result<(), KvmError> {
+        self.fd.register_ioevent(event, &IoEventAddress::Pio(port.into()), NoDatamatch).named("KVM_IOEVENTFD")
+    }
+
     /// Raises an edge on `gsi` whenever `event` is written (KVM API 4.75).
     ///
     /// # Errors

@@ -89,6 +89,14 @@ impl Host {
         line.split_whitespace().any(|word| word == flag)
     }
 
+    /// The processor's name.
+    #[must_use]
+    pub fn cpu(&self) -> String {
+        let info = self.read("proc/cpuinfo").unwrap_or_default();
+        let line = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+        line.map_or_else(|| "unknown".into(), |(_, name)| name.trim().to_owned())
+    }
+
     /// How transparent huge pages are set: "always", "madvise" or "never".
     #[must_use]
     pub fn transparent_huge_pages(&self) -> Option<String> {

@@ -1,0 +1,138 @@
+//! `hwvmm bench nano`.
+
+use crate::kvm::System;
+use crate::nano::{Column, Form, OPERATIONS, compare, elf, measure, parse};
+use crate::probe::{Host, Mmu};
+use std::error::Error;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// One JSON object on one line: a column for --compare
+    #[arg(long)]
+    json: bool,
+
+    /// The column's head [default: hwvmm and the MMU]
+    #[arg(long, value_name = "NAME")]
+    label: Option<String>,
+
+    /// The commit that was measured, for the JSON
+    #[arg(long, value_name = "HASH")]
+    commit: Option<String>,
+
+    /// Read what the guest said elsewhere (on a UART: a bare machine, another VMM), in place of running it
+    #[arg(long, value_name = "FILE", conflicts_with = "compare")]
+    parse: Option<PathBuf>,
+
+    /// Write the guest to FILE, as a multiboot kernel that starts under any loader, in place of running it
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["compare", "parse"])]
+    image: Option<PathBuf>,
+
+    /// Show columns side by side, as ratios to the first
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    compare: Vec<PathBuf>,
+
+    /// With --compare: how it is shown
+    #[arg(long, value_enum, default_value = "text", value_name = "FORM")]
+    form: Shown,
+
+    /// KVM's device
+    #[arg(long, default_value = "/dev/kvm", value_name = "PATH")]
+    kvm: PathBuf,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Shown {
+    /// For a terminal
+    Text,
+    /// A table for a document
+    Markdown,
+    /// A bar chart
+    Svg,
+}
+
+/// What is known of this host, for a column.
+fn column(args: &Args, label: &str, mmu: &str) -> Column {
+    let host = Host::at(Path::new("/"));
+    Column {
+        label: args.label.clone().unwrap_or_else(|| label.to_owned()),
+        hwvmm: env!("CARGO_PKG_VERSION").into(),
+        kernel: host.kernel(),
+        cpu: host.cpu(),
+        mmu: mmu.into(),
+        commit: args.commit.clone(),
+        results: std::collections::BTreeMap::new(),
+    }
+}
+
+pub(super) fn run(args: &Args) -> ExitCode {
+    match bench(args) {
+        Ok(code) => code,
+        Err(error) => super::fail(error.as_ref()),
+    }
+}
+
+fn bench(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
+    if let Some(path) = &args.image {
+        std::fs::write(path, elf()).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !args.compare.is_empty() {
+        let columns: Vec<Column> = args.compare.iter().map(|path| read(path)).collect::<Result<_, _>>()?;
+        let form = match args.form {
+            Shown::Text => Form::Text,
+            Shown::Markdown => Form::Markdown,
+            Shown::Svg => Form::Svg,
+        };
+        return Ok(super::print_all(compare(&columns, form).as_bytes()));
+    }
+    let column = if let Some(path) = &args.parse {
+        let bytes = std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+        let results = parse(&String::from_utf8_lossy(&bytes))?;
+        Column { results, ..column(args, "elsewhere", "none") }
+    } else {
+        let (name, label) = match Host::at(Path::new("/")).mmu() {
+            Mmu::Nested => ("nested", "hwvmm, nested"),
+            Mmu::Shadow => ("shadow", "hwvmm, shadow"),
+            Mmu::Unknown => ("unknown", "hwvmm"),
+        };
+        let system = System::open(&args.kvm)?;
+        measure(&system, column(args, label, name)).map_err(|why| format!("this host's KVM: {why}"))?
+    };
+    let text = if args.json { format!("{}\n", serde_json::to_string(&column)?) } else { to_text(&column) };
+    Ok(super::print_all(text.as_bytes()))
+}
+
+fn read(path: &Path) -> Result<Column, Box<dyn Error>> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+    let column = serde_json::from_str(&text);
+    column.map_err(|error| format!("{} is no column of `hwvmm bench nano --json`: {error}", path.display()).into())
+}
+
+fn to_text(column: &Column) -> String {
+    let mut text = format!("{}: Linux {}, {}\n", column.label, column.kernel, column.cpu);
+    let _ = writeln!(text, "{:<12} {:>10} {:>8} {:>8}  {:<56} which", "operation", "cycles", "±", "exits", "what");
+    for operation in &OPERATIONS {
+        let Some(measured) = column.results.get(operation.name) else {
+            let _ =
+                writeln!(text, "{:<12} {:>10} {:>8} {:>8}  {}: not here", operation.name, "-", "", "", operation.what);
+            continue;
+        };
+        let exits = measured.exits.map_or("-".into(), |exits| format!("{exits:.2}"));
+        let mut by: Vec<(&String, &f64)> = measured.by.iter().collect();
+        by.sort_by(|a, b| b.1.total_cmp(a.1));
+        let by: Vec<String> = by.iter().take(3).map(|(name, each)| format!("{name} {each:.2}")).collect();
+        let spread = format!("{:.1} %", measured.spread * 100.0);
+        let _ = writeln!(
+            text,
+            "{:<12} {:>10.1} {spread:>8} {exits:>8}  {:<56} {}",
+            operation.name,
+            measured.cycles,
+            operation.what,
+            by.join(", ")
+        );
+    }
+    text
+}
