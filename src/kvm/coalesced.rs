@@ -5,7 +5,7 @@ use super::{KvmError, Named};
 use kvm_bindings::{KVM_COALESCED_MMIO_PAGE_OFFSET, kvm_coalesced_mmio};
 use std::os::fd::RawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 const PAGE: usize = 4096;
@@ -20,7 +20,6 @@ pub struct Coalesced {
     /// One takes at a time, so that the order is kept.
     taking: Mutex<()>,
     taken: AtomicU64,
-    stirred: AtomicBool,
 }
 
 // SAFETY: the page is a mapping that lives as long as the value. Its indices are read and written as atomics, its
@@ -52,7 +51,7 @@ impl Coalesced {
             return Err(kvm_ioctls::Error::last()).named("mmap (the ring of coalesced writes)");
         }
         let (taking, taken) = (Mutex::new(()), AtomicU64::new(0));
-        Ok(Self { page: page.cast(), taking, taken, stirred: AtomicBool::new(false) })
+        Ok(Self { page: page.cast(), taking, taken })
     }
 
     /// The index of the next entry to take, and of the next that KVM fills.
@@ -86,7 +85,6 @@ impl Coalesced {
             return;
         }
         let _guard = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
-        self.stirred.store(true, Ordering::Relaxed);
         // No allocation: this runs on every exit, and on a thread that allocates nothing else.
         let (mut text, mut held) = ([0; ENTRIES as usize], 0);
         let mut place = (false, 0);
@@ -115,11 +113,5 @@ impl Coalesced {
     #[must_use]
     pub fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
-    }
-
-    /// Whether there were any since this was last asked.
-    #[must_use]
-    pub fn was_stirred(&self) -> bool {
-        self.stirred.swap(false, Ordering::Relaxed)
     }
 }

@@ -196,8 +196,8 @@ fn listen(
     Ok((event_loop, signals))
 }
 
-/// How long writes wait in the kernel at most, where there are some just now, and else.
-const DRAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(50));
+/// How long writes wait in the kernel at most. Each look costs the guest some time where it has no processor to spare.
+const DRAIN: Duration = Duration::from_millis(50);
 
 /// Takes what waits in the kernel when no exit does.
 struct Drain {
@@ -216,8 +216,7 @@ impl Drain {
         let stopping = Arc::clone(&stop);
         let work = move || {
             while !stopping.load(Ordering::Acquire) {
-                let busy = handler.ring.as_ref().is_some_and(crate::kvm::Coalesced::was_stirred);
-                std::thread::park_timeout(if busy { DRAIN.0 } else { DRAIN.1 });
+                std::thread::park_timeout(DRAIN);
                 if let Outcome::End(end) = handler.take_waiting() {
                     control.end(end, None);
                 }

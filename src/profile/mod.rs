@@ -5,6 +5,7 @@ pub mod budget;
 mod build;
 pub mod data;
 mod memory_use;
+mod mmu_work;
 mod recorder;
 pub mod render;
 mod stats;

@@ -117,6 +117,9 @@ impl RunStats {
             let cells: Vec<String> = row.iter().map(|name| format!("{name:<20} {:>9}", kvm[*name])).collect();
             writeln!(f, "  {}", cells.join("  ").trim_end())?;
         }
+        if let Some(work) = super::mmu_work::describe(kvm) {
+            writeln!(f, "  {work}")?;
+        }
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use super::rows::{Row, rows};
 use crate::profile::advice::Advice;
 use crate::profile::data::{Exits, Profile};
+use crate::profile::mmu_work;
 use std::fmt::Write as _;
 
 /// How text is written.
@@ -229,6 +230,10 @@ pub(super) fn render(profile: &Profile, advice: &[Advice], style: Style) -> Stri
                 profile.kvm.get("exits").map_or_else(|| "KVM does not tell how many".into(), |exits| number(*exits));
             let _ = writeln!(out, "\n{} (not told apart)", style.bold(&format!("VM exits: {total}")));
         }
+    }
+    if let Some(work) = mmu_work::describe(&profile.kvm) {
+        out.push('\n');
+        wrapped(&mut out, &work, "");
     }
     let exits = &profile.userspace_exits;
     let handler = exits.causes.iter().fold(0_u64, |sum, cause| sum.saturating_add(cause.handler_ns));

@@ -1,0 +1,54 @@
+//! What KVM did for the guest's page tables, in the words of Adams and Agesen (ASPLOS 2006): true page faults are the guest's
+//! own, and handed to it; hidden ones come from tables of KVM's being behind; traces are writes to page tables that KVM follows.
+
+use super::render::number;
+use std::collections::BTreeMap;
+
+/// One sentence from KVM's own figures; `None` where they show no such work.
+#[must_use]
+pub(super) fn describe(kvm: &BTreeMap<String, u64>) -> Option<String> {
+    let of = |name: &str| kvm.get(name).copied().unwrap_or(0);
+    let (taken, guests) = (of("pf_taken"), of("pf_guest"));
+    let traced = of("mmu_pte_write");
+    let mut parts = Vec::new();
+    let mut part = |count: u64, what: &str| {
+        if count > 0 {
+            parts.push(format!("{} {what}", number(count)));
+        }
+    };
+    // Only shadow paging sees the guest's own faults, and keeps tables that can be out of step.
+    if guests == 0 && of("mmu_unsync") == 0 && of("invlpg") == 0 {
+        part(taken, "faults of the nested tables");
+        part(of("pf_emulate"), "of them accesses to emulate");
+        part(of("tlb_flush"), "TLB flushes");
+        return (taken > 0).then(|| format!("nested page tables: {}", parts.join(", ")));
+    }
+    part(guests, "true page faults (the guest's own)");
+    part(taken.saturating_sub(guests), "hidden ones (KVM's tables were behind)");
+    part(traced, "traces (writes to page tables that KVM follows)");
+    part(of("invlpg"), "INVLPGs");
+    part(of("tlb_flush"), "TLB flushes");
+    part(of("mmu_shadow_zapped"), "shadow pages zapped");
+    part(of("mmu_flooded"), "flooded with writes");
+    part(of("mmu_unsync"), "out of step just now");
+    Some(format!("shadow page tables: {}", parts.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kvm(counts: &[(&str, u64)]) -> BTreeMap<String, u64> {
+        counts.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect()
+    }
+
+    #[test]
+    fn true_and_hidden_faults_are_told_apart() {
+        let text = describe(&kvm(&[("pf_taken", 54_001), ("pf_guest", 9_000), ("mmu_pte_write", 7)])).expect("work");
+        assert!(text.starts_with("shadow page tables: 9,000 true"), "{text}");
+        assert!(text.contains("45,001 hidden") && text.contains("7 traces"), "{text}");
+        let text = describe(&kvm(&[("pf_taken", 48), ("pf_emulate", 2), ("mmu_pte_write", 9)])).expect("work");
+        assert_eq!(text, "nested page tables: 48 faults of the nested tables, 2 of them accesses to emulate");
+        assert_eq!(describe(&kvm(&[("exits", 5)])), None);
+    }
+}
