@@ -38,6 +38,8 @@ pub struct Root {
     functions: Vec<Arc<dyn PciFunction>>,
     /// What the guest reads by itself, by slot, once that is asked for.
     pages: OnceLock<Vec<RegisterPage>>,
+    /// One write at a time, so that none is shown behind a later one.
+    showing: Mutex<()>,
 }
 
 /// Bytes of a window's capability, and of the data at its end.
@@ -61,7 +63,7 @@ impl Default for Root {
         let identity =
             Identity { vendor: 0x1b36, device: 0x0008, revision: 0, class: HOST_BRIDGE, subsystem: (0x1af4, 0x1100) };
         let bridge: Arc<dyn PciFunction> = Arc::new(HostBridge(Mutex::new(ConfigSpace::new(identity, None))));
-        Self { functions: vec![bridge], pages: OnceLock::new() }
+        Self { functions: vec![bridge], pages: OnceLock::new(), showing: Mutex::default() }
     }
 }
 
@@ -93,6 +95,7 @@ impl Root {
 
     fn write(&self, slot: u32, function: u32, register: usize, data: &[u8]) {
         if let Some(found) = self.at(slot, function) {
+            let _guard = self.showing.lock().unwrap_or_else(PoisonError::into_inner);
             found.write_config(register, data);
             if let Some(page) = self.pages.get().and_then(|pages| pages.get(usize::try_from(slot).ok()?)) {
                 show(found.as_ref(), page, register, data.len());

@@ -133,7 +133,8 @@ impl MmioDevice {
     }
 
     /// Registers whose writes may come late, up to the next of any other register: (offset, bytes). They set what counts
-    /// from the next status on, and change nothing that can be read.
+    /// from the next status on, and change nothing that is read before: QueueReady, which can be, reads as it was until then,
+    /// but drivers look at it before they set it, and behind a write of another register.
     pub const LATE: [(u64, u32); 4] = [(DRIVER_FEATURES, 8), (QUEUE_SIZE, 4), (QUEUE_READY, 4), (QUEUE_DESC_LOW, 0x28)];
 
     /// The same where the guest cannot read by itself: a read brings what was written before.
