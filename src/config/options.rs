@@ -26,7 +26,8 @@ fn default_cmdline(config: &RunConfig) -> String {
         (!pci && tune.wants(Lever::NoPci), "pci=conf1,noearly"),
         (pci && tune.wants(Lever::NoPci), "pci=noearly"),
         (tune.wants(Lever::UartCount), &*uarts),
-        (tune.wants(Lever::QuickReset), "reboot=f"),
+        // With more vCPUs the others would go on after a halt, and nobody would see that the guest is at its end.
+        (tune.wants(Lever::QuickReset) && config.cpus.count() == 1, "reboot=f"),
     ];
     words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
 }
@@ -66,7 +67,7 @@ pub struct RunOptions {
     pub cpus: Option<String>,
 
     /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1
-    /// pci=conf1,noearly 8250.nr_uarts=1 reboot=f"; console=hvc0 with --console virtio; pci=noearly with PCI devices; see --tune help]
+    /// pci=conf1,noearly 8250.nr_uarts=1 reboot=f"; no reboot= with more vCPUs; console=hvc0 with --console virtio; pci=noearly with PCI devices; see --tune help]
     #[arg(short = 'p', long, value_name = "TEXT")]
     pub cmdline: Option<String>,
 
@@ -419,6 +420,7 @@ mod tests {
         let of = |text: &str| from_toml(&format!("kernel = 'k'\n{text}")).into_config().expect("valid");
         assert_eq!(of("disk = ['d']").cmdline, "console=ttyS0 panic=-1 pci=noearly 8250.nr_uarts=1 reboot=f");
         assert_eq!(of("disk = ['d']\ntune = ['all=off']").cmdline, "console=ttyS0 panic=-1");
+        assert!(!of("cpus = 2").cmdline.contains("reboot"), "a halt must stop all vCPUs");
         let mmio = of("disk = ['d']\ntransport = 'mmio'\ntune = ['uart-count=off']");
         assert_eq!(mmio.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly reboot=f");
         assert_eq!(

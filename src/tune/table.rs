@@ -85,8 +85,8 @@ levers! {
          bridges of old that need quirks",
         "Linux makes 300 accesses to find nothing";
     QuickReset: "quick-reset", Probing, true,
-        "reboot=f in the default command line: Linux resets by ACPI at once, and does not first take the I/O APIC apart, stop \
-         other processors, and try a PC's CMOS",
+        "reboot=f in the default command line of a guest of one vCPU: Linux resets by ACPI at once, and does not first take the \
+         I/O APIC apart and try a PC's CMOS (with more vCPUs it would leave the others running after a halt)",
         "40 accesses at the end of a run";
     FewPins: "few-pins", Interrupts, true,
         "Split irqchip: an I/O APIC in hwvmm with as many pins as are wired, or none at all, for Linux guests",
