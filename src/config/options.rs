@@ -411,7 +411,7 @@ mod tests {
         let config = flags.or(file).into_config().expect("valid");
         assert_eq!(config.memory.bytes, 256 << 20);
         assert_eq!(config.cpus.count(), 4);
-        assert_eq!(config.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 reboot=f quiet debug");
+        assert_eq!(config.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 quiet debug");
         assert!(!config.watchdog);
     }
 
