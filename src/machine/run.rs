@@ -197,7 +197,7 @@ fn listen(
 }
 
 /// How long writes wait in the kernel at most. Each look costs the guest some time where it has no processor to spare.
-const DRAIN: Duration = Duration::from_millis(50);
+const DRAIN: Duration = Duration::from_millis(100);
 
 /// Takes what waits in the kernel when no exit does.
 struct Drain {

@@ -130,7 +130,7 @@ levers! {
         "With many requests in flight an interrupt waits a moment for more",
         "an interrupt as soon as one is done";
     QuietPorts: "quiet-ports", Console, true,
-        "Bytes for a UART, entries of the I/O APIC, virtio-mmio's queue addresses, and writes to ports where nobody is, wait in the kernel for the next exit, 50 ms at most \
+        "Bytes for a UART, entries of the I/O APIC, virtio-mmio's queue addresses, and writes to ports where nobody is, wait in the kernel for the next exit, 100 ms at most \
          (KVM_CAP_COALESCED_PIO)",
         "a userspace exit a byte";
     TellTsc: "tell-tsc", Cpu, true,
