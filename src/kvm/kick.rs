@@ -7,6 +7,8 @@ use std::cell::Cell;
 use std::io;
 use std::ptr;
 use std::sync::OnceLock;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 thread_local! {
     /// `kvm_run.immediate_exit` of the vCPU that this thread runs, or null.
@@ -83,4 +85,26 @@ impl KickTarget {
         // SAFETY: tgkill takes three numbers; the handler is installed, and a wrong number only makes it fail.
         unsafe { libc::syscall(libc::SYS_tgkill, self.process, self.thread, signal()) };
     }
+}
+
+/// Runs `body` on a thread that is kicked when it takes longer than `patience`, and again. `None`: there is no such thread, or it
+/// panicked.
+pub fn guarded<T: Send>(patience: Duration, body: impl FnOnce() -> T + Send) -> Option<T> {
+    install().ok()?;
+    std::thread::scope(|scope| {
+        let (started, start) = channel();
+        let (finished, result) = channel();
+        scope.spawn(move || {
+            let _ = started.send(KickTarget::current());
+            let _ = finished.send(body());
+        });
+        let target = start.recv().ok()?;
+        loop {
+            match result.recv_timeout(patience) {
+                Ok(result) => return Some(result),
+                Err(RecvTimeoutError::Timeout) => target.kick(),
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+    })
 }

@@ -3,14 +3,13 @@
 use super::image::{LOAD, MEMORY_BYTES, guest};
 use super::{Column, Measured, OPERATIONS, parse};
 use crate::exit::ExitReason;
-use crate::kvm::kick::{self, KickTarget};
+use crate::kvm::kick;
 use crate::kvm::stats::Reader;
 use crate::kvm::{Direction, Exit, KvmError, System, Vcpu, Vm};
 use crate::memory::{Backing, GuestRam};
 use hwvmm_arch::regs::Entry;
 use hwvmm_arch::{gdt, layout};
 use std::collections::BTreeMap;
-use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -130,28 +129,6 @@ fn run(machine: &mut Machine) -> Result<(String, Vec<Option<Counts>>), String> {
     }
 }
 
-/// Runs `body` on a thread that is kicked when it takes too long.
-fn guarded<T: Send>(body: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {
-    kick::install().map_err(|error| error.to_string())?;
-    std::thread::scope(|scope| {
-        let (started, start) = channel();
-        let (finished, result) = channel();
-        scope.spawn(move || {
-            let _ = started.send(KickTarget::current());
-            let _ = finished.send(body());
-        });
-        let died = || "its thread died".to_owned();
-        let target = start.recv().map_err(|_| died())?;
-        loop {
-            match result.recv_timeout(PATIENCE) {
-                Ok(result) => return result,
-                Err(RecvTimeoutError::Timeout) => target.kick(),
-                Err(RecvTimeoutError::Disconnected) => return Err(died()),
-            }
-        }
-    })
-}
-
 /// How many of an operation the guest makes in a round, by what it says itself.
 fn count_of(text: &str, name: &str) -> Option<f64> {
     let line = text.lines().find(|line| line.split_whitespace().nth(1) == Some(name))?;
@@ -176,7 +153,8 @@ fn exits_of(measured: &mut Measured, counts: &Counts, operations: f64) {
 /// # Errors
 /// Where KVM cannot run the guest, with the reason.
 pub fn measure(system: &System, mut column: Column) -> Result<Column, String> {
-    let (text, counts) = guarded(|| run(&mut machine(system)?))?;
+    let ran = kick::guarded(PATIENCE, || run(&mut machine(system)?));
+    let (text, counts) = ran.unwrap_or_else(|| Err("its thread died".into()))?;
     column.results = parse(&text).map_err(|error| error.to_string())?;
     for (operation, counts) in OPERATIONS.iter().zip(&counts) {
         if let (Some(measured), Some(counts), Some(count)) =

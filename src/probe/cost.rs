@@ -1,12 +1,12 @@
 //! What one exit of each kind costs on this host: a tiny guest makes many, and the host's clock is read before and after.
 
 use crate::exit::ExitReason;
-use crate::kvm::kick::{self, KickTarget};
+use crate::kvm::kick;
 use crate::kvm::{Direction, Exit, KvmError, System, Vcpu, Vm, clock};
 use crate::memory::{Backing, GuestRam};
 use hwvmm_arch::regs::Entry;
 use hwvmm_arch::{gdt, layout, page_table};
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -295,36 +295,18 @@ fn best(system: &System, kind: Option<Kind>, amd: bool) -> Result<Price, String>
     best.ok_or_else(|| "nothing was measured".into())
 }
 
-/// Runs `body` on a thread that is kicked when it takes too long.
-fn guarded<T: Send>(body: impl FnOnce() -> T + Send) -> Option<T> {
-    kick::install().ok()?;
-    std::thread::scope(|scope| {
-        let (started, start) = channel();
-        let (finished, result) = channel();
-        scope.spawn(move || {
-            let _ = started.send(KickTarget::current());
-            let _ = finished.send(body());
-        });
-        let target = start.recv().ok()?;
-        loop {
-            match result.recv_timeout(PATIENCE) {
-                Ok(result) => return Some(result),
-                Err(RecvTimeoutError::Timeout) => target.kick(),
-                Err(RecvTimeoutError::Disconnected) => return None,
-            }
-        }
-    })
-}
-
 /// Measures all kinds; `progress` is told which is next.
 #[must_use]
 pub fn costs(system: &System, mut progress: impl FnMut(Kind)) -> Vec<Cost> {
     let amd = std::path::Path::new("/sys/module/kvm_amd").exists();
     // What the loop itself takes.
-    let empty = guarded(|| best(system, None, amd)).and_then(Result::ok).unwrap_or(Price { ns: 0.0, cycles: 0.0 });
+    let empty = kick::guarded(PATIENCE, || best(system, None, amd))
+        .and_then(Result::ok)
+        .unwrap_or(Price { ns: 0.0, cycles: 0.0 });
     let one = |kind: Kind| {
         progress(kind);
-        let result = guarded(|| best(system, Some(kind), amd)).unwrap_or_else(|| Err("its thread died".into()));
+        let result =
+            kick::guarded(PATIENCE, || best(system, Some(kind), amd)).unwrap_or_else(|| Err("its thread died".into()));
         let less =
             |all: Price| Price { ns: (all.ns - empty.ns).max(0.0), cycles: (all.cycles - empty.cycles).max(0.0) };
         Cost { kind, result: result.map(less) }
