@@ -7,6 +7,7 @@ mod guests;
 mod harness;
 
 use harness::{Outcome, Test};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -134,8 +135,33 @@ fn command_line_and_module() -> Outcome {
             run("show", guests::show_boot(), &["-p", "a=1", "--append", "b", "--module", module.to_str().unwrap()]);
         let said = text(&out.stdout);
         assert!(said.ends_with("show.elf a=1 b from-the-module\n"), "{said}");
+        let out = run("show", guests::show_boot(), &["--append", "b c", "--module", module.to_str().unwrap()]);
+        assert!(text(&out.stdout).ends_with("show.elf b c from-the-module\n"), "no parameters of Linux'");
         let out = run("show", guests::show_boot(), &["-p", "", "-i", module.to_str().unwrap()]);
         assert!(text(&out.stdout).ends_with("show.elf from-the-module\n"));
+    })
+}
+
+/// Who answers a guest that asks everywhere: the devices of the machine, nobody else.
+fn nobody_else_answers() -> Outcome {
+    when_it_runs(|| {
+        let answers = |extra: &[&str]| {
+            let out = run("reach", guests::reach(), &[&["-m", "32M", "--tune", "quiet-ports=off"], extra].concat());
+            assert_eq!(out.status.code(), Some(32), "{}", text(&out.stderr));
+            // Whether a local APIC answers at its first, reserved, register is KVM's affair.
+            let said = text(&out.stdout);
+            said.split_whitespace().map(str::to_owned).filter(|at| at != "FEE00000").collect::<BTreeSet<_>>()
+        };
+        let range = |ports: std::ops::RangeInclusive<u32>| ports.map(|port| format!("{port:08X}"));
+        // KVM's PICs; keyboard controller; POST code; UART; pvpanic; ACPI; KVM's I/O APIC.
+        let single = [0x20, 0x21, 0x60, 0x64, 0x80, 0xa0, 0xa1, 0x4d0, 0x4d1, 0x505, 0xfec0_0000];
+        let mut there: BTreeSet<String> = single.into_iter().flat_map(|at| range(at..=at)).collect();
+        there.extend(range(0x3f8..=0x3ff).chain(range(0x600..=0x602)));
+        assert_eq!(answers(&[]), there);
+        for ports in [0xe0..=0xeb, 0xf4..=0xf7, 0x510..=0x511, 0x2000..=0x2017, 0xff00_0000..=0xff00_0000] {
+            there.extend(range(ports));
+        }
+        assert_eq!(answers(&["--testdev", "--debug-exit"]), there);
     })
 }
 
@@ -417,6 +443,7 @@ const TESTS: &[Test] = &[
     ("debug_exit_chooses_the_status", || ends("debug", guests::debug_exit(), &["--debug-exit"], 77, "status 77")),
     ("output_and_statistics", output_and_statistics),
     ("command_line_and_module", command_line_and_module),
+    ("nobody_else_answers", nobody_else_answers),
     ("memory_beyond_the_hole", memory_beyond_the_hole),
     ("devices_that_cannot_be_are_explained", devices_that_cannot_be_are_explained),
     ("one_writer_a_disk", one_writer_a_disk),

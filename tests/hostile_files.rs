@@ -43,6 +43,7 @@ fn load_bytes(bytes: &[u8], unpack: Unpack) -> Result<Loaded, KernelError> {
         initrd: None,
         modules: &[],
         cmdline: "console=ttyS0",
+        arguments: "",
         memory_bytes: MEMORY,
         unpack,
         boot: BootProtocol::Auto,

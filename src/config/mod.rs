@@ -31,6 +31,8 @@ pub struct RunConfig {
     pub modules: Vec<(PathBuf, String)>,
     /// The kernel command line.
     pub cmdline: String,
+    /// What was given of it: what a multiboot program gets, which knows nothing of Linux' parameters.
+    pub arguments: String,
     /// Guest memory.
     pub memory: Memory,
     /// vCPUs.
@@ -63,6 +65,8 @@ pub struct RunConfig {
     pub kernel_cache: Option<PathBuf>,
     /// isa-debug-exit at port 0xf4.
     pub debug_exit: bool,
+    /// The test device of kvm-unit-tests.
+    pub testdev: bool,
     /// Which MMU KVM must use.
     pub mmu: MmuChoice,
     /// The watchdog at ports 0x441 and 0x443.

@@ -32,9 +32,8 @@ fn default_cmdline(config: &RunConfig) -> String {
     words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
 }
 
-/// The kernel command line: what was given, else the default, and what is added.
-fn cmdline(given: Option<String>, added: &[String], config: &RunConfig) -> String {
-    let mut cmdline = given.unwrap_or_else(|| default_cmdline(config));
+/// A kernel command line, and the words that are added to it.
+fn cmdline(mut cmdline: String, added: &[String]) -> String {
     for words in added {
         if !cmdline.is_empty() {
             cmdline.push(' ');
@@ -66,7 +65,7 @@ pub struct RunOptions {
     #[serde(default, deserialize_with = "text")]
     pub cpus: Option<String>,
 
-    /// Kernel command line, in place of the default [default: "console=ttyS0 panic=-1
+    /// Kernel command line, in place of the default, which multiboot programs do not get [default: "console=ttyS0 panic=-1
     /// pci=conf1,noearly 8250.nr_uarts=1 reboot=f"; no reboot= with more vCPUs; console=hvc0 with --console virtio; pci=noearly with PCI devices; see --tune help]
     #[arg(short = 'p', long, value_name = "TEXT")]
     pub cmdline: Option<String>,
@@ -159,6 +158,11 @@ pub struct RunOptions {
     /// isa-debug-exit at port 0xf4: a guest's write of V ends the run with status V*2+1
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
     pub debug_exit: Option<bool>,
+
+    /// What kvm-unit-tests want of a machine: QEMU's test device (ports 0xe0 and 0x2000, memory at 0xff000000), its fw_cfg
+    /// (0x510), and interrupt controllers as a PC's firmware leaves them
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
+    pub testdev: Option<bool>,
 
     /// KVM's MMU: auto (what this host has), npt (nested paging; ept is the same), or shadow. KVM decides it for the whole
     /// host (see hwvmm mmu): the other one is an error [default: auto]
@@ -283,6 +287,7 @@ impl RunOptions {
             expect: self.expect.or(file.expect),
             on_reboot: self.on_reboot.or(file.on_reboot),
             debug_exit: self.debug_exit.or(file.debug_exit),
+            testdev: self.testdev.or(file.testdev),
             mmu: self.mmu.or(file.mmu),
             watchdog: self.watchdog.or(file.watchdog),
             trap_msrs: self.trap_msrs.or(file.trap_msrs),
@@ -336,6 +341,7 @@ impl RunOptions {
             initrd: self.initrd,
             modules: self.module.iter().map(module).collect(),
             cmdline: String::new(),
+            arguments: String::new(),
             memory,
             cpus,
             serial,
@@ -352,6 +358,7 @@ impl RunOptions {
             boot: self.boot.unwrap_or_default(),
             kernel_cache: kernel_cache(self.kernel_cache.as_deref()),
             debug_exit: self.debug_exit.unwrap_or(false),
+            testdev: self.testdev.unwrap_or(false),
             mmu: self.mmu.unwrap_or_default(),
             watchdog: self.watchdog.unwrap_or(false),
             trap_msrs: self.trap_msrs.unwrap_or(false),
@@ -369,7 +376,8 @@ impl RunOptions {
             tune,
             kvm: self.kvm.unwrap_or_else(|| PathBuf::from("/dev/kvm")),
         };
-        config.cmdline = cmdline(self.cmdline, &self.append, &config);
+        config.arguments = cmdline(self.cmdline.clone().unwrap_or_default(), &self.append);
+        config.cmdline = cmdline(self.cmdline.unwrap_or_else(|| default_cmdline(&config)), &self.append);
         Ok(config)
     }
 }

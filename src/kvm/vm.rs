@@ -6,8 +6,8 @@ use crate::memory::GuestRam;
 use hwvmm_devices::RegisterPage;
 use kvm_bindings::{
     KVM_CAP_COALESCED_PIO, KVM_CAP_HALT_POLL, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_DISABLE_EXITS,
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_READONLY, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
-    kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_READONLY,
+    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use std::fs::File;
@@ -98,6 +98,30 @@ impl Vm {
     /// Where the ioctl fails.
     pub fn create_irqchip(&self) -> Result<(), KvmError> {
         self.fd.create_irq_chip().named("KVM_CREATE_IRQCHIP")
+    }
+
+    /// Raises or lowers a line of the interrupt controllers in the kernel, at PIC and I/O APIC (KVM API 4.25).
+    ///
+    /// # Errors
+    /// Where the controllers are not in the kernel.
+    pub fn set_irq_line(&self, gsi: u32, high: bool) -> Result<(), KvmError> {
+        self.fd.set_irq_line(gsi, high).named("KVM_IRQ_LINE")
+    }
+
+    /// Has the two PICs send their interrupts from these vectors on, none masked (KVM API 4.26, 4.27).
+    ///
+    /// # Errors
+    /// Where they are not in the kernel.
+    pub fn set_pic_vectors(&self, vectors: [u8; 2]) -> Result<(), KvmError> {
+        for (chip_id, vector) in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE].into_iter().zip(vectors) {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            self.fd.get_irqchip(&mut chip).named("KVM_GET_IRQCHIP")?;
+            // SAFETY: KVM filled the member that goes with `chip_id`, plain bytes of which every value is valid.
+            let pic = unsafe { &mut chip.chip.pic };
+            (pic.irq_base, pic.imr) = (vector, 0);
+            self.fd.set_irqchip(&chip).named("KVM_SET_IRQCHIP")?;
+        }
+        Ok(())
     }
 
     /// Local APICs in the kernel, and nothing else (KVM API 7.5): the I/O APIC is ours, its pins send messages.

@@ -39,7 +39,7 @@ pub(super) fn hidden_features(tune: &Tune) -> u32 {
 /// Where KVM has neither way.
 pub(super) fn create_irqchip(vm: &Vm, config: &RunConfig) -> Result<bool, KvmError> {
     // Test kernels want the whole PC.
-    if config.tune.wants(Lever::FewPins) && !is_multiboot(&config.kernel) {
+    if config.tune.wants(Lever::FewPins) && !config.testdev && !is_multiboot(&config.kernel) {
         match vm.split_irqchip() {
             Ok(()) => return Ok(true),
             Err(error) => config.tune.cannot(Lever::FewPins, &format!("{error}: {}", error.source)),

@@ -7,6 +7,7 @@ mod levers;
 mod live;
 mod net;
 mod run;
+mod testdev;
 mod virtio;
 
 pub use run::{Finish, RunError, run};
@@ -170,6 +171,7 @@ impl Machine {
                 initrd: config.initrd.as_deref(),
                 modules: &config.modules,
                 cmdline: &config.cmdline,
+                arguments: &config.arguments,
                 memory_bytes: config.memory.bytes,
                 unpack: config.unpack,
                 boot: config.boot,
@@ -192,6 +194,9 @@ impl Machine {
         if let Some((first, count)) = pins.filter(|_| split) {
             let io_apic = IoApic::new(first, count, Arc::new(virtio::Router(Arc::clone(&vm))));
             mmio.insert(IOAPIC.into(), IoApic::BYTES, "I/O APIC", Arc::new(io_apic))?;
+        }
+        if config.testdev {
+            testdev::add(config, &vm, &ram, &mut devices.pio, &mut mmio)?;
         }
         let mut attacher = Attacher::new(&vm, &ram, &placement, config, &mut mmio);
         attacher.add_configured(config)?;

@@ -7,7 +7,7 @@ pub use own::give_back_startup;
 use std::io;
 use std::sync::Arc;
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// How the mappings are backed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,6 +184,25 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Takes the page of `gpa` out of whatever translations KVM has: the guest's next access to it is looked up anew. A change
+    /// of the mapping's rights does that, here to executable and back: at no time is the page out of other threads' reach.
+    ///
+    /// # Errors
+    /// Where there is no memory, or the host allows no executable memory (SELinux' execmem), or its pages are larger.
+    pub fn flush_page(&self, gpa: u64) -> io::Result<()> {
+        let page = GuestAddress(gpa & !(PAGE as u64 - 1));
+        let slice = self.memory.get_slice(page, PAGE).map_err(io::Error::other)?;
+        let address = slice.ptr_guard_mut().as_ptr().cast::<libc::c_void>();
+        for rights in [libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC, libc::PROT_READ | libc::PROT_WRITE] {
+            // SAFETY: the page lies in a mapping of guest memory, which `self` keeps; reading and writing stay allowed, and
+            // nobody in this process jumps there.
+            if unsafe { libc::mprotect(address, PAGE, rights) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
     /// The host addresses of the mappings: first byte and length.
     pub fn host_ranges(&self) -> impl Iterator<Item = (u64, u64)> {
         self.mappings.iter().map(|mapping| (mapping.address as u64, mapping.bytes as u64))
@@ -276,6 +295,9 @@ mod tests {
         ram.populate().expect("populated");
         assert_eq!(ram.get().read_obj::<u8>(GuestAddress((4 << 20) - 1)).expect("kept"), 0x5a);
         assert_eq!(ram.get().num_regions(), 2);
+        ram.flush_page((4 << 20) - 1).expect("flushed");
+        assert_eq!(ram.get().read_obj::<u8>(GuestAddress((4 << 20) - 1)).expect("kept"), 0x5a);
+        assert!(ram.flush_page(4 << 20).is_err());
     }
 
     #[test]

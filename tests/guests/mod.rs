@@ -406,6 +406,48 @@ payload!(
     "hlt",
 );
 
+// Looks who answers: reads each port, and each 64 KiB of memory from the end of its own (32 MiB) to 4 GiB, and prints the
+// addresses, in hexadecimal, at which not all bits are ones. Then resets itself.
+payload!(
+    reach,
+    ".code32",
+    "mov $0x80000,%esp",
+    "xor %edx,%edx",
+    "2: in %dx,%al",
+    "cmp $0xff,%al",
+    "je 3f",
+    "mov %edx,%ebx",
+    "call 5f",
+    "3: inc %dx",
+    "jnz 2b",
+    "mov $0x2000000,%ebx",
+    "2: cmpl $-1,(%ebx)",
+    "je 3f",
+    "call 5f",
+    "3: add $0x10000,%ebx",
+    "jnz 2b",
+    "mov $0x602,%dx",
+    "mov $1,%al",
+    "out %al,%dx",
+    "hlt",
+    // EBX, eight digits and a space.
+    "5: push %edx",
+    "mov $0x3f8,%edx",
+    "mov $8,%ecx",
+    "6: rol $4,%ebx",
+    "mov %bl,%al",
+    "and $15,%al",
+    "cmp $10,%al",
+    "sbb $0x69,%al",
+    "das",
+    "out %al,%dx",
+    "loop 6b",
+    "mov $32,%al",
+    "out %al,%dx",
+    "pop %edx",
+    "ret",
+);
+
 /// A multiboot kernel: an ELF of one segment at 1 MiB that starts with the multiboot header; the entry is behind it.
 pub(crate) fn multiboot(code: &[u8]) -> Vec<u8> {
     const HEADERS: u32 = 52 + 32;

@@ -1,19 +1,23 @@
 //! Devices of the classic PC, as far as a Linux guest needs them, and small paravirtual ports.
 
 mod debug_exit;
+mod fw_cfg;
 mod i8042;
 mod ioapic;
 mod post;
 mod power;
 mod pvpanic;
 mod serial;
+mod testdev;
 mod watchdog;
 
 pub use debug_exit::DebugExit;
+pub use fw_cfg::FwCfg;
 pub use i8042::{I8042, I8042Port};
 pub use ioapic::IoApic;
 pub use post::{MarkPort, PostPort};
 pub use power::Power;
 pub use pvpanic::PvPanic;
 pub use serial::{SerialPort, SerialPortError};
+pub use testdev::{TestHost, add_test_device};
 pub use watchdog::Watchdog;

@@ -35,6 +35,8 @@ pub struct Request<'a> {
     pub modules: &'a [(PathBuf, String)],
     /// The command line.
     pub cmdline: &'a str,
+    /// A multiboot program's.
+    pub arguments: &'a str,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
     /// Who unpacks a bzImage.
@@ -191,7 +193,7 @@ impl Loader<'_> {
             next = start + bytes;
         }
         // By custom the first word is the program's name.
-        let cmdline = format!("{} {}", self.request.kernel.display(), self.request.cmdline);
+        let cmdline = format!("{} {}", self.request.kernel.display(), self.request.arguments);
         let map = layout::memory_map(self.request.memory_bytes);
         let info = multiboot::info(self.request.memory_bytes, &map, cmdline.trim_end(), &modules)
             .map_err(|source| KernelError::Multiboot { path: self.path(), source })?;

@@ -1,0 +1,100 @@
+//! QEMU's firmware configuration device, as far as test kernels ask: how many vCPUs there are, and how much memory. A port
+//! selects an item, another gives its bytes (QEMU docs/specs/fw_cfg, the interface without DMA).
+
+use crate::bus::{Action, BusDevice};
+use std::sync::{Mutex, PoisonError};
+
+const SIGNATURE: u16 = 0;
+const ID: u16 = 1;
+const RAM_SIZE: u16 = 3;
+const NB_CPUS: u16 = 5;
+/// The most that a test may use of [`RAM_SIZE`]; 0 is all.
+const MAX_RAM: u16 = 0x11;
+
+#[derive(Default)]
+struct State {
+    item: Vec<u8>,
+    next: usize,
+}
+
+/// The device: selector at the first port (16 bits), data at the second (bytes).
+pub struct FwCfg {
+    cpus: u16,
+    memory_bytes: u64,
+    state: Mutex<State>,
+}
+
+impl FwCfg {
+    /// Its first port.
+    pub const BASE: u16 = 0x510;
+    /// Ports.
+    pub const LEN: u64 = 2;
+
+    /// For a machine of `cpus` vCPUs and `memory_bytes` of memory.
+    #[must_use]
+    pub fn new(cpus: u32, memory_bytes: u64) -> Self {
+        let cpus = u16::try_from(cpus).unwrap_or(u16::MAX);
+        Self { cpus, memory_bytes, state: Mutex::default() }
+    }
+
+    fn item(&self, key: u16) -> Vec<u8> {
+        match key {
+            SIGNATURE => b"QEMU".to_vec(),
+            // The traditional interface alone.
+            ID => 1_u32.to_le_bytes().to_vec(),
+            RAM_SIZE => self.memory_bytes.to_le_bytes().to_vec(),
+            NB_CPUS => self.cpus.to_le_bytes().to_vec(),
+            MAX_RAM => 0_u64.to_le_bytes().to_vec(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl BusDevice for FwCfg {
+    /// What lies behind an item's end reads as 0.
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        data.fill(0);
+        if let (1, [byte]) = (offset, data) {
+            *byte = state.item.get(state.next).copied().unwrap_or(0);
+            state.next = state.next.saturating_add(1);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Action {
+        if let (0, Ok(key)) = (offset, <[u8; 2]>::try_from(data)) {
+            let item = self.item(u16::from_le_bytes(key));
+            *self.state.lock().unwrap_or_else(PoisonError::into_inner) = State { item, next: 0 };
+        }
+        Action::None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn items_are_read_byte_by_byte_and_end_in_zeroes() {
+        let device = FwCfg::new(3, 0x1_2345_6000);
+        let read = |key: u16, bytes: usize| {
+            device.write(0, &key.to_le_bytes());
+            let mut out = vec![0xff; bytes];
+            out.iter_mut().for_each(|byte| device.read(1, std::slice::from_mut(byte)));
+            out
+        };
+        assert_eq!(read(NB_CPUS, 4), [3, 0, 0, 0]);
+        assert_eq!(read(RAM_SIZE, 8), 0x1_2345_6000_u64.to_le_bytes());
+        assert_eq!(read(SIGNATURE, 5), *b"QEMU\0");
+        assert_eq!((read(MAX_RAM, 8), read(0x7777, 2)), (vec![0; 8], vec![0; 2]));
+        // Neither moves on: another port, another width.
+        let mut wide = [0xff; 2];
+        device.write(0, &NB_CPUS.to_le_bytes());
+        device.read(1, &mut wide);
+        device.read(0, &mut wide);
+        device.write(1, &[1]);
+        let mut byte = [0xff];
+        device.read(1, &mut byte);
+        assert_eq!((wide, byte), ([0, 0], [3]));
+    }
+}
