@@ -25,6 +25,11 @@
 .set PAGES_B, 0xa00000
 .set NOT_MAPPED, 0x7fe00000
 .set DEVICE, 0xd0000000     # memory of nobody's
+.set APIC, 0xfee00000
+.set AP_CODE, 0x8000        # what a second processor starts with, in real mode
+.set AP_STACK, 0x222000
+.set WAKE, 0x40             # vectors: what ends a HLT here, and what asks the second processor for it
+.set CALL, 0x41
 .set MARK_PORT, 0x508
 .set UART, 0x3f8
 
@@ -88,13 +93,19 @@ nano_long:
     mov %eax, %es
     mov %eax, %ss
     mov $STACK, %esp
-    # Every vector is unexpected, but for two.
+    # Every vector is unexpected, but for four.
     lea unexpected(%rip), %rax
     mov $IDT, %edi
-    mov $32, %ecx
+    mov $256, %ecx
 1:  call set_gate
     add $16, %edi
     loop 1b
+    lea wake(%rip), %rax
+    mov $(IDT + WAKE * 16), %edi
+    call set_gate
+    lea called(%rip), %rax
+    mov $(IDT + CALL * 16), %edi
+    call set_gate
     lea divide_error(%rip), %rax
     mov $IDT, %edi
     call set_gate
@@ -216,6 +227,65 @@ system_call:
 1:  mov kernel_stack(%rip), %rsp
     ret
 
+# Whoever waits in HLT is to go on.
+wake:
+    movb $1, awake(%rip)
+    push %rax
+    push %rbx
+    push %rcx
+    push %rdx
+    jmp end_of_interrupt
+# On the second processor: the first is to go on.
+called:
+    push %rax
+    push %rbx
+    push %rcx
+    push %rdx
+    mov $(0x4000 + WAKE), %eax
+    xor %edx, %edx
+    call send_ipi
+end_of_interrupt:
+    mov $0xb0, %ecx
+    xor %eax, %eax
+    call apic_write
+    pop %rdx
+    pop %rcx
+    pop %rbx
+    pop %rax
+    iretq
+# EAX into the local APIC's register at offset ECX. RBX, RCX, RDX are lost.
+apic_write:
+    cmpb $0, has_x2apic(%rip)
+    jne 1f
+    mov $APIC, %ebx
+    mov %eax, (%rbx, %rcx)
+    ret
+1:  shr $4, %ecx
+    add $0x800, %ecx
+    xor %edx, %edx
+    wrmsr
+    ret
+# EAX as interrupt command for the processor EDX.
+send_ipi:
+    cmpb $0, has_x2apic(%rip)
+    jne 1f
+    mov $APIC, %ebx
+    shl $24, %edx
+    mov %edx, 0x310(%rbx)
+    mov %eax, 0x300(%rbx)
+    ret
+1:  mov $0x830, %ecx
+    wrmsr
+    ret
+# HLT until WAKE has come.
+sleep:
+    sti
+    hlt
+    cli
+    cmpb $0, awake(%rip)
+    je sleep
+    ret
+
 print_name:
     lea text_nano(%rip), %rsi
     call print
@@ -291,7 +361,97 @@ x2apic_on:
     rdmsr
     or $0xc00, %eax
     wrmsr
+    movb $1, has_x2apic(%rip)
     jmp always
+# The local APIC with its timer: shoots once, and counts each of its ticks. Nobody else interrupts: a PC's timer may run.
+timer_on:
+    mov $0xff, %al
+    out %al, $0x21
+    out %al, $0xa1
+    call x2apic_on
+    mov $0xf0, %ecx
+    mov $0x1ff, %eax
+    call apic_write
+    mov $0x320, %ecx
+    mov $WAKE, %eax
+    call apic_write
+    mov $0x3e0, %ecx
+    mov $0xb, %eax
+    call apic_write
+    jmp always
+# A second processor, where there is one: it comes within 2^31 cycles.
+second_on:
+    call timer_on
+    lea ap_start(%rip), %rsi
+    mov $AP_CODE, %edi
+    mov $(ap_start_end - ap_start), %ecx
+    rep movsb
+    mov $0x4500, %eax
+    mov $1, %edx
+    call send_ipi
+    mov $(0x4600 + AP_CODE / 4096), %eax
+    mov $1, %edx
+    call send_ipi
+    rdtsc
+    shl $32, %rdx
+    or %rdx, %rax
+    mov $(1 << 31), %ecx
+    add %rax, %rcx
+1:  pause
+    mov second_is_up(%rip), %bl
+    test %bl, %bl
+    jnz always
+    rdtsc
+    shl $32, %rdx
+    or %rdx, %rax
+    cmp %rcx, %rax
+    jb 1b
+    xor %eax, %eax
+    ret
+.code16
+ap_start:
+    cli
+    xor %ax, %ax
+    mov %ax, %ds
+    lgdtl (AP_CODE + ap_gdt_pointer - ap_start)
+    mov $0x20, %eax
+    mov %eax, %cr4
+    mov $PML4, %eax
+    mov %eax, %cr3
+    mov $0xc0000080, %ecx
+    rdmsr
+    or $0x101, %eax
+    wrmsr
+    mov %cr0, %eax
+    and $0x9fffffff, %eax
+    or $0x80000001, %eax
+    mov %eax, %cr0
+    ljmpl $8, $(ap_long - nano_start + BASE)
+ap_gdt_pointer:
+    .word nano_gdt_end - nano_gdt - 1
+    .long nano_gdt - nano_start + BASE
+ap_start_end:
+.code64
+ap_long:
+    mov $0x10, %eax
+    mov %eax, %ds
+    mov %eax, %es
+    mov %eax, %ss
+    mov $AP_STACK, %esp
+    lidt idt_pointer(%rip)
+    cmpb $0, has_x2apic(%rip)
+    je 1f
+    mov $0x1b, %ecx
+    rdmsr
+    or $0xc00, %eax
+    wrmsr
+1:  mov $0xf0, %ecx
+    mov $0x1ff, %eax
+    call apic_write
+    movb $1, second_is_up(%rip)
+1:  sti
+    hlt
+    jmp 1b
 kvm_only:
     mov $0x40000000, %eax
     cpuid
@@ -522,6 +682,27 @@ op_populate:
     jnz 1b
     ret
 
+# A timer of 20,000 of the APIC's ticks, and HLT until it shoots.
+op_hltwake:
+    movb $0, awake(%rip)
+    mov $20000, %eax
+    mov $0x380, %ecx
+    call apic_write
+    call sleep
+    dec %r8d
+    jnz op_hltwake
+    ret
+# Both processors wait in HLT but for the one whose turn it is.
+op_ipi:
+    movb $0, awake(%rip)
+    mov $(0x4000 + CALL), %eax
+    mov $1, %edx
+    call send_ipi
+    call sleep
+    dec %r8d
+    jnz op_ipi
+    ret
+
 # Name (16 bytes), preparation, operation, what follows, how many.
 .macro nano_test name, prepare, operation, after, count
     .ascii "\name"
@@ -559,6 +740,8 @@ tests:
     nano_test cr3pcid, pcid_on, op_cr3pcid, pcid_off, 500
     nano_test switch, always, op_switch, nothing, 200
     nano_test populate, always, op_populate, nothing, 512
+    nano_test hltwake, timer_on, op_hltwake, nothing, 100
+    nano_test ipi, second_on, op_ipi, nothing, 100
     .byte 0
 .purgem nano_test
 text_nano: .asciz "nano "
@@ -570,6 +753,9 @@ text_end: .asciz "nano end\r\n"
 saved_stack: .quad 0
 kernel_stack: .quad 0
 is_amd: .byte 0
+has_x2apic: .byte 0
+awake: .byte 0
+second_is_up: .byte 0
 .balign 8, 0
 nano_gdt:
     .quad 0
@@ -583,7 +769,7 @@ nano_gdt_pointer:
     .word nano_gdt_end - nano_gdt - 1
     .long nano_gdt - nano_start + BASE
 idt_pointer:
-    .word 32 * 16 - 1
+    .word 256 * 16 - 1
     .quad IDT
 .globl nano_end
 nano_end:

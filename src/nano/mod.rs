@@ -35,7 +35,7 @@ const fn paper(name: &'static str, what: &'static str, paper: [f64; 3]) -> Opera
 
 /// All operations, in the guest's order (which is the number in its marks). The first is the empty loop around all of them.
 /// The paper gives syscall as "2,000 more" in software, and cr8wr in hardware as native: they are left out there (NaN).
-pub const OPERATIONS: [Operation; 25] = [
+pub const OPERATIONS: [Operation; 27] = [
     op("loop", "the loop around each operation"),
     paper("syscall", "user mode to kernel and back, by SYSCALL and SYSRET", [f64::NAN, f64::NAN, f64::NAN]),
     paper("in", "IN from port 0x80", [3209.0, 210.0, 15826.0]),
@@ -61,6 +61,8 @@ pub const OPERATIONS: [Operation; 25] = [
     op("cr3pcid", "the same with PCID, flushing nothing"),
     op("switch", "a write of CR3 for another address space, and 16 of its pages"),
     op("populate", "a new entry in a page table, and a first use of its page"),
+    op("hltwake", "HLT until the APIC's timer, 20,000 of its ticks ahead, wakes it"),
+    op("ipi", "an IPI to a vCPU in HLT, and one back that ends this one's HLT"),
 ];
 
 /// What one machine's column of the table holds.

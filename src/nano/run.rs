@@ -3,13 +3,15 @@
 use super::image::{LOAD, MEMORY_BYTES, guest};
 use super::{Column, Measured, OPERATIONS, parse};
 use crate::exit::ExitReason;
-use crate::kvm::kick;
+use crate::kvm::kick::{self, KickTarget};
 use crate::kvm::stats::Reader;
 use crate::kvm::{Direction, Exit, KvmError, System, Vcpu, Vm};
 use crate::memory::{Backing, GuestRam};
 use hwvmm_arch::regs::Entry;
 use hwvmm_arch::{gdt, layout};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -28,21 +30,15 @@ const MOST_TEXT: usize = 1 << 16;
 /// A guest that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// Counters that say nothing of exits.
-const NO_CAUSES: [&str; 7] = [
-    "exits",
-    "irq_exits",
-    "halt_wait_ns",
-    "guest_mode",
-    "preemption_reported",
-    "preemption_other",
-    "host_state_reload",
-];
+const NO_CAUSES: [&str; 6] =
+    ["exits", "irq_exits", "guest_mode", "preemption_reported", "preemption_other", "host_state_reload"];
 
 /// Counters at a mark: KVM's, and userspace exits by reason.
 type Counts = BTreeMap<String, u64>;
 
 struct Machine {
     vcpu: Vcpu,
+    second: Vcpu,
     /// Kept for its kernel port, and because the vCPU is its.
     _vm: Vm,
     _event: EventFd,
@@ -65,16 +61,57 @@ fn machine(system: &System) -> Result<Machine, String> {
     let event = EventFd::new(EFD_NONBLOCK).map_err(|error| error.to_string())?;
     vm.register_port_ioeventfd(&event, KERNEL_PORT).map_err(text)?;
     let vcpu = vm.create_vcpu(0).map_err(text)?;
-    vcpu.set_cpuid(system.supported_cpuid().map_err(text)?.as_slice()).map_err(text)?;
+    let second = vm.create_vcpu(1).map_err(text)?;
+    let cpuid = system.supported_cpuid().map_err(text)?;
+    for vcpu in [&vcpu, &second] {
+        vcpu.set_cpuid(cpuid.as_slice()).map_err(text)?;
+    }
     let entry = Entry::Multiboot { rip: LOAD.into(), info: 0 };
     vcpu.update_sregs(|sregs| entry.apply(sregs)).map_err(text)?;
     vcpu.set_regs(&entry.regs()).map_err(text)?;
-    Ok(Machine { vcpu, _vm: vm, _event: event })
+    Ok(Machine { vcpu, second, _vm: vm, _event: event })
 }
 
-fn read_stats(reader: Option<&Reader>) -> Counts {
-    let stats = reader.and_then(|reader| reader.read().ok()).unwrap_or_default();
-    stats.into_iter().filter_map(|stat| Some((stat.name, *stat.values.first()?))).collect()
+/// KVM's counters of all vCPUs together.
+fn read_stats(readers: &[Reader]) -> Counts {
+    let mut counts = Counts::new();
+    for stat in readers.iter().filter_map(|reader| reader.read().ok()).flatten() {
+        if let Some(value) = stat.values.first() {
+            *counts.entry(stat.name).or_default() += value;
+        }
+    }
+    counts
+}
+
+/// Runs the second vCPU until `done`. It makes no exits to user space but by what goes wrong, and then the operation that needs
+/// it is not to be had.
+fn run_second(vcpu: &mut Vcpu, done: &AtomicBool) {
+    let mut running = vcpu.enter();
+    while !done.load(Ordering::Acquire) && matches!(running.run(), Ok(Exit::Again | Exit::Interrupted)) {}
+}
+
+/// What the guest said, and what was counted of each operation.
+fn run(machine: &mut Machine) -> Result<(String, Vec<Option<Counts>>), String> {
+    let open = |vcpu: &Vcpu| vcpu.stats_fd().ok().and_then(|file| Reader::new(file).ok());
+    let readers: Vec<Reader> = [&machine.vcpu, &machine.second].into_iter().filter_map(open).collect();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (started, start) = channel();
+        let (vcpu, second, done) = (&mut machine.vcpu, &mut machine.second, &done);
+        let thread = scope.spawn(move || {
+            let _ = started.send(KickTarget::current());
+            run_second(second, done);
+        });
+        let ran = run_first(vcpu, &readers);
+        done.store(true, Ordering::Release);
+        if let Ok(target) = start.recv() {
+            while !thread.is_finished() {
+                target.kick();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        ran
+    })
 }
 
 /// What lies between two marks, the exit of the second mark itself left out.
@@ -87,14 +124,13 @@ fn between(first: &Counts, second: &Counts) -> Counts {
     second.iter().filter_map(less).collect()
 }
 
-/// What the guest said, and what was counted of each operation.
-fn run(machine: &mut Machine) -> Result<(String, Vec<Option<Counts>>), String> {
-    let reader = machine.vcpu.stats_fd().ok().and_then(|file| Reader::new(file).ok());
+/// Runs the first vCPU to the guest's end, and counts between its marks.
+fn run_first(vcpu: &mut Vcpu, readers: &[Reader]) -> Result<(String, Vec<Option<Counts>>), String> {
     let mut text = Vec::new();
     let mut user = Counts::new();
     let mut counts = vec![None; OPERATIONS.len()];
     let mut begun: Option<(u8, Counts)> = None;
-    let mut running = machine.vcpu.enter();
+    let mut running = vcpu.enter();
     loop {
         let mut exit = running.run().map_err(|error| format!("{error}: {}", error.source))?;
         *user.entry(format!("userspace {}", ExitReason::of(&exit).name())).or_default() += 1;
@@ -108,7 +144,7 @@ fn run(machine: &mut Machine) -> Result<(String, Vec<Option<Counts>>), String> {
             }
             Exit::Pio { port: MARK_PORT, direction: Direction::Out, data, .. } => {
                 let mark = data.first().copied().unwrap_or(0);
-                let mut now = read_stats(reader.as_ref());
+                let mut now = read_stats(readers);
                 let counted = !now.is_empty();
                 now.extend(user.clone());
                 match begun.take() {
@@ -143,7 +179,8 @@ fn exits_of(measured: &mut Measured, counts: &Counts, operations: f64) {
     measured.exits = Some(each(of("exits").saturating_sub(of("irq_exits"))));
     measured.by = counts
         .iter()
-        .filter(|(name, value)| !NO_CAUSES.contains(&name.as_str()) && each(**value) >= 0.01)
+        .filter(|(name, _)| !NO_CAUSES.contains(&name.as_str()) && !name.ends_with("_ns"))
+        .filter(|(_, value)| each(**value) >= 0.01)
         .map(|(name, value)| (name.clone(), each(*value)))
         .collect();
 }

@@ -1,6 +1,7 @@
 //! What to do about exits. The rules are data: `advice.toml` beside this file.
 
 use super::data::{Cause, Exits, Profile};
+use super::mmu_work::is_shadow;
 use super::render::{number, share, time};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -44,6 +45,12 @@ struct Rule {
     virtio: Option<bool>,
     #[serde(default)]
     phase: Option<String>,
+    #[serde(default)]
+    counter: Option<String>,
+    #[serde(default)]
+    among: Option<BTreeMap<String, u64>>,
+    #[serde(default)]
+    shadow: Option<bool>,
     share: f64,
     count: u64,
     saves: f64,
@@ -122,14 +129,25 @@ impl Rule {
         Found { count: ns, time_ns: ns, all: profile.ran_ns, function: String::new(), device: "" }
     }
 
+    fn in_counters(&self, profile: &Profile, counter: &str) -> Found<'static> {
+        let of = |name: &str| profile.kvm.get(name).copied().unwrap_or(0);
+        let weighed = |(name, weight): (&String, &u64)| of(name).saturating_mul(*weight);
+        let all = self.among.as_ref().map_or_else(|| of("exits"), |among| among.iter().map(weighed).sum());
+        Found { count: of(counter), time_ns: 0, all, function: String::new(), device: "" }
+    }
+
     fn apply(&'static self, profile: &Profile) -> Option<Advice> {
+        if self.shadow.is_some_and(|wanted| wanted != is_shadow(&profile.kvm)) {
+            return None;
+        }
         if self.virtio.is_some_and(|wanted| wanted == profile.virtio.is_empty()) {
             return None;
         }
-        let found = match (&self.phase, self.sort) {
-            (Some(phase), _) => self.in_phases(profile, phase),
-            (None, Some(Sort::Vm)) => self.in_exits(profile.vm_exits.as_ref()?),
-            (None, _) => self.in_exits(&profile.userspace_exits),
+        let found = match (&self.phase, &self.counter, self.sort) {
+            (Some(phase), _, _) => self.in_phases(profile, phase),
+            (None, Some(counter), _) => self.in_counters(profile, counter),
+            (None, None, Some(Sort::Vm)) => self.in_exits(profile.vm_exits.as_ref()?),
+            (None, None, _) => self.in_exits(&profile.userspace_exits),
         };
         if found.count == 0 || found.count < self.count || float(found.count) < self.share * float(found.all) {
             return None;
@@ -177,6 +195,13 @@ mod tests {
             |key: &str| rule.example.get(key).and_then(toml::Value::as_integer).and_then(|it| u64::try_from(it).ok());
         let word = |key: &str| rule.example.get(key).and_then(|it| it.as_str()).map(str::to_owned);
         let count = number("count").expect("a count");
+        if rule.shadow == Some(true) {
+            profile.kvm.insert("pf_guest".into(), 1);
+        }
+        if let Some(counter) = word("counter") {
+            profile.kvm.extend([("exits".into(), count * 4), (counter, count)]);
+            return profile;
+        }
         let cause = Cause {
             class: word("class").expect("a class"),
             device: word("device"),

@@ -312,6 +312,9 @@ impl Profile {
         let names = Names { symbols: symbols.as_ref(), handler: &finish.handler, in_place };
         let mut kvm = BTreeMap::new();
         finish.vm_stats.iter().chain(finish.vcpu_stats.iter().flatten()).for_each(|stats| add_kvm(&mut kvm, stats));
+        // Momentary, but the machine's own: what its memory is mapped in at the end.
+        let mapped = finish.vm_stats.iter().flatten().filter(|stat| stat.name.starts_with("pages_"));
+        kvm.extend(mapped.filter_map(|stat| Some((stat.name.clone(), *stat.values.first()?))));
         let guest_memory: Vec<_> = finish.ram.host_ranges().collect();
         let isa = vm.iter().flatten().flat_map(VmProfile::reasons).map(|(isa, _, _)| isa.name().to_owned()).next();
         Self {

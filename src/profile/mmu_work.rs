@@ -4,6 +4,13 @@
 use super::render::number;
 use std::collections::BTreeMap;
 
+/// Whether these are a machine's on shadow paging: only that sees the guest's own faults, and keeps tables that can be out of
+/// step.
+#[must_use]
+pub(super) fn is_shadow(kvm: &BTreeMap<String, u64>) -> bool {
+    ["pf_guest", "mmu_unsync", "invlpg"].iter().any(|name| kvm.get(*name).is_some_and(|count| *count > 0))
+}
+
 /// One sentence from KVM's own figures; `None` where they show no such work.
 #[must_use]
 pub(super) fn describe(kvm: &BTreeMap<String, u64>) -> Option<String> {
@@ -16,11 +23,13 @@ pub(super) fn describe(kvm: &BTreeMap<String, u64>) -> Option<String> {
             parts.push(format!("{} {what}", number(count)));
         }
     };
-    // Only shadow paging sees the guest's own faults, and keeps tables that can be out of step.
-    if guests == 0 && of("mmu_unsync") == 0 && of("invlpg") == 0 {
+    if !is_shadow(kvm) {
         part(taken, "faults of the nested tables");
         part(of("pf_emulate"), "of them accesses to emulate");
         part(of("tlb_flush"), "TLB flushes");
+        part(of("pages_1g"), "pages of 1 GiB mapped at the end");
+        part(of("pages_2m"), "pages of 2 MiB mapped at the end");
+        part(of("pages_4k"), "pages of 4 KiB mapped at the end");
         return (taken > 0).then(|| format!("nested page tables: {}", parts.join(", ")));
     }
     part(guests, "true page faults (the guest's own)");
@@ -49,6 +58,8 @@ mod tests {
         assert!(text.contains("45,001 hidden") && text.contains("7 traces"), "{text}");
         let text = describe(&kvm(&[("pf_taken", 48), ("pf_emulate", 2), ("mmu_pte_write", 9)])).expect("work");
         assert_eq!(text, "nested page tables: 48 faults of the nested tables, 2 of them accesses to emulate");
+        let text = describe(&kvm(&[("pf_taken", 48), ("pages_2m", 40), ("pages_4k", 3)])).expect("work");
+        assert!(text.ends_with("40 pages of 2 MiB mapped at the end, 3 pages of 4 KiB mapped at the end"), "{text}");
         assert_eq!(describe(&kvm(&[("exits", 5)])), None);
     }
 }
