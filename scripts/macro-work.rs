@@ -104,6 +104,26 @@ fn compute(count: usize) {
     }
 }
 
+/// A C program of a thousand small functions is compiled by tcc, from source to object file.
+fn compile(count: usize) {
+    let function = |number: usize| {
+        format!(
+            "struct s{number} {{ int a, b[4]; struct s{number} *next; }};\n\
+             static int f{number}(struct s{number} *s, int n) {{\n    int i, sum = {number};\n    for (i = 0; i < n; i++) {{\n        \
+             if (s->b[i & 3] > i * {number}) sum += s->a << (i & 7); else sum ^= s->b[(i + 1) & 3];\n        \
+             s = s->next ? s->next : s;\n    }}\n    return sum;\n}}\n\
+             int g{number}(void) {{ struct s{number} s = {{ {number}, {{ 1, 2, 3, 4 }}, 0 }}; return f{number}(&s, 100); }}\n"
+        )
+    };
+    let source: String = (0..1000).map(function).collect();
+    std::fs::write("/tmp/work.c", source).expect("room in /tmp");
+    for _ in 0..count {
+        let status = std::process::Command::new("tcc").args(["-c", "/tmp/work.c", "-o", "/tmp/work.o"]).status();
+        assert!(status.expect("tcc").success(), "tcc failed");
+        assert!(std::fs::metadata("/tmp/work.o").expect("an object file").len() > 100_000);
+    }
+}
+
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let which = arguments.next().unwrap_or_default();
@@ -114,9 +134,10 @@ fn main() {
         "switches" => switches,
         "faults" => faults,
         "compute" => compute,
+        "compile" => compile,
         "nothing" => |_| {},
         _ => {
-            eprintln!("macro: forkwait, syscalls, switches, faults, compute or nothing, not '{which}'");
+            eprintln!("macro: forkwait, syscalls, switches, faults, compute, compile or nothing, not '{which}'");
             std::process::exit(2);
         }
     };
