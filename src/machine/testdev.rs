@@ -16,13 +16,13 @@ struct Host {
 impl TestHost for Host {
     fn set_line(&self, gsi: u32, high: bool) {
         if let Err(error) = self.vm.set_irq_line(gsi, high) {
-            log::warn!("test device: line {gsi}: {error}: {}", error.source);
+            log::debug!("test device: line {gsi}: {error}: {}", error.source);
         }
     }
 
     fn flush_page(&self, gpa: u64) {
         if let Err(error) = self.ram.flush_page(gpa) {
-            log::warn!("test device: the page at {gpa:#x} is not flushed: {error}");
+            log::debug!("test device: the page at {gpa:#x} is not flushed: {error}");
         }
     }
 }
