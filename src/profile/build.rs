@@ -315,6 +315,8 @@ impl Profile {
         // Momentary, but the machine's own: what its memory is mapped in at the end.
         let mapped = finish.vm_stats.iter().flatten().filter(|stat| stat.name.starts_with("pages_"));
         kvm.extend(mapped.filter_map(|stat| Some((stat.name.clone(), *stat.values.first()?))));
+        let mmu = finish.traced.iter().flat_map(|traced| &traced.mmu);
+        kvm.extend(mmu.map(|(name, count)| (format!("kvmmmu:{name}"), *count)));
         let guest_memory: Vec<_> = finish.ram.host_ranges().collect();
         let isa = vm.iter().flatten().flat_map(VmProfile::reasons).map(|(isa, _, _)| isa.name().to_owned()).next();
         Self {

@@ -37,6 +37,9 @@ pub(super) fn describe(kvm: &BTreeMap<String, u64>) -> Option<String> {
     part(traced, "traces (writes to page tables that KVM follows)");
     part(of("invlpg"), "INVLPGs");
     part(of("tlb_flush"), "TLB flushes");
+    part(of("kvmmmu:kvm_mmu_get_page"), "shadow pages looked up or made");
+    part(of("kvmmmu:kvm_mmu_unsync_page"), "tables let out of step");
+    part(of("kvmmmu:kvm_mmu_sync_page"), "brought in step again");
     part(of("mmu_shadow_zapped"), "shadow pages zapped");
     part(of("mmu_flooded"), "flooded with writes");
     part(of("mmu_unsync"), "out of step just now");
@@ -56,6 +59,8 @@ mod tests {
         let text = describe(&kvm(&[("pf_taken", 54_001), ("pf_guest", 9_000), ("mmu_pte_write", 7)])).expect("work");
         assert!(text.starts_with("shadow page tables: 9,000 true"), "{text}");
         assert!(text.contains("45,001 hidden") && text.contains("7 traces"), "{text}");
+        let text = describe(&kvm(&[("pf_guest", 9), ("kvmmmu:kvm_mmu_unsync_page", 4)])).expect("work");
+        assert!(text.ends_with("4 tables let out of step"), "{text}");
         let text = describe(&kvm(&[("pf_taken", 48), ("pf_emulate", 2), ("mmu_pte_write", 9)])).expect("work");
         assert_eq!(text, "nested page tables: 48 faults of the nested tables, 2 of them accesses to emulate");
         let text = describe(&kvm(&[("pf_taken", 48), ("pages_2m", 40), ("pages_4k", 3)])).expect("work");

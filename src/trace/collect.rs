@@ -134,7 +134,12 @@ pub(super) struct Events {
     cpuid: Option<More>,
     /// Where an Intel processor's nested page faults have their address.
     faults: Vec<More>,
+    /// Those of KVM's MMU that are counted, by name.
+    mmu: Vec<(&'static str, u16)>,
 }
+
+/// What shadow paging does to its tables, which KVM's statistics do not tell as counts.
+const MMU: [&str; 4] = ["kvm_mmu_get_page", "kvm_mmu_unsync_page", "kvm_mmu_sync_page", "kvm_mmu_prepare_zap_page"];
 
 impl Events {
     /// Reads the formats below the tracefs at `tracefs`.
@@ -162,8 +167,17 @@ impl Events {
             entry: Format::read(tracefs, "kvm/kvm_entry")?.id,
             msr: more("kvm/kvm_msr", "ecx"),
             cpuid: more("kvm/kvm_cpuid", "function"),
+            mmu: MMU
+                .iter()
+                .filter_map(|name| Some((*name, Format::read(tracefs, &format!("kvmmmu/{name}")).ok()?.id)))
+                .collect(),
             faults: faults.iter().filter(|_| intel).filter_map(|(name, what)| more(name, what)).collect(),
         })
+    }
+
+    /// The MMU's tracepoints: names and numbers.
+    pub(super) fn mmu(&self) -> &[(&'static str, u16)] {
+        &self.mmu
     }
 
     /// The tracepoints' numbers, the exit's first.

@@ -4,6 +4,7 @@ use super::collect::{Collector, Events, VmProfile};
 use super::output::redirect;
 use perf_event::events::Tracepoint;
 use perf_event::{Builder, Clock, Counter, SampleFlag, Sampler};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -71,6 +72,8 @@ struct Source {
     ring: Sampler,
     /// Closed with the ring.
     _others: Vec<Counter>,
+    /// The MMU's events, which are only counted.
+    mmu: Vec<(&'static str, Counter)>,
     collector: Collector,
 }
 
@@ -99,6 +102,8 @@ impl Source {
 pub struct Traced {
     /// By vCPU; `None` where its tracepoints could not be opened.
     pub vcpus: Vec<Option<VmProfile>>,
+    /// How often KVM's MMU did what (tracepoints kvmmmu:*), all vCPUs together; empty where there are none.
+    pub mmu: BTreeMap<&'static str, u64>,
     /// What could not be had, in words.
     pub missing: Vec<String>,
 }
@@ -175,10 +180,13 @@ impl Tracer {
         if self.thread.join().is_err() {
             log::error!("the tracer's thread panicked: this is a bug in hwvmm");
         }
-        let mut traced = Traced { vcpus: (0..vcpus).map(|_| None).collect(), missing: Vec::new() };
+        let mut traced = Traced { vcpus: (0..vcpus).map(|_| None).collect(), ..Traced::default() };
         let mut sources = std::mem::take(&mut *self.shared.sources.lock().unwrap_or_else(PoisonError::into_inner));
         for mut source in sources.drain(..) {
             source.drain(&self.shared.events);
+            for (name, counter) in &mut source.mmu {
+                *traced.mmu.entry(name).or_default() += counter.read().unwrap_or(0);
+            }
             if let Some(place) = traced.vcpus.get_mut(source.vcpu) {
                 *place = Some(source.collector.finish());
             }
@@ -217,6 +225,11 @@ fn builder(id: u16) -> Builder<'static> {
         .sample(SampleFlag::TIME | SampleFlag::RAW)
         .clockid(Clock::MONOTONIC);
     builder
+}
+
+/// An event that is counted and leaves no records.
+fn counting(id: u16) -> io::Result<Counter> {
+    Builder::new(Tracepoint::with_id(u64::from(id))).observe_self().any_cpu().include_kernel().include_hv().build()
 }
 
 fn open(id: u16) -> io::Result<Counter> {
@@ -262,11 +275,18 @@ impl Handle {
             event.enable()?;
             others.push(event);
         }
+        // Nothing is lost but these where the kernel refuses them.
+        let counted = |(name, id): &(&'static str, u16)| {
+            let mut counter = counting(*id).ok()?;
+            counter.enable().ok()?;
+            Some((*name, counter))
+        };
+        let mmu = shared.events.mmu().iter().filter_map(counted).collect();
         ring.enable()?;
         let readable = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 1);
         shared.epoll.ctl(ControlOperation::Add, ring.as_raw_fd(), readable)?;
         let collector = Collector::new(shared.ram.clone(), shared.start_ns);
-        let source = Source { vcpu, ring, _others: others, collector };
+        let source = Source { vcpu, ring, _others: others, mmu, collector };
         shared.sources.lock().unwrap_or_else(PoisonError::into_inner).push(source);
         Ok(())
     }
