@@ -116,7 +116,7 @@ fn output_and_statistics() -> Outcome {
         let json: serde_json::Value = serde_json::from_slice(&fs::read(&stats).expect("written")).expect("JSON");
         let (exits, waited) = (json["userspace_exits"]["total"].as_u64(), json["waited"].as_u64());
         assert_eq!(exits.zip(waited).map(|(exits, waited)| exits + waited), Some(7), "{json}");
-        let out = run("hello", guests::power_off(), &["--stats-out", path, "--tune", "quiet-ports=off"]);
+        let out = run("hello", guests::power_off(), &["--stats-out", path, "--tune", "coalesced-io=off"]);
         assert_eq!(text(&out.stdout), "hello\n");
         let json: serde_json::Value = serde_json::from_slice(&fs::read(&stats).expect("written")).expect("JSON");
         let exits = &json["userspace_exits"];
@@ -146,7 +146,7 @@ fn command_line_and_module() -> Outcome {
 fn nobody_else_answers() -> Outcome {
     when_it_runs(|| {
         let answers = |extra: &[&str]| {
-            let out = run("reach", guests::reach(), &[&["-m", "32M", "--tune", "quiet-ports=off"], extra].concat());
+            let out = run("reach", guests::reach(), &[&["-m", "32M", "--tune", "coalesced-io=off"], extra].concat());
             assert_eq!(out.status.code(), Some(32), "{}", text(&out.stderr));
             // Whether a local APIC answers at its first, reserved, register is KVM's affair.
             let said = text(&out.stdout);

@@ -40,7 +40,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 /// Bytes for a UART that wait in the kernel are no exits, and exits are counted here.
-const QUIET_PORTS: &str = "--tune=quiet-ports=off";
+const COALESCED_IO_OFF: &str = "--tune=coalesced-io=off";
 
 /// The profile of a guest that says "hello" on its UART and powers off; made once. `Err`: it cannot run here.
 fn profile() -> Result<&'static str, String> {
@@ -49,7 +49,7 @@ fn profile() -> Result<&'static str, String> {
         let kernel = file("hello.elf", &guests::multiboot(guests::power_off()));
         let out: PathBuf = folder().join("hello.json");
         let out = out.display().to_string();
-        let run = hwvmm(&["run", "-m", "16M", QUIET_PORTS, "--timeout", "20s", "--profile-out", &out, &kernel]);
+        let run = hwvmm(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "20s", "--profile-out", &out, &kernel]);
         if run.status.code() != Some(0) {
             return Err(text(&run.stderr));
         }
@@ -85,7 +85,7 @@ fn counts_agree() -> Outcome {
         let stats = folder().join("stats.json").display().to_string();
         for more in [&[][..], &["--profile=user"]] {
             let arguments =
-                [&["run", "-m", "16M", QUIET_PORTS, "--timeout", "20s", "--stats-out", &stats, &kernel][..], more]
+                [&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "20s", "--stats-out", &stats, &kernel][..], more]
                     .concat();
             hwvmm(&arguments);
             let stats: serde_json::Value = serde_json::from_slice(&fs::read(&stats).unwrap()).expect("JSON");
@@ -156,7 +156,7 @@ fn budgets() -> Outcome {
             assert!(code == Some(1) && errors.contains(words), "{errors}");
         }
         let kernel = file("budget.elf", &guests::multiboot(guests::power_off()));
-        let out = hwvmm(&["run", "-m", "16M", QUIET_PORTS, "--timeout", "20s", "--budget", "userspace=1", &kernel]);
+        let out = hwvmm(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "20s", "--budget", "userspace=1", &kernel]);
         assert_eq!(out.status.code(), Some(39), "{}", text(&out.stderr));
     })
 }
@@ -213,7 +213,7 @@ fn a_full_disk() -> Outcome {
             );
         }
         let kernel = file("full.elf", &guests::multiboot(guests::power_off()));
-        let out = hwvmm(&["run", "-m", "16M", QUIET_PORTS, "--timeout", "20s", "--profile-out", "/dev/full", &kernel]);
+        let out = hwvmm(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "20s", "--profile-out", "/dev/full", &kernel]);
         assert!(out.status.code() == Some(1) && text(&out.stderr).contains("No space left"), "{}", text(&out.stderr));
     })
 }
@@ -222,7 +222,7 @@ fn a_running_machine() -> Outcome {
     with_profile(|_| {
         let kernel = file("spin.elf", &guests::multiboot(guests::spin()));
         let socket = folder().join("vm.sock").display().to_string();
-        let mut vm = command(&["run", "-m", "16M", QUIET_PORTS, "--timeout", "30s", "--api", &socket, &kernel])
+        let mut vm = command(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "30s", "--api", &socket, &kernel])
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -270,7 +270,7 @@ fn costs() -> Outcome {
         // The next profile knows them.
         let kernel = file("costs.elf", &guests::multiboot(guests::power_off()));
         let path = folder().join("costs.json").display().to_string();
-        hwvmm(&["run", "-m", "16M", QUIET_PORTS, "--timeout", "20s", "--profile-out", &path, &kernel]);
+        hwvmm(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "20s", "--profile-out", &path, &kernel]);
         let profile: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).expect("JSON");
         assert_eq!(profile["costs"]["cpuid"], ns["cpuid"]);
     })

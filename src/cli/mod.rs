@@ -23,7 +23,7 @@ Examples:
   hwvmm run vmlinuz -i initrd.img --disk debian.img --append root=/dev/vda --net tap=tap0 --rng
   hwvmm run vmlinuz -i initrd.img --disk a.qcow2,readonly=on --net user,hostfwd=tcp:127.0.0.1:2222-:22
   hwvmm run vmlinuz -i initrd.img --profile --profile-out boot.json --budget userspace=400,npf=100
-  hwvmm run vmlinuz --tune poll=off,few-pins=off --profile        (hwvmm run --tune help lists them)
+  hwvmm run vmlinuz --tune busy-poll=off,split-irqchip=off --profile        (hwvmm run --tune help lists them)
   hwvmm run test.flat --testdev --debug-exit --append 'arguments'
   hwvmm run --config vm.toml            (kernel = \"vmlinuz\", memory = \"1G\", ...: the options' long names)
 

@@ -23,11 +23,11 @@ fn default_cmdline(config: &RunConfig) -> String {
         (serial, "console=ttyS0"),
         (config.console.is_some(), "console=hvc0"),
         (true, "panic=-1"),
-        (!pci && tune.wants(Lever::NoPci), "pci=conf1,noearly"),
-        (pci && tune.wants(Lever::NoPci), "pci=noearly"),
+        (!pci && tune.wants(Lever::PciProbing), "pci=conf1,noearly"),
+        (pci && tune.wants(Lever::PciProbing), "pci=noearly"),
         (tune.wants(Lever::UartCount), &*uarts),
         // With more vCPUs the others would go on after a halt, and nobody would see that the guest is at its end.
-        (tune.wants(Lever::QuickReset) && config.cpus.count() == 1, "reboot=f"),
+        (tune.wants(Lever::AcpiReset) && config.cpus.count() == 1, "reboot=f"),
     ];
     words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
 }

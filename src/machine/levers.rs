@@ -39,10 +39,10 @@ pub(super) fn hidden_features(tune: &Tune) -> u32 {
 /// Where KVM has neither way.
 pub(super) fn create_irqchip(vm: &Vm, config: &RunConfig) -> Result<bool, KvmError> {
     // Test kernels want the whole PC.
-    if config.tune.wants(Lever::FewPins) && !config.testdev && !is_multiboot(&config.kernel) {
+    if config.tune.wants(Lever::SplitIrqchip) && !config.testdev && !is_multiboot(&config.kernel) {
         match vm.split_irqchip() {
             Ok(()) => return Ok(true),
-            Err(error) => config.tune.cannot(Lever::FewPins, &format!("{error}: {}", error.source)),
+            Err(error) => config.tune.cannot(Lever::SplitIrqchip, &format!("{error}: {}", error.source)),
         }
     }
     vm.create_irqchip()?;
@@ -62,7 +62,7 @@ const UART_QUIET: [u16; 5] = [0, 2, 3, 4, 7];
 /// addresses of PCI registers, I/O APIC entries (a device is started by an exit), and what is written where nobody is. `None`
 /// where this host cannot, or should not. `virtio_mmio`: the devices, and whether their registers are memory to the guest's
 /// reads.
-pub(super) fn quiet_ports(
+pub(super) fn coalesced_io(
     vm: &Vm,
     vcpu: &Vcpu,
     config: &RunConfig,
@@ -70,7 +70,7 @@ pub(super) fn quiet_ports(
     virtio_mmio: (&[(u64, u64, u32)], bool),
 ) -> Option<Coalesced> {
     let tune = &config.tune;
-    if !tune.wants(Lever::QuietPorts) {
+    if !tune.wants(Lever::CoalescedIo) {
         return None;
     }
     let uarts = UARTS.iter().zip(&config.serial).filter(|(_, target)| target.is_some()).map(|((port, _), _)| *port);
@@ -78,7 +78,7 @@ pub(super) fn quiet_ports(
     zones.extend(uarts.flat_map(|base| UART_QUIET.map(|register| (base + register, 1))));
     // What it says is asked for by a read of the data, or of itself.
     zones.push((PCI_ADDRESS, 4));
-    let cannot = |error: &KvmError| tune.cannot(Lever::QuietPorts, &format!("{error}: {}", error.source));
+    let cannot = |error: &KvmError| tune.cannot(Lever::CoalescedIo, &format!("{error}: {}", error.source));
     // The ring first: what waits must have somebody to take it.
     let ring = vcpu.coalesced().inspect_err(cannot).ok()?;
     for (port, count) in zones {
@@ -111,7 +111,7 @@ const POLL_US: u32 = 200;
 pub(super) fn switches(tune: &Tune, vcpus: u32) -> Switches {
     // A device that looks takes a processor that a vCPU may need.
     let spare = || std::thread::available_parallelism().is_ok_and(|host| host.get() > vcpus as usize);
-    let micros = match tune.choice(Lever::Poll) {
+    let micros = match tune.choice(Lever::BusyPoll) {
         Choice::Auto => spare().then_some(POLL_US),
         Choice::On => Some(POLL_US),
         Choice::Micros(micros) => Some(micros),
@@ -119,7 +119,7 @@ pub(super) fn switches(tune: &Tune, vcpus: u32) -> Switches {
     };
     Switches {
         event_idx: tune.wants(Lever::EventIdx),
-        batch: tune.wants(Lever::Batch),
+        batch: tune.wants(Lever::NotifyCoalescing),
         poll: micros.map(|micros| Duration::from_micros(micros.into())),
     }
 }

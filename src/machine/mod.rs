@@ -210,7 +210,7 @@ impl Machine {
             prefault(&ram, &vcpus, config.memory.bytes)?;
         }
         let ring =
-            vcpus.first().and_then(|vcpu| levers::quiet_ports(&vm, vcpu, config, split, (&placement.mmio, pages)));
+            vcpus.first().and_then(|vcpu| levers::coalesced_io(&vm, vcpu, config, split, (&placement.mmio, pages)));
         let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze(), ring };
         Ok(Self {
             vcpus,
@@ -278,15 +278,15 @@ fn create_vcpus(
             tsc_khz: vcpu.tsc_khz(),
             tsc_deadline,
             x2apic: tune.wants(Lever::X2Apic),
-            tell_tsc: tune.wants(Lever::TellTsc),
+            tell_tsc: tune.wants(Lever::CpuidTsc),
             hidden_features: levers::hidden_features(tune),
             mtrr: !tune.wants(Lever::HideMtrr),
         };
         vcpu.set_cpuid(&cpuid::for_vcpu(supported.as_slice(), &options))?;
-        if tune.wants(Lever::FewBanks)
+        if tune.wants(Lever::MceBanks)
             && let Err(error) = vcpu.set_machine_check_banks(1)
         {
-            tune.cannot(Lever::FewBanks, &format!("{error}: {}", error.source));
+            tune.cannot(Lever::MceBanks, &format!("{error}: {}", error.source));
         }
         vcpu.set_msrs(&msr::boot_msrs())?;
         vcpu.update_lapic(lapic::set_boot_lints)?;
@@ -369,7 +369,7 @@ impl Devices {
         vm.register_irqfd(&interrupt, gsi)?;
         let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let mut output = output(target, setup, control)?;
-        if setup.config.tune.wants(Lever::QuietPorts) {
+        if setup.config.tune.wants(Lever::CoalescedIo) {
             output = output.on_a_device_thread();
         }
         let uart = Arc::new(SerialPort::new(IrqLine::new(interrupt), Box::new(output), Arc::clone(&wanted)));

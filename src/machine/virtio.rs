@@ -41,7 +41,7 @@ impl Placement {
     /// Where there are more devices than places.
     pub(super) fn new(config: &RunConfig) -> Result<Self, MachineError> {
         let count = config.virtio_devices();
-        let pages = config.tune.wants(Lever::RegisterPages) && !is_multiboot(&config.kernel);
+        let pages = config.tune.wants(Lever::ReadonlyRegisters) && !is_multiboot(&config.kernel);
         match config.transport {
             Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new(), pages }),
             Transport::Mmio if count > VIRTIO_MMIO_GSIS.len() => {
@@ -229,7 +229,7 @@ impl<'a> Attacher<'a> {
                 return;
             }
             if let Err(error) = self.vm.show_page(gpa, page) {
-                self.tune.cannot(Lever::RegisterPages, &format!("{error}: {}", error.source));
+                self.tune.cannot(Lever::ReadonlyRegisters, &format!("{error}: {}", error.source));
                 self.pages = false;
             }
         }

@@ -85,7 +85,7 @@ pub struct RunStats {
     pub startup_cpu_ns: u64,
     /// KVM_RUN returning to hwvmm.
     pub userspace_exits: UserspaceExits,
-    /// Writes that waited in the kernel for another exit (--tune quiet-ports): each one exit less.
+    /// Writes that waited in the kernel for another exit (--tune coalesced-io): each one exit less.
     pub waited: u64,
     /// Queues of virtio devices on which something happened.
     pub virtio: Vec<VirtioQueue>,

@@ -205,9 +205,9 @@ mod tests {
     #[test]
     fn errors_name_what_is_wrong() {
         let error = |text: &str| Tune::default().set(text).expect_err("an error").to_string();
-        assert!(error("no-pci").contains("--tune help"));
+        assert!(error("pci-probing").contains("--tune help"));
         assert!(error("no-pic=on").contains("'no-pic'"));
-        assert!(error("no-pci=30").contains("'30'"));
+        assert!(error("pci-probing=30").contains("'30'"));
         assert!(error("halt-poll=0").contains("microseconds"));
         assert!(error("halt-poll=100001").contains("100000"));
     }

@@ -79,16 +79,16 @@ levers! {
     UartCount: "uart-count", Probing, true,
         "8250.nr_uarts=N in the default command line: Linux looks for no other UARTs than those that are there",
         "it looks for four";
-    NoPci: "no-pci", Probing, true,
+    PciProbing: "pci-probing", Probing, true,
         "pci=conf1,noearly in the default command line of a machine without PCI devices (ACPI cannot say it): Linux tries the \
          ports, looks at no bus, and has no error to print, as with pci=off; pci=noearly with PCI devices: no search for \
          bridges of old that need quirks",
         "Linux makes 300 accesses to find nothing";
-    QuickReset: "quick-reset", Probing, true,
+    AcpiReset: "acpi-reset", Probing, true,
         "reboot=f in the default command line of a guest of one vCPU: Linux resets by ACPI at once, and does not first take the \
          I/O APIC apart and try a PC's CMOS (with more vCPUs it would leave the others running after a halt)",
         "40 accesses at the end of a run";
-    FewPins: "few-pins", Interrupts, true,
+    SplitIrqchip: "split-irqchip", Interrupts, true,
         "Split irqchip: an I/O APIC in hwvmm with as many pins as are wired, or none at all, for Linux guests",
         "KVM's, whose 24 pins the guest programs three times over";
     X2Apic: "x2apic", Interrupts, true,
@@ -115,28 +115,28 @@ levers! {
     Ioeventfd: "ioeventfd", Devices, true,
         "A queue's doorbell rings in the kernel, without an exit to user space",
         "a userspace exit a kick";
-    RegisterPages: "register-pages", Devices, true,
+    ReadonlyRegisters: "readonly-registers", Devices, true,
         "virtio-mmio registers and PCI configuration space are memory to the guest's reads, mapped read-only (KVM_MEM_READONLY); \
          the PCI bus is in segment 1, since Linux asks segment 0 by ports",
         "a userspace exit a read";
     EventIdx: "event-idx", Devices, true,
         "VIRTIO_F_EVENT_IDX: each side says from which entry on it wants to hear",
         "flags, that come too late";
-    Poll: "poll", Devices, true,
+    BusyPoll: "busy-poll", Devices, true,
         "After a request is done the device looks for the next one itself, for as long as those take to come, at most so many \
          microseconds (200); auto: where the host has more processors than the guest",
         "a kick a request";
-    Batch: "batch", Devices, true,
+    NotifyCoalescing: "notify-coalescing", Devices, true,
         "With many requests in flight an interrupt waits a moment for more",
         "an interrupt as soon as one is done";
-    QuietPorts: "quiet-ports", Console, true,
+    CoalescedIo: "coalesced-io", Console, true,
         "Bytes for a UART, entries of the I/O APIC, virtio-mmio's queue addresses, and writes to ports where nobody is, wait in the kernel for the next exit, 100 ms at most \
          (KVM_CAP_COALESCED_PIO)",
         "a userspace exit a byte";
-    TellTsc: "tell-tsc", Cpu, true,
+    CpuidTsc: "cpuid-tsc", Cpu, true,
         "CPUID tells the frequencies of TSC and APIC timer",
         "the guest takes kvmclock's, or calibrates";
-    FewBanks: "few-banks", Cpu, true,
+    MceBanks: "mce-banks", Cpu, true,
         "One bank of machine-check registers: hwvmm injects no machine checks, so that no more are ever used",
         "KVM's 32, each of which the guest reads and writes";
     HideMtrr: "hide-mtrr", Cpu, false,
@@ -195,7 +195,7 @@ impl Lever {
     /// Whether it takes a number of microseconds.
     #[must_use]
     pub fn is_time(self) -> bool {
-        matches!(self, Self::HaltPoll | Self::Poll)
+        matches!(self, Self::HaltPoll | Self::BusyPoll)
     }
 
     /// What it does, in a sentence.
