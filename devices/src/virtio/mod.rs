@@ -13,9 +13,9 @@ pub mod mmio;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod mock;
 pub mod net;
-mod patience;
+mod notify_coalescer;
 pub mod pci;
-mod poll;
+mod busy_poll;
 mod queue;
 pub mod rng;
 #[cfg(test)]

@@ -2,8 +2,8 @@
 //! in both directions are kept to what the other side asked for.
 
 use super::Signals;
-use super::patience::Patience;
-use super::poll::Poller;
+use super::notify_coalescer::NotifyCoalescer;
+use super::busy_poll::Poller;
 use crate::memory::{Buffers, Memory, read_u16};
 use std::io;
 use std::sync::Arc;
@@ -53,9 +53,9 @@ pub struct Virtqueue {
     name: Arc<str>,
     broken: bool,
     /// Chains pushed since the driver was last told.
-    untold: bool,
+    used_unsignalled: bool,
     /// `None`: never wait.
-    patience: Option<Patience>,
+    coalescer: Option<NotifyCoalescer>,
     /// `None`: never look.
     poller: Option<Poller>,
 }
@@ -79,8 +79,8 @@ impl Virtqueue {
             counts,
             name,
             broken: false,
-            untold: false,
-            patience: Some(Patience::default()),
+            used_unsignalled: false,
+            coalescer: Some(NotifyCoalescer::default()),
             poller: None,
         }
     }
@@ -113,11 +113,11 @@ impl Virtqueue {
     pub fn take_kicks(&mut self) {
         if let Ok(kicks) = self.kick.read() {
             QueueCounts::add(&self.counts.kicks, kicks);
-            if let Some(patience) = &mut self.patience {
-                patience.arrive();
+            if let Some(coalescer) = &mut self.coalescer {
+                coalescer.kicked();
             }
             if let Some(poller) = &mut self.poller {
-                poller.arrive();
+                poller.kicked();
             }
         }
     }
@@ -145,7 +145,7 @@ impl Virtqueue {
     }
 
     /// Puts the chain that was popped last back to the front of the queue.
-    pub fn unpop(&mut self) {
+    pub fn undo_pop(&mut self) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 
@@ -155,7 +155,7 @@ impl Virtqueue {
             return;
         }
         QueueCounts::add(&self.counts.requests, 1);
-        self.untold = true;
+        self.used_unsignalled = true;
         if let Err(error) = self.queue.add_used(&*self.memory, head, len) {
             self.fail(&error.to_string());
         }
@@ -163,14 +163,14 @@ impl Virtqueue {
 
     /// Interrupts the driver, where chains were given back since the last time and it wants to know.
     pub fn notify(&mut self) {
-        if self.broken || !std::mem::take(&mut self.untold) {
+        if self.broken || !std::mem::take(&mut self.used_unsignalled) {
             return;
         }
-        if let Some(patience) = &mut self.patience {
-            patience.tell();
+        if let Some(coalescer) = &mut self.coalescer {
+            coalescer.signalled();
         }
         if let Some(poller) = &mut self.poller {
-            poller.tell();
+            poller.signalled();
         }
         match self.wants_interrupt() {
             Ok(true) => {
@@ -199,7 +199,7 @@ impl Virtqueue {
     }
 
     /// Asks the driver not to kick: somebody looks anyway.
-    pub fn quiet(&mut self) {
+    pub fn disable_notification(&mut self) {
         if !self.broken
             && let Err(error) = self.queue.disable_notification(&*self.memory)
         {
@@ -208,7 +208,7 @@ impl Virtqueue {
     }
 
     /// Asks the driver to kick again. True where chains came in meanwhile: look again.
-    pub fn listen(&mut self) -> bool {
+    pub fn enable_notification(&mut self) -> bool {
         if self.broken {
             return false;
         }
@@ -222,19 +222,19 @@ impl Virtqueue {
     }
 
     /// From now on the queue is looked at for up to `limit` after the driver was told, where that pays, in place of a kick.
-    pub fn poll_for(&mut self, limit: Duration) {
+    pub fn set_busy_poll(&mut self, limit: Duration) {
         self.poller = Some(Poller::new(limit));
     }
 
-    /// Whether the queue is looked at (see [`Virtqueue::poll_for`]).
+    /// Whether the queue is looked at (see [`Virtqueue::set_busy_poll`]).
     #[must_use]
     pub fn polls(&self) -> bool {
         self.poller.is_some()
     }
 
     /// Looks for more chains for a moment, where that pays; true where there are some. The driver must have been asked not to
-    /// kick ([`Virtqueue::quiet`]), and told of what is done.
-    pub fn look_for_more(&mut self) -> bool {
+    /// kick ([`Virtqueue::disable_notification`]), and told of what is done.
+    pub fn busy_poll(&mut self) -> bool {
         if self.broken {
             return false;
         }
@@ -246,26 +246,26 @@ impl Virtqueue {
     }
 
     /// From now on the driver is told at once: for work whose other end takes a pause for trouble.
-    pub fn be_prompt(&mut self) {
-        self.patience = None;
+    pub fn disable_coalescing(&mut self) {
+        self.coalescer = None;
     }
 
     /// Waits a moment for more chains, where that has paid lately and where something is done that the driver does not
-    /// know of; true where there are some. The driver must have been asked not to kick ([`Virtqueue::quiet`]).
-    pub fn more_soon(&mut self) -> bool {
-        if self.broken || !self.untold {
+    /// know of; true where there are some. The driver must have been asked not to kick ([`Virtqueue::disable_notification`]).
+    pub fn wait_for_batch(&mut self) -> bool {
+        if self.broken || !self.used_unsignalled {
             return false;
         }
         let (queue, memory) = (&self.queue, &self.memory);
-        let Some(patience) = &mut self.patience else { return false };
-        patience.wait_for(|| {
+        let Some(coalescer) = &mut self.coalescer else { return false };
+        coalescer.wait_for(|| {
             queue.avail_idx(&**memory, Ordering::Acquire).is_ok_and(|available| available.0 != queue.next_avail())
         })
     }
 
-    /// As [`Virtqueue::listen`], for chains behind all that are there now: for a device that has looked at those, and
+    /// As [`Virtqueue::enable_notification`], for chains behind all that are there now: for a device that has looked at those, and
     /// needs more of them at once.
-    pub fn listen_for_more(&mut self) -> bool {
+    pub fn enable_notification_beyond_available(&mut self) -> bool {
         let next = self.queue.next_avail();
         match self.queue.avail_idx(&*self.memory, Ordering::Acquire) {
             Ok(all) => self.queue.set_next_avail(all.0),
@@ -274,7 +274,7 @@ impl Virtqueue {
                 return false;
             }
         }
-        let more = self.listen();
+        let more = self.enable_notification();
         self.queue.set_next_avail(next);
         more
     }
@@ -285,20 +285,20 @@ impl Virtqueue {
         self.take_kicks();
         let memory = self.memory();
         loop {
-            self.quiet();
+            self.disable_notification();
             while let Some(mut chain) = self.pop(&memory) {
                 let Some(len) = each(&mut chain) else {
-                    self.unpop();
+                    self.undo_pop();
                     self.notify();
                     return;
                 };
                 self.push(chain.head, len);
             }
-            if self.more_soon() {
+            if self.wait_for_batch() {
                 continue;
             }
             self.notify();
-            if !self.look_for_more() && !self.listen() {
+            if !self.busy_poll() && !self.enable_notification() {
                 break;
             }
         }

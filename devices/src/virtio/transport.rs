@@ -296,10 +296,10 @@ impl Core {
                 Arc::clone(&self.name),
             );
             if !self.switches.batch {
-                queue.be_prompt();
+                queue.disable_coalescing();
             }
             if let Some(limit) = self.switches.poll {
-                queue.poll_for(limit);
+                queue.set_busy_poll(limit);
             }
             made.push(Some(queue));
         }

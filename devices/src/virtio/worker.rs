@@ -53,7 +53,7 @@ impl WorkerThread {
         let told = Arc::clone(&stopping);
         let called = name.to_owned();
         let thread = std::thread::Builder::new().name(name.chars().take(15).collect()).spawn(move || {
-            // Short waits are to be short (see Patience).
+            // Short waits are to be short (see NotifyCoalescer).
             if let Err(error) = rustix::thread::set_current_timer_slack(NonZeroU64::new(1)) {
                 log::debug!("{called}: timer slack: {error}");
             }

@@ -145,7 +145,7 @@ impl MutEventSubscriber for Statistics {
         loop {
             self.take_statistics();
             self.queue.notify();
-            if !self.queue.listen() {
+            if !self.queue.enable_notification() {
                 return;
             }
         }

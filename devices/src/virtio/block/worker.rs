@@ -79,10 +79,10 @@ impl QueueWorker {
         let memory = self.queue.memory();
         self.stalled = false;
         loop {
-            self.queue.quiet();
+            self.queue.disable_notification();
             while let Some(mut chain) = self.queue.pop(&memory) {
                 if !self.take(&mut chain, &memory) {
-                    self.queue.unpop();
+                    self.queue.undo_pop();
                     self.stalled = true;
                     break;
                 }
@@ -92,17 +92,17 @@ impl QueueWorker {
             }
             // What the host had at hand is done by now: no need to wait for its event.
             self.reap();
-            if !self.stalled && self.queue.more_soon() {
+            if !self.stalled && self.queue.wait_for_batch() {
                 continue;
             }
             self.queue.notify();
             // With requests at the host, what those bring must not wait.
             let idle = self.engine.ring().is_none_or(|ring| ring.is_idle());
-            if !self.stalled && idle && self.queue.look_for_more() {
+            if !self.stalled && idle && self.queue.busy_poll() {
                 continue;
             }
             // Stalled: the next completion looks again; the driver need not kick.
-            if self.stalled || !self.queue.listen() {
+            if self.stalled || !self.queue.enable_notification() {
                 return;
             }
         }

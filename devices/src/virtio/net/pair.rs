@@ -37,7 +37,7 @@ impl Pair {
         // A TCP of its own (passt) takes acknowledgements that come late, in a bunch, for lost segments, and sends
         // everything again: seen, 24 times over. The kernel's TCP behind a tap interface does not mind.
         if !backend.has_header() {
-            transmit.be_prompt();
+            transmit.disable_coalescing();
         }
         let fd = backend.fd().try_clone_to_owned().map(File::from);
         let fd = match fd {
@@ -73,7 +73,7 @@ impl Pair {
             match place(&mut self.receive, memory, &mut self.frame[..self.held], self.mergeable) {
                 Placed::Done => self.held = 0,
                 // The driver kicks when it has buffers again; look once more after asking it to.
-                Placed::NoRoom if self.receive.listen_for_more() => {}
+                Placed::NoRoom if self.receive.enable_notification_beyond_available() => {}
                 Placed::NoRoom => return false,
             }
         }
@@ -118,7 +118,7 @@ fn place(queue: &mut Virtqueue, memory: &Memory, frame: &mut [u8], mergeable: bo
     let mut room = 0;
     while room < frame.len() && (mergeable || chains.is_empty()) {
         let Some(chain) = queue.pop(memory) else {
-            chains.iter().for_each(|_| queue.unpop());
+            chains.iter().for_each(|_| queue.undo_pop());
             return Placed::NoRoom;
         };
         room += chain.writable.len();
@@ -130,7 +130,7 @@ fn place(queue: &mut Virtqueue, memory: &Memory, frame: &mut [u8], mergeable: bo
     }
     if room < frame.len() {
         log::debug!("net: a frame of {} bytes does not fit into the guest's buffers: dropped", frame.len());
-        chains.iter().for_each(|_| queue.unpop());
+        chains.iter().for_each(|_| queue.undo_pop());
         return Placed::Done;
     }
     let count = u16::try_from(chains.len()).unwrap_or(u16::MAX);
@@ -155,7 +155,7 @@ impl MutEventSubscriber for Pair {
         let memory = self.receive.memory();
         // The file descriptor tells of changes only: go on until there is nothing, or no room.
         loop {
-            self.receive.quiet();
+            self.receive.disable_notification();
             let more = self.frames_in(&memory);
             self.receive.notify();
             self.frames_out();

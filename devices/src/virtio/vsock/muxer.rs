@@ -191,7 +191,7 @@ impl Muxer {
     fn take_packets(&mut self, ops: &mut EventOps<'_>) {
         let memory = self.transmit.memory();
         loop {
-            self.transmit.quiet();
+            self.transmit.disable_notification();
             while self.answers.len() < MAX_ANSWERS
                 && let Some(mut chain) = self.transmit.pop(&memory)
             {
@@ -202,7 +202,7 @@ impl Muxer {
             }
             self.transmit.notify();
             // With too many answers waiting, the guest's next buffers, which kick the other queue, bring us back.
-            if self.answers.len() >= MAX_ANSWERS || !self.transmit.listen() {
+            if self.answers.len() >= MAX_ANSWERS || !self.transmit.enable_notification() {
                 return;
             }
         }
@@ -284,7 +284,7 @@ impl Muxer {
     /// Packets for the guest: answers first, then data, stream by stream.
     fn give_packets(&mut self, memory: &Memory, ops: &mut EventOps<'_>) {
         loop {
-            self.receive.quiet();
+            self.receive.disable_notification();
             while !self.answers.is_empty() || !self.turns.is_empty() {
                 let Some(mut chain) = self.receive.pop(memory) else { break };
                 let written = match self.answers.pop_front() {
@@ -293,13 +293,13 @@ impl Muxer {
                 };
                 match written {
                     Some(bytes) => self.receive.push(chain.head, u32::try_from(bytes).unwrap_or(0)),
-                    None => self.receive.unpop(),
+                    None => self.receive.undo_pop(),
                 }
             }
             self.receive.notify();
             let waiting = !self.answers.is_empty() || !self.turns.is_empty();
             // Nothing to give: the guest's new buffers are no news.
-            if !waiting || !self.receive.listen() {
+            if !waiting || !self.receive.enable_notification() {
                 return;
             }
         }

@@ -14,7 +14,7 @@ const SHORT: Duration = Duration::from_micros(40);
 
 /// Learns from how fast work comes, and from what waiting brought.
 #[derive(Debug)]
-pub(super) struct Patience {
+pub(super) struct NotifyCoalescer {
     /// Rounds until the next try.
     skip: u32,
     /// Rounds to leave out after the next try that brings nothing.
@@ -27,20 +27,20 @@ pub(super) struct Patience {
     told: Option<Instant>,
 }
 
-impl Default for Patience {
+impl Default for NotifyCoalescer {
     fn default() -> Self {
         Self { skip: 0, backoff: 0, paid: false, gap: Duration::from_micros(100), told: None }
     }
 }
 
-impl Patience {
+impl NotifyCoalescer {
     /// The driver was told.
-    pub(super) fn tell(&mut self) {
+    pub(super) fn signalled(&mut self) {
         self.told = Some(Instant::now());
     }
 
     /// The driver kicked.
-    pub(super) fn arrive(&mut self) {
+    pub(super) fn kicked(&mut self) {
         if let Some(gap) = self.told.take().map(|told| told.elapsed()).filter(|gap| *gap < RELATED) {
             self.learn(gap);
         }
@@ -84,11 +84,11 @@ mod tests {
 
     #[test]
     fn waiting_that_never_pays_becomes_rare_and_one_that_pays_goes_on() {
-        let mut patience = Patience::default();
+        let mut coalescer = NotifyCoalescer::default();
         let mut tries = 0;
         for _ in 0..1000 {
             let mut asked = false;
-            assert!(!patience.wait_for(|| {
+            assert!(!coalescer.wait_for(|| {
                 asked = true;
                 false
             }));
@@ -97,7 +97,7 @@ mod tests {
         assert!(tries < 30, "{tries}");
         let mut paid = 0;
         for _ in 0..200 {
-            paid += u32::from(patience.wait_for(|| true));
+            paid += u32::from(coalescer.wait_for(|| true));
         }
         assert!(paid >= 200 - LONGEST_SKIP, "{paid}");
     }

@@ -25,12 +25,12 @@ impl Poller {
     }
 
     /// The driver was told of something done.
-    pub(super) fn tell(&mut self) {
+    pub(super) fn signalled(&mut self) {
         self.told = Some(Instant::now());
     }
 
     /// The driver kicked.
-    pub(super) fn arrive(&mut self) {
+    pub(super) fn kicked(&mut self) {
         if let Some(gap) = self.told.take().map(|told| told.elapsed()).filter(|gap| *gap <= self.limit) {
             self.learn(gap);
         }
@@ -76,7 +76,7 @@ mod tests {
         let mut poller = Poller::new(LIMIT);
         let looks = |poller: &mut Poller| {
             let mut asked = false;
-            poller.tell();
+            poller.signalled();
             assert!(!poller.look(|| {
                 asked = true;
                 false
@@ -84,22 +84,22 @@ mod tests {
             asked
         };
         assert!(!looks(&mut poller), "nothing is known yet");
-        poller.tell();
-        poller.arrive();
-        poller.tell();
+        poller.signalled();
+        poller.kicked();
+        poller.signalled();
         assert!(poller.look(|| true));
         assert!((0..PATIENCE).all(|_| looks(&mut poller)));
         assert!(!looks(&mut poller), "in vain often enough");
-        poller.arrive();
+        poller.kicked();
         assert!(looks(&mut poller), "a kick came soon");
     }
 
     #[test]
     fn late_kicks_teach_nothing() {
         let mut poller = Poller::new(Duration::from_nanos(1));
-        poller.tell();
+        poller.signalled();
         std::thread::sleep(Duration::from_millis(1));
-        poller.arrive();
+        poller.kicked();
         assert!(!poller.look(|| true));
     }
 }
