@@ -156,7 +156,8 @@ fn budgets() -> Outcome {
             assert!(code == Some(1) && errors.contains(words), "{errors}");
         }
         let kernel = file("budget.elf", &guests::multiboot(guests::power_off()));
-        let out = hwvmm(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "20s", "--budget", "userspace=1", &kernel]);
+        let out =
+            hwvmm(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "20s", "--budget", "userspace=1", &kernel]);
         assert_eq!(out.status.code(), Some(39), "{}", text(&out.stderr));
     })
 }
@@ -213,7 +214,8 @@ fn a_full_disk() -> Outcome {
             );
         }
         let kernel = file("full.elf", &guests::multiboot(guests::power_off()));
-        let out = hwvmm(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "20s", "--profile-out", "/dev/full", &kernel]);
+        let out =
+            hwvmm(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "20s", "--profile-out", "/dev/full", &kernel]);
         assert!(out.status.code() == Some(1) && text(&out.stderr).contains("No space left"), "{}", text(&out.stderr));
     })
 }

@@ -6,7 +6,7 @@ use crate::kvm::{Coalesced, KvmError, System, Vcpu, Vm};
 use crate::probe::without_exits;
 use crate::tune::{Choice, Lever, Tune};
 use hwvmm_arch::layout::{IOAPIC, UARTS};
-use hwvmm_devices::virtio::Switches;
+use hwvmm_devices::virtio::TransportOptions;
 use hwvmm_devices::virtio::mmio::MmioDevice;
 use kvm_bindings::{KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE};
 use std::time::Duration;
@@ -90,7 +90,8 @@ pub(super) fn coalesced_io(
     let io_apic = u64::from(IOAPIC);
     let mut zones: Vec<(u64, u32)> = if split { vec![(io_apic, 4), (io_apic + 0x10, 4)] } else { Vec::new() };
     // Not the interrupt's acknowledgement: taken late, it would clear a later interrupt's bit.
-    let late: &[(u64, u32)] = if virtio_mmio.1 { &MmioDevice::LATE } else { &MmioDevice::LATE_WITHOUT_PAGE };
+    let late: &[(u64, u32)] =
+        if virtio_mmio.1 { &MmioDevice::COALESCIBLE } else { &MmioDevice::COALESCIBLE_WITHOUT_PAGE };
     for (base, _, _) in virtio_mmio.0 {
         zones.extend(late.iter().map(|(at, bytes)| (base + at, *bytes)));
     }
@@ -108,7 +109,7 @@ pub(super) fn coalesced_io(
 const POLL_US: u32 = 200;
 
 /// What virtio devices do against kicks and interrupts, in a machine of `vcpus` vCPUs.
-pub(super) fn switches(tune: &Tune, vcpus: u32) -> Switches {
+pub(super) fn options(tune: &Tune, vcpus: u32) -> TransportOptions {
     // A device that looks takes a processor that a vCPU may need.
     let spare = || std::thread::available_parallelism().is_ok_and(|host| host.get() > vcpus as usize);
     let micros = match tune.choice(Lever::BusyPoll) {
@@ -117,10 +118,10 @@ pub(super) fn switches(tune: &Tune, vcpus: u32) -> Switches {
         Choice::Micros(micros) => Some(micros),
         Choice::Off => None,
     };
-    Switches {
+    TransportOptions {
         event_idx: tune.wants(Lever::EventIdx),
-        batch: tune.wants(Lever::NotifyCoalescing),
-        poll: micros.map(|micros| Duration::from_micros(micros.into())),
+        coalesce_notifications: tune.wants(Lever::NotifyCoalescing),
+        busy_poll: micros.map(|micros| Duration::from_micros(micros.into())),
     }
 }
 

@@ -11,7 +11,7 @@ mod testdev;
 mod virtio;
 
 pub use run::{Finish, RunError, run};
-pub use virtio::Attached;
+pub use virtio::VirtioHandle;
 
 use crate::config::{ConsoleTarget, Pages, RunConfig};
 use crate::exit::Handler;
@@ -40,7 +40,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use thiserror::Error;
-use virtio::{Attacher, Placement};
+use virtio::{BusLayout, VirtioBuilder};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// A machine cannot be made.
@@ -118,7 +118,7 @@ pub struct Machine {
     /// vCPUs first: they hold on to guest memory by themselves, and are gone before the machine is.
     vcpus: Vec<Vcpu>,
     vm: Arc<Vm>,
-    virtio: Vec<Attached>,
+    virtio: Vec<VirtioHandle>,
     api: Option<api::Server>,
     handler: Arc<Handler>,
     control: Arc<Control>,
@@ -159,11 +159,11 @@ impl Machine {
         let ram = GuestRam::new(&ram_banks(config.memory.bytes), backing(config))?;
         let uarts: Vec<(u16, u32)> =
             UARTS.iter().zip(&config.serial).filter(|(_, port)| port.is_some()).map(|(uart, _)| *uart).collect();
-        let mut placement = Placement::new(config)?;
+        let mut layout = BusLayout::new(config)?;
         let (vm, split) = create_vm(config, system, &ram)?;
         let vm = Arc::new(vm);
         let pins =
-            if split { placement.pack_pins(uarts.iter().map(|uart| uart.1)) } else { Some((0, Vm::FIRST_MESSAGE_GSI)) };
+            if split { layout.pack_pins(uarts.iter().map(|uart| uart.1)) } else { Some((0, Vm::FIRST_MESSAGE_GSI)) };
         let cache = config.kernel_cache.as_deref().map(Cache::new);
         let loaded = kernel::load(
             &kernel::Request {
@@ -181,8 +181,8 @@ impl Machine {
                     uarts: &uarts,
                     legacy_free: config.tune.wants(Lever::LegacyFree),
                     pins,
-                    pci: placement.pci.then_some(u8::from(placement.pages)),
-                    virtio_mmio: &placement.mmio,
+                    pci: layout.pci.then_some(u8::from(layout.pages)),
+                    virtio_mmio: &layout.mmio,
                 },
                 progress: setup.progress,
             },
@@ -198,19 +198,18 @@ impl Machine {
         if config.testdev {
             testdev::add(config, &vm, &ram, &mut devices.pio, &mut mmio)?;
         }
-        let mut attacher = Attacher::new(&vm, &ram, &placement, config, &mut mmio);
-        attacher.add_configured(config)?;
-        devices.add_virtio_console(setup, &control, &mut attacher)?;
-        let balloon = attacher.balloon.take();
+        let mut builder = VirtioBuilder::new(&vm, &ram, &layout, config, &mut mmio);
+        builder.add_configured(config)?;
+        devices.add_virtio_console(setup, &control, &mut builder)?;
+        let balloon = builder.balloon.take();
         let api =
             config.api.as_deref().map(|path| api::Server::new(path, balloon, Arc::clone(&control))).transpose()?;
-        let (virtio, pages) = attacher.finish(&mut devices.pio)?;
+        let (virtio, pages) = builder.finish(&mut devices.pio)?;
         let vcpus = create_vcpus(system, &vm, topology, &apic_ids, &loaded, &config.tune)?;
         if config.memory.prefault || config.tune.wants(Lever::Prefault) {
             prefault(&ram, &vcpus, config.memory.bytes)?;
         }
-        let ring =
-            vcpus.first().and_then(|vcpu| levers::coalesced_io(&vm, vcpu, config, split, (&placement.mmio, pages)));
+        let ring = vcpus.first().and_then(|vcpu| levers::coalesced_io(&vm, vcpu, config, split, (&layout.mmio, pages)));
         let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze(), ring };
         Ok(Self {
             vcpus,
@@ -384,7 +383,7 @@ impl Devices {
         &mut self,
         setup: &Setup<'_>,
         control: &Arc<Control>,
-        attacher: &mut Attacher<'_>,
+        builder: &mut VirtioBuilder<'_>,
     ) -> Result<(), MachineError> {
         let Some(target) = &setup.config.console else { return Ok(()) };
         let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
@@ -396,7 +395,7 @@ impl Devices {
             self.input = Some(input(setup, console.port(), wanted, control)?);
             self.resized = setup.terminal.then(|| console.port());
         }
-        attacher.add("console".into(), Box::new(console))
+        builder.add("console".into(), Box::new(console))
     }
 }
 

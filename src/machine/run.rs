@@ -2,7 +2,7 @@
 
 use super::console::terminal_size;
 use super::live::Live;
-use super::{Attached, Machine, Setup};
+use super::{Machine, Setup, VirtioHandle};
 use crate::config::ProfileLevel;
 use crate::event_loop::{EventLoop, OnReadable};
 use crate::exit::{End, Handler, Outcome};
@@ -49,7 +49,7 @@ pub struct Finish {
     /// The machine's devices.
     pub handler: Arc<Handler>,
     /// Virtio devices.
-    pub virtio: Vec<Attached>,
+    pub virtio: Vec<VirtioHandle>,
     /// Guest memory.
     pub ram: GuestRam,
     /// CPU time of hwvmm from its start until the guest ran.
@@ -308,7 +308,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     if !missing.is_empty() {
         traced.get_or_insert_default().missing.extend(missing);
     }
-    virtio.iter().for_each(Attached::stop);
+    virtio.iter().for_each(VirtioHandle::stop);
     for id in signals {
         signal_hook::low_level::unregister(id);
     }

@@ -2,7 +2,7 @@
 
 use super::MachineError;
 use super::kernel::is_multiboot;
-use super::levers::switches;
+use super::levers::options;
 use crate::config::{DiskConfig, DiskFormat, RunConfig, Transport};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
@@ -17,7 +17,7 @@ use hwvmm_devices::virtio::mmio::{MmioDevice, REGION_BYTES};
 use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
 use hwvmm_devices::virtio::rng::{Rate, Rng};
 use hwvmm_devices::virtio::vsock::{KernelVsock, Vsock};
-use hwvmm_devices::virtio::{Carrier, Doorbell, QueueCounts, Switches, VirtioDevice};
+use hwvmm_devices::virtio::{Doorbell, QueueCounts, TransportOptions, VirtioDevice, VirtioTransport};
 use hwvmm_devices::{BusBuilder, BusDevice, RegisterPage};
 use std::io;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 const FIRST_FREE_PIN: u32 = 5;
 
 /// Where virtio devices go; known before they are made, for the ACPI tables.
-pub(super) struct Placement {
+pub(super) struct BusLayout {
     /// There is a PCI bus.
     pub(super) pci: bool,
     /// virtio-mmio devices: (gpa, bytes, gsi).
@@ -36,7 +36,7 @@ pub(super) struct Placement {
     pub(super) pages: bool,
 }
 
-impl Placement {
+impl BusLayout {
     /// # Errors
     /// Where there are more devices than places.
     pub(super) fn new(config: &RunConfig) -> Result<Self, MachineError> {
@@ -56,7 +56,7 @@ impl Placement {
     }
 }
 
-impl Placement {
+impl BusLayout {
     /// For an I/O APIC of hwvmm's own: moves the virtio-mmio devices to pins next to those of the UARTs (GSIs `uarts`), and
     /// says which the first pin is and how many there are; `None` where nothing is wired.
     pub(super) fn pack_pins(&mut self, uarts: impl Iterator<Item = u32>) -> Option<(u32, u32)> {
@@ -70,19 +70,19 @@ impl Placement {
 }
 
 /// A device of the machine.
-pub struct Attached {
+pub struct VirtioHandle {
     /// Its name, such as `disk0`.
     pub name: String,
     /// What happened on its queues.
     pub counts: Vec<Arc<QueueCounts>>,
     /// What carries it.
-    carrier: Arc<dyn Carrier>,
+    transport: Arc<dyn VirtioTransport>,
 }
 
-impl Attached {
+impl VirtioHandle {
     /// Ends its threads, once they have done what is there to do. The guest must not run any more.
     pub fn stop(&self) {
-        self.carrier.stop();
+        self.transport.stop();
     }
 }
 
@@ -100,28 +100,28 @@ impl MsiRouter for Router {
 }
 
 /// Puts devices on the machine.
-pub(super) struct Attacher<'a> {
+pub(super) struct VirtioBuilder<'a> {
     vm: &'a Arc<Vm>,
     memory: Memory,
-    placement: &'a Placement,
+    layout: &'a BusLayout,
     tune: Tune,
-    switches: Switches,
+    options: TransportOptions,
     mmio: &'a mut BusBuilder,
     router: Arc<dyn MsiRouter>,
     root: Root,
     next_message: u32,
-    attached: Vec<Attached>,
+    handles: Vec<VirtioHandle>,
     /// Whether all devices' registers so far are memory to the guest's reads.
     pages: bool,
     /// The balloon's handle, once there is one.
     pub(super) balloon: Option<Arc<BalloonControl>>,
 }
 
-impl<'a> Attacher<'a> {
+impl<'a> VirtioBuilder<'a> {
     pub(super) fn new(
         vm: &'a Arc<Vm>,
         ram: &GuestRam,
-        placement: &'a Placement,
+        layout: &'a BusLayout,
         config: &RunConfig,
         mmio: &'a mut BusBuilder,
     ) -> Self {
@@ -132,15 +132,15 @@ impl<'a> Attacher<'a> {
         Self {
             vm,
             memory,
-            placement,
+            layout,
             tune,
-            switches: switches(&tune, config.cpus.count()),
+            options: options(&tune, config.cpus.count()),
             mmio,
             router,
             root: Root::default(),
             next_message,
-            attached: Vec::new(),
-            pages: placement.pages,
+            handles: Vec::new(),
+            pages: layout.pages,
             balloon: None,
         }
     }
@@ -178,15 +178,15 @@ impl<'a> Attacher<'a> {
 
     /// Puts a device in the next place.
     pub(super) fn add(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
-        let place = self.attached.len();
-        let (base, bytes, carrier, bells) = match self.placement.mmio.get(place) {
+        let place = self.handles.len();
+        let (base, bytes, transport, bells) = match self.layout.mmio.get(place) {
             Some(&(gpa, bytes, gsi)) => {
                 let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
                 self.vm.register_irqfd(&event, gsi)?;
                 let made = MmioDevice::new(&name, device, self.memory.clone(), event)?;
                 let bells = made.doorbells(gpa);
                 self.show(std::iter::once((gpa, made.page())));
-                (gpa, bytes, made as Arc<dyn Carrier>, bells)
+                (gpa, bytes, made as Arc<dyn VirtioTransport>, bells)
             }
             None => {
                 let index = u32::try_from(place).unwrap_or(u32::MAX);
@@ -197,17 +197,17 @@ impl<'a> Attacher<'a> {
                 let full = |_| MachineError::TooManyDevices { asked: place + 1, max: place, bus: "PCI" };
                 self.root.add(Arc::clone(&made) as _).map_err(full)?;
                 let bells = made.doorbells(bar);
-                (u64::from(bar), u64::from(BAR_BYTES), made as Arc<dyn Carrier>, bells)
+                (u64::from(bar), u64::from(BAR_BYTES), made as Arc<dyn VirtioTransport>, bells)
             }
         };
-        carrier.set_switches(self.switches);
+        transport.set_options(self.options);
         if self.tune.wants(Lever::Ioeventfd) {
             for Doorbell { gpa, datamatch, event } in bells {
                 self.vm.register_ioeventfd(&event, gpa, datamatch)?;
             }
         }
-        self.mmio.insert(base, bytes, format!("virtio {name}"), Arc::clone(&carrier) as Arc<dyn BusDevice>)?;
-        self.attached.push(Attached { name, counts: carrier.counts(), carrier });
+        self.mmio.insert(base, bytes, format!("virtio {name}"), Arc::clone(&transport) as Arc<dyn BusDevice>)?;
+        self.handles.push(VirtioHandle { name, counts: transport.counts(), transport });
         Ok(())
     }
 
@@ -237,21 +237,21 @@ impl<'a> Attacher<'a> {
 
     /// Puts the PCI bus itself in its place, where there is one. Also says whether the devices' registers are memory to the
     /// guest's reads.
-    pub(super) fn finish(mut self, pio: &mut BusBuilder) -> Result<(Vec<Attached>, bool), MachineError> {
+    pub(super) fn finish(mut self, pio: &mut BusBuilder) -> Result<(Vec<VirtioHandle>, bool), MachineError> {
         let root = Arc::new(std::mem::take(&mut self.root));
-        if self.placement.pci && self.pages {
+        if self.layout.pci && self.pages {
             let pages = root.pages()?;
             self.show((PCI_ECAM..).step_by(usize::try_from(Root::PAGE_STRIDE).unwrap_or(0x8000)).zip(pages));
         }
         // The ports are those of segment 0, which has just its host bridge where the devices are in another: Linux looks for
         // one before it believes in the ports. Without devices too: it complains on its console where it finds no way to ask.
         let (port, ports) = ConfigPorts::PORTS;
-        let by_ports = if self.placement.pages { Arc::new(Root::default()) } else { Arc::clone(&root) };
+        let by_ports = if self.layout.pages { Arc::new(Root::default()) } else { Arc::clone(&root) };
         pio.insert(u64::from(port), ports, "PCI configuration", Arc::new(ConfigPorts::new(by_ports)))?;
-        if self.placement.pci {
+        if self.layout.pci {
             self.mmio.insert(PCI_ECAM, ECAM_BUS_BYTES, "PCI configuration", Arc::new(Ecam(root)))?;
         }
-        Ok((self.attached, self.pages))
+        Ok((self.handles, self.pages))
     }
 }
 

@@ -1,8 +1,8 @@
 //! The MMIO transport (virtio 1.3 §4.2), version 2: fewest accesses at boot, one edge-triggered interrupt a device. What a
 //! read of its registers gives lies in a page that the guest can be given (see [`MmioDevice::page`]).
 
-use super::transport::{Area, Core, Doorbell};
-use super::{Carrier, InterruptSource, QueueCounts, VirtioDevice, VirtioInterrupt};
+use super::transport::{Area, Doorbell, TransportState};
+use super::{InterruptSource, QueueCounts, VirtioDevice, VirtioInterrupt, VirtioTransport};
 use crate::bus::{Action, BusDevice};
 use crate::memory::Memory;
 use crate::page::RegisterPage;
@@ -96,7 +96,7 @@ impl VirtioInterrupt for Line {
 
 /// A device on the MMIO transport.
 pub struct MmioDevice {
-    core: Mutex<Core>,
+    state: Mutex<TransportState>,
     line: Arc<Line>,
     page: RegisterPage,
     /// The device changed while somebody held its lock: who gives it back shows the change.
@@ -117,16 +117,16 @@ impl MmioDevice {
         let page = RegisterPage::new()?;
         let line = Arc::new(Line { event, page: page.clone(), device: OnceLock::new() });
         let interrupt: Arc<dyn VirtioInterrupt> = Arc::clone(&line) as Arc<dyn VirtioInterrupt>;
-        let core = Mutex::new(Core::new(name, device, memory, interrupt)?);
-        let made = Arc::new(Self { core, line, page, stale: AtomicBool::new(false) });
+        let state = Mutex::new(TransportState::new(name, device, memory, interrupt)?);
+        let made = Arc::new(Self { state, line, page, stale: AtomicBool::new(false) });
         // Nobody else has set it: the line is new.
         let _ = made.line.device.set(Arc::downgrade(&made));
-        made.show(&made.core());
+        made.show(&made.state());
         Ok(made)
     }
 
     /// The registers as the guest may read them by itself. Its writes must come here at once then, for all that says what
-    /// the next read gives: [`MmioDevice::LATE`] is the rest.
+    /// the next read gives: [`MmioDevice::COALESCIBLE`] is the rest.
     #[must_use]
     pub fn page(&self) -> &RegisterPage {
         &self.page
@@ -135,28 +135,29 @@ impl MmioDevice {
     /// Registers whose writes may come late, up to the next of any other register: (offset, bytes). They set what counts
     /// from the next status on, and change nothing that is read before: QueueReady, which can be, reads as it was until then,
     /// but drivers look at it before they set it, and behind a write of another register.
-    pub const LATE: [(u64, u32); 4] = [(DRIVER_FEATURES, 8), (QUEUE_SIZE, 4), (QUEUE_READY, 4), (QUEUE_DESC_LOW, 0x28)];
+    pub const COALESCIBLE: [(u64, u32); 4] =
+        [(DRIVER_FEATURES, 8), (QUEUE_SIZE, 4), (QUEUE_READY, 4), (QUEUE_DESC_LOW, 0x28)];
 
     /// The same where the guest cannot read by itself: a read brings what was written before.
-    pub const LATE_WITHOUT_PAGE: [(u64, u32); 2] = [(DEVICE_FEATURES_SEL, 0x34), (QUEUE_DESC_LOW, 0x28)];
+    pub const COALESCIBLE_WITHOUT_PAGE: [(u64, u32); 2] = [(DEVICE_FEATURES_SEL, 0x34), (QUEUE_DESC_LOW, 0x28)];
 
     /// Shows what the registers are now. The configuration's generation comes last.
-    fn show(&self, core: &Core) {
+    fn show(&self, state: &TransportState) {
         self.stale.store(false, Ordering::SeqCst);
         let mut config = [0; CONFIG_BYTES];
-        core.read_config(0, &mut config);
+        state.read_config(0, &mut config);
         self.page.show(at(CONFIG), &config);
         for register in READABLE {
-            self.page.show_u32(at(register), self.register(core, register));
+            self.page.show_u32(at(register), self.register(state, register));
         }
-        self.page.show_u32(at(CONFIG_GENERATION), core.generation());
+        self.page.show_u32(at(CONFIG_GENERATION), state.generation());
     }
 
     /// The device has changed by itself. Never waits: whoever holds the lock may wait for the thread that says so.
     fn changed(&self) {
         self.stale.store(true, Ordering::SeqCst);
-        if let Some(core) = self.try_core() {
-            self.show(&core);
+        if let Some(state) = self.try_state() {
+            self.show(&state);
         }
     }
 
@@ -164,17 +165,17 @@ impl MmioDevice {
     /// driver may have looked in between.
     fn unlocked(&self) {
         while self.stale.load(Ordering::SeqCst) {
-            let Some(core) = self.try_core() else { return };
-            self.show(&core);
-            drop(core);
+            let Some(state) = self.try_state() else { return };
+            self.show(&state);
+            drop(state);
             if let Err(error) = self.line.raise(CONFIG_CHANGED) {
                 log::error!("cannot interrupt the guest: {error}");
             }
         }
     }
 
-    fn try_core(&self) -> Option<MutexGuard<'_, Core>> {
-        match self.core.try_lock() {
+    fn try_state(&self) -> Option<MutexGuard<'_, TransportState>> {
+        match self.state.try_lock() {
             Ok(guard) => Some(guard),
             Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
             Err(TryLockError::WouldBlock) => None,
@@ -193,101 +194,101 @@ impl MmioDevice {
             datamatch: Some(index),
             event: Arc::clone(event),
         };
-        (0_u32..).zip(self.core().kicks()).map(bell).collect()
+        (0_u32..).zip(self.state().kicks()).map(bell).collect()
     }
 
-    fn core(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, TransportState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn register(&self, core: &Core, offset: u64) -> u32 {
+    fn register(&self, state: &TransportState, offset: u64) -> u32 {
         match offset {
             MAGIC_VALUE => u32::from_le_bytes(*b"virt"),
             VERSION => 2,
-            DEVICE_ID => u32::from(core.kind().id),
+            DEVICE_ID => u32::from(state.kind().id),
             VENDOR_ID => u32::from_le_bytes(*b"hwvm"),
-            DEVICE_FEATURES => core.device_features(),
-            QUEUE_SIZE_MAX => core.queue().map_or(0, |queue| u32::from(queue.max)),
-            QUEUE_READY => core.queue().map_or(0, |queue| u32::from(queue.ready)),
+            DEVICE_FEATURES => state.device_features(),
+            QUEUE_SIZE_MAX => state.queue().map_or(0, |queue| u32::from(queue.max)),
+            QUEUE_READY => state.queue().map_or(0, |queue| u32::from(queue.ready)),
             INTERRUPT_STATUS => self.interrupt_status(),
-            STATUS => u32::from(core.status()),
+            STATUS => u32::from(state.status()),
             // No shared memory (§4.2.2): a length of all ones.
             SHM_LEN_LOW..=SHM_BASE_HIGH => u32::MAX,
-            CONFIG_GENERATION => core.generation(),
+            CONFIG_GENERATION => state.generation(),
             _ => 0,
         }
     }
 
-    fn set_register(&self, core: &mut Core, offset: u64, value: u32) {
+    fn set_register(&self, state: &mut TransportState, offset: u64, value: u32) {
         match offset {
-            DEVICE_FEATURES_SEL => core.device_features_select = value,
-            DRIVER_FEATURES => core.set_driver_features(value),
-            DRIVER_FEATURES_SEL => core.driver_features_select = value,
+            DEVICE_FEATURES_SEL => state.device_features_select = value,
+            DRIVER_FEATURES => state.set_driver_features(value),
+            DRIVER_FEATURES_SEL => state.driver_features_select = value,
             // A number beyond all queues selects none.
-            QUEUE_SEL => core.queue_select = u16::try_from(value).unwrap_or(u16::MAX),
-            QUEUE_SIZE => core.set_queue_size(value),
-            QUEUE_READY => core.set_queue_ready(value),
-            QUEUE_NOTIFY => core.kick(value),
+            QUEUE_SEL => state.queue_select = u16::try_from(value).unwrap_or(u16::MAX),
+            QUEUE_SIZE => state.set_queue_size(value),
+            QUEUE_READY => state.set_queue_ready(value),
+            QUEUE_NOTIFY => state.kick(value),
             INTERRUPT_ACK => {
                 self.page.word(at(INTERRUPT_STATUS)).fetch_and(!value.to_le(), Ordering::AcqRel);
             }
             STATUS => {
                 if let Ok(status) = u8::try_from(value) {
-                    core.set_status(status);
+                    state.set_status(status);
                 }
                 if value == 0 {
                     self.page.show_u32(at(INTERRUPT_STATUS), 0);
                 }
             }
-            QUEUE_DESC_LOW => core.set_queue_address(Area::Descriptors, false, value),
-            QUEUE_DESC_HIGH => core.set_queue_address(Area::Descriptors, true, value),
-            QUEUE_DRIVER_LOW => core.set_queue_address(Area::Driver, false, value),
-            QUEUE_DRIVER_HIGH => core.set_queue_address(Area::Driver, true, value),
-            QUEUE_DEVICE_LOW => core.set_queue_address(Area::Device, false, value),
-            QUEUE_DEVICE_HIGH => core.set_queue_address(Area::Device, true, value),
+            QUEUE_DESC_LOW => state.set_queue_address(Area::Descriptors, false, value),
+            QUEUE_DESC_HIGH => state.set_queue_address(Area::Descriptors, true, value),
+            QUEUE_DRIVER_LOW => state.set_queue_address(Area::Driver, false, value),
+            QUEUE_DRIVER_HIGH => state.set_queue_address(Area::Driver, true, value),
+            QUEUE_DEVICE_LOW => state.set_queue_address(Area::Device, false, value),
+            QUEUE_DEVICE_HIGH => state.set_queue_address(Area::Device, true, value),
             _ => log::debug!("virtio-mmio: write of {value:#x} to register {offset:#x}: ignored"),
         }
     }
 }
 
-impl Carrier for MmioDevice {
+impl VirtioTransport for MmioDevice {
     fn counts(&self) -> Vec<Arc<QueueCounts>> {
-        self.core().counts()
+        self.state().counts()
     }
 
-    fn set_switches(&self, switches: super::Switches) {
-        self.core().set_switches(switches);
+    fn set_options(&self, options: super::TransportOptions) {
+        self.state().set_options(options);
     }
 
     fn stop(&self) {
-        self.core().stop();
+        self.state().stop();
     }
 }
 
 impl BusDevice for MmioDevice {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let core = self.core();
+        let state = self.state();
         if offset >= CONFIG {
-            core.read_config(offset - CONFIG, data);
+            state.read_config(offset - CONFIG, data);
         } else if data.len() == 4 && offset.is_multiple_of(4) {
             // §4.2.2.2: registers are read in 32 bits, aligned. Else: all ones.
-            data.copy_from_slice(&self.register(&core, offset).to_le_bytes());
+            data.copy_from_slice(&self.register(&state, offset).to_le_bytes());
         }
-        drop(core);
+        drop(state);
         self.unlocked();
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Action {
-        let mut core = self.core();
+        let mut state = self.state();
         if offset >= CONFIG {
-            core.write_config(offset - CONFIG, data);
+            state.write_config(offset - CONFIG, data);
         } else if let Ok(value) = <[u8; 4]>::try_from(data)
             && offset.is_multiple_of(4)
         {
-            self.set_register(&mut core, offset, u32::from_le_bytes(value));
+            self.set_register(&mut state, offset, u32::from_le_bytes(value));
         }
-        self.show(&core);
-        drop(core);
+        self.show(&state);
+        drop(state);
         self.unlocked();
         Action::None
     }

@@ -1,7 +1,7 @@
 //! A driver for tests: it does what the specification says, or whatever else a test wants.
 
 use super::mmio::MmioDevice;
-use super::{Carrier, F_VERSION_1, VirtioDevice};
+use super::{F_VERSION_1, VirtioDevice, VirtioTransport};
 use crate::bus::BusDevice;
 use crate::memory::Memory;
 use std::sync::Arc;
@@ -308,7 +308,7 @@ impl Driver {
 
     /// The device on its transport.
     #[must_use]
-    pub fn device(&self) -> &dyn Carrier {
+    pub fn device(&self) -> &dyn VirtioTransport {
         &*self.device
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod balloon;
 pub mod block;
+mod busy_poll;
 pub mod console;
 pub mod fs;
 #[cfg(any(test, feature = "test-utils"))]
@@ -15,7 +16,6 @@ pub mod mock;
 pub mod net;
 mod notify_coalescer;
 pub mod pci;
-mod busy_poll;
 mod queue;
 pub mod rng;
 #[cfg(test)]
@@ -26,7 +26,7 @@ pub mod vsock;
 mod worker;
 
 pub use queue::{Chain, QueueCounts, Virtqueue};
-pub use transport::{Doorbell, Switches};
+pub use transport::{Doorbell, TransportOptions};
 pub use worker::WorkerThread;
 
 use crate::bus::BusDevice;
@@ -166,12 +166,12 @@ pub enum ActivateError {
 pub type Worker = Box<dyn MutEventSubscriber + Send>;
 
 /// A transport with its device, as the machine sees it.
-pub trait Carrier: BusDevice {
+pub trait VirtioTransport: BusDevice {
     /// What happens on the queues.
     fn counts(&self) -> Vec<Arc<QueueCounts>>;
 
     /// Sets what the transport may do against exits; before the guest sees the device.
-    fn set_switches(&self, switches: Switches);
+    fn set_options(&self, options: TransportOptions);
 
     /// Ends the device's threads, once they have done what the guest asked for so far. The guest must not run any more.
     fn stop(&self);

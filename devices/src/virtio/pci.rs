@@ -1,7 +1,7 @@
 //! The PCI transport (virtio 1.3 §4.1), modern only: one BAR, MSI-X, no INTx.
 
-use super::transport::{Area, Core, Doorbell};
-use super::{Carrier, InterruptSource, QueueCounts, VirtioDevice, VirtioInterrupt};
+use super::transport::{Area, Doorbell, TransportState};
+use super::{InterruptSource, QueueCounts, VirtioDevice, VirtioInterrupt, VirtioTransport};
 use crate::bus::{Action, BusDevice};
 use crate::memory::Memory;
 use crate::pci::{BarLayout, Capability, ConfigSpace, Identity, MsiRouter, MsiVector, Msix, PciFunction};
@@ -75,7 +75,7 @@ impl VirtioInterrupt for Messages {
 
 /// A device on the PCI transport: a function of the bus, and a BAR in memory.
 pub struct PciDevice {
-    core: Mutex<Core>,
+    state: Mutex<TransportState>,
     config: Mutex<ConfigSpace>,
     messages: Arc<Messages>,
     msix_at: usize,
@@ -120,8 +120,8 @@ impl PciDevice {
         let no_room = || io::Error::other("no room for a PCI capability");
         let msix_at = add_msix(&mut config, messages.msix.len()).ok_or_else(no_room)?;
         let window_at = add_virtio(&mut config, messages.queues.len()).ok_or_else(no_room)?;
-        let core = Core::new(name, device, memory, interrupt)?;
-        Ok(Self { core: Mutex::new(core), config: Mutex::new(config), messages, msix_at, window_at })
+        let state = TransportState::new(name, device, memory, interrupt)?;
+        Ok(Self { state: Mutex::new(state), config: Mutex::new(config), messages, msix_at, window_at })
     }
 
     /// What to make an ioeventfd of, for a BAR at `bar`.
@@ -132,11 +132,11 @@ impl PciDevice {
             datamatch: None,
             event: Arc::clone(event),
         };
-        (0_u64..).zip(self.core().kicks()).map(bell).collect()
+        (0_u64..).zip(self.state().kicks()).map(bell).collect()
     }
 
-    fn core(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, TransportState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
@@ -154,7 +154,7 @@ impl PciDevice {
                     *first = self.messages.isr.swap(0, Ordering::AcqRel);
                 }
             }
-            DEVICE_CONFIG => self.core().read_config(u64::from(at), data),
+            DEVICE_CONFIG => self.state().read_config(u64::from(at), data),
             MSIX_TABLE => self.messages.msix.read_table(u64::from(at), data),
             MSIX_PENDING => self.messages.msix.read_pending(u64::from(at), data),
             _ => data.fill(0),
@@ -165,8 +165,8 @@ impl PciDevice {
         let (part, at) = (offset & !(PART_BYTES - 1), offset & (PART_BYTES - 1));
         match part {
             COMMON => self.write_common(at, data),
-            DEVICE_CONFIG => self.core().write_config(u64::from(at), data),
-            NOTIFY => self.core().kick(at / NOTIFY_STRIDE),
+            DEVICE_CONFIG => self.state().write_config(u64::from(at), data),
+            NOTIFY => self.state().kick(at / NOTIFY_STRIDE),
             MSIX_TABLE => self.messages.msix.write_table(u64::from(at), data),
             _ => {}
         }
@@ -174,29 +174,29 @@ impl PciDevice {
 
     /// virtio_pci_common_cfg (§4.1.4.3). Fields are read in their own width or, the 64-bit ones, by halves.
     fn read_common(&self, at: u32, data: &mut [u8]) {
-        let core = self.core();
-        let selected = usize::from(core.queue_select);
+        let state = self.state();
+        let selected = usize::from(state.queue_select);
         let value: u32 = match at {
-            0x00 => core.device_features_select,
-            0x04 => core.device_features(),
-            0x08 => core.driver_features_select,
-            0x0c => core.driver_features(),
+            0x00 => state.device_features_select,
+            0x04 => state.device_features(),
+            0x08 => state.driver_features_select,
+            0x0c => state.driver_features(),
             0x10 => u32::from(self.messages.config.load(Ordering::Acquire)),
-            0x12 => u32::from(core.queue_count()),
-            0x14 => u32::from(core.status()),
-            0x15 => core.generation() & 0xff,
-            0x16 => u32::from(core.queue_select),
-            0x18 => core.queue().map_or(0, |queue| u32::from(queue.size)),
+            0x12 => u32::from(state.queue_count()),
+            0x14 => u32::from(state.status()),
+            0x15 => state.generation() & 0xff,
+            0x16 => u32::from(state.queue_select),
+            0x18 => state.queue().map_or(0, |queue| u32::from(queue.size)),
             0x1a => {
                 let vector = self.messages.queues.get(selected).map(|vector| vector.load(Ordering::Acquire));
                 u32::from(vector.unwrap_or(NO_VECTOR))
             }
-            0x1c => core.queue().map_or(0, |queue| u32::from(queue.ready)),
+            0x1c => state.queue().map_or(0, |queue| u32::from(queue.ready)),
             // queue_notify_off: in units of the stride.
-            0x1e => u32::from(core.queue_select),
-            0x20 | 0x24 => address_half(core.queue_address(Area::Descriptors), at),
-            0x28 | 0x2c => address_half(core.queue_address(Area::Driver), at),
-            0x30 | 0x34 => address_half(core.queue_address(Area::Device), at),
+            0x1e => u32::from(state.queue_select),
+            0x20 | 0x24 => address_half(state.queue_address(Area::Descriptors), at),
+            0x28 | 0x2c => address_half(state.queue_address(Area::Driver), at),
+            0x30 | 0x34 => address_half(state.queue_address(Area::Device), at),
             _ => 0,
         };
         data.fill(0);
@@ -217,29 +217,29 @@ impl PciDevice {
         bytes[..width].copy_from_slice(&data[..width]);
         let value = u32::from_le_bytes(bytes);
         let short = u16::try_from(value).unwrap_or(NO_VECTOR);
-        let mut core = self.core();
+        let mut state = self.state();
         match at {
-            0x00 => core.device_features_select = value,
-            0x08 => core.driver_features_select = value,
-            0x0c => core.set_driver_features(value),
+            0x00 => state.device_features_select = value,
+            0x08 => state.driver_features_select = value,
+            0x0c => state.set_driver_features(value),
             0x10 => self.messages.config.store(self.vector(short), Ordering::Release),
             0x14 => {
-                core.set_status(u8::try_from(value).unwrap_or(0));
+                state.set_status(u8::try_from(value).unwrap_or(0));
                 if value == 0 {
                     self.messages.clear();
                 }
             }
-            0x16 => core.queue_select = short,
-            0x18 => core.set_queue_size(value),
+            0x16 => state.queue_select = short,
+            0x18 => state.set_queue_size(value),
             0x1a => {
-                if let Some(vector) = self.messages.queues.get(usize::from(core.queue_select)) {
+                if let Some(vector) = self.messages.queues.get(usize::from(state.queue_select)) {
                     vector.store(self.vector(short), Ordering::Release);
                 }
             }
-            0x1c => core.set_queue_ready(value),
-            0x20 | 0x24 => core.set_queue_address(Area::Descriptors, at & 4 != 0, value),
-            0x28 | 0x2c => core.set_queue_address(Area::Driver, at & 4 != 0, value),
-            0x30 | 0x34 => core.set_queue_address(Area::Device, at & 4 != 0, value),
+            0x1c => state.set_queue_ready(value),
+            0x20 | 0x24 => state.set_queue_address(Area::Descriptors, at & 4 != 0, value),
+            0x28 | 0x2c => state.set_queue_address(Area::Driver, at & 4 != 0, value),
+            0x30 | 0x34 => state.set_queue_address(Area::Device, at & 4 != 0, value),
             _ => log::debug!("virtio-pci: write of {value:#x} to common configuration {at:#x}: ignored"),
         }
     }
@@ -347,17 +347,17 @@ impl PciFunction for PciDevice {
     }
 }
 
-impl Carrier for PciDevice {
+impl VirtioTransport for PciDevice {
     fn counts(&self) -> Vec<Arc<QueueCounts>> {
-        self.core().counts()
+        self.state().counts()
     }
 
-    fn set_switches(&self, switches: super::Switches) {
-        self.core().set_switches(switches);
+    fn set_options(&self, options: super::TransportOptions) {
+        self.state().set_options(options);
     }
 
     fn stop(&self) {
-        self.core().stop();
+        self.state().stop();
     }
 }
 

@@ -2,8 +2,8 @@
 //! in both directions are kept to what the other side asked for.
 
 use super::Signals;
-use super::notify_coalescer::NotifyCoalescer;
 use super::busy_poll::Poller;
+use super::notify_coalescer::NotifyCoalescer;
 use crate::memory::{Buffers, Memory, read_u16};
 use std::io;
 use std::sync::Arc;

@@ -32,18 +32,18 @@ pub struct Doorbell {
 
 /// What a transport may do to have fewer kicks and interrupts.
 #[derive(Clone, Copy, Debug)]
-pub struct Switches {
+pub struct TransportOptions {
     /// Offer VIRTIO_F_EVENT_IDX.
     pub event_idx: bool,
     /// Wait a moment for more before the driver is told, where that pays.
-    pub batch: bool,
+    pub coalesce_notifications: bool,
     /// Look for the next request oneself for up to so long, where that pays, in place of a kick.
-    pub poll: Option<Duration>,
+    pub busy_poll: Option<Duration>,
 }
 
-impl Default for Switches {
+impl Default for TransportOptions {
     fn default() -> Self {
-        Self { event_idx: true, batch: true, poll: None }
+        Self { event_idx: true, coalesce_notifications: true, busy_poll: None }
     }
 }
 
@@ -71,7 +71,7 @@ impl Setup {
 }
 
 /// A device behind a transport.
-pub(super) struct Core {
+pub(super) struct TransportState {
     device: Box<dyn VirtioDevice>,
     memory: Memory,
     name: Arc<str>,
@@ -81,14 +81,14 @@ pub(super) struct Core {
     queues: Vec<Setup>,
     workers: Vec<WorkerThread>,
     status: u8,
-    switches: Switches,
+    options: TransportOptions,
     driver_features: u64,
     pub(super) device_features_select: u32,
     pub(super) driver_features_select: u32,
     pub(super) queue_select: u16,
 }
 
-impl Core {
+impl TransportState {
     /// # Errors
     /// Where eventfds are not to be had.
     pub(super) fn new(
@@ -109,7 +109,7 @@ impl Core {
             queues,
             workers: Vec::new(),
             status: 0,
-            switches: Switches::default(),
+            options: TransportOptions::default(),
             driver_features: 0,
             device_features_select: 0,
             driver_features_select: 0,
@@ -118,8 +118,8 @@ impl Core {
     }
 
     /// Before the guest sees the device.
-    pub(super) fn set_switches(&mut self, switches: Switches) {
-        self.switches = switches;
+    pub(super) fn set_options(&mut self, options: TransportOptions) {
+        self.options = options;
     }
 
     pub(super) fn kind(&self) -> DeviceKind {
@@ -155,7 +155,7 @@ impl Core {
     }
 
     fn offered(&self) -> u64 {
-        let event_idx = if self.switches.event_idx { F_EVENT_IDX } else { 0 };
+        let event_idx = if self.options.event_idx { F_EVENT_IDX } else { 0 };
         self.device.device_features() | F_VERSION_1 | F_INDIRECT_DESC | event_idx
     }
 
@@ -295,10 +295,10 @@ impl Core {
                 Arc::clone(counts),
                 Arc::clone(&self.name),
             );
-            if !self.switches.batch {
+            if !self.options.coalesce_notifications {
                 queue.disable_coalescing();
             }
-            if let Some(limit) = self.switches.poll {
+            if let Some(limit) = self.options.busy_poll {
                 queue.set_busy_poll(limit);
             }
             made.push(Some(queue));
