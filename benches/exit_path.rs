@@ -3,8 +3,10 @@
 //! `--profile`. Holds the claim that what is off is free. Run with `cargo bench --bench exit_path`; with the name of one
 //! variant (plain, off, stats, profile) only that one runs, for a tool that counts instructions (scripts/profile-cost).
 
-use hwvmm::exit::recent::Detail;
-use hwvmm::exit::{Counters, ExitReason, Handler, HandlerTime, NoProfile, Profiler, Recent, Snapshot, UserProfile};
+use hwvmm::exit::flight_recorder::Detail;
+use hwvmm::exit::{
+    Counters, ExitReason, ExitRecord, FlightRecorder, Handler, HandlerTime, NoProfile, Profiler, UserProfile,
+};
 use hwvmm::kvm::{Direction, Exit, clock};
 use hwvmm_devices::BusBuilder;
 use hwvmm_devices::legacy::PostPort;
@@ -30,7 +32,7 @@ fn exit(data: &mut [u8; 1]) -> Exit<'_> {
 macro_rules! run_loop {
     ($exits:ident, [$($enter:tt)*] [$($stamp:tt)*] [$exit:ident, $handled:ident, $($record:tt)*] [$($finish:tt)*]) => {
         let handler = handler();
-        let mut recent = Recent::default();
+        let mut flight_recorder = FlightRecorder::default();
         let mut counters = Counters::new(&handler.pio, &handler.mmio);
         for _ in 0..$exits {
             $($enter)*
@@ -39,13 +41,13 @@ macro_rules! run_loop {
             let reason = ExitReason::of(&exit);
             $($stamp)*
             let $handled = handler.handle(&mut exit);
-            let $exit = Snapshot { reason, detail: Detail::of(&exit), rip: None, cpl: None, tsc: clock::tsc() };
+            let $exit = ExitRecord { reason, detail: Detail::of(&exit), rip: None, cpl: None, tsc: clock::tsc() };
             $($record)*
             counters.record(reason, $handled.route);
-            recent.push($exit);
+            flight_recorder.push($exit);
             black_box(&$handled.outcome);
         }
-        black_box((&counters, &recent));
+        black_box((&counters, &flight_recorder));
         $($finish)*
     };
 }

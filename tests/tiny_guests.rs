@@ -8,7 +8,7 @@ mod harness;
 
 use harness::{Outcome, Test};
 use hwvmm::exit::handler::BusKind;
-use hwvmm::exit::{Counters, End, ExitReason, Handler, Measured, NoProfile, Recent, UserProfile};
+use hwvmm::exit::{Counters, EndReason, ExitReason, FlightRecorder, Handler, Measured, NoProfile, UserProfile};
 use hwvmm::kvm::{System, kick};
 use hwvmm::memory::{Backing, GuestRam};
 use hwvmm::trace::{Tracer, VmCause, VmDetail, VmProfile};
@@ -118,10 +118,10 @@ fn vcpu(system: &System, machine: &Machine, mode: Mode) -> hwvmm::kvm::Vcpu {
 }
 
 struct Ran {
-    end: End,
+    end: EndReason,
     counters: Counters,
     latch: Arc<Latch>,
-    last: Option<hwvmm::exit::Snapshot>,
+    last: Option<hwvmm::exit::ExitRecord>,
 }
 
 /// Kicks the thread that made it when a payload takes too long: some KVMs loop where hardware would exit.
@@ -151,14 +151,14 @@ fn run_with(code: &[u8], mode: Mode, set_up: impl FnOnce(&Machine) -> Result<(),
     set_up(&machine)?;
     let mut vcpu = vcpu(&system, &machine, mode);
     let counters = Counters::new(&machine.handler.pio, &machine.handler.mmio);
-    let mut records = Records { counters, recent: Recent::default(), profiler: NoProfile };
+    let mut records = Records { counters, flight_recorder: FlightRecorder::default(), profiler: NoProfile };
     let guard = Guard::start();
     let stop = hwvmm::vcpu::run(&mut vcpu.enter(), &machine.handler, &mut records, |_, _| true).expect("KVM_RUN");
     drop(guard);
     let Stop::End(end) = stop else { return Err("this host's KVM never comes back from it".into()) };
-    let last = records.recent.iter().last().copied();
+    let last = records.flight_recorder.iter().last().copied();
     match end {
-        End::Kvm(why) => Err(format!("this host's KVM: {why}")),
+        EndReason::Kvm(why) => Err(format!("this host's KVM: {why}")),
         end => Ok(Ran { end, counters: records.counters, latch: machine.latch, last }),
     }
 }
@@ -182,7 +182,7 @@ fn outcome(result: Result<(), String>) -> Outcome {
 
 fn pio(code: &[u8], mode: Mode) -> Outcome {
     outcome(run(code, mode).map(|ran| {
-        assert_eq!(ran.end, End::DebugExit(3), "all values read back");
+        assert_eq!(ran.end, EndReason::DebugExit(3), "all values read back");
         assert_exits(&ran, &[(ExitReason::PioOut, 4), (ExitReason::PioIn, 3)]);
         let slots = ran.counters.slots(BusKind::Pio);
         assert_eq!((slots[0].reads, slots[0].writes, slots[1].writes), (3, 3, 1));
@@ -196,7 +196,7 @@ fn pio(code: &[u8], mode: Mode) -> Outcome {
 /// KVM hands a string over in as many exits as it likes; no item may be lost or doubled.
 fn string(code: &[u8], mode: Mode) -> Outcome {
     outcome(run(code, mode).map(|ran| {
-        assert_eq!(ran.end, End::DebugExit(3), "the fourth word read is 0x3434");
+        assert_eq!(ran.end, EndReason::DebugExit(3), "the fourth word read is 0x3434");
         let items: Vec<u8> = ran.latch.items.lock().unwrap().concat();
         assert_eq!(items, b"hello");
         let (out, read) = (ran.counters.reason(ExitReason::PioOut), ran.counters.reason(ExitReason::PioIn));
@@ -207,7 +207,7 @@ fn string(code: &[u8], mode: Mode) -> Outcome {
 
 fn mmio(code: &[u8], mode: Mode, accesses: u64) -> Outcome {
     outcome(run(code, mode).map(|ran| {
-        assert_eq!(ran.end, End::DebugExit(3), "all values read back");
+        assert_eq!(ran.end, EndReason::DebugExit(3), "all values read back");
         let expected = [(ExitReason::MmioWrite, accesses), (ExitReason::MmioRead, accesses), (ExitReason::PioOut, 1)];
         assert_exits(&ran, &expected);
         let slot = ran.counters.slots(BusKind::Mmio)[0];
@@ -222,7 +222,7 @@ fn register_page() -> Outcome {
     let shown = page.clone();
     let show = move |machine: &Machine| machine.vm.show_page(0xd200_0000, &shown).map_err(|error| error.to_string());
     outcome(run_with(guests::register_page_long(), Mode::Long, show).map(|ran| {
-        assert_eq!(ran.end, End::DebugExit(3), "every read gives what is shown");
+        assert_eq!(ran.end, EndReason::DebugExit(3), "every read gives what is shown");
         assert_exits(&ran, &[(ExitReason::MmioWrite, 1), (ExitReason::PioOut, 1)]);
         let unmapped: Vec<_> = ran.counters.unmapped().map(|(bus, gpa, n)| (bus, gpa, n.reads, n.writes)).collect();
         assert_eq!(unmapped, [(BusKind::Mmio, 0xd200_0004, 0, 1)]);
@@ -231,7 +231,7 @@ fn register_page() -> Outcome {
 
 fn unmapped() -> Outcome {
     outcome(run(guests::unmapped_long(), Mode::Long).map(|ran| {
-        assert_eq!(ran.end, End::DebugExit(3), "reads of nobody give all ones");
+        assert_eq!(ran.end, EndReason::DebugExit(3), "reads of nobody give all ones");
         let one = 1;
         assert_exits(
             &ran,
@@ -249,21 +249,21 @@ fn unmapped() -> Outcome {
 
 fn cpuid() -> Outcome {
     outcome(run(guests::cpuid_long(), Mode::Long).map(|ran| {
-        assert_eq!(ran.end, End::DebugExit(3));
+        assert_eq!(ran.end, EndReason::DebugExit(3));
         assert_exits(&ran, &[(ExitReason::PioOut, 1)]);
     }))
 }
 
 fn hlt(code: &[u8], mode: Mode) -> Outcome {
     outcome(run(code, mode).map(|ran| {
-        assert_eq!(ran.end, End::Halted);
+        assert_eq!(ran.end, EndReason::Halted);
         assert_exits(&ran, &[(ExitReason::Hlt, 1)]);
     }))
 }
 
 fn triple_fault(code: &[u8], mode: Mode) -> Outcome {
     outcome(run(code, mode).map(|ran| {
-        assert_eq!(ran.end, End::TripleFault);
+        assert_eq!(ran.end, EndReason::TripleFault);
         assert_exits(&ran, &[(ExitReason::Shutdown, 1)]);
     }))
 }
@@ -272,11 +272,11 @@ fn triple_fault(code: &[u8], mode: Mode) -> Outcome {
 fn msr(code: &'static [u8], reason: ExitReason) -> Outcome {
     let body = || -> Result<(), String> {
         let plain = run(code, Mode::Long)?;
-        assert_eq!(plain.end, End::TripleFault);
+        assert_eq!(plain.end, EndReason::TripleFault);
         assert_exits(&plain, &[(ExitReason::Shutdown, 1)]);
         let trapped =
             run_with(code, Mode::Long, |machine| machine.vm.trap_unknown_msrs().map_err(|error| error.to_string()))?;
-        assert_eq!(trapped.end, End::TripleFault);
+        assert_eq!(trapped.end, EndReason::TripleFault);
         assert_exits(&trapped, &[(reason, 1), (ExitReason::Shutdown, 1)]);
         assert_eq!(trapped.counters.msrs().next().map(|(index, n)| (index, n.total())), Some((0x12345, 1)));
         Ok(())
@@ -293,11 +293,11 @@ fn rests(code: &[u8]) -> Result<(bool, u64), String> {
     let handler = Arc::new(machine.handler);
     let threads = Threads::start(vec![vcpu], &handler, &control, &Measure::Nothing).expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(3);
-    let mut rested = false;
-    while !rested && control.ended().is_none() && Instant::now() < deadline {
-        threads.ask_for_rest();
+    let mut halted = false;
+    while !halted && control.ended().is_none() && Instant::now() < deadline {
+        threads.request_report();
         std::thread::sleep(Duration::from_millis(20));
-        rested = threads.all_rest();
+        halted = threads.all_halted();
     }
     let finished = threads.stop();
     if let Some(ended) = control.ended() {
@@ -305,7 +305,7 @@ fn rests(code: &[u8]) -> Result<(bool, u64), String> {
     }
     let counters = &finished[0].counters;
     assert_eq!(counters.total(), counters.reason(ExitReason::Interrupted), "kicks and nothing else");
-    Ok((rested, counters.total()))
+    Ok((halted, counters.total()))
 }
 
 /// Runs `profiled_long` with a full profile; VM exits where this host lets them be traced.
@@ -325,7 +325,7 @@ fn profiled() -> Result<(Box<UserProfile>, Result<VmProfile, String>), String> {
     }
     let finished = threads.stop().remove(0);
     match control.ended().map(|ended| ended.end) {
-        Some(End::DebugExit(3)) => {}
+        Some(EndReason::DebugExit(3)) => {}
         other => return Err(format!("this host's KVM: {other:?}")),
     }
     let traced = tracer.and_then(|tracer| {
@@ -411,9 +411,9 @@ const TESTS: &[Test] = &[
     ("triple_fault_in_real_mode", || triple_fault(guests::triple_fault_real(), Mode::Real)),
     ("triple_fault_in_protected_mode", || triple_fault(guests::triple_fault_protected(), Mode::Protected)),
     ("triple_fault_in_long_mode", || triple_fault(guests::triple_fault_long(), Mode::Long)),
-    ("a_guest_halted_for_good_is_seen", || outcome(rests(guests::halt_for_good()).map(|(rested, _)| assert!(rested)))),
+    ("a_guest_halted_for_good_is_seen", || outcome(rests(guests::halt_for_good()).map(|(halted, _)| assert!(halted)))),
     ("a_spinning_guest_does_not_rest_and_can_be_stopped", || {
-        outcome(rests(guests::spin_long()).map(|(rested, kicks)| assert!(!rested && kicks > 10)))
+        outcome(rests(guests::spin_long()).map(|(halted, kicks)| assert!(!halted && kicks > 10)))
     }),
 ];
 

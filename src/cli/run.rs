@@ -2,11 +2,11 @@
 
 use super::report;
 use crate::config::{OnReboot, RunConfig, RunOptions, StatsFormat, read_file};
-use crate::exit::End;
+use crate::exit::EndReason;
 use crate::exit::end::status;
 use crate::kvm::System;
 use crate::machine::console::{RawTerminal, Seen};
-use crate::machine::{self, Finish, Machine, Setup};
+use crate::machine::{self, Machine, RunRecord, Setup};
 use crate::probe::Host;
 use crate::profile::budget::Budget;
 use crate::profile::render::{Format, Style, render};
@@ -100,7 +100,7 @@ fn uses_stdin(config: &RunConfig) -> bool {
 }
 
 /// Starts the guest, and again as often as it resets itself, where that is wanted.
-fn start_until_done(setup: &mut Setup<'_>, system: &System) -> Result<(Finish, Option<RunStats>), Box<dyn Error>> {
+fn start_until_done(setup: &mut Setup<'_>, system: &System) -> Result<(RunRecord, Option<RunStats>), Box<dyn Error>> {
     let mut stats: Option<RunStats> = None;
     let deadline = setup.config.timeout.map(|timeout| std::time::Instant::now() + timeout);
     let mut config = setup.config.clone();
@@ -127,7 +127,7 @@ fn start_until_done(setup: &mut Setup<'_>, system: &System) -> Result<(Finish, O
                 none => *none = Some(new),
             }
         }
-        let restart = setup.config.on_reboot == OnReboot::Restart && finish.ended.end == End::Reset;
+        let restart = setup.config.on_reboot == OnReboot::Restart && finish.ended.end == EndReason::Reset;
         if !restart {
             return Ok((with_whole_timeout(finish, setup.config), stats));
         }
@@ -136,15 +136,15 @@ fn start_until_done(setup: &mut Setup<'_>, system: &System) -> Result<(Finish, O
 }
 
 /// A timeout is told with the time that was given, not with what the last start had left of it.
-fn with_whole_timeout(mut finish: Finish, config: &RunConfig) -> Finish {
-    if let (End::TimedOut(after), Some(timeout)) = (&mut finish.ended.end, config.timeout) {
+fn with_whole_timeout(mut finish: RunRecord, config: &RunConfig) -> RunRecord {
+    if let (EndReason::TimedOut(after), Some(timeout)) = (&mut finish.ended.end, config.timeout) {
         *after = timeout;
     }
     finish
 }
 
 /// One line: why and where.
-fn describe(finish: &Finish, end: &End) -> String {
+fn describe(finish: &RunRecord, end: &EndReason) -> String {
     let mut text = format!("hwvmm: {end}");
     let rip = |index: usize| finish.vcpus.get(index).and_then(|vcpu| vcpu.rip);
     let at = finish.ended.vcpu.unwrap_or(0);

@@ -35,7 +35,7 @@ pub mod status {
 
 /// Why a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum EndReason {
     /// The guest turned itself off.
     PowerOff,
     /// The guest halted for good after its kernel said that it would.
@@ -57,7 +57,7 @@ pub enum End {
     /// `--expect` matched this.
     Seen(String),
     /// The guest ended, cleanly, without `--expect`'s pattern.
-    NotSeen(Box<End>),
+    NotSeen(Box<EndReason>),
     /// `--timeout`.
     TimedOut(Duration),
     /// Ctrl-A x.
@@ -68,7 +68,7 @@ pub enum End {
     Failed(String),
 }
 
-impl End {
+impl EndReason {
     /// The exit status.
     #[must_use]
     pub fn status(&self) -> u8 {
@@ -118,7 +118,7 @@ impl End {
     }
 }
 
-impl fmt::Display for End {
+impl fmt::Display for EndReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::PowerOff => f.write_str("the guest powered off"),
@@ -149,25 +149,25 @@ mod tests {
     #[test]
     fn statuses_tell_ends_apart() {
         let ends = [
-            End::PowerOff,
-            End::Reset,
-            End::TripleFault,
-            End::Panicked(None),
-            End::Halted,
-            End::Watchdog,
-            End::Kvm(String::new()),
-            End::NotSeen(Box::new(End::PowerOff)),
-            End::TimedOut(Duration::from_secs(1)),
-            End::Quit,
-            End::Failed(String::new()),
+            EndReason::PowerOff,
+            EndReason::Reset,
+            EndReason::TripleFault,
+            EndReason::Panicked(None),
+            EndReason::Halted,
+            EndReason::Watchdog,
+            EndReason::Kvm(String::new()),
+            EndReason::NotSeen(Box::new(EndReason::PowerOff)),
+            EndReason::TimedOut(Duration::from_secs(1)),
+            EndReason::Quit,
+            EndReason::Failed(String::new()),
         ];
-        let by_status: HashMap<u8, &End> = ends.iter().map(|end| (end.status(), end)).collect();
+        let by_status: HashMap<u8, &EndReason> = ends.iter().map(|end| (end.status(), end)).collect();
         assert_eq!(by_status.len(), ends.len());
     }
 
     #[test]
     fn a_panic_stays_a_panic_without_the_expected() {
-        assert_eq!(End::Panicked(None).without_the_expected(), End::Panicked(None));
-        assert_eq!(End::PowerOff.without_the_expected().status(), status::NOT_SEEN);
+        assert_eq!(EndReason::Panicked(None).without_the_expected(), EndReason::Panicked(None));
+        assert_eq!(EndReason::PowerOff.without_the_expected().status(), status::NOT_SEEN);
     }
 }

@@ -1,6 +1,6 @@
 //! Dispatch: who answers an exit, and what becomes of the run.
 
-use super::end::End;
+use super::end::EndReason;
 use super::reason::kvm_exit_name;
 use crate::kvm::exit::InternalError;
 use crate::kvm::{Coalesced, Direction, Exit};
@@ -40,7 +40,7 @@ pub enum Outcome {
     /// The vCPU was kicked: see whether it should stop.
     Kicked,
     /// The run is over.
-    End(End),
+    End(EndReason),
 }
 
 /// An exit that has been answered.
@@ -53,7 +53,7 @@ pub struct Handled {
 }
 
 impl Handled {
-    fn end(end: End) -> Self {
+    fn end(end: EndReason) -> Self {
         Self { route: Route::None, outcome: Outcome::End(end) }
     }
 
@@ -76,7 +76,7 @@ impl Handler {
     /// Answers an exit: fills what the guest reads, hands on what it writes.
     pub fn handle(&self, exit: &mut Exit<'_>) -> Handled {
         // What the guest wrote before comes first.
-        if let Outcome::End(end) = self.take_waiting() {
+        if let Outcome::End(end) = self.drain_coalesced() {
             return Handled::end(end);
         }
         match exit {
@@ -95,8 +95,8 @@ impl Handler {
             Exit::Again | Exit::IrqWindowOpen | Exit::Intr | Exit::SetTpr | Exit::IoapicEoi(_) => {
                 Handled::go_on(Route::None)
             }
-            Exit::Hlt => Handled::end(End::Halted),
-            Exit::Shutdown => Handled::end(End::TripleFault),
+            Exit::Hlt => Handled::end(EndReason::Halted),
+            Exit::Shutdown => Handled::end(EndReason::TripleFault),
             Exit::SystemEvent { kind } => Handled::end(system_event(*kind)),
             Exit::FailEntry { .. }
             | Exit::InternalError(_)
@@ -108,12 +108,12 @@ impl Handler {
             | Exit::Hyperv
             | Exit::Foreign(_)
             | Exit::Unknown
-            | Exit::Unsupported(_) => Handled::end(End::Kvm(describe(exit))),
+            | Exit::Unsupported(_) => Handled::end(EndReason::Kvm(describe(exit))),
         }
     }
 
     /// Hands on the writes that wait in the kernel.
-    pub fn take_waiting(&self) -> Outcome {
+    pub fn drain_coalesced(&self) -> Outcome {
         let mut outcome = Outcome::Continue;
         let Some(ring) = &self.ring else { return outcome };
         ring.take(|port, address, size, data| {
@@ -154,20 +154,20 @@ fn write(bus: &Bus, kind: BusKind, address: u64, size: usize, data: &[u8]) -> Ha
     };
     let outcome = match action {
         Action::None => Outcome::Continue,
-        Action::Reset => Outcome::End(End::Reset),
-        Action::PowerOff => Outcome::End(End::PowerOff),
-        Action::Panicked => Outcome::End(End::Panicked(None)),
-        Action::DebugExit(status) => Outcome::End(End::DebugExit(status)),
+        Action::Reset => Outcome::End(EndReason::Reset),
+        Action::PowerOff => Outcome::End(EndReason::PowerOff),
+        Action::Panicked => Outcome::End(EndReason::Panicked(None)),
+        Action::DebugExit(status) => Outcome::End(EndReason::DebugExit(status)),
     };
     Handled { route: Route::Slot(kind, found.slot), outcome }
 }
 
-fn system_event(kind: u32) -> End {
+fn system_event(kind: u32) -> EndReason {
     match kind {
-        KVM_SYSTEM_EVENT_SHUTDOWN => End::PowerOff,
-        KVM_SYSTEM_EVENT_RESET => End::Reset,
-        KVM_SYSTEM_EVENT_CRASH => End::Panicked(None),
-        other => End::Kvm(format!("KVM_EXIT_SYSTEM_EVENT of unknown type {other}")),
+        KVM_SYSTEM_EVENT_SHUTDOWN => EndReason::PowerOff,
+        KVM_SYSTEM_EVENT_RESET => EndReason::Reset,
+        KVM_SYSTEM_EVENT_CRASH => EndReason::Panicked(None),
+        other => EndReason::Kvm(format!("KVM_EXIT_SYSTEM_EVENT of unknown type {other}")),
     }
 }
 
@@ -285,10 +285,10 @@ mod tests {
         let mut data = [0; 16];
         data[..3].copy_from_slice(&[1, 0x00c3_0f48_9003, 0]);
         let mut exit = Exit::InternalError(InternalError { suberror: 1, count: 3, data });
-        let Outcome::End(End::Kvm(text)) = handler.handle(&mut exit).outcome else { panic!("an end") };
+        let Outcome::End(EndReason::Kvm(text)) = handler.handle(&mut exit).outcome else { panic!("an end") };
         assert!(text.contains("KVM_EXIT_INTERNAL_ERROR") && text.contains("90 48 0f"), "{text}");
         let mut exit = Exit::FailEntry { reason: 0x8000_0021, cpu: 3 };
-        let Outcome::End(End::Kvm(text)) = handler.handle(&mut exit).outcome else { panic!("an end") };
+        let Outcome::End(EndReason::Kvm(text)) = handler.handle(&mut exit).outcome else { panic!("an end") };
         assert!(text.contains("INVALID_GUEST_STATE"), "{text}");
     }
 
@@ -297,7 +297,7 @@ mod tests {
         let (handler, _) = handler();
         let mut data = [0xee];
         let out = &mut Exit::Pio { port: 0xe0, direction: Direction::Out, size: 1, data: &mut data };
-        assert_eq!(handler.handle(out).outcome, Outcome::End(End::DebugExit(3)));
-        assert_eq!(handler.handle(&mut Exit::Shutdown).outcome, Outcome::End(End::TripleFault));
+        assert_eq!(handler.handle(out).outcome, Outcome::End(EndReason::DebugExit(3)));
+        assert_eq!(handler.handle(&mut Exit::Shutdown).outcome, Outcome::End(EndReason::TripleFault));
     }
 }

@@ -1,9 +1,9 @@
 //! What is measured at an exit beyond its count. The run loop is generic over it and chooses once, when the vCPU's
 //! thread starts, so that what is off costs nothing.
 
+use super::flight_recorder::ExitRecord;
 use super::handler::Route;
 use super::reason::ExitReason;
-use super::recent::Snapshot;
 use super::user_profile::UserProfile;
 use std::time::Instant;
 
@@ -16,7 +16,7 @@ pub trait Profiler {
     fn stamp(&self) -> Self::Stamp;
 
     /// After it has been handled. By value: a reference would make the compiler keep a copy even where nobody looks at it.
-    fn record(&mut self, exit: Snapshot, route: Route, stamp: Self::Stamp);
+    fn record(&mut self, exit: ExitRecord, route: Route, stamp: Self::Stamp);
 
     /// Before the guest is entered (again).
     fn enter(&mut self);
@@ -48,7 +48,7 @@ impl Profiler for NoProfile {
     fn stamp(&self) {}
 
     #[inline(always)]
-    fn record(&mut self, _exit: Snapshot, _route: Route, (): ()) {}
+    fn record(&mut self, _exit: ExitRecord, _route: Route, (): ()) {}
 
     #[inline(always)]
     fn enter(&mut self) {}
@@ -78,7 +78,7 @@ impl Profiler for HandlerTime {
         Instant::now()
     }
 
-    fn record(&mut self, exit: Snapshot, _route: Route, stamp: Instant) {
+    fn record(&mut self, exit: ExitRecord, _route: Route, stamp: Instant) {
         self.ns[exit.reason.index()] += u64::try_from(stamp.elapsed().as_nanos()).unwrap_or(u64::MAX);
     }
 
@@ -92,7 +92,7 @@ impl Profiler for HandlerTime {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exit::recent::Detail;
+    use crate::exit::flight_recorder::Detail;
 
     #[test]
     fn off_takes_no_space_and_on_adds_up() {
@@ -101,7 +101,7 @@ mod tests {
         let mut time = HandlerTime::default();
         let stamp = time.stamp();
         std::thread::sleep(std::time::Duration::from_millis(2));
-        let exit = Snapshot { reason: ExitReason::PioIn, detail: Detail::default(), rip: None, cpl: None, tsc: 0 };
+        let exit = ExitRecord { reason: ExitReason::PioIn, detail: Detail::default(), rip: None, cpl: None, tsc: 0 };
         time.record(exit, Route::None, stamp);
         let Measured::HandlerTime(ns) = time.finish() else { panic!("measured") };
         assert!(ns[ExitReason::PioIn.index()] >= 2_000_000);

@@ -1,9 +1,9 @@
 //! The userspace exits of one vCPU by cause: reason, address, width, and the guest's instruction.
 
+use super::flight_recorder::ExitRecord;
 use super::handler::{BusKind, Route};
 use super::profiler::{Measured, Profiler};
 use super::reason::ExitReason;
-use super::recent::Snapshot;
 use super::tally::Tally;
 use super::timeline::Timeline;
 use hwvmm_arch::layout::{PORT_MARK, PORT_POST, UARTS};
@@ -122,7 +122,7 @@ impl UserProfile {
         }
     }
 
-    fn look_for_marks(&mut self, at_ns: u64, exit: &Snapshot) {
+    fn look_for_marks(&mut self, at_ns: u64, exit: &ExitRecord) {
         if exit.rip.is_some_and(|rip| rip >= HIGH_HALF) {
             self.mark_first(at_ns, Mark::Kernel);
         }
@@ -154,7 +154,7 @@ impl Profiler for UserProfile {
         Instant::now()
     }
 
-    fn record(&mut self, exit: Snapshot, route: Route, stamp: Instant) {
+    fn record(&mut self, exit: ExitRecord, route: Route, stamp: Instant) {
         let at_ns = nanoseconds(self.start, stamp);
         self.timeline.add(at_ns, exit.reason);
         self.look_for_marks(at_ns, &exit);
@@ -195,11 +195,11 @@ impl UserCause {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exit::recent::Detail;
+    use crate::exit::flight_recorder::Detail;
 
-    fn exit(reason: ExitReason, address: u64, rip: u64) -> Snapshot {
+    fn exit(reason: ExitReason, address: u64, rip: u64) -> ExitRecord {
         let detail = Detail { address, data: 0x41, size: 1, count: 1 };
-        Snapshot { reason, detail, rip: Some(rip), cpl: Some(0), tsc: 0 }
+        ExitRecord { reason, detail, rip: Some(rip), cpl: Some(0), tsc: 0 }
     }
 
     #[test]

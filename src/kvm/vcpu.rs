@@ -26,7 +26,7 @@ mod number {
 
 /// What a vCPU waits for, seen from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rest {
+pub enum VcpuActivity {
     /// It runs, or something can wake it.
     Awake,
     /// Halted with interrupts off: nothing but an NMI or a reset wakes it.
@@ -197,12 +197,14 @@ impl Vcpu {
     ///
     /// # Errors
     /// Where an ioctl fails.
-    pub fn rest(&self) -> Result<Rest, KvmError> {
+    pub fn activity(&self) -> Result<VcpuActivity, KvmError> {
         let state = self.fd.get_mp_state().named("KVM_GET_MP_STATE")?.mp_state;
         Ok(match state {
-            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => Rest::NotStarted,
-            KVM_MP_STATE_HALTED if self.regs()?.rflags & hwvmm_arch::regs::RFLAGS_IF == 0 => Rest::HaltedForGood,
-            _ => Rest::Awake,
+            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => VcpuActivity::NotStarted,
+            KVM_MP_STATE_HALTED if self.regs()?.rflags & hwvmm_arch::regs::RFLAGS_IF == 0 => {
+                VcpuActivity::HaltedForGood
+            }
+            _ => VcpuActivity::Awake,
         })
     }
 

@@ -7,7 +7,7 @@
 
 use super::live::Live;
 use crate::config::parse_size;
-use crate::exit::End;
+use crate::exit::EndReason;
 use crate::vcpu::Control;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use hwvmm_devices::socket::Listener;
@@ -75,7 +75,7 @@ impl Server {
                 None => json!({"error": "the machine does not run yet"}),
             },
             (Some("stop"), None, None) => {
-                self.control.end(End::Quit, None);
+                self.control.end(EndReason::Quit, None);
                 json!({"state": "stopping"})
             }
             _ => json!({"error": format!("unknown command '{line}'; known are: status, exits, balloon SIZE, stop")}),

@@ -10,7 +10,7 @@ mod run;
 mod testdev;
 mod virtio;
 
-pub use run::{Finish, RunError, run};
+pub use run::{RunError, RunRecord, run};
 pub use virtio::VirtioHandle;
 
 use crate::config::{ConsoleTarget, Pages, RunConfig};

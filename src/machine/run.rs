@@ -5,12 +5,12 @@ use super::live::Live;
 use super::{Machine, Setup, VirtioHandle};
 use crate::config::ProfileLevel;
 use crate::event_loop::{EventLoop, OnReadable};
-use crate::exit::{End, Handler, Outcome};
+use crate::exit::{EndReason, Handler, Outcome};
 use crate::kvm::stats::{Reader, Stat};
 use crate::kvm::{Vcpu, Vm};
 use crate::memory::{GuestRam, give_back_startup};
 use crate::trace::{Traced, Tracer};
-use crate::vcpu::{Control, Ended, Finished, Measure, Threads};
+use crate::vcpu::{Control, Measure, RunEnd, Threads, VcpuRecord};
 use event_manager::MutEventSubscriber;
 use hwvmm_devices::legacy::Watchdog;
 use hwvmm_devices::virtio::console::Port;
@@ -37,11 +37,11 @@ pub enum RunError {
 }
 
 /// What a run leaves behind.
-pub struct Finish {
+pub struct RunRecord {
     /// Why it ended, and where.
-    pub ended: Ended,
+    pub ended: RunEnd,
     /// By vCPU.
-    pub vcpus: Vec<Finished>,
+    pub vcpus: Vec<VcpuRecord>,
     /// KVM's own figures of the machine, where it has them.
     pub vm_stats: Option<Vec<Stat>>,
     /// The same of each vCPU.
@@ -80,7 +80,7 @@ fn add_signals(event_loop: &mut EventLoop, control: &Arc<Control>) -> io::Result
         let control = Arc::clone(control);
         event_loop.add(Box::new(OnReadable::new(receiver, move |receiver: &UnixStream| {
             let _ = rustix::io::read(receiver.as_fd(), &mut [0; 16]);
-            control.end(End::Signal(number, name), None);
+            control.end(EndReason::Signal(number, name), None);
         })));
     }
     Ok(ids)
@@ -99,7 +99,7 @@ fn watch_size(event_loop: &mut EventLoop, port: Arc<Port>) -> io::Result<()> {
 }
 
 /// Sees when all vCPUs rest for good.
-struct RestWatch {
+struct HaltDetector {
     readers: Vec<Option<Reader>>,
     exits: Vec<u64>,
     asked: bool,
@@ -110,7 +110,7 @@ fn stats_readers(vcpus: &[Vcpu]) -> Vec<Option<Reader>> {
     vcpus.iter().map(|vcpu| vcpu.stats_fd().ok().and_then(|file| Reader::new(file).ok())).collect()
 }
 
-impl RestWatch {
+impl HaltDetector {
     fn new(vcpus: &[Vcpu]) -> Self {
         Self { readers: stats_readers(vcpus), exits: Vec::new(), asked: false, blind_ticks: 0 }
     }
@@ -127,7 +127,7 @@ impl RestWatch {
     /// Once a tick: whether the guest will never run again. Its vCPUs are asked only where none has exited since the
     /// last tick, and once until one does.
     fn tick(&mut self, threads: &Threads) -> bool {
-        if self.asked && threads.all_rest() {
+        if self.asked && threads.all_halted() {
             return true;
         }
         let exits = self.count_exits();
@@ -137,7 +137,7 @@ impl RestWatch {
         if !quiet {
             self.asked = false;
         } else if blind || !self.asked {
-            threads.ask_for_rest();
+            threads.request_report();
             self.asked = true;
         }
         self.exits = exits;
@@ -217,7 +217,7 @@ impl Drain {
         let work = move || {
             while !stopping.load(Ordering::Acquire) {
                 std::thread::park_timeout(DRAIN);
-                if let Outcome::End(end) = handler.take_waiting() {
+                if let Outcome::End(end) = handler.drain_coalesced() {
                     control.end(end, None);
                 }
             }
@@ -241,7 +241,7 @@ struct Limits<'a> {
     watchdog: Option<Arc<Watchdog>>,
     /// When, and after how long.
     timeout: Option<(Instant, Duration)>,
-    rest: RestWatch,
+    halt_detector: HaltDetector,
 }
 
 impl Limits<'_> {
@@ -252,13 +252,13 @@ impl Limits<'_> {
             let now = Instant::now();
             let dog = self.watchdog.as_ref().and_then(|watchdog| watchdog.deadline());
             if let Some((_, timeout)) = self.timeout.filter(|(at, _)| *at <= now) {
-                self.control.end(End::TimedOut(timeout), None);
+                self.control.end(EndReason::TimedOut(timeout), None);
             } else if dog.is_some_and(|at| at <= now) {
-                self.control.end(End::Watchdog, None);
+                self.control.end(EndReason::Watchdog, None);
             } else if next_tick <= now {
                 next_tick = now + TICK;
-                if self.rest.tick(threads) {
-                    self.control.end(End::Halted, None);
+                if self.halt_detector.tick(threads) {
+                    self.control.end(EndReason::Halted, None);
                 }
             }
             let moments = [Some(next_tick), dog, self.timeout.map(|(at, _)| at)];
@@ -275,13 +275,13 @@ impl Limits<'_> {
 ///
 /// # Errors
 /// Where threads or the event loop cannot be had.
-pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
+pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<RunRecord, RunError> {
     let Machine { vcpus, vm, virtio, api, handler, control, input, resized, watchdog, ram, loaded } = machine;
     let live = api.as_ref().map(super::api::Server::live);
     let input = input.map(|input| Box::new(input) as Box<dyn MutEventSubscriber>);
     let api = api.map(|api| Box::new(api) as Box<dyn MutEventSubscriber>);
     let (mut event_loop, signals) = listen(&control, input.into_iter().chain(api), resized)?;
-    let rest = RestWatch::new(&vcpus);
+    let halt_detector = HaltDetector::new(&vcpus);
     let readers = if live.is_some() { stats_readers(&vcpus) } else { Vec::new() };
     if let Err(error) = give_back_startup() {
         log::debug!("start-up's memory stays: {error}");
@@ -298,12 +298,12 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
         let _ = live.set(Live::new(threads.inspector(), Arc::clone(&handler), readers));
     }
     let drain = Drain::start(&handler, &control).map_err(|error| RunError::Io("start a thread", error))?;
-    let result = Limits { control: &control, watchdog, timeout, rest }.wait(&mut event_loop, &threads);
+    let result = Limits { control: &control, watchdog, timeout, halt_detector }.wait(&mut event_loop, &threads);
     let ran = start.elapsed();
     let vcpus = threads.stop();
     // The guest's last words.
     drain.into_iter().for_each(Drain::stop);
-    handler.take_waiting();
+    handler.drain_coalesced();
     let mut traced = tracer.map(Tracer::finish);
     if !missing.is_empty() {
         traced.get_or_insert_default().missing.extend(missing);
@@ -316,11 +316,12 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Finish, RunError> {
     let read = |file: Option<std::fs::File>| file.and_then(|file| Reader::new(file).ok()?.read().ok());
     let vm_stats = read(vm.stats_fd().ok());
     let vcpu_stats = vcpus.iter().map(|finished| read(finished.vcpu.stats_fd().ok())).collect();
-    let ended =
-        control.ended().unwrap_or(Ended { end: End::Failed("the run ended without a reason".into()), vcpu: None });
-    let ended = Ended { end: setup.seen.explain(ended.end), vcpu: ended.vcpu };
+    let ended = control
+        .ended()
+        .unwrap_or(RunEnd { end: EndReason::Failed("the run ended without a reason".into()), vcpu: None });
+    let ended = RunEnd { end: setup.seen.explain(ended.end), vcpu: ended.vcpu };
     let description = loaded.description;
-    Ok(Finish {
+    Ok(RunRecord {
         ended,
         vcpus,
         vm_stats,

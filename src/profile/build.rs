@@ -9,7 +9,7 @@ use crate::exit::handler::BusKind;
 use crate::exit::tally::Tally;
 use crate::exit::user_profile::{self, UserCause};
 use crate::exit::{ExitReason, Handler, Measured, Route, UserProfile, timeline};
-use crate::machine::Finish;
+use crate::machine::RunRecord;
 use crate::trace::{VmCause, VmDetail, VmProfile};
 use hwvmm_arch::exit_code::Class;
 use hwvmm_arch::{layout, msr_name::msr_name};
@@ -242,7 +242,7 @@ fn marks(profiles: &[&UserProfile]) -> Vec<Mark> {
 }
 
 /// Loading, unpacking in the guest, the kernel, and what it starts.
-fn phases(finish: &Finish, marks: &[Mark], vm: &[Option<VmProfile>]) -> Vec<Phase> {
+fn phases(finish: &RunRecord, marks: &[Mark], vm: &[Option<VmProfile>]) -> Vec<Phase> {
     let first = |name: &str| marks.iter().find(|mark| mark.name == name).map(|mark| mark.at_ns);
     let earliest = |get: fn(&VmProfile) -> Option<u64>| vm.iter().flatten().filter_map(get).min();
     let ran = nanoseconds(finish.ran);
@@ -270,7 +270,7 @@ fn phases(finish: &Finish, marks: &[Mark], vm: &[Option<VmProfile>]) -> Vec<Phas
 }
 
 /// The symbols of a run, moved to where its kernel lies; what cannot be had goes to `missing`.
-pub fn symbols(config: &RunConfig, finish: &Finish, missing: &mut Vec<String>) -> Option<Symbols> {
+pub fn symbols(config: &RunConfig, finish: &RunRecord, missing: &mut Vec<String>) -> Option<Symbols> {
     let mut symbols = match Symbols::load(config) {
         Ok(symbols) => symbols,
         Err(error) => {
@@ -295,7 +295,7 @@ pub fn symbols(config: &RunConfig, finish: &Finish, missing: &mut Vec<String>) -
 impl Profile {
     /// The profile of one start.
     #[must_use]
-    pub fn new(config: &RunConfig, finish: &Finish) -> Self {
+    pub fn new(config: &RunConfig, finish: &RunRecord) -> Self {
         let mut missing = finish.traced.as_ref().map(|traced| traced.missing.clone()).unwrap_or_default();
         let symbols = symbols(config, finish, &mut missing);
         let users: Vec<&UserProfile> = finish

@@ -2,27 +2,27 @@
 
 use super::render::time;
 use super::symbols::Symbols;
-use crate::exit::Snapshot;
-use crate::machine::Finish;
+use crate::exit::ExitRecord;
+use crate::machine::RunRecord;
 use std::fmt::Write as _;
 
 /// One line for equal exits that follow each other.
 struct Line<'a> {
-    first: &'a Snapshot,
+    first: &'a ExitRecord,
     times: usize,
 }
 
-fn same(a: &Snapshot, b: &Snapshot) -> bool {
+fn same(a: &ExitRecord, b: &ExitRecord) -> bool {
     (a.reason, a.detail, a.rip, a.cpl) == (b.reason, b.detail, b.rip, b.cpl)
 }
 
 /// The last exits of each vCPU, oldest first.
 #[must_use]
-pub fn flight_recorder(finish: &Finish, symbols: Option<&Symbols>) -> String {
+pub fn flight_recorder(finish: &RunRecord, symbols: Option<&Symbols>) -> String {
     let mut text = String::new();
     for (index, vcpu) in finish.vcpus.iter().enumerate() {
         let mut lines: Vec<Line<'_>> = Vec::new();
-        for exit in vcpu.recent.iter() {
+        for exit in vcpu.flight_recorder.iter() {
             match lines.last_mut() {
                 Some(last) if same(last.first, exit) => last.times += 1,
                 _ => lines.push(Line { first: exit, times: 1 }),

@@ -5,7 +5,7 @@ use crate::exit::counters::Accesses;
 use crate::exit::handler::BusKind;
 use crate::exit::{Counters, ExitReason, Measured};
 use crate::kvm::stats::{Kind, Stat};
-use crate::machine::Finish;
+use crate::machine::RunRecord;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -102,7 +102,7 @@ pub(super) fn nanoseconds(time: std::time::Duration) -> u64 {
 impl RunStats {
     /// The counts of one start.
     #[must_use]
-    pub fn new(finish: &Finish) -> Self {
+    pub fn new(finish: &RunRecord) -> Self {
         let guest: Vec<_> = finish.ram.host_ranges().collect();
         let mut stats = Self {
             schema: SCHEMA,
@@ -156,7 +156,7 @@ impl RunStats {
     }
 }
 
-pub(super) fn virtio_queues(finish: &Finish) -> Vec<VirtioQueue> {
+pub(super) fn virtio_queues(finish: &RunRecord) -> Vec<VirtioQueue> {
     let get = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
     let queues = finish.virtio.iter().flat_map(|device| {
         device.counts.iter().enumerate().map(move |(queue, counts)| VirtioQueue {
@@ -177,7 +177,7 @@ pub(super) fn add_kvm(sums: &mut BTreeMap<String, u64>, stats: &[Stat]) {
     }
 }
 
-fn userspace_exits(finish: &Finish) -> UserspaceExits {
+fn userspace_exits(finish: &RunRecord) -> UserspaceExits {
     let handler = &finish.handler;
     let mut counters = Counters::new(&handler.pio, &handler.mmio);
     let mut ns = [0_u64; ExitReason::COUNT];

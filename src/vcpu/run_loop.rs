@@ -1,7 +1,7 @@
 //! The run loop: the only place that runs a guest, and the only place that counts.
 
-use crate::exit::recent::Detail;
-use crate::exit::{Counters, End, ExitReason, Handler, Outcome, Profiler, Recent, Snapshot};
+use crate::exit::flight_recorder::Detail;
+use crate::exit::{Counters, EndReason, ExitReason, ExitRecord, FlightRecorder, Handler, Outcome, Profiler};
 use crate::kvm::vcpu::Running;
 use crate::kvm::{KvmError, clock};
 
@@ -9,7 +9,7 @@ use crate::kvm::{KvmError, clock};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stop {
     /// The guest, or KVM, ended the run.
-    End(End),
+    End(EndReason),
     /// Somebody else did, and kicked this vCPU.
     Asked,
 }
@@ -19,7 +19,7 @@ pub struct Records<P> {
     /// Counts.
     pub counters: Counters,
     /// The last exits.
-    pub recent: Recent,
+    pub flight_recorder: FlightRecorder,
     /// Measurements.
     pub profiler: P,
 }
@@ -42,10 +42,10 @@ pub fn run<P: Profiler>(
         let handled = handler.handle(&mut exit);
         let detail = Detail::of(&exit);
         let (rip, cpl) = (vcpu.vcpu().synced_rip(), vcpu.vcpu().synced_cpl());
-        let snapshot = Snapshot { reason, detail, rip, cpl, tsc: clock::tsc() };
-        records.profiler.record(snapshot, handled.route, stamp);
+        let record = ExitRecord { reason, detail, rip, cpl, tsc: clock::tsc() };
+        records.profiler.record(record, handled.route, stamp);
         records.counters.record(reason, handled.route);
-        records.recent.push(snapshot);
+        records.flight_recorder.push(record);
         match handled.outcome {
             Outcome::Continue => {}
             Outcome::Kicked => {

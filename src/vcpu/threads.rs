@@ -1,10 +1,12 @@
 //! One thread a vCPU: started together, kicked, asked whether they rest, stopped and joined.
 
 use super::run_loop::{Records, Stop, run};
-use crate::exit::{Counters, End, Handler, HandlerTime, Measured, NoProfile, Profiler, Recent, UserProfile};
+use crate::exit::{
+    Counters, EndReason, FlightRecorder, Handler, HandlerTime, Measured, NoProfile, Profiler, UserProfile,
+};
 use crate::kvm::clock::Anchor;
 use crate::kvm::kick::{self, KickTarget};
-use crate::kvm::vcpu::{Rest, Running};
+use crate::kvm::vcpu::{Running, VcpuActivity};
 use crate::kvm::{KvmError, Vcpu};
 use crate::trace;
 use hwvmm_arch::msr::IA32_LSTAR;
@@ -20,16 +22,16 @@ const KICK_AGAIN: Duration = Duration::from_millis(1);
 
 /// The end of a run and the vCPU it happened on, where it happened on one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ended {
+pub struct RunEnd {
     /// Why.
-    pub end: End,
+    pub end: EndReason,
     /// The vCPU's index.
     pub vcpu: Option<usize>,
 }
 
 /// Shared by all that can end a run: the first end counts.
 pub struct Control {
-    ended: Mutex<Option<Ended>>,
+    ended: Mutex<Option<RunEnd>>,
     stop: AtomicBool,
     event: EventFd,
     /// Raised to have each vCPU publish whether it rests.
@@ -51,8 +53,8 @@ impl Control {
     }
 
     /// Ends the run, unless it has ended already.
-    pub fn end(&self, end: End, vcpu: Option<usize>) {
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(Ended { end, vcpu });
+    pub fn end(&self, end: EndReason, vcpu: Option<usize>) {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(RunEnd { end, vcpu });
         if let Err(error) = self.event.write(1) {
             log::error!("cannot wake the event loop: {error}");
         }
@@ -60,7 +62,7 @@ impl Control {
 
     /// The end, once there is one.
     #[must_use]
-    pub fn ended(&self) -> Option<Ended> {
+    pub fn ended(&self) -> Option<RunEnd> {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -78,11 +80,11 @@ impl Control {
 }
 
 /// What a vCPU's thread leaves behind.
-pub struct Finished {
+pub struct VcpuRecord {
     /// Counts.
     pub counters: Counters,
     /// The last exits.
-    pub recent: Recent,
+    pub flight_recorder: FlightRecorder,
     /// What the profiler measured.
     pub measured: Measured,
     /// When the thread started and ended, on both clocks.
@@ -112,15 +114,15 @@ pub enum Measure {
 }
 
 /// What a thread shows to the outside.
-struct Shown {
+struct VcpuShared {
     target: Mutex<Option<KickTarget>>,
     inspected: AtomicU64,
-    rest: AtomicU8,
+    activity: AtomicU8,
     /// A copy of the counters, made when the thread was last kicked for one.
     counters: Mutex<Option<Counters>>,
 }
 
-impl Shown {
+impl VcpuShared {
     fn kick(&self) {
         if let Some(target) = *self.target.lock().unwrap_or_else(PoisonError::into_inner) {
             target.kick();
@@ -130,7 +132,7 @@ impl Shown {
 
 /// Looks at running vCPUs from outside.
 pub struct Inspector {
-    shown: Vec<Arc<Shown>>,
+    shared: Vec<Arc<VcpuShared>>,
     control: Arc<Control>,
 }
 
@@ -138,27 +140,27 @@ impl Inspector {
     /// Has every vCPU say whether it rests, and show its counters. Costs one exit a vCPU.
     pub fn ask(&self) {
         self.control.inspection.fetch_add(1, Ordering::AcqRel);
-        self.shown.iter().for_each(|shown| shown.kick());
+        self.shared.iter().for_each(|shared| shared.kick());
     }
 
     /// Whether all vCPUs have answered the last question.
     #[must_use]
     pub fn all_answered(&self) -> bool {
         let asked = self.control.inspection.load(Ordering::Acquire);
-        self.shown.iter().all(|shown| shown.inspected.load(Ordering::Acquire) == asked)
+        self.shared.iter().all(|shared| shared.inspected.load(Ordering::Acquire) == asked)
     }
 
-    /// The counters of each vCPU as they were last shown; `None` before.
+    /// The counters of each vCPU as they were last shared; `None` before.
     #[must_use]
     pub fn counters(&self) -> Vec<Option<Counters>> {
-        let of = |shown: &Arc<Shown>| shown.counters.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        self.shown.iter().map(of).collect()
+        let of = |shared: &Arc<VcpuShared>| shared.counters.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.shared.iter().map(of).collect()
     }
 }
 
 struct Thread {
-    shown: Arc<Shown>,
-    handle: JoinHandle<Finished>,
+    shared: Arc<VcpuShared>,
+    handle: JoinHandle<VcpuRecord>,
 }
 
 /// The vCPU threads of a running machine.
@@ -185,18 +187,18 @@ impl Threads {
         kick::install()?;
         let mut threads = Self { threads: Vec::new(), control: Arc::clone(control) };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let shown = Arc::new(Shown {
+            let shared = Arc::new(VcpuShared {
                 target: Mutex::new(None),
                 inspected: AtomicU64::new(0),
-                rest: AtomicU8::new(AWAKE),
+                activity: AtomicU8::new(AWAKE),
                 counters: Mutex::new(None),
             });
             let work =
-                Work { index, shown: Arc::clone(&shown), handler: Arc::clone(handler), control: Arc::clone(control) };
+                Work { index, shared: Arc::clone(&shared), handler: Arc::clone(handler), control: Arc::clone(control) };
             let measure = measure.clone();
             let body = move || work.start(vcpu, measure);
             match std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(256 << 10).spawn(body) {
-                Ok(handle) => threads.threads.push(Thread { shown, handle }),
+                Ok(handle) => threads.threads.push(Thread { shared, handle }),
                 Err(error) => {
                     threads.stop();
                     return Err(error);
@@ -207,24 +209,24 @@ impl Threads {
     }
 
     /// Has every vCPU say whether it rests, and show its counters. Costs one exit a vCPU.
-    pub fn ask_for_rest(&self) {
+    pub fn request_report(&self) {
         self.inspector().ask();
     }
 
     /// For somebody else who looks at the vCPUs.
     #[must_use]
     pub fn inspector(&self) -> Inspector {
-        let shown = self.threads.iter().map(|thread| Arc::clone(&thread.shown)).collect();
-        Inspector { shown, control: Arc::clone(&self.control) }
+        let shared = self.threads.iter().map(|thread| Arc::clone(&thread.shared)).collect();
+        Inspector { shared, control: Arc::clone(&self.control) }
     }
 
     /// Whether all vCPUs have answered the last question, and none of them will ever run again.
     #[must_use]
-    pub fn all_rest(&self) -> bool {
+    pub fn all_halted(&self) -> bool {
         let asked = self.control.inspection.load(Ordering::Acquire);
         let state = |thread: &Thread| {
-            let answered = thread.shown.inspected.load(Ordering::Acquire) == asked;
-            answered.then(|| thread.shown.rest.load(Ordering::Acquire))
+            let answered = thread.shared.inspected.load(Ordering::Acquire) == asked;
+            answered.then(|| thread.shared.activity.load(Ordering::Acquire))
         };
         asked > 0
             && self.threads.iter().all(|thread| matches!(state(thread), Some(HALTED | NOT_STARTED)))
@@ -232,11 +234,11 @@ impl Threads {
     }
 
     /// Stops all vCPUs and takes what they leave.
-    pub fn stop(self) -> Vec<Finished> {
+    pub fn stop(self) -> Vec<VcpuRecord> {
         self.control.stop.store(true, Ordering::Release);
         // All of them, again and again: one may wait for a lock that another holds while it writes to a full pipe.
         while self.threads.iter().any(|thread| !thread.handle.is_finished()) {
-            self.threads.iter().filter(|thread| !thread.handle.is_finished()).for_each(|thread| thread.shown.kick());
+            self.threads.iter().filter(|thread| !thread.handle.is_finished()).for_each(|thread| thread.shared.kick());
             std::thread::sleep(KICK_AGAIN);
         }
         let mut finished = Vec::new();
@@ -257,7 +259,7 @@ impl Drop for EndOnPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let what = format!("the thread of vCPU {} panicked: this is a bug in hwvmm", self.0.index);
-            self.0.control.end(End::Failed(what), Some(self.0.index));
+            self.0.control.end(EndReason::Failed(what), Some(self.0.index));
         }
     }
 }
@@ -265,13 +267,13 @@ impl Drop for EndOnPanic<'_> {
 /// What a vCPU's thread works with.
 struct Work {
     index: usize,
-    shown: Arc<Shown>,
+    shared: Arc<VcpuShared>,
     handler: Arc<Handler>,
     control: Arc<Control>,
 }
 
 impl Work {
-    fn start(self, mut vcpu: Vcpu, measure: Measure) -> Finished {
+    fn start(self, mut vcpu: Vcpu, measure: Measure) -> VcpuRecord {
         match measure {
             Measure::Nothing => self.run(vcpu, NoProfile),
             Measure::Times => self.run(vcpu, HandlerTime::default()),
@@ -285,11 +287,11 @@ impl Work {
         }
     }
 
-    fn run<P: Profiler>(self, mut vcpu: Vcpu, profiler: P) -> Finished {
-        *self.shown.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(KickTarget::current());
+    fn run<P: Profiler>(self, mut vcpu: Vcpu, profiler: P) -> VcpuRecord {
+        *self.shared.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(KickTarget::current());
         let counters = Counters::new(&self.handler.pio, &self.handler.mmio);
         let _guard = EndOnPanic(&self);
-        let mut records = Records { counters, recent: Recent::default(), profiler };
+        let mut records = Records { counters, flight_recorder: FlightRecorder::default(), profiler };
         let began = Anchor::now();
         let rip = {
             let mut running = vcpu.enter();
@@ -307,30 +309,30 @@ impl Work {
             }
             running.vcpu().regs().ok().map(|regs| regs.rip)
         };
-        *self.shown.target.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        let Records { counters, recent, profiler } = records;
+        *self.shared.target.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let Records { counters, flight_recorder, profiler } = records;
         let clock = (began, Anchor::now());
         let lstar = vcpu.msr(IA32_LSTAR).filter(|address| *address != 0);
-        Finished { counters, recent, measured: profiler.finish(), clock, lstar, rip, vcpu }
+        VcpuRecord { counters, flight_recorder, measured: profiler.finish(), clock, lstar, rip, vcpu }
     }
 
     /// After a kick: publishes whether the vCPU rests and what it has counted, where asked; whether to stop.
     fn kicked(&self, running: &mut Running<'_>, counters: &Counters) -> bool {
         let asked = self.control.inspection.load(Ordering::Acquire);
-        if self.shown.inspected.load(Ordering::Acquire) != asked {
-            *self.shown.counters.lock().unwrap_or_else(PoisonError::into_inner) = Some(counters.clone());
-            let rest = match running.vcpu().rest() {
-                Ok(Rest::HaltedForGood) => HALTED,
-                Ok(Rest::NotStarted) => NOT_STARTED,
-                Ok(Rest::Awake) | Err(_) => AWAKE,
+        if self.shared.inspected.load(Ordering::Acquire) != asked {
+            *self.shared.counters.lock().unwrap_or_else(PoisonError::into_inner) = Some(counters.clone());
+            let activity = match running.vcpu().activity() {
+                Ok(VcpuActivity::HaltedForGood) => HALTED,
+                Ok(VcpuActivity::NotStarted) => NOT_STARTED,
+                Ok(VcpuActivity::Awake) | Err(_) => AWAKE,
             };
-            self.shown.rest.store(rest, Ordering::Release);
-            self.shown.inspected.store(asked, Ordering::Release);
+            self.shared.activity.store(activity, Ordering::Release);
+            self.shared.inspected.store(asked, Ordering::Release);
         }
         self.control.is_stopping()
     }
 
-    fn failure(&self, error: &KvmError) -> End {
-        End::Kvm(format!("KVM_RUN of vCPU {} failed: {}", self.index, error.source))
+    fn failure(&self, error: &KvmError) -> EndReason {
+        EndReason::Kvm(format!("KVM_RUN of vCPU {} failed: {}", self.index, error.source))
     }
 }

@@ -1,6 +1,6 @@
 //! Input: from stdin to a console, no faster than the guest takes it.
 
-use crate::exit::End;
+use crate::exit::EndReason;
 use crate::vcpu::Control;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use hwvmm_devices::console::ConsoleInput;
@@ -73,7 +73,7 @@ impl Input {
             None => self.held.extend_from_slice(bytes),
             Some(escapes) => {
                 if escapes.filter(bytes, &mut self.held) {
-                    self.control.end(End::Quit, None);
+                    self.control.end(EndReason::Quit, None);
                 }
             }
         }

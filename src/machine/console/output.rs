@@ -1,7 +1,7 @@
 //! Output: every byte is written before the guest goes on.
 
 use super::watch::Watch;
-use crate::exit::End;
+use crate::exit::EndReason;
 use crate::vcpu::Control;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -82,7 +82,7 @@ impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let count = self.write_some(bytes).inspect_err(|error| {
             let what = format!("cannot write the console's output: {error}");
-            self.control.end(End::Failed(what), None);
+            self.control.end(EndReason::Failed(what), None);
         })?;
         if let Some(end) = self.watch.feed(&bytes[..count]) {
             self.control.end(end, None);

@@ -1,6 +1,6 @@
 //! An eye on what the guest says: the pattern that the user waits for, and a kernel's last words.
 
-use crate::exit::End;
+use crate::exit::EndReason;
 use regex::bytes::Regex;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -30,13 +30,18 @@ impl Seen {
     /// What an end really was, given what was said before it: a panic that ends in a reset is a panic, a halt that was
     /// announced is a shutdown.
     #[must_use]
-    pub fn explain(&self, end: End) -> End {
+    pub fn explain(&self, end: EndReason) -> EndReason {
         let words = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match (end, &words.panic) {
-            (End::Reset | End::Halted | End::TripleFault | End::TimedOut(_) | End::Panicked(None), Some(panic)) => {
-                End::Panicked(Some(panic.clone()))
-            }
-            (End::Halted, None) if words.halted => End::SystemHalted,
+            (
+                EndReason::Reset
+                | EndReason::Halted
+                | EndReason::TripleFault
+                | EndReason::TimedOut(_)
+                | EndReason::Panicked(None),
+                Some(panic),
+            ) => EndReason::Panicked(Some(panic.clone())),
+            (EndReason::Halted, None) if words.halted => EndReason::SystemHalted,
             (end, _) => end,
         }
     }
@@ -57,7 +62,7 @@ impl Watch {
     }
 
     /// Takes bytes; the end of the run, if they mean one.
-    pub fn feed(&mut self, bytes: &[u8]) -> Option<End> {
+    pub fn feed(&mut self, bytes: &[u8]) -> Option<EndReason> {
         let mut end = None;
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
             self.line.extend_from_slice(part);
@@ -73,16 +78,16 @@ impl Watch {
         end
     }
 
-    fn matched(&self) -> Option<End> {
+    fn matched(&self) -> Option<EndReason> {
         let found = self.pattern.as_ref()?.find(&self.line)?;
-        Some(End::Seen(String::from_utf8_lossy(found.as_bytes()).into_owned()))
+        Some(EndReason::Seen(String::from_utf8_lossy(found.as_bytes()).into_owned()))
     }
 
-    fn whole_line(&self) -> Option<End> {
+    fn whole_line(&self) -> Option<EndReason> {
         let line = without_stamp(&self.line);
         let mut words = self.seen.0.lock().unwrap_or_else(PoisonError::into_inner);
         if line.starts_with(PANIC_END) {
-            return Some(End::Panicked(words.panic.clone()));
+            return Some(EndReason::Panicked(words.panic.clone()));
         }
         if let Some(rest) = line.strip_prefix(PANIC) {
             let rest = String::from_utf8_lossy(rest);
@@ -123,7 +128,7 @@ mod tests {
         let (mut watch, _) = watch(Some("log[i]n: $"));
         assert_eq!(watch.feed(b"Debian\r\nhost lo"), None);
         assert_eq!(watch.feed(b"gin:"), None);
-        assert_eq!(watch.feed(b" "), Some(End::Seen("login: ".into())));
+        assert_eq!(watch.feed(b" "), Some(EndReason::Seen("login: ".into())));
     }
 
     #[test]
@@ -136,25 +141,25 @@ mod tests {
     fn a_panic_explains_the_reset_that_follows() {
         let (mut watch, seen) = watch(None);
         assert_eq!(watch.feed(b"[    1.234567][    T1] Kernel panic - not syncing: VFS: Unable\r\n"), None);
-        assert_eq!(seen.explain(End::Reset), End::Panicked(Some("VFS: Unable".into())));
-        assert_eq!(seen.explain(End::PowerOff), End::PowerOff);
+        assert_eq!(seen.explain(EndReason::Reset), EndReason::Panicked(Some("VFS: Unable".into())));
+        assert_eq!(seen.explain(EndReason::PowerOff), EndReason::PowerOff);
         let end = watch.feed(b"[    2.0] ---[ end Kernel panic - not syncing: VFS: Unable ]---\n");
-        assert_eq!(end, Some(End::Panicked(Some("VFS: Unable".into()))));
+        assert_eq!(end, Some(EndReason::Panicked(Some("VFS: Unable".into()))));
     }
 
     #[test]
     fn talk_about_panics_is_not_a_panic() {
         let (mut watch, seen) = watch(None);
         watch.feed(b"echo Kernel panic - not syncing\n");
-        assert_eq!(seen.explain(End::Reset), End::Reset);
+        assert_eq!(seen.explain(EndReason::Reset), EndReason::Reset);
     }
 
     #[test]
     fn an_announced_halt_is_a_shutdown() {
         let (mut watch, seen) = watch(None);
-        assert_eq!(seen.explain(End::Halted), End::Halted);
+        assert_eq!(seen.explain(EndReason::Halted), EndReason::Halted);
         watch.feed(b"[    3.1] reboot: System halted\n");
-        assert_eq!(seen.explain(End::Halted), End::SystemHalted);
+        assert_eq!(seen.explain(EndReason::Halted), EndReason::SystemHalted);
     }
 
     #[test]

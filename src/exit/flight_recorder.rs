@@ -46,7 +46,7 @@ fn first_bytes(data: &[u8]) -> u64 {
 
 /// One exit as it is remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Snapshot {
+pub struct ExitRecord {
     /// Why.
     pub reason: ExitReason,
     /// With what.
@@ -59,7 +59,7 @@ pub struct Snapshot {
     pub tsc: u64,
 }
 
-impl fmt::Display for Snapshot {
+impl fmt::Display for ExitRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<14}", self.reason.name())?;
         let Detail { address, data, size, count } = self.detail;
@@ -84,29 +84,29 @@ pub const KEPT: usize = 256;
 
 /// The last [`KEPT`] exits.
 #[derive(Clone, Debug)]
-pub struct Recent {
-    ring: Vec<Snapshot>,
+pub struct FlightRecorder {
+    ring: Vec<ExitRecord>,
     next: usize,
 }
 
-impl Default for Recent {
+impl Default for FlightRecorder {
     fn default() -> Self {
         Self { ring: Vec::with_capacity(KEPT), next: 0 }
     }
 }
 
-impl Recent {
+impl FlightRecorder {
     /// Remembers an exit in place of the oldest.
-    pub fn push(&mut self, snapshot: Snapshot) {
+    pub fn push(&mut self, record: ExitRecord) {
         match self.ring.get_mut(self.next) {
-            Some(slot) => *slot = snapshot,
-            None => self.ring.push(snapshot),
+            Some(slot) => *slot = record,
+            None => self.ring.push(record),
         }
         self.next = (self.next + 1) % KEPT;
     }
 
     /// The exits, oldest first.
-    pub fn iter(&self) -> impl Iterator<Item = &Snapshot> {
+    pub fn iter(&self) -> impl Iterator<Item = &ExitRecord> {
         // Until the ring is full, nothing is overwritten: the next place is behind the last one filled.
         let (newer, older) = self.ring.split_at(self.next.min(self.ring.len()));
         older.iter().chain(newer)
@@ -117,24 +117,25 @@ impl Recent {
 mod tests {
     use super::*;
 
-    fn snapshot(address: u64) -> Snapshot {
+    fn record(address: u64) -> ExitRecord {
         let detail = Detail { address, data: 0x41, size: 1, count: 1 };
-        Snapshot { reason: ExitReason::PioOut, detail, rip: Some(0x1000), cpl: None, tsc: 0 }
+        ExitRecord { reason: ExitReason::PioOut, detail, rip: Some(0x1000), cpl: None, tsc: 0 }
     }
 
     #[test]
     fn the_oldest_go_first() {
-        let mut recent = Recent::default();
-        let kept = |recent: &Recent| recent.iter().map(|s| s.detail.address).collect::<Vec<u64>>();
-        (0..20).for_each(|address| recent.push(snapshot(address)));
-        assert_eq!(kept(&recent), (0..20).collect::<Vec<_>>());
-        (20..260).for_each(|address| recent.push(snapshot(address)));
-        assert_eq!(kept(&recent), (4..260).collect::<Vec<_>>());
+        let mut flight_recorder = FlightRecorder::default();
+        let kept =
+            |flight_recorder: &FlightRecorder| flight_recorder.iter().map(|s| s.detail.address).collect::<Vec<u64>>();
+        (0..20).for_each(|address| flight_recorder.push(record(address)));
+        assert_eq!(kept(&flight_recorder), (0..20).collect::<Vec<_>>());
+        (20..260).for_each(|address| flight_recorder.push(record(address)));
+        assert_eq!(kept(&flight_recorder), (4..260).collect::<Vec<_>>());
     }
 
     #[test]
     fn a_line_has_what_one_looks_for() {
-        assert_eq!(snapshot(0x3f8).to_string(), "pio_out        0x3f8 size 1 data 0x41 rip 0x1000");
+        assert_eq!(record(0x3f8).to_string(), "pio_out        0x3f8 size 1 data 0x41 rip 0x1000");
     }
 
     #[test]
