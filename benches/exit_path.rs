@@ -3,11 +3,10 @@
 //! `--profile`. Holds the claim that what is off is free. Run with `cargo bench --bench exit_path`; with the name of one
 //! variant (plain, off, stats, profile) only that one runs, for a tool that counts instructions (scripts/profile-cost).
 
-use hwvmm::exit::flight_recorder::Detail;
-use hwvmm::exit::{
-    Counters, ExitReason, ExitRecord, FlightRecorder, Handler, HandlerTime, NoProfile, Profiler, UserProfile,
-};
+use hwvmm::exit::{ExitReason, Handler};
 use hwvmm::kvm::{Direction, Exit, clock};
+use hwvmm::measure::flight_recorder::Detail;
+use hwvmm::measure::{Counters, ExitRecord, FlightRecorder, HandlerTime, NoProfile, Profiler, UserProfile};
 use hwvmm_devices::BusBuilder;
 use hwvmm_devices::legacy::PostPort;
 use std::hint::black_box;

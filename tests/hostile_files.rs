@@ -1,9 +1,9 @@
 //! Kernel files, profiles and symbols from hostile hands: the fuzz targets' corpus, and thousands of changes of it, must be loaded or refused,
 //! and never make hwvmm panic, hang or write outside of guest memory.
 
+use hwvmm::boot::unpack::unpack;
+use hwvmm::boot::{KernelError, Loaded, Request, load};
 use hwvmm::config::{BootProtocol, Unpack};
-use hwvmm::machine::kernel::unpack::unpack;
-use hwvmm::machine::kernel::{KernelError, Loaded, Request, load};
 use hwvmm::memory::{Backing, GuestRam};
 use hwvmm::profile::Profile;
 use hwvmm::profile::render::{Format, Style, render};

@@ -13,13 +13,32 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("event_loop", &[]),
     ("kvm", &["memory"]),
     ("exit", &["kvm"]),
-    ("trace", &["exit"]),
-    ("vcpu", &["exit", "kvm", "trace"]),
+    ("measure", &["exit", "kvm"]),
+    ("vcpu", &["exit", "kvm", "measure"]),
     ("probe", &["exit", "kvm", "memory"]),
-    ("nano", &["exit", "kvm", "memory"]),
-    ("machine", &["config", "event_loop", "exit", "kvm", "memory", "probe", "trace", "tune", "vcpu"]),
-    ("profile", &["config", "exit", "kvm", "machine", "trace"]),
-    ("cli", &["config", "exit", "kvm", "machine", "nano", "probe", "profile", "tune"]),
+    ("nano", &["exit", "kvm", "measure", "memory"]),
+    ("boot", &["config", "memory"]),
+    ("console", &["exit", "vcpu"]),
+    ("control", &["config", "exit", "kvm", "measure", "vcpu"]),
+    (
+        "machine",
+        &[
+            "boot",
+            "config",
+            "console",
+            "control",
+            "event_loop",
+            "exit",
+            "kvm",
+            "measure",
+            "memory",
+            "probe",
+            "tune",
+            "vcpu",
+        ],
+    ),
+    ("profile", &["boot", "config", "exit", "kvm", "machine", "measure"]),
+    ("cli", &["boot", "config", "console", "exit", "kvm", "machine", "measure", "nano", "probe", "profile", "tune"]),
 ];
 
 /// Only these may have `unsafe` in them.
@@ -29,7 +48,7 @@ const UNSAFE: &[&str] = &[
     // The bytes of a guest that the assembler put between two labels.
     "src/nano/image.rs",
     // An ioctl of perf's that perf-event2 has no call for.
-    "src/trace/output.rs",
+    "src/measure/tracer/output.rs",
     "tests/guests/",
     "devices/src/memory.rs",
     // io_uring entries and tap ioctls: no crate makes them safe.

@@ -8,10 +8,11 @@ mod harness;
 
 use harness::{Outcome, Test};
 use hwvmm::exit::handler::BusKind;
-use hwvmm::exit::{Counters, EndReason, ExitReason, FlightRecorder, Handler, Measured, NoProfile, UserProfile};
+use hwvmm::exit::{EndReason, ExitReason, Handler};
 use hwvmm::kvm::{System, kick};
+use hwvmm::measure::tracer::{Tracer, VmCause, VmDetail, VmProfile};
+use hwvmm::measure::{Counters, FlightRecorder, Measured, NoProfile, UserProfile};
 use hwvmm::memory::{Backing, GuestRam};
-use hwvmm::trace::{Tracer, VmCause, VmDetail, VmProfile};
 use hwvmm::vcpu::{Control, Measure, Records, Stop, Threads};
 use hwvmm_arch::exit_code::Class;
 use hwvmm_arch::regs::Entry;
@@ -121,7 +122,7 @@ struct Ran {
     end: EndReason,
     counters: Counters,
     latch: Arc<Latch>,
-    last: Option<hwvmm::exit::ExitRecord>,
+    last: Option<hwvmm::measure::ExitRecord>,
 }
 
 /// Kicks the thread that made it when a payload takes too long: some KVMs loop where hardware would exit.

@@ -2,10 +2,10 @@
 
 use super::report;
 use crate::config::{OnReboot, RunConfig, RunOptions, StatsFormat, read_file};
+use crate::console::{RawTerminal, Seen};
 use crate::exit::EndReason;
 use crate::exit::end::status;
 use crate::kvm::System;
-use crate::machine::console::{RawTerminal, Seen};
 use crate::machine::{self, Machine, RunRecord, Setup};
 use crate::probe::Host;
 use crate::profile::budget::Budget;

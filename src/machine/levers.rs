@@ -1,6 +1,6 @@
 //! Levers that are settings of KVM's, and what a host can do of them.
 
-use super::kernel::is_multiboot;
+use crate::boot::is_multiboot;
 use crate::config::RunConfig;
 use crate::kvm::{Coalesced, KvmError, System, Vcpu, Vm};
 use crate::probe::without_exits;

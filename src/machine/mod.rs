@@ -1,10 +1,6 @@
 //! The composition root: makes a machine out of a configuration, and runs it.
 
-pub mod api;
-pub mod console;
-pub mod kernel;
 mod levers;
-mod live;
 mod net;
 mod run;
 mod testdev;
@@ -13,13 +9,15 @@ mod virtio;
 pub use run::{RunError, RunRecord, run};
 pub use virtio::VirtioHandle;
 
+use crate::boot::cache::Cache;
+use crate::boot::{self, KernelError, Loaded};
 use crate::config::{ConsoleTarget, Pages, RunConfig};
+use crate::console::{Input, Output, Seen, Watch};
 use crate::exit::Handler;
 use crate::kvm::{KvmError, System, Vcpu, Vm};
 use crate::memory::{Backing, GuestRam, MemoryError};
 use crate::tune::{Lever, Tune};
 use crate::vcpu::Control;
-use console::{Input, Output, Seen, Watch};
 use hwvmm_arch::acpi::Platform;
 use hwvmm_arch::cpuid::{self, CpuidOptions};
 use hwvmm_arch::layout::{
@@ -32,8 +30,6 @@ use hwvmm_devices::irq::IrqLine;
 use hwvmm_devices::legacy::{DebugExit, I8042, IoApic, MarkPort, PostPort, Power, PvPanic, SerialPort, Watchdog};
 use hwvmm_devices::virtio::console::{Console, Port};
 use hwvmm_devices::{BusBuilder, BusDevice, BusError};
-use kernel::cache::Cache;
-use kernel::{KernelError, Loaded};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -86,7 +82,7 @@ pub enum MachineError {
     Vsock(#[from] hwvmm_devices::virtio::vsock::VsockError),
     /// The control socket.
     #[error(transparent)]
-    Api(#[from] api::ApiError),
+    Api(#[from] crate::control::ApiError),
     /// The kernel's side of a network card.
     #[error("vhost=on needs /dev/vhost-net: is the module loaded (modprobe vhost_net), and may you open it?")]
     Vhost(#[source] io::Error),
@@ -119,7 +115,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     vm: Arc<Vm>,
     virtio: Vec<VirtioHandle>,
-    api: Option<api::Server>,
+    api: Option<crate::control::Server>,
     handler: Arc<Handler>,
     control: Arc<Control>,
     input: Option<Input>,
@@ -165,8 +161,8 @@ impl Machine {
         let pins =
             if split { layout.pack_pins(uarts.iter().map(|uart| uart.1)) } else { Some((0, Vm::FIRST_MESSAGE_GSI)) };
         let cache = config.kernel_cache.as_deref().map(Cache::new);
-        let loaded = kernel::load(
-            &kernel::Request {
+        let loaded = boot::load(
+            &boot::Request {
                 kernel: &config.kernel,
                 initrd: config.initrd.as_deref(),
                 modules: &config.modules,
@@ -202,8 +198,11 @@ impl Machine {
         builder.add_configured(config)?;
         devices.add_virtio_console(setup, &control, &mut builder)?;
         let balloon = builder.balloon.take();
-        let api =
-            config.api.as_deref().map(|path| api::Server::new(path, balloon, Arc::clone(&control))).transpose()?;
+        let api = config
+            .api
+            .as_deref()
+            .map(|path| crate::control::Server::new(path, balloon, Arc::clone(&control)))
+            .transpose()?;
         let (virtio, pages) = builder.finish(&mut devices.pio)?;
         let vcpus = create_vcpus(system, &vm, topology, &apic_ids, &loaded, &config.tune)?;
         if config.memory.prefault || config.tune.wants(Lever::Prefault) {
@@ -389,7 +388,7 @@ impl Devices {
         let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let output = output(target, setup, control)?.on_a_device_thread();
         let on_stdio = *target == ConsoleTarget::Stdio;
-        let size = if on_stdio && setup.terminal { console::terminal_size() } else { (0, 0) };
+        let size = if on_stdio && setup.terminal { crate::console::terminal_size() } else { (0, 0) };
         let console = Console::new(Box::new(output), Arc::clone(&wanted), size)?;
         if on_stdio {
             self.input = Some(input(setup, console.port(), wanted, control)?);

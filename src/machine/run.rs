@@ -1,15 +1,15 @@
 //! Running a machine to its end: vCPU threads, the event loop, and what ends a run from outside.
 
-use super::console::terminal_size;
-use super::live::Live;
 use super::{Machine, Setup, VirtioHandle};
 use crate::config::ProfileLevel;
+use crate::console::terminal_size;
+use crate::control::Live;
 use crate::event_loop::{EventLoop, OnReadable};
 use crate::exit::{EndReason, Handler, Outcome};
 use crate::kvm::stats::{Reader, Stat};
 use crate::kvm::{Vcpu, Vm};
+use crate::measure::tracer::{Traced, Tracer};
 use crate::memory::{GuestRam, give_back_startup};
-use crate::trace::{Traced, Tracer};
 use crate::vcpu::{Control, Measure, RunEnd, Threads, VcpuRecord};
 use event_manager::MutEventSubscriber;
 use hwvmm_devices::legacy::Watchdog;
@@ -277,7 +277,7 @@ impl Limits<'_> {
 /// Where threads or the event loop cannot be had.
 pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<RunRecord, RunError> {
     let Machine { vcpus, vm, virtio, api, handler, control, input, resized, watchdog, ram, loaded } = machine;
-    let live = api.as_ref().map(super::api::Server::live);
+    let live = api.as_ref().map(crate::control::Server::live);
     let input = input.map(|input| Box::new(input) as Box<dyn MutEventSubscriber>);
     let api = api.map(|api| Box::new(api) as Box<dyn MutEventSubscriber>);
     let (mut event_loop, signals) = listen(&control, input.into_iter().chain(api), resized)?;

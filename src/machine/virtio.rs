@@ -1,8 +1,8 @@
 //! Virtio devices: made from the configuration, put on their transport, connected to KVM.
 
 use super::MachineError;
-use super::kernel::is_multiboot;
 use super::levers::options;
+use crate::boot::is_multiboot;
 use crate::config::{DiskConfig, DiskFormat, RunConfig, Transport};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;

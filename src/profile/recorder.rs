@@ -2,8 +2,8 @@
 
 use super::render::time;
 use super::symbols::Symbols;
-use crate::exit::ExitRecord;
 use crate::machine::RunRecord;
+use crate::measure::ExitRecord;
 use std::fmt::Write as _;
 
 /// One line for equal exits that follow each other.

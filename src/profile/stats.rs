@@ -1,11 +1,12 @@
 //! The counts of a run, as data.
 
 use super::MemoryUse;
-use crate::exit::counters::Accesses;
+use crate::exit::ExitReason;
 use crate::exit::handler::BusKind;
-use crate::exit::{Counters, ExitReason, Measured};
 use crate::kvm::stats::{Kind, Stat};
 use crate::machine::RunRecord;
+use crate::measure::counters::Accesses;
+use crate::measure::{Counters, Measured};
 use serde::Serialize;
 use std::collections::BTreeMap;
 

@@ -1,9 +1,10 @@
 //! The run loop: the only place that runs a guest, and the only place that counts.
 
-use crate::exit::flight_recorder::Detail;
-use crate::exit::{Counters, EndReason, ExitReason, ExitRecord, FlightRecorder, Handler, Outcome, Profiler};
+use crate::exit::{EndReason, ExitReason, Handler, Outcome};
 use crate::kvm::vcpu::Running;
 use crate::kvm::{KvmError, clock};
+use crate::measure::flight_recorder::Detail;
+use crate::measure::{Counters, ExitRecord, FlightRecorder, Profiler};
 
 /// Why the loop was left.
 #[derive(Clone, Debug, PartialEq, Eq)]

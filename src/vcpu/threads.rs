@@ -1,14 +1,13 @@
 //! One thread a vCPU: started together, kicked, asked whether they rest, stopped and joined.
 
 use super::run_loop::{Records, Stop, run};
-use crate::exit::{
-    Counters, EndReason, FlightRecorder, Handler, HandlerTime, Measured, NoProfile, Profiler, UserProfile,
-};
+use crate::exit::{EndReason, Handler};
 use crate::kvm::clock::Anchor;
 use crate::kvm::kick::{self, KickTarget};
 use crate::kvm::vcpu::{Running, VcpuActivity};
 use crate::kvm::{KvmError, Vcpu};
-use crate::trace;
+use crate::measure::tracer;
+use crate::measure::{Counters, FlightRecorder, HandlerTime, Measured, NoProfile, Profiler, UserProfile};
 use hwvmm_arch::msr::IA32_LSTAR;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -109,7 +108,7 @@ pub enum Measure {
         /// From when times count.
         start: Instant,
         /// The tracer of VM exits.
-        tracer: Option<trace::Handle>,
+        tracer: Option<tracer::Handle>,
     },
 }
 

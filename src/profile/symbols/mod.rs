@@ -3,8 +3,8 @@
 mod kallsyms;
 mod table;
 
+use crate::boot;
 use crate::config::RunConfig;
-use crate::machine::kernel;
 use kallsyms::Kallsyms;
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -30,7 +30,7 @@ const MAX_MAP_BYTES: u64 = 64 << 20;
 pub enum SymbolsError {
     /// The kernel.
     #[error(transparent)]
-    Kernel(#[from] kernel::KernelError),
+    Kernel(#[from] boot::KernelError),
     /// A file.
     #[error("cannot read {}", .0.display())]
     Read(PathBuf, #[source] std::io::Error),
@@ -71,7 +71,7 @@ impl Symbols {
     pub fn load(config: &RunConfig) -> Result<Self, SymbolsError> {
         let (path, file) = match &config.symbols {
             Some(path) => (path, File::open(path).map_err(|source| SymbolsError::Read(path.clone(), source))?),
-            None => (&config.kernel, kernel::unpacked(config)?),
+            None => (&config.kernel, boot::unpacked(config)?),
         };
         let failed = |source| SymbolsError::Read(path.clone(), source);
         if !file.metadata().map_err(failed)?.is_file() {

@@ -2,7 +2,7 @@
 #![no_main]
 
 use hwvmm::config::{BootProtocol, Unpack};
-use hwvmm::machine::kernel::{Request, load};
+use hwvmm::boot::{Request, load};
 use hwvmm::memory::{Backing, GuestRam};
 use libfuzzer_sys::fuzz_target;
 

@@ -1,7 +1,7 @@
 //! Any bytes as a compressed payload.
 #![no_main]
 
-use hwvmm::machine::kernel::unpack::unpack;
+use hwvmm::boot::unpack::unpack;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {

@@ -2,8 +2,9 @@
 //! kicked: one exit a vCPU for each look, which is counted as `interrupted`.
 
 use crate::exit::handler::BusKind;
-use crate::exit::{Counters, ExitReason, Handler};
+use crate::exit::{ExitReason, Handler};
 use crate::kvm::stats::{Kind, Reader};
+use crate::measure::Counters;
 use crate::vcpu::Inspector;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;

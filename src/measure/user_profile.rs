@@ -1,11 +1,11 @@
 //! The userspace exits of one vCPU by cause: reason, address, width, and the guest's instruction.
 
 use super::flight_recorder::ExitRecord;
-use super::handler::{BusKind, Route};
 use super::profiler::{Measured, Profiler};
-use super::reason::ExitReason;
 use super::tally::Tally;
 use super::timeline::Timeline;
+use crate::exit::ExitReason;
+use crate::exit::handler::{BusKind, Route};
 use hwvmm_arch::layout::{PORT_MARK, PORT_POST, UARTS};
 use std::collections::HashMap;
 use std::time::Instant;
@@ -195,7 +195,7 @@ impl UserCause {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exit::flight_recorder::Detail;
+    use crate::measure::flight_recorder::Detail;
 
     fn exit(reason: ExitReason, address: u64, rip: u64) -> ExitRecord {
         let detail = Detail { address, data: 0x41, size: 1, count: 1 };

@@ -2,9 +2,9 @@
 //! thread starts, so that what is off costs nothing.
 
 use super::flight_recorder::ExitRecord;
-use super::handler::Route;
-use super::reason::ExitReason;
 use super::user_profile::UserProfile;
+use crate::exit::ExitReason;
+use crate::exit::Route;
 use std::time::Instant;
 
 /// Measures exits.
@@ -92,7 +92,7 @@ impl Profiler for HandlerTime {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exit::flight_recorder::Detail;
+    use crate::measure::flight_recorder::Detail;
 
     #[test]
     fn off_takes_no_space_and_on_adds_up() {

@@ -1,7 +1,7 @@
 //! Counts of userspace exits. They belong to one vCPU thread and are merged when it ends.
 
-use super::handler::{BusKind, Route};
-use super::reason::ExitReason;
+use crate::exit::ExitReason;
+use crate::exit::handler::{BusKind, Route};
 use hwvmm_devices::bus::Bus;
 use std::collections::BTreeMap;
 

@@ -1,8 +1,8 @@
 //! VM exits by cause: what the tracepoints of one vCPU say, put together.
 
 use super::format::{Field, Format};
-use crate::exit::tally::Tally;
-use crate::exit::timeline::Timeline;
+use crate::measure::tally::Tally;
+use crate::measure::timeline::Timeline;
 use hwvmm_arch::exit_code::{Class, Isa};
 use std::collections::HashMap;
 use std::io;

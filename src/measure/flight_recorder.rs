@@ -1,6 +1,6 @@
 //! The last exits of a vCPU, kept for the day that the run ends badly.
 
-use super::reason::ExitReason;
+use crate::exit::ExitReason;
 use crate::kvm::Exit;
 use std::fmt;
 
