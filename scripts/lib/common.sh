@@ -1,9 +1,9 @@
-# Shared by the scripts in this folder: where things are kept, what must be installed, the guest and its kernel.
+# Shared by the scripts: where things are kept, what must be installed, the guest and its kernel.
 # Source it; it sets -euo pipefail and defines functions only (plus the variables below).
 # shellcheck shell=bash
 set -euo pipefail
 
-HWVMM_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+HWVMM_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # Everything that is downloaded or made lives here; deleting it is always safe.
 HWVMM_LAB=${HWVMM_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/hwvmm-lab}
 HWVMM_BIN=${HWVMM_BIN:-${CARGO_TARGET_DIR:-$HWVMM_ROOT/target}/release/hwvmm}
@@ -77,7 +77,7 @@ guest_kernel() {
 lab_qemu() {
     local stock copy=$HWVMM_LAB/qemu/qemu-system-x86_64 at
     stock=$(command -v qemu-system-x86_64)
-    [ "$copy" -nt "$stock" ] && [ "$copy" -nt "$HWVMM_ROOT/scripts/lib.sh" ] && { echo "$copy"; return 0; }
+    [ "$copy" -nt "$stock" ] && [ "$copy" -nt "$HWVMM_ROOT/scripts/lib/common.sh" ] && { echo "$copy"; return 0; }
     # error_code = r13d; exception_index = esi; exception_is_int = 0; exception_next_eip = -1; then the log's test.
     local before='\x44\x89[\xa8-\xaf]..\x00\x00' store='\x89[\xb0-\xb7]..\xff\xff'
     local after='\xc7[\x80-\x87]..\x00\x00\x00\x00\x00\x00\x48\xc7[\x80-\x87]..\x00\x00\xff\xff\xff\xff\xf6\x05'
@@ -102,10 +102,10 @@ make_cpio() {
         cpio --null --quiet --create --format=newc --reproducible --owner=0:0) >"$2"
 }
 
-# guest_initramfs: makes $HWVMM_LAB/guest/initramfs.cpio.gz, a busybox guest (see guest-init beside this file).
+# guest_initramfs: makes $HWVMM_LAB/guest/initramfs.cpio.gz, a busybox guest (scripts/in-guest/init).
 guest_initramfs() {
     local out=$HWVMM_LAB/guest/initramfs.cpio.gz
-    [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/guest-init" ] && return 0
+    [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/in-guest/init" ] && return 0
     mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
     local work; work=$(mktemp -d "$HWVMM_LAB/work/guest.XXXXXX")
     mkdir -p "$work"/{bin,dev,proc,sys,tmp,etc,root}
@@ -114,7 +114,7 @@ guest_initramfs() {
     for applet in $(busybox --list); do
         [ "$applet" = busybox ] || ln -sf busybox "$work/bin/$applet"
     done
-    cp "$HWVMM_ROOT/scripts/guest-init" "$work/init"
+    cp "$HWVMM_ROOT/scripts/in-guest/init" "$work/init"
     chmod 755 "$work/init"
     make_cpio "$work" "$work.cpio"
     gzip -9n <"$work.cpio" >"$out.new"
@@ -131,8 +131,8 @@ build_hwvmm() {
 guest_image() {
     local out=$HWVMM_LAB/guest/debian.img
     # Made again when what it is made from changes.
-    [ "$1" = no ] && [ -s "$out" ] && [ -z "$(find "$HWVMM_ROOT/scripts/guest-image" "$HWVMM_ROOT/scripts/lib.sh" \
-        "$HWVMM_ROOT/scripts/guest-files" -newer "$out" | head -n 1)" ] && return 0
+    [ "$1" = no ] && [ -s "$out" ] && [ -z "$(find "$HWVMM_ROOT/scripts/guest-image" "$HWVMM_ROOT/scripts/lib/common.sh" \
+        "$HWVMM_ROOT/scripts/in-guest/files" -newer "$out" | head -n 1)" ] && return 0
     need_packages mmdebstrap e2fsprogs
     guest_kernel
     mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
@@ -143,7 +143,7 @@ guest_image() {
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' --aptopt='APT::Install-Recommends "false"' \
         bookworm "$work/root" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2; die "mmdebstrap failed"; }
-    as_root cp -R "$HWVMM_ROOT/scripts/guest-files/." "$work/root/"
+    as_root cp -R "$HWVMM_ROOT/scripts/in-guest/files/." "$work/root/"
     local version; version=$(cat "$HWVMM_LAB/kernel/version")
     as_root mkdir -p "$work/root/lib/modules/$version"
     # Only what a guest of hwvmm has a use for: all of them are 400 MB.
@@ -187,10 +187,10 @@ add_modules() {
     done
 }
 
-# guest_root_initramfs: makes $HWVMM_LAB/guest/root.cpio.gz (see root-init beside this file).
+# guest_root_initramfs: makes $HWVMM_LAB/guest/root.cpio.gz (scripts/in-guest/root-init).
 guest_root_initramfs() {
     local out=$HWVMM_LAB/guest/root.cpio.gz
-    [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/root-init" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/lib.sh" ] && return 0
+    [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/in-guest/root-init" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/lib/common.sh" ] && return 0
     guest_kernel
     mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
     local work; work=$(mktemp -d "$HWVMM_LAB/work/root.XXXXXX")
@@ -199,7 +199,7 @@ guest_root_initramfs() {
     local applet
     for applet in sh mount umount insmod sleep mkdir switch_root poweroff cat echo; do ln -s busybox "$work/bin/$applet"; done
     add_modules "$work" virtio_pci virtio_mmio virtio_console virtio_blk virtio_rng crc32c_generic crc32c-intel ext4
-    cp "$HWVMM_ROOT/scripts/root-init" "$work/init"
+    cp "$HWVMM_ROOT/scripts/in-guest/root-init" "$work/init"
     chmod 755 "$work/init"
     make_cpio "$work" "$work.cpio"
     gzip -9n <"$work.cpio" >"$out.new"
@@ -210,7 +210,7 @@ guest_root_initramfs() {
 # guest_console_initramfs: makes $HWVMM_LAB/guest/console.cpio.gz: the busybox guest with a driver for hvc0.
 guest_console_initramfs() {
     local out=$HWVMM_LAB/guest/console${HWVMM_GUEST_KERNEL:+-$HWVMM_GUEST_KERNEL}.cpio.gz
-    [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/guest-init" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/lib.sh" ] && return 0
+    [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/in-guest/init" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/lib/common.sh" ] && return 0
     guest_kernel
     mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
     local work; work=$(mktemp -d "$HWVMM_LAB/work/console.XXXXXX")
@@ -226,7 +226,7 @@ guest_console_initramfs() {
         while read -r module; do printf 'insmod /modules/%s\n' "$module"; done <"$work/modules/order"
         printf 'exec </dev/console >/dev/console 2>&1\nexec /guest-init\n'
     } >"$work/init"
-    cp "$HWVMM_ROOT/scripts/guest-init" "$work/guest-init"
+    cp "$HWVMM_ROOT/scripts/in-guest/init" "$work/guest-init"
     chmod 755 "$work/init" "$work/guest-init"
     make_cpio "$work" "$work.cpio"
     gzip -9n <"$work.cpio" >"$out.new"
