@@ -1,9 +1,10 @@
-//! Any bytes as a kernel file: told apart, unpacked, loaded into 16 MiB of guest memory.
+//! Any bytes as a kernel file: its format is identified, it is unpacked and loaded into 16 MiB of guest memory.
 #![no_main]
 
-use hwvmm::config::{BootProtocol, Unpack};
 use hwvmm::boot::{Request, load};
+use hwvmm::config::{BootProtocol, Unpack};
 use hwvmm::memory::{Backing, GuestRam};
+use hwvmm_arch::acpi::Platform;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -11,12 +12,20 @@ fuzz_target!(|data: &[u8]| {
     std::fs::write(file.path(), data).expect("written");
     let ram = GuestRam::new(&[(0, 16 << 20)], Backing::Anonymous(false)).expect("16 MiB");
     for unpack in [Unpack::Host, Unpack::Guest] {
-        let platform = hwvmm_arch::acpi::Platform { apic_ids: &[0], uarts: &[(0x3f8, 4)], legacy_free: true, pins: Some((0, 24)), pci: Some(1), virtio_mmio: &[] };
+        let platform = Platform {
+            apic_ids: &[0],
+            uarts: &[(0x3f8, 4)],
+            legacy_free: true,
+            pins: Some((0, 24)),
+            pci: Some(1),
+            virtio_mmio: &[],
+        };
         let request = Request {
             kernel: file.path(),
             initrd: None,
             modules: &[],
             cmdline: "console=ttyS0",
+            arguments: "",
             memory_bytes: 16 << 20,
             unpack,
             boot: BootProtocol::Auto,

@@ -1,4 +1,4 @@
-//! Any bytes as a profile: refused, or rendered in every form.
+//! Any bytes as a profile in JSON: it is refused, or rendered in every format.
 #![no_main]
 
 use hwvmm::profile::Profile;

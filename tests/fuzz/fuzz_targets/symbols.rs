@@ -1,4 +1,4 @@
-//! Any bytes as a kernel or a System.map that symbols are looked for in.
+//! Any bytes as a kernel image or a System.map from which symbols are read.
 #![no_main]
 
 use hwvmm::profile::symbols::Symbols;

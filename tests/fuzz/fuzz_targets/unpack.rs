@@ -1,4 +1,4 @@
-//! Any bytes as a compressed payload.
+//! Any bytes as the compressed payload of a bzImage.
 #![no_main]
 
 use hwvmm::boot::unpack::unpack;

@@ -1,4 +1,4 @@
-//! Virtio devices behind a driver that does anything.
+//! Virtio devices with a hostile driver: the input decides what it writes to registers and rings.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
