@@ -462,7 +462,7 @@ const TESTS: &[Test] = &[
     ("doctor_agrees_with_its_status", doctor_agrees_with_its_status),
     ("no_kvm", || refused(&["run", "--kvm", "/no/such/kvm", "k"], 1, &["/no/such/kvm", "modprobe"])),
     ("not_kvm", || refused(&["run", "--kvm", "/dev/null", "k"], 1, &["/dev/null"])),
-    ("no_kernel_given", || refused(&["run"], 1, &["no kernel given"])),
+    ("no_kernel_given", || refused(&["run"], 2, &["no kernel given"])),
     ("a_kernel_that_is_not_there", || {
         refused_with_kvm(&["run", "/no/such/kernel"], &["/no/such/kernel", "check the path"])
     }),
@@ -484,19 +484,24 @@ const TESTS: &[Test] = &[
         let options = ["-m", "16M", "-i", initrd.to_str().expect("UTF-8")];
         refused_kernel("small.elf", &guests::multiboot(guests::halt()), &options, &["67108864 bytes", "-m"])
     }),
-    ("1_mib_of_memory", || refused(&["run", "-m", "1M", "k"], 1, &["--memory 1M", "16M to 4T"])),
-    ("0_vcpus", || refused(&["run", "-c", "0", "k"], 1, &["--cpus 0", "1 to 254"])),
-    ("100000_vcpus", || refused(&["run", "-c", "100000", "k"], 1, &["1 to 254"])),
+    ("1_mib_of_memory", || refused(&["run", "-m", "1M", "k"], 2, &["--memory 1M", "16M to 4T"])),
+    ("0_vcpus", || refused(&["run", "-c", "0", "k"], 2, &["--cpus 0", "1 to 254"])),
+    ("100000_vcpus", || refused(&["run", "-c", "100000", "k"], 2, &["1 to 254"])),
     ("a_command_line_too_long", || {
         let long = "x".repeat(70_000);
         refused_kernel("long.elf", &guests::multiboot(guests::halt()), &["-p", &long], &["70", "there is room for"])
     }),
-    ("unknown_keys", || refused(&["run", "-m", "1G,huge=on", "k"], 1, &["'huge'", "hugepages, prefault"])),
+    ("unknown_keys", || refused(&["run", "-m", "1G,huge=on", "k"], 2, &["'huge'", "hugepages, prefault"])),
     ("unknown_keys_in_a_file", || {
         let path = file("bad.toml", b"kernel = 'k'\ncolour = 1\n");
-        refused(&["run", "--config", path.to_str().expect("UTF-8")], 1, &["colour", "cmdline", "bad.toml"])
+        refused(&["run", "--config", path.to_str().expect("UTF-8")], 2, &["colour", "cmdline", "bad.toml"])
     }),
-    ("a_bad_pattern", || refused(&["run", "--expect", "(", "k"], 1, &["--expect", "regular expression"])),
+    ("a_bad_pattern", || refused(&["run", "--expect", "(", "k"], 2, &["--expect (", "regular expression"])),
+    ("a_bad_budget", || refused(&["run", "--budget", "pio=x", "k"], 2, &["--budget pio=x", "not a whole number"])),
+    ("a_budget_of_an_unknown_reason", || {
+        refused(&["run", "--budget", "userspace.colour=1", "k"], 2, &["'userspace.colour'", "userspace.REASON"])
+    }),
+    ("a_bad_slack", || refused(&["run", "--slack", "much", "k"], 2, &["--slack much", "percentage"])),
     ("an_unknown_flag", || refused(&["run", "--colour", "k"], 2, &["--colour"])),
 ];
 

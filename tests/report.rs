@@ -153,7 +153,7 @@ fn budgets() -> Outcome {
             [("colour=1", "known are: total"), ("userspace=x", "whole number"), ("/none", "cannot read the budget")]
         {
             let (code, errors) = status(&["--budget", budget]);
-            assert!(code == Some(1) && errors.contains(words), "{errors}");
+            assert!(code == Some(2) && errors.contains(words), "{errors}");
         }
         let kernel = file("budget.elf", &guests::multiboot(guests::power_off()));
         let out =

@@ -1,16 +1,15 @@
 //! `hwvmm report`.
 
+use crate::config::{Budget, BudgetError, Slack};
+use crate::exit::ExitReason;
 use crate::exit::end::status;
 use crate::profile::Profile;
-use crate::profile::budget::{Budget, Check};
+use crate::profile::budget::{Check, check, from_profile};
 use crate::profile::render::{Format, Style, diff, render};
 use std::error::Error;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-
-/// How much more than in --budget-from there may be where nothing is said.
-pub(super) const SLACK: &str = "2%";
 
 /// Options.
 #[derive(clap::Args)]
@@ -34,31 +33,39 @@ pub(super) struct Args {
     rows: usize,
 
     /// At most so many exits, as in `hwvmm run --budget`: else status 39
-    #[arg(long, value_name = "LIMITS")]
-    budget: Option<String>,
+    #[arg(long, value_name = "LIMITS", value_parser = parse_budget)]
+    budget: Option<Budget>,
 
     /// At most as many exits of each kind as in this profile, but for the host's interrupts
     #[arg(long, value_name = "FILE")]
     budget_from: Option<PathBuf>,
 
     /// How much more than in --budget-from there may be
-    #[arg(long, default_value = SLACK, value_name = "PERCENT")]
-    slack: String,
+    #[arg(long, default_value = "2%", value_name = "PERCENT", value_parser = Slack::parse)]
+    slack: Slack,
 }
 
-/// The limits of --budget and --budget-from together.
-pub(super) fn budget(text: Option<&str>, from: Option<&Path>, slack: &str) -> Result<Budget, Box<dyn Error>> {
-    let mut budget = Budget::default();
-    if let Some(text) = text {
-        budget.extend(Budget::parse(text)?);
-    }
+fn parse_budget(text: &str) -> Result<Budget, BudgetError> {
+    let budget = Budget::parse(text)?;
+    check_reasons(&budget)?;
+    Ok(budget)
+}
+
+/// Returns an error if `budget` names a userspace exit reason that does not exist.
+pub(super) fn check_reasons(budget: &Budget) -> Result<(), BudgetError> {
+    budget.check_reasons(|name| ExitReason::ALL.iter().any(|reason| reason.name() == name))
+}
+
+/// Returns the limits of --budget and --budget-from together.
+pub(super) fn budget(given: Option<&Budget>, from: Option<&Path>, slack: Slack) -> Result<Budget, Box<dyn Error>> {
+    let mut budget = given.cloned().unwrap_or_default();
     if let Some(path) = from {
-        budget.extend(Budget::from_profile(&Profile::read(path)?, slack)?);
+        budget.limits.extend(from_profile(&Profile::read(path)?, slack).limits);
     }
     Ok(budget)
 }
 
-/// Prints what became of each limit; whether all were held.
+/// Prints each check. Returns true if all limits were held.
 pub(super) fn show_checks(checks: &[Check]) -> bool {
     for check in checks {
         eprintln!("hwvmm: {check}");
@@ -88,7 +95,7 @@ fn report(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             }
         }
     };
-    let budget = budget(args.budget.as_deref(), args.budget_from.as_deref(), &args.slack)?;
+    let budget = budget(args.budget.as_ref(), args.budget_from.as_deref(), args.slack)?;
     match &args.output {
         Some(path) => write(path, &text)?,
         None => {
@@ -103,7 +110,7 @@ fn report(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
         Some(other) => Profile::read(other)?,
         None => profile,
     };
-    let held = show_checks(&budget.check(&judged));
+    let held = show_checks(&check(&budget, &judged));
     Ok(ExitCode::from(if held { status::OK } else { status::OVER_BUDGET }))
 }
 

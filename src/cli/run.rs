@@ -1,14 +1,14 @@
 //! `hwvmm run`.
 
 use super::report;
-use crate::config::{OnReboot, RunConfig, RunOptions, StatsFormat, read_file};
+use crate::config::{Budget, OnReboot, RunConfig, RunOptions, StatsFormat, read_file};
 use crate::console::{RawTerminal, Seen};
 use crate::exit::EndReason;
 use crate::exit::end::status;
 use crate::kvm::System;
 use crate::machine::{self, Machine, RunRecord, Setup};
 use crate::probe::Host;
-use crate::profile::budget::Budget;
+use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
 use crate::profile::{self, Profile, RunStats};
 use std::error::Error;
@@ -40,11 +40,15 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
         io::stdout().write_all(crate::tune::help().as_bytes())?;
         return Ok(status::OK);
     }
-    let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
-    let config = args.options.or(file).into_config()?;
-    let expect = config.expect.as_deref().map(compile).transpose()?;
-    let slack = config.slack.as_deref().unwrap_or(report::SLACK);
-    let budget = report::budget(config.budget.as_deref(), config.budget_from.as_deref(), slack)?;
+    let config = match configuration(args) {
+        Ok(config) => config,
+        Err(error) => {
+            super::fail(error.as_ref());
+            return Ok(status::USAGE);
+        }
+    };
+    let expect = config.expect.as_ref().map(|pattern| pattern.0.clone());
+    let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     super::mmu::check(config.mmu, &Host::at(Path::new("/")))?;
     let system = System::open(&config.kvm)?;
     let expects = expect.is_some();
@@ -80,18 +84,24 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
     Ok(if within || end.status() != status::OK { end.status() } else { status::OVER_BUDGET })
 }
 
-/// Shows and keeps the profile; whether it is within the budget.
+/// Reads the options of the command line and of the file, and checks them.
+fn configuration(args: Args) -> Result<RunConfig, Box<dyn Error>> {
+    let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
+    let config = args.options.or(file).into_config()?;
+    if let Some(budget) = &config.budget {
+        report::check_reasons(budget)?;
+    }
+    Ok(config)
+}
+
+/// Prints and writes the profile. Returns true if it is within the budget.
 fn show_profile(config: &RunConfig, profile: &Profile, budget: &Budget) -> Result<bool, Box<dyn Error>> {
     let style = Style { colour: io::stderr().is_terminal(), ..Style::default() };
     eprint!("{}", render(profile, Format::Text, style)?);
     if let Some(path) = &config.profile_out {
         report::write(path, &render(profile, Format::Json, style)?)?;
     }
-    Ok(report::show_checks(&budget.check(profile)))
-}
-
-fn compile(pattern: &str) -> Result<regex::bytes::Regex, crate::config::ConfigError> {
-    regex::bytes::Regex::new(pattern).map_err(|error| crate::config::ConfigError::Expect(error.to_string()))
+    Ok(report::show_checks(&check(budget, profile)))
 }
 
 fn uses_stdin(config: &RunConfig) -> bool {

@@ -1,11 +1,13 @@
 //! What a run is made of, as plain data: from the command line, from a TOML file, checked. Knows nothing of the rest.
 
+mod budget;
 mod devices;
 mod file;
 mod keyvalue;
 mod options;
 mod values;
 
+pub use budget::{AddressKind, Budget, BudgetError, Counter, Limit, Slack};
 pub use devices::{
     BalloonConfig, DiskConfig, DiskFormat, Forward, NetBackend, NetConfig, RngConfig, ShareConfig, Transport,
     VsockConfig,
@@ -77,8 +79,8 @@ pub struct RunConfig {
     pub on_reboot: OnReboot,
     /// The longest that the run may take.
     pub timeout: Option<Duration>,
-    /// A pattern that ends the run when it is seen on the console.
-    pub expect: Option<String>,
+    /// A pattern that ends the run when it matches a line of the console.
+    pub expect: Option<Pattern>,
     /// What is printed about exits after the run.
     pub stats: Option<StatsFormat>,
     /// Where the statistics go; `None`: stderr.
@@ -87,12 +89,12 @@ pub struct RunConfig {
     pub profile: Option<ProfileLevel>,
     /// Where the profile goes.
     pub profile_out: Option<PathBuf>,
-    /// How many exits of which kind there may be.
-    pub budget: Option<String>,
-    /// A profile whose counts may not be exceeded.
+    /// Limits of the numbers of exits.
+    pub budget: Option<Budget>,
+    /// A profile whose counts are limits as well.
     pub budget_from: Option<PathBuf>,
-    /// By how much they may, in per cent.
-    pub slack: Option<String>,
+    /// By how much the counts of `budget_from` may be exceeded.
+    pub slack: Slack,
     /// The guest's symbols, where they are not the kernel's own.
     pub symbols: Option<PathBuf>,
     /// What is done against exits.
@@ -110,6 +112,18 @@ impl RunConfig {
         lists + single.iter().filter(|there| **there).count()
     }
 }
+
+/// A regular expression for lines of the console.
+#[derive(Clone, Debug)]
+pub struct Pattern(pub regex::bytes::Regex);
+
+impl PartialEq for Pattern {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.as_str() == other.0.as_str()
+    }
+}
+
+impl Eq for Pattern {}
 
 /// Where a bzImage is unpacked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
@@ -200,7 +214,10 @@ pub enum ConfigError {
     /// The levers.
     #[error("--tune {0}: {1}")]
     Tune(String, #[source] TuneError),
-    /// The pattern is no regular expression.
-    #[error("--expect: not a regular expression: {0}")]
-    Expect(String),
+    /// The pattern is not a regular expression.
+    #[error("--expect {0}: not a regular expression")]
+    Expect(String, #[source] regex::Error),
+    /// A budget.
+    #[error("--{0} {1}")]
+    Budget(&'static str, String, #[source] BudgetError),
 }

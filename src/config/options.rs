@@ -3,7 +3,8 @@
 use super::devices::{BalloonConfig, DiskConfig, NetConfig, RngConfig, ShareConfig, Transport, VsockConfig};
 use super::values::{Cpus, Memory, ValueError, parse_console, parse_duration, parse_serial};
 use super::{
-    BootProtocol, ConfigError, ConsoleTarget, MmuChoice, OnReboot, ProfileLevel, RunConfig, StatsFormat, Unpack,
+    BootProtocol, Budget, ConfigError, ConsoleTarget, MmuChoice, OnReboot, ProfileLevel, RunConfig, Slack, StatsFormat,
+    Unpack,
 };
 use crate::tune::{Lever, Tune};
 use clap::Args;
@@ -335,6 +336,16 @@ impl RunOptions {
         for text in &self.tune {
             tune.set(text).map_err(|error| ConfigError::Tune(text.clone(), error))?;
         }
+        let compile = |pattern: &str| {
+            let error = |error| ConfigError::Expect(pattern.to_owned(), error);
+            regex::bytes::Regex::new(pattern).map(super::Pattern).map_err(error)
+        };
+        let expect = self.expect.as_deref().map(compile).transpose()?;
+        let limits =
+            |text: &str| Budget::parse(text).map_err(|error| ConfigError::Budget("budget", text.to_owned(), error));
+        let budget = self.budget.as_deref().map(limits).transpose()?;
+        let slack = self.slack.as_deref().unwrap_or("2%");
+        let slack = Slack::parse(slack).map_err(|error| ConfigError::Budget("slack", slack.to_owned(), error))?;
         let wants_profile = self.profile_out.is_some() || self.budget.is_some() || self.budget_from.is_some();
         let mut config = RunConfig {
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
@@ -364,14 +375,14 @@ impl RunOptions {
             trap_msrs: self.trap_msrs.unwrap_or(false),
             on_reboot: self.on_reboot.unwrap_or_default(),
             timeout,
-            expect: self.expect,
+            expect,
             stats: self.stats.or(self.stats_out.as_ref().map(|_| StatsFormat::Json)),
             stats_out: self.stats_out,
             profile: self.profile.or(wants_profile.then_some(ProfileLevel::Full)),
             profile_out: self.profile_out,
-            budget: self.budget,
+            budget,
             budget_from: self.budget_from,
-            slack: self.slack,
+            slack,
             symbols: self.symbols,
             tune,
             kvm: self.kvm.unwrap_or_else(|| PathBuf::from("/dev/kvm")),

@@ -58,7 +58,8 @@ pub fn render(profile: &Profile, format: Format, style: Style) -> Result<String,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::profile::budget::Budget;
+    use crate::config::{Budget, Slack};
+    use crate::profile::budget::{check, from_profile};
     use crate::profile::data::tests::sample;
     use clap::ValueEnum;
     use proptest::prelude::*;
@@ -98,8 +99,8 @@ mod tests {
                 let _ = render(&profile, *format, Style { colour: true, rows: 3 });
             }
             let _ = diff(&profile, &sample()).text(Style::default());
-            let _ = Budget::parse("total=1,userspace=1,pio=0,cpuid=0,leaf.0=0").map(|budget| budget.check(&profile));
-            let _ = Budget::from_profile(&profile, "2%");
+            let _ = Budget::parse("total=1,userspace=1,pio=0,cpuid=0,leaf.0=0").map(|budget| check(&budget, &profile));
+            let _ = Slack::parse("2%").map(|slack| from_profile(&profile, slack));
         }
     }
 }

@@ -1,0 +1,258 @@
+//! Exit budgets (`--budget`, `--slack`): how many exits of which kind a run may make.
+
+use hwvmm_arch::exit_code::Class;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// A budget or a slack that cannot be read.
+#[derive(Debug, Error)]
+pub enum BudgetError {
+    /// The name of a limit is not known.
+    #[error(
+        "unknown budget '{name}'; known are: total, userspace, {}, userspace.REASON (as in userspace.pio_out), and port.N, \
+         gpa.N, msr.N, leaf.N for one port, address, MSR or CPUID leaf",
+        Class::ALL.map(Class::name).join(", ")
+    )]
+    Name {
+        /// The name given.
+        name: String,
+    },
+    /// The value of a limit is not a whole number.
+    #[error("budget {name}={value}: not a whole number")]
+    Value {
+        /// Name of the limit.
+        name: String,
+        /// The value given for it.
+        value: String,
+    },
+    /// The text or the file has no limits.
+    #[error("the budget '{0}' has no limits: give NAME=COUNT,..., or a file with such lines")]
+    Empty(String),
+    /// The file with the limits cannot be read.
+    #[error("cannot read the budget {}", .0.display())]
+    Read(PathBuf, #[source] std::io::Error),
+    /// The slack is not a percentage from 0 to 1000.
+    #[error("'{0}' is not a percentage from 0% to 1000%, such as 2% or 0.5%")]
+    Slack(String),
+}
+
+/// The kind of number that a limit of one address is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AddressKind {
+    /// I/O port.
+    Port,
+    /// Guest physical address.
+    Gpa,
+    /// Index of a model-specific register.
+    Msr,
+    /// CPUID leaf (EAX).
+    Leaf,
+}
+
+impl AddressKind {
+    const ALL: [Self; 4] = [Self::Port, Self::Gpa, Self::Msr, Self::Leaf];
+
+    /// The name in budgets and profiles.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Port => "port",
+            Self::Gpa => "gpa",
+            Self::Msr => "msr",
+            Self::Leaf => "leaf",
+        }
+    }
+}
+
+/// The count that a limit applies to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// All VM exits.
+    Total,
+    /// All userspace exits.
+    Userspace,
+    /// VM exits of one class.
+    Class(Class),
+    /// Userspace exits of one reason, by its name. [`Budget::check_reasons`] finds names that do not exist.
+    Reason(String),
+    /// Exits for one port, address, MSR or CPUID leaf.
+    Address(AddressKind, u64),
+}
+
+impl Counter {
+    fn parse(name: &str) -> Option<Self> {
+        if let Some((space, number)) = name.split_once('.') {
+            if space == "userspace" {
+                return (!number.is_empty()).then(|| Self::Reason(number.to_owned()));
+            }
+            let kind = AddressKind::ALL.into_iter().find(|kind| kind.name() == space)?;
+            return Some(Self::Address(kind, parse_number(number)?));
+        }
+        match name {
+            "total" => Some(Self::Total),
+            "userspace" => Some(Self::Userspace),
+            _ => Class::ALL.into_iter().find(|class| class.name() == name).map(Self::Class),
+        }
+    }
+}
+
+impl fmt::Display for Counter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Total => f.write_str("total"),
+            Self::Userspace => f.write_str("userspace"),
+            Self::Class(class) => f.write_str(class.name()),
+            Self::Reason(reason) => write!(f, "userspace.{reason}"),
+            Self::Address(kind, number) => write!(f, "{}.{number:#x}", kind.name()),
+        }
+    }
+}
+
+/// The largest number of exits that one counter may reach.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// What is counted.
+    pub counter: Counter,
+    /// The largest count allowed.
+    pub max_exits: u64,
+}
+
+/// The limits of a run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Budget {
+    /// The limits, in the order in which they were given.
+    pub limits: Vec<Limit>,
+}
+
+impl Budget {
+    /// Reads `NAME=COUNT,...`; a text without `=` is the path of a file with such lines, in which `#` begins a comment.
+    ///
+    /// # Errors
+    /// Returns an error if a name is unknown, a count is no number, there are no limits, or the file cannot be read.
+    pub fn parse(text: &str) -> Result<Self, BudgetError> {
+        if text.contains('=') {
+            return Self::parse_list(text, text.split(','));
+        }
+        let path = Path::new(text);
+        let contents = std::fs::read_to_string(path).map_err(|source| BudgetError::Read(path.to_owned(), source))?;
+        let lines = contents.lines().map(|line| line.split('#').next().unwrap_or_default());
+        Self::parse_list(text, lines.flat_map(|line| line.split(',')))
+    }
+
+    fn parse_list<'a>(whole: &str, items: impl Iterator<Item = &'a str>) -> Result<Self, BudgetError> {
+        let mut limits = Vec::new();
+        for item in items.map(str::trim).filter(|item| !item.is_empty()) {
+            let (name, value) = item.split_once('=').ok_or_else(|| BudgetError::Name { name: item.to_owned() })?;
+            let (name, value) = (name.trim(), value.trim());
+            let counter = Counter::parse(name).ok_or_else(|| BudgetError::Name { name: name.to_owned() })?;
+            let max_exits = parse_number(value)
+                .ok_or_else(|| BudgetError::Value { name: name.to_owned(), value: value.to_owned() })?;
+            limits.push(Limit { counter, max_exits });
+        }
+        if limits.is_empty() {
+            return Err(BudgetError::Empty(whole.to_owned()));
+        }
+        Ok(Self { limits })
+    }
+
+    /// Returns an error that names the first userspace exit reason for which `is_known` returns false. The reasons are
+    /// defined in the `exit` module, which this module does not depend on.
+    ///
+    /// # Errors
+    /// [`BudgetError::Name`].
+    pub fn check_reasons(&self, is_known: impl Fn(&str) -> bool) -> Result<(), BudgetError> {
+        for limit in &self.limits {
+            if matches!(&limit.counter, Counter::Reason(reason) if !is_known(reason)) {
+                return Err(BudgetError::Name { name: limit.counter.to_string() });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn parse_number(text: &str) -> Option<u64> {
+    let text = text.trim();
+    match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).ok(),
+        None => text.replace('_', "").parse().ok(),
+    }
+}
+
+/// By how much the counts of a run may exceed those of the profile given by `--budget-from`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slack {
+    /// In hundredths of a per cent.
+    hundredths: u32,
+}
+
+impl Slack {
+    /// Reads a percentage: `2%`, `0.5%`, `2`. Digits beyond the second decimal place are rounded.
+    ///
+    /// # Errors
+    /// [`BudgetError::Slack`].
+    pub fn parse(text: &str) -> Result<Self, BudgetError> {
+        let wrong = || BudgetError::Slack(text.to_owned());
+        let per_cent: f64 = text.trim().trim_end_matches('%').trim().parse().map_err(|_| wrong())?;
+        if !(0.0..=1000.0).contains(&per_cent) {
+            return Err(wrong());
+        }
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is from 0 to 100000")]
+        let hundredths = (per_cent * 100.0).round() as u32;
+        Ok(Self { hundredths })
+    }
+
+    /// Returns the largest count allowed where the profile has `count`, rounded up.
+    #[must_use]
+    pub fn limit(self, count: u64) -> u64 {
+        let slack = (u128::from(count) * u128::from(self.hundredths)).div_ceil(10_000);
+        u64::try_from(u128::from(count) + slack).unwrap_or(u64::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_read() {
+        let budget = Budget::parse("total=300, userspace.pio_out=0x12c,npf=1,leaf.0x40000000=2").expect("a budget");
+        let names: Vec<String> = budget.limits.iter().map(|limit| limit.counter.to_string()).collect();
+        assert_eq!(names, ["total", "userspace.pio_out", "npf", "leaf.0x40000000"]);
+        assert_eq!(budget.limits[1].max_exits, 300);
+        assert_eq!(budget.limits[2].counter, Counter::Class(Class::NestedPageFault));
+        assert!(budget.check_reasons(|name| name == "pio_out").is_ok());
+        let error = budget.check_reasons(|name| name == "pio_in").expect_err("an unknown reason").to_string();
+        assert!(error.contains("'userspace.pio_out'") && error.contains("userspace.REASON"), "{error}");
+    }
+
+    #[test]
+    fn errors_name_what_is_known() {
+        for (text, words) in [
+            ("colour=1", "known are: total, userspace, pio"),
+            ("userspace.=1", "known are"),
+            ("port.x=1", "'port.x'"),
+            ("pio=many", "budget pio=many"),
+            (",=,", "unknown budget ''"),
+            ("/nowhere/file", "/nowhere/file"),
+        ] {
+            let error = Budget::parse(text).expect_err("wrong").to_string();
+            assert!(error.contains(words), "{error}");
+        }
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), "# limits\ntotal = 10\npio=1, npf=2 # two\n").expect("written");
+        assert_eq!(Budget::parse(&file.path().to_string_lossy()).expect("a budget").limits.len(), 3);
+        std::fs::write(file.path(), "# none\n").expect("written");
+        assert!(Budget::parse(&file.path().to_string_lossy()).expect_err("empty").to_string().contains("no limits"));
+    }
+
+    #[test]
+    fn slack_is_a_percentage() {
+        let limit = |text: &str| Slack::parse(text).expect("a percentage").limit(300);
+        assert_eq!((limit("2%"), limit("2"), limit("0.5 %"), limit("0%")), (306, 306, 302, 300));
+        assert_eq!(Slack::parse("1000%").expect("the largest").limit(u64::MAX), u64::MAX);
+        for bad in ["", "%", "much", "-1%", "1001%", "nan", "inf"] {
+            assert!(Slack::parse(bad).expect_err("wrong").to_string().contains(&format!("'{bad}'")));
+        }
+    }
+}
