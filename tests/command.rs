@@ -289,13 +289,18 @@ fn a_full_disk_is_said() -> Outcome {
     })
 }
 
+/// Sends SIGTERM.
+fn terminate(child: &Child) {
+    let pid = rustix::process::Pid::from_child(child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM sent");
+}
+
 fn sigterm_ends_the_run_in_order() -> Outcome {
     when_it_runs(|| {
         let mut child = spawn(guests::spin(), &["--stats"]);
         let mut first = [0; 6];
         child.stdout.as_mut().expect("stdout").read_exact(&mut first).expect("hello");
-        let killed = Command::new("kill").arg(child.id().to_string()).status().expect("kill");
-        assert!(killed.success());
+        terminate(&child);
         let out = child.wait_with_output().expect("ended");
         assert_eq!(out.status.code(), Some(128 + 15), "{}", text(&out.stderr));
         assert!(text(&out.stderr).contains("ended by SIGTERM") && text(&out.stderr).contains("userspace exits:"));
@@ -365,7 +370,7 @@ fn the_terminal_is_put_back() -> Outcome {
             if by_key {
                 rustix::io::write(&master, b"\x01x").expect("typed");
             } else {
-                Command::new("kill").arg(child.id().to_string()).status().expect("kill");
+                terminate(&child);
             }
             let out = child.wait_with_output().expect("ended");
             let status = if by_key { 130 } else { 143 };

@@ -191,11 +191,21 @@ fn bad_files() -> Outcome {
 fn damaged_profiles() -> Outcome {
     with_profile(|path| {
         let whole = fs::read(path).unwrap();
-        for cut in (0..whole.len()).step_by((whole.len() / 40).max(1)) {
-            let damaged = file("cut.json", &whole[..cut]);
+        // Each proper prefix of a JSON object is damaged, the one without the last brace too. The newline behind it is not part of it.
+        let document = whole.trim_ascii_end();
+        let step = (document.len() / 40).max(1);
+        for cut in (0..document.len()).step_by(step).chain([1, document.len() - 1]) {
+            let damaged = file("cut.json", &document[..cut]);
             let out = hwvmm(&["report", &damaged]);
-            assert!(out.status.code() == Some(1) && !text(&out.stderr).contains("panicked"), "{}", text(&out.stderr));
+            assert!(
+                out.status.code() == Some(1) && !text(&out.stderr).contains("panicked"),
+                "cut at {cut} of {}: {}",
+                document.len(),
+                text(&out.stderr)
+            );
         }
+        let out = hwvmm(&["report", &file("whole.json", document)]);
+        assert!(out.status.success(), "without its last newline: {}", text(&out.stderr));
         let wrong = text(&whole).replacen("\"total\":", "\"total\":1", 1);
         let out = hwvmm(&["report", &file("wrong.json", wrong.as_bytes())]);
         assert!(out.status.code() == Some(1) && text(&out.stderr).contains("is damaged"), "{}", text(&out.stderr));
