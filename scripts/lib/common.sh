@@ -30,6 +30,35 @@ need_packages() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
 }
 
+# need_rust [COMPONENT...]: checks that cargo is there, new enough for Cargo.toml, and has the components (clippy, rustfmt).
+# A rustup that is not on the PATH is used where the PATH has no cargo that will do.
+need_rust() {
+    local least have component
+    least=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$HWVMM_ROOT/Cargo.toml" | head -n 1)
+    if ! rust_is_at_least "$least" && [ -x "$HOME/.cargo/bin/cargo" ]; then PATH=$HOME/.cargo/bin:$PATH; fi
+    command -v cargo >/dev/null ||
+        die "Rust $least or newer is needed, and there is no cargo on the PATH: install Rust from https://rustup.rs, then run this again"
+    have=$(rust_version)
+    [ -n "$have" ] || die "\`rustc --version\` fails: $(rustc --version 2>&1 | head -n 1); install Rust $least or newer from https://rustup.rs"
+    rust_is_at_least "$least" ||
+        die "Rust $least or newer is needed, this is $have ($(command -v cargo)): install it from https://rustup.rs, then run this again"
+    for component in "$@"; do
+        case $component in
+            rustfmt) cargo fmt --version >/dev/null 2>&1 ;;
+            *) cargo "$component" --version >/dev/null 2>&1 ;;
+        esac || die "Rust has no $component here, and it is needed: rustup component add $component"
+    done
+}
+
+# The version of rustc (1.88.0), or nothing.
+rust_version() { rustc --version 2>/dev/null | awk '$1 == "rustc" { print $2 }'; }
+
+# rust_is_at_least VERSION: cargo is there, and rustc is of VERSION or newer.
+rust_is_at_least() {
+    local have; have=$(rust_version)
+    command -v cargo >/dev/null && [ -n "$have" ] && [ "$(printf '%s\n' "$1" "${have%%-*}" | sort -V | head -n 1)" = "$1" ]
+}
+
 # The packages that the lab and its guest are made from.
 lab_packages() { need_packages qemu-system-x86 seabios busybox-static cpio; }
 
@@ -127,48 +156,6 @@ build_hwvmm() {
     (cd "$HWVMM_ROOT" && cargo build --release --quiet)
 }
 
-# guest_image FORCE: makes $HWVMM_LAB/guest/debian.img, a Debian 12 root file system (ext4, 2 GiB, sparse).
-guest_image() {
-    local out=$HWVMM_LAB/guest/debian.img
-    # Made again when what it is made from changes.
-    [ "$1" = no ] && [ -s "$out" ] && [ -z "$(find "$HWVMM_ROOT/scripts/guest-image" "$HWVMM_ROOT/scripts/lib/common.sh" \
-        "$HWVMM_ROOT/scripts/in-guest/files" -newer "$out" | head -n 1)" ] && return 0
-    need_packages mmdebstrap e2fsprogs
-    guest_kernel
-    mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
-    local work; work=$(mktemp -d "$HWVMM_LAB/work/image.XXXXXX")
-    say "making a Debian 12 system (about 2 minutes, once)"
-    local packages=systemd-sysv,udev,dbus,openssh-server,iproute2,iputils-ping,fio,iperf3,kmod,tcc,libc6-dev,socat,procps
-    as_root mmdebstrap --quiet --variant=minbase --include="$packages" \
-        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
-        --dpkgopt='path-exclude=/usr/share/locale/*' --aptopt='APT::Install-Recommends "false"' \
-        bookworm "$work/root" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2; die "mmdebstrap failed"; }
-    as_root cp -R "$HWVMM_ROOT/scripts/in-guest/files/." "$work/root/"
-    local version; version=$(cat "$HWVMM_LAB/kernel/version")
-    as_root mkdir -p "$work/root/lib/modules/$version"
-    # Only what a guest of hwvmm has a use for: all of them are 400 MB.
-    local folder
-    for folder in drivers/virtio drivers/block drivers/net drivers/char/hw_random drivers/firmware fs/fuse fs/ext4 \
-        fs/autofs fs/jbd2 fs/mbcache.ko net/vmw_vsock net/core crypto lib arch/x86/crypto; do
-        [ -e "$HWVMM_LAB/kernel/modules/kernel/$folder" ] || continue
-        as_root mkdir -p "$work/root/lib/modules/$version/kernel/$(dirname "$folder")"
-        as_root cp -R "$HWVMM_LAB/kernel/modules/kernel/$folder" "$work/root/lib/modules/$version/kernel/$folder"
-    done
-    as_root rm -rf "$work/root/lib/modules/$version/kernel/drivers/net/"{wireless,ethernet,usb,can}
-    as_root cp "$HWVMM_LAB"/kernel/modules/modules.{order,builtin,builtin.modinfo} "$work/root/lib/modules/$version/"
-    as_root chroot "$work/root" depmod "$version"
-    as_root chroot "$work/root" systemctl --quiet enable hwvmm-guest.service
-    # Nothing of these has work in a guest like this.
-    as_root chroot "$work/root" systemctl --quiet mask e2scrub_reap.service systemd-pstore.service apt-daily.timer \
-        apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer getty@tty1.service \
-        proc-sys-fs-binfmt_misc.automount proc-sys-fs-binfmt_misc.mount systemd-binfmt.service
-    as_root truncate -s 2G "$work/debian.img"
-    as_root mkfs.ext4 -q -F -L root -d "$work/root" "$work/debian.img"
-    as_root chown "$(id -u)" "$work/debian.img"
-    mv "$work/debian.img" "$out"
-    as_root rm -rf "$work"
-}
-
 # add_modules ROOT MODULE...: puts kernel modules and all that they need into ROOT/modules, in the order to load them.
 add_modules() {
     local root=$1 module path line
@@ -233,3 +220,6 @@ guest_console_initramfs() {
     mv "$out.new" "$out"
     rm -rf "$work" "$work.cpio"
 }
+
+# shellcheck source=scripts/lib/guest-image.sh
+source "$HWVMM_ROOT/scripts/lib/guest-image.sh"

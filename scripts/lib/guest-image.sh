@@ -1,0 +1,75 @@
+# The Debian system that guests boot from a disk. Sourced by common.sh.
+# shellcheck shell=bash
+
+# What the image is made from, as one checksum: the image is made again when it changes.
+guest_image_recipe() {
+    (cd "$HWVMM_ROOT/scripts" && find in-guest/files lib/guest-image.sh -type f -print0 | LC_ALL=C sort -z |
+        xargs -0 sha256sum; cat "$HWVMM_LAB/kernel/version") | sha256sum | cut -d ' ' -f 1
+}
+
+# guest_image FORCE: makes $HWVMM_LAB/guest/debian.img, a Debian 12 root file system (ext4, 2 GiB, sparse), and debian.key, a key for
+# ssh that root in it accepts. FORCE (yes or no): also where they are up to date.
+guest_image() {
+    local out=$HWVMM_LAB/guest/debian.img recipe
+    guest_kernel
+    recipe=$(guest_image_recipe)
+    [ "$1" = no ] && [ -s "$out" ] && [ "$(cat "$out.recipe" 2>/dev/null)" = "$recipe" ] && return 0
+    need_packages mmdebstrap e2fsprogs openssh-client
+    mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
+    local work; work=$(mktemp -d "$HWVMM_LAB/work/image.XXXXXX")
+    say "making a Debian 12 system: about 2 minutes and 1 GB of disk, once"
+    say "  1/3 downloading and installing its packages (about 100 MB)"
+    local packages=systemd-sysv,udev,dbus,openssh-server,iproute2,iputils-ping,fio,iperf3,kmod,tcc,libc6-dev,socat,procps
+    packages+=,systemd-resolved
+    as_root mmdebstrap --quiet --variant=minbase --include="$packages" \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+        --dpkgopt='path-exclude=/usr/share/locale/*' --aptopt='APT::Install-Recommends "false"' \
+        bookworm "$work/root" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2; die "mmdebstrap failed"; }
+    say "  2/3 the kernel's modules, units and the key for ssh"
+    as_root cp -R "$HWVMM_ROOT/scripts/in-guest/files/." "$work/root/"
+    guest_image_modules "$work/root"
+    guest_image_units "$work/root"
+    ssh-keygen -q -t ed25519 -N '' -C hwvmm-guest -f "$work/debian.key"
+    as_root install -d -m 700 "$work/root/root/.ssh"
+    as_root install -m 600 "$work/debian.key.pub" "$work/root/root/.ssh/authorized_keys"
+    say "  3/3 the file system"
+    as_root truncate -s 2G "$work/debian.img"
+    as_root mkfs.ext4 -q -F -L root -d "$work/root" "$work/debian.img"
+    as_root chown "$(id -u)" "$work/debian.img"
+    rm -f "$out.recipe"
+    mv -f "$work/debian.key" "$HWVMM_LAB/guest/debian.key"
+    mv -f "$work/debian.key.pub" "$HWVMM_LAB/guest/debian.key.pub"
+    mv -f "$work/debian.img" "$out"
+    echo "$recipe" >"$out.recipe"
+    as_root rm -rf "$work"
+}
+
+# guest_image_modules ROOT: the modules that a guest of hwvmm has a use for: all of them are 400 MB.
+guest_image_modules() {
+    local root=$1 version folder
+    version=$(cat "$HWVMM_LAB/kernel/version")
+    as_root mkdir -p "$root/lib/modules/$version"
+    for folder in drivers/virtio drivers/block drivers/net drivers/char/hw_random drivers/firmware fs/fuse fs/ext4 \
+        fs/autofs fs/jbd2 fs/mbcache.ko net/vmw_vsock net/core crypto lib arch/x86/crypto; do
+        [ -e "$HWVMM_LAB/kernel/modules/kernel/$folder" ] || continue
+        as_root mkdir -p "$root/lib/modules/$version/kernel/$(dirname "$folder")"
+        as_root cp -R "$HWVMM_LAB/kernel/modules/kernel/$folder" "$root/lib/modules/$version/kernel/$folder"
+    done
+    as_root rm -rf "$root/lib/modules/$version/kernel/drivers/net/"{wireless,ethernet,usb,can}
+    as_root cp "$HWVMM_LAB"/kernel/modules/modules.{order,builtin,builtin.modinfo} "$root/lib/modules/$version/"
+    as_root chroot "$root" depmod "$version"
+}
+
+# guest_image_units ROOT: which of systemd's units run.
+guest_image_units() {
+    local root=$1
+    as_root chroot "$root" systemctl --quiet enable hwvmm-guest.service
+    # A udev rule starts these where there is a network card to configure (in-guest/files/etc/udev/rules.d).
+    as_root chroot "$root" systemctl --quiet disable systemd-networkd.service systemd-networkd.socket \
+        systemd-networkd-wait-online.service systemd-network-generator.service systemd-resolved.service
+    as_root ln -sf /run/systemd/resolve/resolv.conf "$root/etc/resolv.conf"
+    # None of these has work in a guest like this.
+    as_root chroot "$root" systemctl --quiet mask e2scrub_reap.service systemd-pstore.service apt-daily.timer \
+        apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer getty@tty1.service \
+        proc-sys-fs-binfmt_misc.automount proc-sys-fs-binfmt_misc.mount systemd-binfmt.service
+}
