@@ -1,43 +1,53 @@
 //! Unix sockets that hwvmm listens on.
 
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-/// A socket at a path, which goes when this goes. It never waits.
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// A listening socket at a path, in non-blocking mode. Dropping it removes the path.
 pub struct Listener {
     listener: UnixListener,
     path: PathBuf,
 }
 
 impl Listener {
-    /// Listens at `path`. A socket there that nobody answers on, left behind by a run that was killed, is replaced.
+    /// Listens at `path`, with mode 0600: only the user that runs hwvmm (and root) can connect. A socket at `path` that
+    /// refuses connections, left behind by a run that was killed, is replaced.
     ///
     /// # Errors
-    /// The system's.
+    /// The system's; `AddrInUse` where `path` exists and is not such a socket.
     pub fn new(path: &Path) -> io::Result<Self> {
         if is_dead(path) {
             std::fs::remove_file(path)?;
         }
-        let listener = UnixListener::bind(path)?;
-        listener.set_nonblocking(true)?;
-        Ok(Self { listener, path: path.to_owned() })
+        let socket = new_socket()?;
+        // Before bind, which takes the file's mode from the socket's: there is no moment in which others can connect.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+        bind(&socket, &SocketAddrUnix::new(path)?)?;
+        listen(&socket, BACKLOG)?;
+        Ok(Self { listener: UnixListener::from(socket), path: path.to_owned() })
     }
 
-    /// The socket.
+    /// The socket, for `accept`.
     #[must_use]
     pub fn socket(&self) -> &UnixListener {
         &self.listener
     }
 
-    /// Where it is.
+    /// The path of the socket.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What mends an error of [`Listener::new`].
+    /// Returns what to do about an error of [`Listener::new`], to be put behind a message; empty where nothing is known.
     #[must_use]
     pub fn remedy(error: &io::Error) -> &'static str {
         match error.kind() {
@@ -47,15 +57,17 @@ impl Listener {
     }
 }
 
-/// Connects to a Unix socket without waiting: a program whose queue of callers is full refuses, instead of holding us up
-/// until it looks. The stream does not wait either.
+fn new_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
+}
+
+/// Connects to a Unix socket without blocking. The returned stream is non-blocking, too.
 ///
 /// # Errors
-/// The system's; `WouldBlock` for a full queue.
+/// The system's; `WouldBlock` where the listener's backlog is full.
 pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let socket = new_socket()?;
     connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(UnixStream::from(socket))
 }
@@ -91,5 +103,16 @@ mod tests {
         std::fs::write(&path, "a file").expect("written");
         assert!(Listener::new(&path).is_err());
         assert_eq!(std::fs::read(&path).expect("still there"), b"a file");
+    }
+
+    #[test]
+    fn only_the_owner_can_connect() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("socket");
+        let _listener = Listener::new(&path).expect("listening");
+        let mode = std::fs::symlink_metadata(&path).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        connect_now(&path).expect("the owner can");
     }
 }

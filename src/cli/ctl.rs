@@ -1,44 +1,27 @@
 //! `hwvmm ctl`.
 
-use std::error::Error;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use crate::control::{Request, request};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
-/// How long a machine has to answer.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Options.
+/// Options of `hwvmm ctl`.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// The socket that the machine was started with (--api)
+    /// Control socket that the machine was started with (--api)
     socket: PathBuf,
 
-    /// status, exits, balloon SIZE, or stop
-    #[arg(required = true)]
-    command: Vec<String>,
+    #[command(subcommand)]
+    request: Request,
 }
 
+/// Prints the response as one line of JSON on stdout, or the error on stderr.
 pub(super) fn run(args: &Args) -> ExitCode {
-    match ask(&args.socket, &args.command.join(" ")) {
-        Ok(answer) => {
-            let failed = serde_json::from_str::<serde_json::Value>(&answer).map_or(true, |v| v.get("error").is_some());
-            print!("{answer}");
-            ExitCode::from(u8::from(failed))
-        }
-        Err(error) => super::fail(error.as_ref()),
+    let response = match request(&args.socket, args.request) {
+        Ok(response) => response,
+        Err(error) => return super::fail(&error),
+    };
+    match serde_json::to_string(&response) {
+        Ok(json) => super::print_all(format!("{json}\n").as_bytes()),
+        Err(error) => super::fail(&error),
     }
-}
-
-/// Asks the machine behind a control socket.
-pub(super) fn ask(path: &Path, command: &str) -> Result<String, Box<dyn Error>> {
-    let mut socket = UnixStream::connect(path)
-        .map_err(|error| format!("no machine answers at {}: {error}; is it running, with --api?", path.display()))?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    writeln!(socket, "{command}")?;
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer)?;
-    Ok(answer)
 }

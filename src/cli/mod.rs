@@ -30,7 +30,7 @@ Examples:
 On a terminal, Ctrl-A x ends the run; Ctrl-A Ctrl-A sends one Ctrl-A.
 
 Exit status:
-  0    the guest shut down (or halted and said so), or --expect was seen
+  0    the guest shut down (or halted and said so), --expect was seen, or `hwvmm ctl SOCKET stop` ended the run
   1    hwvmm failed                     2    wrong command line
   32   the guest reset itself           33   triple fault
   34   the guest panicked               35   all vCPUs halted with interrupts off
@@ -86,10 +86,11 @@ enum Command {
                             (not in /etc/modprobe.d) are lost by `set`."
     )]
     Mmu(mmu::Args),
-    /// Control a running machine: its state, its balloon, its end
+    /// Control a running machine: show its state and its exits, set its balloon, end it
     #[command(
         after_help = "Examples:\n  hwvmm run vmlinuz --balloon --api /tmp/vm.sock ...\n  hwvmm ctl /tmp/vm.sock status\n  \
-                            hwvmm ctl /tmp/vm.sock balloon 100M\n\nExit status: 0, or 1 where the machine says no."
+                            hwvmm ctl /tmp/vm.sock balloon 100M\n\nThe response is one line of JSON. Exit status: 0, or 1 where \
+                            no machine answers or it refuses."
     )]
     Ctl(ctl::Args),
     /// Unpack the kernel in a bzImage into an ELF file

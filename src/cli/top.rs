@@ -1,12 +1,13 @@
 //! `hwvmm top`: what a running machine exits for, right now.
 
-use super::ctl;
+use crate::control::protocol::{Bus, LiveExits};
+use crate::control::{ClientError, Request, RequestError, Response, request};
+use crate::exit::ExitReason;
 use ratatui::Frame;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use ratatui::layout::{Constraint, Layout};
 use ratatui::style::{Style, Stylize};
 use ratatui::widgets::{Paragraph, Row, Table};
-use serde_json::Value;
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt::Write as _;
@@ -15,17 +16,20 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-/// Options.
+/// How long a machine may take from its control socket to its first instruction.
+const STARTUP: Duration = Duration::from_secs(1);
+
+/// Options of `hwvmm top`.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// The socket that the machine was started with (--api)
+    /// Control socket that the machine was started with (--api)
     socket: PathBuf,
 
-    /// Print one frame and end, for scripts
+    /// Print the rates of one interval and end, for scripts
     #[arg(long)]
     once: bool,
 
-    /// Seconds between two looks
+    /// Seconds between two readings (0.1 to 3600)
     #[arg(long, default_value = "1", value_name = "SECONDS", value_parser = interval)]
     interval: Duration,
 }
@@ -39,66 +43,73 @@ fn interval(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Counts of a machine at one moment, by cause and vCPU.
+/// Counts of a machine at one moment, by cause. Each cause has one count a vCPU.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Counts {
+    /// Time since the vCPUs were started, in nanoseconds.
     at_ns: u64,
-    vcpus: usize,
+    /// Userspace exits.
     userspace: BTreeMap<String, Vec<u64>>,
+    /// KVM's own counters, by the kernel's name.
     kvm: BTreeMap<String, Vec<u64>>,
 }
 
-impl Counts {
-    fn parse(answer: &str) -> Result<Self, Box<dyn Error>> {
-        let value: Value = serde_json::from_str(answer)?;
-        if let Some(error) = value.get("error").and_then(Value::as_str) {
-            return Err(error.into());
-        }
-        let vcpus = value.get("vcpus").and_then(Value::as_array).ok_or("the machine's answer has no vCPUs")?;
-        let at_ns = value.get("at_ns").and_then(Value::as_u64).ok_or("the machine's answer has no time")?;
-        let mut counts = Self { at_ns, vcpus: vcpus.len(), ..Self::default() };
-        for (index, vcpu) in vcpus.iter().enumerate() {
-            let add = |map: &mut BTreeMap<String, Vec<u64>>, name: String, count: u64| {
-                map.entry(name).or_insert_with(|| vec![0; counts.vcpus])[index] += count;
-            };
-            let userspace = &vcpu["userspace_exits"];
-            for device in userspace["by_device"].as_array().into_iter().flatten() {
-                let (bus, address) = (device["bus"].as_str().unwrap_or("?"), device["address"].as_u64().unwrap_or(0));
-                let name = format!("{bus} {address:#x} {}", device["device"].as_str().unwrap_or("(nobody)"));
-                for (count, way) in [(&device["reads"], "read"), (&device["writes"], "write")] {
-                    let count = count.as_u64().unwrap_or(0);
-                    if count > 0 {
-                        add(&mut counts.userspace, format!("{name} {way}"), count);
-                    }
-                }
-            }
-            // What is not an access to a device: kicks, halts, ...
-            for (reason, count) in userspace["by_reason"].as_object().into_iter().flatten() {
-                let access = ["pio_in", "pio_out", "mmio_read", "mmio_write", "msr_read", "msr_write"]
-                    .contains(&reason.as_str());
-                if !access {
-                    add(&mut counts.userspace, reason.clone(), count.as_u64().unwrap_or(0));
-                }
-            }
-            for (name, count) in vcpu["kvm"].as_object().into_iter().flatten() {
-                add(&mut counts.kvm, name.clone(), count.as_u64().unwrap_or(0));
-            }
-        }
-        Ok(counts)
+/// Adds a vCPU's count to a cause.
+fn add(causes: &mut BTreeMap<String, Vec<u64>>, vcpus: usize, cause: String, vcpu: usize, count: u64) {
+    if count > 0
+        && let Some(sum) = causes.entry(cause).or_insert_with(|| vec![0; vcpus]).get_mut(vcpu)
+    {
+        *sum += count;
     }
 }
 
-/// A line of a frame: what, and how often a second, by vCPU.
+/// Returns true if exits of this reason are listed by device, too.
+fn is_access(reason: ExitReason) -> bool {
+    use ExitReason::{MmioRead, MmioWrite, MsrRead, MsrWrite, PioIn, PioOut};
+    matches!(reason, PioIn | PioOut | MmioRead | MmioWrite | MsrRead | MsrWrite)
+}
+
+impl From<LiveExits> for Counts {
+    fn from(live: LiveExits) -> Self {
+        let vcpus = live.vcpus.len();
+        let (mut userspace, mut kvm) = (BTreeMap::new(), BTreeMap::new());
+        for (index, vcpu) in live.vcpus.into_iter().enumerate() {
+            let exits = vcpu.userspace_exits.unwrap_or_default();
+            for device in exits.by_device {
+                let name = match (&device.device, device.bus) {
+                    (Some(name), _) => format!(" {name}"),
+                    (None, Bus::Msr) => String::new(),
+                    (None, Bus::Pio | Bus::Mmio) => " (unmapped)".to_owned(),
+                };
+                for (count, access) in [(device.reads, "read"), (device.writes, "write")] {
+                    let cause = format!("{} {:#x}{name} {access}", device.bus.name(), device.address);
+                    add(&mut userspace, vcpus, cause, index, count);
+                }
+            }
+            for (reason, count) in exits.by_reason.into_iter().filter(|(reason, _)| !is_access(*reason)) {
+                add(&mut userspace, vcpus, reason.name().to_owned(), index, count);
+            }
+            for (name, count) in vcpu.kvm {
+                add(&mut kvm, vcpus, name, index, count);
+            }
+        }
+        Self { at_ns: live.at_ns, userspace, kvm }
+    }
+}
+
+/// One row of the output: exits a second of one cause.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Rate {
     name: String,
+    /// By vCPU.
     each: Vec<u64>,
+    /// Of all vCPUs.
     sum: u64,
 }
 
-/// What happened between two looks.
+/// Rates between two readings, highest first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Picture {
+struct Rates {
     userspace: Vec<Rate>,
     kvm: Vec<Rate>,
 }
@@ -118,21 +129,21 @@ fn rates(before: &BTreeMap<String, Vec<u64>>, after: &BTreeMap<String, Vec<u64>>
     rates
 }
 
-impl Picture {
+impl Rates {
     fn new(before: &Counts, after: &Counts) -> Self {
         let ns = after.at_ns.saturating_sub(before.at_ns);
         Self { userspace: rates(&before.userspace, &after.userspace, ns), kvm: rates(&before.kvm, &after.kvm, ns) }
     }
 
-    /// VM exits a second, where KVM tells.
+    /// VM exits a second; `None` where KVM has no statistics, or none occurred.
     fn vm_exits(&self) -> Option<u64> {
         self.kvm.iter().find(|rate| rate.name == "exits").map(|rate| rate.sum)
     }
 
     fn title(&self) -> String {
         let all = self.userspace.iter().fold(0_u64, |sum, rate| sum.saturating_add(rate.sum));
-        let vm = self.vm_exits().map_or_else(|| "not told".to_owned(), |exits| exits.to_string());
-        format!("exits a second: VM exits {vm}, userspace exits {all} (one of them a vCPU for each look)")
+        let vm = self.vm_exits().map_or_else(|| "unknown".to_owned(), |exits| exits.to_string());
+        format!("exits a second: VM exits {vm}, userspace exits {all} (each reading causes one a vCPU)")
     }
 
     fn text(&self) -> String {
@@ -149,8 +160,19 @@ impl Picture {
     }
 }
 
-fn look(args: &Args) -> Result<Counts, Box<dyn Error>> {
-    Counts::parse(&ctl::ask(&args.socket, "exits")?)
+/// Fetches the counts of the machine. A machine that has only just started is asked again for a second.
+fn fetch(args: &Args) -> Result<Counts, ClientError> {
+    let deadline = Instant::now() + STARTUP;
+    loop {
+        match request(&args.socket, Request::Exits) {
+            Ok(Response::Exits(live)) => return Ok(live.into()),
+            Ok(_) => return Err(ClientError::Mismatch { path: args.socket.clone() }),
+            Err(ClientError::Refused(RequestError::NotRunning)) if Instant::now() < deadline => {
+                std::thread::sleep(STARTUP / 50);
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 pub(super) fn run(args: &Args) -> ExitCode {
@@ -162,16 +184,16 @@ pub(super) fn run(args: &Args) -> ExitCode {
 }
 
 fn once(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
-    let before = look(args)?;
+    let before = fetch(args)?;
     std::thread::sleep(args.interval);
-    let picture = Picture::new(&before, &look(args)?);
-    Ok(super::print_all(picture.text().as_bytes()))
+    let rates = Rates::new(&before, &fetch(args)?);
+    Ok(super::print_all(rates.text().as_bytes()))
 }
 
-fn draw(frame: &mut Frame<'_>, picture: &Picture) {
+fn draw(frame: &mut Frame<'_>, rates: &Rates) {
     let [title, top, bottom] =
         Layout::vertical([Constraint::Length(2), Constraint::Percentage(60), Constraint::Fill(1)]).areas(frame.area());
-    frame.render_widget(Paragraph::new(picture.title() + "   q ends").bold(), title);
+    frame.render_widget(Paragraph::new(rates.title() + "   q ends").bold(), title);
     let table = |head: &'static str, rates: &[Rate]| {
         let row = |rate: &Rate| {
             let each: Vec<String> = rate.each.iter().map(ToString::to_string).collect();
@@ -181,29 +203,29 @@ fn draw(frame: &mut Frame<'_>, picture: &Picture) {
         Table::new(rates.iter().map(row), widths)
             .header(Row::new([head, "a second", "by vCPU"]).style(Style::new().reversed()))
     };
-    frame.render_widget(table("userspace exits", &picture.userspace), top);
-    frame.render_widget(table("KVM's own figures", &picture.kvm), bottom);
+    frame.render_widget(table("userspace exits", &rates.userspace), top);
+    frame.render_widget(table("KVM's own figures", &rates.kvm), bottom);
 }
 
 fn live(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
-    let mut before = look(args)?;
+    let mut before = fetch(args)?;
     let mut terminal = ratatui::try_init()?;
-    let mut picture = Picture::default();
+    let mut rates = Rates::default();
     let result = loop {
-        if let Err(error) = terminal.draw(|frame| draw(frame, &picture)) {
+        if let Err(error) = terminal.draw(|frame| draw(frame, &rates)) {
             break Err(error.into());
         }
         match wait(args.interval) {
-            Ok(true) => break Ok(ExitCode::SUCCESS),
-            Ok(false) => {}
+            Ok(Wait::Quit) => break Ok(ExitCode::SUCCESS),
+            Ok(Wait::Elapsed) => {}
             Err(error) => break Err(error.into()),
         }
-        match look(args) {
+        match fetch(args) {
             Ok(now) => {
-                picture = Picture::new(&before, &now);
+                rates = Rates::new(&before, &now);
                 before = now;
             }
-            // The machine is gone: that is the end, and no failure.
+            // The run has ended: so does this, without an error.
             Err(_) => break Ok(ExitCode::SUCCESS),
         }
     };
@@ -211,60 +233,84 @@ fn live(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
     result
 }
 
-/// Waits for the next look; `true` where the user wants to end.
-fn wait(interval: Duration) -> std::io::Result<bool> {
+/// What the user does until the next reading.
+enum Wait {
+    /// Nothing that matters.
+    Elapsed,
+    /// The key that ends the program.
+    Quit,
+}
+
+/// Waits for an interval, or for the key that ends the program (q, Escape, Ctrl-C).
+fn wait(interval: Duration) -> std::io::Result<Wait> {
     let deadline = Instant::now() + interval;
     while event::poll(deadline.saturating_duration_since(Instant::now()))? {
         if let Event::Key(key) = event::read()? {
             let control_c = key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL);
             if control_c || matches!(key.code, KeyCode::Char('q') | KeyCode::Esc) {
-                return Ok(true);
+                return Ok(Wait::Quit);
             }
         }
     }
-    Ok(false)
+    Ok(Wait::Elapsed)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::protocol::{DeviceExits, UserspaceExits, VcpuExits};
 
-    fn answer(at_ns: u64, writes: u64, exits: u64) -> String {
-        format!(
-            r#"{{"at_ns":{at_ns},"vcpus":[{{"userspace_exits":{{"total":9,"by_reason":{{"pio_out":{writes},"interrupted":2}},
-            "by_device":[{{"bus":"pio","address":1016,"device":"UART 1","reads":0,"writes":{writes}}}]}},
-            "kvm":{{"exits":{exits}}}}},{{"userspace_exits":null,"kvm":{{}}}}]}}"#
-        )
+    fn counts(at_ns: u64, writes: u64, exits: u64) -> Counts {
+        let device = |bus, address, device: Option<&str>, reads, writes| DeviceExits {
+            bus,
+            address,
+            device: device.map(str::to_owned),
+            reads,
+            writes,
+        };
+        let userspace = UserspaceExits {
+            total: writes + 2,
+            by_reason: BTreeMap::from([(ExitReason::PioOut, writes), (ExitReason::Interrupted, 2)]),
+            by_device: vec![
+                device(Bus::Pio, 0x3f8, Some("UART 1"), 0, writes),
+                device(Bus::Mmio, 0xd000_0000, None, 1, 0),
+                device(Bus::Msr, 0x1b, None, 1, 0),
+            ],
+        };
+        let kvm = BTreeMap::from([("exits".to_owned(), exits)]);
+        let vcpus = vec![VcpuExits { userspace_exits: Some(userspace), kvm }, VcpuExits::default()];
+        LiveExits { at_ns, vcpus }.into()
+    }
+
+    #[test]
+    fn every_access_has_a_name() {
+        let names: Vec<String> = counts(0, 1, 1).userspace.into_keys().collect();
+        let expected = ["interrupted", "mmio 0xd0000000 (unmapped) read", "msr 0x1b read", "pio 0x3f8 UART 1 write"];
+        assert_eq!(names, expected);
     }
 
     #[test]
     fn rates_are_by_second_and_vcpu() {
-        let before = Counts::parse(&answer(1_000_000_000, 10, 100)).expect("counts");
-        let after = Counts::parse(&answer(1_500_000_000, 30, 600)).expect("counts");
-        let picture = Picture::new(&before, &after);
+        let before = counts(1_000_000_000, 10, 100);
+        let after = counts(1_500_000_000, 30, 600);
+        let rates = Rates::new(&before, &after);
         let expected = Rate { name: "pio 0x3f8 UART 1 write".into(), each: vec![40, 0], sum: 40 };
-        assert_eq!(picture.userspace, [expected]);
-        assert_eq!(picture.vm_exits(), Some(1000));
-        assert!(picture.text().contains("VM exits 1000, userspace exits 40"), "{}", picture.text());
+        assert_eq!(rates.userspace, [expected]);
+        assert_eq!(rates.vm_exits(), Some(1000));
+        assert!(rates.text().contains("VM exits 1000, userspace exits 40"), "{}", rates.text());
     }
 
     #[test]
     fn a_frame_is_drawn_on_any_size() {
-        let before = Counts::parse(&answer(0, 0, 0)).expect("counts");
-        let picture = Picture::new(&before, &Counts::parse(&answer(1_000_000_000, 5, 7)).expect("counts"));
+        let before = counts(0, 0, 0);
+        let rates = Rates::new(&before, &counts(1_000_000_000, 5, 7));
         for (width, height) in [(100, 30), (20, 4), (1, 1)] {
             let mut terminal =
                 ratatui::Terminal::new(ratatui::backend::TestBackend::new(width, height)).expect("a terminal");
-            terminal.draw(|frame| draw(frame, &picture)).expect("drawn");
+            terminal.draw(|frame| draw(frame, &rates)).expect("drawn");
             let text: String =
                 terminal.backend().buffer().content().iter().map(ratatui::buffer::Cell::symbol).collect();
             assert!(width < 100 || (text.contains("UART 1 write") && text.contains("VM exits 7")), "{text}");
         }
-    }
-
-    #[test]
-    fn a_strange_answer_is_an_error() {
-        assert!(Counts::parse("{\"error\":\"no\"}").is_err_and(|error| error.to_string() == "no"));
-        assert!(Counts::parse("{}").is_err() && Counts::parse("").is_err());
     }
 }

@@ -1,20 +1,21 @@
-//! What a running machine counts, for those who look at it while it runs. The vCPUs show their counters when they are
-//! kicked: one exit a vCPU for each look, which is counted as `interrupted`.
+//! Exit counters of a running machine. A vCPU publishes its counters when it is kicked, so each look costs one exit a vCPU,
+//! which is counted as `interrupted`.
 
+use super::protocol::{Bus, DeviceExits, LiveExits, UserspaceExits, VcpuExits};
 use crate::exit::handler::BusKind;
 use crate::exit::{ExitReason, Handler};
 use crate::kvm::stats::{Kind, Reader};
 use crate::measure::Counters;
 use crate::vcpu::Inspector;
-use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a vCPU has to answer: one that is busy in a device's model is shown as it was.
-const PATIENCE: Duration = Duration::from_millis(50);
-const STEP: Duration = Duration::from_micros(200);
+/// How long to wait for the vCPUs' counters. The older counters of a vCPU that is busy in a device model are used then.
+const REPORT_TIMEOUT: Duration = Duration::from_millis(50);
+const REPORT_POLL: Duration = Duration::from_micros(200);
 
-/// Looks at a running machine.
+/// Reads the counters of a running machine.
 pub struct Live {
     inspector: Inspector,
     handler: Arc<Handler>,
@@ -22,56 +23,80 @@ pub struct Live {
     start: Instant,
 }
 
-fn causes(counters: &Counters, handler: &Handler) -> Vec<Value> {
+fn bus(kind: BusKind) -> Bus {
+    match kind {
+        BusKind::Pio => Bus::Pio,
+        BusKind::Mmio => Bus::Mmio,
+    }
+}
+
+fn by_device(counters: &Counters, handler: &Handler) -> Vec<DeviceExits> {
     let mut all = Vec::new();
-    let mut add = |bus: &str, address: u64, device: Option<&str>, reads: u64, writes: u64| {
-        if reads + writes > 0 {
-            all.push(json!({"bus": bus, "address": address, "device": device, "reads": reads, "writes": writes}));
-        }
-    };
-    for (bus, kind, name) in [(&handler.pio, BusKind::Pio, "pio"), (&handler.mmio, BusKind::Mmio, "mmio")] {
-        for ((address, device), accesses) in bus.slots().zip(counters.slots(kind)) {
-            add(name, address, Some(device), accesses.reads, accesses.writes);
+    for (slots, kind) in [(&handler.pio, BusKind::Pio), (&handler.mmio, BusKind::Mmio)] {
+        for ((address, device), accesses) in slots.slots().zip(counters.slots(kind)) {
+            let device = Some(device.to_owned());
+            all.push(DeviceExits {
+                bus: bus(kind),
+                address,
+                device,
+                reads: accesses.reads,
+                writes: accesses.writes,
+            });
         }
     }
-    for (bus, address, accesses) in counters.unmapped() {
-        add(if bus == BusKind::Pio { "pio" } else { "mmio" }, address, None, accesses.reads, accesses.writes);
+    for (kind, address, accesses) in counters.unmapped() {
+        all.push(DeviceExits {
+            bus: bus(kind),
+            address,
+            device: None,
+            reads: accesses.reads,
+            writes: accesses.writes,
+        });
     }
     for (index, accesses) in counters.msrs() {
-        add("msr", u64::from(index), None, accesses.reads, accesses.writes);
+        let (address, reads, writes) = (u64::from(index), accesses.reads, accesses.writes);
+        all.push(DeviceExits { bus: Bus::Msr, address, device: None, reads, writes });
     }
+    all.retain(|device| device.reads + device.writes > 0);
     all
 }
 
-fn reasons(counters: &Counters) -> Map<String, Value> {
-    let counted = ExitReason::ALL.iter().map(|reason| (reason.name().to_owned(), counters.reason(*reason)));
-    counted.filter(|(_, count)| *count > 0).map(|(name, count)| (name, count.into())).collect()
+fn userspace_exits(counters: &Counters, handler: &Handler) -> UserspaceExits {
+    let by_reason = ExitReason::ALL.iter().map(|reason| (*reason, counters.reason(*reason)));
+    UserspaceExits {
+        total: counters.total(),
+        by_reason: by_reason.filter(|(_, count)| *count > 0).collect(),
+        by_device: by_device(counters, handler),
+    }
+}
+
+fn kvm_counters(reader: Option<&Reader>) -> BTreeMap<String, u64> {
+    let stats = reader.and_then(|reader| reader.read().ok()).unwrap_or_default();
+    let counters = stats.into_iter().filter(|stat| stat.kind == Kind::Cumulative);
+    counters.filter_map(|stat| if let [value] = stat.values[..] { Some((stat.name, value)) } else { None }).collect()
 }
 
 impl Live {
-    /// For the machine whose vCPUs `inspector` looks at and whose statistics `stats` reads, by vCPU.
+    /// Makes a reader of the vCPUs of `inspector`, whose KVM statistics `stats` reads (by vCPU index; `None` where KVM has
+    /// none). The buses of `handler` name the devices.
     pub fn new(inspector: Inspector, handler: Arc<Handler>, stats: Vec<Option<Reader>>) -> Self {
         Self { inspector, handler, stats, start: Instant::now() }
     }
 
-    /// All counts so far, by vCPU.
-    pub fn exits(&self) -> Value {
+    /// Kicks all vCPUs and returns their counters, after 50 ms at most.
+    pub fn exits(&self) -> LiveExits {
         self.inspector.ask();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + REPORT_TIMEOUT;
         while !self.inspector.all_answered() && Instant::now() < deadline {
-            std::thread::sleep(STEP);
+            std::thread::sleep(REPORT_POLL);
         }
-        let vcpu = |(counters, stats): (Option<Counters>, &Option<Reader>)| {
-            let userspace = counters.map(|counters| {
-                json!({"total": counters.total(), "by_reason": reasons(&counters), "by_device": causes(&counters, &self.handler)})
-            });
-            let stats = stats.as_ref().and_then(|reader| reader.read().ok()).unwrap_or_default();
-            let counts = stats.into_iter().filter(|stat| stat.kind == Kind::Cumulative && stat.values.len() == 1);
-            let kvm: Map<String, Value> = counts.map(|stat| (stat.name, stat.values[0].into())).collect();
-            json!({"userspace_exits": userspace, "kvm": kvm})
+        let vcpu = |(counters, stats): (Option<Counters>, &Option<Reader>)| VcpuExits {
+            userspace_exits: counters.map(|counters| userspace_exits(&counters, &self.handler)),
+            kvm: kvm_counters(stats.as_ref()),
         };
-        let vcpus: Vec<Value> = self.inspector.counters().into_iter().zip(&self.stats).map(vcpu).collect();
-        let at_ns = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        json!({"at_ns": at_ns, "vcpus": vcpus})
+        LiveExits {
+            at_ns: u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            vcpus: self.inspector.counters().into_iter().zip(&self.stats).map(vcpu).collect(),
+        }
     }
 }

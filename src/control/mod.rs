@@ -1,7 +1,12 @@
-//! The control socket of a running machine.
+//! The control socket of a running machine (`--api PATH`): the protocol, its server, and the client of `hwvmm ctl` and
+//! `hwvmm top`.
 
+mod client;
 mod live;
+pub mod protocol;
 mod server;
 
+pub use client::{ClientError, request};
 pub use live::Live;
-pub use server::{ApiError, Server};
+pub use protocol::{Request, RequestError, Response};
+pub use server::{ListenError, Server};

@@ -1,139 +1,223 @@
-//! The control socket of a running machine: one line asks, one line of JSON answers, and the connection closes.
-//!
-//! - `status`: what runs, and the balloon.
-//! - `balloon SIZE`: asks the guest to give up SIZE in all.
-//! - `exits`: what each vCPU has exited for so far (`hwvmm top` asks again and again).
-//! - `stop`: ends the run, as Ctrl-A x does.
+//! The machine's end of the control socket. It runs on the event loop's thread and never waits for a client.
 
 use super::live::Live;
-use crate::config::parse_size;
+use super::protocol::{BalloonStatus, MAX_REQUEST_BYTES, Request, RequestError, Response, RunState, Status};
 use crate::exit::EndReason;
 use crate::vcpu::Control;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use hwvmm_devices::socket::Listener;
 use hwvmm_devices::virtio::balloon::{BalloonControl, STAT_NAMES};
-use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 use thiserror::Error;
 
-/// Clients at once; more wait at the door.
+/// Connections at once. One more closes the oldest, so that clients that never send a line keep nobody out.
 const MAX_CLIENTS: usize = 16;
-const MAX_LINE: usize = 256;
 
 /// The socket cannot be made.
 #[derive(Debug, Error)]
 #[error("cannot listen on the control socket {}{}", .path.display(), Listener::remedy(.source))]
-pub struct ApiError {
+pub struct ListenError {
     path: PathBuf,
     source: io::Error,
 }
 
-/// Answers on the socket.
+/// How far a connection is.
+enum Progress {
+    /// What has been received of the request line.
+    Receiving(Vec<u8>),
+    /// The response line, and how many of its bytes have been sent.
+    Sending(Vec<u8>, usize),
+}
+
+struct Client {
+    stream: UnixStream,
+    accepted: Instant,
+    progress: Progress,
+}
+
+/// What reading from a client has brought.
+enum Received {
+    /// The line is not complete.
+    Part,
+    /// A line without its newline, or why it is refused.
+    Line(Result<String, RequestError>),
+    /// The client is gone.
+    Closed,
+}
+
+/// Reads what has arrived, behind what `line` has already. A line may also end with the client's side of the connection.
+fn receive(stream: &mut UnixStream, line: &mut Vec<u8>) -> Received {
+    let mut bytes = [0; MAX_REQUEST_BYTES];
+    let closed = match stream.read(&mut bytes) {
+        Ok(count) => {
+            line.extend_from_slice(&bytes[..count]);
+            count == 0
+        }
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => false,
+        Err(_) => return Received::Closed,
+    };
+    let newline = line.iter().position(|byte| *byte == b'\n');
+    let end = newline.unwrap_or(line.len());
+    if end >= MAX_REQUEST_BYTES {
+        Received::Line(Err(RequestError::TooLong { max_bytes: MAX_REQUEST_BYTES }))
+    } else if newline.is_some() || (closed && end > 0) {
+        Received::Line(Ok(String::from_utf8_lossy(&line[..end]).trim().to_owned()))
+    } else if closed {
+        Received::Closed
+    } else {
+        Received::Part
+    }
+}
+
+/// Sends what the socket's buffer takes. True while there is more to send.
+fn send(stream: &mut UnixStream, response: &[u8], sent: &mut usize) -> bool {
+    while *sent < response.len() {
+        match stream.write(&response[*sent..]) {
+            Ok(count) => *sent += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+            Err(error) => {
+                log::debug!("control socket: {error}");
+                return false;
+            }
+        }
+    }
+    false
+}
+
+/// Answers requests on the socket.
 pub struct Server {
     listener: Listener,
-    clients: HashMap<RawFd, (UnixStream, Vec<u8>)>,
+    clients: HashMap<RawFd, Client>,
     balloon: Option<Arc<BalloonControl>>,
     control: Arc<Control>,
     live: Arc<OnceLock<Live>>,
 }
 
 impl Server {
-    /// Listens at `path`.
+    /// Listens at `path`. Only the user that runs hwvmm can connect (mode 0600).
     ///
     /// # Errors
-    /// [`ApiError`].
-    pub fn new(path: &Path, balloon: Option<Arc<BalloonControl>>, control: Arc<Control>) -> Result<Self, ApiError> {
-        let listener = Listener::new(path).map_err(|source| ApiError { path: path.to_owned(), source })?;
+    /// [`ListenError`], with the path.
+    pub fn new(path: &Path, balloon: Option<Arc<BalloonControl>>, control: Arc<Control>) -> Result<Self, ListenError> {
+        let listener = Listener::new(path).map_err(|source| ListenError { path: path.to_owned(), source })?;
         Ok(Self { listener, clients: HashMap::new(), balloon, control, live: Arc::default() })
     }
 
-    /// Where to put what looks at the vCPUs, once they run.
+    /// The place for the reader of the vCPUs' counters, which is set once the vCPUs run.
     #[must_use]
     pub fn live(&self) -> Arc<OnceLock<Live>> {
         Arc::clone(&self.live)
     }
 
-    fn answer(&self, line: &str) -> Value {
-        let mut words = line.split_whitespace();
-        match (words.next(), words.next(), words.next()) {
-            (Some("status"), None, None) => json!({"state": "running", "balloon": self.balloon()}),
-            (Some("balloon"), Some(size), None) => match (&self.balloon, parse_size(size)) {
-                (None, _) => json!({"error": "this machine has no balloon: start it with --balloon"}),
-                (_, Err(error)) => json!({"error": error.to_string()}),
-                (Some(balloon), Ok(bytes)) => {
-                    balloon.set_target(bytes);
-                    json!({"balloon": self.balloon()})
-                }
-            },
-            (Some("exits"), None, None) => match self.live.get() {
-                Some(live) => live.exits(),
-                None => json!({"error": "the machine does not run yet"}),
-            },
-            (Some("stop"), None, None) => {
-                self.control.end(EndReason::Quit, None);
-                json!({"state": "stopping"})
+    fn respond(&self, request: Request) -> Result<Response, RequestError> {
+        match request {
+            Request::Status => Ok(Response::Status(Status { state: self.state(), balloon: self.balloon() })),
+            Request::Exits => {
+                let live = self.live.get().ok_or(RequestError::NotRunning)?;
+                Ok(Response::Exits(live.exits()))
             }
-            _ => json!({"error": format!("unknown command '{line}'; known are: status, exits, balloon SIZE, stop")}),
+            Request::Balloon { target_bytes } => {
+                self.balloon.as_ref().ok_or(RequestError::NoBalloon)?.set_target(target_bytes);
+                self.balloon().map(Response::Balloon).ok_or(RequestError::NoBalloon)
+            }
+            Request::Stop => {
+                self.control.end(EndReason::Stopped, None);
+                Ok(Response::Stopping)
+            }
         }
     }
 
-    fn balloon(&self) -> Value {
-        let Some(balloon) = &self.balloon else { return Value::Null };
-        let stats = balloon.stats();
-        let said =
-            STAT_NAMES.iter().zip(stats.values).filter_map(|(name, value)| Some(((*name).to_owned(), value?.into())));
-        json!({
-            "target_bytes": balloon.target(),
-            "actual_bytes": balloon.actual(),
-            "reported_bytes": balloon.reported(),
-            "guest": said.collect::<serde_json::Map<_, _>>(),
+    fn state(&self) -> RunState {
+        if self.control.ended().is_some() {
+            RunState::Stopping
+        } else if self.live.get().is_some() {
+            RunState::Running
+        } else {
+            RunState::Starting
+        }
+    }
+
+    fn balloon(&self) -> Option<BalloonStatus> {
+        let balloon = self.balloon.as_ref()?;
+        let stats = STAT_NAMES.iter().zip(balloon.stats().values);
+        Some(BalloonStatus {
+            target_bytes: balloon.target(),
+            actual_bytes: balloon.actual(),
+            reported_bytes: balloon.reported(),
+            guest: stats.filter_map(|(name, value)| Some(((*name).to_owned(), value?))).collect(),
         })
     }
 
     fn accept(&mut self, ops: &mut EventOps<'_>) {
-        while self.clients.len() < MAX_CLIENTS
-            && let Ok((client, _)) = self.listener.socket().accept()
-        {
-            if client.set_nonblocking(true).is_ok() && ops.add(Events::new(&client, EventSet::IN)).is_ok() {
-                self.clients.insert(client.as_raw_fd(), (client, Vec::new()));
+        while let Ok((stream, _)) = self.listener.socket().accept() {
+            if self.clients.len() >= MAX_CLIENTS
+                && let Some(oldest) = self.clients.iter().min_by_key(|(_, client)| client.accepted).map(|(fd, _)| *fd)
+                && let Some(client) = self.clients.remove(&oldest)
+            {
+                forget(&client.stream, ops);
+            }
+            if stream.set_nonblocking(true).is_ok() && ops.add(Events::new(&stream, EventSet::IN)).is_ok() {
+                let client =
+                    Client { stream, accepted: Instant::now(), progress: Progress::Receiving(Vec::new()) };
+                self.clients.insert(client.stream.as_raw_fd(), client);
             }
         }
     }
 
-    /// Reads from a client; answers a whole line. The client is then done with, as on any error.
-    fn hear(&mut self, fd: RawFd, ops: &mut EventOps<'_>) {
-        let Some((mut client, mut line)) = self.clients.remove(&fd) else { return };
-        let mut bytes = [0; MAX_LINE];
-        let count = client.read(&mut bytes);
-        line.extend(&bytes[..*count.as_ref().unwrap_or(&0)]);
-        let whole = line.contains(&b'\n') || matches!(count, Ok(0));
-        if !whole && line.len() < MAX_LINE && !count.is_err_and(|error| error.kind() != io::ErrorKind::WouldBlock) {
-            self.clients.insert(fd, (client, line));
-            return;
+    /// Answers a line; empty where that fails.
+    fn response_line(&self, line: Result<String, RequestError>) -> Vec<u8> {
+        let response = line.and_then(|line| self.respond(Request::parse(&line)?)).unwrap_or_else(Response::Error);
+        let mut bytes = serde_json::to_vec(&response).unwrap_or_else(|error| {
+            log::error!("control socket: {error}");
+            Vec::new()
+        });
+        bytes.push(b'\n');
+        bytes
+    }
+
+    /// Goes on with a client whose socket is ready. It is closed after the response, and on any error.
+    fn serve(&mut self, fd: RawFd, ops: &mut EventOps<'_>) {
+        let Some(mut client) = self.clients.remove(&fd) else { return };
+        let Client { stream, progress, .. } = &mut client;
+        if let Progress::Receiving(line) = progress {
+            match receive(stream, line) {
+                Received::Part => return drop(self.clients.insert(fd, client)),
+                Received::Closed => return forget(stream, ops),
+                Received::Line(line) => *progress = Progress::Sending(self.response_line(line), 0),
+            }
         }
-        let text = String::from_utf8_lossy(&line);
-        let reply = self.answer(text.lines().next().unwrap_or_default().trim());
-        // In one piece: many small writes would fill the socket's buffer, and the rest of the answer be lost.
-        if let Err(error) = client.write_all(format!("{reply}\n").as_bytes()) {
-            log::debug!("control socket: {error}");
+        let more = match progress {
+            Progress::Receiving(_) => false,
+            Progress::Sending(response, sent) => send(stream, response, sent),
+        };
+        if more && ops.modify(Events::new(stream, EventSet::OUT)).is_ok() {
+            self.clients.insert(fd, client);
+        } else {
+            forget(stream, ops);
         }
-        if let Err(error) = ops.remove(Events::new(&client, EventSet::IN)) {
-            log::debug!("control socket: {error:?}");
-        }
+    }
+}
+
+fn forget(stream: &UnixStream, ops: &mut EventOps<'_>) {
+    if let Err(error) = ops.remove(Events::new(stream, EventSet::IN)) {
+        log::debug!("control socket: {error:?}");
     }
 }
 
 impl MutEventSubscriber for Server {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        if events.fd() != self.listener.socket().as_raw_fd() {
-            self.hear(events.fd(), ops);
+        if events.fd() == self.listener.socket().as_raw_fd() {
+            self.accept(ops);
+        } else {
+            self.serve(events.fd(), ops);
         }
-        self.accept(ops);
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
@@ -141,5 +225,98 @@ impl MutEventSubscriber for Server {
         if let Err(error) = ops.add(events) {
             log::error!("control socket: {error:?}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::client;
+    use super::*;
+    use event_manager::{EventManager, SubscriberOps};
+    use std::io::BufRead;
+    use std::os::unix::fs::PermissionsExt;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    /// A server on a thread of its own, without a machine.
+    fn with_server(test: impl FnOnce(&Path, &Control)) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("control");
+        let control = Arc::new(Control::new().expect("a control"));
+        let server = Server::new(&path, None, Arc::clone(&control)).expect("listening");
+        let done = AtomicBool::new(false);
+        let done = &done;
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut manager = EventManager::new().expect("an event manager");
+                manager.add_subscriber(Box::new(server) as Box<dyn MutEventSubscriber>);
+                while !done.load(Ordering::Acquire) {
+                    manager.run_with_timeout(10).expect("events");
+                }
+            });
+            // A test that fails must not leave the thread behind: the scope waits for it.
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&path, &control)));
+            done.store(true, Ordering::Release);
+            result.expect("the test");
+        });
+    }
+
+    fn send_text(path: &Path, text: &[u8]) -> Response {
+        let mut socket = UnixStream::connect(path).expect("connected");
+        socket.write_all(text).expect("written");
+        let mut line = String::new();
+        io::BufReader::new(socket).read_line(&mut line).expect("read");
+        serde_json::from_str(&line).expect("a response")
+    }
+
+    #[test]
+    fn requests_are_answered_and_refused_by_type() {
+        with_server(|path, control| {
+            let status = Response::Status(Status { state: RunState::Starting, balloon: None });
+            assert_eq!(client::request(path, Request::Status).expect("a response"), status);
+            assert_eq!(send_text(path, b"status\n"), status);
+            let refused = |request| match client::request(path, request) {
+                Err(client::ClientError::Refused(error)) => error,
+                other => panic!("not refused: {other:?}"),
+            };
+            assert_eq!(refused(Request::Exits), RequestError::NotRunning);
+            assert_eq!(refused(Request::Balloon { target_bytes: 0 }), RequestError::NoBalloon);
+            assert_eq!(send_text(path, b"halt\n"), Response::Error(RequestError::Unknown { line: "halt".into() }));
+            let too_long = Response::Error(RequestError::TooLong { max_bytes: MAX_REQUEST_BYTES });
+            assert_eq!(send_text(path, &[b' '; MAX_REQUEST_BYTES]), too_long);
+            assert!(control.ended().is_none());
+            assert_eq!(client::request(path, Request::Stop).expect("a response"), Response::Stopping);
+            assert_eq!(control.ended().map(|end| end.end), Some(EndReason::Stopped));
+        });
+    }
+
+    #[test]
+    fn clients_that_send_nothing_keep_nobody_out() {
+        with_server(|path, _| {
+            let _silent: Vec<UnixStream> =
+                (0..2 * MAX_CLIENTS).map(|_| UnixStream::connect(path).expect("connected")).collect();
+            client::request(path, Request::Status).expect("a response");
+        });
+    }
+
+    #[test]
+    fn a_response_larger_than_the_sockets_buffer_arrives_whole() {
+        let (mut machine, mut client) = UnixStream::pair().expect("a pair");
+        machine.set_nonblocking(true).expect("set");
+        let (response, mut sent) = (vec![b'x'; 1 << 20], 0);
+        assert!(send(&mut machine, &response, &mut sent), "more than the buffer takes");
+        let (mut all, mut bytes) = (0, [0; 1 << 16]);
+        while all < response.len() {
+            all += client.read(&mut bytes).expect("read");
+            send(&mut machine, &response, &mut sent);
+        }
+        assert_eq!((all, sent), (response.len(), response.len()));
+    }
+
+    #[test]
+    fn only_the_owner_can_connect() {
+        with_server(|path, _| {
+            let mode = std::fs::metadata(path).expect("there").permissions().mode();
+            assert_eq!(mode & 0o777, 0o600);
+        });
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 /// Exit statuses of `hwvmm run`; also in its `--help`.
 pub mod status {
-    /// The guest shut down, or `--expect` was seen.
+    /// The guest shut down, `--expect` was seen, or `hwvmm ctl SOCKET stop` ended the run.
     pub const OK: u8 = 0;
     /// hwvmm failed.
     pub const ERROR: u8 = 1;
@@ -62,6 +62,8 @@ pub enum EndReason {
     TimedOut(Duration),
     /// Ctrl-A x.
     Quit,
+    /// `hwvmm ctl SOCKET stop`.
+    Stopped,
     /// A signal ended hwvmm; its number and name.
     Signal(i32, &'static str),
     /// hwvmm itself cannot go on.
@@ -73,7 +75,7 @@ impl EndReason {
     #[must_use]
     pub fn status(&self) -> u8 {
         match self {
-            Self::PowerOff | Self::SystemHalted | Self::Seen(_) => status::OK,
+            Self::PowerOff | Self::SystemHalted | Self::Seen(_) | Self::Stopped => status::OK,
             Self::Reset => status::RESET,
             Self::TripleFault => status::TRIPLE_FAULT,
             Self::Panicked(_) => status::PANIC,
@@ -93,7 +95,13 @@ impl EndReason {
     #[must_use]
     pub fn is_clean(&self) -> bool {
         match self {
-            Self::PowerOff | Self::SystemHalted | Self::Reset | Self::DebugExit(_) | Self::Seen(_) | Self::Quit => true,
+            Self::PowerOff
+            | Self::SystemHalted
+            | Self::Reset
+            | Self::DebugExit(_)
+            | Self::Seen(_)
+            | Self::Quit
+            | Self::Stopped => true,
             // SIGQUIT is how one asks a program for what it knows.
             Self::Signal(number, _) => *number != libc::SIGQUIT,
             Self::NotSeen(end) => end.is_clean(),
@@ -112,7 +120,7 @@ impl EndReason {
     #[must_use]
     pub fn without_the_expected(self) -> Self {
         match self {
-            Self::PowerOff | Self::SystemHalted | Self::Reset => Self::NotSeen(Box::new(self)),
+            Self::PowerOff | Self::SystemHalted | Self::Reset | Self::Stopped => Self::NotSeen(Box::new(self)),
             other => other,
         }
     }
@@ -135,6 +143,7 @@ impl fmt::Display for EndReason {
             Self::NotSeen(end) => write!(f, "{end}, and --expect was not seen"),
             Self::TimedOut(after) => write!(f, "timed out after {} s", after.as_secs_f64()),
             Self::Quit => f.write_str("ended by the user"),
+            Self::Stopped => f.write_str("stopped through the control socket"),
             Self::Signal(_, name) => write!(f, "ended by {name}"),
             Self::Failed(what) => f.write_str(what),
         }
@@ -163,6 +172,13 @@ mod tests {
         ];
         let by_status: HashMap<u8, &EndReason> = ends.iter().map(|end| (end.status(), end)).collect();
         assert_eq!(by_status.len(), ends.len());
+    }
+
+    #[test]
+    fn a_stop_that_was_asked_for_is_no_failure() {
+        assert_eq!(EndReason::Stopped.status(), status::OK);
+        assert!(EndReason::Stopped.is_clean());
+        assert_eq!(EndReason::Stopped.without_the_expected().status(), status::NOT_SEEN);
     }
 
     #[test]

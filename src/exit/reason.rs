@@ -4,14 +4,15 @@
 
 use crate::kvm::{Direction, Exit};
 use kvm_bindings as kvm;
+use serde::{Deserialize, Serialize};
 
 macro_rules! exit_reasons {
     ($($variant:ident $name:literal $what:literal,)*) => {
         /// Why KVM_RUN came back to user space.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
         #[repr(u8)]
         pub enum ExitReason {
-            $(#[doc = $what] $variant,)*
+            $(#[doc = $what] #[serde(rename = $name)] $variant,)*
         }
 
         impl ExitReason {

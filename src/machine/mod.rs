@@ -82,7 +82,7 @@ pub enum MachineError {
     Vsock(#[from] hwvmm_devices::virtio::vsock::VsockError),
     /// The control socket.
     #[error(transparent)]
-    Api(#[from] crate::control::ApiError),
+    Api(#[from] crate::control::ListenError),
     /// The kernel's side of a network card.
     #[error("vhost=on needs /dev/vhost-net: is the module loaded (modprobe vhost_net), and may you open it?")]
     Vhost(#[source] io::Error),

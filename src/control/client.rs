@@ -1,0 +1,186 @@
+//! The client's end of the control socket.
+
+use super::protocol::{MAX_RESPONSE_BYTES, Request, RequestError, Response};
+use hwvmm_devices::socket::connect_now;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// How long a machine has for its whole response.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A request did not get the response it asks for.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// Nothing listens on the socket, or the file is missing.
+    #[error("no machine answers at {}: is it running, with --api?", .path.display())]
+    Connect {
+        /// The socket's path.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("the connection to the machine at {} failed", .path.display())]
+    Io {
+        /// The socket's path.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// There is no whole response within the time.
+    #[error("the machine at {} did not answer within {} s", .path.display(), .timeout.as_secs_f64())]
+    TimedOut {
+        /// The socket's path.
+        path: PathBuf,
+        /// The time that it had.
+        timeout: Duration,
+    },
+    /// The machine closed the connection before it had sent a line.
+    #[error("the machine at {} closed the connection without a response: has its run ended?", .path.display())]
+    Closed {
+        /// The socket's path.
+        path: PathBuf,
+    },
+    /// The response has no newline within [`MAX_RESPONSE_BYTES`].
+    #[error("the response of {} has more than {max_bytes} bytes, the most that hwvmm reads: is this a control socket of hwvmm?", .path.display())]
+    TooLong {
+        /// The socket's path.
+        path: PathBuf,
+        /// The limit in bytes.
+        max_bytes: usize,
+    },
+    /// The response is no response of this protocol.
+    #[error("the response of {} is not of this version's protocol", .path.display())]
+    Malformed {
+        /// The socket's path.
+        path: PathBuf,
+        /// The parser's error.
+        source: serde_json::Error,
+    },
+    /// The response is valid, and belongs to another request.
+    #[error("the machine at {} answered another request", .path.display())]
+    Mismatch {
+        /// The socket's path.
+        path: PathBuf,
+    },
+    /// The machine refused the request.
+    #[error(transparent)]
+    Refused(#[from] RequestError),
+}
+
+/// Sends a request to the machine whose control socket is at `path`, and waits up to 10 s for its response, which is never
+/// [`Response::Error`].
+///
+/// # Errors
+/// [`ClientError`].
+pub fn request(path: &Path, request: Request) -> Result<Response, ClientError> {
+    exchange(path, request, TIMEOUT)
+}
+
+fn exchange(path: &Path, request: Request, timeout: Duration) -> Result<Response, ClientError> {
+    let deadline = Instant::now() + timeout;
+    let io_error = |source| ClientError::Io { path: path.to_owned(), source };
+    let mut socket = connect_now(path).map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
+    socket.set_nonblocking(false).map_err(io_error)?;
+    let mut line = serde_json::to_vec(&request).map_err(|error| io_error(error.into()))?;
+    line.push(b'\n');
+    // A request fits into the socket's buffer: this does not wait.
+    socket.write_all(&line).map_err(io_error)?;
+    let line = match read_line(&mut socket, deadline) {
+        Ok(line) => line,
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+            return Err(ClientError::TimedOut { path: path.to_owned(), timeout });
+        }
+        Err(error) => return Err(io_error(error)),
+    };
+    if line.len() > MAX_RESPONSE_BYTES {
+        return Err(ClientError::TooLong { path: path.to_owned(), max_bytes: MAX_RESPONSE_BYTES });
+    }
+    if line.is_empty() {
+        return Err(ClientError::Closed { path: path.to_owned() });
+    }
+    match serde_json::from_slice(&line) {
+        Ok(Response::Error(error)) => Err(error.into()),
+        Ok(response) => Ok(response),
+        Err(source) => Err(ClientError::Malformed { path: path.to_owned(), source }),
+    }
+}
+
+/// Reads until a newline, the end of the stream, or more than [`MAX_RESPONSE_BYTES`]. The error is `TimedOut` or
+/// `WouldBlock` at the deadline.
+fn read_line(socket: &mut UnixStream, deadline: Instant) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    let mut chunk = [0; 16 << 10];
+    while line.len() <= MAX_RESPONSE_BYTES && !line.ends_with(b"\n") {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        socket.set_read_timeout(Some(left))?;
+        match socket.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(count) => line.extend_from_slice(&chunk[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    /// The error of a client whose peer reads the request, then does `answer`.
+    fn error_of(timeout: Duration, answer: impl FnOnce(&mut UnixStream) + Send) -> ClientError {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).expect("bound");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut peer, _) = listener.accept().expect("a client");
+                let _ = peer.read(&mut [0; 256]);
+                answer(&mut peer);
+            });
+            exchange(&path, Request::Status, timeout).expect_err("no response")
+        })
+    }
+
+    #[test]
+    fn a_client_waits_no_longer_than_its_deadline() {
+        let start = Instant::now();
+        let error = error_of(Duration::from_millis(200), |peer| {
+            // Bytes that arrive do not extend the deadline.
+            for _ in 0..8 {
+                let _ = peer.write_all(b"{");
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        assert!(matches!(error, ClientError::TimedOut { .. }), "{error:?}");
+        assert!(start.elapsed() < Duration::from_secs(5) && error.to_string().contains("0.2 s"), "{error}");
+    }
+
+    #[test]
+    fn an_endless_response_is_cut_off_with_the_limit_named() {
+        let error = error_of(Duration::from_secs(20), |peer| while peer.write_all(&[b'x'; 4096]).is_ok() {});
+        assert!(matches!(error, ClientError::TooLong { .. }), "{error:?}");
+        assert!(error.to_string().contains("4194304"), "{error}");
+    }
+
+    #[test]
+    fn other_errors_are_told_apart() {
+        let second = Duration::from_secs(20);
+        assert!(matches!(error_of(second, |_| {}), ClientError::Closed { .. }));
+        let error = error_of(second, |peer| peer.write_all(b"{\"state\":\"running\"}\n").expect("written"));
+        assert!(matches!(error, ClientError::Malformed { .. }), "{error:?}");
+        let refusal = b"{\"response\":\"error\",\"error\":\"no-balloon\"}\n";
+        let error = error_of(second, |peer| peer.write_all(refusal).expect("written"));
+        assert!(matches!(error, ClientError::Refused(RequestError::NoBalloon)), "{error:?}");
+        let missing = request(Path::new("/no/such/socket"), Request::Stop);
+        assert!(matches!(missing, Err(ClientError::Connect { .. })));
+    }
+}

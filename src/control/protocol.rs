@@ -1,0 +1,272 @@
+//! The protocol of the control socket: [`Request`], [`Response`], and the limits that both ends keep.
+//!
+//! A client connects, sends one request and reads one response; then the machine closes the connection. Each is one line of
+//! JSON, ended by a newline:
+//!
+//! ```text
+//! {"request":"balloon","target_bytes":104857600}
+//! {"response":"balloon","target_bytes":104857600,"actual_bytes":0,"reported_bytes":0,"guest":{}}
+//! ```
+//!
+//! For people with a program such as socat, a request may also be typed as the words that `hwvmm ctl` takes: `status`,
+//! `exits`, `balloon 100M`, `stop` (the [`FromStr`] of [`Request`]). The response is JSON all the same.
+
+use crate::config::{ValueError, parse_size};
+use crate::exit::ExitReason;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use thiserror::Error;
+
+/// Longest request line in bytes, its newline included.
+pub const MAX_REQUEST_BYTES: usize = 256;
+
+/// Longest response line that a client reads, in bytes. 254 vCPUs with all their figures take about 1 MiB.
+pub const MAX_RESPONSE_BYTES: usize = 4 << 20;
+
+/// A question or an order to a running machine; also the subcommands of `hwvmm ctl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::Subcommand)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// Show the state of the machine and of its balloon
+    Status,
+    /// Show how often each vCPU has exited so far, by reason and by device
+    Exits,
+    /// Ask the guest to give up SIZE of its memory (in all, not in addition)
+    Balloon {
+        /// Size of the balloon, such as 100M; 0 returns all memory to the guest
+        #[arg(value_name = "SIZE", value_parser = parse_size)]
+        target_bytes: u64,
+    },
+    /// End the run: `hwvmm run` ends with status 0 (38 where it waits for --expect)
+    Stop,
+}
+
+impl Request {
+    /// Reads a request line, as JSON or as words.
+    ///
+    /// # Errors
+    /// [`RequestError::Unknown`] or [`RequestError::Value`], with the line.
+    pub fn parse(line: &str) -> Result<Self, RequestError> {
+        if line.trim_start().starts_with('{') {
+            return serde_json::from_str(line).map_err(|_| RequestError::Unknown { line: line.to_owned() });
+        }
+        line.parse()
+    }
+}
+
+impl FromStr for Request {
+    type Err = RequestError;
+
+    fn from_str(line: &str) -> Result<Self, RequestError> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["status"] => Ok(Self::Status),
+            ["exits"] => Ok(Self::Exits),
+            ["balloon", size] => parse_size(size)
+                .map(|target_bytes| Self::Balloon { target_bytes })
+                .map_err(|error: ValueError| RequestError::Value { message: error.to_string() }),
+            ["stop"] => Ok(Self::Stop),
+            _ => Err(RequestError::Unknown { line: line.to_owned() }),
+        }
+    }
+}
+
+/// What a machine answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "response", rename_all = "kebab-case")]
+pub enum Response {
+    /// To [`Request::Status`].
+    Status(Status),
+    /// To [`Request::Exits`].
+    Exits(LiveExits),
+    /// To [`Request::Balloon`]: the balloon with its new target. The guest needs time to reach it.
+    Balloon(BalloonStatus),
+    /// To [`Request::Stop`]: the run is about to end.
+    Stopping,
+    /// The request was refused.
+    Error(RequestError),
+}
+
+/// Why a machine refuses a request.
+#[derive(Clone, Debug, PartialEq, Eq, Error, Serialize, Deserialize)]
+#[serde(tag = "error", rename_all = "kebab-case")]
+pub enum RequestError {
+    /// A balloon request to a machine without one.
+    #[error("this machine has no balloon: start it with --balloon")]
+    NoBalloon,
+    /// There are no vCPUs to look at before the guest runs.
+    #[error("the guest does not run yet: ask again")]
+    NotRunning,
+    /// No request of this protocol.
+    #[error("unknown request '{line}'; the requests are: status, exits, balloon SIZE, stop")]
+    Unknown {
+        /// The line as it was received.
+        line: String,
+    },
+    /// A value of a request cannot be read.
+    #[error("{message}")]
+    Value {
+        /// What is wrong with it, in English.
+        message: String,
+    },
+    /// A request of more than [`MAX_REQUEST_BYTES`].
+    #[error("a request has at most {max_bytes} bytes")]
+    TooLong {
+        /// The limit in bytes.
+        max_bytes: usize,
+    },
+}
+
+/// The state of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Where the run is.
+    pub state: RunState,
+    /// The balloon; `None` for a machine without one.
+    pub balloon: Option<BalloonStatus>,
+}
+
+/// Where a run is between its start and its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// The machine is made, and its vCPUs do not run yet.
+    Starting,
+    /// The vCPUs run.
+    Running,
+    /// The run has ended, and the machine is being taken down.
+    Stopping,
+}
+
+/// The balloon of a machine (virtio 1.3, section 5.5).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonStatus {
+    /// Size that the guest was asked for, in bytes.
+    pub target_bytes: u64,
+    /// Size that the guest says it has reached, in bytes.
+    pub actual_bytes: u64,
+    /// Free memory that the guest has reported and the host has taken back, in bytes in all.
+    pub reported_bytes: u64,
+    /// The guest's memory statistics by name, with the unit in the name; empty until its driver has sent them.
+    pub guest: BTreeMap<String, u64>,
+}
+
+/// Exits of a running machine since its start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveExits {
+    /// Time since the vCPUs were started, in nanoseconds.
+    pub at_ns: u64,
+    /// By vCPU index.
+    pub vcpus: Vec<VcpuExits>,
+}
+
+/// Exits of one vCPU.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuExits {
+    /// What came back to user space; `None` until the vCPU has been asked once.
+    pub userspace_exits: Option<UserspaceExits>,
+    /// KVM's cumulative counters of the vCPU by the kernel's name; empty where KVM has no statistics (before Linux 5.14).
+    pub kvm: BTreeMap<String, u64>,
+}
+
+/// Userspace exits of one vCPU: how often KVM_RUN has returned.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserspaceExits {
+    /// All of them.
+    pub total: u64,
+    /// By reason; reasons that have not occurred are left out.
+    pub by_reason: BTreeMap<ExitReason, u64>,
+    /// By address; addresses that have not been accessed are left out.
+    pub by_device: Vec<DeviceExits>,
+}
+
+/// Userspace exits for one address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceExits {
+    /// What `address` is a number of.
+    pub bus: Bus,
+    /// First port or gpa of the device, the unmapped port or gpa itself, or the MSR's index.
+    pub address: u64,
+    /// Name of the device; `None` for an unmapped address and for an MSR.
+    pub device: Option<String>,
+    /// Reads by the guest.
+    pub reads: u64,
+    /// Writes by the guest.
+    pub writes: u64,
+}
+
+/// An address space of the processor that can exit to user space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bus {
+    /// I/O ports.
+    Pio,
+    /// Guest physical addresses outside of memory.
+    Mmio,
+    /// Model-specific registers.
+    Msr,
+}
+
+impl Bus {
+    /// The name in tables and in JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pio => "pio",
+            Self::Mmio => "mmio",
+            Self::Msr => "msr",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_read_as_json_and_as_words() {
+        let balloon = Request::Balloon { target_bytes: 100 << 20 };
+        for request in [Request::Status, Request::Exits, balloon, Request::Stop] {
+            let line = serde_json::to_string(&request).expect("JSON");
+            assert!(line.len() < MAX_REQUEST_BYTES);
+            assert_eq!(Request::parse(&line), Ok(request));
+        }
+        assert_eq!(Request::parse("balloon 100M"), Ok(balloon));
+        assert_eq!(Request::parse(" stop "), Ok(Request::Stop));
+        assert!(matches!(Request::parse("balloon much"), Err(RequestError::Value { .. })));
+        for line in ["", "stop now", "balloon", "{}", "{\"request\":\"balloon\"}", "\"status\"", "{"] {
+            assert_eq!(Request::parse(line), Err(RequestError::Unknown { line: line.to_owned() }));
+        }
+    }
+
+    #[test]
+    fn responses_keep_their_fields_on_the_wire() {
+        let exits = UserspaceExits {
+            total: 3,
+            by_reason: BTreeMap::from([(ExitReason::PioOut, 2), (ExitReason::Interrupted, 1)]),
+            by_device: vec![DeviceExits {
+                bus: Bus::Pio,
+                address: 0x3f8,
+                device: Some("UART 1".into()),
+                reads: 0,
+                writes: 2,
+            }],
+        };
+        let kvm = BTreeMap::from([("exits".to_owned(), 9)]);
+        let vcpus = vec![VcpuExits { userspace_exits: Some(exits), kvm }, VcpuExits::default()];
+        let balloon = BalloonStatus { actual_bytes: 4096, ..BalloonStatus::default() };
+        for (response, expected) in [
+            (Response::Exits(LiveExits { at_ns: 5, vcpus }), r#""by_reason":{"pio_out":2,"interrupted":1}"#),
+            (Response::Status(Status { state: RunState::Running, balloon: None }), r#""state":"running""#),
+            (Response::Balloon(balloon), r#""actual_bytes":4096,"#),
+            (Response::Stopping, r#"{"response":"stopping"}"#),
+            (Response::Error(RequestError::NoBalloon), r#"{"response":"error","error":"no-balloon"}"#),
+            (Response::Error(RequestError::TooLong { max_bytes: 256 }), r#""max_bytes":256"#),
+        ] {
+            let line = serde_json::to_string(&response).expect("JSON");
+            assert!(line.contains(expected), "{line}");
+            assert_eq!(serde_json::from_str::<Response>(&line).expect("the same type"), response);
+        }
+    }
+}
