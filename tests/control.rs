@@ -109,7 +109,10 @@ fn stop_is_0() -> Outcome {
         let errors = text(&out.stderr);
         assert_eq!(out.status.code(), Some(0), "{errors}");
         assert!(errors.contains("stopped through the control socket"), "{errors}");
-        assert!(!errors.contains("userspace exits of vCPU 0"), "no flight recorder after an end that was meant: {errors}");
+        assert!(
+            !errors.contains("userspace exits of vCPU 0"),
+            "no flight recorder after an end that was meant: {errors}"
+        );
         assert!(!socket.exists());
     })
 }

@@ -38,7 +38,13 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("profile", &["boot", "config", "exit", "kvm", "machine", "measure"]),
-    ("cli", &["boot", "config", "console", "control", "exit", "kvm", "machine", "measure", "nano", "probe", "profile", "tune"]),
+    (
+        "cli",
+        &[
+            "boot", "config", "console", "control", "exit", "kvm", "machine", "measure", "nano", "probe", "profile",
+            "tune",
+        ],
+    ),
 ];
 
 /// Only these may have `unsafe` in them.

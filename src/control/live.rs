@@ -35,23 +35,11 @@ fn by_device(counters: &Counters, handler: &Handler) -> Vec<DeviceExits> {
     for (slots, kind) in [(&handler.pio, BusKind::Pio), (&handler.mmio, BusKind::Mmio)] {
         for ((address, device), accesses) in slots.slots().zip(counters.slots(kind)) {
             let device = Some(device.to_owned());
-            all.push(DeviceExits {
-                bus: bus(kind),
-                address,
-                device,
-                reads: accesses.reads,
-                writes: accesses.writes,
-            });
+            all.push(DeviceExits { bus: bus(kind), address, device, reads: accesses.reads, writes: accesses.writes });
         }
     }
     for (kind, address, accesses) in counters.unmapped() {
-        all.push(DeviceExits {
-            bus: bus(kind),
-            address,
-            device: None,
-            reads: accesses.reads,
-            writes: accesses.writes,
-        });
+        all.push(DeviceExits { bus: bus(kind), address, device: None, reads: accesses.reads, writes: accesses.writes });
     }
     for (index, accesses) in counters.msrs() {
         let (address, reads, writes) = (u64::from(index), accesses.reads, accesses.writes);

@@ -164,8 +164,7 @@ impl Server {
                 forget(&client.stream, ops);
             }
             if stream.set_nonblocking(true).is_ok() && ops.add(Events::new(&stream, EventSet::IN)).is_ok() {
-                let client =
-                    Client { stream, accepted: Instant::now(), progress: Progress::Receiving(Vec::new()) };
+                let client = Client { stream, accepted: Instant::now(), progress: Progress::Receiving(Vec::new()) };
                 self.clients.insert(client.stream.as_raw_fd(), client);
             }
         }
