@@ -95,36 +95,6 @@ guest_kernel() {
     rm -rf "$work"
 }
 
-# lab_qemu: says which QEMU the lab runs on: a copy of Debian's with one instruction taken out, kept in $HWVMM_LAB.
-#
-# helper_vmrun (target/i386/tcg/sysemu/svm_helper.c, QEMU 7.2) delivers an injected interrupt at once, but leaves its vector
-# in exception_index. If the emulation loop is left before the next #VMEXIT (another thread wants something, or the time
-# slice of a counted run is used up), it finds the vector there and delivers the interrupt once more, whether or not the
-# guest has interrupts off: then the guest's timer handler waits for a lock that it holds itself, for ever. The fewer
-# exits a guest makes, the likelier that is. Without the store there is nothing to find. Where the bytes are not found
-# (another QEMU), Debian's own runs: such a lab may hang, and is ended by its --timeout.
-lab_qemu() {
-    local stock copy=$HWVMM_LAB/qemu/qemu-system-x86_64 at
-    stock=$(command -v qemu-system-x86_64)
-    [ "$copy" -nt "$stock" ] && [ "$copy" -nt "$HWVMM_ROOT/scripts/lib/common.sh" ] && { echo "$copy"; return 0; }
-    # error_code = r13d; exception_index = esi; exception_is_int = 0; exception_next_eip = -1; then the log's test.
-    local before='\x44\x89[\xa8-\xaf]..\x00\x00' store='\x89[\xb0-\xb7]..\xff\xff'
-    local after='\xc7[\x80-\x87]..\x00\x00\x00\x00\x00\x00\x48\xc7[\x80-\x87]..\x00\x00\xff\xff\xff\xff\xf6\x05'
-    at=$(LC_ALL=C grep -obUaP "$before\K$store(?=$after)" "$stock" | cut -d: -f1) || true
-    case $at in
-        '' | *[!0-9]*)
-            say "lab: this QEMU has no known place to mend for interrupts that come twice: a lab may hang, and is then ended"
-            echo "$stock"
-            return 0
-            ;;
-    esac
-    mkdir -p "${copy%/*}"
-    cp "$stock" "$copy.$$"
-    printf '\x66\x0f\x1f\x44\x00\x00' | dd of="$copy.$$" bs=1 seek="$at" conv=notrunc status=none
-    mv "$copy.$$" "$copy"
-    echo "$copy"
-}
-
 # make_cpio DIR OUT: packs DIR as a newc archive whose bytes depend on its contents only.
 make_cpio() {
     (cd "$1" && find . -print0 | LC_ALL=C sort -z |

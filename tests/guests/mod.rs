@@ -274,6 +274,55 @@ payload!(triple_fault_real, ".code16", "lidt 0x3200", "int $3");
 payload!(triple_fault_protected, ".code32", "ud2");
 payload!(triple_fault_long, ".code64", "ud2");
 
+// Five interrupts by the local APIC's timer (one-shot, vector 0x40), each while the guest spins. The handler runs for 20 million
+// ticks of the TSC, makes no exit meanwhile, and counts its entries (r8) and how deep it is nested (r10). Ends with status
+// 5 where it is entered with interrupts off, within itself, or more often than the timer was set.
+payload!(
+    interrupts_long,
+    ".code64",
+    "mov $0x8000,%esp",
+    "lea 8f(%rip),%rax",
+    "mov %ax,0x4400",
+    "movw $0x10,0x4402",
+    "movw $0x8e00,0x4404",
+    "movw $0xfff,0x3f00",
+    "movl $0x4000,0x3f02",
+    "lidt 0x3f00",
+    "mov $0xfee00000,%ebx",
+    "movl $0x1ff,0xf0(%rbx)",
+    "movl $0x40,0x320(%rbx)",
+    "movl $0xb,0x3e0(%rbx)",
+    "xor %r8d,%r8d",
+    "xor %r10d,%r10d",
+    "mov $1,%r9d",
+    "1: movl $100000,0x380(%rbx)",
+    "sti",
+    "2: cmp %r9d,%r8d",
+    "jb 2b",
+    "cli",
+    "jne 9f",
+    "inc %r9d",
+    "cmp $6,%r9d",
+    "jne 1b",
+    "mov $1,%al",
+    "out %al,$0xf4",
+    "8: inc %r10d",
+    "cmp $1,%r10d",
+    "jne 9f",
+    "inc %r8d",
+    "rdtsc",
+    "mov %eax,%esi",
+    "7: rdtsc",
+    "sub %esi,%eax",
+    "cmp $20000000,%eax",
+    "jb 7b",
+    "movl $0,0xb0(%rbx)",
+    "dec %r10d",
+    "iretq",
+    "9: mov $2,%al",
+    "out %al,$0xf4",
+);
+
 // Multiboot programs (32-bit) for whole runs: they print "hello\n" on the first UART, then end in their ways.
 macro_rules! program {
     ($name:ident, $($line:literal),* $(,)?) => {
