@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod error;
 pub mod event_loop;
 pub mod exit;
 pub mod kvm;

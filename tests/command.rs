@@ -180,7 +180,9 @@ fn devices_that_cannot_be_are_explained() -> Outcome {
         fs::write(&odd, [0; 1000]).expect("written");
         let (odd, none) = (odd.display().to_string(), folder.path().join("none").display().to_string());
         for (option, value, words) in [
-            ("--disk", none.clone(), "cannot open the disk"),
+            ("--disk", none.clone(), "(check the path; `truncate -s 1G FILE` makes an empty disk): No such file"),
+            ("--disk", folder.path().display().to_string(), "(a disk is a file or a block device): Is a directory"),
+            ("--disk", format!("{},readonly=on", folder.path().display()), "neither a file nor a block device"),
             ("--disk", odd.clone(), "truncate"),
             ("--disk", "/dev/null".into(), "neither a file nor a block device"),
             ("--disk", format!("{odd},format=qcow2"), "qcow2 image"),
@@ -213,6 +215,47 @@ fn one_writer_a_disk() -> Outcome {
         let out = run("disks", guests::power_off(), &["--disk", &shared, "--disk", &shared]);
         assert!(out.status.success(), "{}", text(&out.stderr));
     })
+}
+
+fn messages_start_on_a_fresh_line() -> Outcome {
+    when_it_runs(|| {
+        let path = kernel("prompt", guests::prompt());
+        let command = "exec \"$0\" run -m 16M --timeout 20s --expect 'login: ' \"$1\"";
+        let sh = |redirection: &str| {
+            let mut sh = Command::new("sh");
+            sh.args(["-c", &format!("{command} {redirection}")]).arg(hwvmm().get_program()).arg(&path);
+            sh.stdin(Stdio::null()).env("HOME", folder()).output().expect("started")
+        };
+        let out = sh("2>&1");
+        assert_eq!(out.status.code(), Some(0));
+        assert!(text(&out.stdout).starts_with("login: \nhwvmm: seen: login: "), "{}", text(&out.stdout));
+        // Where they go elsewhere, neither has a byte of the other.
+        let out = sh("");
+        assert_eq!(text(&out.stdout), "login: ");
+        assert!(text(&out.stderr).starts_with("hwvmm: seen: login: "), "{}", text(&out.stderr));
+    })
+}
+
+/// A KVM that emulates instructions may run the tiny guests of these tests, and hangs in a Linux kernel.
+fn linux_is_refused_where_kvm_cannot_run_it() -> Outcome {
+    if !Path::new("/dev/kvm").exists() {
+        return Outcome::Skipped("no /dev/kvm".into());
+    }
+    if ["kvm_amd", "kvm_intel"].iter().any(|module| Path::new("/sys/module").join(module).exists()) {
+        return Outcome::Skipped("this host's KVM uses the processor's virtualization extensions".into());
+    }
+    if hwvmm().args(["doctor", "--json"]).output().expect("started").status.success() {
+        return Outcome::Skipped("this host's KVM can run Linux".into());
+    }
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus/kernel_file");
+    for kernel in ["bzimage-gzip", "vmlinux-pvh"] {
+        let start = Instant::now();
+        let path = corpus.join(kernel);
+        let arguments = ["run", "--timeout", "60s", path.to_str().expect("UTF-8")];
+        refused(&arguments, 1, &["cannot run Linux", "vCPU failed at", "hwvmm doctor", "scripts/lab"]);
+        assert!(start.elapsed() < Duration::from_secs(10), "said at once");
+    }
+    Outcome::Passed
 }
 
 fn input_from_a_pipe_loses_nothing() -> Outcome {
@@ -422,7 +465,7 @@ fn doctor_agrees_with_its_status() -> Outcome {
     assert_eq!(json["can_run_linux"].as_bool(), Some(out.status.code() == Some(0)));
     let out = hwvmm().args(["doctor", "--kvm", "/no/such/kvm"]).output().expect("started");
     assert_eq!(out.status.code(), Some(1));
-    assert!(text(&out.stdout).contains("mend:"));
+    assert!(text(&out.stdout).contains("fix:"));
     Outcome::Passed
 }
 
@@ -452,6 +495,8 @@ const TESTS: &[Test] = &[
     ("memory_beyond_the_hole", memory_beyond_the_hole),
     ("devices_that_cannot_be_are_explained", devices_that_cannot_be_are_explained),
     ("one_writer_a_disk", one_writer_a_disk),
+    ("messages_start_on_a_fresh_line", messages_start_on_a_fresh_line),
+    ("linux_is_refused_where_kvm_cannot_run_it", linux_is_refused_where_kvm_cannot_run_it),
     ("input_from_a_pipe_loses_nothing", input_from_a_pipe_loses_nothing),
     ("a_slow_reader_gets_every_byte", a_slow_reader_gets_every_byte),
     ("a_reader_that_never_reads_does_not_outlast_the_timeout", a_reader_that_never_reads_does_not_outlast_the_timeout),

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// For each module, those it may use.
 const ALLOWED: &[(&str, &[&str])] = &[
+    ("error", &[]),
     ("tune", &[]),
     ("config", &["tune"]),
     ("memory", &[]),
@@ -15,7 +16,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("exit", &["kvm"]),
     ("measure", &["exit", "kvm"]),
     ("vcpu", &["exit", "kvm", "measure"]),
-    ("probe", &["exit", "kvm", "memory"]),
+    ("probe", &["error", "exit", "kvm", "memory"]),
     ("nano", &["exit", "kvm", "measure", "memory"]),
     ("boot", &["config", "memory"]),
     ("console", &["exit", "vcpu"]),
@@ -28,7 +29,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "console",
             "control",
             "event_loop",
-            "exit",
+            "error", "exit",
             "kvm",
             "measure",
             "memory",
@@ -41,7 +42,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "boot", "config", "console", "control", "exit", "kvm", "machine", "measure", "nano", "probe", "profile",
+            "boot", "config", "console", "control", "error", "exit", "kvm", "machine", "measure", "nano", "probe", "profile",
             "tune",
         ],
     ),

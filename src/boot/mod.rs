@@ -211,6 +211,14 @@ pub fn identify(path: &Path, file: &File) -> Result<Kind, KernelError> {
     Err(KernelError::NotKernel { path: path.to_owned(), what })
 }
 
+/// Returns true if the file at `path` is a kernel that is entered as Linux: a bzImage, or an ELF without a multiboot header.
+/// False where it cannot be read: loading it says why.
+#[must_use]
+pub fn is_linux(path: &Path) -> bool {
+    let kind = open("kernel", path).and_then(|file| identify(path, &file));
+    kind.is_ok_and(|kind| matches!(kind, Kind::BzImage(_) | Kind::Elf(_)))
+}
+
 /// Whether the file at `path` is a multiboot kernel; false where it cannot be told, which loading it will explain.
 #[must_use]
 pub fn is_multiboot(path: &Path) -> bool {

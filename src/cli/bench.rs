@@ -2,6 +2,7 @@
 
 use super::report;
 use crate::config::cache_folder;
+use crate::error::chain;
 use crate::kvm::System;
 use crate::probe::{Cost, costs};
 use serde_json::{Map, Value, json};
@@ -95,7 +96,7 @@ fn to_json(costs: &[Cost]) -> Value {
     }
     let failed: Map<String, Value> = costs
         .iter()
-        .filter_map(|cost| Some((cost.kind.name().to_owned(), cost.result.as_ref().err()?.clone().into())))
+        .filter_map(|cost| Some((cost.kind.name().to_owned(), chain(cost.result.as_ref().err()?).into())))
         .collect();
     json!({"host_kernel": host(), "ns": ns, "cycles": cycles, "failed": failed})
 }
@@ -105,7 +106,7 @@ fn to_text(costs: &[Cost]) -> String {
     for cost in costs {
         let _ = match &cost.result {
             Ok(price) => writeln!(text, "{:<46} {:>12.0} {:>12.0}", cost.kind.what(), price.ns, price.cycles),
-            Err(why) => writeln!(text, "{:<46} not measured: {why}", cost.kind.what()),
+            Err(error) => writeln!(text, "{:<46} not measured: {}", cost.kind.what(), chain(error)),
         };
     }
     text
@@ -116,7 +117,7 @@ fn bench(args: &Exits) -> Result<ExitCode, Box<dyn Error>> {
     let talks = std::io::stderr().is_terminal();
     let costs = costs(&system, |kind| {
         if talks {
-            eprintln!("hwvmm: measuring: {}", kind.what());
+            super::say(&format!("measuring: {}", kind.what()));
         }
     });
     let value = to_json(&costs);

@@ -1,6 +1,7 @@
 //! `hwvmm doctor`.
 
-use crate::kvm::caps::{Capability, Need, USED};
+use crate::error::chain;
+use crate::kvm::caps::{Capability, KernelVersion, Need, USED};
 use crate::kvm::system::DEFAULT_PATH;
 use crate::kvm::{OpenError, System};
 use crate::probe::{Host, Mmu, STEPS, run_trial};
@@ -10,7 +11,7 @@ use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Options.
+/// Options of `hwvmm doctor`.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Print one JSON object
@@ -21,21 +22,25 @@ pub(super) struct Args {
     kvm: PathBuf,
 }
 
+/// What a check has found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Verdict {
+    /// As it should be.
     Ok,
+    /// Linux runs all the same, at a cost.
     Note,
+    /// Linux cannot run.
     Fault,
 }
 
-/// One thing that was looked at.
+/// One property of the host.
 #[derive(Debug, Serialize)]
 struct Check {
     name: String,
     verdict: Verdict,
     found: String,
-    /// The command or the step that mends it.
+    /// The command or the step that fixes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     remedy: Option<String>,
 }
@@ -88,7 +93,7 @@ fn examine(kvm: &Path, host: &Host) -> Report {
             let trial = trial_checks(&system, host);
             let works = trial.iter().all(|check| check.verdict != Verdict::Fault);
             checks.extend(trial);
-            let caps = capability_checks(&system);
+            let caps = capability_checks(&system, host.kernel().parse().ok());
             let complete = caps.iter().all(|check| check.verdict != Verdict::Fault);
             checks.extend(caps);
             works && complete
@@ -151,10 +156,10 @@ fn open_fault(kvm: &Path, error: &OpenError, host: &Host) -> Check {
         OpenError::Permission(_) => "sudo usermod -aG kvm $USER, then log in again",
         OpenError::Other(..) | OpenError::Version(..) => "see `ls -l` and `dmesg | grep -i kvm`",
     };
-    Check::fault(kvm.display().to_string(), super::chain(error), remedy)
+    Check::fault(kvm.display().to_string(), chain(error), remedy)
 }
 
-/// The throw-away vCPU's steps: done, the one that failed, those not reached.
+/// The trial's steps: those that worked, the one that failed, those not reached.
 fn trial_checks(system: &System, host: &Host) -> Vec<Check> {
     let trial = run_trial(system);
     let remedy = match host.vendor_module() {
@@ -166,24 +171,38 @@ fn trial_checks(system: &System, host: &Host) -> Vec<Check> {
     let mut checks: Vec<Check> =
         STEPS.iter().take(trial.done).map(|step| Check::ok(format!("vCPU: {step}"), "works")).collect();
     if let (Some(failure), Some(step)) = (&trial.failure, STEPS.get(trial.done)) {
-        checks.push(Check::fault(format!("vCPU: {step}"), failure.to_string(), remedy));
+        checks.push(Check::fault(format!("vCPU: {step}"), chain(failure), remedy));
         let not_reached = STEPS.iter().skip(trial.done + 1);
         checks.extend(not_reached.map(|step| Check::note(format!("vCPU: {step}"), "not reached", None)));
     }
     checks
 }
 
-fn capability_checks(system: &System) -> Vec<Check> {
+fn capability_checks(system: &System, kernel: Option<KernelVersion>) -> Vec<Check> {
     let check = |capability: &Capability| {
-        let Capability { number, name, need, lost } = *capability;
-        let value = system.capability(number);
-        match need {
-            _ if value > 0 => Check::ok(name, "there"),
-            Need::Required => Check::fault(name, format!("missing: {lost}"), "use a newer kernel on the host"),
-            Need::Useful => Check::note(name, format!("missing: {lost}"), None),
+        if system.capability(capability.number) > 0 {
+            return Check::ok(capability.name, "there");
         }
+        missing_capability(capability, kernel)
     };
     USED.iter().map(check).collect()
+}
+
+/// The check of a capability that is missing on a host with this kernel.
+fn missing_capability(capability: &Capability, kernel: Option<KernelVersion>) -> Check {
+    let Capability { name, need, lost, since, .. } = *capability;
+    let too_old = since.zip(kernel).is_some_and(|(since, kernel)| kernel < since);
+    let reason = match since {
+        Some(since) if too_old => format!(" (before Linux {since})"),
+        Some(since) => format!(" (in Linux since {since}, but not in this host's KVM)"),
+        None => String::new(),
+    };
+    let found = format!("missing: {lost}{reason}");
+    match need {
+        Need::Required if too_old => Check::fault(name, found, "use a newer kernel on the host"),
+        Need::Required => Check::fault(name, found, "use a host with kvm_intel or kvm_amd, or a newer kernel"),
+        Need::Useful => Check::note(name, found, None),
+    }
 }
 
 fn page_checks(host: &Host) -> Vec<Check> {
@@ -215,7 +234,7 @@ fn render(report: &Report, colour: bool) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "{word} {:<24} {}", check.name, check.found);
         if let Some(remedy) = &check.remedy {
-            let _ = writeln!(text, "      {:<24} mend: {remedy}", "");
+            let _ = writeln!(text, "      {:<24} fix: {remedy}", "");
         }
     }
     let _ = match report.can_run_linux {
@@ -237,7 +256,18 @@ mod tests {
         let faults: Vec<_> = report.checks.iter().filter(|check| check.verdict == Verdict::Fault).collect();
         assert!(faults.len() >= 2 && faults.iter().all(|check| check.remedy.is_some()), "{faults:?}");
         let text = render(&report, false);
-        assert!(text.contains("FAULT") && text.contains("mend:") && !text.contains('\x1b'));
+        assert!(text.contains("FAULT") && text.contains("fix:") && !text.contains('\x1b'));
         assert!(serde_json::to_string(&report).expect("JSON").contains("\"can_run_linux\":false"));
+    }
+    #[test]
+    fn a_missing_capability_is_not_blamed_on_a_kernel_that_has_it() {
+        let capability = USED.iter().find(|capability| capability.name == "PRE_FAULT_MEMORY").expect("it is used");
+        let found = |kernel: Option<&str>| {
+            missing_capability(capability, kernel.map(|text| text.parse().expect("a version"))).found
+        };
+        assert!(found(Some("6.1.0-56-amd64")).ends_with("(before Linux 6.11)"));
+        for kernel in [Some("6.18.44"), Some("6.11.0"), Some("10.0"), None] {
+            assert!(found(kernel).ends_with("(in Linux since 6.11, but not in this host's KVM)"), "{kernel:?}");
+        }
     }
 }

@@ -73,8 +73,8 @@ pub(super) fn run(args: &Args) -> ExitCode {
     let host = Host::at(Path::new("/"));
     if let Some(What::Set { mmu }) = &args.what {
         match host.set_mmu(wanted(*mmu).unwrap_or(Mmu::Nested)) {
-            Ok(true) => eprintln!("hwvmm: {} was loaded again", host.vendor_module().unwrap_or("the module")),
-            Ok(false) => eprintln!("hwvmm: it is so already"),
+            Ok(true) => super::say(&format!("{} was loaded again", host.vendor_module().unwrap_or("the module"))),
+            Ok(false) => super::say("it is so already"),
             Err(error) => return super::fail(&error),
         }
     }

@@ -10,6 +10,8 @@ mod run;
 mod top;
 mod unpack;
 
+use crate::console::fresh_line;
+use crate::error::chain;
 use clap::{CommandFactory, Parser, Subcommand};
 use std::error::Error;
 use std::io::{self, Write};
@@ -109,23 +111,13 @@ enum Command {
     },
 }
 
-/// An error with all that caused it, on one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let words = cause.to_string();
-        if !text.contains(&words) {
-            text.push_str(": ");
-            text.push_str(&words);
-        }
-        source = cause.source();
-    }
-    text
+/// Prints a line of hwvmm's own on stderr, at the beginning of a line. A stderr that takes nothing is no error.
+fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "{}hwvmm: {text}", fresh_line());
 }
 
 fn fail(error: &dyn Error) -> ExitCode {
-    eprintln!("hwvmm: {}", chain(error));
+    say(&chain(error));
     ExitCode::from(crate::exit::end::status::ERROR)
 }
 
@@ -144,7 +136,7 @@ fn start_logging(verbose: u8) {
                 log::Level::Warn => "warning: ",
                 log::Level::Info | log::Level::Debug | log::Level::Trace => "",
             };
-            writeln!(out, "hwvmm: {level}{}", record.args())
+            writeln!(out, "{}hwvmm: {level}{}", fresh_line(), record.args())
         })
         .init();
 }
@@ -181,7 +173,7 @@ fn man(subcommand: Option<&str>) -> ExitCode {
         Some(name) => command.find_subcommand(name).cloned().map(|found| found.display_name(format!("hwvmm-{name}"))),
     };
     let Some(page) = page else {
-        eprintln!("hwvmm: there is no subcommand '{}'", subcommand.unwrap_or_default());
+        say(&format!("there is no subcommand '{}'", subcommand.unwrap_or_default()));
         return ExitCode::from(crate::exit::end::status::USAGE);
     };
     let mut text = Vec::new();
@@ -214,11 +206,5 @@ mod tests {
         let mut command = Cli::command();
         let help = command.find_subcommand_mut("run").expect("run").render_long_help().to_string();
         assert!(help.contains("pci=conf1,noearly 8250.nr_uarts=1 reboot=f"));
-    }
-
-    #[test]
-    fn causes_are_told_once() {
-        let error = crate::kvm::KvmError { what: "X", errno: 1, source: io::Error::other("why") };
-        assert_eq!(chain(&error), "X failed: why");
     }
 }

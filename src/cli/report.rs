@@ -68,7 +68,7 @@ pub(super) fn budget(given: Option<&Budget>, from: Option<&Path>, slack: Slack) 
 /// Prints each check. Returns true if all limits were held.
 pub(super) fn show_checks(checks: &[Check]) -> bool {
     for check in checks {
-        eprintln!("hwvmm: {check}");
+        super::say(&check.to_string());
     }
     checks.iter().all(Check::is_held)
 }

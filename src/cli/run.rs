@@ -1,13 +1,14 @@
 //! `hwvmm run`.
 
 use super::report;
+use crate::boot;
 use crate::config::{Budget, OnReboot, RunConfig, RunOptions, StatsFormat, read_file};
 use crate::console::{RawTerminal, Seen};
 use crate::exit::EndReason;
 use crate::exit::end::status;
 use crate::kvm::System;
 use crate::machine::{self, Machine, RunRecord, Setup};
-use crate::probe::Host;
+use crate::probe::{Host, check_linux};
 use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
 use crate::profile::{self, Profile, RunStats};
@@ -49,8 +50,12 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
     };
     let expect = config.expect.as_ref().map(|pattern| pattern.0.clone());
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
-    super::mmu::check(config.mmu, &Host::at(Path::new("/")))?;
+    let host = Host::at(Path::new("/"));
+    super::mmu::check(config.mmu, &host)?;
     let system = System::open(&config.kvm)?;
+    if boot::is_linux(&config.kernel) {
+        check_linux(&system, &host)?;
+    }
     let expects = expect.is_some();
     let terminal = uses_stdin(&config) && io::stdin().is_terminal();
     let quiet = !io::stderr().is_terminal();
@@ -58,13 +63,13 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
         if quiet {
             log::info!("{what}");
         } else {
-            eprintln!("hwvmm: {what}");
+            super::say(what);
         }
     };
     let mut setup = Setup { config: &config, expect, seen: Seen::default(), terminal, progress: &progress };
     let (finish, stats) = start_until_done(&mut setup, &system)?;
     let end = if expects { finish.ended.end.clone().without_the_expected() } else { finish.ended.end.clone() };
-    eprintln!("{}", describe(&finish, &end));
+    super::say(&describe(&finish, &end));
     if !end.is_clean() {
         let symbols = profile::symbols_of(&config, &finish, &mut Vec::new());
         eprint!("{}", profile::flight_recorder(&finish, symbols.as_ref()));
@@ -155,7 +160,7 @@ fn with_whole_timeout(mut finish: RunRecord, config: &RunConfig) -> RunRecord {
 
 /// One line: why and where.
 fn describe(finish: &RunRecord, end: &EndReason) -> String {
-    let mut text = format!("hwvmm: {end}");
+    let mut text = end.to_string();
     let rip = |index: usize| finish.vcpus.get(index).and_then(|vcpu| vcpu.rip);
     let at = finish.ended.vcpu.unwrap_or(0);
     // Writing to a String cannot fail.

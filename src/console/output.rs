@@ -1,5 +1,6 @@
-//! Output: every byte is written before the guest goes on.
+//! Output of a console: every byte is written before the guest goes on.
 
+use super::line;
 use super::watch::Watch;
 use crate::exit::EndReason;
 use crate::vcpu::Control;
@@ -9,65 +10,89 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 
-/// How long one waits before looking whether the run is over.
-const LOOK_AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-/// How often, after the run, before output that nobody takes is given up.
-const LAST_WORDS: u32 = 20;
+/// How long to wait for room in a pipe or terminal before checking whether the run has ended.
+const CHECK_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// How many [`CHECK_INTERVAL`]s after the end of the run the final output may take. The rest is dropped.
+const FINAL_OUTPUT_CHECKS: u32 = 20;
 
 /// Where a console's output goes.
+#[derive(Debug)]
+pub enum Sink {
+    /// To a copy of stdout.
+    Stdout(File),
+    /// To another file, terminal or pipe.
+    File(File),
+    /// Nowhere.
+    Null,
+}
+
+/// Writes a console's output.
 pub struct Output {
-    file: Option<File>,
+    sink: Sink,
     watch: Watch,
     control: Arc<Control>,
     on_a_device_thread: bool,
-    /// The run is over and nobody takes what is left.
-    given_up: bool,
+    /// The run has ended, and the final output had no reader in time.
+    dropped: bool,
+}
+
+/// What waiting for room has come to.
+enum Room {
+    /// The file takes bytes.
+    Ready,
+    /// The run has ended, and the file takes nothing.
+    GivenUp,
 }
 
 impl Output {
-    /// Writes to `file` (nowhere, if `None`), watched by `watch`, which can end the run.
+    /// Writes to `sink`. `watch` reads the bytes, too, and can end the run.
     #[must_use]
-    pub fn new(file: Option<File>, watch: Watch, control: Arc<Control>) -> Self {
-        Self { file, watch, control, on_a_device_thread: false, given_up: false }
+    pub fn new(sink: Sink, watch: Watch, control: Arc<Control>) -> Self {
+        Self { sink, watch, control, on_a_device_thread: false, dropped: false }
     }
 
-    /// For a thread that no signal reaches: it never waits in `write`, and gives up some time after the run is over.
+    /// Prepares it for a thread that no signal interrupts: it never blocks in `write`, and drops what has not been taken
+    /// 2 s after the end of the run.
     #[must_use]
     pub fn on_a_device_thread(self) -> Self {
         Self { on_a_device_thread: true, ..self }
     }
 
-    /// Waits until `file` takes something; false where nobody will take it any more.
-    fn wait_for_room(&self, file: &File) -> io::Result<bool> {
-        let mut patience = LAST_WORDS;
+    /// Waits until `file` takes bytes, or until the final output's time is over.
+    fn wait_for_room(&self, file: &File) -> io::Result<Room> {
+        let mut checks = FINAL_OUTPUT_CHECKS;
         loop {
-            match poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&LOOK_AGAIN)) {
-                Ok(0) if self.control.is_stopping() => match patience.checked_sub(1) {
-                    Some(less) => patience = less,
-                    None => return Ok(false),
+            match poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&CHECK_INTERVAL)) {
+                Ok(0) if self.control.is_stopping() => match checks.checked_sub(1) {
+                    Some(fewer) => checks = fewer,
+                    None => return Ok(Room::GivenUp),
                 },
                 // A vCPU that is kicked to stop.
-                Err(Errno::INTR) if self.control.is_stopping() => return Ok(false),
+                Err(Errno::INTR) if self.control.is_stopping() => return Ok(Room::GivenUp),
                 Ok(0) | Err(Errno::INTR) => {}
-                Ok(_) => return Ok(true),
+                Ok(_) => return Ok(Room::Ready),
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
-    /// Writes what it can; waits while the other side does not take it, unless the run is over.
+    /// Writes some bytes and returns how many. Waits while the reader takes none, unless the run has ended: then they are
+    /// dropped, and count as written.
     fn write_some(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let Some(file) = self.file.as_ref().filter(|_| !self.given_up) else { return Ok(bytes.len()) };
+        let (Sink::Stdout(file) | Sink::File(file)) = &self.sink else { return Ok(bytes.len()) };
+        if self.dropped {
+            return Ok(bytes.len());
+        }
         loop {
-            if self.on_a_device_thread && !self.wait_for_room(file)? {
-                self.given_up = true;
+            if self.on_a_device_thread && matches!(self.wait_for_room(file)?, Room::GivenUp) {
+                self.dropped = true;
                 return Ok(bytes.len());
             }
             match rustix::io::write(file, bytes) {
                 Ok(count) => return Ok(count),
                 Err(Errno::INTR | Errno::AGAIN) if self.control.is_stopping() => return Ok(bytes.len()),
                 Err(Errno::INTR) => {}
-                // The terminal may be non-blocking because whoever shares it made it so.
+                // Another process that shares the terminal may have made it non-blocking.
                 Err(Errno::AGAIN) => match poll(&mut [PollFd::new(file, PollFlags::OUT)], None) {
                     Ok(_) | Err(Errno::INTR) => {}
                     Err(error) => return Err(error.into()),
@@ -84,6 +109,9 @@ impl Write for Output {
             let what = format!("cannot write the console's output: {error}");
             self.control.end(EndReason::Failed(what), None);
         })?;
+        if matches!(self.sink, Sink::Stdout(_)) {
+            line::written(&bytes[..count]);
+        }
         if let Some(end) = self.watch.feed(&bytes[..count]) {
             self.control.end(end, None);
         }

@@ -2,6 +2,7 @@
 
 use crate::boot::is_multiboot;
 use crate::config::RunConfig;
+use crate::error::chain;
 use crate::kvm::{Coalesced, KvmError, System, Vcpu, Vm};
 use crate::probe::without_exits;
 use crate::tune::{Choice, Lever, Tune};
@@ -137,7 +138,7 @@ pub(super) fn set_vm(vm: &Vm, system: &System, tune: &Tune) {
         // On some hosts the call succeeds, and the guest cannot be entered afterwards.
         match without_exits(system, bit) {
             Ok(()) => bits |= bit,
-            Err(why) => tune.cannot(lever, &why),
+            Err(error) => tune.cannot(lever, &chain(&error)),
         }
     }
     if bits != 0

@@ -12,7 +12,7 @@ pub use virtio::VirtioHandle;
 use crate::boot::cache::Cache;
 use crate::boot::{self, KernelError, Loaded};
 use crate::config::{ConsoleTarget, Pages, RunConfig};
-use crate::console::{Input, Output, Seen, Watch};
+use crate::console::{Input, Output, Seen, Sink, Watch};
 use crate::exit::Handler;
 use crate::kvm::{KvmError, System, Vcpu, Vm};
 use crate::memory::{Backing, GuestRam, MemoryError};
@@ -399,15 +399,15 @@ impl Devices {
 }
 
 fn output(target: &ConsoleTarget, setup: &Setup<'_>, control: &Arc<Control>) -> Result<Output, MachineError> {
-    let file = match target {
-        ConsoleTarget::Stdio => Some(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
+    let sink = match target {
+        ConsoleTarget::Stdio => Sink::Stdout(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
         ConsoleTarget::File(path) => {
-            Some(File::create(path).map_err(|error| MachineError::SerialFile(path.clone(), error))?)
+            Sink::File(File::create(path).map_err(|error| MachineError::SerialFile(path.clone(), error))?)
         }
-        ConsoleTarget::Null => None,
+        ConsoleTarget::Null => Sink::Null,
     };
     let watch = Watch::new(setup.expect.clone(), setup.seen.clone());
-    Ok(Output::new(file, watch, Arc::clone(control)))
+    Ok(Output::new(sink, watch, Arc::clone(control)))
 }
 
 fn input(

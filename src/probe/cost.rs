@@ -1,8 +1,9 @@
-//! What one exit of each kind costs on this host: a tiny guest makes many, and the host's clock is read before and after.
+//! The cost of one exit of each kind on this host: a small guest makes many, and the host's clock is read before and after.
 
+use super::ProbeError;
 use crate::exit::ExitReason;
 use crate::kvm::kick;
-use crate::kvm::{Direction, Exit, KvmError, System, Vcpu, Vm, clock};
+use crate::kvm::{Direction, Exit, System, Vcpu, Vm, clock};
 use crate::memory::{Backing, GuestRam};
 use hwvmm_arch::regs::Entry;
 use hwvmm_arch::{gdt, layout, page_table};
@@ -16,25 +17,25 @@ const IDT: u64 = 0x2000;
 const HANDLER: u64 = 0x3000;
 const MEMORY_BYTES: u64 = 16 << 20;
 const PAGE_FAULTS: u32 = 2048;
-/// Where the guest says that it begins and ends.
+/// The guest writes it before its first round and after its last.
 const MARK_PORT: u16 = 0x10;
 const USER_PORT: u16 = 0x11;
-/// Where it says that it is about to halt.
+/// The guest writes it before each HLT.
 const HALT_PORT: u16 = 0x12;
 const VECTOR: u8 = 0x40;
 const ROUNDS: usize = 3;
 const WAKES: u32 = 200;
-/// How long a guest sleeps before it is woken, so that it sleeps indeed.
+/// Time from the write of [`HALT_PORT`] to the interrupt: enough for the vCPU to be halted by then.
 const SLEEP: Duration = Duration::from_micros(300);
-/// One measurement that takes longer hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Time after which a measurement is taken to hang.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The kinds of exits, in the order in which they are measured.
+/// A kind of exit, in the order in which they are measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// CPUID: the shortest way out and in again.
+    /// CPUID: the shortest exit, and its re-entry.
     Cpuid,
-    /// RDMSR of the APIC's base.
+    /// RDMSR of IA32_APIC_BASE.
     Msr,
     /// IN from a port that KVM answers itself.
     Pio,
@@ -44,11 +45,11 @@ pub enum Kind {
     Hypercall,
     /// A first touch of memory.
     PageFault,
-    /// IN from a port that comes to hwvmm.
+    /// IN from a port that exits to hwvmm.
     UserPio,
-    /// A read of memory that comes to hwvmm.
+    /// A read of a gpa that exits to hwvmm.
     UserMmio,
-    /// From an interrupt's signal until a halted guest has left hwvmm's next exit.
+    /// From the signal of an interrupt to a halted vCPU until its next exit to hwvmm.
     HltWake,
 }
 
@@ -66,7 +67,7 @@ impl Kind {
         Self::HltWake,
     ];
 
-    /// The name in JSON: that of the class of exits, with "userspace_" before those that come to hwvmm.
+    /// The name in JSON: that of the class of exits, with "userspace_" before those that exit to hwvmm.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -82,7 +83,7 @@ impl Kind {
         }
     }
 
-    /// For people.
+    /// Description for tables.
     #[must_use]
     pub fn what(self) -> &'static str {
         match self {
@@ -146,25 +147,25 @@ const HLT_HANDLER: &[u8] = &[
     0x5a, 0x59, 0x58, 0x48, 0xcf, // pop %rdx, %rcx, %rax; iretq
 ];
 
-/// What a kind costs.
-#[derive(Clone, Debug, PartialEq)]
+/// The measured cost of a kind.
+#[derive(Debug)]
 pub struct Cost {
-    /// Which.
+    /// The kind of exit.
     pub kind: Kind,
-    /// Nanoseconds each, best of some rounds; or why it could not be measured.
-    pub result: Result<Price, String>,
+    /// The best of three rounds, or why it could not be measured.
+    pub result: Result<Price, ProbeError>,
 }
 
-/// Nanoseconds and cycles of one exit.
+/// Cost of one exit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Price {
-    /// On the clock.
+    /// Nanoseconds of the monotonic clock.
     pub ns: f64,
-    /// On the time-stamp counter.
+    /// Cycles of the host's time-stamp counter.
     pub cycles: f64,
 }
 
-/// The guest: a mark, so many times the body, a mark, HLT.
+/// The guest's code and how often it runs the body: a mark, the body in a loop, a mark, HLT.
 fn program(kind: Option<Kind>, amd: bool) -> (Vec<u8>, u32) {
     let (setup, body) = kind.map_or((Vec::new(), vec![0x90]), |kind| kind.code(amd));
     let count = kind.map_or(10_000, Kind::count);
@@ -187,10 +188,9 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(system: &System, code: &[u8]) -> Result<Self, String> {
-        let ram = GuestRam::new(&[(0, MEMORY_BYTES)], Backing::Anonymous(false)).map_err(|error| error.to_string())?;
-        let put =
-            |bytes: &[u8], gpa| ram.get().write_slice(bytes, GuestAddress(gpa)).map_err(|error| error.to_string());
+    fn new(system: &System, code: &[u8]) -> Result<Self, ProbeError> {
+        let ram = GuestRam::new(&[(0, MEMORY_BYTES)], Backing::Anonymous(false))?;
+        let put = |bytes: &[u8], gpa| ram.get().write_slice(bytes, GuestAddress(gpa));
         put(code, CODE)?;
         put(HLT_HANDLER, HANDLER)?;
         // A gate: offset, code selector, present interrupt gate (APM vol. 2 §4.8.4).
@@ -207,10 +207,6 @@ impl Guest {
         for (at, entry) in page_table::identity_4gib() {
             put(&entry.to_le_bytes(), at)?;
         }
-        Self::with_memory(system, ram).map_err(|error| format!("{error}: {}", error.source))
-    }
-
-    fn with_memory(system: &System, ram: GuestRam) -> Result<Self, KvmError> {
         let mut vm = system.create_vm()?;
         vm.set_real_mode_pages(layout::KVM_TSS, layout::KVM_IDENTITY_MAP)?;
         vm.set_memory(ram)?;
@@ -224,11 +220,11 @@ impl Guest {
     }
 }
 
-/// Time and cycles between the marks; for waking, the median of all wakes instead.
-fn measure(guest: &mut Guest) -> Result<Price, String> {
-    let wake = EventFd::new(EFD_NONBLOCK).map_err(|error| error.to_string())?;
-    guest.vm.register_irqfd(&wake, Vm::FIRST_MESSAGE_GSI).map_err(|error| error.to_string())?;
-    guest.vm.route_message(Vm::FIRST_MESSAGE_GSI, 0xfee0_0000, u32::from(VECTOR)).map_err(|error| error.to_string())?;
+/// Time and cycles between the marks; for [`Kind::HltWake`], the median of all wakes instead.
+fn measure(guest: &mut Guest) -> Result<Price, ProbeError> {
+    let wake = EventFd::new(EFD_NONBLOCK).map_err(ProbeError::EventFd)?;
+    guest.vm.register_irqfd(&wake, Vm::FIRST_MESSAGE_GSI)?;
+    guest.vm.route_message(Vm::FIRST_MESSAGE_GSI, 0xfee0_0000, u32::from(VECTOR))?;
     let mut start = None;
     let mut wakes: Vec<Duration> = Vec::new();
     std::thread::scope(|scope| {
@@ -245,7 +241,7 @@ fn measure(guest: &mut Guest) -> Result<Price, String> {
         });
         let mut running = guest.vcpu.enter();
         loop {
-            let mut exit = running.run().map_err(|error| format!("{error}: {}", error.source))?;
+            let mut exit = running.run()?;
             match &mut exit {
                 Exit::Pio { port: MARK_PORT, direction: Direction::Out, .. } => match start {
                     None => start = Some((Instant::now(), clock::tsc())),
@@ -260,8 +256,8 @@ fn measure(guest: &mut Guest) -> Result<Price, String> {
                     wakes.extend(signals.try_iter().map(|at| at.elapsed()));
                     let _ = halting.send(());
                 }
-                Exit::Interrupted => return Err("it hangs".into()),
-                other => return Err(format!("KVM_RUN ended with {}", ExitReason::of(other).name())),
+                Exit::Interrupted => return Err(ProbeError::Hung),
+                other => return Err(ProbeError::Exit(ExitReason::of(other))),
             }
         }
     })
@@ -281,8 +277,8 @@ fn price(time: Duration, cycles: u64, wakes: &mut [Duration]) -> Price {
     Price { ns: median, cycles: median * float(cycles) / ns.max(1.0) }
 }
 
-/// The best of some rounds, each on a machine of its own.
-fn best(system: &System, kind: Option<Kind>, amd: bool) -> Result<Price, String> {
+/// The best of [`ROUNDS`], each on a machine of its own. Without a kind, that of the empty loop.
+fn best(system: &System, kind: Option<Kind>, amd: bool) -> Result<Price, ProbeError> {
     let (code, count) = program(kind, amd);
     let mut best: Option<Price> = None;
     for _ in 0..ROUNDS {
@@ -292,21 +288,21 @@ fn best(system: &System, kind: Option<Kind>, amd: bool) -> Result<Price, String>
         let one = Price { ns: all.ns / divisor, cycles: all.cycles / divisor };
         best = Some(best.filter(|best| best.ns <= one.ns).unwrap_or(one));
     }
-    best.ok_or_else(|| "nothing was measured".into())
+    best.ok_or(ProbeError::WrongEffect)
 }
 
-/// Measures all kinds; `progress` is told which is next.
+/// Measures all kinds, and calls `progress` before each.
 #[must_use]
 pub fn costs(system: &System, mut progress: impl FnMut(Kind)) -> Vec<Cost> {
     let amd = std::path::Path::new("/sys/module/kvm_amd").exists();
     // What the loop itself takes.
-    let empty = kick::guarded(PATIENCE, || best(system, None, amd))
+    let empty = kick::guarded(TIMEOUT, || best(system, None, amd))
         .and_then(Result::ok)
         .unwrap_or(Price { ns: 0.0, cycles: 0.0 });
     let one = |kind: Kind| {
         progress(kind);
         let result =
-            kick::guarded(PATIENCE, || best(system, Some(kind), amd)).unwrap_or_else(|| Err("its thread died".into()));
+            kick::guarded(TIMEOUT, || best(system, Some(kind), amd)).unwrap_or(Err(ProbeError::Thread));
         let less =
             |all: Price| Price { ns: (all.ns - empty.ns).max(0.0), cycles: (all.cycles - empty.cycles).max(0.0) };
         Cost { kind, result: result.map(less) }

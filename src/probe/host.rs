@@ -54,6 +54,13 @@ impl Host {
         MODULES.into_iter().find(|name| self.root.join("sys/module").join(name).is_dir())
     }
 
+    /// Returns true if KVM's module runs guests with the processor's virtualization extensions (SVM, VMX), as opposed to one
+    /// that emulates instructions, and to one that this hwvmm does not know.
+    #[must_use]
+    pub fn has_hardware_kvm(&self) -> bool {
+        matches!(self.vendor_module(), Some("kvm_amd" | "kvm_intel"))
+    }
+
     /// The MMU that the module uses.
     #[must_use]
     pub fn mmu(&self) -> Mmu {

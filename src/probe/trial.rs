@@ -1,16 +1,18 @@
-//! A throw-away vCPU that does, step by step, what a Linux kernel needs.
+//! A vCPU of hwvmm's own that does, step by step, what a Linux kernel needs.
 
+use super::{Host, ProbeError};
+use crate::error::chain;
 use crate::exit::ExitReason;
-use crate::kvm::kick::{self, KickTarget};
-use crate::kvm::{Direction, Exit, KvmError, System};
+use crate::kvm::kick;
+use crate::kvm::{Direction, Exit, System};
 use crate::memory::{Backing, GuestRam};
 use hwvmm_arch::regs::Entry;
 use hwvmm_arch::{gdt, layout, page_table};
-use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
+use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
-/// What is tried, in order. Each step ends with a write of its number to port 0x10.
+/// What is tried, in order. Each step ends with a write of its number (from 1 on) to port 0x10.
 pub const STEPS: [&str; 7] =
     ["long mode", "SSE2", "cmpxchg16b", "xsave and xrstor", "port input (PIO)", "memory-mapped I/O", "HLT"];
 
@@ -21,8 +23,8 @@ const INPUT_PORT: u16 = 0x11;
 const MMIO: u64 = 0xd000_0000;
 const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXSAVE: u64 = 1 << 18;
-/// A trial that takes longer hangs.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time after which a trial is taken to hang.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// 64-bit code. The input and the MMIO read give the number of the step they end.
 const PROGRAM: &[u8] = &[
@@ -45,37 +47,28 @@ const PROGRAM: &[u8] = &[
     0xf4, // hlt
 ];
 
-/// Why a trial stopped before its last step.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Failure {
-    /// The vCPU left the guest for a reason that ends it.
-    Exit(ExitReason),
-    /// An ioctl failed.
-    Kvm(String),
-    /// The steps came out of order.
-    Confused,
-    /// Nothing happened for seconds.
-    Hung,
-}
-
-impl std::fmt::Display for Failure {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Exit(reason) => write!(f, "KVM_RUN ended with {}", reason.name()),
-            Self::Kvm(what) => f.write_str(what),
-            Self::Confused => f.write_str("the guest's instructions had the wrong effect"),
-            Self::Hung => f.write_str("it hangs"),
-        }
-    }
-}
-
-/// How far a trial came.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Result of a trial.
+#[derive(Debug)]
 pub struct Trial {
-    /// Steps that worked: the first so many of [`STEPS`].
+    /// How many of [`STEPS`] worked, from the first on.
     pub done: usize,
-    /// Why the next did not.
-    pub failure: Option<Failure>,
+    /// Why the next one did not work; `None` if all did.
+    pub failure: Option<ProbeError>,
+}
+
+/// This host's KVM fails at something that every Linux kernel does.
+#[derive(Debug, Error)]
+#[error(
+    "this host's KVM{} cannot run Linux: a vCPU failed at {step} ({}); `hwvmm doctor` shows what works, and scripts/lab runs \
+     hwvmm on an emulated processor", .module.map(|name| format!(" ({name})")).unwrap_or_default(), chain(.failure)
+)]
+pub struct CannotRunLinux {
+    /// KVM's vendor module, where it is known.
+    pub module: Option<&'static str>,
+    /// One of [`STEPS`].
+    pub step: &'static str,
+    /// What happened instead.
+    pub failure: ProbeError,
 }
 
 /// Runs the trial on a machine of its own.
@@ -84,52 +77,41 @@ pub fn run(system: &System) -> Trial {
     run_with(system, 0)
 }
 
-/// Whether a vCPU still runs where idle instructions (KVM_X86_DISABLE_EXITS_*) do not exit: some hosts take the setting,
-/// and then fail to enter the guest.
+/// Checks that KVM can run Linux, before a kernel is started that would only hang. Costs nothing where KVM's module uses the
+/// processor's virtualization extensions; elsewhere the trial is run, which takes some milliseconds.
 ///
 /// # Errors
-/// Why not, for people.
-pub fn without_exits(system: &System, instructions: u32) -> Result<(), String> {
-    match run_with(system, instructions).failure {
-        None => Ok(()),
-        Some(why) => Err(why.to_string()),
+/// [`CannotRunLinux`].
+pub fn check_linux(system: &System, host: &Host) -> Result<(), CannotRunLinux> {
+    if host.has_hardware_kvm() {
+        return Ok(());
     }
+    let Trial { done, failure } = run(system);
+    let step = STEPS.get(done).copied().unwrap_or("its end");
+    failure.map_or(Ok(()), |failure| Err(CannotRunLinux { module: host.vendor_module(), step, failure }))
+}
+
+/// Checks that a vCPU still runs where the idle instructions of `instructions` (KVM_X86_DISABLE_EXITS_*) do not exit: some
+/// hosts accept the setting, and then cannot enter the guest.
+///
+/// # Errors
+/// [`ProbeError`].
+pub fn without_exits(system: &System, instructions: u32) -> Result<(), ProbeError> {
+    run_with(system, instructions).failure.map_or(Ok(()), Err)
 }
 
 fn run_with(system: &System, disabled: u32) -> Trial {
-    let failed = |error: String| Trial { done: 0, failure: Some(Failure::Kvm(error)) };
-    if let Err(error) = kick::install() {
-        return failed(error.to_string());
-    }
-    std::thread::scope(|scope| {
-        let (started, start) = channel();
-        let (finished, result) = channel();
-        scope.spawn(move || {
-            let _ = started.send(KickTarget::current());
-            let trial = attempt(system, disabled).unwrap_or_else(|error| failed(format!("{error}: {}", error.source)));
-            let _ = finished.send(trial);
-        });
-        let target = start.recv().ok();
-        let mut hung = false;
-        loop {
-            match result.recv_timeout(if hung { Duration::from_millis(10) } else { PATIENCE }) {
-                Ok(trial) if hung => return Trial { failure: Some(Failure::Hung), ..trial },
-                Ok(trial) => return trial,
-                Err(RecvTimeoutError::Timeout) => {
-                    hung = true;
-                    target.inspect(|target| target.kick());
-                }
-                Err(RecvTimeoutError::Disconnected) => return failed("the trial's thread died".into()),
-            }
-        }
-    })
+    let body = || {
+        let mut done = 0;
+        let failure = attempt(system, disabled, &mut done).err();
+        Trial { done, failure }
+    };
+    kick::guarded(TIMEOUT, body).unwrap_or(Trial { done: 0, failure: Some(ProbeError::Thread) })
 }
 
-fn attempt(system: &System, disabled: u32) -> Result<Trial, KvmError> {
-    let ram = match prepare() {
-        Ok(ram) => ram,
-        Err(error) => return Ok(Trial { done: 0, failure: Some(Failure::Kvm(error)) }),
-    };
+/// Runs the steps, and counts in `done` those that worked.
+fn attempt(system: &System, disabled: u32, done: &mut usize) -> Result<(), ProbeError> {
+    let ram = prepare()?;
     let mut vm = system.create_vm()?;
     if disabled != 0 {
         vm.disable_exits(disabled)?;
@@ -147,42 +129,31 @@ fn attempt(system: &System, disabled: u32) -> Result<Trial, KvmError> {
     })?;
     vcpu.set_regs(&entry.regs())?;
     let mut running = vcpu.enter();
-    let mut done = 0;
-    loop {
-        let mut exit = running.run()?;
-        let failure = match &mut exit {
+    while *done < steps {
+        match &mut running.run()? {
             Exit::Pio { port: STEP_PORT, direction: Direction::Out, data, .. } => {
-                let step = data.first().copied().map_or(0, usize::from);
-                if step != done + 1 {
-                    Failure::Confused
-                } else {
-                    done = step;
-                    if done == steps {
-                        return Ok(Trial { done, failure: None });
-                    }
-                    continue;
+                if data.first().copied().map(usize::from) != Some(*done + 1) {
+                    return Err(ProbeError::WrongEffect);
                 }
+                *done += 1;
             }
-            Exit::Pio { port: INPUT_PORT, direction: Direction::In, data, .. } => {
-                data.fill(5);
-                continue;
-            }
+            Exit::Pio { port: INPUT_PORT, direction: Direction::In, data, .. } => data.fill(5),
             Exit::MmioRead { gpa: MMIO, data } => {
                 data.fill(0);
                 data[0] = 6;
-                continue;
             }
-            Exit::Hlt if done + 1 == STEPS.len() => return Ok(Trial { done: STEPS.len(), failure: None }),
-            other => Failure::Exit(ExitReason::of(other)),
-        };
-        return Ok(Trial { done, failure: Some(failure) });
+            Exit::Hlt if *done + 1 == STEPS.len() => *done += 1,
+            Exit::Interrupted => return Err(ProbeError::Hung),
+            other => return Err(ProbeError::Exit(ExitReason::of(other))),
+        }
     }
+    Ok(())
 }
 
 /// The guest's memory: code, GDT, page tables.
-fn prepare() -> Result<GuestRam, String> {
-    let ram = GuestRam::new(&[(0, MEMORY_BYTES)], Backing::Anonymous(false)).map_err(|error| error.to_string())?;
-    let put = |bytes: &[u8], gpa| ram.get().write_slice(bytes, GuestAddress(gpa)).map_err(|error| error.to_string());
+fn prepare() -> Result<GuestRam, ProbeError> {
+    let ram = GuestRam::new(&[(0, MEMORY_BYTES)], Backing::Anonymous(false))?;
+    let put = |bytes: &[u8], gpa| ram.get().write_slice(bytes, GuestAddress(gpa));
     put(PROGRAM, CODE)?;
     for (at, entry) in (layout::BOOT_GDT..).step_by(8).zip(gdt::boot_gdt(true)) {
         put(&entry.to_le_bytes(), at)?;

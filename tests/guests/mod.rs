@@ -346,6 +346,22 @@ program!(halt, "5: cli", "hlt", "jmp 5b");
 program!(spin, "5: jmp 5b");
 program!(debug_exit, "mov $38,%eax", "out %eax,$0xf4", "hlt");
 program!(neglected_watchdog, "mov $0x443,%dx", "mov $0xf,%al", "out %al,%dx", "5: jmp 5b");
+// A prompt: text without a newline, then nothing.
+payload!(
+    prompt,
+    ".code32",
+    "mov $0x3f8,%edx",
+    "mov $0x80000,%esp",
+    "call 2f",
+    ".ascii \"login: \\0\"",
+    "2: pop %esi",
+    "3: lodsb",
+    "test %al,%al",
+    "jz 4f",
+    "out %al,%dx",
+    "jmp 3b",
+    "4: jmp 4b",
+);
 // What a Linux kernel says in its last line, then a reset.
 payload!(
     panic_line,

@@ -46,13 +46,13 @@ pub struct ImageOptions {
 #[derive(Debug, Error)]
 pub enum ImageError {
     /// It cannot be opened.
-    #[error("cannot open the disk {} for {}", .path.display(), if *.read_only { "reading" } else { "writing: is it read-only? then say readonly=on" })]
+    #[error("cannot open the disk {} for {}{}", .path.display(), if *.read_only { "reading" } else { "reading and writing" }, open_remedy(.source, *.read_only))]
     Open {
         /// The file.
         path: PathBuf,
-        /// What for.
+        /// It is not to be written.
         read_only: bool,
-        /// The system's words.
+        /// The system's error.
         source: io::Error,
     },
     /// Neither a file nor a block device.
@@ -94,6 +94,20 @@ pub enum ImageError {
         /// The system's words.
         source: io::Error,
     },
+}
+
+/// What to do about a disk that cannot be opened; empty where nothing is known.
+fn open_remedy(error: &io::Error, read_only: bool) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => " (check the path; `truncate -s 1G FILE` makes an empty disk)",
+        io::ErrorKind::PermissionDenied if read_only => " (check its permissions)",
+        io::ErrorKind::PermissionDenied => {
+            " (check its permissions; if you may only read it, say readonly=on)"
+        }
+        io::ErrorKind::ReadOnlyFilesystem => " (it can only be read: say readonly=on)",
+        io::ErrorKind::IsADirectory => " (a disk is a file or a block device)",
+        _ => "",
+    }
 }
 
 pub(super) enum Content {
