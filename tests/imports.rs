@@ -29,7 +29,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "console",
             "control",
             "event_loop",
-            "error", "exit",
+            "error",
+            "exit",
             "kvm",
             "measure",
             "memory",
@@ -42,8 +43,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "boot", "config", "console", "control", "error", "exit", "kvm", "machine", "measure", "nano", "probe", "profile",
-            "tune",
+            "boot", "config", "console", "control", "error", "exit", "kvm", "machine", "measure", "nano", "probe",
+            "profile", "tune",
         ],
     ),
 ];

@@ -82,12 +82,7 @@ pub const USED: &[Capability] = &[
     useful(kvm::KVM_CAP_IOEVENTFD, "IOEVENTFD", "each doorbell goes through user space"),
     useful(kvm::KVM_CAP_BINARY_STATS_FD, "BINARY_STATS_FD", "--stats has no figures of the kernel's").since(5, 14),
     useful(kvm::KVM_CAP_X86_USER_SPACE_MSR, "X86_USER_SPACE_MSR", "--trap-msrs is not there").since(5, 10),
-    useful(
-        kvm::KVM_CAP_PRE_FAULT_MEMORY,
-        "PRE_FAULT_MEMORY",
-        "prefault=on fills the host's pages only",
-    )
-    .since(6, 11),
+    useful(kvm::KVM_CAP_PRE_FAULT_MEMORY, "PRE_FAULT_MEMORY", "prefault=on fills the host's pages only").since(6, 11),
     useful(kvm::KVM_CAP_X86_DISABLE_EXITS, "X86_DISABLE_EXITS", "HLT and PAUSE always exit").since(4, 17),
 ];
 

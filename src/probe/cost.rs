@@ -301,8 +301,7 @@ pub fn costs(system: &System, mut progress: impl FnMut(Kind)) -> Vec<Cost> {
         .unwrap_or(Price { ns: 0.0, cycles: 0.0 });
     let one = |kind: Kind| {
         progress(kind);
-        let result =
-            kick::guarded(TIMEOUT, || best(system, Some(kind), amd)).unwrap_or(Err(ProbeError::Thread));
+        let result = kick::guarded(TIMEOUT, || best(system, Some(kind), amd)).unwrap_or(Err(ProbeError::Thread));
         let less =
             |all: Price| Price { ns: (all.ns - empty.ns).max(0.0), cycles: (all.cycles - empty.cycles).max(0.0) };
         Cost { kind, result: result.map(less) }

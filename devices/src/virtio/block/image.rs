@@ -101,9 +101,7 @@ fn open_remedy(error: &io::Error, read_only: bool) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => " (check the path; `truncate -s 1G FILE` makes an empty disk)",
         io::ErrorKind::PermissionDenied if read_only => " (check its permissions)",
-        io::ErrorKind::PermissionDenied => {
-            " (check its permissions; if you may only read it, say readonly=on)"
-        }
+        io::ErrorKind::PermissionDenied => " (check its permissions; if you may only read it, say readonly=on)",
         io::ErrorKind::ReadOnlyFilesystem => " (it can only be read: say readonly=on)",
         io::ErrorKind::IsADirectory => " (a disk is a file or a block device)",
         _ => "",
