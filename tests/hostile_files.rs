@@ -8,6 +8,8 @@ use hwvmm::memory::{Backing, GuestRam};
 use hwvmm::profile::Profile;
 use hwvmm::profile::render::{Format, Style, render};
 use hwvmm::profile::symbols::Symbols;
+use hwvmm_arch::acpi::{IoApicPins, Platform};
+use hwvmm_arch::layout::{GpaRange, UARTS};
 use proptest::prelude::*;
 use std::fs;
 use std::path::Path;
@@ -29,12 +31,12 @@ fn corpus(target: &str) -> Vec<(String, Vec<u8>)> {
 fn load_bytes(bytes: &[u8], unpack: Unpack) -> Result<Loaded, KernelError> {
     let file = tempfile::NamedTempFile::new().expect("a temporary file");
     fs::write(file.path(), bytes).expect("written");
-    let ram = GuestRam::new(&[(0, MEMORY)], Backing::Anonymous(false)).expect("16 MiB");
-    let platform = hwvmm_arch::acpi::Platform {
+    let ram = GuestRam::new(&[GpaRange { start: 0, bytes: MEMORY }], Backing::SmallPages).expect("16 MiB");
+    let platform = Platform {
         apic_ids: &[0],
-        uarts: &[(0x3f8, 4)],
+        uarts: &UARTS[..1],
         legacy_free: true,
-        pins: Some((0, 24)),
+        pins: Some(IoApicPins { first_gsi: 0, count: 24 }),
         pci: Some(1),
         virtio_mmio: &[],
     };

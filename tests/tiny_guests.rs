@@ -15,6 +15,7 @@ use hwvmm::measure::{Counters, FlightRecorder, Measured, NoProfile, UserProfile}
 use hwvmm::memory::{Backing, GuestRam};
 use hwvmm::vcpu::{Control, Measure, Records, Stop, Threads};
 use hwvmm_arch::exit_code::Class;
+use hwvmm_arch::layout::GpaRange;
 use hwvmm_arch::regs::Entry;
 use hwvmm_arch::{gdt, layout, page_table};
 use hwvmm_devices::RegisterPage;
@@ -27,6 +28,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
+/// The memory of each guest: 1 MiB.
+const RAM: GpaRange = GpaRange { start: 0, bytes: 0x10_0000 };
 const CODE: u64 = 0x1000;
 const STRING: u64 = 0x3000;
 
@@ -86,15 +89,15 @@ fn system() -> Result<System, String> {
 }
 
 fn machine(system: &System, code: &[u8], mode: Mode, irqchip: bool) -> Machine {
-    let ram = GuestRam::new(&[(0, 0x10_0000)], Backing::Anonymous(false)).expect("1 MiB");
+    let ram = GuestRam::new(&[RAM], Backing::SmallPages).expect("1 MiB");
     let put = |bytes: &[u8], gpa| ram.get().write_slice(bytes, GuestAddress(gpa)).expect("in memory");
     put(code, CODE);
     put(b"hello", STRING);
-    for (at, entry) in (layout::BOOT_GDT..).step_by(8).zip(gdt::boot_gdt(mode == Mode::Long)) {
+    for (at, entry) in (layout::BOOT_GDT..).step_by(8).zip(gdt::boot_gdt(mode.entry().code_size())) {
         put(&entry.to_le_bytes(), at);
     }
-    for (at, entry) in page_table::identity_4gib() {
-        put(&entry.to_le_bytes(), at);
+    for entry in page_table::identity_4gib() {
+        put(&entry.value.to_le_bytes(), entry.gpa);
     }
     let mut vm = system.create_vm().expect("a machine");
     vm.set_real_mode_pages(layout::KVM_TSS, layout::KVM_IDENTITY_MAP).expect("pages");
@@ -225,7 +228,8 @@ fn register_page() -> Outcome {
     let page = RegisterPage::new().expect("a page");
     page.show_u32(4, 0x1122_3344);
     let shown = page.clone();
-    let show = move |machine: &Machine| machine.vm.show_page(0xd200_0000, &shown).map_err(|error| error.to_string());
+    let show =
+        move |machine: &Machine| machine.vm.map_register_page(0xd200_0000, &shown).map_err(|error| error.to_string());
     outcome(run_with(guests::register_page_long(), Mode::Long, show).map(|ran| {
         assert_eq!(ran.end, EndReason::DebugExit(3), "every read gives what is shown");
         assert_exits(&ran, &[(ExitReason::MmioWrite, 1), (ExitReason::PioOut, 1)]);
@@ -332,7 +336,7 @@ fn profiled() -> Result<(Box<UserProfile>, Result<VmProfile, String>), String> {
     let vcpu = vcpu(&system, &machine, Mode::Long);
     let control = Arc::new(Control::new().expect("control"));
     let handler = Arc::new(machine.handler);
-    let tracer = Tracer::new(vec![(0, 0x10_0000)], 1, 0).map_err(|error| error.to_string());
+    let tracer = Tracer::new(vec![RAM], 1, 0).map_err(|error| error.to_string());
     let handle = tracer.as_ref().ok().map(Tracer::handle);
     let measure = Measure::Profile { start: Instant::now(), tracer: handle };
     let threads = Threads::start(vec![vcpu], &handler, &control, &measure).expect("a thread");

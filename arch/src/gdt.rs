@@ -1,56 +1,70 @@
-//! Segments for the boot states, and the GDT that holds them (SDM vol. 3A §3.4.5, §5.2).
+//! The segments of the states in which a guest is entered, and the GDT that holds them (SDM vol. 3A §3.4.5, §5.2).
 
 use kvm_bindings::kvm_segment;
 
-/// Selector of the 64-bit code segment (Linux boot protocol: `__BOOT_CS`).
+/// The selector of the code segment (`__BOOT_CS` in the Linux boot protocol).
 pub const CODE_SELECTOR: u16 = 0x10;
-/// Selector of the data segment (`__BOOT_DS`).
+/// The selector of the data segment (`__BOOT_DS` in the Linux boot protocol).
 pub const DATA_SELECTOR: u16 = 0x18;
-/// Selector of the task segment: Intel processors refuse VM entry without a busy TSS.
+/// The selector of the task segment. A VM entry needs a busy TSS (SDM vol. 3C §27.3.1.2).
 pub const TSS_SELECTOR: u16 = 0x20;
 
-/// A flat segment of 4 GiB. `code` or data; `long` makes the code segment 64-bit.
+/// Segment type: code, execute/read, accessed (SDM vol. 3A table 3-1).
+const TYPE_CODE: u8 = 0xb;
+/// Segment type: data, read/write, accessed.
+const TYPE_DATA: u8 = 0x3;
+
+/// The default operand size of a code segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CodeSize {
+    /// Protected mode, or compatibility mode: D = 1, L = 0.
+    Bits32,
+    /// 64-bit mode: D = 0, L = 1.
+    Bits64,
+}
+
+/// The code segment of the boot GDT, flat over 4 GiB.
 #[must_use]
-pub fn flat(selector: u16, code: bool, long: bool) -> kvm_segment {
+pub fn flat_code(size: CodeSize) -> kvm_segment {
+    let long = size == CodeSize::Bits64;
+    kvm_segment { selector: CODE_SELECTOR, type_: TYPE_CODE, db: u8::from(!long), l: u8::from(long), ..flat_data() }
+}
+
+/// The data segment of the boot GDT, flat over 4 GiB.
+#[must_use]
+pub fn flat_data() -> kvm_segment {
     kvm_segment {
         base: 0,
         limit: 0xffff_ffff,
-        selector,
-        // Accessed; execute/read (0xb) or read/write (0x3).
-        type_: if code { 0xb } else { 0x3 },
+        selector: DATA_SELECTOR,
+        type_: TYPE_DATA,
         present: 1,
-        dpl: 0,
-        db: u8::from(!long),
+        db: 1,
         s: 1,
-        l: u8::from(long),
         g: 1,
-        avl: 0,
-        unusable: 0,
-        padding: 0,
+        ..Default::default()
     }
 }
 
-/// A busy 32/64-bit TSS at 0.
+/// The task segment of the boot GDT: a busy 32-bit or 64-bit TSS at gpa 0.
 #[must_use]
 pub fn task() -> kvm_segment {
     kvm_segment { base: 0, limit: 0x67, selector: TSS_SELECTOR, type_: 0xb, present: 1, ..Default::default() }
 }
 
-/// A real-mode segment whose base is `selector × 16`.
+/// A real-mode code segment: 64 KiB from gpa 0.
 #[must_use]
-pub fn real(selector: u16, code: bool) -> kvm_segment {
-    kvm_segment {
-        base: u64::from(selector) << 4,
-        limit: 0xffff,
-        selector,
-        type_: if code { 0xb } else { 0x3 },
-        present: 1,
-        s: 1,
-        ..Default::default()
-    }
+pub fn real_code() -> kvm_segment {
+    kvm_segment { type_: TYPE_CODE, ..real_data() }
 }
 
-/// The 8-byte descriptor of a segment, as a GDT holds it.
+/// A real-mode data segment: 64 KiB from gpa 0.
+#[must_use]
+pub fn real_data() -> kvm_segment {
+    kvm_segment { base: 0, limit: 0xffff, selector: 0, type_: TYPE_DATA, present: 1, s: 1, ..Default::default() }
+}
+
+/// The 8-byte descriptor of a segment (SDM vol. 3A figure 3-8).
 #[must_use]
 pub fn descriptor(segment: &kvm_segment) -> u64 {
     let limit = u64::from(if segment.g == 1 { segment.limit >> 12 } else { segment.limit });
@@ -69,16 +83,10 @@ pub fn descriptor(segment: &kvm_segment) -> u64 {
         | (base >> 24 & 0xff) << 56
 }
 
-/// The boot GDT: two empty entries, code, data, task.
+/// The boot GDT: two empty entries, then code, data and task segment.
 #[must_use]
-pub fn boot_gdt(long: bool) -> [u64; 5] {
-    [
-        0,
-        0,
-        descriptor(&flat(CODE_SELECTOR, true, long)),
-        descriptor(&flat(DATA_SELECTOR, false, false)),
-        descriptor(&task()),
-    ]
+pub fn boot_gdt(size: CodeSize) -> [u64; 5] {
+    [0, 0, descriptor(&flat_code(size)), descriptor(&flat_data()), descriptor(&task())]
 }
 
 #[cfg(test)]
@@ -86,10 +94,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn descriptors_are_the_well_known_ones() {
-        assert_eq!(descriptor(&flat(CODE_SELECTOR, true, true)), 0x00af_9b00_0000_ffff);
-        assert_eq!(descriptor(&flat(CODE_SELECTOR, true, false)), 0x00cf_9b00_0000_ffff);
-        assert_eq!(descriptor(&flat(DATA_SELECTOR, false, false)), 0x00cf_9300_0000_ffff);
+    fn boot_descriptors_have_their_architectural_values() {
+        assert_eq!(descriptor(&flat_code(CodeSize::Bits64)), 0x00af_9b00_0000_ffff);
+        assert_eq!(descriptor(&flat_code(CodeSize::Bits32)), 0x00cf_9b00_0000_ffff);
+        assert_eq!(descriptor(&flat_data()), 0x00cf_9300_0000_ffff);
         assert_eq!(descriptor(&task()), 0x0000_8b00_0000_0067);
     }
 }

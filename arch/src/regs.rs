@@ -1,6 +1,6 @@
-//! Register states in which a vCPU enters its guest: real mode, 32-bit protected mode, 64-bit long mode.
+//! The register states in which a vCPU enters its guest: real mode, 32-bit protected mode, 64-bit long mode.
 
-use crate::gdt;
+use crate::gdt::{self, CodeSize};
 use crate::layout::{BOOT_GDT, BOOT_PML4, ZERO_PAGE};
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_sregs};
 
@@ -10,44 +10,44 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
-/// RFLAGS with nothing set but the bit that is always 1.
+/// RFLAGS with only bit 1 set, which is always 1 (SDM vol. 1 §3.4.3).
 pub const RFLAGS_RESERVED: u64 = 2;
-/// RFLAGS.IF: interrupts are let in.
+/// RFLAGS.IF: maskable interrupts are enabled.
 pub const RFLAGS_IF: u64 = 1 << 9;
-/// What a multiboot loader leaves in EAX (Multiboot 0.6.96 §3.2).
+/// The magic number in EAX for a multiboot kernel (Multiboot 0.6.96 §3.2).
 pub const MULTIBOOT_EAX: u64 = 0x2bad_b002;
 
-/// How the boot vCPU starts.
+/// The boot protocol and entry point by which the bootstrap processor (BSP) enters the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
-    /// Linux' 64-bit boot protocol: long mode, identity map, RSI = zero page.
+    /// The Linux 64-bit boot protocol: long mode, identity-mapped page tables, RSI = gpa of the zero page.
     Linux64 {
-        /// First instruction.
+        /// The gpa of the first instruction.
         rip: u64,
     },
-    /// PVH: 32-bit protected mode, EBX = start info.
+    /// PVH: 32-bit protected mode without paging, EBX = gpa of the start info.
     Pvh {
-        /// First instruction.
+        /// The gpa of the first instruction.
         rip: u64,
-        /// Start info's gpa.
+        /// The gpa of the start info.
         start_info: u64,
     },
-    /// Multiboot 1: 32-bit protected mode, EBX = multiboot information.
+    /// Multiboot 1: 32-bit protected mode without paging, EBX = gpa of the information structure.
     Multiboot {
-        /// First instruction.
+        /// The gpa of the first instruction.
         rip: u64,
-        /// The information structure's gpa.
+        /// The gpa of the information structure.
         info: u64,
     },
-    /// Real mode with CS base 0: for tests' payloads.
+    /// Real mode with CS base 0, for tests.
     Real {
-        /// First instruction, below 64 KiB.
+        /// The gpa of the first instruction, below 64 KiB.
         rip: u64,
     },
 }
 
 impl Entry {
-    /// The first instruction's gpa.
+    /// The gpa of the first instruction.
     #[must_use]
     pub fn rip(&self) -> u64 {
         match *self {
@@ -55,7 +55,7 @@ impl Entry {
         }
     }
 
-    /// The general registers for this entry.
+    /// The general-purpose registers for this entry.
     #[must_use]
     pub fn regs(&self) -> kvm_regs {
         let base = kvm_regs { rip: self.rip(), rflags: RFLAGS_RESERVED, ..Default::default() };
@@ -67,7 +67,7 @@ impl Entry {
         }
     }
 
-    /// Changes `sregs` (as KVM gives them after reset, so that the APIC base stays) into this entry's.
+    /// Changes `sregs` into the special registers for this entry. They must be those after reset, so that the APIC base stays.
     pub fn apply(&self, sregs: &mut kvm_sregs) {
         match self {
             Self::Linux64 { .. } => long_mode(sregs),
@@ -76,16 +76,19 @@ impl Entry {
         }
     }
 
-    /// Whether the entry is in long mode: decides the boot GDT's code segment.
+    /// The size of the code segment in the boot GDT for this entry.
     #[must_use]
-    pub fn is_long(&self) -> bool {
-        matches!(self, Self::Linux64 { .. })
+    pub fn code_size(&self) -> CodeSize {
+        match self {
+            Self::Linux64 { .. } => CodeSize::Bits64,
+            Self::Pvh { .. } | Self::Multiboot { .. } | Self::Real { .. } => CodeSize::Bits32,
+        }
     }
 }
 
-fn set_segments(sregs: &mut kvm_sregs, long: bool) {
-    let data = gdt::flat(gdt::DATA_SELECTOR, false, false);
-    sregs.cs = gdt::flat(gdt::CODE_SELECTOR, true, long);
+fn set_segments(sregs: &mut kvm_sregs, size: CodeSize) {
+    let data = gdt::flat_data();
+    sregs.cs = gdt::flat_code(size);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.tr = gdt::task();
     sregs.gdt = kvm_dtable { base: BOOT_GDT, limit: 5 * 8 - 1, ..Default::default() };
@@ -93,13 +96,13 @@ fn set_segments(sregs: &mut kvm_sregs, long: bool) {
 }
 
 fn protected_mode(sregs: &mut kvm_sregs) {
-    set_segments(sregs, false);
+    set_segments(sregs, CodeSize::Bits32);
     sregs.cr0 = CR0_PE | CR0_ET;
     (sregs.cr3, sregs.cr4, sregs.efer) = (0, 0, 0);
 }
 
 fn long_mode(sregs: &mut kvm_sregs) {
-    set_segments(sregs, true);
+    set_segments(sregs, CodeSize::Bits64);
     sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
     sregs.cr3 = BOOT_PML4;
     sregs.cr4 = CR4_PAE;
@@ -107,8 +110,8 @@ fn long_mode(sregs: &mut kvm_sregs) {
 }
 
 fn real_mode(sregs: &mut kvm_sregs) {
-    let data = gdt::real(0, false);
-    sregs.cs = gdt::real(0, true);
+    let data = gdt::real_data();
+    sregs.cs = gdt::real_code();
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.cr0 = CR0_ET;
     (sregs.cr3, sregs.cr4, sregs.efer) = (0, 0, 0);

@@ -1,79 +1,84 @@
-//! Putting a kernel, its initrd and what it is told into guest memory.
+//! Loads a kernel, its initrd or modules, and the structures of its boot protocol into guest memory.
 
 use super::cache::Cache;
-use super::{KernelError, Kind, identify, open, unpack_bzimage, unpack_initrd};
+use super::error::{FileRole, KernelError};
+use super::file::open;
+use super::identify::{KernelFormat, identify};
+use super::prepare::{unpack_bzimage, unpack_initrd};
 use crate::config::{BootProtocol, Unpack};
 use crate::memory::GuestRam;
+use hwvmm_arch::boot::FileRange;
 use hwvmm_arch::boot::bzimage::{BzImage, ENTRY_64_OFFSET};
-use hwvmm_arch::boot::elf::ElfImage;
+use hwvmm_arch::boot::elf::{ElfClass, ElfImage};
 use hwvmm_arch::boot::multiboot::{self, Module};
 use hwvmm_arch::boot::{pvh, zero_page};
-use hwvmm_arch::layout::{self, BZIMAGE_LOAD, CMDLINE, CMDLINE_MAX_BYTES, HIGH_RAM_START};
+use hwvmm_arch::gdt::{self, CodeSize};
+use hwvmm_arch::layout::{self, BZIMAGE_LOAD, CMDLINE, CMDLINE_MAX_BYTES, GpaRange, HIGH_RAM_START};
 use hwvmm_arch::regs::Entry;
-use hwvmm_arch::{acpi, gdt, page_table};
+use hwvmm_arch::{acpi, page_table};
 use rustix::fs::SeekFrom;
 use std::fs::File;
-use std::io::Seek;
+use std::io::{self, Seek};
 use std::path::{Path, PathBuf};
 use vm_memory::{Bytes, GuestAddress};
 
-/// Kernels since 2.6.x take an initrd anywhere below this.
+/// The highest gpa of an initrd for a kernel whose header does not say (boot.rst, `initrd_addr_max`).
 const INITRD_LIMIT: u64 = 0x7fff_ffff;
-/// The largest part of the guest's memory that an unpacked initrd may take: one in so many.
+/// An unpacked initrd may take at most one part in this many of the guest's free memory.
 const INITRD_SHARE: u64 = 4;
 const PAGE: u64 = 4096;
-/// Where multiboot kernels may start: behind what hwvmm writes for them.
+/// The lowest gpa of a multiboot kernel: below it are the structures that hwvmm writes for it.
 const MULTIBOOT_LOW: u64 = 0x8000;
 
-/// What is to be loaded.
+/// What is to be loaded, and how.
 pub struct Request<'a> {
-    /// The kernel.
+    /// The path of the kernel.
     pub kernel: &'a Path,
-    /// The initial RAM disk.
+    /// The path of the initial RAM disk. For a multiboot kernel it is the first module.
     pub initrd: Option<&'a Path>,
-    /// Multiboot modules.
+    /// The multiboot modules: the path and the arguments of each.
     pub modules: &'a [(PathBuf, String)],
-    /// The command line.
+    /// The command line for Linux.
     pub cmdline: &'a str,
-    /// A multiboot program's.
+    /// The arguments of a multiboot kernel, which is not given `cmdline`.
     pub arguments: &'a str,
-    /// Guest memory in bytes.
+    /// The size of guest memory in bytes.
     pub memory_bytes: u64,
-    /// Who unpacks a bzImage.
+    /// Who unpacks a bzImage: hwvmm, or the guest by the decompressor in it.
     pub unpack: Unpack,
-    /// How to enter.
+    /// The boot protocol.
     pub boot: BootProtocol,
-    /// Where unpacked kernels are.
+    /// The cache of unpacked kernels and initrds.
     pub cache: Option<&'a Cache>,
-    /// What the ACPI tables describe.
+    /// The hardware that the ACPI tables describe.
     pub platform: &'a acpi::Platform<'a>,
-    /// Told about what takes long.
+    /// Called with a message before anything that takes long.
     pub progress: &'a dyn Fn(&str),
 }
 
 /// What was loaded.
 #[derive(Clone, Debug)]
 pub struct Loaded {
-    /// How the boot vCPU starts.
+    /// How the bootstrap processor (BSP) enters the guest.
     pub entry: Entry,
     /// For people: what was loaded and how it is entered.
     pub description: &'static str,
 }
 
-/// Loads everything.
+/// Loads kernel, initrd or modules, boot structures, page tables and ACPI tables into `ram`, which must be zero.
 ///
 /// # Errors
-/// [`KernelError`], naming file, figures and remedy.
+/// [`KernelError`], with file, figures and remedy.
 pub fn load(request: &Request<'_>, ram: &GuestRam) -> Result<Loaded, KernelError> {
     let loader = Loader { request, ram };
     if request.cmdline.contains('\0') {
         return Err(KernelError::CmdlineNul);
     }
-    let file = open("kernel", request.kernel)?;
+    let file = open(FileRole::Kernel, request.kernel)?;
     let loaded = match identify(request.kernel, &file)? {
-        Kind::Multiboot(elf) => loader.multiboot(&file, &elf)?,
-        Kind::Elf(elf) => loader.elf(&file, &elf, None)?,
-        Kind::BzImage(image) => loader.bzimage(&file, &image)?,
+        KernelFormat::Multiboot(elf) => loader.multiboot(&file, &elf)?,
+        KernelFormat::Elf(elf) => loader.elf(&file, &elf, None)?,
+        KernelFormat::BzImage(image) => loader.bzimage(&file, &image)?,
     };
     loader.tables(&loaded.entry)?;
     Ok(loaded)
@@ -85,12 +90,19 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
+    /// The gpa behind the last byte of memory below the hole.
     fn low_end(&self) -> u64 {
-        layout::ram_banks(self.request.memory_bytes).first().map_or(0, |(_, size)| *size)
+        layout::ram_banks(self.request.memory_bytes).first().map_or(0, |bank| bank.end())
     }
 
+    /// The kernel's path, for errors.
     fn path(&self) -> PathBuf {
         self.request.kernel.to_owned()
+    }
+
+    /// The kernel's bytes in `file`: the file itself, or what was unpacked from it.
+    fn kernel<'f>(&'f self, file: &'f File) -> Source<'f> {
+        Source { role: FileRole::Kernel, path: self.request.kernel, file }
     }
 
     fn bzimage(&self, file: &File, image: &BzImage) -> Result<Loaded, KernelError> {
@@ -110,7 +122,7 @@ impl Loader<'_> {
         }
     }
 
-    /// The protected-mode code as it is; the kernel's decompressor does the rest.
+    /// Loads the protected-mode code of a bzImage; the decompressor in it unpacks the kernel.
     fn bzimage_in_guest(&self, file: &File, image: &BzImage) -> Result<Loaded, KernelError> {
         if !image.has_64bit_entry() {
             let what = "this bzImage has no 64-bit entry point: it is older than Linux 3.8, or 32-bit".to_owned();
@@ -120,10 +132,10 @@ impl Loader<'_> {
             let why = "is unpacked by the guest, whose decompressor has the 64-bit entry only";
             return Err(KernelError::Protocol { path: self.path(), asked: "pvh", why });
         }
-        let (start, bytes) = image.guest_unpack_range();
-        let end = start.saturating_add(bytes).max(BZIMAGE_LOAD + image.code_bytes);
-        self.check_room("kernel", start.min(BZIMAGE_LOAD), end)?;
-        self.read("kernel", file, image.code_offset, image.code_bytes, BZIMAGE_LOAD)?;
+        let work = image.guest_unpack_range();
+        let end = work.end().max(BZIMAGE_LOAD + image.code.bytes);
+        self.check_room(work.start.min(BZIMAGE_LOAD), end)?;
+        self.read(&self.kernel(file), image.code, BZIMAGE_LOAD)?;
         self.linux64(end, Some(image))?;
         let entry = Entry::Linux64 { rip: BZIMAGE_LOAD + ENTRY_64_OFFSET };
         Ok(Loaded { entry, description: "bzImage, unpacked by the guest" })
@@ -131,20 +143,10 @@ impl Loader<'_> {
 
     fn elf(&self, file: &File, elf: &ElfImage, image: Option<&BzImage>) -> Result<Loaded, KernelError> {
         self.segments(file, elf, HIGH_RAM_START)?;
-        let pvh = match (self.request.boot, elf.pvh_entry) {
-            (BootProtocol::Linux64, _) => None,
-            // A bzImage's setup header says what PVH cannot, and the kernel's PVH entry looks for Xen: 256 CPUIDs.
-            (BootProtocol::Auto, _) if image.is_some() => None,
-            (BootProtocol::Pvh, None) => {
-                let why = "has no PVH note (CONFIG_PVH)";
-                return Err(KernelError::Protocol { path: self.path(), asked: "pvh", why });
-            }
-            (BootProtocol::Auto | BootProtocol::Pvh, entry) => entry,
-        };
-        if let Some(entry) = pvh {
-            return self.pvh(u64::from(entry), elf);
+        if let Some(entry) = self.pvh_entry(elf, image)? {
+            return self.pvh(entry, elf);
         }
-        if !elf.is_64 {
+        if elf.class == ElfClass::Elf32 {
             let what = "a 32-bit ELF with neither a multiboot header nor a PVH note".to_owned();
             return Err(KernelError::NotKernel { path: self.path(), what });
         }
@@ -153,6 +155,22 @@ impl Loader<'_> {
         let description =
             if image.is_some() { "bzImage, unpacked by hwvmm, 64-bit entry" } else { "vmlinux, 64-bit entry" };
         Ok(Loaded { entry: Entry::Linux64 { rip: elf.entry }, description })
+    }
+
+    /// The PVH entry point, or `None` where the kernel is entered by the 64-bit boot protocol. `image` is the bzImage that an
+    /// unpacked kernel comes from.
+    fn pvh_entry(&self, elf: &ElfImage, image: Option<&BzImage>) -> Result<Option<u64>, KernelError> {
+        let entry = elf.pvh_entry.map(u64::from);
+        match self.request.boot {
+            BootProtocol::Linux64 => Ok(None),
+            // A bzImage's setup header has fields that PVH lacks, and the PVH entry of Linux searches for Xen: 256 CPUIDs.
+            BootProtocol::Auto => Ok(entry.filter(|_| image.is_none())),
+            BootProtocol::Pvh if entry.is_some() => Ok(entry),
+            BootProtocol::Pvh => {
+                let why = "has no PVH note (CONFIG_PVH)";
+                Err(KernelError::Protocol { path: self.path(), asked: "pvh", why })
+            }
+        }
     }
 
     fn pvh(&self, entry: u64, elf: &ElfImage) -> Result<Loaded, KernelError> {
@@ -187,7 +205,7 @@ impl Loader<'_> {
         let initrd = self.request.initrd.map(|path| (path.to_owned(), String::new()));
         for (path, arguments) in initrd.iter().chain(self.request.modules) {
             let start = next.next_multiple_of(PAGE);
-            let bytes = self.file_below("module", path, start, self.low_end())?;
+            let bytes = self.module(path, start)?;
             let name = format!("{} {arguments}", path.display());
             modules.push(Module { start, end: start + bytes, name: name.trim_end().to_owned() });
             next = start + bytes;
@@ -210,69 +228,70 @@ impl Loader<'_> {
         Err(KernelError::NotKernel { path: self.path(), what })
     }
 
-    fn check_room(&self, what: &'static str, start: u64, end: u64) -> Result<(), KernelError> {
+    /// Checks that the kernel's memory from gpa `start` to gpa `end` lies below the hole.
+    fn check_room(&self, start: u64, end: u64) -> Result<(), KernelError> {
         let memory_end = self.low_end();
         if end > memory_end {
-            return Err(KernelError::NoRoom { what, start, end, memory_end });
+            return Err(KernelError::NoRoom { role: FileRole::Kernel, start, end, memory_end });
         }
         Ok(())
     }
 
-    /// Reads the segments straight from the file into guest memory, each byte once. Guest memory is zero before, so
-    /// that holes in the file and what the file does not have need no writing.
+    /// Reads the segments from the file into guest memory, each byte once. Guest memory is zero before, so holes in the file
+    /// and the part of a segment that the file does not have are not written.
     fn segments(&self, file: &File, elf: &ElfImage, limit: u64) -> Result<(), KernelError> {
         for segment in &elf.segments {
             if segment.address < limit {
                 return Err(KernelError::LowAddress { path: self.path(), start: segment.address, limit });
             }
-            self.check_room("kernel", segment.address, segment.address + segment.memory_bytes)?;
+            self.check_room(segment.address, segment.address + segment.memory_bytes)?;
             let end = segment.offset + segment.file_bytes;
             let mut at = segment.offset;
             while at < end {
-                let (start, stop) = data_from(file, at, end);
-                self.read("kernel", file, start, stop - start, segment.address + (start - segment.offset))?;
-                at = stop;
+                let data = next_data(file, at, end);
+                self.read(&self.kernel(file), data, segment.address + (data.offset - segment.offset))?;
+                at = data.offset + data.bytes;
             }
         }
         Ok(())
     }
 
-    fn initrd(&self, kernel_end: u64, limit: u64) -> Result<Option<(u64, u64)>, KernelError> {
+    /// Loads the initrd as high as the kernel's end and `limit`, the highest gpa that the kernel takes, let it.
+    fn initrd(&self, kernel_end: u64, limit: u64) -> Result<Option<GpaRange>, KernelError> {
         let Some(path) = self.request.initrd else { return Ok(None) };
+        let role = FileRole::Initrd;
         let end = self.low_end().min(limit + 1);
         let floor = kernel_end.next_multiple_of(PAGE);
-        let mut file = open("initrd", path)?;
+        let mut file = open(role, path)?;
         let room = end.saturating_sub(floor);
-        // The guest has it in memory twice while it makes files of it: that must not be what takes its memory.
+        // The guest holds the archive and its files at the same time while it unpacks it, hence the smaller limit.
         if self.request.unpack == Unpack::Host
             && let Some(unpacked) = unpack_initrd(&file, self.request.cache, room / INITRD_SHARE)
         {
             file = unpacked;
         }
-        let bytes = self.size("initrd", path, &file)?;
+        let source = Source { role, path, file: &file };
+        let bytes = source.size()?;
         let start = end.checked_sub(bytes).map(|start| start & !(PAGE - 1)).filter(|start| *start >= floor);
         let Some(start) = start else {
-            return Err(KernelError::TooLarge { what: "initrd", bytes, room });
+            return Err(KernelError::TooLarge { role, bytes, room });
         };
-        self.read("initrd", &file, 0, bytes, start)?;
-        Ok(Some((start, bytes)))
+        self.read(&source, FileRange { offset: 0, bytes }, start)?;
+        Ok(Some(GpaRange { start, bytes }))
     }
 
-    /// Loads a whole file at `start`; its size in bytes.
-    fn file_below(&self, what: &'static str, path: &Path, start: u64, end: u64) -> Result<u64, KernelError> {
-        let file = open(what, path)?;
-        let bytes = self.size(what, path, &file)?;
-        let room = end.saturating_sub(start);
+    /// Loads a multiboot module at gpa `start`. Returns its size in bytes.
+    fn module(&self, path: &Path, start: u64) -> Result<u64, KernelError> {
+        let role = FileRole::Module;
+        let file = open(role, path)?;
+        let source = Source { role, path, file: &file };
+        let bytes = source.size()?;
+        let room = self.low_end().saturating_sub(start);
         if bytes > room {
-            return Err(KernelError::TooLarge { what, bytes, room });
+            return Err(KernelError::TooLarge { role, bytes, room });
         }
-        self.read(what, &file, 0, bytes, start)?;
+        self.read(&source, FileRange { offset: 0, bytes }, start)?;
         Ok(bytes)
-    }
-
-    fn size(&self, what: &'static str, path: &Path, file: &File) -> Result<u64, KernelError> {
-        let read = |source| KernelError::Read { what, path: path.to_owned(), source };
-        Ok(file.metadata().map_err(read)?.len())
     }
 
     fn cmdline(&self, limit: usize) -> Result<(), KernelError> {
@@ -285,13 +304,13 @@ impl Loader<'_> {
         self.write("the command line", CMDLINE, &text)
     }
 
-    /// GDT, page tables, ACPI tables, and what there is of firmware.
+    /// Writes the GDT, the page tables for long mode, the reset code and the ACPI tables.
     fn tables(&self, entry: &Entry) -> Result<(), KernelError> {
-        let gdt: Vec<u8> = gdt::boot_gdt(entry.is_long()).iter().flat_map(|d| d.to_le_bytes()).collect();
+        let gdt: Vec<u8> = gdt::boot_gdt(entry.code_size()).iter().flat_map(|d| d.to_le_bytes()).collect();
         self.write("the GDT", layout::BOOT_GDT, &gdt)?;
-        if entry.is_long() {
+        if entry.code_size() == CodeSize::Bits64 {
             let mut tables = vec![0; usize::try_from(page_table::SIZE_BYTES).unwrap_or(0)];
-            for (gpa, value) in page_table::identity_4gib() {
+            for page_table::Entry { gpa, value } in page_table::identity_4gib() {
                 let at = usize::try_from(gpa - layout::BOOT_PML4).unwrap_or(0);
                 tables[at..at + 8].copy_from_slice(&value.to_le_bytes());
             }
@@ -299,35 +318,59 @@ impl Loader<'_> {
         }
         self.write("the reset code", layout::RESET_VECTOR, &layout::RESET_CODE)?;
         for table in acpi::tables(self.request.platform)? {
-            self.write("the ACPI tables", table.address, &table.bytes)?;
+            self.write("the ACPI tables", table.gpa, &table.bytes)?;
         }
         Ok(())
     }
 
     fn write(&self, what: &'static str, gpa: u64, bytes: &[u8]) -> Result<(), KernelError> {
         let result = self.ram.get().write_slice(bytes, GuestAddress(gpa));
-        result.map_err(|error| KernelError::Write { what, why: error.to_string() })
+        result.map_err(|source| KernelError::WriteMemory { what, source })
     }
 
-    /// Reads a part of a file straight into guest memory.
-    fn read(&self, what: &'static str, file: &File, offset: u64, bytes: u64, gpa: u64) -> Result<(), KernelError> {
-        let mut source = file;
-        let error = |why: String| KernelError::Write { what, why };
-        source.seek(std::io::SeekFrom::Start(offset)).map_err(|e| error(e.to_string()))?;
-        let count = usize::try_from(bytes).map_err(|e| error(e.to_string()))?;
-        let mut source = source.try_clone().map_err(|e| error(e.to_string()))?;
-        let result = self.ram.get().read_exact_volatile_from(GuestAddress(gpa), &mut source, count);
-        result.map_err(|e| error(e.to_string()))
+    /// Reads `range` of a file into guest memory from `gpa` on.
+    fn read(&self, source: &Source<'_>, range: FileRange, gpa: u64) -> Result<(), KernelError> {
+        let (mut file, count) = source.at(range).map_err(|error| source.error(error))?;
+        let result = self.ram.get().read_exact_volatile_from(GuestAddress(gpa), &mut file, count);
+        result.map_err(|error| KernelError::Load { role: source.role, path: source.path.to_owned(), source: error })
     }
 }
 
-/// The next stretch of data in `file` between `at` and `end`: holes are left out where the file system tells them.
-fn data_from(file: &File, at: u64, end: u64) -> (u64, u64) {
+/// A file whose bytes go into guest memory.
+struct Source<'a> {
+    role: FileRole,
+    /// The path that the user gave. `file` may hold what was unpacked from it.
+    path: &'a Path,
+    file: &'a File,
+}
+
+impl Source<'_> {
+    fn error(&self, source: io::Error) -> KernelError {
+        KernelError::Read { role: self.role, path: self.path.to_owned(), source }
+    }
+
+    /// The size in bytes.
+    fn size(&self) -> Result<u64, KernelError> {
+        Ok(self.file.metadata().map_err(|error| self.error(error))?.len())
+    }
+
+    /// A handle of the file positioned at the start of `range`, and the range's length.
+    fn at(&self, range: FileRange) -> io::Result<(File, usize)> {
+        let mut file = self.file.try_clone()?;
+        file.seek(io::SeekFrom::Start(range.offset))?;
+        let count = usize::try_from(range.bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        Ok((file, count))
+    }
+}
+
+/// The next range of data in `file` between the offsets `at` and `end`. Holes are left out where the file system reports
+/// them (lseek(2), SEEK_DATA and SEEK_HOLE); a range without bytes at `end` means that only a hole is left.
+fn next_data(file: &File, at: u64, end: u64) -> FileRange {
     let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
         Ok(start) => start.min(end),
-        Err(rustix::io::Errno::NXIO) => return (end, end),
-        Err(_) => return (at, end),
+        Err(rustix::io::Errno::NXIO) => return FileRange { offset: end, bytes: 0 },
+        Err(_) => return FileRange { offset: at, bytes: end - at },
     };
     let stop = rustix::fs::seek(file, SeekFrom::Hole(start)).unwrap_or(end).clamp(start, end);
-    (start, stop)
+    FileRange { offset: start, bytes: stop - start }
 }

@@ -1,4 +1,4 @@
-//! Unpacking the kernel in a bzImage, with a library for each compression.
+//! Unpacking of compressed kernels and initrds, with a library for each compression.
 
 use hwvmm_arch::boot::bzimage::Compression;
 use std::fs::File;
@@ -6,26 +6,40 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use thiserror::Error;
 
-/// A payload that unpacks to more than this is no kernel, in bytes.
-const MAX_KERNEL_BYTES: u64 = 1 << 30;
+/// The largest unpacked kernel or initrd, in bytes. More is taken for a decompression bomb.
+const MAX_UNPACKED_BYTES: u64 = 1 << 30;
+/// The granularity of holes, in bytes: a block of zeros is not written.
 const BLOCK: usize = 4096;
+/// The size of the buffer between decompressor and file, in bytes.
 const BUFFER: usize = 256 << 10;
 
-/// A payload cannot be unpacked.
+/// Why a payload cannot be unpacked.
 #[derive(Debug, Error)]
 pub enum UnpackError {
-    /// No compression that hwvmm knows.
+    /// The bzImage does not say where its payload is: its boot protocol is older than 2.08.
+    #[error("it does not say where its compressed kernel is (it is older than Linux 2.6.26)")]
+    NoPayload,
+    /// The payload starts with the magic number of no compression that hwvmm knows.
     #[error("its compression is unknown (it starts with {0:02x?})")]
     Unknown(Vec<u8>),
-    /// The data are damaged.
-    #[error("its {0} data are damaged or cut off")]
-    Data(&'static str, #[source] io::Error),
-    /// The unpacked kernel cannot be written.
-    #[error("the unpacked kernel cannot be written")]
+    /// The payload cannot be read from its file.
+    #[error("its payload cannot be read")]
+    Read(#[source] io::Error),
+    /// The compressed data are damaged or truncated.
+    #[error("its {} data are damaged or cut off", .0.name())]
+    Data(Compression, #[source] io::Error),
+    /// The unpacked data cannot be written: the host's disk or memory is full.
+    #[error("what it unpacks to cannot be written")]
     Write(#[source] io::Error),
-    /// A bomb.
-    #[error("it unpacks to more than {MAX_KERNEL_BYTES} bytes")]
+    /// The unpacked data would be too large.
+    #[error("it unpacks to more than {MAX_UNPACKED_BYTES} bytes")]
     TooLarge,
+}
+
+impl From<io::Error> for UnpackError {
+    fn from(error: io::Error) -> Self {
+        Self::Write(error)
+    }
 }
 
 /// Writes to a file, leaving holes where a whole block is zero: kernels have megabytes of them, and holes need not be
@@ -47,7 +61,7 @@ impl SparseWriter<'_> {
     }
 }
 
-/// Unpacks `payload` into the empty file `out`; the number of bytes.
+/// Unpacks `payload`, one compressed stream, into the empty file `out`. Returns the unpacked size in bytes.
 ///
 /// # Errors
 /// [`UnpackError`].
@@ -80,12 +94,12 @@ pub fn unpack_parts(mut archive: &[u8], out: &File) -> Result<u64, UnpackError> 
 fn unpack_one(rest: &mut &[u8], writer: &mut SparseWriter<'_>) -> Result<(), UnpackError> {
     let start = rest.get(..16.min(rest.len())).unwrap_or_default();
     let kind = Compression::detect(start).ok_or_else(|| UnpackError::Unknown(start.to_vec()))?;
-    let mut reader = reader(kind, rest).map_err(|error| UnpackError::Data(kind.name(), error))?;
+    let mut reader = reader(kind, rest).map_err(|error| UnpackError::Data(kind, error))?;
     let mut buffer = vec![0; BUFFER];
     loop {
-        let filled = fill(&mut *reader, &mut buffer).map_err(|error| UnpackError::Data(kind.name(), error))?;
+        let filled = fill(&mut *reader, &mut buffer).map_err(|error| UnpackError::Data(kind, error))?;
         writer.write(&buffer[..filled]).map_err(UnpackError::Write)?;
-        if writer.position > MAX_KERNEL_BYTES {
+        if writer.position > MAX_UNPACKED_BYTES {
             return Err(UnpackError::TooLarge);
         }
         if filled < buffer.len() {

@@ -1,6 +1,6 @@
 //! `hwvmm unpack`.
 
-use crate::boot::{self, Kind};
+use crate::boot::{self, FileRole, KernelFormat};
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,13 +16,14 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> ExitCode {
-    let result = boot::open("kernel", &args.kernel).and_then(|file| match boot::identify(&args.kernel, &file)? {
-        Kind::BzImage(image) => unpack(args, &file, &image),
-        Kind::Elf(_) | Kind::Multiboot(_) => Err(boot::KernelError::NotKernel {
-            path: args.kernel.clone(),
-            what: "it is an ELF file: there is nothing to unpack".into(),
-        }),
-    });
+    let result =
+        boot::open(FileRole::Kernel, &args.kernel).and_then(|file| match boot::identify(&args.kernel, &file)? {
+            KernelFormat::BzImage(image) => unpack(args, &file, &image),
+            KernelFormat::Elf(_) | KernelFormat::Multiboot(_) => Err(boot::KernelError::NotKernel {
+                path: args.kernel.clone(),
+                what: "it is an ELF file: there is nothing to unpack".into(),
+            }),
+        });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => super::fail(&error),
@@ -32,7 +33,8 @@ pub(super) fn run(args: &Args) -> ExitCode {
 fn unpack(args: &Args, file: &File, image: &hwvmm_arch::boot::bzimage::BzImage) -> Result<(), boot::KernelError> {
     let error = |source| boot::KernelError::Unpack { path: args.kernel.clone(), source };
     let unpacked = boot::unpack_bzimage(file, image, None, &|_| {}).map_err(error)?;
-    let write = |source| boot::KernelError::Read { what: "unpacked kernel", path: args.output.clone(), source };
+    let write =
+        |source| boot::KernelError::WriteFile { role: FileRole::UnpackedKernel, path: args.output.clone(), source };
     let mut out = File::create(&args.output).map_err(write)?;
     let mut unpacked = unpacked;
     std::io::Seek::rewind(&mut unpacked).map_err(write)?;

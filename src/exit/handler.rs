@@ -3,7 +3,7 @@
 use super::end::EndReason;
 use super::reason::kvm_exit_name;
 use crate::kvm::exit::InternalError;
-use crate::kvm::{Coalesced, Direction, Exit};
+use crate::kvm::{CoalescedAddress, CoalescedRing, Direction, Exit};
 use hwvmm_devices::bus::{Action, Bus};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 
@@ -68,8 +68,8 @@ pub struct Handler {
     pub pio: Bus,
     /// Device memory.
     pub mmio: Bus,
-    /// Writes that wait in the kernel, where there are such.
-    pub ring: Option<Coalesced>,
+    /// The ring of coalesced writes, where writes are coalesced.
+    pub ring: Option<CoalescedRing>,
 }
 
 impl Handler {
@@ -116,9 +116,12 @@ impl Handler {
     pub fn drain_coalesced(&self) -> Outcome {
         let mut outcome = Outcome::Continue;
         let Some(ring) = &self.ring else { return outcome };
-        ring.take(|port, address, size, data| {
-            let (bus, kind) = if port { (&self.pio, BusKind::Pio) } else { (&self.mmio, BusKind::Mmio) };
-            let handled = write(bus, kind, address, size, data);
+        ring.drain(|coalesced| {
+            let (bus, kind, address) = match coalesced.address {
+                CoalescedAddress::Pio(port) => (&self.pio, BusKind::Pio, port.into()),
+                CoalescedAddress::Mmio(gpa) => (&self.mmio, BusKind::Mmio, gpa),
+            };
+            let handled = write(bus, kind, address, coalesced.item_bytes, coalesced.data);
             if outcome == Outcome::Continue {
                 outcome = handled.outcome;
             }

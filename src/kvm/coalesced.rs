@@ -1,7 +1,7 @@
-//! Writes that wait in the kernel: KVM puts them into a ring (KVM API 4.116, KVM_REGISTER_COALESCED_MMIO) in place of
-//! leaving KVM_RUN. Whoever looks next takes them, in the order in which the guest made them.
+//! Coalesced writes (KVM API 4.116, KVM_REGISTER_COALESCED_MMIO): KVM puts a guest's write into a ring instead of returning
+//! from KVM_RUN. The ring is drained at the next exit, in the order in which the guest made the writes.
 
-use super::{KvmError, Named};
+use super::error::{KvmError, Named};
 use kvm_bindings::{KVM_COALESCED_MMIO_PAGE_OFFSET, kvm_coalesced_mmio};
 use std::os::fd::RawFd;
 use std::ptr;
@@ -9,37 +9,57 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 const PAGE: usize = 4096;
-/// Bytes of the ring's two indices, in front of its entries.
+/// The size of the ring's two indices, in bytes; the entries follow.
 const HEADER: usize = 8;
-/// Entries: as many as fit into the page (KVM_COALESCED_MMIO_MAX).
+/// The number of entries: as many as fit into the page (KVM_COALESCED_MMIO_MAX).
 const ENTRIES: u32 = 170;
 
-/// The ring of a machine.
-pub struct Coalesced {
+/// What a coalesced write was made to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CoalescedAddress {
+    /// A port.
+    Pio(u16),
+    /// A guest physical address.
+    Mmio(u64),
+}
+
+/// One coalesced write, or several writes of a byte to the same address in a row.
+#[derive(Clone, Copy, Debug)]
+pub struct CoalescedWrite<'a> {
+    /// The port or the gpa.
+    pub address: CoalescedAddress,
+    /// The size of one item in bytes: 1, 2, 4 or 8.
+    pub item_bytes: usize,
+    /// The items that were written, in order.
+    pub data: &'a [u8],
+}
+
+/// The ring of coalesced writes of a machine (struct kvm_coalesced_mmio_ring).
+pub struct CoalescedRing {
     page: *mut u8,
-    /// One takes at a time, so that the order is kept.
-    taking: Mutex<()>,
-    taken: AtomicU64,
+    /// Held while the ring is drained, so that writes are delivered in order.
+    draining: Mutex<()>,
+    drained: AtomicU64,
 }
 
 // SAFETY: the page is a mapping that lives as long as the value. Its indices are read and written as atomics, its
-// entries under the lock, and only those that KVM has finished (see `take`).
-unsafe impl Send for Coalesced {}
+// entries under the lock, and only those that KVM has finished (see `drain`).
+unsafe impl Send for CoalescedRing {}
 // SAFETY: as above.
-unsafe impl Sync for Coalesced {}
+unsafe impl Sync for CoalescedRing {}
 
-impl Drop for Coalesced {
+impl Drop for CoalescedRing {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` and nobody else knows of it.
+        // SAFETY: the mapping was made by `new`, and no reference into it outlives the value.
         unsafe { libc::munmap(self.page.cast(), PAGE) };
     }
 }
 
-impl Coalesced {
-    /// The ring, mapped by a vCPU's file descriptor.
+impl CoalescedRing {
+    /// Maps the ring of the machine that the vCPU's file descriptor belongs to.
     ///
     /// # Errors
-    /// Where it cannot be mapped.
+    /// [`KvmError`] where it cannot be mapped.
     pub(super) fn new(vcpu: RawFd) -> Result<Self, KvmError> {
         const { assert!(HEADER + ENTRIES as usize * size_of::<kvm_coalesced_mmio>() <= PAGE) };
         let offset = i64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * 4096;
@@ -50,18 +70,17 @@ impl Coalesced {
         if page == libc::MAP_FAILED {
             return Err(kvm_ioctls::Error::last()).named("mmap (the ring of coalesced writes)");
         }
-        let (taking, taken) = (Mutex::new(()), AtomicU64::new(0));
-        Ok(Self { page: page.cast(), taking, taken })
+        Ok(Self { page: page.cast(), draining: Mutex::new(()), drained: AtomicU64::new(0) })
     }
 
-    /// The index of the next entry to take, and of the next that KVM fills.
+    /// The index of the first entry that is not drained, and of the next entry that KVM fills.
     fn indices(&self) -> (&AtomicU32, &AtomicU32) {
         // SAFETY: both are aligned words at the start of the page, which lives as long as `self`; KVM reads and writes
         // them whole.
         unsafe { (&*self.page.cast::<AtomicU32>(), &*self.page.cast::<AtomicU32>().add(1)) }
     }
 
-    /// The next entry, if KVM has filled one.
+    /// Takes the first entry, if KVM has filled one.
     fn next(&self) -> Option<kvm_coalesced_mmio> {
         let (first, last) = self.indices();
         let at = first.load(Ordering::Relaxed);
@@ -73,45 +92,49 @@ impl Coalesced {
         // behind a write barrier) and leaves it alone until `first` has passed it.
         let entry = unsafe { self.page.add(offset).cast::<kvm_coalesced_mmio>().read_volatile() };
         first.store((at + 1) % ENTRIES, Ordering::Release);
-        self.taken.fetch_add(1, Ordering::Relaxed);
+        self.drained.fetch_add(1, Ordering::Relaxed);
         Some(entry)
     }
 
-    /// Hands all writes that wait to `each`, in their order: whether it was a port, its address, bytes an item, and
-    /// the items. Single bytes for one place come together, as a string instruction's do.
-    pub fn take(&self, mut each: impl FnMut(bool, u64, usize, &[u8])) {
+    /// Calls `each` with every write in the ring, in order. Writes of a byte to the same address in a row are one call, as
+    /// those of a string instruction are.
+    pub fn drain(&self, mut each: impl FnMut(CoalescedWrite<'_>)) {
         let (first, last) = self.indices();
         if first.load(Ordering::Relaxed) == last.load(Ordering::Acquire) {
             return;
         }
-        let _guard = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = self.draining.lock().unwrap_or_else(PoisonError::into_inner);
         // No allocation: this runs on every exit, and on a thread that allocates nothing else.
         let (mut text, mut held) = ([0; ENTRIES as usize], 0);
-        let mut place = (false, 0);
+        let mut place = CoalescedAddress::Pio(0);
         while let Some(entry) = self.next() {
             // SAFETY: both members of the union are one 32-bit word.
-            let port = unsafe { entry.__bindgen_anon_1.pio } == 1;
+            let is_port = unsafe { entry.__bindgen_anon_1.pio } == 1;
+            let address = match u16::try_from(entry.phys_addr) {
+                Ok(port) if is_port => CoalescedAddress::Pio(port),
+                _ => CoalescedAddress::Mmio(entry.phys_addr),
+            };
             let bytes = usize::try_from(entry.len).unwrap_or(0).min(entry.data.len());
-            if held > 0 && (bytes != 1 || held == text.len() || place != (port, entry.phys_addr)) {
-                each(place.0, place.1, 1, &text[..held]);
+            if held > 0 && (bytes != 1 || held == text.len() || place != address) {
+                each(CoalescedWrite { address: place, item_bytes: 1, data: &text[..held] });
                 held = 0;
             }
             if bytes == 1 && held < text.len() {
-                place = (port, entry.phys_addr);
+                place = address;
                 text[held] = entry.data[0];
                 held += 1;
             } else {
-                each(port, entry.phys_addr, bytes, &entry.data[..bytes]);
+                each(CoalescedWrite { address, item_bytes: bytes, data: &entry.data[..bytes] });
             }
         }
         if held > 0 {
-            each(place.0, place.1, 1, &text[..held]);
+            each(CoalescedWrite { address: place, item_bytes: 1, data: &text[..held] });
         }
     }
 
-    /// How many writes have been taken.
+    /// The number of writes that have been drained so far.
     #[must_use]
-    pub fn taken(&self) -> u64 {
-        self.taken.load(Ordering::Relaxed)
+    pub fn drained(&self) -> u64 {
+        self.drained.load(Ordering::Relaxed)
     }
 }

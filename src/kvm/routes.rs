@@ -1,6 +1,7 @@
-//! GSI routing: which interrupt a GSI raises (KVM API 4.52). KVM takes the whole table at once, so it is kept here.
+//! GSI routing: which interrupt a GSI raises (KVM API 4.52, KVM_SET_GSI_ROUTING). The ioctl replaces the whole table, so a
+//! copy of it is kept here.
 
-use super::{KvmError, Named};
+use super::error::{KvmError, Named};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KvmIrqRouting, kvm_irq_routing_entry,
@@ -8,16 +9,25 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use std::collections::BTreeMap;
 
-/// Pins of the in-kernel I/O APIC. GSIs from here on are free for messages.
+/// The number of pins of the in-kernel I/O APIC. GSIs from here on are free for MSIs.
 pub(super) const IOAPIC_PINS: u32 = 24;
+/// The number of pins of each of the two PICs.
 const PIC_PINS: u32 = 8;
 
-/// The table.
+/// The routing table of a machine.
 #[derive(Default)]
 pub(super) struct Routes {
-    messages: BTreeMap<u32, (u64, u32)>,
-    /// The interrupt controllers with pins are not in the kernel.
-    no_pins: bool,
+    /// The MSI of each GSI that has one.
+    messages: BTreeMap<u32, Message>,
+    /// If true, I/O APIC and PICs are not in the kernel (KVM_CAP_SPLIT_IRQCHIP), and the table has no pins.
+    split: bool,
+}
+
+/// The address and data of a message-signalled interrupt (PCI 3.0 §6.8.1).
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Message {
+    address: u64,
+    data: u32,
 }
 
 fn pin(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
@@ -27,7 +37,8 @@ fn pin(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
     entry
 }
 
-/// What KVM has by itself once the interrupt controllers are made, and loses with the first table of ours.
+/// The pins of I/O APIC and PICs. KVM sets them up when it creates the interrupt controllers, and the first table that is
+/// set replaces them.
 fn pins() -> Vec<kvm_irq_routing_entry> {
     let mut entries = Vec::new();
     for gsi in 0..IOAPIC_PINS {
@@ -41,7 +52,7 @@ fn pins() -> Vec<kvm_irq_routing_entry> {
     entries
 }
 
-fn message(gsi: u32, address: u64, data: u32) -> kvm_irq_routing_entry {
+fn message(gsi: u32, Message { address, data }: Message) -> kvm_irq_routing_entry {
     let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
     let [low, high] = [address & 0xffff_ffff, address >> 32].map(|half| u32::try_from(half).unwrap_or(0));
     entry.u.msi.address_lo = low;
@@ -51,27 +62,29 @@ fn message(gsi: u32, address: u64, data: u32) -> kvm_irq_routing_entry {
 }
 
 impl Routes {
-    /// There are messages only.
-    pub(super) fn without_pins(&mut self) {
-        self.no_pins = true;
+    /// Leaves the pins out of the table from now on: there is no I/O APIC or PIC in the kernel.
+    pub(super) fn set_split(&mut self) {
+        self.split = true;
     }
 
-    /// From now on `gsi` sends nothing.
+    /// Removes the MSI of `gsi`.
     pub(super) fn clear(&mut self, fd: &VmFd, gsi: u32) -> Result<(), KvmError> {
-        if self.messages.remove(&gsi).is_none() { Ok(()) } else { self.tell(fd) }
+        if self.messages.remove(&gsi).is_none() { Ok(()) } else { self.update(fd) }
     }
 
-    /// From now on `gsi` sends `data` to `address`.
+    /// Makes `gsi` raise the MSI `data` at `address`.
     pub(super) fn set(&mut self, fd: &VmFd, gsi: u32, address: u64, data: u32) -> Result<(), KvmError> {
-        if self.messages.insert(gsi, (address, data)) == Some((address, data)) {
+        let message = Message { address, data };
+        if self.messages.insert(gsi, message) == Some(message) {
             return Ok(());
         }
-        self.tell(fd)
+        self.update(fd)
     }
 
-    fn tell(&self, fd: &VmFd) -> Result<(), KvmError> {
-        let mut entries = if self.no_pins { Vec::new() } else { pins() };
-        entries.extend(self.messages.iter().map(|(gsi, (address, data))| message(*gsi, *address, *data)));
+    /// Sets the table in KVM.
+    fn update(&self, fd: &VmFd) -> Result<(), KvmError> {
+        let mut entries = if self.split { Vec::new() } else { pins() };
+        entries.extend(self.messages.iter().map(|(gsi, msi)| message(*gsi, *msi)));
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG));
         let table = table.named("KVM_SET_GSI_ROUTING")?;
         fd.set_gsi_routing(&table).named("KVM_SET_GSI_ROUTING")

@@ -1,6 +1,7 @@
-//! `/dev/kvm` itself.
+//! The device `/dev/kvm`: capabilities, and new machines.
 
-use super::{KvmError, Named, Vm};
+use super::error::{KvmError, Named};
+use super::vm::Vm;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 use std::ffi::CString;
@@ -8,33 +9,33 @@ use std::io;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// Where KVM is found unless told otherwise.
+/// The path of the KVM device.
 pub const DEFAULT_PATH: &str = "/dev/kvm";
 
-/// KVM cannot be opened.
+/// Why KVM cannot be opened.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    /// No such device.
+    /// There is no such device.
     #[error(
         "there is no {}: load KVM (`modprobe kvm_intel` or `modprobe kvm_amd`), or turn virtualization on in the firmware, \
          or (in a virtual machine or container) have the device passed in; `scripts/lab` runs hwvmm without it", .0.display()
     )]
     Missing(PathBuf),
-    /// Not allowed.
+    /// The user has no permission to open the device.
     #[error(
         "no permission to open {}: add yourself to its group (`sudo usermod -aG kvm $USER`, then log in again) or run as \
          root", .0.display()
     )]
     Permission(PathBuf),
-    /// Any other error.
+    /// Any other error of open(2).
     #[error("cannot open {}", .0.display())]
     Other(PathBuf, #[source] io::Error),
-    /// It is not KVM, or an ancient one.
+    /// The device answers KVM_GET_API_VERSION with another number than 12: it is not KVM.
     #[error("{path} speaks KVM API version {version}, hwvmm needs {KVM_API_VERSION}: is it KVM?", path = .0.display(), version = .1)]
     Version(PathBuf, i32),
 }
 
-/// An open `/dev/kvm`.
+/// The open device `/dev/kvm`.
 pub struct System {
     kvm: Kvm,
 }
@@ -65,25 +66,25 @@ impl System {
         self.kvm.check_extension_raw(number.into())
     }
 
-    /// Whether the local APIC's TSC-deadline timer is there.
+    /// Returns true if KVM's local APIC has the TSC-deadline timer (KVM_CAP_TSC_DEADLINE_TIMER).
     #[must_use]
     pub fn has_tsc_deadline(&self) -> bool {
         self.kvm.check_extension(Cap::TscDeadlineTimer)
     }
 
-    /// The largest number of vCPUs of one machine.
+    /// The largest number of vCPUs of a machine (KVM_CAP_MAX_VCPUS).
     #[must_use]
     pub fn max_vcpus(&self) -> usize {
         self.kvm.get_max_vcpus()
     }
 
-    /// vCPU ids must be below this.
+    /// The upper limit of vCPU ids, exclusive (KVM_CAP_MAX_VCPU_ID).
     #[must_use]
     pub fn max_vcpu_id(&self) -> usize {
         self.kvm.get_max_vcpu_id()
     }
 
-    /// The CPUID leaves that KVM can show (KVM API 4.46).
+    /// The CPUID leaves that this host and KVM support for guests (KVM API 4.46, KVM_GET_SUPPORTED_CPUID).
     ///
     /// # Errors
     /// Where the ioctl fails.
@@ -91,7 +92,7 @@ impl System {
         self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_SUPPORTED_CPUID")
     }
 
-    /// A new machine without memory and vCPUs.
+    /// Creates a machine without memory and vCPUs (KVM API 4.2, KVM_CREATE_VM).
     ///
     /// # Errors
     /// Where the ioctl fails.
@@ -111,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_wrong_is_said_with_a_remedy() {
+    fn errors_name_the_device_and_the_remedy() {
         let message = |path: &str| System::open(Path::new(path)).err().expect("no KVM").to_string();
         assert!(message("/no/such/device").contains("modprobe"));
         assert!(message("/dev/null").contains("/dev/null"));

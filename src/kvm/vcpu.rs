@@ -1,9 +1,12 @@
-//! A vCPU's file descriptor: registers, CPUID, MSRs, and running it.
+//! A vCPU: its registers, CPUID and MSRs, and KVM_RUN.
 
+use super::coalesced::CoalescedRing;
+use super::error::{KvmError, Named};
 use super::exit::{self, Exit};
 use super::kick::Kickable;
-use super::{Coalesced, KvmError, Named};
+use super::stats;
 use crate::memory::GuestRam;
+use hwvmm_arch::layout::GpaRange;
 use hwvmm_devices::RegisterPage;
 use kvm_bindings::{
     CpuId, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_REGS,
@@ -24,25 +27,25 @@ mod number {
     vmm_sys_util::ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, kvm_bindings::KVMIO, 0xd5, kvm_pre_fault_memory);
 }
 
-/// What a vCPU waits for, seen from outside.
+/// What a vCPU is doing (KVM API 4.38, KVM_GET_MP_STATE).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VcpuActivity {
-    /// It runs, or something can wake it.
+    /// It runs guest code, or an interrupt can wake it.
     Awake,
-    /// Halted with interrupts off: nothing but an NMI or a reset wakes it.
+    /// It halted with RFLAGS.IF clear: only an NMI, an SMI or INIT can wake it.
     HaltedForGood,
-    /// Never started by the guest, or parked again.
+    /// It is an application processor (AP) that waits for INIT or for a start-up IPI.
     NotStarted,
 }
 
-/// A vCPU. Belongs to one thread at a time.
+/// A vCPU. It is used by one thread at a time (KVM API 2).
 pub struct Vcpu {
     fd: VcpuFd,
     id: u32,
     syncs_regs: bool,
     syncs_sregs: bool,
     can_sync_sregs: bool,
-    // Keeps the guest's memory mapped as long as this vCPU could run.
+    // Keeps guest memory mapped as long as this vCPU can run.
     _memory: Option<GuestRam>,
     _pages: Arc<Mutex<Vec<RegisterPage>>>,
 }
@@ -71,33 +74,30 @@ impl Vcpu {
         }
     }
 
-    /// The APIC id.
+    /// The vCPU id, which is its APIC id.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.id
     }
 
-    /// Whether RIP comes with every exit, without a system call.
+    /// Returns true if KVM copies the general-purpose registers into kvm_run at every exit (KVM_CAP_SYNC_REGS).
     #[must_use]
     pub fn syncs_regs(&self) -> bool {
         self.syncs_regs
     }
 
-    /// Sets the CPUID leaves (KVM API 4.20).
+    /// Sets the CPUID leaves (KVM API 4.20, KVM_SET_CPUID2).
     ///
     /// # Errors
-    /// Where there are too many, or KVM refuses.
+    /// Where there are too many leaves, or KVM refuses them.
     pub fn set_cpuid(&self, leaves: &[kvm_cpuid_entry2]) -> Result<(), KvmError> {
-        let too_many = |_| KvmError {
-            what: "KVM_SET_CPUID2 (too many leaves)",
-            errno: libc::E2BIG,
-            source: std::io::Error::from_raw_os_error(libc::E2BIG),
-        };
+        let too_many = |_| KvmError::new("KVM_SET_CPUID2 (too many leaves)", libc::E2BIG);
         let leaves = CpuId::from_entries(leaves).map_err(too_many)?;
         self.fd.set_cpuid2(&leaves).named("KVM_SET_CPUID2")
     }
 
-    /// Sets MSRs; those that KVM does not have are left out (KVM API 4.19 stops at the first it refuses).
+    /// Sets MSRs (KVM API 4.19). An MSR that KVM does not have is left out: the ioctl stops at the first that it refuses, so
+    /// each is set by its own.
     ///
     /// # Errors
     /// Where the ioctl itself fails.
@@ -111,7 +111,7 @@ impl Vcpu {
         Ok(())
     }
 
-    /// So many banks of machine-check registers (KVM API 4.107, KVM_X86_SETUP_MCE).
+    /// Sets the number of machine-check banks (KVM API 4.105, KVM_X86_SETUP_MCE).
     ///
     /// # Errors
     /// Where KVM refuses.
@@ -122,21 +122,21 @@ impl Vcpu {
         if result == 0 { Ok(()) } else { Err(kvm_ioctls::Error::last()).named("KVM_X86_SETUP_MCE") }
     }
 
-    /// The ring of its machine's coalesced writes.
+    /// Maps the ring of coalesced writes of the vCPU's machine.
     ///
     /// # Errors
     /// Where it cannot be mapped.
-    pub fn coalesced(&self) -> Result<Coalesced, KvmError> {
-        Coalesced::new(self.fd.as_raw_fd())
+    pub fn coalesced_ring(&self) -> Result<CoalescedRing, KvmError> {
+        CoalescedRing::new(self.fd.as_raw_fd())
     }
 
-    /// The TSC's frequency in kHz (KVM API 4.56), where KVM tells it.
+    /// The frequency of the guest's TSC in kHz (KVM API 4.56, KVM_GET_TSC_KHZ); `None` where KVM does not know it.
     #[must_use]
     pub fn tsc_khz(&self) -> Option<u32> {
         self.fd.get_tsc_khz().ok().filter(|khz| *khz > 0)
     }
 
-    /// General registers (KVM API 4.11).
+    /// The general-purpose registers, RIP and RFLAGS (KVM API 4.11, KVM_GET_REGS).
     ///
     /// # Errors
     /// Where the ioctl fails.
@@ -144,7 +144,7 @@ impl Vcpu {
         self.fd.get_regs().named("KVM_GET_REGS")
     }
 
-    /// Sets the general registers (KVM API 4.12).
+    /// Sets the general-purpose registers, RIP and RFLAGS (KVM API 4.12, KVM_SET_REGS).
     ///
     /// # Errors
     /// Where the ioctl fails.
@@ -172,15 +172,15 @@ impl Vcpu {
         self.fd.set_lapic(&lapic).named("KVM_SET_LAPIC")
     }
 
-    /// Maps `size` bytes of guest memory from `gpa` on, before the guest touches them (KVM API 4.143, Linux 6.11).
+    /// Fills the nested page tables for `range` before the guest touches it (KVM API 4.143, KVM_PRE_FAULT_MEMORY, Linux 6.11).
     ///
     /// # Errors
-    /// Where KVM lacks it or refuses.
-    pub fn pre_fault(&self, gpa: u64, size: u64) -> Result<(), KvmError> {
-        let mut range = kvm_pre_fault_memory { gpa, size, ..Default::default() };
+    /// Where KVM does not have the ioctl or refuses the range.
+    pub fn pre_fault(&self, range: GpaRange) -> Result<(), KvmError> {
+        let mut range = kvm_pre_fault_memory { gpa: range.start, size: range.bytes, ..Default::default() };
         while range.size > 0 {
-            // SAFETY: the fd is a vCPU's and the argument is the structure that this ioctl takes; KVM moves `gpa` and
-            // `size` on by what it did.
+            // SAFETY: the fd is a vCPU's and the argument is the structure that this ioctl takes; KVM advances `gpa`
+            // and `size` by what it has done.
             let result = unsafe { ioctl_with_mut_ref(&self.fd, KVM_PRE_FAULT_MEMORY(), &mut range) };
             if result != 0 {
                 let error = kvm_ioctls::Error::last();
@@ -193,7 +193,7 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Whether this vCPU will ever run again by itself (KVM API 4.38).
+    /// Finds out what the vCPU is doing (KVM API 4.38, KVM_GET_MP_STATE).
     ///
     /// # Errors
     /// Where an ioctl fails.
@@ -208,13 +208,13 @@ impl Vcpu {
         })
     }
 
-    /// RIP at the last exit, where it came with it (see [`Vcpu::syncs_regs`]).
+    /// RIP at the last exit; `None` where KVM does not copy the registers (see [`Vcpu::syncs_regs`]).
     #[must_use]
     pub fn synced_rip(&self) -> Option<u64> {
         self.syncs_regs.then(|| self.fd.sync_regs().regs.rip)
     }
 
-    /// Has the privilege level come with every exit from now on, where KVM can: it costs some time at each.
+    /// Makes KVM copy the special registers into kvm_run at every exit, where it can; this takes some time at each exit.
     pub fn sync_cpl(&mut self) {
         if self.can_sync_sregs {
             self.fd.set_sync_valid_reg(SyncReg::SystemRegister);
@@ -222,14 +222,14 @@ impl Vcpu {
         }
     }
 
-    /// The privilege level at the last exit (SDM vol. 3A §6.5: SS.DPL), where it came with it (see
-    /// [`Vcpu::sync_cpl`]).
+    /// The current privilege level (CPL) at the last exit, which is SS.DPL (SDM vol. 3A §6.5); `None` unless
+    /// [`Vcpu::sync_cpl`] was called.
     #[must_use]
     pub fn synced_cpl(&self) -> Option<u8> {
         self.syncs_sregs.then(|| self.fd.sync_regs().sregs.ss.dpl)
     }
 
-    /// An MSR's value (KVM API 4.18); `None` where KVM does not have it.
+    /// The value of the MSR `index` (KVM API 4.18, KVM_GET_MSRS); `None` where KVM does not have it.
     #[must_use]
     pub fn msr(&self, index: u32) -> Option<u64> {
         let mut one = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).ok()?;
@@ -237,15 +237,15 @@ impl Vcpu {
         one.as_slice().first().filter(|_| read == 1).map(|entry| entry.data)
     }
 
-    /// The vCPU's binary statistics (KVM API 4.133).
+    /// Opens the vCPU's binary statistics (KVM API 4.133, KVM_GET_STATS_FD).
     ///
     /// # Errors
-    /// Where KVM has none.
+    /// Where KVM has none (before Linux 5.14).
     pub fn stats_fd(&self) -> Result<File, KvmError> {
-        super::stats::open(&self.fd)
+        stats::open(&self.fd)
     }
 
-    /// Makes this thread the one that runs the vCPU; kicks reach it from here on.
+    /// Makes the calling thread the one that runs the vCPU. Kicks of this thread interrupt KVM_RUN from here on.
     #[must_use]
     pub fn enter(&mut self) -> Running<'_> {
         let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;
@@ -253,27 +253,28 @@ impl Vcpu {
     }
 }
 
-/// A vCPU on its thread.
+/// A vCPU on the thread that runs it.
 pub struct Running<'a> {
     _kickable: Kickable,
     vcpu: &'a mut Vcpu,
 }
 
 impl Running<'_> {
-    /// Runs the guest until it exits (KVM API 4.10).
+    /// Runs the guest until KVM_RUN returns (KVM API 4.10).
     ///
     /// # Errors
-    /// Where KVM_RUN fails for another reason than a signal.
+    /// Where KVM_RUN fails with another error than EINTR or EAGAIN.
     pub fn run(&mut self) -> Result<Exit<'_>, KvmError> {
         exit::run(&mut self.vcpu.fd).named("KVM_RUN")
     }
 
-    /// Lets KVM_RUN run again after a kick.
+    /// Clears immediate_exit, which a kick has set, so that KVM_RUN runs the guest again.
     pub fn clear_kick(&mut self) {
         self.vcpu.fd.set_kvm_immediate_exit(0);
     }
 
-    /// Lets KVM finish the instruction that the last exit was for, without running the guest further.
+    /// Completes the instruction of the last exit, without running the guest any further: KVM_RUN with immediate_exit set
+    /// (KVM API 5, the note on completing I/O).
     ///
     /// # Errors
     /// As [`Running::run`].
@@ -284,7 +285,7 @@ impl Running<'_> {
         result
     }
 
-    /// The vCPU itself.
+    /// The vCPU.
     #[must_use]
     pub fn vcpu(&self) -> &Vcpu {
         self.vcpu

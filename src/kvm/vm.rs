@@ -1,7 +1,9 @@
-//! A virtual machine's file descriptor: memory slots, interrupt controllers, irqfds.
+//! A virtual machine: memslots, interrupt controllers, irqfds, ioeventfds, capabilities.
 
+use super::error::{KvmError, Named};
 use super::routes::{IOAPIC_PINS, Routes};
-use super::{KvmError, Named, Vcpu};
+use super::stats;
+use super::vcpu::Vcpu;
 use crate::memory::GuestRam;
 use hwvmm_devices::RegisterPage;
 use kvm_bindings::{
@@ -15,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-/// A machine. Guest memory stays mapped as long as it lives.
+/// A virtual machine. Guest memory stays mapped as long as the value lives.
 pub struct Vm {
     fd: VmFd,
     routes: Mutex<Routes>,
@@ -28,10 +30,10 @@ impl Vm {
         Self { fd, routes: Mutex::default(), memory: None, pages: Arc::default() }
     }
 
-    /// Gives the machine its memory: one slot a region (KVM API 4.35).
+    /// Sets the machine's memory: one memslot for each region (KVM API 4.35, KVM_SET_USER_MEMORY_REGION).
     ///
     /// # Errors
-    /// Where a slot is refused.
+    /// Where KVM refuses a memslot.
     pub fn set_memory(&mut self, memory: GuestRam) -> Result<(), KvmError> {
         for (slot, region) in (0_u32..).zip(memory.get().iter()) {
             self.set_slot(slot, region)?;
@@ -54,12 +56,12 @@ impl Vm {
         unsafe { self.fd.set_user_memory_region(slot) }.named("KVM_SET_USER_MEMORY_REGION (guest memory)")
     }
 
-    /// Has the guest read `page` at `gpa` by itself; what it writes there is MMIO (KVM API 4.35, KVM_MEM_READONLY). After
-    /// [`Vm::set_memory`].
+    /// Maps `page` read-only at `gpa`: the guest's reads make no exit, its writes are MMIO exits (KVM API 4.35,
+    /// KVM_MEM_READONLY). To be called after [`Vm::set_memory`].
     ///
     /// # Errors
-    /// Where KVM lacks it.
-    pub fn show_page(&self, gpa: u64, page: &RegisterPage) -> Result<(), KvmError> {
+    /// Where KVM does not have KVM_CAP_READONLY_MEM.
+    pub fn map_register_page(&self, gpa: u64, page: &RegisterPage) -> Result<(), KvmError> {
         let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         let banks = self.memory.as_ref().map_or(0, |memory| memory.get().num_regions());
         let slot = kvm_userspace_memory_region {
@@ -76,13 +78,14 @@ impl Vm {
         Ok(())
     }
 
-    /// The guest's memory, once set.
+    /// The machine's memory, once it is set.
     #[must_use]
     pub fn memory(&self) -> Option<&GuestRam> {
         self.memory.as_ref()
     }
 
-    /// The pages that Intel processors without unrestricted guests need (KVM API 4.13, 4.41); no effect elsewhere.
+    /// Sets the pages that KVM needs on Intel processors without unrestricted guest mode (KVM_SET_TSS_ADDR,
+    /// KVM_SET_IDENTITY_MAP_ADDR); they have no effect elsewhere. Both are gpas.
     ///
     /// # Errors
     /// Where an ioctl fails.
@@ -92,7 +95,7 @@ impl Vm {
         self.fd.set_tss_address(tss).named("KVM_SET_TSS_ADDR")
     }
 
-    /// Local APICs, I/O APIC and PIC in the kernel (KVM API 4.24).
+    /// Creates local APICs, I/O APIC and PICs in the kernel (KVM API 4.24, KVM_CREATE_IRQCHIP).
     ///
     /// # Errors
     /// Where the ioctl fails.
@@ -100,18 +103,18 @@ impl Vm {
         self.fd.create_irq_chip().named("KVM_CREATE_IRQCHIP")
     }
 
-    /// Raises or lowers a line of the interrupt controllers in the kernel, at PIC and I/O APIC (KVM API 4.25).
+    /// Sets the level of a pin of the in-kernel PICs and I/O APIC (KVM API 4.25, KVM_IRQ_LINE).
     ///
     /// # Errors
-    /// Where the controllers are not in the kernel.
+    /// Where the interrupt controllers are not in the kernel.
     pub fn set_irq_line(&self, gsi: u32, high: bool) -> Result<(), KvmError> {
         self.fd.set_irq_line(gsi, high).named("KVM_IRQ_LINE")
     }
 
-    /// Has the two PICs send their interrupts from these vectors on, none masked (KVM API 4.26, 4.27).
+    /// Sets the first vector of each of the two PICs, and unmasks all of their interrupts (KVM API 4.26, 4.27).
     ///
     /// # Errors
-    /// Where they are not in the kernel.
+    /// Where the PICs are not in the kernel.
     pub fn set_pic_vectors(&self, vectors: [u8; 2]) -> Result<(), KvmError> {
         for (chip_id, vector) in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE].into_iter().zip(vectors) {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
@@ -124,19 +127,21 @@ impl Vm {
         Ok(())
     }
 
-    /// Local APICs in the kernel, and nothing else (KVM API 7.5): the I/O APIC is ours, its pins send messages.
+    /// Creates the local APICs in the kernel, and no I/O APIC or PIC (KVM API 7.5, KVM_CAP_SPLIT_IRQCHIP). The I/O APIC is
+    /// then emulated by hwvmm and sends its interrupts as MSIs.
     ///
     /// # Errors
-    /// Where KVM lacks it (before Linux 4.4).
+    /// Where KVM does not have the capability (before Linux 4.4).
     pub fn split_irqchip(&self) -> Result<(), KvmError> {
         let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
         cap.args[0] = u64::from(IOAPIC_PINS);
         self.fd.enable_cap(&cap).named("KVM_ENABLE_CAP(SPLIT_IRQCHIP)")?;
-        self.routes.lock().unwrap_or_else(PoisonError::into_inner).without_pins();
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner).set_split();
         Ok(())
     }
 
-    /// Writes of any size to `port` wake `event`, and do not leave the kernel (KVM API 4.59).
+    /// Makes KVM signal `event` at a write of any size to `port`, instead of returning from KVM_RUN (KVM API 4.59,
+    /// KVM_IOEVENTFD).
     ///
     /// # Errors
     /// Where the ioctl fails.
@@ -144,7 +149,7 @@ impl Vm {
         self.fd.register_ioevent(event, &IoEventAddress::Pio(port.into()), NoDatamatch).named("KVM_IOEVENTFD")
     }
 
-    /// Raises an edge on `gsi` whenever `event` is written (KVM API 4.75).
+    /// Makes KVM raise an edge on `gsi` whenever `event` is signalled (KVM API 4.75, KVM_IRQFD).
     ///
     /// # Errors
     /// Where the ioctl fails.
@@ -152,10 +157,10 @@ impl Vm {
         self.fd.register_irqfd(event, gsi).named("KVM_IRQFD")
     }
 
-    /// The first GSI that is free for messages (MSI).
+    /// The first GSI that is free for MSIs: those below are the pins of the I/O APIC.
     pub const FIRST_MESSAGE_GSI: u32 = IOAPIC_PINS;
 
-    /// From now on `gsi` sends the message `data` to `address` (KVM API 4.52).
+    /// Makes `gsi` raise the MSI `data` at `address` (KVM API 4.52, KVM_SET_GSI_ROUTING).
     ///
     /// # Errors
     /// Where the ioctl fails.
@@ -163,7 +168,7 @@ impl Vm {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner).set(&self.fd, gsi, address, data)
     }
 
-    /// From now on `gsi` sends nothing.
+    /// Removes the MSI of `gsi`.
     ///
     /// # Errors
     /// Where the ioctl fails.
@@ -171,8 +176,8 @@ impl Vm {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner).clear(&self.fd, gsi)
     }
 
-    /// Has KVM write `event` when the guest writes to `gpa` (KVM API 4.59), instead of leaving KVM_RUN: any write, or
-    /// with `datamatch` only a 32-bit write of that value.
+    /// Makes KVM signal `event` at a write to `gpa`, instead of returning from KVM_RUN (KVM API 4.59, KVM_IOEVENTFD): at any
+    /// write, or with `datamatch` only at a 32-bit write of that value.
     ///
     /// # Errors
     /// Where the ioctl fails.
@@ -185,21 +190,22 @@ impl Vm {
         .named("KVM_IOEVENTFD")
     }
 
-    /// Sends accesses to MSRs that KVM does not know to user space (KVM API 7.26), instead of a #GP from the kernel.
+    /// Makes accesses to MSRs that KVM does not know exit to user space, instead of raising #GP (KVM API 7.21,
+    /// KVM_CAP_X86_USER_SPACE_MSR).
     ///
     /// # Errors
-    /// Where KVM lacks the capability.
+    /// Where KVM does not have the capability (before Linux 5.10).
     pub fn trap_unknown_msrs(&self) -> Result<(), KvmError> {
         let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
         cap.args[0] = u64::from(KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_INVAL);
         self.fd.enable_cap(&cap).named("KVM_ENABLE_CAP(X86_USER_SPACE_MSR)")
     }
 
-    /// Has the guest's writes to `count` ports from `port` on wait in the ring (KVM API 4.116, KVM_CAP_COALESCED_PIO)
-    /// that [`Vcpu::coalesced`] gives.
+    /// Makes KVM put writes to `count` ports from `port` on into the ring of [`Vcpu::coalesced_ring`], instead of returning
+    /// from KVM_RUN (KVM API 4.116, KVM_CAP_COALESCED_PIO).
     ///
     /// # Errors
-    /// Where KVM lacks it.
+    /// Where KVM does not have the capability.
     pub fn coalesce_ports(&self, port: u16, count: u32) -> Result<(), KvmError> {
         if self.capability(KVM_CAP_COALESCED_PIO) <= 0 {
             return Err(kvm_ioctls::Error::new(libc::ENOSYS)).named("KVM_CAP_COALESCED_PIO");
@@ -207,15 +213,16 @@ impl Vm {
         self.fd.register_coalesced_mmio(IoEventAddress::Pio(port.into()), count).named("KVM_REGISTER_COALESCED_MMIO")
     }
 
-    /// The same for `count` bytes of memory where a device is, from `gpa` on (KVM_CAP_COALESCED_MMIO).
+    /// As [`Vm::coalesce_ports`], for writes to `count` bytes of device memory from `gpa` on (KVM_CAP_COALESCED_MMIO).
     ///
     /// # Errors
-    /// Where KVM lacks it.
+    /// Where KVM does not have the capability.
     pub fn coalesce_memory(&self, gpa: u64, count: u32) -> Result<(), KvmError> {
         self.fd.register_coalesced_mmio(IoEventAddress::Mmio(gpa), count).named("KVM_REGISTER_COALESCED_MMIO")
     }
 
-    /// The guest's idle instructions (KVM_X86_DISABLE_EXITS_*) do not exit (KVM API 7.13). Before the first vCPU.
+    /// Disables the exits of `instructions`, a mask of KVM_X86_DISABLE_EXITS_* (KVM API 7.13). To be called before the first
+    /// vCPU is created.
     ///
     /// # Errors
     /// Where KVM does not allow it on this host.
@@ -229,23 +236,24 @@ impl Vm {
         self.fd.enable_cap(&cap).named("KVM_ENABLE_CAP(X86_DISABLE_EXITS)")
     }
 
-    /// The longest time in nanoseconds that the host polls for a halted vCPU's wake-up (KVM API 7.20).
+    /// Sets the longest time in nanoseconds that the host polls for the wake-up of a halted vCPU (KVM API 7.20,
+    /// KVM_CAP_HALT_POLL).
     ///
     /// # Errors
-    /// Where KVM lacks the capability.
+    /// Where KVM does not have the capability.
     pub fn set_halt_poll(&self, longest_ns: u64) -> Result<(), KvmError> {
         let mut cap = kvm_enable_cap { cap: KVM_CAP_HALT_POLL, ..Default::default() };
         cap.args[0] = longest_ns;
         self.fd.enable_cap(&cap).named("KVM_ENABLE_CAP(HALT_POLL)")
     }
 
-    /// The value of a capability of this machine: 0 where it is missing.
+    /// The value of a capability of this machine (KVM API 4.4, KVM_CHECK_EXTENSION): 0 where it is missing.
     #[must_use]
     pub fn capability(&self, number: u32) -> i32 {
         self.fd.check_extension_raw(number.into())
     }
 
-    /// A new vCPU whose APIC id is `id` (KVM API 4.7).
+    /// Creates a vCPU with the APIC id `id` (KVM API 4.7, KVM_CREATE_VCPU).
     ///
     /// # Errors
     /// Where the ioctl fails.
@@ -255,11 +263,11 @@ impl Vm {
         Ok(Vcpu::new(fd, id, sync_regs, self.memory.clone(), Arc::clone(&self.pages)))
     }
 
-    /// The machine's binary statistics (KVM API 4.133).
+    /// Opens the machine's binary statistics (KVM API 4.133, KVM_GET_STATS_FD).
     ///
     /// # Errors
     /// Where KVM has none (before Linux 5.14).
     pub fn stats_fd(&self) -> Result<File, KvmError> {
-        super::stats::open(&self.fd)
+        stats::open(&self.fd)
     }
 }

@@ -3,9 +3,10 @@
 use crate::boot::is_multiboot;
 use crate::config::RunConfig;
 use crate::error::chain;
-use crate::kvm::{Coalesced, KvmError, System, Vcpu, Vm};
+use crate::kvm::{CoalescedRing, KvmError, System, Vcpu, Vm};
 use crate::probe::without_exits;
 use crate::tune::{Choice, Lever, Tune};
+use hwvmm_arch::acpi::VirtioMmio;
 use hwvmm_arch::layout::{IOAPIC, UARTS};
 use hwvmm_devices::virtio::TransportOptions;
 use hwvmm_devices::virtio::mmio::MmioDevice;
@@ -34,20 +35,29 @@ pub(super) fn hidden_features(tune: &Tune) -> u32 {
     bits.into_iter().filter(|(lever, _)| !tune.wants(*lever)).fold(0, |mask, (_, bit)| mask | 1 << bit)
 }
 
-/// Interrupt controllers. Whether the I/O APIC is hwvmm's.
+/// Where the interrupt controllers are emulated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Irqchip {
+    /// All of them by KVM: local APICs, I/O APIC, two PICs (KVM_CREATE_IRQCHIP).
+    Kernel,
+    /// The local APICs by KVM, the I/O APIC by hwvmm (KVM_CAP_SPLIT_IRQCHIP). There is no PIC.
+    Split,
+}
+
+/// Creates the interrupt controllers.
 ///
 /// # Errors
-/// Where KVM has neither way.
-pub(super) fn create_irqchip(vm: &Vm, config: &RunConfig) -> Result<bool, KvmError> {
+/// Where KVM can do neither.
+pub(super) fn create_irqchip(vm: &Vm, config: &RunConfig) -> Result<Irqchip, KvmError> {
     // Test kernels want the whole PC.
     if config.tune.wants(Lever::SplitIrqchip) && !config.testdev && !is_multiboot(&config.kernel) {
         match vm.split_irqchip() {
-            Ok(()) => return Ok(true),
+            Ok(()) => return Ok(Irqchip::Split),
             Err(error) => config.tune.cannot(Lever::SplitIrqchip, &format!("{error}: {}", error.source)),
         }
     }
     vm.create_irqchip()?;
-    Ok(false)
+    Ok(Irqchip::Kernel)
 }
 
 /// Linux looks there for a Super-I/O chip behind each UART: eight times five writes into the void.
@@ -59,29 +69,35 @@ const PCI_ADDRESS: u16 = 0xcf8;
 /// A write to interrupt enable may raise one at once.
 const UART_QUIET: [u16; 5] = [0, 2, 3, 4, 7];
 
-/// Has writes wait in the kernel that change nothing that the guest could see before its next exit: a UART's bytes,
-/// addresses of PCI registers, I/O APIC entries (a device is started by an exit), and what is written where nobody is. `None`
-/// where this host cannot, or should not. `virtio_mmio`: the devices, and whether their registers are memory to the guest's
-/// reads.
+/// The virtio-mmio devices of a machine.
+pub(super) struct VirtioMmioRegisters<'a> {
+    pub(super) devices: &'a [VirtioMmio],
+    /// If true, the guest reads the registers from read-only pages, without an exit.
+    pub(super) readonly_pages: bool,
+}
+
+/// Registers those writes for coalescing (KVM_REGISTER_COALESCED_MMIO) that change nothing that the guest could see before
+/// its next exit: a UART's bytes, the PCI configuration address, I/O APIC entries (a device is started by an exit), and
+/// unmapped ports. Returns `None` where the lever is off or this host cannot.
 pub(super) fn coalesced_io(
     vm: &Vm,
     vcpu: &Vcpu,
     config: &RunConfig,
-    split: bool,
-    virtio_mmio: (&[(u64, u64, u32)], bool),
-) -> Option<Coalesced> {
+    irqchip: Irqchip,
+    virtio_mmio: &VirtioMmioRegisters<'_>,
+) -> Option<CoalescedRing> {
     let tune = &config.tune;
     if !tune.wants(Lever::CoalescedIo) {
         return None;
     }
-    let uarts = UARTS.iter().zip(&config.serial).filter(|(_, target)| target.is_some()).map(|((port, _), _)| *port);
+    let uarts = UARTS.iter().zip(&config.serial).filter(|(_, target)| target.is_some()).map(|(uart, _)| uart.port);
     let mut zones: Vec<(u16, u32)> = SUPER_IO.into_iter().map(|port| (port, 1)).collect();
     zones.extend(uarts.flat_map(|base| UART_QUIET.map(|register| (base + register, 1))));
-    // What it says is asked for by a read of the data, or of itself.
+    // The address matters at the next read of the data or of the address.
     zones.push((PCI_ADDRESS, 4));
     let cannot = |error: &KvmError| tune.cannot(Lever::CoalescedIo, &format!("{error}: {}", error.source));
-    // The ring first: what waits must have somebody to take it.
-    let ring = vcpu.coalesced().inspect_err(cannot).ok()?;
+    // The ring is mapped first: coalesced writes must be drained.
+    let ring = vcpu.coalesced_ring().inspect_err(cannot).ok()?;
     for (port, count) in zones {
         if let Err(error) = vm.coalesce_ports(port, count) {
             cannot(&error);
@@ -89,12 +105,15 @@ pub(super) fn coalesced_io(
         }
     }
     let io_apic = u64::from(IOAPIC);
-    let mut zones: Vec<(u64, u32)> = if split { vec![(io_apic, 4), (io_apic + 0x10, 4)] } else { Vec::new() };
+    let mut zones: Vec<(u64, u32)> = match irqchip {
+        Irqchip::Split => vec![(io_apic, 4), (io_apic + 0x10, 4)],
+        Irqchip::Kernel => Vec::new(),
+    };
     // Not the interrupt's acknowledgement: taken late, it would clear a later interrupt's bit.
     let late: &[(u64, u32)] =
-        if virtio_mmio.1 { &MmioDevice::COALESCIBLE } else { &MmioDevice::COALESCIBLE_WITHOUT_PAGE };
-    for (base, _, _) in virtio_mmio.0 {
-        zones.extend(late.iter().map(|(at, bytes)| (base + at, *bytes)));
+        if virtio_mmio.readonly_pages { &MmioDevice::COALESCIBLE } else { &MmioDevice::COALESCIBLE_WITHOUT_PAGE };
+    for device in virtio_mmio.devices {
+        zones.extend(late.iter().map(|(at, bytes)| (device.range.start + at, *bytes)));
     }
     for (gpa, bytes) in zones {
         if let Err(error) = vm.coalesce_memory(gpa, bytes) {

@@ -18,11 +18,11 @@ use crate::kvm::{KvmError, System, Vcpu, Vm};
 use crate::memory::{Backing, GuestRam, MemoryError};
 use crate::tune::{Lever, Tune};
 use crate::vcpu::Control;
-use hwvmm_arch::acpi::Platform;
+use hwvmm_arch::acpi::{IoApicPins, Platform};
 use hwvmm_arch::cpuid::{self, CpuidOptions};
 use hwvmm_arch::layout::{
     IOAPIC, KVM_IDENTITY_MAP, KVM_TSS, PORT_MARK, PORT_POST, PORT_PVPANIC, PORT_SLEEP_CONTROL, RESET_VALUE,
-    SLEEP_TYPE_S5, UARTS, ram_banks,
+    SLEEP_TYPE_S5, UARTS, Uart, ram_banks,
 };
 use hwvmm_arch::{Topology, lapic, msr};
 use hwvmm_devices::console::ConsoleInput;
@@ -30,6 +30,7 @@ use hwvmm_devices::irq::IrqLine;
 use hwvmm_devices::legacy::{DebugExit, I8042, IoApic, MarkPort, PostPort, Power, PvPanic, SerialPort, Watchdog};
 use hwvmm_devices::virtio::console::{Console, Port};
 use hwvmm_devices::{BusBuilder, BusDevice, BusError};
+use levers::{Irqchip, VirtioMmioRegisters};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -153,13 +154,15 @@ impl Machine {
         check_vcpus(system, &apic_ids)?;
 
         let ram = GuestRam::new(&ram_banks(config.memory.bytes), backing(config))?;
-        let uarts: Vec<(u16, u32)> =
+        let uarts: Vec<Uart> =
             UARTS.iter().zip(&config.serial).filter(|(_, port)| port.is_some()).map(|(uart, _)| *uart).collect();
         let mut layout = BusLayout::new(config)?;
-        let (vm, split) = create_vm(config, system, &ram)?;
+        let (vm, irqchip) = create_vm(config, system, &ram)?;
         let vm = Arc::new(vm);
-        let pins =
-            if split { layout.pack_pins(uarts.iter().map(|uart| uart.1)) } else { Some((0, Vm::FIRST_MESSAGE_GSI)) };
+        let pins = match irqchip {
+            Irqchip::Split => layout.pack_pins(uarts.iter().map(|uart| uart.gsi)),
+            Irqchip::Kernel => Some(IoApicPins { first_gsi: 0, count: Vm::FIRST_MESSAGE_GSI }),
+        };
         let cache = config.kernel_cache.as_deref().map(Cache::new);
         let loaded = boot::load(
             &boot::Request {
@@ -187,8 +190,8 @@ impl Machine {
         let control = Arc::new(Control::new()?);
         let mut devices = Devices::new(setup, &vm, &control)?;
         let mut mmio = BusBuilder::default();
-        if let Some((first, count)) = pins.filter(|_| split) {
-            let io_apic = IoApic::new(first, count, Arc::new(virtio::Router(Arc::clone(&vm))));
+        if let Some(pins) = pins.filter(|_| irqchip == Irqchip::Split) {
+            let io_apic = IoApic::new(pins.first_gsi, pins.count, Arc::new(virtio::Router(Arc::clone(&vm))));
             mmio.insert(IOAPIC.into(), IoApic::BYTES, "I/O APIC", Arc::new(io_apic))?;
         }
         if config.testdev {
@@ -208,7 +211,8 @@ impl Machine {
         if config.memory.prefault || config.tune.wants(Lever::Prefault) {
             prefault(&ram, &vcpus, config.memory.bytes)?;
         }
-        let ring = vcpus.first().and_then(|vcpu| levers::coalesced_io(&vm, vcpu, config, split, (&layout.mmio, pages)));
+        let registers = VirtioMmioRegisters { devices: &layout.mmio, readonly_pages: pages };
+        let ring = vcpus.first().and_then(|vcpu| levers::coalesced_io(&vm, vcpu, config, irqchip, &registers));
         let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze(), ring };
         Ok(Self {
             vcpus,
@@ -229,8 +233,9 @@ impl Machine {
 fn backing(config: &RunConfig) -> Backing {
     let pages = config.memory.pages;
     match pages.huge_bytes() {
-        Some(bytes) => Backing::HugeTlb(bytes),
-        None => Backing::Anonymous(pages == Pages::Transparent && config.tune.wants(Lever::HugePages)),
+        Some(page_bytes) => Backing::HugeTlb { page_bytes },
+        None if pages == Pages::Transparent && config.tune.wants(Lever::HugePages) => Backing::TransparentHugePages,
+        None => Backing::SmallPages,
     }
 }
 
@@ -244,17 +249,17 @@ fn check_vcpus(system: &System, apic_ids: &[u32]) -> Result<(), MachineError> {
     Ok(())
 }
 
-/// The machine, and whether its I/O APIC is hwvmm's.
-fn create_vm(config: &RunConfig, system: &System, ram: &GuestRam) -> Result<(Vm, bool), MachineError> {
+/// Creates the VM with its memory and interrupt controllers.
+fn create_vm(config: &RunConfig, system: &System, ram: &GuestRam) -> Result<(Vm, Irqchip), MachineError> {
     let mut vm = system.create_vm()?;
     vm.set_real_mode_pages(KVM_TSS, KVM_IDENTITY_MAP)?;
     vm.set_memory(ram.clone())?;
-    let split = levers::create_irqchip(&vm, config)?;
+    let irqchip = levers::create_irqchip(&vm, config)?;
     levers::set_vm(&vm, system, &config.tune);
     if config.trap_msrs {
         vm.trap_unknown_msrs().map_err(|_| MachineError::Missing("X86_USER_SPACE_MSR (Linux 5.10)", "trap-msrs"))?;
     }
-    Ok((vm, split))
+    Ok((vm, irqchip))
 }
 
 fn create_vcpus(
@@ -301,8 +306,8 @@ fn create_vcpus(
 fn prefault(ram: &GuestRam, vcpus: &[Vcpu], memory_bytes: u64) -> Result<(), MachineError> {
     ram.populate()?;
     let Some(vcpu) = vcpus.first() else { return Ok(()) };
-    for (gpa, size) in ram_banks(memory_bytes) {
-        if let Err(error) = vcpu.pre_fault(gpa, size) {
+    for bank in ram_banks(memory_bytes) {
+        if let Err(error) = vcpu.pre_fault(bank) {
             log::info!("prefault: {error}: {}; the guest's first touches still exit", error.source);
             break;
         }
@@ -362,7 +367,7 @@ impl Devices {
         vm: &Vm,
         control: &Arc<Control>,
     ) -> Result<(), MachineError> {
-        let Some(&(port, gsi)) = UARTS.get(index) else { return Ok(()) };
+        let Some(&Uart { port, gsi }) = UARTS.get(index) else { return Ok(()) };
         let interrupt = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         vm.register_irqfd(&interrupt, gsi)?;
         let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);

@@ -12,6 +12,7 @@ use crate::measure::tracer::{Traced, Tracer};
 use crate::memory::{GuestRam, give_back_startup};
 use crate::vcpu::{Control, Measure, RunEnd, Threads, VcpuRecord};
 use event_manager::MutEventSubscriber;
+use hwvmm_arch::layout::GpaRange;
 use hwvmm_devices::legacy::Watchdog;
 use hwvmm_devices::virtio::console::Port;
 use std::io;
@@ -166,7 +167,7 @@ fn measure(setup: &Setup<'_>, ram: &GuestRam, vcpus: usize, start: Instant) -> (
     if level == ProfileLevel::User {
         return (Measure::Profile { start, tracer: None }, None, Vec::new());
     }
-    let banks = ram.get().iter().map(|region| (region.start_addr().0, region.len())).collect();
+    let banks = ram.get().iter().map(|region| GpaRange { start: region.start_addr().0, bytes: region.len() }).collect();
     match Tracer::new(banks, vcpus, monotonic_ns()) {
         Ok(tracer) => (Measure::Profile { start, tracer: Some(tracer.handle()) }, Some(tracer), Vec::new()),
         Err(error) => {

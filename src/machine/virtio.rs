@@ -7,7 +7,8 @@ use crate::config::{DiskConfig, DiskFormat, RunConfig, Transport};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
 use crate::tune::{Lever, Tune};
-use hwvmm_arch::layout::{PCI_ECAM, PCI_WINDOW, PCI_WINDOW_BYTES, VIRTIO_MMIO, VIRTIO_MMIO_GSIS};
+use hwvmm_arch::acpi::{IoApicPins, VirtioMmio};
+use hwvmm_arch::layout::{GpaRange, PCI_ECAM, PCI_WINDOW, PCI_WINDOW_BYTES, VIRTIO_MMIO, VIRTIO_MMIO_GSIS};
 use hwvmm_devices::memory::Memory;
 use hwvmm_devices::pci::{ConfigPorts, ECAM_BUS_BYTES, Ecam, MsiRouter, MsiVector, Root};
 use hwvmm_devices::virtio::balloon::{Balloon, BalloonControl};
@@ -30,8 +31,8 @@ const FIRST_FREE_PIN: u32 = 5;
 pub(super) struct BusLayout {
     /// There is a PCI bus.
     pub(super) pci: bool,
-    /// virtio-mmio devices: (gpa, bytes, gsi).
-    pub(super) mmio: Vec<(u64, u64, u32)>,
+    /// The virtio-mmio devices, in the order in which they are added.
+    pub(super) mmio: Vec<VirtioMmio>,
     /// Whether the guest reads registers by itself. Test kernels want the whole PC, ports and all.
     pub(super) pages: bool,
 }
@@ -49,7 +50,10 @@ impl BusLayout {
             }
             Transport::Mmio => {
                 let gpas = (VIRTIO_MMIO..).step_by(usize::try_from(REGION_BYTES).unwrap_or(4096));
-                let place = |(gpa, gsi): (u64, &u32)| (gpa, REGION_BYTES, *gsi);
+                let place = |(start, gsi): (u64, &u32)| VirtioMmio {
+                    range: GpaRange { start, bytes: REGION_BYTES },
+                    gsi: *gsi,
+                };
                 Ok(Self { pci: false, mmio: gpas.zip(&VIRTIO_MMIO_GSIS).take(count).map(place).collect(), pages })
             }
         }
@@ -57,15 +61,15 @@ impl BusLayout {
 }
 
 impl BusLayout {
-    /// For an I/O APIC of hwvmm's own: moves the virtio-mmio devices to pins next to those of the UARTs (GSIs `uarts`), and
-    /// says which the first pin is and how many there are; `None` where nothing is wired.
-    pub(super) fn pack_pins(&mut self, uarts: impl Iterator<Item = u32>) -> Option<(u32, u32)> {
+    /// For an I/O APIC of hwvmm's own: moves the virtio-mmio devices to pins next to those of the UARTs (GSIs `uarts`).
+    /// Returns the pins that the I/O APIC needs, or `None` where no pin is connected.
+    pub(super) fn pack_pins(&mut self, uarts: impl Iterator<Item = u32>) -> Option<IoApicPins> {
         for (gsi, place) in (FIRST_FREE_PIN..).zip(&mut self.mmio) {
-            place.2 = gsi;
+            place.gsi = gsi;
         }
-        let wired: Vec<u32> = uarts.chain(self.mmio.iter().map(|place| place.2)).collect();
+        let wired: Vec<u32> = uarts.chain(self.mmio.iter().map(|place| place.gsi)).collect();
         let (first, last) = (*wired.iter().min()?, *wired.iter().max()?);
-        Some((first, last - first + 1))
+        Some(IoApicPins { first_gsi: first, count: last - first + 1 })
     }
 }
 
@@ -180,7 +184,7 @@ impl<'a> VirtioBuilder<'a> {
     pub(super) fn add(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
         let place = self.handles.len();
         let (base, bytes, transport, bells) = match self.layout.mmio.get(place) {
-            Some(&(gpa, bytes, gsi)) => {
+            Some(&VirtioMmio { range: GpaRange { start: gpa, bytes }, gsi }) => {
                 let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
                 self.vm.register_irqfd(&event, gsi)?;
                 let made = MmioDevice::new(&name, device, self.memory.clone(), event)?;
@@ -228,7 +232,7 @@ impl<'a> VirtioBuilder<'a> {
             if !self.pages {
                 return;
             }
-            if let Err(error) = self.vm.show_page(gpa, page) {
+            if let Err(error) = self.vm.map_register_page(gpa, page) {
                 self.tune.cannot(Lever::ReadonlyRegisters, &format!("{error}: {}", error.source));
                 self.pages = false;
             }

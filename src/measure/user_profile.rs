@@ -137,7 +137,7 @@ impl UserProfile {
             self.mark(at_ns, Mark::Post(exit.detail.data.to_le_bytes()[0]));
         } else if port == u64::from(PORT_MARK) {
             self.mark(at_ns, Mark::Guest(u32::try_from(exit.detail.data & 0xffff_ffff).unwrap_or(0)));
-        } else if UARTS.iter().any(|(uart, _)| u64::from(*uart) == port) {
+        } else if UARTS.iter().any(|uart| u64::from(uart.port) == port) {
             self.mark_first(at_ns, Mark::Console);
         }
     }

@@ -1,60 +1,84 @@
-//! Guest memory: anonymous mappings, aligned so that huge pages fit on both sides (gpa and hva).
+//! Guest memory: anonymous mappings, aligned so that a huge page of the host backs a huge page of the guest.
 
 mod own;
 
 pub use own::give_back_startup;
 
+use hwvmm_arch::layout::GpaRange;
 use std::io;
+use std::num::TryFromIntError;
 use std::sync::Arc;
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
+};
 
-/// How the mappings are backed.
+/// The host pages that back guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
-    /// Small pages; with `true`, transparent huge pages are asked for.
-    Anonymous(bool),
-    /// hugetlbfs pages of this many bytes.
-    HugeTlb(u64),
+    /// Pages of 4 KiB only (MADV_NOHUGEPAGE).
+    SmallPages,
+    /// Transparent huge pages where the host has them (MADV_HUGEPAGE).
+    TransparentHugePages,
+    /// Pages of hugetlbfs.
+    HugeTlb {
+        /// The size of a page in bytes, a power of two.
+        page_bytes: u64,
+    },
 }
 
-/// Guest memory cannot be had.
+/// Why guest memory cannot be made.
 #[derive(Debug, Error)]
 pub enum MemoryError {
-    /// The size is no multiple of the huge page's.
+    /// A bank's size is no multiple of the huge page size.
     #[error(
         "with huge pages of {page} bytes each bank of guest memory must be a multiple of that, and {size} bytes is not"
     )]
     NotMultiple {
-        /// Bytes of a huge page.
+        /// The size of a huge page in bytes.
         page: u64,
-        /// Bytes of the bank.
+        /// The size of the bank in bytes.
         size: u64,
     },
-    /// The host refuses to map it.
+    /// The host refuses the mapping.
     #[error("cannot map {size} bytes of guest memory{}", remedy(.page))]
     Map {
-        /// Bytes of the bank.
+        /// The size of the bank in bytes.
         size: u64,
-        /// Bytes of a huge page, where they were asked for.
+        /// The size of a huge page in bytes, where huge pages were asked for.
         page: Option<u64>,
-        /// The system's words.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// vm-memory refuses the mapping.
-    #[error("cannot use {size} bytes of guest memory: {what}")]
-    Region {
-        /// Bytes of the bank.
+    /// A bank is larger than the host's address space.
+    #[error("cannot address {size} bytes of guest memory: give the guest less with -m")]
+    TooLarge {
+        /// The size of the bank in bytes.
         size: u64,
-        /// Why.
-        what: String,
+        /// The conversion that failed.
+        source: TryFromIntError,
     },
-    /// Filling failed.
+    /// A bank ends beyond the guest's address space.
+    #[error("{} bytes of guest memory at gpa {:#x} end beyond the address space: give the guest less with -m", .0.bytes, .0.start)]
+    AddressSpace(GpaRange),
+    /// vm-memory refuses the mapping of a bank.
+    #[error("cannot use {size} bytes of guest memory")]
+    Region {
+        /// The size of the bank in bytes.
+        size: u64,
+        /// vm-memory's error.
+        source: MmapRegionError,
+    },
+    /// vm-memory refuses the banks together.
+    #[error("the banks of guest memory do not go together")]
+    Banks(#[source] GuestRegionCollectionError),
+    /// The host has too little free memory to fill all pages.
     #[error("cannot fill {size} bytes of guest memory: is there enough free memory?")]
     Populate {
-        /// Bytes.
+        /// The number of bytes that were to be filled.
         size: u64,
-        /// The system's words.
+        /// The error of the system call.
         source: io::Error,
     },
 }
@@ -70,11 +94,12 @@ fn remedy(page: &Option<u64>) -> String {
     }
 }
 
+/// The alignment of mappings in bytes: the size of a huge page.
 const ALIGNMENT: u64 = 2 << 20;
 const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
 
-/// A mapping that is unmapped when it goes.
+/// A mapping of this process, unmapped when the value is dropped.
 struct Mapping {
     address: *mut libc::c_void,
     bytes: usize,
@@ -86,7 +111,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Has the host fill `bytes` bytes from `first` on. What lies beyond the mapping is left out.
+    /// Makes the host allocate the pages of `bytes` bytes from offset `first` on. What lies beyond the mapping is left out.
     fn populate(&self, first: usize, bytes: usize) -> Result<(), MemoryError> {
         let bytes = bytes.min(self.bytes.saturating_sub(first));
         // SAFETY: the range lies within this value's mapping; MADV_POPULATE_WRITE changes no contents.
@@ -111,7 +136,16 @@ impl Drop for Mapping {
     }
 }
 
-/// The guest's memory. Clones share it; it is unmapped with the last.
+/// A range of addresses of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HvaRange {
+    /// The first hva.
+    pub start: u64,
+    /// The length in bytes.
+    pub bytes: u64,
+}
+
+/// Guest memory. Clones share it; it is unmapped with the last of them.
 #[derive(Clone)]
 pub struct GuestRam {
     memory: GuestMemoryMmap,
@@ -119,15 +153,15 @@ pub struct GuestRam {
 }
 
 impl GuestRam {
-    /// Maps `banks` (gpa, size in bytes; sizes multiples of 4 KiB).
+    /// Maps `banks`, whose sizes must be multiples of 4 KiB.
     ///
     /// # Errors
     /// [`MemoryError`], with its remedy.
-    pub fn new(banks: &[(u64, u64)], backing: Backing) -> Result<Self, MemoryError> {
+    pub fn new(banks: &[GpaRange], backing: Backing) -> Result<Self, MemoryError> {
         let (mut mappings, mut regions) = (Vec::new(), Vec::new());
-        for &(gpa, size) in banks {
-            let other = |what: String| MemoryError::Region { size, what };
-            let bytes = usize::try_from(size).map_err(|e| other(e.to_string()))?;
+        for bank in banks {
+            let size = bank.bytes;
+            let bytes = usize::try_from(size).map_err(|source| MemoryError::TooLarge { size, source })?;
             let mapping = map(bytes, backing)?;
             // SAFETY: the range is mapped readable and writable, page-aligned, and `mappings` keeps it as long as the
             // region's owner, `GuestRam`, lives.
@@ -140,25 +174,25 @@ impl GuestRam {
                 )
             };
             mappings.push(mapping);
-            let region = region.map_err(|error| other(error.to_string()))?;
-            let region = GuestRegionMmap::new(region, GuestAddress(gpa));
-            regions.push(region.ok_or_else(|| other("it ends beyond the address space".into()))?);
+            let region = region.map_err(|source| MemoryError::Region { size, source })?;
+            let region = GuestRegionMmap::new(region, GuestAddress(bank.start));
+            regions.push(region.ok_or(MemoryError::AddressSpace(*bank))?);
         }
-        let memory = GuestMemoryMmap::from_regions(regions)
-            .map_err(|error| MemoryError::Region { size: 0, what: error.to_string() })?;
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Banks)?;
         Ok(Self { memory, mappings: Arc::new(mappings) })
     }
 
-    /// The memory, for reading, writing and KVM's slots.
+    /// The memory as vm-memory has it, for reading, writing and memslots.
     #[must_use]
     pub fn get(&self) -> &GuestMemoryMmap {
         &self.memory
     }
 
-    /// Has the host fill all pages now (Linux 5.14; before, each page is touched), on all of its processors at once.
+    /// Makes the host allocate all pages now, on all of its processors at once: by MADV_POPULATE_WRITE, or before Linux 5.14
+    /// by writing to each page.
     ///
     /// # Errors
-    /// Where the host has not enough memory.
+    /// [`MemoryError::Populate`] where the host has too little free memory.
     pub fn populate(&self) -> Result<(), MemoryError> {
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         for mapping in self.mappings.iter() {
@@ -168,7 +202,7 @@ impl GuestRam {
                 .step_by(share.max(HUGE_PAGE))
                 .map(|first| (first, share.min(mapping.bytes - first)))
                 .collect();
-            // One of them is this thread's.
+            // This thread fills the first share.
             std::thread::scope(|scope| {
                 let (mine, others) = shares.split_first().unwrap_or((&(0, 0), &[]));
                 let others: Vec<_> =
@@ -184,11 +218,11 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Takes the page of `gpa` out of whatever translations KVM has: the guest's next access to it is looked up anew. A change
-    /// of the mapping's rights does that, here to executable and back: at no time is the page out of other threads' reach.
+    /// Makes KVM drop its translations of the page at `gpa`, so that the guest's next access faults. A change of the host
+    /// mapping's protection does that; here to executable and back, so that the page stays readable and writable.
     ///
     /// # Errors
-    /// Where there is no memory, or the host allows no executable memory (SELinux' execmem), or its pages are larger.
+    /// Where `gpa` is not guest memory, the host allows no executable memory (SELinux' execmem), or its pages are larger.
     pub fn flush_page(&self, gpa: u64) -> io::Result<()> {
         let page = GuestAddress(gpa & !(PAGE as u64 - 1));
         let slice = self.memory.get_slice(page, PAGE).map_err(io::Error::other)?;
@@ -203,14 +237,14 @@ impl GuestRam {
         Ok(())
     }
 
-    /// The host addresses of the mappings: first byte and length.
-    pub fn host_ranges(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.mappings.iter().map(|mapping| (mapping.address as u64, mapping.bytes as u64))
+    /// The host virtual addresses of the mappings, one for each bank.
+    pub fn host_ranges(&self) -> impl Iterator<Item = HvaRange> {
+        self.mappings.iter().map(|mapping| HvaRange { start: mapping.address as u64, bytes: mapping.bytes as u64 })
     }
 }
 
-/// Writes the first byte of each page of a range within the mapping with what it holds: no guest runs yet, and each page is
-/// one thread's.
+/// Writes back the first byte of each page of a range of the mapping. No guest runs yet, and no two threads have the same
+/// page.
 fn touch(mapping: &Mapping, first: usize, bytes: usize) {
     let base = mapping.address.cast::<u8>();
     for offset in (first..first + bytes).step_by(PAGE) {
@@ -226,8 +260,9 @@ fn touch(mapping: &Mapping, first: usize, bytes: usize) {
 fn map(bytes: usize, backing: Backing) -> Result<Mapping, MemoryError> {
     let size = bytes as u64;
     match backing {
-        Backing::Anonymous(transparent) => {
+        Backing::SmallPages | Backing::TransparentHugePages => {
             let mapping = map_aligned(bytes).map_err(|source| MemoryError::Map { size, page: None, source })?;
+            let transparent = backing == Backing::TransparentHugePages;
             let advice = if transparent { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
             // SAFETY: the range is the mapping just made. A kernel without huge pages refuses, which does no harm.
             if unsafe { libc::madvise(mapping.address, bytes, advice) } != 0 {
@@ -235,7 +270,7 @@ fn map(bytes: usize, backing: Backing) -> Result<Mapping, MemoryError> {
             }
             Ok(mapping)
         }
-        Backing::HugeTlb(page) => {
+        Backing::HugeTlb { page_bytes: page } => {
             if !size.is_multiple_of(page) {
                 return Err(MemoryError::NotMultiple { page, size });
             }
@@ -255,7 +290,7 @@ fn map_anonymous(bytes: usize, flags: i32) -> io::Result<*mut libc::c_void> {
     if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address) }
 }
 
-/// Maps `bytes` at a multiple of 2 MiB: more than needed, then the ends go back.
+/// Maps `bytes` at a multiple of [`ALIGNMENT`]: maps more than needed, then unmaps both ends.
 fn map_aligned(bytes: usize) -> io::Result<Mapping> {
     let alignment = usize::try_from(ALIGNMENT).unwrap_or(PAGE);
     let whole = bytes.checked_add(alignment).ok_or(io::ErrorKind::InvalidInput)?;
@@ -283,14 +318,14 @@ mod tests {
 
     #[test]
     fn banks_are_aligned_and_usable_to_the_last_byte() {
-        let banks = [(0, 4 << 20), (1 << 32, 12 << 10)];
-        let ram = GuestRam::new(&banks, Backing::Anonymous(true)).expect("16 MiB");
-        for (address, _) in ram.host_ranges() {
-            assert!(address.is_multiple_of(ALIGNMENT));
+        let banks = [GpaRange { start: 0, bytes: 4 << 20 }, GpaRange { start: 1 << 32, bytes: 12 << 10 }];
+        let ram = GuestRam::new(&banks, Backing::TransparentHugePages).expect("16 MiB");
+        for range in ram.host_ranges() {
+            assert!(range.start.is_multiple_of(ALIGNMENT));
         }
-        for (gpa, size) in banks {
-            ram.get().write_obj(0x5a_u8, GuestAddress(gpa + size - 1)).expect("last byte");
-            assert!(ram.get().write_obj(0_u8, GuestAddress(gpa + size)).is_err());
+        for bank in banks {
+            ram.get().write_obj(0x5a_u8, GuestAddress(bank.end() - 1)).expect("last byte");
+            assert!(ram.get().write_obj(0_u8, GuestAddress(bank.end())).is_err());
         }
         ram.populate().expect("populated");
         assert_eq!(ram.get().read_obj::<u8>(GuestAddress((4 << 20) - 1)).expect("kept"), 0x5a);
@@ -301,10 +336,12 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_that_do_not_divide_or_exist_are_explained() {
-        let error = GuestRam::new(&[(0, 3 << 20)], Backing::HugeTlb(2 << 20)).err().expect("not a multiple");
+    fn errors_about_huge_pages_name_the_remedy() {
+        let bank = |bytes| GpaRange { start: 0, bytes };
+        let error =
+            GuestRam::new(&[bank(3 << 20)], Backing::HugeTlb { page_bytes: 2 << 20 }).err().expect("not a multiple");
         assert!(matches!(error, MemoryError::NotMultiple { .. }));
-        let error = GuestRam::new(&[(0, 1 << 45)], Backing::HugeTlb(1 << 30)).err().expect("too many");
+        let error = GuestRam::new(&[bank(1 << 45)], Backing::HugeTlb { page_bytes: 1 << 30 }).err().expect("too many");
         assert!(error.to_string().contains("nr_hugepages"), "{error}");
     }
 }

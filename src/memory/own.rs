@@ -1,16 +1,15 @@
-//! hwvmm's own memory: what only starting up needed is given back before the guest runs.
+//! The memory of hwvmm itself: pages that only start-up used are given back to the host before the guest runs.
 
 use std::io;
 
-/// A file's read-only mapping of this process, none of whose pages were changed (a debugger's breakpoints would be such
-/// changes).
+/// A read-only file mapping of this process with no changed page (a breakpoint of a debugger would change one).
 #[derive(Debug, PartialEq, Eq)]
 struct Mapping {
     start: usize,
     bytes: usize,
 }
 
-/// Mappings of code and constants in /proc/self/smaps (Linux Documentation/filesystems/proc.rst).
+/// The mappings of code and constants in the text of /proc/self/smaps (Linux' Documentation/filesystems/proc.rst).
 fn untouched(smaps: &str) -> Vec<Mapping> {
     let mut found = Vec::new();
     let mut candidate = None;
@@ -36,11 +35,11 @@ fn untouched(smaps: &str) -> Vec<Mapping> {
     found
 }
 
-/// Unmaps the pages of code and constants that were used so far; those that are used again come back from the page cache,
-/// where they stay. Most of them served start-up only.
+/// Drops the pages of code and constants from this process. A page that is used again is mapped again from the page cache.
+/// Most of the pages served start-up only.
 ///
 /// # Errors
-/// Where /proc cannot be read.
+/// Where /proc/self/smaps cannot be read.
 pub fn give_back_startup() -> io::Result<()> {
     for Mapping { start, bytes } in untouched(&std::fs::read_to_string("/proc/self/smaps")?) {
         // SAFETY: the range is a private read-only mapping of a file without changed pages (checked above), so that reading
@@ -59,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_a_file_gives_again_is_given_back() {
+    fn only_unchanged_file_mappings_are_dropped() {
         let smaps = "1000-3000 r-xp 00001000 fe:00 9  /hwvmm\nRss: 8 kB\nAnonymous: 0 kB\n\
             3000-4000 r-xp 00001000 fe:00 9  /broken/into\nAnonymous: 4 kB\n\
             4000-5000 r--p 00000000 fe:00 9  /hwvmm\nAnonymous: 0 kB\n\
@@ -73,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_works_as_before() {
+    fn code_and_constants_are_usable_after_their_pages_were_dropped() {
         give_back_startup().expect("/proc");
         assert_eq!(format!("{:?}", [1.5, 2.0]), "[1.5, 2.0]");
     }

@@ -7,8 +7,9 @@ use crate::kvm::kick::{self, KickTarget};
 use crate::kvm::stats::Reader;
 use crate::kvm::{Direction, Exit, KvmError, System, Vcpu, Vm};
 use crate::memory::{Backing, GuestRam};
+use hwvmm_arch::gdt::{self, CodeSize};
+use hwvmm_arch::layout::{self, GpaRange};
 use hwvmm_arch::regs::Entry;
-use hwvmm_arch::{gdt, layout};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -46,10 +47,11 @@ struct Machine {
 
 fn machine(system: &System) -> Result<Machine, String> {
     let text = |error: KvmError| format!("{error}: {}", error.source);
-    let ram = GuestRam::new(&[(0, MEMORY_BYTES)], Backing::Anonymous(true)).map_err(|error| error.to_string())?;
+    let ram = GuestRam::new(&[GpaRange { start: 0, bytes: MEMORY_BYTES }], Backing::TransparentHugePages)
+        .map_err(|error| error.to_string())?;
     let put = |bytes: &[u8], gpa| ram.get().write_slice(bytes, GuestAddress(gpa)).map_err(|error| error.to_string());
     put(guest(), LOAD.into())?;
-    for (at, entry) in (layout::BOOT_GDT..).step_by(8).zip(gdt::boot_gdt(false)) {
+    for (at, entry) in (layout::BOOT_GDT..).step_by(8).zip(gdt::boot_gdt(CodeSize::Bits32)) {
         put(&entry.to_le_bytes(), at)?;
     }
     // First touches are no part of any operation.

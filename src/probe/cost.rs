@@ -5,8 +5,10 @@ use crate::exit::ExitReason;
 use crate::kvm::kick;
 use crate::kvm::{Direction, Exit, System, Vcpu, Vm, clock};
 use crate::memory::{Backing, GuestRam};
+use hwvmm_arch::gdt::{self, CodeSize};
+use hwvmm_arch::layout::GpaRange;
 use hwvmm_arch::regs::Entry;
-use hwvmm_arch::{gdt, layout, page_table};
+use hwvmm_arch::{layout, page_table};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
@@ -189,7 +191,7 @@ struct Guest {
 
 impl Guest {
     fn new(system: &System, code: &[u8]) -> Result<Self, ProbeError> {
-        let ram = GuestRam::new(&[(0, MEMORY_BYTES)], Backing::Anonymous(false))?;
+        let ram = GuestRam::new(&[GpaRange { start: 0, bytes: MEMORY_BYTES }], Backing::SmallPages)?;
         let put = |bytes: &[u8], gpa| ram.get().write_slice(bytes, GuestAddress(gpa));
         put(code, CODE)?;
         put(HLT_HANDLER, HANDLER)?;
@@ -201,11 +203,11 @@ impl Guest {
         put(&gate, IDT + 16 * u64::from(VECTOR))?;
         put(&0x7ff_u16.to_le_bytes(), IDT_POINTER)?;
         put(&IDT.to_le_bytes(), IDT_POINTER + 2)?;
-        for (at, entry) in (layout::BOOT_GDT..).step_by(8).zip(gdt::boot_gdt(true)) {
+        for (at, entry) in (layout::BOOT_GDT..).step_by(8).zip(gdt::boot_gdt(CodeSize::Bits64)) {
             put(&entry.to_le_bytes(), at)?;
         }
-        for (at, entry) in page_table::identity_4gib() {
-            put(&entry.to_le_bytes(), at)?;
+        for entry in page_table::identity_4gib() {
+            put(&entry.value.to_le_bytes(), entry.gpa)?;
         }
         let mut vm = system.create_vm()?;
         vm.set_real_mode_pages(layout::KVM_TSS, layout::KVM_IDENTITY_MAP)?;

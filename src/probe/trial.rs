@@ -6,8 +6,10 @@ use crate::exit::ExitReason;
 use crate::kvm::kick;
 use crate::kvm::{Direction, Exit, System};
 use crate::memory::{Backing, GuestRam};
+use hwvmm_arch::gdt::{self, CodeSize};
+use hwvmm_arch::layout::GpaRange;
 use hwvmm_arch::regs::Entry;
-use hwvmm_arch::{gdt, layout, page_table};
+use hwvmm_arch::{layout, page_table};
 use std::time::Duration;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
@@ -152,14 +154,14 @@ fn attempt(system: &System, disabled: u32, done: &mut usize) -> Result<(), Probe
 
 /// The guest's memory: code, GDT, page tables.
 fn prepare() -> Result<GuestRam, ProbeError> {
-    let ram = GuestRam::new(&[(0, MEMORY_BYTES)], Backing::Anonymous(false))?;
+    let ram = GuestRam::new(&[GpaRange { start: 0, bytes: MEMORY_BYTES }], Backing::SmallPages)?;
     let put = |bytes: &[u8], gpa| ram.get().write_slice(bytes, GuestAddress(gpa));
     put(PROGRAM, CODE)?;
-    for (at, entry) in (layout::BOOT_GDT..).step_by(8).zip(gdt::boot_gdt(true)) {
+    for (at, entry) in (layout::BOOT_GDT..).step_by(8).zip(gdt::boot_gdt(CodeSize::Bits64)) {
         put(&entry.to_le_bytes(), at)?;
     }
-    for (at, entry) in page_table::identity_4gib() {
-        put(&entry.to_le_bytes(), at)?;
+    for entry in page_table::identity_4gib() {
+        put(&entry.value.to_le_bytes(), entry.gpa)?;
     }
     Ok(ram)
 }

@@ -319,7 +319,7 @@ impl Profile {
         kvm.extend(mapped.filter_map(|stat| Some((stat.name.clone(), *stat.values.first()?))));
         let mmu = finish.traced.iter().flat_map(|traced| &traced.mmu);
         kvm.extend(mmu.map(|(name, count)| (format!("kvmmmu:{name}"), *count)));
-        let guest_memory: Vec<_> = finish.ram.host_ranges().collect();
+        let guest_memory: Vec<_> = finish.ram.host_ranges().map(|range| (range.start, range.bytes)).collect();
         let isa = vm.iter().flatten().flat_map(VmProfile::reasons).map(|(isa, _, _)| isa.name().to_owned()).next();
         Self {
             format: FORMAT.into(),
@@ -332,7 +332,7 @@ impl Profile {
                 cmdline: config.cmdline.clone(),
                 boot: finish.description.into(),
                 vcpus: finish.vcpus.len(),
-                memory_bytes: layout::ram_banks(config.memory.bytes).iter().map(|(_, bytes)| bytes).sum(),
+                memory_bytes: layout::ram_banks(config.memory.bytes).iter().map(|bank| bank.bytes).sum(),
                 symbols: symbols.as_ref().map(Symbols::description),
                 slide: symbols.as_ref().map_or(0, Symbols::slide),
             },

@@ -104,7 +104,7 @@ impl RunStats {
     /// The counts of one start.
     #[must_use]
     pub fn new(finish: &RunRecord) -> Self {
-        let guest: Vec<_> = finish.ram.host_ranges().collect();
+        let guest: Vec<_> = finish.ram.host_ranges().map(|range| (range.start, range.bytes)).collect();
         let mut stats = Self {
             schema: SCHEMA,
             end: finish.ended.end.to_string(),
@@ -115,7 +115,7 @@ impl RunStats {
             ran_ns: nanoseconds(finish.ran),
             startup_cpu_ns: nanoseconds(finish.startup_cpu),
             userspace_exits: userspace_exits(finish),
-            waited: finish.handler.ring.as_ref().map_or(0, crate::kvm::Coalesced::taken),
+            waited: finish.handler.ring.as_ref().map_or(0, crate::kvm::CoalescedRing::drained),
             virtio: virtio_queues(finish),
             kvm: None,
             memory: MemoryUse::now(&guest).ok(),

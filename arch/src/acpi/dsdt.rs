@@ -1,7 +1,7 @@
 //! DSDT (ACPI 6.5 §5.2.11.1): the UARTs that exist, the panic port and the soft-off state.
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform};
-use crate::layout::{PCI_WINDOW, PCI_WINDOW_BYTES, PORT_PVPANIC, SLEEP_TYPE_S5};
+use super::platform::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, VirtioMmio};
+use crate::layout::{PCI_WINDOW, PCI_WINDOW_BYTES, PORT_PVPANIC, SLEEP_TYPE_S5, Uart};
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
@@ -10,7 +10,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 
 /// One 16550 as ACPI names it: PNP0501, with its eight ports and its interrupt.
-fn uart(index: usize, port: u16, gsi: u32) -> Vec<u8> {
+fn uart(index: usize, Uart { port, gsi }: Uart) -> Vec<u8> {
     let mut aml = Vec::new();
     Device::new(
         Path::new(&format!("COM{}", index + 1)),
@@ -30,7 +30,7 @@ fn uart(index: usize, port: u16, gsi: u32) -> Vec<u8> {
     aml
 }
 
-/// The panic port, by the name that Linux' pvpanic driver looks for.
+/// The panic port, under the id that Linux' pvpanic driver matches.
 fn pvpanic() -> Vec<u8> {
     let mut aml = Vec::new();
     Device::new(
@@ -44,7 +44,7 @@ fn pvpanic() -> Vec<u8> {
     aml
 }
 
-/// The PCI bus: one, with a window for the BARs. No _PRT: nobody has an INTx line.
+/// The PCI bus, with a window for the BARs. There is no _PRT, because no device has an INTx line.
 fn pci(segment: u8) -> Vec<u8> {
     let mut aml = Vec::new();
     let last = PCI_WINDOW + (PCI_WINDOW_BYTES - 1);
@@ -70,10 +70,10 @@ fn pci(segment: u8) -> Vec<u8> {
     aml
 }
 
-/// A virtio-mmio device (virtio 1.3 §4.2.1 leaves its discovery to the platform; LNRO0005 is what drivers look for).
-fn virtio_mmio(index: usize, gpa: u64, bytes: u64, gsi: u32) -> Vec<u8> {
+/// A virtio-mmio device. Virtio 1.3 §4.2.1 leaves its discovery to the platform; drivers match the id LNRO0005.
+fn virtio_mmio(index: usize, VirtioMmio { range, gsi }: VirtioMmio) -> Vec<u8> {
     let mut aml = Vec::new();
-    let (base, bytes) = (u32::try_from(gpa).unwrap_or(0), u32::try_from(bytes).unwrap_or(0));
+    let (base, bytes) = (u32::try_from(range.start).unwrap_or(0), u32::try_from(range.bytes).unwrap_or(0));
     Device::new(
         Path::new(&format!("VR{index:02}")),
         vec![
@@ -92,17 +92,16 @@ fn virtio_mmio(index: usize, gpa: u64, bytes: u64, gsi: u32) -> Vec<u8> {
     aml
 }
 
-/// The table's bytes.
+/// The bytes of the DSDT.
 pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
     let mut sdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    let mut devices: Vec<u8> =
-        platform.uarts.iter().enumerate().flat_map(|(i, &(port, gsi))| uart(i, port, gsi)).collect();
+    let mut devices: Vec<u8> = platform.uarts.iter().enumerate().flat_map(|(i, place)| uart(i, *place)).collect();
     devices.extend(pvpanic());
     if let Some(segment) = platform.pci {
         devices.extend(pci(segment));
     }
-    for (index, &(gpa, bytes, gsi)) in platform.virtio_mmio.iter().enumerate() {
-        devices.extend(virtio_mmio(index, gpa, bytes, gsi));
+    for (index, place) in platform.virtio_mmio.iter().enumerate() {
+        devices.extend(virtio_mmio(index, *place));
     }
     sdt.append_slice(&Scope::raw("_SB_".into(), devices));
     let mut s5 = Vec::new();

@@ -1,6 +1,6 @@
 //! FADT (ACPI 6.5 §5.2.9): hardware-reduced; power off and reset by two one-byte ports.
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::platform::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout::{PORT_RESET, PORT_SLEEP_CONTROL, PORT_SLEEP_STATUS, RESET_VALUE};
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -15,8 +15,8 @@ fn port(address: u16) -> GAS {
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(address))
 }
 
-/// The table, with the DSDT at gpa `dsdt`. Without `legacy_free` the guest may expect a keyboard controller, a CMOS clock
-/// and a VGA.
+/// The table, with the DSDT at gpa `dsdt`. If `legacy_free` is false, it says that there are a keyboard controller, a CMOS
+/// clock and a VGA.
 pub(super) fn fadt(dsdt: u64, legacy_free: bool) -> FADT {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .preferred_pm_profile(PmProfile::EnterpriseServer)

@@ -1,11 +1,11 @@
 //! MADT (ACPI 6.5 §5.2.12): the processors and the one I/O APIC.
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform};
+use super::platform::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, bytes_of};
 use crate::layout::{IOAPIC, LAPIC};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
 use acpi_tables::{Aml, AmlSink};
 
-/// Processor-local x2APIC structure (§5.2.12.12), for ids that one byte cannot hold.
+/// A processor-local x2APIC structure (§5.2.12.12), for ids that do not fit into one byte.
 struct LocalX2Apic {
     apic_id: u32,
     uid: u32,
@@ -20,11 +20,11 @@ impl Aml for LocalX2Apic {
     }
 }
 
-/// The table's bytes.
+/// The bytes of the MADT.
 pub(super) fn madt(platform: &Platform<'_>) -> Vec<u8> {
     let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, LocalInterruptController::Address(LAPIC));
-    if let Some((first, _)) = platform.pins {
-        madt.add_structure(IoApic::new(0, IOAPIC, first));
+    if let Some(pins) = platform.pins {
+        madt.add_structure(IoApic::new(0, IOAPIC, pins.first_gsi));
     }
     let mut wide = Vec::new();
     for (uid, &apic_id) in (0_u32..).zip(platform.apic_ids) {
@@ -35,7 +35,7 @@ pub(super) fn madt(platform: &Platform<'_>) -> Vec<u8> {
             _ => LocalX2Apic { apic_id, uid }.to_aml_bytes(&mut wide),
         }
     }
-    let mut bytes = super::bytes_of(&madt);
+    let mut bytes = bytes_of(&madt);
     if !wide.is_empty() {
         bytes.extend_from_slice(&wide);
         finish(&mut bytes);
@@ -43,7 +43,7 @@ pub(super) fn madt(platform: &Platform<'_>) -> Vec<u8> {
     bytes
 }
 
-/// Writes length and checksum again.
+/// Sets length and checksum in the table's header.
 fn finish(table: &mut [u8]) {
     let length = u32::try_from(table.len()).unwrap_or(u32::MAX);
     table[4..8].copy_from_slice(&length.to_le_bytes());

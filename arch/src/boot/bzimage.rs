@@ -1,32 +1,37 @@
-//! The bzImage: setup header, protected-mode code, and the compressed kernel in it (Linux
+//! The bzImage: setup header, protected-mode code, and the compressed kernel in it ("boot.rst" below is Linux'
 //! Documentation/arch/x86/boot.rst).
 
-use super::{ReadAt, u16_at, u32_at};
+use super::read::{FileRange, ReadAt, u16_at, u32_at};
+use crate::layout::GpaRange;
 use linux_loader::loader::bootparam::setup_header;
 use std::io;
 use thiserror::Error;
 use vm_memory::ByteValued;
 
-/// "HdrS" at 0x202.
+/// "HdrS", the field `header` at file offset 0x202.
 const HEADER_MAGIC: u32 = 0x5372_6448;
 const BOOT_FLAG: u16 = 0xaa55;
+/// The file offset of the setup header, in bytes.
 const HEADER_OFFSET: usize = 0x1f1;
+/// `setup_sects` counts in these, in bytes.
 const SECTOR: u64 = 512;
-/// Protocol 2.12 brought `xloadflags`.
+/// The protocol version that has `xloadflags`: 2.12.
 const VERSION_XLOADFLAGS: u16 = 0x020c;
-/// Protocol 2.08 brought the payload's place.
+/// The protocol version that has `payload_offset` and `payload_length`: 2.08.
 const VERSION_PAYLOAD: u16 = 0x0208;
+/// `xloadflags`: the kernel has the 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;
-/// The 64-bit entry is 0x200 behind the start of the protected-mode code.
+/// The offset of the 64-bit entry point from the start of the protected-mode code, in bytes (boot.rst, "64-bit boot
+/// protocol").
 pub const ENTRY_64_OFFSET: u64 = 0x200;
 
-/// Why a file is not a bzImage that can be used.
+/// Why a file is not a usable bzImage.
 #[derive(Debug, Error)]
 pub enum BzImageError {
-    /// No setup header.
+    /// The file has no setup header; the text says what is missing.
     #[error("not a bzImage: {0}")]
     NotBzImage(&'static str),
-    /// A header whose figures contradict the file.
+    /// The header contradicts the size of the file; the text has the figures.
     #[error("damaged bzImage: {0}")]
     Damaged(String),
     /// The file cannot be read.
@@ -34,29 +39,29 @@ pub enum BzImageError {
     Read(#[from] io::Error),
 }
 
-/// How a payload is compressed.
+/// The compression of a kernel or an initrd (Linux' usr/Kconfig and init/Kconfig list them).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
-    /// RFC 1952.
+    /// The gzip format (RFC 1952).
     Gzip,
-    /// .xz.
+    /// The .xz format of XZ Utils.
     Xz,
-    /// RFC 8878.
+    /// Zstandard (RFC 8878).
     Zstd,
-    /// The legacy LZ4 frame.
+    /// The legacy LZ4 frame (lz4_Frame_format.md, "Legacy frame").
     Lz4,
-    /// .lzma ("LZMA alone").
+    /// The .lzma format ("LZMA alone").
     Lzma,
-    /// bzip2.
+    /// The .bz2 format.
     Bzip2,
-    /// lzop's file format.
+    /// The file format of lzop.
     Lzo,
-    /// An ELF file as it is.
+    /// No compression: the payload is an ELF file.
     None,
 }
 
 impl Compression {
-    /// Recognises a payload by its first bytes.
+    /// Returns the compression whose magic number `start` begins with.
     #[must_use]
     pub fn detect(start: &[u8]) -> Option<Self> {
         let table: [(&[u8], Self); 8] = [
@@ -72,7 +77,7 @@ impl Compression {
         table.into_iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, kind)| kind)
     }
 
-    /// The name that people know it by.
+    /// The name for messages.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -88,30 +93,28 @@ impl Compression {
     }
 }
 
-/// What a bzImage says of itself.
+/// The parsed headers of a bzImage.
 #[derive(Clone, Debug)]
 pub struct BzImage {
-    /// The setup header as the file has it.
+    /// The setup header as it is in the file; fields that it is too short for are 0.
     pub header: setup_header,
-    /// File offset of the protected-mode code, in bytes.
-    pub code_offset: u64,
-    /// Its length in bytes.
-    pub code_bytes: u64,
-    /// The compressed kernel: file offset and length in bytes. `None` in kernels before protocol 2.08.
-    pub payload: Option<(u64, u64)>,
+    /// The protected-mode code: all of the file behind the setup sectors.
+    pub code: FileRange,
+    /// The compressed kernel. `None` where the protocol is older than 2.08.
+    pub payload: Option<FileRange>,
 }
 
 impl BzImage {
-    /// Whether `start` (the first KiB of a file) has the header's magic numbers.
+    /// Returns true if `start`, the first KiB of a file, has the magic numbers of a setup header.
     #[must_use]
     pub fn is_bzimage(start: &[u8]) -> bool {
         u16_at(start, 0x1fe) == Some(BOOT_FLAG) && u32_at(start, 0x202) == Some(HEADER_MAGIC)
     }
 
-    /// Reads the header and checks it against the file.
+    /// Reads the setup header and checks it against the size of the file.
     ///
     /// # Errors
-    /// Where the file is no bzImage, is damaged or cannot be read.
+    /// [`BzImageError`] where the file is no bzImage, is damaged or cannot be read.
     pub fn parse<R: ReadAt + ?Sized>(image: &R) -> Result<Self, BzImageError> {
         let file_bytes = image.len_bytes()?;
         let mut start = [0_u8; 0x290];
@@ -122,7 +125,7 @@ impl BzImage {
         if !Self::is_bzimage(&start) {
             return Err(BzImageError::NotBzImage("no \"HdrS\" header"));
         }
-        // The header ends where the jump at 0x200 goes; what lies beyond is not part of it.
+        // The header ends at the target of the jump at 0x200 (boot.rst); what lies beyond is not part of it.
         let end = (0x202 + usize::from(start[0x201])).clamp(HEADER_OFFSET, start.len());
         let mut header = setup_header::default();
         let bytes = header.as_mut_slice();
@@ -136,43 +139,44 @@ impl BzImage {
                 "its setup code alone takes {code_offset} bytes, the file has {file_bytes}: is it truncated?"
             )));
         };
-        let image = Self { header, code_offset, code_bytes, payload: None };
+        let code = FileRange { offset: code_offset, bytes: code_bytes };
+        let image = Self { header, code, payload: None };
         let payload = image.find_payload()?;
         Ok(Self { payload, ..image })
     }
 
-    fn find_payload(&self) -> Result<Option<(u64, u64)>, BzImageError> {
+    fn find_payload(&self) -> Result<Option<FileRange>, BzImageError> {
         let (version, offset, bytes) = (self.header.version, self.header.payload_offset, self.header.payload_length);
         if version < VERSION_PAYLOAD || bytes == 0 {
             return Ok(None);
         }
-        if u64::from(offset) + u64::from(bytes) > self.code_bytes {
+        if u64::from(offset) + u64::from(bytes) > self.code.bytes {
             return Err(BzImageError::Damaged(format!(
                 "the compressed kernel should take bytes {offset} to {} of the code, which has {} bytes: is the file \
                  truncated?",
                 u64::from(offset) + u64::from(bytes),
-                self.code_bytes
+                self.code.bytes
             )));
         }
-        Ok(Some((self.code_offset + u64::from(offset), u64::from(bytes))))
+        Ok(Some(FileRange { offset: self.code.offset + u64::from(offset), bytes: bytes.into() }))
     }
 
-    /// Whether the kernel has the 64-bit entry point.
+    /// Returns true if the kernel has the 64-bit entry point (`XLF_KERNEL_64`).
     #[must_use]
     pub fn has_64bit_entry(&self) -> bool {
         self.header.version >= VERSION_XLOADFLAGS && self.header.xloadflags & XLF_KERNEL_64 != 0
     }
 
-    /// The longest command line it takes, in bytes without the NUL.
+    /// The longest command line that the kernel takes (`cmdline_size`), in bytes without the NUL.
     #[must_use]
     pub fn cmdline_max_bytes(&self) -> usize {
         if self.header.cmdline_size == 0 { 255 } else { self.header.cmdline_size as usize }
     }
 
-    /// The bytes of memory that the kernel's decompressor works in, from its preferred address on.
+    /// The guest memory that the kernel's own decompressor needs: `init_size` bytes from `pref_address`.
     #[must_use]
-    pub fn guest_unpack_range(&self) -> (u64, u64) {
-        (self.header.pref_address, u64::from(self.header.init_size))
+    pub fn guest_unpack_range(&self) -> GpaRange {
+        GpaRange { start: self.header.pref_address, bytes: self.header.init_size.into() }
     }
 }
 
@@ -197,13 +201,13 @@ mod tests {
     #[test]
     fn the_payload_is_found() {
         let parsed = BzImage::parse(image().as_slice()).expect("a bzImage");
-        assert_eq!((parsed.code_offset, parsed.code_bytes), (1024, 3072));
-        assert_eq!(parsed.payload, Some((1024 + 0x100, 0x200)));
+        assert_eq!(parsed.code, FileRange { offset: 1024, bytes: 3072 });
+        assert_eq!(parsed.payload, Some(FileRange { offset: 1024 + 0x100, bytes: 0x200 }));
         assert!(parsed.has_64bit_entry());
     }
 
     #[test]
-    fn truncated_files_are_named_so() {
+    fn a_truncated_file_is_reported_as_truncated() {
         let file = image();
         for length in [0, 1, 0x201, 0x28f] {
             assert!(matches!(BzImage::parse(&file[..length]), Err(BzImageError::NotBzImage(_))), "{length}");
@@ -215,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn compressions_are_told_by_their_magic() {
+    fn compressions_are_detected_by_their_magic_number() {
         assert_eq!(Compression::detect(b"\xfd7zXZ\0\0\x01"), Some(Compression::Xz));
         assert_eq!(Compression::detect(b"\x7fELF"), Some(Compression::None));
         assert_eq!(Compression::detect(b""), None);
@@ -223,14 +227,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_header_makes_it_panic(header in proptest::collection::vec(any::<u8>(), 0x290 - 0x1f1)) {
+        fn a_random_header_gives_an_error_or_a_payload_inside_the_file(header in proptest::collection::vec(any::<u8>(), 0x290 - 0x1f1)) {
             let mut file = image();
             file[0x1f1..0x290].copy_from_slice(&header);
             file[0x1fe..0x200].copy_from_slice(&BOOT_FLAG.to_le_bytes());
             file[0x202..0x206].copy_from_slice(&HEADER_MAGIC.to_le_bytes());
             let payload = BzImage::parse(file.as_slice()).ok().and_then(|parsed| parsed.payload);
-            if let Some((offset, bytes)) = payload {
-                prop_assert!(offset + bytes <= file.len() as u64);
+            if let Some(payload) = payload {
+                prop_assert!(payload.offset + payload.bytes <= file.len() as u64);
             }
         }
     }

@@ -1,6 +1,7 @@
-//! ELF kernels, 32- and 64-bit: their segments and the PVH note (System V ABI ch. 4-5; Xen's public/elfnote.h).
+//! 32- and 64-bit ELF kernels: their segments and their PVH note (System V ABI, chapters 4 and 5; Xen's
+//! public/elfnote.h).
 
-use super::{ReadAt, u16_at, u32_at, u64_at};
+use super::read::{ReadAt, u16_at, u32_at, u64_at};
 use std::io;
 use thiserror::Error;
 
@@ -14,20 +15,20 @@ const ET_EXEC: u16 = 2;
 const ET_DYN: u16 = 3;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
-/// Far more than any kernel has.
+/// The largest accepted number of program headers: far more than any kernel has.
 const MAX_PROGRAM_HEADERS: u16 = 256;
-/// Notes larger than this are not a kernel's.
+/// The largest accepted note segment, in bytes: far more than any kernel has.
 const MAX_NOTE_BYTES: u64 = 1 << 20;
-/// XEN_ELFNOTE_PHYS32_ENTRY: the PVH entry point.
+/// The type of the note that holds the PVH entry point: XEN_ELFNOTE_PHYS32_ENTRY.
 const XEN_PHYS32_ENTRY: u32 = 18;
 
 /// Why an ELF file cannot be used.
 #[derive(Debug, Error)]
 pub enum ElfError {
-    /// It is for another machine, or no program.
+    /// The file is for another machine, or is no program; the text says which.
     #[error("not an x86 ELF kernel: {0}")]
     NotKernel(String),
-    /// Its headers contradict the file.
+    /// The headers contradict the size of the file; the text has the figures.
     #[error("damaged ELF file: {0}")]
     Damaged(String),
     /// The file cannot be read.
@@ -35,80 +36,91 @@ pub enum ElfError {
     Read(#[from] io::Error),
 }
 
-/// One PT_LOAD segment; all in bytes.
+/// The class of an ELF file (`EI_CLASS`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ElfClass {
+    /// A 32-bit file (`ELFCLASS32`).
+    Elf32,
+    /// A 64-bit file (`ELFCLASS64`).
+    Elf64,
+}
+
+/// One segment of type PT_LOAD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Where its bytes are in the file.
+    /// File offset of the segment's bytes (`p_offset`).
     pub offset: u64,
-    /// The gpa to load it at (`p_paddr`).
+    /// The gpa at which the segment is loaded (`p_paddr`).
     pub address: u64,
-    /// How many bytes the file has.
+    /// The number of bytes in the file (`p_filesz`).
     pub file_bytes: u64,
-    /// How many bytes it takes; what the file has not is zero.
+    /// The number of bytes in memory (`p_memsz`); those beyond `file_bytes` are zero.
     pub memory_bytes: u64,
 }
 
-/// What an ELF kernel says of itself.
+/// The parsed headers of an ELF kernel.
 #[derive(Clone, Debug)]
 pub struct ElfImage {
-    /// 64-bit (`ELFCLASS64`) or 32-bit.
-    pub is_64: bool,
-    /// `e_entry`.
+    /// The file's class: 32-bit or 64-bit.
+    pub class: ElfClass,
+    /// The gpa of the entry point (`e_entry`).
     pub entry: u64,
-    /// In file order, none empty.
+    /// The segments to load, in the order of the file, none of them empty.
     pub segments: Vec<Segment>,
-    /// The PVH entry point, where a note gives it.
+    /// The gpa of the PVH entry point, where a note gives it.
     pub pvh_entry: Option<u32>,
 }
 
-/// The fields of a program header that are used.
+/// The fields of a program header that are used here.
 struct ProgramHeader {
     kind: u32,
     segment: Segment,
 }
 
 impl ElfImage {
-    /// Whether `start` begins an ELF file.
+    /// Returns true if `start` begins with the ELF magic number.
     #[must_use]
     pub fn is_elf(start: &[u8]) -> bool {
         start.starts_with(MAGIC)
     }
 
-    /// The first gpa behind all segments, in bytes.
+    /// The first gpa behind all segments.
     #[must_use]
     pub fn end(&self) -> u64 {
         self.segments.iter().map(|s| s.address.saturating_add(s.memory_bytes)).max().unwrap_or(0)
     }
 
-    /// Whether a gpa lies in a segment.
+    /// Returns true if `gpa` lies in a segment.
     #[must_use]
     pub fn contains(&self, gpa: u64) -> bool {
         self.segments.iter().any(|s| gpa.checked_sub(s.address).is_some_and(|offset| offset < s.memory_bytes))
     }
 
-    /// Reads headers and notes, and checks them against the file.
+    /// Reads headers and notes, and checks them against the size of the file.
     ///
     /// # Errors
-    /// Where the file is not an x86 kernel, is damaged or cannot be read.
+    /// [`ElfError`] where the file is not an x86 kernel, is damaged or cannot be read.
     pub fn parse<R: ReadAt + ?Sized>(image: &R) -> Result<Self, ElfError> {
         let file_bytes = image.len_bytes()?;
         let mut header = [0_u8; 64];
         let available = usize::try_from(file_bytes.min(64)).unwrap_or(64);
         image.read_exact_at(&mut header[..available], 0)?;
-        let is_64 = check_ident(&header[..available])?;
+        let class = check_ident(&header[..available])?;
         let short = || ElfError::Damaged(format!("its header is cut off: the file has {file_bytes} bytes"));
         let header = &header[..available];
-        let (entry, table, entry_bytes, count) = if is_64 {
-            (u64_at(header, 24), u64_at(header, 32), u16_at(header, 54), u16_at(header, 56))
-        } else {
-            let wide = |offset| u32_at(header, offset).map(u64::from);
-            (wide(24), wide(28), u16_at(header, 42), u16_at(header, 44))
+        let (entry, offset, entry_bytes, count) = match class {
+            ElfClass::Elf64 => (u64_at(header, 24), u64_at(header, 32), u16_at(header, 54), u16_at(header, 56)),
+            ElfClass::Elf32 => {
+                let wide = |offset| u32_at(header, offset).map(u64::from);
+                (wide(24), wide(28), u16_at(header, 42), u16_at(header, 44))
+            }
         };
-        let (Some(entry), Some(table), Some(entry_bytes), Some(count)) = (entry, table, entry_bytes, count) else {
+        let (Some(entry), Some(offset), Some(entry_bytes), Some(count)) = (entry, offset, entry_bytes, count) else {
             return Err(short());
         };
-        let headers = program_headers(image, is_64, (table, entry_bytes, count), file_bytes)?;
-        let mut parsed = Self { is_64, entry, segments: Vec::new(), pvh_entry: None };
+        let table = HeaderTable { class, offset, entry_bytes, count };
+        let headers = program_headers(image, &table, file_bytes)?;
+        let mut parsed = Self { class, entry, segments: Vec::new(), pvh_entry: None };
         for header in headers {
             match header.kind {
                 PT_LOAD if header.segment.memory_bytes > 0 => parsed.segments.push(header.segment),
@@ -125,8 +137,8 @@ impl ElfImage {
     }
 }
 
-/// Checks the first bytes; says whether the file is 64-bit.
-fn check_ident(header: &[u8]) -> Result<bool, ElfError> {
+/// Checks `e_ident`, `e_type` and `e_machine`. Returns the file's class.
+fn check_ident(header: &[u8]) -> Result<ElfClass, ElfError> {
     if !ElfImage::is_elf(header) {
         return Err(ElfError::NotKernel("no ELF magic number".into()));
     }
@@ -142,38 +154,53 @@ fn check_ident(header: &[u8]) -> Result<bool, ElfError> {
         return Err(ElfError::NotKernel(format!("its type is {kind}: an object file or a core, not a program")));
     }
     match (class, machine) {
-        (CLASS_64, EM_X86_64) => Ok(true),
-        (CLASS_32, EM_386) => Ok(false),
+        (CLASS_64, EM_X86_64) => Ok(ElfClass::Elf64),
+        (CLASS_32, EM_386) => Ok(ElfClass::Elf32),
         _ => Err(ElfError::NotKernel(format!("it is for machine {machine} (class {class}), not for x86"))),
     }
 }
 
+/// Where the program headers are: `e_phoff`, `e_phentsize`, `e_phnum`.
+struct HeaderTable {
+    class: ElfClass,
+    offset: u64,
+    entry_bytes: u16,
+    count: u16,
+}
+
 fn program_headers<R: ReadAt + ?Sized>(
     image: &R,
-    is_64: bool,
-    (table, entry_bytes, count): (u64, u16, u16),
+    table: &HeaderTable,
     file_bytes: u64,
 ) -> Result<Vec<ProgramHeader>, ElfError> {
-    let least = if is_64 { 56 } else { 32 };
+    let &HeaderTable { class, offset, entry_bytes, count } = table;
+    let least = match class {
+        ElfClass::Elf64 => 56,
+        ElfClass::Elf32 => 32,
+    };
     if count == 0 || count > MAX_PROGRAM_HEADERS || entry_bytes < least || entry_bytes > 256 {
         return Err(ElfError::Damaged(format!("{count} program headers of {entry_bytes} bytes each")));
     }
     let bytes = usize::from(count) * usize::from(entry_bytes);
-    let fits = table.checked_add(bytes as u64).is_some_and(|end| end <= file_bytes);
+    let fits = offset.checked_add(bytes as u64).is_some_and(|end| end <= file_bytes);
     if !fits {
         return Err(ElfError::Damaged(format!(
-            "its program headers ({bytes} bytes at {table:#x}) lie beyond the end of the file ({file_bytes} bytes): is it \
+            "its program headers ({bytes} bytes at {offset:#x}) lie beyond the end of the file ({file_bytes} bytes): is it \
              truncated?"
         )));
     }
     let mut data = vec![0_u8; bytes];
-    image.read_exact_at(&mut data, table)?;
-    data.chunks_exact(usize::from(entry_bytes)).map(|entry| program_header(entry, is_64, file_bytes)).collect()
+    image.read_exact_at(&mut data, offset)?;
+    data.chunks_exact(usize::from(entry_bytes)).map(|entry| program_header(entry, class, file_bytes)).collect()
 }
 
-fn program_header(entry: &[u8], is_64: bool, file_bytes: u64) -> Result<ProgramHeader, ElfError> {
-    let field = |wide: usize, narrow: usize| {
-        if is_64 { u64_at(entry, wide) } else { u32_at(entry, narrow).map(u64::from) }.unwrap_or(0)
+fn program_header(entry: &[u8], class: ElfClass, file_bytes: u64) -> Result<ProgramHeader, ElfError> {
+    let field = |offset_64: usize, offset_32: usize| {
+        match class {
+            ElfClass::Elf64 => u64_at(entry, offset_64),
+            ElfClass::Elf32 => u32_at(entry, offset_32).map(u64::from),
+        }
+        .unwrap_or(0)
     };
     let kind = u32_at(entry, 0).unwrap_or(0);
     let segment =
@@ -198,8 +225,8 @@ fn program_header(entry: &[u8], is_64: bool, file_bytes: u64) -> Result<ProgramH
     Ok(ProgramHeader { kind, segment })
 }
 
-/// Looks for Xen's PHYS32_ENTRY among the notes: each is name size, description size, type, name, description, the
-/// last two padded to 4 bytes.
+/// Returns the PVH entry point from the notes. A note is: name size, description size, type, name, description, the last
+/// two padded to 4 bytes (System V ABI, chapter 5, "Note Section").
 fn find_pvh_entry<R: ReadAt + ?Sized>(image: &R, notes: &Segment) -> Result<Option<u32>, ElfError> {
     if notes.file_bytes > MAX_NOTE_BYTES {
         return Err(ElfError::Damaged(format!("a note segment of {} bytes", notes.file_bytes)));

@@ -1,65 +1,10 @@
-//! Boot protocols: what a kernel file says of itself, and what the guest is handed.
+//! The formats of kernel files, and the structures that each boot protocol hands to the guest.
 
 pub mod bzimage;
 pub mod elf;
 pub mod multiboot;
 pub mod pvh;
+mod read;
 pub mod zero_page;
 
-use std::io;
-
-/// A file or a buffer that can be read at any offset.
-pub trait ReadAt {
-    /// Fills `buf` from `offset` on.
-    ///
-    /// # Errors
-    /// `UnexpectedEof` where the file ends before `buf` is full; any read error.
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
-    /// Length in bytes.
-    ///
-    /// # Errors
-    /// Where the length cannot be found.
-    fn len_bytes(&self) -> io::Result<u64>;
-}
-
-impl ReadAt for [u8] {
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let bytes = usize::try_from(offset)
-            .ok()
-            .and_then(|start| self.get(start..start.checked_add(buf.len())?))
-            .ok_or(io::ErrorKind::UnexpectedEof)?;
-        buf.copy_from_slice(bytes);
-        Ok(())
-    }
-
-    fn len_bytes(&self) -> io::Result<u64> {
-        Ok(self.len() as u64)
-    }
-}
-
-impl ReadAt for std::fs::File {
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        std::os::unix::fs::FileExt::read_exact_at(self, buf, offset)
-    }
-
-    fn len_bytes(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
-    }
-}
-
-/// The little-endian number of `N` bytes at `offset`, or `None` beyond the end.
-pub(crate) fn bytes_at<const N: usize>(data: &[u8], offset: usize) -> Option<[u8; N]> {
-    data.get(offset..offset.checked_add(N)?)?.try_into().ok()
-}
-
-pub(crate) fn u16_at(data: &[u8], offset: usize) -> Option<u16> {
-    bytes_at(data, offset).map(u16::from_le_bytes)
-}
-
-pub(crate) fn u32_at(data: &[u8], offset: usize) -> Option<u32> {
-    bytes_at(data, offset).map(u32::from_le_bytes)
-}
-
-pub(crate) fn u64_at(data: &[u8], offset: usize) -> Option<u64> {
-    bytes_at(data, offset).map(u64::from_le_bytes)
-}
+pub use read::{FileRange, ReadAt};

@@ -1,18 +1,18 @@
-//! Multiboot 1 (Multiboot specification 0.6.96): the header in a kernel, and the information structure it is handed.
+//! Multiboot 1 (Multiboot specification 0.6.96): the header in a kernel, and the information structure for it.
 
-use super::{ReadAt, u32_at};
+use super::read::{ReadAt, u32_at};
 use crate::layout::{EBDA_START, MULTIBOOT_INFO, MemoryRange, RangeKind, ram_banks};
 use std::io;
 use thiserror::Error;
 
 const HEADER_MAGIC: u32 = 0x1bad_b002;
-/// The header lies in the first 8 KiB, at a multiple of 4.
+/// The header lies in the first 8 KiB of the file, at a multiple of 4 (§3.1).
 const SEARCH_BYTES: usize = 8192;
 const FLAG_PAGE_ALIGN: u32 = 1;
 const FLAG_MEMORY_INFO: u32 = 1 << 1;
-/// The header has load addresses of its own ("a.out kludge").
+/// The header has load addresses of its own (§3.1.3, the "a.out kludge").
 const FLAG_ADDRESSES: u32 = 1 << 16;
-/// Requirement bits that hwvmm does not know must make it refuse (§3.1.2); bit 2 (video) cannot be met.
+/// The requirement bits that hwvmm can meet. A loader must refuse a kernel with any other (§3.1.2); bit 2 asks for video.
 const KNOWN_REQUIREMENTS: u32 = FLAG_PAGE_ALIGN | FLAG_MEMORY_INFO;
 
 const INFO_MEMORY: u32 = 1;
@@ -25,20 +25,20 @@ const INFO_BYTES: usize = 116;
 /// Why a multiboot kernel cannot be used.
 #[derive(Debug, Error)]
 pub enum MultibootError {
-    /// It asks for what hwvmm does not have.
+    /// The kernel requires features that hwvmm does not have: the unknown bits of `flags`.
     #[error("this multiboot kernel requires features {0:#x} that hwvmm does not offer (video modes, for one)")]
     Requirement(u32),
-    /// Load addresses in the header instead of ELF's.
+    /// The kernel gives load addresses in the header instead of ELF segments.
     #[error("this multiboot kernel has load addresses in its header (a.out); only ELF kernels are supported")]
     NotElf,
-    /// The information does not fit below the firmware area.
+    /// The information structure with its strings does not fit below the EBDA.
     #[error("the command line and the {modules} module names take {bytes} bytes, and there is room for {room}")]
     TooLarge {
-        /// Number of modules.
+        /// The number of modules.
         modules: usize,
-        /// Bytes needed.
+        /// The size of the structure in bytes.
         bytes: usize,
-        /// Bytes there are.
+        /// The bytes of guest memory for it.
         room: usize,
     },
     /// The file cannot be read.
@@ -46,11 +46,11 @@ pub enum MultibootError {
     Read(#[from] io::Error),
 }
 
-/// Looks for the header; whether there is one.
+/// Returns true if the kernel has a Multiboot header.
 ///
 /// # Errors
-/// Where the kernel asks for what hwvmm does not have, or cannot be read.
-pub fn find_header<R: ReadAt + ?Sized>(image: &R) -> Result<bool, MultibootError> {
+/// [`MultibootError`] where the header asks for what hwvmm does not have, or the file cannot be read.
+pub fn has_header<R: ReadAt + ?Sized>(image: &R) -> Result<bool, MultibootError> {
     let bytes = usize::try_from(image.len_bytes()?).unwrap_or(usize::MAX).min(SEARCH_BYTES);
     let mut start = vec![0_u8; bytes];
     image.read_exact_at(&mut start, 0)?;
@@ -75,21 +75,22 @@ pub fn find_header<R: ReadAt + ?Sized>(image: &R) -> Result<bool, MultibootError
     Ok(false)
 }
 
-/// A module in guest memory.
+/// A boot module in guest memory (§3.3, `mods_addr`).
 #[derive(Clone, Debug)]
 pub struct Module {
-    /// gpa of its first byte.
+    /// The gpa of the first byte.
     pub start: u64,
-    /// gpa behind its last byte.
+    /// The gpa behind the last byte.
     pub end: u64,
-    /// Its name and arguments.
+    /// The module's command line: its path and arguments.
     pub name: String,
 }
 
-/// Bytes for guest memory from [`MULTIBOOT_INFO`] on: the structure, modules, memory map, strings.
+/// Returns the bytes for guest memory from [`MULTIBOOT_INFO`] on: the information structure (§3.3), then the strings, the
+/// module list and the memory map that it points to.
 ///
 /// # Errors
-/// [`MultibootError::TooLarge`].
+/// [`MultibootError::TooLarge`] where they do not fit below the EBDA.
 pub fn info(
     memory_bytes: u64,
     memory_map: &[MemoryRange],
@@ -97,7 +98,7 @@ pub fn info(
     modules: &[Module],
 ) -> Result<Vec<u8>, MultibootError> {
     let mut area = Area { bytes: vec![0_u8; INFO_BYTES.next_multiple_of(16)] };
-    let low = ram_banks(memory_bytes).first().map_or(0, |(_, size)| *size);
+    let low = ram_banks(memory_bytes).first().map_or(0, |bank| bank.bytes);
     area.put(0, INFO_MEMORY | INFO_CMDLINE | INFO_MODULES | INFO_MEMORY_MAP | INFO_LOADER_NAME);
     area.put(4, kib(EBDA_START));
     area.put(8, kib(low.saturating_sub(1 << 20)));
@@ -120,8 +121,8 @@ pub fn info(
     for range in memory_map {
         let kind: u32 = if range.kind == RangeKind::Ram { 1 } else { 2 };
         area.bytes.extend_from_slice(&20_u32.to_le_bytes());
-        area.bytes.extend_from_slice(&range.start.to_le_bytes());
-        area.bytes.extend_from_slice(&range.size.to_le_bytes());
+        area.bytes.extend_from_slice(&range.range.start.to_le_bytes());
+        area.bytes.extend_from_slice(&range.range.bytes.to_le_bytes());
         area.bytes.extend_from_slice(&kind.to_le_bytes());
     }
     area.put(44, area.here() - map);
@@ -143,12 +144,13 @@ fn word(gpa: u64) -> u32 {
     u32::try_from(gpa).unwrap_or(u32::MAX)
 }
 
+/// The bytes of the structure so far.
 struct Area {
     bytes: Vec<u8>,
 }
 
 impl Area {
-    /// The gpa of what is appended next.
+    /// The gpa of the next byte to be appended.
     fn here(&self) -> u32 {
         word(MULTIBOOT_INFO + self.bytes.len() as u64)
     }
@@ -157,7 +159,7 @@ impl Area {
         self.bytes[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
     }
 
-    /// Appends a NUL-terminated string, padded to 4 bytes; its gpa.
+    /// Appends a NUL-terminated string, padded to 4 bytes. Returns its gpa.
     fn string(&mut self, text: &str) -> u32 {
         let at = self.here();
         self.bytes.extend_from_slice(text.as_bytes());
@@ -183,13 +185,13 @@ mod tests {
 
     #[test]
     fn the_header_is_found_only_with_its_checksum() {
-        assert!(find_header(header(0).as_slice()).expect("readable"));
+        assert!(has_header(header(0).as_slice()).expect("readable"));
         let mut damaged = header(0);
         damaged[0xb8] ^= 1;
-        assert!(!find_header(damaged.as_slice()).expect("readable"));
-        assert!(!find_header([0_u8; 3].as_slice()).expect("readable"));
-        assert!(matches!(find_header(header(4).as_slice()), Err(MultibootError::Requirement(4))));
-        assert!(matches!(find_header(header(1 << 16).as_slice()), Err(MultibootError::NotElf)));
+        assert!(!has_header(damaged.as_slice()).expect("readable"));
+        assert!(!has_header([0_u8; 3].as_slice()).expect("readable"));
+        assert!(matches!(has_header(header(4).as_slice()), Err(MultibootError::Requirement(4))));
+        assert!(matches!(has_header(header(1 << 16).as_slice()), Err(MultibootError::NotElf)));
     }
 
     #[test]

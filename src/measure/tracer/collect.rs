@@ -4,6 +4,7 @@ use super::format::{Field, Format};
 use crate::measure::tally::Tally;
 use crate::measure::timeline::Timeline;
 use hwvmm_arch::exit_code::{Class, Isa};
+use hwvmm_arch::layout::GpaRange;
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
@@ -190,7 +191,7 @@ impl Events {
 /// Puts the records of one vCPU together.
 pub(super) struct Collector {
     /// The guest's memory: (gpa, bytes).
-    ram: Vec<(u64, u64)>,
+    ram: Vec<GpaRange>,
     /// perf's clock when the run started.
     start_ns: u64,
     pending: Option<(u64, VmCause)>,
@@ -202,7 +203,7 @@ pub(super) struct Collector {
 }
 
 impl Collector {
-    pub(super) fn new(ram: Vec<(u64, u64)>, start_ns: u64) -> Self {
+    pub(super) fn new(ram: Vec<GpaRange>, start_ns: u64) -> Self {
         Self { ram, start_ns, pending: None, early_msr: None, begun: false, profile: VmProfile::default() }
     }
 
@@ -305,12 +306,8 @@ impl Collector {
     }
 }
 
-fn fault(ram: &[(u64, u64)], gpa: u64, write: bool) -> VmDetail {
-    if ram.iter().any(|(start, bytes)| gpa.checked_sub(*start).is_some_and(|offset| offset < *bytes)) {
-        VmDetail::Memory { write }
-    } else {
-        VmDetail::Device { gpa, write }
-    }
+fn fault(ram: &[GpaRange], gpa: u64, write: bool) -> VmDetail {
+    if ram.iter().any(|bank| bank.contains(gpa)) { VmDetail::Memory { write } } else { VmDetail::Device { gpa, write } }
 }
 
 fn is_write(detail: VmDetail) -> bool {

@@ -2,6 +2,7 @@
 
 use super::collect::{Collector, Events, VmProfile};
 use super::output::redirect;
+use hwvmm_arch::layout::GpaRange;
 use perf_event::events::Tracepoint;
 use perf_event::{Builder, Clock, Counter, SampleFlag, Sampler};
 use std::collections::BTreeMap;
@@ -110,7 +111,7 @@ pub struct Traced {
 
 struct Shared {
     events: Events,
-    ram: Vec<(u64, u64)>,
+    ram: Vec<GpaRange>,
     vcpus: usize,
     start_ns: u64,
     sources: Mutex<Vec<Source>>,
@@ -140,7 +141,7 @@ impl Tracer {
     ///
     /// # Errors
     /// [`Unavailable`], with the remedy.
-    pub fn new(ram: Vec<(u64, u64)>, vcpus: usize, start_ns: u64) -> Result<Self, Unavailable> {
+    pub fn new(ram: Vec<GpaRange>, vcpus: usize, start_ns: u64) -> Result<Self, Unavailable> {
         let path = tracefs();
         let events =
             Events::read(&path).map_err(|source| Unavailable::Tracefs { path: path.join("events/kvm"), source })?;

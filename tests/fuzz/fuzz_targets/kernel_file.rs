@@ -4,19 +4,20 @@
 use hwvmm::boot::{Request, load};
 use hwvmm::config::{BootProtocol, Unpack};
 use hwvmm::memory::{Backing, GuestRam};
-use hwvmm_arch::acpi::Platform;
+use hwvmm_arch::acpi::{IoApicPins, Platform};
+use hwvmm_arch::layout::{GpaRange, UARTS};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     let file = tempfile::NamedTempFile::new().expect("a temporary file");
     std::fs::write(file.path(), data).expect("written");
-    let ram = GuestRam::new(&[(0, 16 << 20)], Backing::Anonymous(false)).expect("16 MiB");
+    let ram = GuestRam::new(&[GpaRange { start: 0, bytes: 16 << 20 }], Backing::SmallPages).expect("16 MiB");
     for unpack in [Unpack::Host, Unpack::Guest] {
         let platform = Platform {
             apic_ids: &[0],
-            uarts: &[(0x3f8, 4)],
+            uarts: &UARTS[..1],
             legacy_free: true,
-            pins: Some((0, 24)),
+            pins: Some(IoApicPins { first_gsi: 0, count: 24 }),
             pci: Some(1),
             virtio_mmio: &[],
         };

@@ -39,7 +39,7 @@ fn kernel() -> Vec<u8> {
 #[test]
 fn segments_and_the_pvh_note_are_found() {
     let image = ElfImage::parse(kernel().as_slice()).expect("a kernel");
-    assert!(image.is_64);
+    assert_eq!(image.class, ElfClass::Elf64);
     assert_eq!(image.entry, 0x100_0000);
     let segment = Segment { offset: 176, address: 0x100_0000, file_bytes: 16, memory_bytes: 4096 };
     assert_eq!(image.segments, [segment]);

@@ -52,7 +52,7 @@ fn entry() -> Vec<u8> {
 fn collect(records: &[(u64, Vec<u8>)]) -> VmProfile {
     let root = tracefs();
     let events = Events::read(root.path()).expect("formats");
-    let mut collector = Collector::new(vec![(0, 0x1000_0000)], 1000);
+    let mut collector = Collector::new(vec![GpaRange { start: 0, bytes: 0x1000_0000 }], 1000);
     records.iter().for_each(|(time, raw)| collector.record(&events, *time, raw));
     collector.finish()
 }

@@ -1,0 +1,33 @@
+//! Reading the files that a guest is made of.
+
+use super::error::{FileRole, KernelError};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Opens the regular file at `path`.
+///
+/// # Errors
+/// [`KernelError::Read`], and [`KernelError::NotFile`] for a directory, a device or a FIFO.
+pub(crate) fn open(role: FileRole, path: &Path) -> Result<File, KernelError> {
+    let read = |source| KernelError::Read { role, path: path.to_owned(), source };
+    // The type is checked before the file is opened: opening a FIFO waits for its writer.
+    if !std::fs::metadata(path).map_err(read)?.is_file() {
+        return Err(KernelError::NotFile { role, path: path.to_owned() });
+    }
+    File::open(path).map_err(read)
+}
+
+/// Reads the start of `file` into `buffer`. Returns the number of bytes, which is less than the buffer's size only where
+/// the file is shorter.
+pub(super) fn read_start(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], filled as u64)? {
+            0 => break,
+            count => filled += count,
+        }
+    }
+    Ok(filled)
+}
