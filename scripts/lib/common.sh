@@ -121,6 +121,22 @@ guest_initramfs() {
     rm -rf "$work" "$work.cpio"
 }
 
+# guest_vmlinux: makes $HWVMM_LAB/kernel/vmlinux, the kernel of guest_kernel unpacked. Needs $HWVMM_BIN.
+guest_vmlinux() {
+    local out=$HWVMM_LAB/kernel/vmlinux
+    [ -s "$out" ] && return 0
+    "$HWVMM_BIN" unpack "$HWVMM_LAB/kernel/vmlinuz" -o "$out.$$" >&2
+    mv "$out.$$" "$out"
+}
+
+# guest_folder: makes $HWVMM_LAB/guest, with the names that README.md uses: vmlinuz, vmlinux, initramfs.cpio.gz.
+guest_folder() {
+    guest_kernel
+    guest_vmlinux
+    guest_initramfs
+    ln -sf ../kernel/vmlinuz ../kernel/vmlinux "$HWVMM_LAB/guest/"
+}
+
 # build_hwvmm: builds the release binary where it is not given by HWVMM_BIN.
 build_hwvmm() {
     (cd "$HWVMM_ROOT" && cargo build --release --quiet)
