@@ -1,5 +1,7 @@
 //! The control socket as users meet it: `hwvmm run --api`, `hwvmm ctl`, `hwvmm top`. The guest is a tiny multiboot program.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail where it stands")]
+
 mod guests;
 mod harness;
 
