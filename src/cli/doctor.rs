@@ -4,7 +4,7 @@ use crate::error::chain;
 use crate::kvm::caps::{Capability, KernelVersion, Need, USED};
 use crate::kvm::system::DEFAULT_PATH;
 use crate::kvm::{OpenError, System};
-use crate::probe::{Host, Mmu, STEPS, run_trial};
+use crate::probe::{Host, HugePages, Mmu, STEPS, run_trial};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
@@ -78,7 +78,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
             Err(error) => return super::fail(&error),
         }
     } else {
-        render(&report, io::stdout().is_terminal())
+        render(&report, if io::stdout().is_terminal() { Colours::Ansi } else { Colours::None })
     };
     let printed = super::print_all(text.as_bytes());
     if report.can_run_linux { printed } else { ExitCode::from(crate::exit::end::status::ERROR) }
@@ -215,14 +215,24 @@ fn page_checks(host: &Host) -> Vec<Check> {
         ),
         None => Check::note("transparent huge pages", "this kernel has none", None),
     };
-    let pages = host.huge_pages().into_iter().map(|(kib, free, all)| {
-        let size = if kib >= 1 << 20 { format!("{} GiB", kib >> 20) } else { format!("{} MiB", kib >> 10) };
-        Check::ok(format!("huge pages of {size}"), format!("{free} free of {all} (for -m SIZE,hugepages=)"))
+    let pages = host.huge_pages().into_iter().map(|HugePages { size_kib, free, total }| {
+        let size =
+            if size_kib >= 1 << 20 { format!("{} GiB", size_kib >> 20) } else { format!("{} MiB", size_kib >> 10) };
+        Check::ok(format!("huge pages of {size}"), format!("{free} free of {total} (for -m SIZE,hugepages=)"))
     });
     std::iter::once(transparent).chain(pages).collect()
 }
 
-fn render(report: &Report, colour: bool) -> String {
+/// How verdicts are coloured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Colours {
+    /// With the escape sequences of terminals (ECMA-48).
+    Ansi,
+    /// Not at all.
+    None,
+}
+
+fn render(report: &Report, colours: Colours) -> String {
     let mut text = String::new();
     for check in &report.checks {
         let (word, code) = match check.verdict {
@@ -230,7 +240,10 @@ fn render(report: &Report, colour: bool) -> String {
             Verdict::Note => ("note ", "33"),
             Verdict::Fault => ("FAULT", "31"),
         };
-        let word = if colour { format!("\x1b[{code}m{word}\x1b[0m") } else { word.to_owned() };
+        let word = match colours {
+            Colours::Ansi => format!("\x1b[{code}m{word}\x1b[0m"),
+            Colours::None => word.to_owned(),
+        };
         // Writing to a String cannot fail.
         let _ = writeln!(text, "{word} {:<24} {}", check.name, check.found);
         if let Some(remedy) = &check.remedy {
@@ -255,7 +268,7 @@ mod tests {
         assert!(!report.can_run_linux);
         let faults: Vec<_> = report.checks.iter().filter(|check| check.verdict == Verdict::Fault).collect();
         assert!(faults.len() >= 2 && faults.iter().all(|check| check.remedy.is_some()), "{faults:?}");
-        let text = render(&report, false);
+        let text = render(&report, Colours::None);
         assert!(text.contains("FAULT") && text.contains("fix:") && !text.contains('\x1b'));
         assert!(serde_json::to_string(&report).expect("JSON").contains("\"can_run_linux\":false"));
     }

@@ -1,14 +1,14 @@
 //! `hwvmm mmu`: nested or shadow paging on this host.
 
 use crate::config::MmuChoice;
-use crate::probe::{Host, Mmu, MmuState, command_for};
-use clap::ValueEnum;
+use crate::probe::{Host, Mmu, MmuChange, MmuState, command_for};
 use serde_json::json;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
+use thiserror::Error;
 
-/// Options.
+/// Options of `hwvmm mmu`.
 #[derive(clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -21,23 +21,32 @@ pub(super) struct Args {
 
 #[derive(clap::Subcommand)]
 enum What {
-    /// Load KVM's module again, with the other MMU (as root, and only while nobody uses it)
+    /// Load KVM's module again, with the other MMU (as root, and only while no virtual machine runs)
     Set {
         /// Nested paging (npt, or ept) or shadow paging
-        #[arg(value_name = "npt|shadow", value_parser = parse)]
-        mmu: MmuChoice,
+        #[arg(value_name = "npt|shadow")]
+        mmu: Paging,
     },
 }
 
-fn parse(text: &str) -> Result<MmuChoice, String> {
-    match MmuChoice::from_str(text, false) {
-        Ok(MmuChoice::Auto) | Err(_) => Err(format!("'{text}' is not npt, ept or shadow")),
-        Ok(choice) => Ok(choice),
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Paging {
+    #[value(alias = "ept")]
+    Npt,
+    Shadow,
+}
+
+impl From<Paging> for Mmu {
+    fn from(paging: Paging) -> Self {
+        match paging {
+            Paging::Npt => Self::Nested,
+            Paging::Shadow => Self::Shadow,
+        }
     }
 }
 
-/// What a choice means on any host; `None`: whatever is there.
-pub(super) fn wanted(choice: MmuChoice) -> Option<Mmu> {
+/// Returns the MMU that a choice asks for; `None` where any will do.
+fn wanted(choice: MmuChoice) -> Option<Mmu> {
     match choice {
         MmuChoice::Auto => None,
         MmuChoice::Nested => Some(Mmu::Nested),
@@ -45,36 +54,66 @@ pub(super) fn wanted(choice: MmuChoice) -> Option<Mmu> {
     }
 }
 
-/// An error where this host's KVM does not do what `choice` asks for, with the command that changes it.
-pub(super) fn check(choice: MmuChoice, host: &Host) -> Result<(), String> {
+/// KVM does not use the MMU that `--mmu` asks for.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub(super) enum MmuMismatch {
+    /// The module can be loaded with the other one.
+    #[error(
+        "this host's {module} uses {}, and --mmu {option} asks for {}: `hwvmm mmu set {option}` as root changes that for all \
+         machines of this host (it does {command})", .has.name(), .wanted.name()
+    )]
+    Changeable {
+        /// Name of the module.
+        module: &'static str,
+        /// The MMU that it uses.
+        has: Mmu,
+        /// The MMU that is asked for.
+        wanted: Mmu,
+        /// The argument of `--mmu` and of `hwvmm mmu set`.
+        option: &'static str,
+        /// The shell command that loads the module with the other MMU.
+        command: String,
+    },
+    /// The module has one MMU only, or is not known.
+    #[error(
+        "this host's KVM{} uses {}, and cannot do {}, which --mmu {option} asks for",
+        .module.map(|name| format!(" ({name})")).unwrap_or_default(), .has.name(), .wanted.name()
+    )]
+    Fixed {
+        /// Name of the module, where it is known.
+        module: Option<&'static str>,
+        /// The MMU that it uses.
+        has: Mmu,
+        /// The MMU that is asked for.
+        wanted: Mmu,
+        /// The argument of `--mmu`.
+        option: &'static str,
+    },
+}
+
+/// Checks that KVM uses the MMU that `choice` asks for.
+///
+/// # Errors
+/// [`MmuMismatch`], with the command that changes it.
+pub(super) fn check(choice: MmuChoice, host: &Host) -> Result<(), MmuMismatch> {
     let (has, module) = (host.mmu(), host.vendor_module());
     let Some(wanted) = wanted(choice).filter(|wanted| *wanted != has) else {
         log::info!("MMU: {}{}", has.name(), module.map(|name| format!(" ({name})")).unwrap_or_default());
         return Ok(());
     };
-    let name = if wanted == Mmu::Nested { "npt" } else { "shadow" };
+    let option = if wanted == Mmu::Nested { "npt" } else { "shadow" };
     Err(match module.and_then(|module| Some((module, command_for(module, wanted)?))) {
-        Some((module, command)) => format!(
-            "this host's {module} uses {}, and --mmu {name} wants {}: `hwvmm mmu set {name}` as root changes that for all \
-             machines of this host (it does {command})",
-            has.name(),
-            wanted.name()
-        ),
-        None => format!(
-            "this host's KVM{} uses {}, and cannot do {}, which --mmu {name} wants",
-            module.map(|name| format!(" ({name})")).unwrap_or_default(),
-            has.name(),
-            wanted.name()
-        ),
+        Some((module, command)) => MmuMismatch::Changeable { module, has, wanted, option, command },
+        None => MmuMismatch::Fixed { module, has, wanted, option },
     })
 }
 
 pub(super) fn run(args: &Args) -> ExitCode {
     let host = Host::at(Path::new("/"));
     if let Some(What::Set { mmu }) = &args.what {
-        match host.set_mmu(wanted(*mmu).unwrap_or(Mmu::Nested)) {
-            Ok(true) => super::say(&format!("{} was loaded again", host.vendor_module().unwrap_or("the module"))),
-            Ok(false) => super::say("it is so already"),
+        match host.set_mmu((*mmu).into()) {
+            Ok(MmuChange::Loaded) => super::say(&format!("{} was loaded again", host.vendor_module().unwrap_or("the module"))),
+            Ok(MmuChange::None) => super::say("KVM uses that MMU already: nothing was changed"),
             Err(error) => return super::fail(&error),
         }
     }
@@ -123,7 +162,7 @@ mod tests {
         let host = Host::at(root.path());
         assert_eq!(check(MmuChoice::Auto, &host), Ok(()));
         assert_eq!(check(MmuChoice::Nested, &host), Ok(()));
-        let words = check(MmuChoice::Shadow, &host).expect_err("the other one");
+        let words = check(MmuChoice::Shadow, &host).expect_err("the other one").to_string();
         assert!(words.contains("hwvmm mmu set shadow") && words.contains("modprobe kvm_amd npt=0"), "{words}");
         let nothing = Host::at(Path::new("/nonexistent"));
         assert!(check(MmuChoice::Nested, &nothing).is_err());

@@ -3,7 +3,7 @@
 use super::report;
 use crate::boot;
 use crate::config::{Budget, OnReboot, RunConfig, RunOptions, StatsFormat, read_file};
-use crate::console::{RawTerminal, Seen};
+use crate::console::{Announcements, RawTerminal};
 use crate::exit::EndReason;
 use crate::exit::end::status;
 use crate::kvm::System;
@@ -66,7 +66,7 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
             super::say(what);
         }
     };
-    let mut setup = Setup { config: &config, expect, seen: Seen::default(), terminal, progress: &progress };
+    let mut setup = Setup { config: &config, expect, announcements: Announcements::default(), terminal, progress: &progress };
     let (finish, stats) = start_until_done(&mut setup, &system)?;
     let end = if expects { finish.ended.end.clone().without_the_expected() } else { finish.ended.end.clone() };
     super::say(&describe(&finish, &end));
@@ -120,14 +120,14 @@ fn start_until_done(setup: &mut Setup<'_>, system: &System) -> Result<(RunRecord
     let deadline = setup.config.timeout.map(|timeout| std::time::Instant::now() + timeout);
     let mut config = setup.config.clone();
     loop {
-        setup.seen = Seen::default();
+        setup.announcements = Announcements::default();
         // What is left of the time, over all starts.
         config.timeout = deadline.map(|at| at.saturating_duration_since(std::time::Instant::now()));
         let finish = {
             let this = Setup {
                 config: &config,
                 expect: setup.expect.clone(),
-                seen: setup.seen.clone(),
+                announcements: setup.announcements.clone(),
                 terminal: setup.terminal,
                 progress: setup.progress,
             };

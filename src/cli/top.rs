@@ -15,6 +15,7 @@ use std::io::{IsTerminal, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
+use thiserror::Error;
 
 /// How long a machine may take from its control socket to its first instruction.
 const STARTUP: Duration = Duration::from_secs(1);
@@ -34,13 +35,14 @@ pub(super) struct Args {
     interval: Duration,
 }
 
-fn interval(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
-    if (0.1..=3600.0).contains(&seconds) {
-        Ok(Duration::from_secs_f64(seconds))
-    } else {
-        Err("from 0.1 to 3600 seconds".into())
-    }
+/// `--interval` is out of range, or no number.
+#[derive(Debug, Error)]
+#[error("it must be a number of seconds from 0.1 to 3600")]
+struct IntervalError;
+
+fn interval(text: &str) -> Result<Duration, IntervalError> {
+    let seconds: f64 = text.parse().map_err(|_| IntervalError)?;
+    if (0.1..=3600.0).contains(&seconds) { Ok(Duration::from_secs_f64(seconds)) } else { Err(IntervalError) }
 }
 
 /// Counts of a machine at one moment, by cause. Each cause has one count a vCPU.

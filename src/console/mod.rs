@@ -7,8 +7,8 @@ mod output;
 mod terminal;
 mod watch;
 
-pub use input::Input;
+pub use input::{Input, Keys};
 pub use line::fresh_line;
 pub use output::{Output, Sink};
 pub use terminal::{RawTerminal, terminal_size};
-pub use watch::{Seen, Watch};
+pub use watch::{Announcements, Watch};

@@ -1,4 +1,4 @@
-//! Raw mode, and back out of it on every way.
+//! Raw mode of the terminal on stdin, and its restoration on every way out of the program.
 
 use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
 use std::io::stdin;
@@ -12,23 +12,23 @@ fn restore() {
     if let Some(original) = original
         && let Err(error) = tcsetattr(stdin(), OptionalActions::Now, &original)
     {
-        log::error!("cannot restore the terminal: {error}; `reset` does");
+        log::error!("cannot restore the terminal: {error}; the command `reset` restores it");
     }
 }
 
-/// Columns and rows of the terminal on stdin; 0 where they are not known.
+/// Returns the columns and rows of the terminal on stdin; both 0 where it is no terminal.
 #[must_use]
 pub fn terminal_size() -> (u16, u16) {
     rustix::termios::tcgetwinsize(stdin()).map_or((0, 0), |size| (size.ws_col, size.ws_row))
 }
 
-/// The terminal in raw mode, until this goes or the program panics. Signals end the run in order, so this goes then
-/// too.
+/// The terminal in raw mode. Its settings are restored when this is dropped (a signal ends the run and drops it, too) and
+/// when the program panics.
 pub struct RawTerminal(());
 
 impl RawTerminal {
-    /// Makes the terminal on stdin raw, if there is one. Output processing stays on, so that hwvmm's own lines keep
-    /// their left margin.
+    /// Makes the terminal on stdin raw; `None` where stdin is no terminal. Output processing stays on, so that lines of
+    /// hwvmm's own start at the left margin.
     #[must_use]
     pub fn enter() -> Option<Self> {
         static HOOK: Once = Once::new();

@@ -1,38 +1,43 @@
-//! An eye on what the guest says: the pattern that the user waits for, and a kernel's last words.
+//! Watches console output for lines that end a run or explain its end: the pattern of `--expect`, a kernel panic, a halt.
 
 use crate::exit::EndReason;
 use regex::bytes::Regex;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Lines are looked at up to this many bytes; of longer ones the first half is forgotten.
+/// Longest line that is searched, in bytes. The first half of a longer one is dropped.
 const LINE_BYTES: usize = 4096;
 const PANIC: &[u8] = b"Kernel panic - not syncing";
 const PANIC_END: &[u8] = b"---[ end Kernel panic - not syncing";
 const HALTED: &[u8] = b"reboot: System halted";
 
-/// What has been seen, on all consoles.
+/// What the guest's kernel has announced, on all consoles of a machine. Clones share it.
 #[derive(Clone, Default)]
-pub struct Seen(Arc<Mutex<Words>>);
+pub struct Announcements(Arc<Mutex<Announced>>);
 
 #[derive(Default)]
-struct Words {
+struct Announced {
+    /// Text behind "Kernel panic - not syncing:".
     panic: Option<String>,
+    /// The kernel has printed "reboot: System halted".
     halted: bool,
 }
 
-impl Seen {
-    /// What the kernel said when it panicked.
+impl Announcements {
+    /// The message of the kernel panic, if there was one.
     #[must_use]
     pub fn panic(&self) -> Option<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).panic.clone()
+        self.lock().panic.clone()
     }
 
-    /// What an end really was, given what was said before it: a panic that ends in a reset is a panic, a halt that was
-    /// announced is a shutdown.
+    fn lock(&self) -> MutexGuard<'_, Announced> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the reason behind an end: a reset (or a hang) after a panic is that panic, an announced halt is a shutdown.
     #[must_use]
     pub fn explain(&self, end: EndReason) -> EndReason {
-        let words = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match (end, &words.panic) {
+        let announced = self.lock();
+        match (end, &announced.panic) {
             (
                 EndReason::Reset
                 | EndReason::Halted
@@ -41,27 +46,28 @@ impl Seen {
                 | EndReason::Panicked(None),
                 Some(panic),
             ) => EndReason::Panicked(Some(panic.clone())),
-            (EndReason::Halted, None) if words.halted => EndReason::SystemHalted,
+            (EndReason::Halted, None) if announced.halted => EndReason::SystemHalted,
             (end, _) => end,
         }
     }
 }
 
-/// Looks at one console's bytes as they go by.
+/// Searches the output of one console, line by line.
 pub struct Watch {
     pattern: Option<Regex>,
-    seen: Seen,
+    announcements: Announcements,
+    /// The line so far.
     line: Vec<u8>,
 }
 
 impl Watch {
-    /// Looks for `pattern`, and tells `seen` what it sees.
+    /// Searches for `pattern`, and records in `announcements` what the kernel announces.
     #[must_use]
-    pub fn new(pattern: Option<Regex>, seen: Seen) -> Self {
-        Self { pattern, seen, line: Vec::new() }
+    pub fn new(pattern: Option<Regex>, announcements: Announcements) -> Self {
+        Self { pattern, announcements, line: Vec::new() }
     }
 
-    /// Takes bytes; the end of the run, if they mean one.
+    /// Takes output. Returns the end of the run where the output calls for it.
     pub fn feed(&mut self, bytes: &[u8]) -> Option<EndReason> {
         let mut end = None;
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
@@ -84,23 +90,23 @@ impl Watch {
     }
 
     fn whole_line(&self) -> Option<EndReason> {
-        let line = without_stamp(&self.line);
-        let mut words = self.seen.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let line = without_prefix(&self.line);
+        let mut announced = self.announcements.lock();
         if line.starts_with(PANIC_END) {
-            return Some(EndReason::Panicked(words.panic.clone()));
+            return Some(EndReason::Panicked(announced.panic.clone()));
         }
         if let Some(rest) = line.strip_prefix(PANIC) {
             let rest = String::from_utf8_lossy(rest);
-            words.panic.get_or_insert_with(|| rest.trim_start_matches(':').trim().to_owned());
+            announced.panic.get_or_insert_with(|| rest.trim_start_matches(':').trim().to_owned());
         } else if line.starts_with(HALTED) {
-            words.halted = true;
+            announced.halted = true;
         }
         None
     }
 }
 
-/// The line without what printk puts in front: `<3>`, `[    1.234567]`, `[    T1]`.
-fn without_stamp(mut line: &[u8]) -> &[u8] {
+/// Removes the prefixes of printk: `<3>`, `[    1.234567]`, `[    T1]`.
+fn without_prefix(mut line: &[u8]) -> &[u8] {
     loop {
         line = line.trim_ascii_start();
         let close = match line.first() {
@@ -117,10 +123,10 @@ fn without_stamp(mut line: &[u8]) -> &[u8] {
 mod tests {
     use super::*;
 
-    fn watch(pattern: Option<&str>) -> (Watch, Seen) {
-        let seen = Seen::default();
+    fn watch(pattern: Option<&str>) -> (Watch, Announcements) {
+        let announcements = Announcements::default();
         let pattern = pattern.map(|p| Regex::new(p).expect("valid"));
-        (Watch::new(pattern, seen.clone()), seen)
+        (Watch::new(pattern, announcements.clone()), announcements)
     }
 
     #[test]
@@ -139,27 +145,27 @@ mod tests {
 
     #[test]
     fn a_panic_explains_the_reset_that_follows() {
-        let (mut watch, seen) = watch(None);
+        let (mut watch, announcements) = watch(None);
         assert_eq!(watch.feed(b"[    1.234567][    T1] Kernel panic - not syncing: VFS: Unable\r\n"), None);
-        assert_eq!(seen.explain(EndReason::Reset), EndReason::Panicked(Some("VFS: Unable".into())));
-        assert_eq!(seen.explain(EndReason::PowerOff), EndReason::PowerOff);
+        assert_eq!(announcements.explain(EndReason::Reset), EndReason::Panicked(Some("VFS: Unable".into())));
+        assert_eq!(announcements.explain(EndReason::PowerOff), EndReason::PowerOff);
         let end = watch.feed(b"[    2.0] ---[ end Kernel panic - not syncing: VFS: Unable ]---\n");
         assert_eq!(end, Some(EndReason::Panicked(Some("VFS: Unable".into()))));
     }
 
     #[test]
     fn talk_about_panics_is_not_a_panic() {
-        let (mut watch, seen) = watch(None);
+        let (mut watch, announcements) = watch(None);
         watch.feed(b"echo Kernel panic - not syncing\n");
-        assert_eq!(seen.explain(EndReason::Reset), EndReason::Reset);
+        assert_eq!(announcements.explain(EndReason::Reset), EndReason::Reset);
     }
 
     #[test]
     fn an_announced_halt_is_a_shutdown() {
-        let (mut watch, seen) = watch(None);
-        assert_eq!(seen.explain(EndReason::Halted), EndReason::Halted);
+        let (mut watch, announcements) = watch(None);
+        assert_eq!(announcements.explain(EndReason::Halted), EndReason::Halted);
         watch.feed(b"[    3.1] reboot: System halted\n");
-        assert_eq!(seen.explain(EndReason::Halted), EndReason::SystemHalted);
+        assert_eq!(announcements.explain(EndReason::Halted), EndReason::SystemHalted);
     }
 
     #[test]

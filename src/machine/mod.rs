@@ -12,7 +12,7 @@ pub use virtio::VirtioHandle;
 use crate::boot::cache::Cache;
 use crate::boot::{self, KernelError, Loaded};
 use crate::config::{ConsoleTarget, Pages, RunConfig};
-use crate::console::{Input, Output, Seen, Sink, Watch};
+use crate::console::{Announcements, Input, Keys, Output, Sink, Watch};
 use crate::exit::Handler;
 use crate::kvm::{KvmError, System, Vcpu, Vm};
 use crate::memory::{Backing, GuestRam, MemoryError};
@@ -133,8 +133,8 @@ pub struct Setup<'a> {
     pub config: &'a RunConfig,
     /// The pattern of `--expect`.
     pub expect: Option<regex::bytes::Regex>,
-    /// What the consoles have said.
-    pub seen: Seen,
+    /// What the guest's kernel has announced on its consoles.
+    pub announcements: Announcements,
     /// Whether stdin is a terminal in raw mode.
     pub terminal: bool,
     /// Told about what takes long.
@@ -411,7 +411,7 @@ fn output(target: &ConsoleTarget, setup: &Setup<'_>, control: &Arc<Control>) -> 
         }
         ConsoleTarget::Null => Sink::Null,
     };
-    let watch = Watch::new(setup.expect.clone(), setup.seen.clone());
+    let watch = Watch::new(setup.expect.clone(), setup.announcements.clone());
     Ok(Output::new(sink, watch, Arc::clone(control)))
 }
 
@@ -422,5 +422,6 @@ fn input(
     control: &Arc<Control>,
 ) -> Result<Input, MachineError> {
     let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-    Ok(Input::new(stdin, setup.terminal, port, wanted, Arc::clone(control)))
+    let keys = if setup.terminal { Keys::Escaped } else { Keys::Raw };
+    Ok(Input::new(stdin, keys, port, wanted, Arc::clone(control)))
 }

@@ -320,7 +320,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<RunRecord, RunError> {
     let ended = control
         .ended()
         .unwrap_or(RunEnd { end: EndReason::Failed("the run ended without a reason".into()), vcpu: None });
-    let ended = RunEnd { end: setup.seen.explain(ended.end), vcpu: ended.vcpu };
+    let ended = RunEnd { end: setup.announcements.explain(ended.end), vcpu: ended.vcpu };
     let description = loaded.description;
     Ok(RunRecord {
         ended,

@@ -1,4 +1,4 @@
-//! What the host says of itself: KVM's module, its MMU, nesting, huge pages.
+//! The host as /sys and /proc describe it: KVM's module, its MMU, nesting, huge pages.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,16 +6,16 @@ use std::path::{Path, PathBuf};
 /// How KVM translates guest addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mmu {
-    /// By the hardware, with nested page tables (NPT, EPT).
+    /// By the processor, with nested page tables (NPT, EPT).
     Nested,
     /// With shadow page tables.
     Shadow,
-    /// It does not say.
+    /// The host does not say.
     Unknown,
 }
 
 impl Mmu {
-    /// For people.
+    /// The name in messages.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -26,6 +26,17 @@ impl Mmu {
     }
 }
 
+/// Huge pages of one size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HugePages {
+    /// Size of one page in KiB.
+    pub size_kib: u64,
+    /// Pages that are free.
+    pub free: u64,
+    /// Pages that are reserved in all.
+    pub total: u64,
+}
+
 /// The host, as /sys and /proc show it below `root`.
 pub struct Host {
     root: PathBuf,
@@ -34,7 +45,7 @@ pub struct Host {
 const MODULES: [&str; 3] = ["kvm_amd", "kvm_intel", "kvm_pvm"];
 
 impl Host {
-    /// The host below `root`: "/" but in tests.
+    /// The host whose /sys and /proc are below `root`, which is "/" outside of tests.
     #[must_use]
     pub fn at(root: &Path) -> Self {
         Self { root: root.to_owned() }
@@ -48,7 +59,7 @@ impl Host {
         fs::read_to_string(self.root.join(path)).ok().map(|text| text.trim().to_owned())
     }
 
-    /// KVM's vendor module, built in or loaded.
+    /// Name of KVM's vendor module, built in or loaded; `None` where there is none that this hwvmm knows.
     #[must_use]
     pub fn vendor_module(&self) -> Option<&'static str> {
         MODULES.into_iter().find(|name| self.root.join("sys/module").join(name).is_dir())
@@ -61,7 +72,7 @@ impl Host {
         matches!(self.vendor_module(), Some("kvm_amd" | "kvm_intel"))
     }
 
-    /// The MMU that the module uses.
+    /// How the module translates guest addresses.
     #[must_use]
     pub fn mmu(&self) -> Mmu {
         let parameter = match self.vendor_module() {
@@ -78,13 +89,13 @@ impl Host {
         }
     }
 
-    /// Whether this host is a virtual machine itself.
+    /// Returns true if this host is a virtual machine itself.
     #[must_use]
     pub fn is_virtual(&self) -> bool {
         self.has_cpu_flag("hypervisor")
     }
 
-    /// Whether its processor offers virtualization to the kernel.
+    /// Returns true if the processor has virtualization extensions that the kernel may use (SVM, VMX).
     #[must_use]
     pub fn has_virtualization(&self) -> bool {
         self.has_cpu_flag("svm") || self.has_cpu_flag("vmx")
@@ -96,7 +107,7 @@ impl Host {
         line.split_whitespace().any(|word| word == flag)
     }
 
-    /// The processor's name.
+    /// The processor's model name; "unknown" where /proc/cpuinfo has none.
     #[must_use]
     pub fn cpu(&self) -> String {
         let info = self.read("proc/cpuinfo").unwrap_or_default();
@@ -104,7 +115,7 @@ impl Host {
         line.map_or_else(|| "unknown".into(), |(_, name)| name.trim().to_owned())
     }
 
-    /// How transparent huge pages are set: "always", "madvise" or "never".
+    /// The mode of transparent huge pages: "always", "madvise" or "never"; `None` for a kernel without them.
     #[must_use]
     pub fn transparent_huge_pages(&self) -> Option<String> {
         let text = self.read("sys/kernel/mm/transparent_hugepage/enabled")?;
@@ -112,25 +123,25 @@ impl Host {
         Some(chosen.to_owned())
     }
 
-    /// Free huge pages: (size in KiB, free, reserved in all), smallest first.
+    /// Huge pages by size, smallest first.
     #[must_use]
-    pub fn huge_pages(&self) -> Vec<(u64, u64, u64)> {
+    pub fn huge_pages(&self) -> Vec<HugePages> {
         let folder = "sys/kernel/mm/hugepages";
         let Ok(entries) = fs::read_dir(self.root.join(folder)) else { return Vec::new() };
         let mut found: Vec<_> = entries
             .flatten()
             .filter_map(|entry| {
                 let name = entry.file_name().into_string().ok()?;
-                let kib = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+                let size_kib = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
                 let number = |file| self.read(&format!("{folder}/{name}/{file}"))?.parse().ok();
-                Some((kib, number("free_hugepages")?, number("nr_hugepages")?))
+                Some(HugePages { size_kib, free: number("free_hugepages")?, total: number("nr_hugepages")? })
             })
             .collect();
-        found.sort_unstable();
+        found.sort_unstable_by_key(|pages: &HugePages| pages.size_kib);
         found
     }
 
-    /// The running kernel's version.
+    /// Release of the running kernel, such as `6.1.0-56-amd64`; "unknown" where /proc does not say.
     #[must_use]
     pub fn kernel(&self) -> String {
         self.read("proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".into())
@@ -159,7 +170,7 @@ mod tests {
         assert_eq!((host.vendor_module(), host.mmu()), (Some("kvm_intel"), Mmu::Shadow));
         assert!(host.is_virtual() && host.has_virtualization());
         assert_eq!(host.transparent_huge_pages().as_deref(), Some("madvise"));
-        assert_eq!(host.huge_pages(), [(2048, 3, 4)]);
+        assert_eq!(host.huge_pages(), [HugePages { size_kib: 2048, free: 3, total: 4 }]);
         put("sys/module/kvm_amd/parameters/npt", "1\n");
         assert_eq!(host.mmu(), Mmu::Nested);
     }

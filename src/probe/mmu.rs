@@ -1,60 +1,97 @@
-//! KVM's MMU: nested or shadow paging. KVM decides it for a whole module when that is loaded, so who wants the other must load
-//! the module again.
+//! KVM's MMU: nested or shadow paging. KVM decides it for all guests when its vendor module is loaded, so changing it means to
+//! load the module again.
 
 use super::host::{Host, Mmu};
 use std::fs;
+use std::io;
 use std::path::PathBuf;
 use std::process::Command;
 use thiserror::Error;
 
-/// Why the module was not loaded with the other MMU.
+/// The module was not loaded with the other MMU.
 #[derive(Debug, Error)]
 pub enum MmuError {
-    /// No module at all.
+    /// No vendor module is loaded.
     #[error("there is no KVM module on this host: load one first (modprobe kvm_amd, or kvm_intel)")]
     NoModule,
-    /// A module that has one way only.
-    #[error("{module} knows {} only", .has.name())]
-    OneWay {
-        /// The module.
+    /// The module has one MMU only.
+    #[error("{module} has {} only", .has.name())]
+    Fixed {
+        /// Name of the module.
         module: &'static str,
-        /// What it has.
+        /// The MMU that it has.
         has: Mmu,
     },
-    /// Part of the kernel.
+    /// The module is part of the kernel image.
     #[error("{module} is built into this kernel: boot it with {module}.{parameter}={value}")]
     BuiltIn {
-        /// The module.
+        /// Name of the module.
         module: &'static str,
-        /// Its parameter.
+        /// Name of its parameter for nested paging.
         parameter: &'static str,
-        /// What to give it.
+        /// Value of the parameter for the MMU that is wanted.
         value: u8,
     },
-    /// Not root.
+    /// The user is not root. The field is the argument of `hwvmm mmu set`.
     #[error("loading a module needs root: try sudo hwvmm mmu set {0}")]
     NotRoot(&'static str),
-    /// Machines run.
+    /// Virtual machines run.
     #[error("{module} is in use{}: end that first", holders_text(.holders))]
     Busy {
-        /// The module.
+        /// Name of the module.
         module: &'static str,
-        /// Who holds it.
+        /// Processes that use KVM, as far as this user may see.
         holders: Vec<Holder>,
     },
-    /// modprobe refused; what was there has been put back, or not.
-    #[error("{what}{}", if *.restored { "; the module is back as it was" } else { "; and the module could not be put back" })]
-    Load {
-        /// What failed.
-        what: String,
-        /// Whether the module is there again.
-        restored: bool,
+    /// modprobe failed, and the module is loaded as it was before.
+    #[error("the MMU was not changed, and the module is loaded as before")]
+    Unchanged(#[source] ModprobeError),
+    /// modprobe failed, and so did loading the module as it was before.
+    #[error("the MMU was not changed, and the module could not be loaded again: load it with modprobe")]
+    Unloaded(#[source] ModprobeError),
+}
+
+/// modprobe did not do what was asked for.
+#[derive(Debug, Error)]
+pub enum ModprobeError {
+    /// The program cannot be started.
+    #[error("cannot run modprobe {arguments}")]
+    Start {
+        /// Its arguments.
+        arguments: String,
+        /// The system's error.
+        source: io::Error,
     },
+    /// The program failed.
+    #[error("modprobe {arguments} failed: {message}")]
+    Failed {
+        /// Its arguments.
+        arguments: String,
+        /// The first line of its stderr.
+        message: String,
+    },
+    /// The module was loaded, and does not use the MMU of its parameter.
+    #[error("{module} was loaded, and still uses {}", .has.name())]
+    Ineffective {
+        /// Name of the module.
+        module: &'static str,
+        /// The MMU that it uses.
+        has: Mmu,
+    },
+}
+
+/// What setting the MMU has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MmuChange {
+    /// The module was loaded again.
+    Loaded,
+    /// KVM uses that MMU already.
+    None,
 }
 
 fn holders_text(holders: &[Holder]) -> String {
     if holders.is_empty() {
-        return " (by whom, this user may not see)".into();
+        return " (only root can see by which processes)".into();
     }
     let list: Vec<String> = holders.iter().map(|holder| format!("{} ({})", holder.name, holder.pid)).collect();
     format!(" by {}", list.join(", "))
@@ -63,28 +100,28 @@ fn holders_text(holders: &[Holder]) -> String {
 /// A process that has KVM open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
-    /// Its number.
+    /// Process number.
     pub pid: u32,
-    /// Its name.
+    /// Name of the program, cut to 15 bytes by the kernel.
     pub name: String,
 }
 
-/// What there is to know of KVM's MMU on this host.
+/// The state of KVM's MMU on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MmuState {
-    /// The vendor's module, where there is one.
+    /// Name of the vendor module; `None` where none is loaded.
     pub module: Option<&'static str>,
-    /// What it uses.
+    /// The MMU that the module uses.
     pub mmu: Mmu,
-    /// Parameters that bear on it: name as in /sys/module, value.
+    /// Module parameters that matter for it: name (such as `kvm_amd.npt`) and value.
     pub parameters: Vec<(String, String)>,
-    /// References to the module; `None` where it is built in.
+    /// Reference count of the module; `None` where it is built in.
     pub references: Option<u32>,
-    /// Who has KVM open, as far as this user may see.
+    /// Processes that have KVM open, as far as this user may see.
     pub holders: Vec<Holder>,
 }
 
-/// Parameters of the modules that bear on the MMU.
+/// Module parameters that matter for the MMU.
 const PARAMETERS: [&str; 13] = [
     "kvm_amd/parameters/npt",
     "kvm_amd/parameters/nested",
@@ -101,7 +138,7 @@ const PARAMETERS: [&str; 13] = [
     "kvm/parameters/mmio_caching",
 ];
 
-/// The module's parameter for nested paging.
+/// The name of a module's parameter for nested paging.
 fn parameter(module: &str) -> Option<&'static str> {
     match module {
         "kvm_amd" => Some("npt"),
@@ -110,7 +147,7 @@ fn parameter(module: &str) -> Option<&'static str> {
     }
 }
 
-/// The command that loads `module` with `wanted`.
+/// Returns the shell command that loads `module` with `wanted`; `None` for a module that has one MMU only.
 #[must_use]
 pub fn command_for(module: &str, wanted: Mmu) -> Option<String> {
     let value = u8::from(wanted == Mmu::Nested);
@@ -118,7 +155,7 @@ pub fn command_for(module: &str, wanted: Mmu) -> Option<String> {
 }
 
 impl Host {
-    /// KVM's MMU as it is now.
+    /// Reads the state of KVM's MMU.
     #[must_use]
     pub fn mmu_state(&self) -> MmuState {
         let value = |name: &str| Some((name.replace("/parameters/", "."), self.read(&format!("sys/module/{name}"))?));
@@ -132,7 +169,7 @@ impl Host {
         }
     }
 
-    /// Processes with a file descriptor of KVM's, but for this one.
+    /// Finds the other processes that have a file descriptor of KVM's.
     fn kvm_holders(&self) -> Vec<Holder> {
         let Ok(processes) = fs::read_dir(self.path("proc")) else { return Vec::new() };
         let holds = |folder: &PathBuf| {
@@ -157,17 +194,17 @@ impl Host {
         holders
     }
 
-    /// Has KVM use `wanted` from now on, by loading its module again. True where it was loaded; false where it was so already.
+    /// Makes KVM use `wanted` from now on, by loading its module again where it uses the other MMU.
     ///
     /// # Errors
-    /// [`MmuError`]; the module is as it was then, or the error says that it is not.
-    pub fn set_mmu(&self, wanted: Mmu) -> Result<bool, MmuError> {
+    /// [`MmuError`]. The module is loaded as it was before, except for [`MmuError::Unloaded`].
+    pub fn set_mmu(&self, wanted: Mmu) -> Result<MmuChange, MmuError> {
         let module = self.vendor_module().ok_or(MmuError::NoModule)?;
         let has = self.mmu();
         if has == wanted {
-            return Ok(false);
+            return Ok(MmuChange::None);
         }
-        let parameter = parameter(module).ok_or(MmuError::OneWay { module, has })?;
+        let parameter = parameter(module).ok_or(MmuError::Fixed { module, has })?;
         let value = u8::from(wanted == Mmu::Nested);
         let state = self.mmu_state();
         let Some(references) = state.references else { return Err(MmuError::BuiltIn { module, parameter, value }) };
@@ -177,34 +214,36 @@ impl Host {
         if references > 0 {
             return Err(MmuError::Busy { module, holders: state.holders });
         }
-        modprobe(&["-r", module]).map_err(|what| MmuError::Load { what, restored: self.vendor_module().is_some() })?;
+        if let Err(error) = modprobe(&["-r", module]) {
+            let loaded = self.vendor_module().is_some();
+            return Err(if loaded { MmuError::Unchanged(error) } else { MmuError::Unloaded(error) });
+        }
         let loaded = modprobe(&[module, &format!("{parameter}={value}")]).and_then(|()| {
-            let now = self.mmu();
-            if now == wanted {
-                Ok(())
-            } else {
-                Err(format!("{module} was loaded, and uses {} all the same", now.name()))
-            }
+            let has = self.mmu();
+            if has == wanted { Ok(MmuChange::Loaded) } else { Err(ModprobeError::Ineffective { module, has }) }
         });
-        loaded.map(|()| true).map_err(|what| {
-            // What it was, whatever became of it.
+        loaded.map_err(|error| {
+            // It may be loaded with the wrong MMU, or not at all.
             let _ = modprobe(&["-r", module]);
-            let restored = modprobe(&[module, &format!("{parameter}={}", 1 - value)]).is_ok();
-            MmuError::Load { what, restored }
+            match modprobe(&[module, &format!("{parameter}={}", 1 - value)]) {
+                Ok(()) => MmuError::Unchanged(error),
+                Err(_) => MmuError::Unloaded(error),
+            }
         })
     }
 }
 
-fn modprobe(arguments: &[&str]) -> Result<(), String> {
-    let words = arguments.join(" ");
+fn modprobe(arguments: &[&str]) -> Result<(), ModprobeError> {
     let output = Command::new("modprobe").args(arguments).output();
+    let arguments = arguments.join(" ");
     match output {
         Ok(output) if output.status.success() => Ok(()),
         Ok(output) => {
-            let said = String::from_utf8_lossy(&output.stderr);
-            Err(format!("modprobe {words} failed: {}", said.trim().lines().next().unwrap_or("it does not say why")))
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            let message = stderr.trim().lines().next().unwrap_or("without a message").to_owned();
+            Err(ModprobeError::Failed { arguments, message })
         }
-        Err(error) => Err(format!("cannot run modprobe {words}: {error}")),
+        Err(source) => Err(ModprobeError::Start { arguments, source }),
     }
 }
 
@@ -250,8 +289,8 @@ mod tests {
         let (_root, none) = host(&[]);
         assert!(says(&none, Mmu::Shadow).contains("modprobe"));
         let (_root, pvm) = host(&[("sys/module/kvm_pvm/refcnt", "0\n")]);
-        assert!(says(&pvm, Mmu::Nested).contains("kvm_pvm knows shadow paging only"));
-        assert!(!pvm.set_mmu(Mmu::Shadow).expect("it has it"));
+        assert!(says(&pvm, Mmu::Nested).contains("kvm_pvm has shadow paging only"));
+        assert_eq!(pvm.set_mmu(Mmu::Shadow).expect("it has it"), MmuChange::None);
         let (_root, built_in) = host(&[("sys/module/kvm_intel/parameters/ept", "Y\n")]);
         assert!(says(&built_in, Mmu::Shadow).contains("kvm_intel.ept=0"));
         let (_root, busy) = host(&[("sys/module/kvm_amd/parameters/npt", "1\n"), ("sys/module/kvm_amd/refcnt", "1\n")]);

@@ -6,8 +6,8 @@ mod mmu;
 mod trial;
 
 pub use cost::{Cost, Kind as CostKind, Price, costs};
-pub use host::{Host, Mmu};
-pub use mmu::{Holder, MmuError, MmuState, command_for};
+pub use host::{Host, HugePages, Mmu};
+pub use mmu::{Holder, MmuChange, MmuError, MmuState, ModprobeError, command_for};
 pub use trial::{CannotRunLinux, STEPS, Trial, check_linux, run as run_trial, without_exits};
 
 use crate::exit::ExitReason;
