@@ -112,7 +112,9 @@ pub(super) fn run(args: &Args) -> ExitCode {
     let host = Host::at(Path::new("/"));
     if let Some(What::Set { mmu }) = &args.what {
         match host.set_mmu((*mmu).into()) {
-            Ok(MmuChange::Loaded) => super::say(&format!("{} was loaded again", host.vendor_module().unwrap_or("the module"))),
+            Ok(MmuChange::Loaded) => {
+                super::say(&format!("{} was loaded again", host.vendor_module().unwrap_or("the module")))
+            }
             Ok(MmuChange::None) => super::say("KVM uses that MMU already: nothing was changed"),
             Err(error) => return super::fail(&error),
         }

@@ -66,7 +66,8 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
             super::say(what);
         }
     };
-    let mut setup = Setup { config: &config, expect, announcements: Announcements::default(), terminal, progress: &progress };
+    let mut setup =
+        Setup { config: &config, expect, announcements: Announcements::default(), terminal, progress: &progress };
     let (finish, stats) = start_until_done(&mut setup, &system)?;
     let end = if expects { finish.ended.end.clone().without_the_expected() } else { finish.ended.end.clone() };
     super::say(&describe(&finish, &end));
