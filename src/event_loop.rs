@@ -1,18 +1,30 @@
-//! The event loop (event-manager): what happens outside of the guest, on the main thread.
+//! The event loop of the main thread (epoll, by event-manager): signals, console input, the control socket.
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
+use thiserror::Error;
 
-/// Calls a function whenever a file descriptor is readable. The function must take what there is to read.
+/// Why the event loop cannot go on.
+#[derive(Debug, Error)]
+pub enum EventLoopError {
+    /// The epoll file descriptor cannot be made.
+    #[error("cannot start the event loop")]
+    Start(#[source] event_manager::Error),
+    /// epoll_wait(2) failed.
+    #[error("cannot wait for events")]
+    Wait(#[source] event_manager::Error),
+}
+
+/// A subscriber that calls a function whenever a file descriptor is readable. The function must read what is there, or it is
+/// called again at once.
 pub struct OnReadable<T, F> {
     source: T,
     call: F,
 }
 
 impl<T: AsRawFd, F: FnMut(&T)> OnReadable<T, F> {
-    /// Calls `call` when `source` is readable.
+    /// A subscriber that calls `call` when `source` is readable.
     pub fn new(source: T, call: F) -> Self {
         Self { source, call }
     }
@@ -30,21 +42,21 @@ impl<T: AsRawFd, F: FnMut(&T)> MutEventSubscriber for OnReadable<T, F> {
     }
 }
 
-/// The loop.
+/// The event loop.
 pub struct EventLoop {
     manager: EventManager<Box<dyn MutEventSubscriber>>,
 }
 
 impl EventLoop {
-    /// An empty loop.
+    /// An event loop without subscribers.
     ///
     /// # Errors
-    /// Where epoll is not to be had.
-    pub fn new() -> io::Result<Self> {
-        EventManager::new().map(|manager| Self { manager }).map_err(|error| io::Error::other(format!("{error:?}")))
+    /// [`EventLoopError::Start`].
+    pub fn new() -> Result<Self, EventLoopError> {
+        EventManager::new().map(|manager| Self { manager }).map_err(EventLoopError::Start)
     }
 
-    /// Adds somebody who waits for events.
+    /// Adds a subscriber.
     pub fn add(&mut self, subscriber: Box<dyn MutEventSubscriber>) {
         self.manager.add_subscriber(subscriber);
     }
@@ -52,14 +64,14 @@ impl EventLoop {
     /// Waits for events, at most for `timeout`, and handles them.
     ///
     /// # Errors
-    /// Where epoll fails.
-    pub fn wait(&mut self, timeout: Duration) -> io::Result<()> {
-        // Rounded up: a wait of 0 would spin until the time has come.
+    /// [`EventLoopError::Wait`].
+    pub fn wait(&mut self, timeout: Duration) -> Result<(), EventLoopError> {
+        // Rounded up to milliseconds: a wait of 0 would spin until the timeout.
         let ms = i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
         match self.manager.run_with_timeout(ms) {
             Ok(_) => Ok(()),
             Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => Ok(()),
-            Err(error) => Err(io::Error::other(format!("{error:?}"))),
+            Err(error) => Err(EventLoopError::Wait(error)),
         }
     }
 }

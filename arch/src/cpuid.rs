@@ -1,5 +1,5 @@
-//! The CPUID leaves that hwvmm shows its guest: what KVM supports, with the topology, the APIC ids, the timers and the
-//! TSC's frequency put in (SDM vol. 2A CPUID; APM vol. 3 app. E; KVM's leaves: Documentation/virt/kvm/x86/cpuid.rst).
+//! The CPUID leaves of a vCPU: those that KVM supports, with topology, APIC id, timers and TSC frequency filled in (SDM
+//! vol. 2A, CPUID; APM vol. 3 app. E; KVM's own leaves: Linux' Documentation/virt/kvm/x86/cpuid.rst).
 
 use crate::topology::Topology;
 use kvm_bindings::kvm_cpuid_entry2;
@@ -13,7 +13,7 @@ const SIGNIFICANT_INDEX: u32 = 1; // KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 const CMP_LEGACY: u32 = 1 << 1; // leaf 0x8000_0001 ecx
 const TOPOEXT: u32 = 1 << 22; // leaf 0x8000_0001 ecx
 
-/// KVM's local APIC timer runs on a bus of 1 GHz.
+/// The frequency of the bus that KVM's local APIC timer counts, in kHz.
 const APIC_BUS_KHZ: u32 = 1_000_000;
 const KVM_SIGNATURE_LEAF: u32 = 0x4000_0000;
 const KVM_FEATURES_LEAF: u32 = 0x4000_0001;
@@ -21,40 +21,40 @@ const TIMING_LEAF: u32 = 0x4000_0010;
 const AMD_TOPOLOGY_LEAF: u32 = 0x8000_001e;
 const TOPOLOGY_LEAVES: [u32; 2] = [0xb, 0x1f];
 
-/// What the leaves depend on, beside what KVM supports.
+/// What the leaves depend on, besides the leaves that KVM supports.
 #[derive(Clone, Copy, Debug)]
 pub struct CpuidOptions {
-    /// Sockets, cores, threads.
+    /// The number of sockets, cores and threads.
     pub topology: Topology,
-    /// This vCPU's APIC id.
+    /// The vCPU's APIC id.
     pub apic_id: u32,
-    /// The guest's TSC frequency, where KVM tells it.
+    /// The frequency of the guest's TSC in kHz; `None` where KVM does not know it.
     pub tsc_khz: Option<u32>,
-    /// Whether KVM has the TSC-deadline timer (`KVM_CAP_TSC_DEADLINE_TIMER`: Linux before 6.x does not put it into
-    /// the supported leaves).
+    /// If true, the local APIC has the TSC-deadline timer. It is a capability of its own (`KVM_CAP_TSC_DEADLINE_TIMER`):
+    /// older kernels do not report it in the supported leaves.
     pub tsc_deadline: bool,
-    /// Whether the guest is told of x2APIC.
+    /// If true, the leaves report x2APIC.
     pub x2apic: bool,
-    /// Whether it is told the frequencies of TSC and APIC timer.
-    pub tell_tsc: bool,
-    /// KVM's paravirtual features (leaf 0x4000_0001 EAX) that it is not told of.
+    /// If true, the leaves report the frequencies of TSC and APIC timer.
+    pub tsc_frequency: bool,
+    /// A mask of KVM's paravirtual features (leaf 0x4000_0001 EAX) that the leaves do not report.
     pub hidden_features: u32,
-    /// Whether it is told of MTRRs.
+    /// If true, the leaves report MTRRs.
     pub mtrr: bool,
 }
 
-/// Which vendor's rules the leaves follow.
+/// The vendor of the processor, whose rules the leaves follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vendor {
-    /// "GenuineIntel".
+    /// Intel: "GenuineIntel".
     Intel,
-    /// "AuthenticAMD" or "HygonGenuine".
+    /// AMD or Hygon: "AuthenticAMD" or "HygonGenuine".
     Amd,
-    /// Any other.
+    /// Any other vendor.
     Other,
 }
 
-/// The vendor that leaf 0 names.
+/// The vendor from leaf 0.
 #[must_use]
 pub fn vendor(leaves: &[kvm_cpuid_entry2]) -> Vendor {
     let Some(leaf) = leaves.iter().find(|e| e.function == 0) else { return Vendor::Other };
@@ -74,12 +74,12 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Vec<k
     for leaf in &mut leaves {
         match leaf.function {
             1 => leaf_1(leaf, options),
-            4 => cache_sharing(leaf, &options.topology, true),
-            0x15 if vendor == Vendor::Intel && options.tell_tsc => leaf_15(leaf, options),
+            4 => cache_sharing(leaf, &options.topology, CacheLeaf::Intel),
+            0x15 if vendor == Vendor::Intel && options.tsc_frequency => leaf_15(leaf, options),
             KVM_FEATURES_LEAF => leaf.eax &= !options.hidden_features,
-            0x8000_0001 if vendor == Vendor::Amd => amd_features(leaf, &options.topology, options.mtrr),
+            0x8000_0001 if vendor == Vendor::Amd => amd_features(leaf, options),
             0x8000_0008 if vendor == Vendor::Amd => amd_sizes(leaf, &options.topology),
-            0x8000_001d => cache_sharing(leaf, &options.topology, false),
+            0x8000_001d => cache_sharing(leaf, &options.topology, CacheLeaf::Amd),
             AMD_TOPOLOGY_LEAF => amd_topology(leaf, options),
             _ => {}
         }
@@ -88,7 +88,7 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Vec<k
         add_amd_topology(&mut leaves, options);
     }
     add_topology(&mut leaves, supported, options);
-    if options.tell_tsc {
+    if options.tsc_frequency {
         add_timing(&mut leaves, options);
     }
     leaves
@@ -96,7 +96,7 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Vec<k
 
 fn leaf_1(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
     let threads = options.topology.threads_per_socket();
-    // The number of APIC ids that a socket takes, not of its threads; 0xff is the field's largest.
+    // EBX bits 23:16 hold the number of APIC ids of a socket, which can be larger than that of its threads; at most 0xff.
     let ids = (1_u32 << options.topology.socket_shift()).min(0xff);
     leaf.ebx = leaf.ebx & 0x0000_ffff | ids << 16 | (options.apic_id & 0xff) << 24;
     leaf.ecx = (leaf.ecx | HYPERVISOR | X2APIC) & !if options.x2apic { 0 } else { X2APIC };
@@ -107,36 +107,45 @@ fn leaf_1(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
     }
 }
 
-/// Who shares a cache: L1 and L2 the threads of a core, L3 the socket. Bits 25:14 of EAX hold the number of APIC ids
-/// less 1; on Intel bits 31:26 hold the socket's number of core ids less 1.
-fn cache_sharing(leaf: &mut kvm_cpuid_entry2, topology: &Topology, intel: bool) {
+/// The leaf that describes a cache.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum CacheLeaf {
+    /// Leaf 4.
+    Intel,
+    /// Leaf 0x8000_001d.
+    Amd,
+}
+
+/// Sets which vCPUs share a cache: the threads of a core share L1 and L2, a socket shares L3. Bits 25:14 of EAX hold the
+/// number of APIC ids minus 1; in leaf 4 bits 31:26 hold the number of core ids of the socket minus 1.
+fn cache_sharing(leaf: &mut kvm_cpuid_entry2, topology: &Topology, kind: CacheLeaf) {
     if leaf.eax & 0x1f == 0 {
         return;
     }
     let level = leaf.eax >> 5 & 7;
     let shift = if level >= 3 { topology.socket_shift() } else { topology.core_shift() };
     leaf.eax = leaf.eax & 0x3fff | ((1 << shift) - 1) << 14;
-    if intel {
+    if kind == CacheLeaf::Intel {
         leaf.eax |= ((1 << (topology.socket_shift() - topology.core_shift())) - 1).min(0x3f) << 26;
     }
 }
 
-/// TSC frequency = crystal × EBX / EAX. The crystal is KVM's APIC bus: Linux takes the APIC timer's rate from it.
+/// TSC frequency = crystal × EBX / EAX. The crystal is given as KVM's APIC bus, because Linux takes the APIC timer's rate from it.
 fn leaf_15(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
     if let Some(khz) = options.tsc_khz {
         (leaf.eax, leaf.ebx, leaf.ecx) = (APIC_BUS_KHZ, khz, APIC_BUS_KHZ * 1000);
     }
 }
 
-fn amd_features(leaf: &mut kvm_cpuid_entry2, topology: &Topology, mtrr: bool) {
-    leaf.ecx = if topology.threads_per_socket() > 1 { leaf.ecx | CMP_LEGACY } else { leaf.ecx & !CMP_LEGACY };
-    if !mtrr {
+fn amd_features(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
+    leaf.ecx = if options.topology.threads_per_socket() > 1 { leaf.ecx | CMP_LEGACY } else { leaf.ecx & !CMP_LEGACY };
+    if !options.mtrr {
         leaf.edx &= !MTRR;
     }
 }
 
-/// AMD processors tell their threads by leaf 0x8000_001e alone, and a guest looks there only with TOPOEXT. KVM shows
-/// both where the host has them; they are plain numbers, so that a guest can be told them anywhere.
+/// Adds leaf 0x8000_001e, the only one that has the threads of AMD processors, and TOPOEXT, without which a guest does not read
+/// it. KVM reports both only where the host has them; they need no support of the hardware.
 fn add_amd_topology(leaves: &mut Vec<kvm_cpuid_entry2>, options: &CpuidOptions) {
     for leaf in leaves.iter_mut() {
         match leaf.function {
@@ -161,12 +170,12 @@ fn amd_topology(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
     leaf.eax = options.apic_id;
     let core = (options.apic_id & ((1 << topology.socket_shift()) - 1)) >> topology.core_shift();
     leaf.ebx = core & 0xff | (topology.threads - 1) << 8;
-    // One node in each socket.
+    // Each socket is one node.
     leaf.ecx = options.apic_id >> topology.socket_shift();
     leaf.edx = 0;
 }
 
-/// Leaves 0xb and 0x1f: level 0 the threads of a core, level 1 those of a socket.
+/// Adds leaves 0xb and 0x1f: level 0 has the threads of a core, level 1 those of a socket.
 fn add_topology(leaves: &mut Vec<kvm_cpuid_entry2>, supported: &[kvm_cpuid_entry2], options: &CpuidOptions) {
     let max_leaf = supported.iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
     let topology = &options.topology;
@@ -195,7 +204,7 @@ fn add_topology(leaves: &mut Vec<kvm_cpuid_entry2>, supported: &[kvm_cpuid_entry
     }
 }
 
-/// Leaf 0x4000_0010: TSC and APIC bus frequency in kHz, for guests that do not use kvmclock.
+/// Adds leaf 0x4000_0010: the frequencies of TSC and APIC bus in kHz, for guests that do not use kvmclock.
 fn add_timing(leaves: &mut Vec<kvm_cpuid_entry2>, options: &CpuidOptions) {
     let Some(khz) = options.tsc_khz else { return };
     let Some(signature) = leaves.iter_mut().find(|e| e.function == KVM_SIGNATURE_LEAF) else { return };
@@ -215,7 +224,7 @@ mod tests {
             tsc_khz: None,
             tsc_deadline: true,
             x2apic: true,
-            tell_tsc: true,
+            tsc_frequency: true,
             hidden_features: 0,
             mtrr: true,
         }
@@ -236,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn the_topology_asked_for_is_in_every_leaf() {
+    fn every_topology_leaf_has_the_configured_topology() {
         let topology = Topology { sockets: 1, cores: 2, threads: 2 };
         let options = CpuidOptions { topology, apic_id: 3, tsc_khz: Some(2_400_000), ..options() };
         assert_eq!(vendor(&supported()), Vendor::Amd);
@@ -257,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_tsc_frequency_nothing_is_told() {
+    fn the_timing_leaf_is_absent_without_a_tsc_frequency() {
         let options = CpuidOptions { tsc_deadline: false, ..options() };
         let leaves = for_vcpu(&supported(), &options);
         assert!(leaves.iter().all(|e| e.function != 0x4000_0010));
@@ -266,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_hidden_is_not_there() {
+    fn hidden_features_are_not_reported() {
         let mut supported = supported();
         supported.push(kvm_cpuid_entry2 { eax: 0xff, ..leaf(0x4000_0001) });
         for feature in supported.iter_mut().filter(|leaf| [1, 0x8000_0001].contains(&leaf.function)) {
@@ -274,7 +283,7 @@ mod tests {
         }
         let all = CpuidOptions { tsc_khz: Some(1), ..options() };
         assert_eq!(find(&for_vcpu(&supported, &all), 0x4000_0001, 0).eax, 0xff);
-        let few = CpuidOptions { x2apic: false, tell_tsc: false, hidden_features: 1 << 6, mtrr: false, ..all };
+        let few = CpuidOptions { x2apic: false, tsc_frequency: false, hidden_features: 1 << 6, mtrr: false, ..all };
         let leaves = for_vcpu(&supported, &few);
         assert_eq!(find(&leaves, 1, 0).ecx & X2APIC, 0);
         assert_eq!((find(&leaves, 1, 0).edx | find(&leaves, 0x8000_0001, 0).edx) & MTRR, 0);

@@ -1,4 +1,4 @@
-//! The local APIC's state at boot (SDM vol. 3A §11.5.1, Local Vector Table).
+//! The local APIC's local vector table at boot (SDM vol. 3A §11.5.1).
 
 use kvm_bindings::kvm_lapic_state;
 
@@ -18,7 +18,7 @@ fn set_delivery(state: &mut kvm_lapic_state, register: usize, mode: u32) {
     }
 }
 
-/// LINT0 takes the legacy interrupt controller's line, LINT1 the NMI: as firmware leaves them.
+/// Sets LINT0 to ExtINT (the PIC's interrupt) and LINT1 to NMI, as a PC's firmware does.
 pub fn set_boot_lints(state: &mut kvm_lapic_state) {
     set_delivery(state, LVT_LINT0, DELIVERY_EXTINT);
     set_delivery(state, LVT_LINT1, DELIVERY_NMI);

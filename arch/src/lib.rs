@@ -1,5 +1,8 @@
-//! x86_64 values for a VMM: where things lie in guest memory, the boot protocols, page tables, registers, CPUID, MSRs
-//! and ACPI tables, as plain data. No ioctl and no `/dev/kvm`: all of it can be tested anywhere.
+//! x86_64 values for a VMM, as plain data: the guest physical address map, boot protocols, page tables, registers, CPUID,
+//! MSRs, ACPI tables and VM exit codes. It issues no ioctl, so that all of it can be tested anywhere.
+//!
+//! "SDM" is the Intel 64 and IA-32 Architectures Software Developer's Manual, "APM" the AMD64 Architecture Programmer's
+//! Manual.
 
 pub mod acpi;
 pub mod boot;

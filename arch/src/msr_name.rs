@@ -1,4 +1,4 @@
-//! Names of MSRs that guests touch (SDM vol. 4, APM vol. 2 app. A, Linux Documentation/virt/kvm/x86/msr.rst).
+//! Names of the MSRs that guests access (SDM vol. 4, APM vol. 2 app. A, Linux Documentation/virt/kvm/x86/msr.rst).
 
 use std::borrow::Cow;
 
@@ -100,7 +100,7 @@ fn find(names: &[(u32, &'static str)], number: u32) -> Option<&'static str> {
     names.iter().find(|(known, _)| *known == number).map(|(_, name)| *name)
 }
 
-/// The name of an MSR.
+/// The name of the MSR `index`, without a prefix such as `IA32_`.
 #[must_use]
 pub fn msr_name(index: u32) -> Option<Cow<'static, str>> {
     if let Some(name) = find(NAMES, index) {
@@ -136,7 +136,7 @@ mod tests {
     use super::msr_name;
 
     #[test]
-    fn the_msrs_of_a_boot_have_names() {
+    fn msrs_that_linux_uses_have_names() {
         for (index, name) in [
             (0x6e0, "TSC_DEADLINE"),
             (0x80b, "x2APIC EOI"),

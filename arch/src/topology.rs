@@ -1,17 +1,17 @@
-//! The processor topology: how vCPUs are spread over sockets, cores and threads, and their APIC ids.
+//! The processor topology: sockets, cores and threads, and the APIC ids that follow from them.
 
-/// Sockets × cores × threads. All three are at least 1.
+/// A processor topology. All three numbers are at least 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Topology {
-    /// Packages.
+    /// The number of sockets (packages).
     pub sockets: u32,
-    /// Cores in a socket.
+    /// The number of cores of a socket.
     pub cores: u32,
-    /// Threads in a core.
+    /// The number of threads of a core.
     pub threads: u32,
 }
 
-/// The number of bits that number `count` things from 0.
+/// The number of bits of a field that numbers `count` things from 0.
 fn bits(count: u32) -> u32 {
     count.next_power_of_two().trailing_zeros()
 }
@@ -29,26 +29,26 @@ impl Topology {
         self.sockets * self.cores * self.threads
     }
 
-    /// Threads in a socket.
+    /// The number of threads of a socket.
     #[must_use]
     pub fn threads_per_socket(&self) -> u32 {
         self.cores * self.threads
     }
 
-    /// How far to shift an APIC id right to get the core's number (CPUID leaf 0xb, level 0).
+    /// The number of bits by which an APIC id is shifted right to get the core's number (CPUID leaf 0xb, level 0).
     #[must_use]
     pub fn core_shift(&self) -> u32 {
         bits(self.threads)
     }
 
-    /// How far to shift an APIC id right to get the socket's number (CPUID leaf 0xb, level 1).
+    /// The number of bits by which an APIC id is shifted right to get the socket's number (CPUID leaf 0xb, level 1).
     #[must_use]
     pub fn socket_shift(&self) -> u32 {
         bits(self.threads) + bits(self.cores)
     }
 
-    /// The APIC id of vCPU number `index`: each level starts at a bit of its own, so ids can have gaps (SDM vol. 3A
-    /// §9.9.3 "Hierarchical Mapping of Shared Resources").
+    /// The APIC id of vCPU number `index`. Each level has a bit field of its own, so that ids can have gaps (SDM vol. 3A §9.9.3,
+    /// "Hierarchical ID of Logical Processors").
     #[must_use]
     pub fn apic_id(&self, index: u32) -> u32 {
         let thread = index % self.threads;
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn apic_ids_are_distinct_and_grow() {
+    fn apic_ids_increase_with_the_vcpu_number() {
         for topology in [
             Topology::flat(1),
             Topology::flat(64),

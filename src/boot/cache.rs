@@ -1,24 +1,27 @@
-//! Unpacked kernels and initrds, kept from run to run: unpacking takes a second, reading what was unpacked a few milliseconds.
+//! A cache of unpacked kernels and initrds on disk: unpacking takes about a second, reading an unpacked file a few
+//! milliseconds.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Kernels kept; the longest unused goes first.
+/// The number of files in the cache. The least recently used one is removed first.
 const KEPT: usize = 8;
-/// Bytes looked at at each end of the file, and at each of the samples between.
+/// The number of bytes at each end of a packed file that go into its key.
 const END_BYTES: u64 = 64 << 10;
+/// The size of each sample between the ends, in bytes.
 const SAMPLE_BYTES: u64 = 4 << 10;
+/// The number of samples between the ends.
 const SAMPLES: u64 = 16;
 
-/// A folder of unpacked kernels.
+/// A cache of unpacked files in a directory.
 pub struct Cache {
     folder: PathBuf,
 }
 
-/// Names one packed kernel: its size, its time, its ends (where version and checksums are) and samples between. Not
-/// all of it: that would take longer than reading the unpacked kernel.
+/// The name of a packed file in the cache: size, modification time, and a CRC of both ends (where version and checksums are)
+/// and of samples between. A CRC of the whole file would take longer than reading the unpacked one.
 fn key(packed: &File) -> io::Result<String> {
     let metadata = packed.metadata()?;
     let (size, mut crc) = (metadata.len(), flate2::Crc::new());
@@ -38,28 +41,28 @@ fn key(packed: &File) -> io::Result<String> {
 }
 
 impl Cache {
-    /// A cache in `folder`, which is made when something is kept.
+    /// A cache in the directory `folder`, which is created by the first [`Cache::keep`].
     #[must_use]
     pub fn new(folder: &Path) -> Self {
         Self { folder: folder.to_owned() }
     }
 
-    /// The unpacked kernel of `packed`, if it is kept.
+    /// The unpacked file for `packed`, if it is in the cache.
     #[must_use]
     pub fn find(&self, packed: &File) -> Option<File> {
         let path = self.folder.join(key(packed).ok()?);
         let file = File::options().read(true).open(path).ok()?;
-        // Someone else's file is not to be trusted; an empty one is an accident.
+        // A file of another user is not trusted; an empty file was left by a crash.
         let metadata = file.metadata().ok()?;
         let mine = metadata.uid() == rustix::process::geteuid().as_raw();
         (mine && metadata.is_file() && metadata.len() > 0).then_some(file)
     }
 
-    /// Keeps what `fill` writes as the unpacked kernel of `packed`. Complete or not at all: written under another name
-    /// first.
+    /// Adds the unpacked file for `packed`, whose content `fill` writes. It is written under a temporary name first, so that the
+    /// cache has complete files only.
     ///
     /// # Errors
-    /// Where the folder or the file cannot be written, or `fill` fails.
+    /// Where the directory or the file cannot be written, or `fill` fails.
     pub fn keep<E: From<io::Error>>(
         &self,
         packed: &File,
@@ -88,7 +91,7 @@ impl Cache {
         Ok(file)
     }
 
-    /// Removes the oldest beyond [`KEPT`]. What cannot be removed stays.
+    /// Removes the least recently used files beyond [`KEPT`]. A file that cannot be removed stays.
     fn prune(&self, newest: &Path) {
         let Ok(entries) = fs::read_dir(&self.folder) else { return };
         let mut kernels: Vec<_> = entries
@@ -126,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_kept_is_found_for_that_kernel_only() {
+    fn a_cached_file_is_found_for_its_packed_file_only() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let cache = Cache::new(&folder.path().join("new"));
         let (one, two) = (packed(&[1; 200_000]), packed(&[2; 200_000]));
@@ -139,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_unpacking_leaves_nothing() {
+    fn a_failed_unpacking_leaves_no_file() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let cache = Cache::new(folder.path());
         let one = packed(b"short");
@@ -149,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn the_folder_does_not_grow_without_end() {
+    fn the_cache_keeps_a_limited_number_of_files() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let cache = Cache::new(folder.path());
         for size in 1..20 {

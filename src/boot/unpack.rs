@@ -42,8 +42,8 @@ impl From<io::Error> for UnpackError {
     }
 }
 
-/// Writes to a file, leaving holes where a whole block is zero: kernels have megabytes of them, and holes need not be
-/// read again.
+/// Writes to a file, leaving holes for blocks of zeros: kernels have megabytes of them, and holes are not read when the file
+/// is loaded.
 struct SparseWriter<'a> {
     file: &'a File,
     position: u64,
@@ -72,9 +72,9 @@ pub fn unpack(mut payload: &[u8], out: &File) -> Result<u64, UnpackError> {
     Ok(writer.position)
 }
 
-/// Unpacks all of `archive` into the empty file `out`: compressed parts, one behind the other, with zeros between, as
-/// Linux takes an initrd (Documentation/driver-api/early-userspace/buffer-format.rst). Each part starts at a multiple
-/// of 4 again. The number of bytes.
+/// Unpacks all parts of `archive` into the empty file `out`: compressed streams in a row, with zeros between them, as Linux
+/// takes an initrd (Documentation/driver-api/early-userspace/buffer-format.rst). Each unpacked part starts at a multiple of
+/// 4. Returns the unpacked size in bytes.
 ///
 /// # Errors
 /// [`UnpackError`]; a part that is not compressed is [`UnpackError::Unknown`].
@@ -90,7 +90,7 @@ pub fn unpack_parts(mut archive: &[u8], out: &File) -> Result<u64, UnpackError> 
     Ok(writer.position)
 }
 
-/// Unpacks one stream off the front of `rest`.
+/// Unpacks the stream at the front of `rest`, and moves `rest` behind it.
 fn unpack_one(rest: &mut &[u8], writer: &mut SparseWriter<'_>) -> Result<(), UnpackError> {
     let start = rest.get(..16.min(rest.len())).unwrap_or_default();
     let kind = Compression::detect(start).ok_or_else(|| UnpackError::Unknown(start.to_vec()))?;
@@ -108,7 +108,7 @@ fn unpack_one(rest: &mut &[u8], writer: &mut SparseWriter<'_>) -> Result<(), Unp
     }
 }
 
-/// Reads until `buffer` is full or the data end.
+/// Reads until `buffer` is full or the stream ends. Returns the number of bytes.
 fn fill(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -122,8 +122,8 @@ fn fill(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// A reader of the unpacked bytes. The kernel's build appends the unpacked size (4 bytes) to most payloads; every
-/// reader here stops at the end of its first stream.
+/// A reader of the unpacked bytes of the first stream in `payload`. It stops at the end of that stream: the kernel's build
+/// appends the unpacked size (4 bytes) to most payloads (scripts/Makefile.lib, `size_append`).
 fn reader<'a, 'b: 'a>(kind: Compression, payload: &'a mut &'b [u8]) -> io::Result<Box<dyn Read + 'a>> {
     Ok(match kind {
         Compression::Gzip => Box::new(flate2::bufread::GzDecoder::new(payload)),
@@ -142,7 +142,7 @@ fn reader<'a, 'b: 'a>(kind: Compression, payload: &'a mut &'b [u8]) -> io::Resul
 
 /// A container of separately compressed blocks.
 trait BlockSource {
-    /// Unpacks the next block into `out`; whether there was one.
+    /// Unpacks the next block into `out`. Returns false at the end of the container.
     fn next_block(&mut self, out: &mut Vec<u8>) -> io::Result<bool>;
 }
 
@@ -179,15 +179,15 @@ fn damaged(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
 
-/// Takes `count` bytes off the front.
+/// Splits `count` bytes off the front of `rest`.
 fn take<'a>(rest: &mut &'a [u8], count: usize) -> io::Result<&'a [u8]> {
     let (front, back) = rest.split_at_checked(count).ok_or(io::ErrorKind::UnexpectedEof)?;
     *rest = back;
     Ok(front)
 }
 
-/// The legacy LZ4 frame (lz4_Frame_format.md, "Legacy frame"): blocks of at most 8 MiB unpacked, each with its packed
-/// size in front.
+/// The legacy LZ4 frame (lz4_Frame_format.md, "Legacy frame"): blocks of at most 8 MiB unpacked, each behind its compressed
+/// size.
 struct Lz4Legacy<'a, 'b> {
     rest: &'a mut &'b [u8],
 }
@@ -199,26 +199,27 @@ impl<'a, 'b> Lz4Legacy<'a, 'b> {
     }
 }
 
+/// The largest unpacked size of a block of the legacy LZ4 frame, in bytes.
 const LZ4_BLOCK: usize = 8 << 20;
 
 impl BlockSource for Lz4Legacy<'_, '_> {
     fn next_block(&mut self, out: &mut Vec<u8>) -> io::Result<bool> {
-        // What follows the last block is too short for one, or the unpacked size that the kernel's build appends.
+        // Behind the last block is nothing, or the unpacked size that the kernel's build appends.
         let Ok(size) = take(self.rest, 4) else { return Ok(false) };
         let size = u32::from_le_bytes(size.try_into().unwrap_or_default()) as usize;
-        // Zeros: what lies between two parts of an initrd.
+        // Zeros are the padding between two parts of an initrd.
         if self.rest.is_empty() || size == 0 {
             return Ok(false);
         }
         let packed = take(self.rest, size)?;
         out.resize(LZ4_BLOCK, 0);
-        let count = lz4_flex::block::decompress_into(packed, out).map_err(io::Error::other)?;
+        let count = lz4_flex::block::decompress_into(packed, out).map_err(|error| damaged(&error.to_string()))?;
         out.truncate(count);
         Ok(true)
     }
 }
 
-/// lzop's file format, as the kernel's lib/decompress_unlzo.c reads it. All numbers are big-endian.
+/// The file format of lzop, as Linux' lib/decompress_unlzo.c reads it. All numbers are big-endian.
 struct Lzop<'a, 'b> {
     rest: &'a mut &'b [u8],
     flags: u32,
@@ -229,6 +230,7 @@ const LZOP_ADLER32_PACKED: u32 = 1 << 1;
 const LZOP_CRC32_UNPACKED: u32 = 1 << 8;
 const LZOP_CRC32_PACKED: u32 = 1 << 9;
 const LZOP_FILTER: u32 = 1 << 11;
+/// The largest accepted unpacked size of a block of lzop, in bytes.
 const LZOP_BLOCK_MAX: usize = 64 << 20;
 
 impl<'a, 'b> Lzop<'a, 'b> {
@@ -257,12 +259,9 @@ impl<'a, 'b> Lzop<'a, 'b> {
         Ok(Self { rest: payload, flags })
     }
 
-    /// Bytes of checksums for the block.
-    fn checksums(&self, packed_too: bool) -> usize {
-        let count = |flag| usize::from(self.flags & flag != 0) * 4;
-        let unpacked = count(LZOP_ADLER32_UNPACKED) + count(LZOP_CRC32_UNPACKED);
-        let packed = count(LZOP_ADLER32_PACKED) + count(LZOP_CRC32_PACKED);
-        unpacked + if packed_too { packed } else { 0 }
+    /// The size in bytes of the checksums that `flags` says a block has.
+    fn checksum_bytes(&self, flags: [u32; 2]) -> usize {
+        flags.into_iter().filter(|flag| self.flags & flag != 0).count() * 4
     }
 }
 
@@ -280,7 +279,11 @@ impl BlockSource for Lzop<'_, '_> {
         if unpacked > LZOP_BLOCK_MAX || packed > unpacked {
             return Err(damaged("a block of an impossible size"));
         }
-        let checksums = self.checksums(packed < unpacked);
+        let mut checksums = self.checksum_bytes([LZOP_ADLER32_UNPACKED, LZOP_CRC32_UNPACKED]);
+        // A block that is stored uncompressed has no checksums of compressed data.
+        if packed < unpacked {
+            checksums += self.checksum_bytes([LZOP_ADLER32_PACKED, LZOP_CRC32_PACKED]);
+        }
         take(self.rest, checksums)?;
         let data = take(self.rest, packed)?;
         if packed == unpacked {

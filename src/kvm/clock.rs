@@ -1,8 +1,8 @@
-//! The time-stamp counter: the cheapest clock there is, for the flight recorder.
+//! The time-stamp counter (TSC): the cheapest clock of the processor, for the flight recorder.
 
 use std::time::Instant;
 
-/// Reads the processor's time-stamp counter (SDM vol. 2B, RDTSC). It may differ a little between processors.
+/// Reads the time-stamp counter (SDM vol. 2B, RDTSC). It may differ by a few ticks between processors.
 #[must_use]
 pub fn tsc() -> u64 {
     // SAFETY: RDTSC exists on every x86_64 processor and only reads; Linux allows it to programs unless one asks for
@@ -10,7 +10,7 @@ pub fn tsc() -> u64 {
     unsafe { std::arch::x86_64::_rdtsc() }
 }
 
-/// A moment on both clocks.
+/// A moment on the TSC and on the monotonic clock, for converting ticks to time.
 #[derive(Clone, Copy, Debug)]
 pub struct Anchor {
     tsc: u64,
@@ -18,14 +18,14 @@ pub struct Anchor {
 }
 
 impl Anchor {
-    /// Now.
+    /// The current moment.
     #[must_use]
     pub fn now() -> Self {
         Self { tsc: tsc(), at: Instant::now() }
     }
 
-    /// Nanoseconds from this moment to `tsc`, by what the two clocks did from this moment to `end`; 0 for what came
-    /// before.
+    /// Nanoseconds from this moment to the TSC value `tsc`, at the rate of both clocks between this moment and `end`. Returns 0
+    /// for a value from before.
     #[must_use]
     pub fn ns_until(&self, tsc: u64, end: &Self) -> u64 {
         let ticks = u128::from(end.tsc.saturating_sub(self.tsc)).max(1);
@@ -41,7 +41,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn ticks_become_time() {
+    fn ticks_are_converted_to_nanoseconds() {
         let start = Anchor::now();
         std::thread::sleep(Duration::from_millis(10));
         let middle = tsc();

@@ -1,7 +1,7 @@
-//! What KVM_RUN came back with, as plain data (KVM API 5, "The kvm_run structure").
+//! Userspace exits: what KVM_RUN returned with, as plain data (KVM API 5, "The kvm_run structure").
 //!
-//! kvm-ioctls hands port I/O over as bytes without size and count, which loses string instructions; they are read
-//! from `kvm_run` here.
+//! kvm-ioctls gives the bytes of port I/O without the size of an item, which string instructions need; it is read from
+//! `kvm_run` here.
 
 #![deny(clippy::wildcard_enum_match_arm)]
 
@@ -12,140 +12,140 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::slice;
 
-/// Which way a port access goes, as the guest sees it.
+/// The direction of a port access, as the guest sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// The guest reads.
+    /// The guest reads (IN, INS).
     In,
-    /// The guest writes.
+    /// The guest writes (OUT, OUTS).
     Out,
 }
 
 /// Data of KVM_EXIT_INTERNAL_ERROR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InternalError {
-    /// KVM_INTERNAL_ERROR_*.
+    /// The kind of error: KVM_INTERNAL_ERROR_*.
     pub suberror: u32,
-    /// How many of `data` are valid.
+    /// The number of valid elements of `data`.
     pub count: usize,
-    /// Depends on the suberror: for a failed emulation flags, then the instruction's bytes.
+    /// Details that depend on `suberror`: for a failed emulation flags, then the bytes of the instruction.
     pub data: [u64; 16],
 }
 
-/// Why the guest stopped running.
+/// A userspace exit: why KVM_RUN returned.
 #[derive(Debug)]
 pub enum Exit<'a> {
-    /// The system call was interrupted (EINTR): a kick, or a signal.
+    /// KVM_RUN returned EINTR: a kick or another signal interrupted it.
     Interrupted,
-    /// A vCPU that waited for its start-up message got it (EAGAIN).
+    /// KVM_RUN returned EAGAIN: an AP that waited for its start-up IPI received it.
     Again,
     /// Port I/O: `count` items of `size` bytes.
     Pio {
-        /// The port.
+        /// The number of the port.
         port: u16,
-        /// Which way.
+        /// The direction, which says whether `data` is read or written.
         direction: Direction,
-        /// Bytes in an item: 1, 2 or 4.
+        /// The size of an item in bytes: 1, 2 or 4.
         size: usize,
-        /// `size × count` bytes, to be filled or taken.
+        /// `size × count` bytes: those that the guest writes, or room for those that it reads.
         data: &'a mut [u8],
     },
-    /// A read from guest physical memory that is no memory.
+    /// A read from a gpa without a memslot.
     MmioRead {
-        /// The address.
+        /// The address, a gpa.
         gpa: u64,
-        /// 1 to 8 bytes to be filled.
+        /// Room for the 1 to 8 bytes that the guest reads.
         data: &'a mut [u8],
     },
-    /// A write to guest physical memory that is no memory.
+    /// A write to a gpa without a memslot, or to a read-only one.
     MmioWrite {
-        /// The address.
+        /// The address, a gpa.
         gpa: u64,
-        /// 1 to 8 bytes.
+        /// The 1 to 8 bytes that the guest writes.
         data: &'a [u8],
     },
-    /// RDMSR that the kernel left to us.
+    /// RDMSR of an MSR that KVM does not know (KVM_CAP_X86_USER_SPACE_MSR).
     MsrRead {
-        /// ECX.
+        /// The number of the MSR (ECX).
         index: u32,
-        /// The value to give.
+        /// Room for the value that the guest reads.
         data: &'a mut u64,
-        /// Not 0: #GP instead.
+        /// Set to another value than 0, it makes KVM inject #GP.
         error: &'a mut u8,
     },
-    /// WRMSR that the kernel left to us.
+    /// WRMSR of an MSR that KVM does not know (KVM_CAP_X86_USER_SPACE_MSR).
     MsrWrite {
-        /// ECX.
+        /// The number of the MSR (ECX).
         index: u32,
-        /// EDX:EAX.
+        /// The value that the guest writes (EDX:EAX).
         data: u64,
-        /// Not 0: #GP.
+        /// Set to another value than 0, it makes KVM inject #GP.
         error: &'a mut u8,
     },
-    /// A hypercall that the kernel left to us.
+    /// A hypercall that KVM passes on.
     Hypercall {
-        /// Its number.
+        /// The number of the hypercall (RAX).
         number: u64,
-        /// The result to give.
+        /// Room for the result (RAX).
         result: &'a mut u64,
     },
-    /// HLT, where no APIC is in the kernel.
+    /// HLT, where the local APIC is not in the kernel.
     Hlt,
-    /// A shutdown of the processor: a triple fault.
+    /// The processor is in shutdown state, after a triple fault.
     Shutdown,
-    /// The hardware refused to enter the guest.
+    /// The hardware refused the VM entry.
     FailEntry {
-        /// The hardware's reason.
+        /// The hardware's reason: the VMX exit reason, or the SVM EXITCODE.
         reason: u64,
-        /// The host processor.
+        /// The number of the host processor.
         cpu: u32,
     },
-    /// KVM gave up.
+    /// KVM cannot go on with the guest (KVM_EXIT_INTERNAL_ERROR).
     InternalError(InternalError),
-    /// The guest asked for something by an event (KVM_SYSTEM_EVENT_*).
+    /// The guest asked for a system event, such as a reset, by a paravirtual interface.
     SystemEvent {
-        /// Which.
+        /// The event: KVM_SYSTEM_EVENT_*.
         kind: u32,
     },
-    /// An access that the memory slots do not allow.
+    /// An access that KVM cannot resolve by the memslots (KVM_EXIT_MEMORY_FAULT).
     MemoryFault {
-        /// KVM_MEMORY_EXIT_FLAG_*.
+        /// The kind of access: KVM_MEMORY_EXIT_FLAG_*.
         flags: u64,
-        /// The address.
+        /// The first gpa of the range.
         gpa: u64,
-        /// Bytes.
+        /// The size of the range in bytes.
         size: u64,
     },
-    /// A guest-debug event.
+    /// A debug exception that KVM_SET_GUEST_DEBUG asked for.
     Debug {
-        /// Where.
+        /// The linear address of the instruction.
         pc: u64,
     },
-    /// An exception (not used by today's KVM).
+    /// KVM_EXIT_EXCEPTION, which KVM on x86 does not use.
     Exception,
-    /// The interrupt window opened.
+    /// The guest can take an interrupt again (KVM_EXIT_IRQ_WINDOW_OPEN).
     IrqWindowOpen,
-    /// An interrupt for the host (not used by today's KVM).
+    /// KVM_EXIT_INTR: a signal is pending.
     Intr,
-    /// The task priority changed.
+    /// The guest lowered its task priority (KVM_EXIT_SET_TPR), where the local APIC is not in the kernel.
     SetTpr,
-    /// The task priority was accessed.
+    /// The guest accessed the task priority register (KVM_EXIT_TPR_ACCESS).
     TprAccess,
-    /// A non-maskable interrupt.
+    /// KVM_EXIT_NMI, which KVM on x86 does not use.
     Nmi,
-    /// An interrupt was acknowledged at a user-space I/O APIC.
+    /// The guest signalled the EOI of this vector to an I/O APIC in user space (KVM_EXIT_IOAPIC_EOI).
     IoapicEoi(u8),
-    /// Hyper-V emulation.
+    /// An event of the Hyper-V emulation (KVM_EXIT_HYPERV).
     Hyperv,
-    /// An exit reason of another architecture.
+    /// An exit reason of another architecture: its KVM_EXIT_* number.
     Foreign(u32),
-    /// KVM_EXIT_UNKNOWN: hardware left for a reason that KVM does not know.
+    /// KVM_EXIT_UNKNOWN: the hardware's exit reason is unknown to KVM.
     Unknown,
-    /// A reason that kvm-ioctls does not know; its number.
+    /// An exit reason that kvm-ioctls does not know: its KVM_EXIT_* number.
     Unsupported(u32),
 }
 
-/// An exit with the borrow of the vCPU replaced by pointers into its kvm_run, so that kvm_run can be looked at again.
+/// An exit with pointers into kvm_run instead of borrows of the vCPU, so that kvm_run can be read once more.
 enum Raw {
     Pio { port: u16, direction: Direction, data: *mut u8, bytes: usize },
     MmioRead { gpa: u64, data: *mut u8, bytes: usize },
@@ -157,7 +157,7 @@ enum Raw {
     Done(Exit<'static>),
 }
 
-/// Runs the vCPU until it exits, and says why.
+/// Runs the vCPU until KVM_RUN returns, and decodes the exit.
 pub(super) fn run(fd: &mut VcpuFd) -> Result<Exit<'_>, kvm_ioctls::Error> {
     let raw = match fd.run() {
         Ok(exit) => classify(exit),
@@ -195,7 +195,7 @@ pub(super) fn run(fd: &mut VcpuFd) -> Result<Exit<'_>, kvm_ioctls::Error> {
     })
 }
 
-/// Names every variant: a new one in kvm-ioctls breaks the build here.
+/// Decodes an exit of kvm-ioctls. The match has no wildcard, so that a new variant in kvm-ioctls breaks the build here.
 fn classify(exit: VcpuExit<'_>) -> Raw {
     Raw::Done(match exit {
         VcpuExit::IoIn(port, data) => {

@@ -1,4 +1,4 @@
-//! Kicks: making a vCPU thread leave KVM_RUN.
+//! Kicks: they make a vCPU thread return from KVM_RUN.
 //!
 //! A kick is a real-time signal. Its handler sets `immediate_exit` in the thread's own `kvm_run` (KVM API 5), so that a
 //! kick that comes just before KVM_RUN is not lost: KVM_RUN then returns at once.
@@ -11,7 +11,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 thread_local! {
-    /// `kvm_run.immediate_exit` of the vCPU that this thread runs, or null.
+    /// Points to `kvm_run.immediate_exit` of the vCPU that this thread runs, or is null.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
 }
 
@@ -29,11 +29,11 @@ extern "C" fn on_kick(_signal: i32) {
     }
 }
 
-/// Installs the signal's handler for the process, once. Without SA_RESTART: system calls that a kicked thread waits in
-/// come back too.
+/// Installs the signal handler for the process, once. It is installed without SA_RESTART, so that a kick also interrupts other
+/// blocking system calls of the thread.
 ///
 /// # Errors
-/// Where the system refuses.
+/// Where sigaction(2) fails.
 pub fn install() -> io::Result<()> {
     static INSTALLED: OnceLock<i32> = OnceLock::new();
     let errno = *INSTALLED.get_or_init(|| {
@@ -47,7 +47,7 @@ pub fn install() -> io::Result<()> {
     if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
 }
 
-/// Marks this thread as running one vCPU, for as long as the value lives.
+/// Makes the calling thread the one that runs a vCPU, for as long as the value lives.
 pub(super) struct Kickable(());
 
 impl Kickable {
@@ -80,16 +80,16 @@ impl KickTarget {
         Self { process, thread }
     }
 
-    /// Sends the kick. A thread that is gone is none of our business: the kernel then says ESRCH.
+    /// Sends the kick. If the thread has ended, tgkill(2) fails with ESRCH, which is ignored.
     pub fn kick(self) {
         // SAFETY: tgkill takes three numbers; the handler is installed, and a wrong number only makes it fail.
         unsafe { libc::syscall(libc::SYS_tgkill, self.process, self.thread, signal()) };
     }
 }
 
-/// Runs `body` on a thread that is kicked when it takes longer than `patience`, and again. `None`: there is no such thread, or it
-/// panicked.
-pub fn guarded<T: Send>(patience: Duration, body: impl FnOnce() -> T + Send) -> Option<T> {
+/// Runs `body` on a new thread, which is kicked whenever another `kick_after` has passed. Returns `None` where the thread
+/// cannot be made, or panics.
+pub fn guarded<T: Send>(kick_after: Duration, body: impl FnOnce() -> T + Send) -> Option<T> {
     install().ok()?;
     std::thread::scope(|scope| {
         let (started, start) = channel();
@@ -100,7 +100,7 @@ pub fn guarded<T: Send>(patience: Duration, body: impl FnOnce() -> T + Send) -> 
         });
         let target = start.recv().ok()?;
         loop {
-            match result.recv_timeout(patience) {
+            match result.recv_timeout(kick_after) {
                 Ok(result) => return Some(result),
                 Err(RecvTimeoutError::Timeout) => target.kick(),
                 Err(RecvTimeoutError::Disconnected) => return None,

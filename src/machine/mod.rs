@@ -281,7 +281,7 @@ fn create_vcpus(
             tsc_khz: vcpu.tsc_khz(),
             tsc_deadline,
             x2apic: tune.wants(Lever::X2Apic),
-            tell_tsc: tune.wants(Lever::CpuidTsc),
+            tsc_frequency: tune.wants(Lever::CpuidTsc),
             hidden_features: levers::hidden_features(tune),
             mtrr: !tune.wants(Lever::HideMtrr),
         };

@@ -4,7 +4,7 @@ use super::{Machine, Setup, VirtioHandle};
 use crate::config::ProfileLevel;
 use crate::console::terminal_size;
 use crate::control::Live;
-use crate::event_loop::{EventLoop, OnReadable};
+use crate::event_loop::{EventLoop, EventLoopError, OnReadable};
 use crate::exit::{EndReason, Handler, Outcome};
 use crate::kvm::stats::{Reader, Stat};
 use crate::kvm::{Vcpu, Vm};
@@ -35,6 +35,9 @@ pub enum RunError {
     /// Threads, event loop, signals.
     #[error("cannot {0}")]
     Io(&'static str, #[source] io::Error),
+    /// The event loop failed.
+    #[error(transparent)]
+    EventLoop(#[from] EventLoopError),
 }
 
 /// What a run leaves behind.
@@ -184,7 +187,7 @@ fn listen(
     subscribers: impl IntoIterator<Item = Box<dyn MutEventSubscriber>>,
     resized: Option<Arc<Port>>,
 ) -> Result<(EventLoop, Vec<signal_hook::SigId>), RunError> {
-    let mut event_loop = EventLoop::new().map_err(|error| RunError::Io("start the event loop", error))?;
+    let mut event_loop = EventLoop::new()?;
     let event = control.event().try_clone().map_err(|error| RunError::Io("copy an eventfd", error))?;
     event_loop.add(Box::new(OnReadable::new(event, |event: &vmm_sys_util::eventfd::EventFd| {
         let _ = event.read();
@@ -264,9 +267,7 @@ impl Limits<'_> {
             }
             let moments = [Some(next_tick), dog, self.timeout.map(|(at, _)| at)];
             let next = moments.into_iter().flatten().min().unwrap_or(next_tick);
-            event_loop
-                .wait(next.saturating_duration_since(now))
-                .map_err(|error| RunError::Io("wait for events", error))?;
+            event_loop.wait(next.saturating_duration_since(now))?;
         }
         Ok(())
     }

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
+    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap,
+    MmapRegion,
 };
 
 /// The host pages that back guest memory.
@@ -73,6 +74,22 @@ pub enum MemoryError {
     /// vm-memory refuses the banks together.
     #[error("the banks of guest memory do not go together")]
     Banks(#[source] GuestRegionCollectionError),
+    /// There is no memory at the gpa.
+    #[error("there is no guest memory at gpa {gpa:#x}")]
+    NoMemory {
+        /// The address.
+        gpa: u64,
+        /// vm-memory's error.
+        source: GuestMemoryError,
+    },
+    /// The protection of the page at the gpa cannot be changed.
+    #[error("cannot change the protection of the page at gpa {gpa:#x}")]
+    Protect {
+        /// The address.
+        gpa: u64,
+        /// The error of the system call.
+        source: io::Error,
+    },
     /// The host has too little free memory to fill all pages.
     #[error("cannot fill {size} bytes of guest memory: is there enough free memory?")]
     Populate {
@@ -222,16 +239,17 @@ impl GuestRam {
     /// mapping's protection does that; here to executable and back, so that the page stays readable and writable.
     ///
     /// # Errors
-    /// Where `gpa` is not guest memory, the host allows no executable memory (SELinux' execmem), or its pages are larger.
-    pub fn flush_page(&self, gpa: u64) -> io::Result<()> {
+    /// [`MemoryError::NoMemory`], and [`MemoryError::Protect`] where the host allows no executable memory (SELinux' execmem)
+    /// or its pages are larger.
+    pub fn flush_page(&self, gpa: u64) -> Result<(), MemoryError> {
         let page = GuestAddress(gpa & !(PAGE as u64 - 1));
-        let slice = self.memory.get_slice(page, PAGE).map_err(io::Error::other)?;
+        let slice = self.memory.get_slice(page, PAGE).map_err(|source| MemoryError::NoMemory { gpa, source })?;
         let address = slice.ptr_guard_mut().as_ptr().cast::<libc::c_void>();
         for rights in [libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC, libc::PROT_READ | libc::PROT_WRITE] {
             // SAFETY: the page lies in a mapping of guest memory, which `self` keeps; reading and writing stay allowed, and
-            // nobody in this process jumps there.
+            // nothing in this process jumps there.
             if unsafe { libc::mprotect(address, PAGE, rights) } != 0 {
-                return Err(io::Error::last_os_error());
+                return Err(MemoryError::Protect { gpa, source: io::Error::last_os_error() });
             }
         }
         Ok(())
@@ -299,7 +317,7 @@ fn map_aligned(bytes: usize) -> io::Result<Mapping> {
     let address = start.wrapping_byte_add(before);
     let after = whole - before - bytes;
     // SAFETY: both ranges are ends of the mapping just made, in whole pages (`bytes` is, so are both alignments), and
-    // nobody knows of them. Lengths of 0 are left out.
+    // no other code has their addresses. Lengths of 0 are left out.
     unsafe {
         if before > 0 {
             libc::munmap(start, before);

@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_an_error() {
+    fn information_that_does_not_fit_is_an_error() {
         let long = "x".repeat(0x1_0000);
         assert!(matches!(info(1 << 27, &[], &long, &[]), Err(MultibootError::TooLarge { .. })));
     }

@@ -66,7 +66,7 @@ mod tests {
     use crate::layout::memory_map;
 
     #[test]
-    fn the_fields_are_where_linux_reads_them() {
+    fn fields_have_their_documented_offsets() {
         let bytes = zero_page(None, &memory_map(5 << 30), 7, Some(GpaRange { start: 0x1_2345_6000, bytes: 99 }));
         assert_eq!(bytes.len(), 4096);
         assert_eq!(u32_at(&bytes, 0x202), Some(HEADER_MAGIC));

@@ -1,47 +1,47 @@
-//! What an exit code and its information fields say, for both kinds of processor.
+//! The meaning of an exit code and its information fields, for VMX and SVM.
 
 use super::{svm, vmx};
 
-/// The instruction set of the host's virtualization, numbered as in KVM's tracepoints.
+/// The virtualization extension of the host's processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {
-    /// Intel's VMX.
+    /// Intel VMX (VT-x).
     Vmx,
-    /// AMD's SVM.
+    /// AMD SVM (AMD-V).
     Svm,
 }
 
-/// Kinds of VM exits that mean the same on both.
+/// A class of VM exits that exists on both VMX and SVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Class {
-    /// IN, OUT and their string forms.
+    /// Port I/O: IN, OUT, INS, OUTS.
     Pio,
-    /// RDMSR, WRMSR.
+    /// Access to an MSR: RDMSR, WRMSR.
     Msr,
-    /// CPUID.
+    /// The CPUID instruction.
     Cpuid,
-    /// A nested page fault: memory not yet there, or a device's.
+    /// A nested page fault (NPT) or an EPT violation: the memory is not mapped yet, or a device is there.
     NestedPageFault,
-    /// HLT.
+    /// The HLT instruction.
     Hlt,
-    /// An interrupt for the host, or a window for one of the guest's.
+    /// An interrupt for the host, or an interrupt window for the guest.
     Interrupt,
-    /// A control or debug register.
+    /// Access to a control or debug register.
     ControlRegister,
-    /// An exception: with shadow paging, page faults.
+    /// An exception; with shadow paging these are mostly page faults.
     Exception,
-    /// PAUSE, MWAIT, MONITOR.
+    /// The instructions PAUSE, MONITOR and MWAIT.
     Pause,
-    /// VMCALL, VMMCALL.
+    /// A hypercall: VMCALL, VMMCALL.
     Hypercall,
-    /// Local APIC, where the processor helps with it.
+    /// Access to the local APIC, where the processor virtualizes it (APICv, AVIC).
     Apic,
-    /// Anything else.
+    /// Any other VM exit.
     Other,
 }
 
 impl Class {
-    /// All, in the order of tables.
+    /// All classes, in the order in which tables list them.
     pub const ALL: [Self; 12] = [
         Self::Pio,
         Self::Msr,
@@ -57,7 +57,7 @@ impl Class {
         Self::Other,
     ];
 
-    /// The name in budgets and in JSON.
+    /// The name of the class in budgets and in JSON.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -77,14 +77,14 @@ impl Class {
     }
 }
 
-/// An access to ports, as the information fields tell it.
+/// A port access, decoded from the information fields of its VM exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IoAccess {
-    /// The port.
+    /// The number of the port.
     pub port: u16,
-    /// Bytes of an item.
+    /// The size of an item in bytes: 1, 2 or 4.
     pub size: u8,
-    /// Whether the guest writes.
+    /// True for OUT and OUTS, false for IN and INS.
     pub write: bool,
 }
 
@@ -93,7 +93,7 @@ fn port(bits: u64) -> u16 {
 }
 
 impl Isa {
-    /// From the field `isa` of KVM's tracepoints.
+    /// The extension for the field `isa` of KVM's tracepoints (KVM_ISA_VMX, KVM_ISA_SVM).
     #[must_use]
     pub fn from_kvm(number: u64) -> Option<Self> {
         match number {
@@ -103,7 +103,7 @@ impl Isa {
         }
     }
 
-    /// "vmx" or "svm".
+    /// The name in JSON and in tables: "vmx" or "svm".
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -112,7 +112,7 @@ impl Isa {
         }
     }
 
-    /// The manual's name of an exit code; its number where it has none.
+    /// The name of an exit code in the vendor's manual, or its number where it has no name.
     #[must_use]
     pub fn reason(self, code: u64) -> String {
         let name = match self {
@@ -122,7 +122,7 @@ impl Isa {
         name.map_or_else(|| format!("{code:#x}"), str::to_owned)
     }
 
-    /// The kind of an exit code.
+    /// The class of an exit code.
     #[must_use]
     pub fn class(self, code: u64) -> Class {
         match self {
@@ -157,7 +157,7 @@ impl Isa {
         }
     }
 
-    /// The port access of an exit of class [`Class::Pio`] (APM vol. 2 §15.10.2, EXITINFO1; SDM vol. 3C table 28-5, exit
+    /// Decodes the port access of an exit of class [`Class::Pio`] (APM vol. 2 §15.10.2, EXITINFO1; SDM vol. 3C table 28-5, exit
     /// qualification).
     #[must_use]
     pub fn io(self, info1: u64) -> IoAccess {
@@ -173,7 +173,7 @@ impl Isa {
         }
     }
 
-    /// Whether an exit of class [`Class::Msr`] is a write (SVM tells it in EXITINFO1, VMX by the reason).
+    /// Returns true if an exit of class [`Class::Msr`] is a write. SVM has that in EXITINFO1, VMX in the exit reason.
     #[must_use]
     pub fn is_msr_write(self, code: u64, info1: u64) -> bool {
         match self {
@@ -182,13 +182,13 @@ impl Isa {
         }
     }
 
-    /// Whether a nested page fault is a write (APM vol. 2 §15.25.6, EXITINFO1 bit 1; SDM vol. 3C table 28-7, bit 1).
+    /// Returns true if a nested page fault is a write (APM vol. 2 §15.25.6, EXITINFO1 bit 1; SDM vol. 3C table 28-7, bit 1).
     #[must_use]
     pub fn is_fault_write(self, info1: u64) -> bool {
         info1 & 2 != 0
     }
 
-    /// The guest physical address of a nested page fault, where `kvm_exit` has it: SVM's EXITINFO2.
+    /// The gpa of a nested page fault, where the tracepoint `kvm_exit` has it: SVM's EXITINFO2.
     #[must_use]
     pub fn fault_gpa(self, info2: u64) -> Option<u64> {
         (self == Self::Svm).then_some(info2)
@@ -200,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_byte_to_the_uart_is_the_same_on_both() {
+    fn port_accesses_are_decoded_alike_on_vmx_and_svm() {
         let expected = IoAccess { port: 0x3f8, size: 1, write: true };
         assert_eq!(Isa::Svm.io(0x3f8 << 16 | 1 << 4), expected);
         assert_eq!(Isa::Vmx.io(0x3f8 << 16), expected);
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn kinds_agree() {
+    fn classes_agree_on_vmx_and_svm() {
         let pairs = [(0x7b, 30), (0x72, 10), (0x400, 48), (0x78, 12), (0x60, 1), (0x81, 18), (0x10, 28)];
         for (svm, vmx) in pairs {
             assert_eq!(Isa::Svm.class(svm), Isa::Vmx.class(vmx));

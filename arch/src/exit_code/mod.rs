@@ -1,4 +1,4 @@
-//! The processors' own exit codes, their names, and what their details say.
+//! VM exit codes of the hardware: VMX basic exit reasons and SVM EXITCODEs, their names, and the decoding of their details.
 
 pub mod detail;
 pub mod svm;

@@ -1,4 +1,4 @@
-//! `#VMEXIT` codes (AMD APM vol. 2 app. C).
+//! `#VMEXIT` codes: the values of EXITCODE in the VMCB (APM vol. 2 app. C).
 
 /// The name of an exit code, without its `VMEXIT_` prefix.
 #[must_use]
@@ -87,7 +87,7 @@ pub fn name(code: u64) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn the_codes_of_a_boot_have_names() {
+    fn exit_codes_of_a_linux_boot_have_names() {
         for (code, name) in [(0x60, "INTR"), (0x72, "CPUID"), (0x7b, "IOIO"), (0x7c, "MSR"), (0x400, "NPF")] {
             assert_eq!(super::name(code), Some(name));
         }

@@ -94,7 +94,7 @@ pub fn name(reason: u64) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn reasons_have_the_manuals_numbers() {
+    fn names_are_at_their_exit_reasons() {
         for (reason, name) in [(10, "CPUID"), (30, "IO_INSTRUCTION"), (48, "EPT_VIOLATION"), (75, "NOTIFY")] {
             assert_eq!(super::name(reason), Some(name));
         }

@@ -75,7 +75,7 @@ fn a_segment_larger_in_the_file_than_in_memory_is_refused() {
 
 proptest! {
     #[test]
-    fn no_change_makes_it_panic(changes in proptest::collection::vec((0..230_usize, any::<u8>()), 1..12)) {
+    fn a_changed_file_is_parsed_or_refused(changes in proptest::collection::vec((0..230_usize, any::<u8>()), 1..12)) {
         let mut file = kernel();
         for (at, value) in changes {
             if let Some(byte) = file.get_mut(at) {
