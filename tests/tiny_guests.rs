@@ -226,7 +226,7 @@ fn mmio(code: &[u8], mode: Mode, accesses: u64) -> Outcome {
 /// A page of registers: reads make no exit, a write makes one and changes nothing by itself.
 fn register_page() -> Outcome {
     let page = RegisterPage::new().expect("a page");
-    page.show_u32(4, 0x1122_3344);
+    page.write_register(4, 0x1122_3344);
     let shown = page.clone();
     let show =
         move |machine: &Machine| machine.vm.map_register_page(0xd200_0000, &shown).map_err(|error| error.to_string());

@@ -1,37 +1,37 @@
-//! The bus: which device answers at a port or a guest physical address. Built once, then frozen into a sorted list, so
-//! that a look-up takes no lock.
+//! The port and memory buses: which device handles an access to a port or a guest physical address. A bus is built once and
+//! then frozen into a sorted list, so that a look-up takes no lock.
 
 use std::sync::Arc;
 use thiserror::Error;
 
-/// What should happen to the machine because of a guest's write.
+/// What the machine has to do after a guest's write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Nothing: go on.
+    /// Nothing: the guest continues.
     None,
-    /// The guest asked for a reset.
+    /// Reset the machine.
     Reset,
-    /// The guest turned itself off.
+    /// Power the machine off.
     PowerOff,
-    /// The guest says that it panicked.
+    /// The guest kernel reported that it panicked (pvpanic).
     Panicked,
-    /// The guest ends the VMM with this exit status (isa-debug-exit).
+    /// End the VMM with this exit status (isa-debug-exit).
     DebugExit(u8),
 }
 
 /// A device on a port or memory bus.
 ///
-/// `offset` counts bytes from the start of the range that the device was put at. `data` can have any length that a
-/// guest can make up; a device must survive all of them. Called from any vCPU thread, several at a time.
+/// `offset` is in bytes from the start of the device's range. The guest decides the length of `data` and the offset; a device
+/// must handle all values. The methods are called from any vCPU thread, also from several at a time.
 pub trait BusDevice: Send + Sync {
-    /// Fills `data`. What a device does not set reads as all ones, the value it comes with.
+    /// Handles a read. `data` is all ones before the call; bytes that the device does not set stay so.
     fn read(&self, offset: u64, data: &mut [u8]);
 
-    /// Takes `data`; says what should happen to the machine.
+    /// Handles a write of `data` and returns what the machine has to do.
     fn write(&self, offset: u64, data: &[u8]) -> Action;
 
-    /// Takes the items of one string instruction, each of `size` bytes, all for `offset`. Stops at the first item
-    /// that asks for something.
+    /// Handles the items of a string instruction (OUTS), `size` bytes each, all written to `offset`. Stops after the first
+    /// item whose action is not [`Action::None`].
     fn write_string(&self, offset: u64, size: usize, data: &[u8]) -> Action {
         data.chunks_exact(size.max(1))
             .map(|item| self.write(offset, item))
@@ -40,27 +40,27 @@ pub trait BusDevice: Send + Sync {
     }
 }
 
-/// A range cannot be put on the bus.
+/// A device cannot be put on the bus.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum BusError {
-    /// Two devices at one address.
-    #[error("{name} at {base:#x} overlaps {other}")]
+    /// The range overlaps that of another device.
+    #[error("the range of {name} at {base:#x} overlaps {other}")]
     Overlap {
-        /// The device that was to be added.
+        /// Name of the device to add.
         name: String,
-        /// Its first address.
+        /// First address of its range.
         base: u64,
-        /// The device that is there.
+        /// Name of the device that is on the bus.
         other: String,
     },
-    /// A length of 0, or one that runs over the end of the address space.
-    #[error("{name} at {base:#x} has a length of {len:#x}")]
+    /// The range is empty, or reaches beyond the end of the address space.
+    #[error("the range of {name} at {base:#x} has an invalid length of {len:#x} bytes")]
     Length {
-        /// The device that was to be added.
+        /// Name of the device to add.
         name: String,
-        /// Its first address.
+        /// First address of its range.
         base: u64,
-        /// The length asked for.
+        /// Length of its range in bytes.
         len: u64,
     },
 }
@@ -72,17 +72,17 @@ struct Range {
     device: Arc<dyn BusDevice>,
 }
 
-/// A bus that devices can still be put on.
+/// A bus under construction.
 #[derive(Default)]
 pub struct BusBuilder {
     ranges: Vec<Range>,
 }
 
 impl BusBuilder {
-    /// Puts `device` at `base`, for `len` bytes. `name` is what counts are shown under.
+    /// Puts `device` on the `len` addresses from `base` on. `name` identifies it in counters and reports.
     ///
     /// # Errors
-    /// Where the range is empty or overlaps another.
+    /// Returns [`BusError`] where the range is empty, too long, or overlaps another.
     pub fn insert(
         &mut self,
         base: u64,
@@ -104,30 +104,30 @@ impl BusBuilder {
         Ok(())
     }
 
-    /// No more devices.
+    /// Returns the finished bus.
     #[must_use]
     pub fn freeze(self) -> Bus {
         Bus { ranges: self.ranges.into_boxed_slice() }
     }
 }
 
-/// Where an address led: the slot's number (for counting), the offset in it and the device.
+/// The device that handles an access.
 pub struct Found<'a> {
-    /// Index into [`Bus::slots`].
+    /// Index of the device's range in [`Bus::slots`], for counters.
     pub slot: usize,
-    /// Bytes from the start of the slot.
+    /// Offset of the access in the range, in bytes.
     pub offset: u64,
-    /// Who answers.
+    /// The device to call.
     pub device: &'a dyn BusDevice,
 }
 
-/// A frozen bus.
+/// A finished bus, to which no device can be added.
 pub struct Bus {
     ranges: Box<[Range]>,
 }
 
 impl Bus {
-    /// The device at `address`, by the first byte of an access.
+    /// Returns the device that handles an access whose first byte is at `address`.
     #[must_use]
     pub fn find(&self, address: u64) -> Option<Found<'_>> {
         let slot = self.ranges.partition_point(|range| range.base <= address).checked_sub(1)?;
@@ -135,7 +135,7 @@ impl Bus {
         Some(Found { slot, offset: address - range.base, device: range.device.as_ref() })
     }
 
-    /// First address and name of every slot, in slot order.
+    /// Returns first address and name of each range, in the order of [`Found::slot`].
     pub fn slots(&self) -> impl Iterator<Item = (u64, &str)> {
         self.ranges.iter().map(|range| (range.base, range.name.as_str()))
     }

@@ -1,13 +1,22 @@
-//! What all consoles have in common.
+//! What the UART and the virtio console have in common.
 
 use std::io;
+use thiserror::Error;
 
-/// The guest's side of a console's input.
+/// Input cannot be passed to the guest.
+#[derive(Debug, Error)]
+pub enum InputError {
+    /// The interrupt line, or the eventfd of the console's worker, cannot be written.
+    #[error("cannot signal the console that there is input")]
+    Signal(#[source] io::Error),
+}
+
+/// A console that takes input for the guest.
 pub trait ConsoleInput: Send + Sync {
-    /// Hands over what the guest takes of `input`, and says how many bytes that was; 0 means: wait until the console
-    /// says that it wants more.
+    /// Passes as much of `input` to the guest as fits and returns the number of bytes. Where that is 0, the console signals
+    /// when it can take more input. Does not block.
     ///
     /// # Errors
-    /// Where the interrupt cannot be raised.
-    fn enqueue(&self, input: &[u8]) -> io::Result<usize>;
+    /// Returns [`InputError`] where the guest cannot be interrupted.
+    fn enqueue(&self, input: &[u8]) -> Result<usize, InputError>;
 }

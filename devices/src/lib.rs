@@ -1,8 +1,10 @@
-//! Device models: what a guest finds behind its ports and its memory-mapped registers. They know the bus, an interrupt
-//! line and host files; they know neither KVM nor the processor.
+//! Device models: the devices that a guest accesses through ports and memory-mapped registers. They depend on the bus, on
+//! interrupt lines and on files of the host, and not on KVM or the processor.
 
 pub mod bus;
 pub mod console;
+pub mod error;
+mod half;
 pub mod irq;
 pub mod legacy;
 pub mod memory;

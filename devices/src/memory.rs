@@ -1,19 +1,56 @@
 //! Guest memory as devices see it, and vectored I/O between it and host files.
 //!
-//! Bytes of a running guest are no Rust slice: the guest changes them at any time. So they are only ever moved by
-//! volatile copies or by the kernel (readv, writev, io_uring), which takes addresses.
+//! Memory of a running guest is never a Rust slice, as the guest can change it at any time. It is only accessed by volatile
+//! copies, or by the kernel (readv, writev, io_uring), which takes addresses.
 
 use std::any::Any;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use thiserror::Error;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
-/// The most pieces of one vectored I/O (Linux' UIO_MAXIOV).
-const MAX_PIECES: usize = 1024;
+/// The most buffers of one vectored I/O (Linux: `UIO_MAXIOV`).
+const MAX_IOVECS: usize = 1024;
 
-/// Guest memory, with whoever keeps it mapped.
+/// Guest memory cannot be accessed as asked.
+#[derive(Debug, Error)]
+pub enum BufferError {
+    /// The buffers of a descriptor chain are longer than 4 GiB in total (virtio 1.3 §2.7.5.2).
+    #[error("the buffers of a descriptor chain have {0} bytes, more than 4 GiB")]
+    TooLong(usize),
+    /// A range is not, or not all, guest memory.
+    #[error("the {len} bytes at {gpa:#x} are not guest memory")]
+    OutsideMemory {
+        /// First guest physical address of the range.
+        gpa: u64,
+        /// Length of the range in bytes.
+        len: usize,
+    },
+    /// The buffers have fewer bytes left than an access needs.
+    #[error("the descriptor chain has {left} bytes left, {wanted} are needed")]
+    TooShort {
+        /// Bytes that the access needs.
+        wanted: usize,
+        /// Bytes that are not consumed yet.
+        left: usize,
+    },
+    /// The host refused to take memory back.
+    #[error("madvise(MADV_DONTNEED) of {len} bytes of guest memory failed")]
+    Discard {
+        /// Length of the range in bytes.
+        len: usize,
+        /// The host's error.
+        source: io::Error,
+    },
+}
+
+fn outside_memory(gpa: GuestAddress, len: usize) -> BufferError {
+    BufferError::OutsideMemory { gpa: gpa.0, len }
+}
+
+/// Guest memory, together with the owner of its mapping. Clones share both.
 #[derive(Clone)]
 pub struct Memory {
     memory: GuestMemoryMmap,
@@ -21,7 +58,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// `memory`, which stays mapped as long as `owner` lives.
+    /// Wraps `memory`, which must stay mapped for as long as `owner` lives.
     #[must_use]
     pub fn new(memory: GuestMemoryMmap, owner: Arc<dyn Any + Send + Sync>) -> Self {
         Self { memory, _owner: owner }
@@ -36,45 +73,47 @@ impl Deref for Memory {
     }
 }
 
-/// A list of pieces of guest memory, used from its front like a stream.
+/// A list of buffers in guest memory, consumed from the front like a stream of bytes.
 #[derive(Clone, Default)]
 pub struct Buffers<'m> {
     pieces: Vec<VolatileSlice<'m>>,
-    /// The first piece that is not used up.
+    /// Index of the first piece that is not consumed.
     next: usize,
     len: usize,
 }
 
 impl<'m> Buffers<'m> {
-    /// Adds `len` bytes at `gpa`.
+    /// Appends the `len` bytes at `gpa`.
     ///
     /// # Errors
-    /// Where they are not all guest memory, or the whole would be longer than 2³² (virtio 1.3 §2.7.5.2).
-    pub fn push(&mut self, memory: &'m Memory, gpa: GuestAddress, len: u32) -> io::Result<()> {
-        let added = len as usize;
-        let total = self.len.checked_add(added).filter(|total| u32::try_from(*total).is_ok());
-        let total = total.ok_or_else(|| io::Error::other("a descriptor chain longer than 4 GiB"))?;
-        for piece in GuestMemoryBackend::get_slices(&**memory, gpa, added) {
-            let piece = piece.map_err(|_| io::Error::other(format!("{len} bytes at {gpa:?} are not guest memory")))?;
-            self.pieces.push(piece);
+    /// Returns [`BufferError::OutsideMemory`] where they are not all guest memory, and [`BufferError::TooLong`] where the
+    /// total would be more than 4 GiB.
+    pub fn push(&mut self, memory: &'m Memory, gpa: GuestAddress, len: u32) -> Result<(), BufferError> {
+        let len = len as usize;
+        let total = self.len.saturating_add(len);
+        if u32::try_from(total).is_err() {
+            return Err(BufferError::TooLong(total));
+        }
+        for piece in GuestMemoryBackend::get_slices(&**memory, gpa, len) {
+            self.pieces.push(piece.map_err(|_| outside_memory(gpa, len))?);
         }
         self.len = total;
         Ok(())
     }
 
-    /// Bytes that are left.
+    /// Returns the number of bytes that are not consumed yet.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether nothing is left.
+    /// Returns true if all bytes are consumed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Whether each piece starts and ends at a multiple of `alignment`, as host addresses.
+    /// Returns true if each buffer starts and ends at a host address that is a multiple of `alignment`.
     #[must_use]
     pub fn is_aligned(&self, alignment: usize) -> bool {
         self.rest().iter().all(|piece| {
@@ -86,13 +125,14 @@ impl<'m> Buffers<'m> {
         self.pieces.get(self.next..).unwrap_or(&[])
     }
 
-    /// Uses up the first `count` bytes, or all where there are fewer.
+    /// Consumes the first `count` bytes, or all where there are fewer.
     pub fn skip(&mut self, count: usize) {
-        self.take(count, |_, _| ());
+        self.consume(count, |_, _| ());
     }
 
-    /// Takes up to `count` bytes off the front, and shows each piece with its offset in what is taken.
-    fn take(&mut self, count: usize, mut each: impl FnMut(usize, &VolatileSlice<'m>)) -> usize {
+    /// Consumes up to `count` bytes and passes each piece to `each`, with its offset in the consumed bytes. Returns the
+    /// number of bytes consumed.
+    fn consume(&mut self, count: usize, mut each: impl FnMut(usize, &VolatileSlice<'m>)) -> usize {
         let mut done = 0;
         while let Some(piece) = self.pieces.get_mut(self.next).filter(|_| done < count) {
             let part = piece.len().min(count - done);
@@ -109,56 +149,45 @@ impl<'m> Buffers<'m> {
         done
     }
 
-    /// Splits off the first `count` bytes, or all where there are fewer.
+    /// Splits the first `count` bytes off, or all where there are fewer.
     #[must_use]
     pub fn split_to(&mut self, count: usize) -> Self {
         let mut pieces = Vec::new();
-        let len = self.take(count, |_, piece| pieces.push(*piece));
+        let len = self.consume(count, |_, piece| pieces.push(*piece));
         Self { pieces, next: 0, len }
     }
 
-    /// Copies from the front into `data`; returns how many bytes there were.
+    /// Copies bytes to `data` and consumes them. Returns their number, less than `data` has where the buffers end.
     pub fn read(&mut self, data: &mut [u8]) -> usize {
-        self.take(data.len(), |at, piece| {
+        self.consume(data.len(), |at, piece| {
             if let Some(part) = data.get_mut(at..at + piece.len()) {
                 piece.copy_to(part);
             }
         })
     }
 
-    /// An object from the front.
+    /// Reads an object and consumes its bytes.
     ///
     /// # Errors
-    /// Where too few bytes are left.
-    pub fn read_obj<T: ByteValued + Default>(&mut self) -> io::Result<T> {
+    /// Returns [`BufferError::TooShort`] where too few bytes are left.
+    pub fn read_obj<T: ByteValued + Default>(&mut self) -> Result<T, BufferError> {
         let mut object = T::default();
         let bytes = object.as_mut_slice();
-        let want = bytes.len();
-        if self.read(bytes) == want { Ok(object) } else { Err(too_short(want)) }
+        let (wanted, left) = (bytes.len(), self.len);
+        if self.read(bytes) == wanted { Ok(object) } else { Err(BufferError::TooShort { wanted, left }) }
     }
 
-    /// Copies `data` to the front; returns how many bytes had room.
+    /// Copies `data` to the buffers and consumes the bytes written. Returns their number, less than `data` has where the
+    /// buffers end.
     pub fn write(&mut self, data: &[u8]) -> usize {
-        self.take(data.len(), |at, piece| {
+        self.consume(data.len(), |at, piece| {
             if let Some(part) = data.get(at..at + piece.len()) {
                 piece.copy_from(part);
             }
         })
     }
 
-    /// Copies all of `data` to the front.
-    ///
-    /// # Errors
-    /// Where it has no room.
-    pub fn write_all(&mut self, data: &[u8]) -> io::Result<()> {
-        if data.len() > self.len {
-            return Err(too_short(data.len()));
-        }
-        self.write(data);
-        Ok(())
-    }
-
-    /// All that is left, as one block of host memory.
+    /// Consumes all bytes and returns a copy of them.
     #[must_use]
     pub fn to_vec(&mut self) -> Vec<u8> {
         let mut data = vec![0; self.len];
@@ -166,13 +195,7 @@ impl<'m> Buffers<'m> {
         data
     }
 
-    /// Fills what is left with zeroes.
-    pub fn zero(&mut self) {
-        const ZEROES: [u8; 4096] = [0; 4096];
-        while self.write(&ZEROES) > 0 {}
-    }
-
-    /// The pieces as the kernel takes them. They hold as long as the guest's memory is mapped.
+    /// Returns the buffers that are not consumed as iovecs. They are valid for as long as guest memory is mapped.
     #[must_use]
     pub fn iovecs(&self) -> Vec<libc::iovec> {
         let iovec = |piece: &VolatileSlice<'m>| libc::iovec {
@@ -182,10 +205,11 @@ impl<'m> Buffers<'m> {
         self.rest().iter().map(iovec).collect()
     }
 
-    /// Fills from a file: at `offset`, or where the file stands. Uses up what was filled; 0 is the file's end.
+    /// Reads from `file` to the buffers with one system call and consumes the bytes read. Reads at byte `offset` of the file,
+    /// or at its current position. Returns the number of bytes; 0 at the end of the file.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the error of preadv(2) or readv(2).
     pub fn read_from(&mut self, file: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
         let iovecs = self.iovecs();
         let count = count(&iovecs);
@@ -203,10 +227,11 @@ impl<'m> Buffers<'m> {
         Ok(done)
     }
 
-    /// Writes to a file: at `offset`, or where the file stands. Uses up what was written.
+    /// Writes the buffers to `file` with one system call and consumes the bytes written. Writes at byte `offset` of the file,
+    /// or at its current position. Returns the number of bytes.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the error of pwritev(2) or writev(2).
     pub fn write_to(&mut self, file: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
         let iovecs = self.iovecs();
         let count = count(&iovecs);
@@ -224,25 +249,25 @@ impl<'m> Buffers<'m> {
     }
 }
 
-/// Pieces of guest memory that stay usable for as long as this lives, whoever else goes: for I/O in flight.
+/// [`Buffers`] that keep guest memory mapped, for I/O in flight.
 #[derive(Clone)]
-pub struct Held {
-    // 'static is not so: the pieces live as long as `_memory`, which goes last, and they leave only by `with`, which
-    // no borrow of them survives.
+pub struct OwnedBuffers {
+    // The lifetime is not really 'static: the pieces are valid as long as `_memory`, which is dropped last. They are only
+    // accessible in `with`, and no borrow of them outlives that call.
     buffers: Buffers<'static>,
     _memory: Memory,
 }
 
-// SAFETY: what keeps `Buffers` on one thread are the addresses in it, of guest memory that any thread may use.
-unsafe impl Send for Held {}
+// SAFETY: `Buffers` is not Send because of the addresses in it. They are of guest memory, which any thread may access.
+unsafe impl Send for OwnedBuffers {}
 
-impl Held {
-    /// Works on the pieces.
+impl OwnedBuffers {
+    /// Calls `work` with the buffers.
     pub fn with<T>(&mut self, work: impl FnOnce(&mut Buffers<'_>) -> T) -> T {
         work(&mut self.buffers)
     }
 
-    /// The pieces as the kernel takes them.
+    /// Returns the buffers that are not consumed as iovecs. They are valid for as long as this lives.
     #[must_use]
     pub fn iovecs(&self) -> Vec<libc::iovec> {
         self.buffers.iovecs()
@@ -250,25 +275,21 @@ impl Held {
 }
 
 impl<'m> Buffers<'m> {
-    /// Keeps what is left, and the memory that it is in.
+    /// Converts to buffers that keep `memory`, which they must be in, mapped.
     #[must_use]
-    pub fn hold(self, memory: &Memory) -> Held {
-        // SAFETY: only the lifetime changes. `Held` keeps `memory`, and with it the mapping that the pieces point to,
-        // until after they are gone, and hands them out only for the time of a call.
+    pub fn into_owned(self, memory: &Memory) -> OwnedBuffers {
+        // SAFETY: only the lifetime changes. `OwnedBuffers` keeps `memory`, and with it the mapping that the pieces point
+        // to, until after they are dropped, and lends them for the time of a call only.
         let buffers = unsafe { std::mem::transmute::<Buffers<'m>, Buffers<'static>>(self) };
-        Held { buffers, _memory: memory.clone() }
+        OwnedBuffers { buffers, _memory: memory.clone() }
     }
 }
 
-fn too_short(want: usize) -> io::Error {
-    io::Error::new(io::ErrorKind::UnexpectedEof, format!("the descriptor chain has no {want} bytes left"))
-}
-
 fn count(iovecs: &[libc::iovec]) -> i32 {
-    i32::try_from(iovecs.len().min(MAX_PIECES)).unwrap_or(1)
+    i32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(1)
 }
 
-/// Offsets that no file can have become one that the kernel refuses.
+/// Converts an offset; one that no file can have becomes one that the kernel refuses.
 fn file_offset(at: u64) -> i64 {
     i64::try_from(at).unwrap_or(i64::MAX)
 }
@@ -285,41 +306,45 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     }
 }
 
-/// Has the host take back `len` bytes of guest memory at `gpa`: they read as zeroes until they are written again.
+/// Discards the `len` bytes of guest memory at `gpa`: the host takes the memory back, and the guest reads zeros until it
+/// writes there again.
 ///
 /// # Errors
-/// Where they are not guest memory, or the host refuses.
-pub fn give_back(memory: &Memory, gpa: GuestAddress, len: usize) -> io::Result<()> {
+/// Returns an error where the range is not all guest memory, or where madvise(2) fails.
+pub fn discard(memory: &Memory, gpa: GuestAddress, len: usize) -> Result<(), BufferError> {
     for piece in GuestMemoryBackend::get_slices(&**memory, gpa, len) {
-        let piece = piece.map_err(|_| io::Error::other(format!("{len} bytes at {gpa:?} are not guest memory")))?;
-        release(&piece)?;
+        discard_piece(&piece.map_err(|_| outside_memory(gpa, len))?)?;
     }
     Ok(())
 }
 
 impl Buffers<'_> {
-    /// Has the host take back all that is left, as [`give_back`] does.
+    /// Discards the buffers that are not consumed, as [`discard`] does.
     ///
     /// # Errors
-    /// Where the host refuses.
-    pub fn give_back(&self) -> io::Result<()> {
-        self.rest().iter().try_for_each(release)
+    /// Returns an error where madvise(2) fails, such as for buffers that are not whole host pages.
+    pub fn discard(&self) -> Result<(), BufferError> {
+        self.rest().iter().try_for_each(discard_piece)
     }
 }
 
-fn release(piece: &VolatileSlice<'_>) -> io::Result<()> {
-    // SAFETY: the range is guest memory, mapped private and anonymous by its owner; no Rust object lies in it. The
-    // guest said that it does not use it; where it lies, it finds zeroes.
+fn discard_piece(piece: &VolatileSlice<'_>) -> Result<(), BufferError> {
+    // SAFETY: the range is guest memory, mapped private and anonymous by its owner; no Rust object is in it. The guest
+    // offered it for discarding; if it still uses it, it reads zeros.
     let result = unsafe { libc::madvise(piece.ptr_guard_mut().as_ptr().cast(), piece.len(), libc::MADV_DONTNEED) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(BufferError::Discard { len: piece.len(), source: io::Error::last_os_error() })
+    }
 }
 
-/// A little-endian number of the guest's memory.
+/// Reads a little-endian 16-bit number from guest memory.
 ///
 /// # Errors
-/// Where `gpa` is not guest memory.
-pub fn read_u16(memory: &Memory, gpa: GuestAddress) -> io::Result<u16> {
-    memory.read_obj::<u16>(gpa).map(u16::from_le).map_err(io::Error::other)
+/// Returns [`BufferError::OutsideMemory`] where `gpa` is not guest memory.
+pub fn read_u16(memory: &Memory, gpa: GuestAddress) -> Result<u16, BufferError> {
+    memory.read_obj::<u16>(gpa).map(u16::from_le).map_err(|_| outside_memory(gpa, size_of::<u16>()))
 }
 
 #[cfg(test)]
@@ -342,7 +367,7 @@ mod tests {
         for (gpa, len) in [(0x2ff0, 0x20), (0x5000, 1), (u64::MAX - 1, 16), (0x10_0000, u32::MAX)] {
             assert!(Buffers::default().push(&memory, GuestAddress(gpa), len).is_err(), "{gpa:#x}");
         }
-        assert!(give_back(&memory, GuestAddress(0x2000), 0x2000).is_err());
+        assert!(discard(&memory, GuestAddress(0x2000), 0x2000).is_err());
     }
 
     #[test]

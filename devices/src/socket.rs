@@ -1,4 +1,4 @@
-//! Unix sockets that hwvmm listens on.
+//! Unix sockets that hwvmm listens on or connects to.
 
 use rustix::fs::{Mode, fchmod};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
@@ -22,7 +22,7 @@ impl Listener {
     /// refuses connections, left behind by a run that was killed, is replaced.
     ///
     /// # Errors
-    /// The system's; `AddrInUse` where `path` exists and is not such a socket.
+    /// Returns the error of the failed system call: `AddrInUse` where `path` exists and is not such a socket.
     pub fn new(path: &Path) -> io::Result<Self> {
         if is_dead(path) {
             std::fs::remove_file(path)?;
@@ -35,23 +35,23 @@ impl Listener {
         Ok(Self { listener: UnixListener::from(socket), path: path.to_owned() })
     }
 
-    /// The socket, for `accept`.
+    /// Returns the listening socket.
     #[must_use]
     pub fn socket(&self) -> &UnixListener {
         &self.listener
     }
 
-    /// The path of the socket.
+    /// Returns the path of the socket.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Returns what to do about an error of [`Listener::new`], to be put behind a message; empty where nothing is known.
+    /// Returns text to append to the message of an error of [`Listener::new`]: what to do about it, or nothing.
     #[must_use]
     pub fn remedy(error: &io::Error) -> &'static str {
         match error.kind() {
-            io::ErrorKind::AddrInUse => ": it exists; is another run using it? else remove it",
+            io::ErrorKind::AddrInUse => ": the file exists; remove it if no other run uses it",
             _ => "",
         }
     }
@@ -65,23 +65,24 @@ fn new_socket() -> io::Result<OwnedFd> {
 /// Connects to a Unix socket without blocking. The returned stream is non-blocking, too.
 ///
 /// # Errors
-/// The system's; `WouldBlock` where the listener's backlog is full.
-pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
+/// Returns the error of socket(2) or connect(2): `WouldBlock` where the listener's backlog is full.
+pub fn connect_nonblocking(path: &Path) -> io::Result<UnixStream> {
     let socket = new_socket()?;
     connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(UnixStream::from(socket))
 }
 
+/// Returns true if `path` is a socket that refuses connections.
 fn is_dead(path: &Path) -> bool {
     let socket = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
     let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    socket && connect_now(path).is_err_and(refused)
+    socket && connect_nonblocking(path).is_err_and(refused)
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_file(&self.path) {
-            log::debug!("{}: {error}", self.path.display());
+            log::debug!("cannot remove the socket {}: {error}", self.path.display());
         }
     }
 }
@@ -113,6 +114,6 @@ mod tests {
         let _listener = Listener::new(&path).expect("listening");
         let mode = std::fs::symlink_metadata(&path).expect("there").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        connect_now(&path).expect("the owner can");
+        connect_nonblocking(&path).expect("the owner can");
     }
 }

@@ -1,7 +1,7 @@
 //! The client's end of the control socket.
 
 use super::protocol::{MAX_RESPONSE_BYTES, Request, RequestError, Response};
-use hwvmm_devices::socket::connect_now;
+use hwvmm_devices::socket::connect_nonblocking;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -83,7 +83,8 @@ pub fn request(path: &Path, request: Request) -> Result<Response, ClientError> {
 fn exchange(path: &Path, request: Request, timeout: Duration) -> Result<Response, ClientError> {
     let deadline = Instant::now() + timeout;
     let io_error = |source| ClientError::Io { path: path.to_owned(), source };
-    let mut socket = connect_now(path).map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
+    let mut socket =
+        connect_nonblocking(path).map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
     socket.set_nonblocking(false).map_err(io_error)?;
     let mut line = serde_json::to_vec(&request).map_err(|error| io_error(error.into()))?;
     line.push(b'\n');

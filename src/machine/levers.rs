@@ -9,7 +9,7 @@ use crate::tune::{Choice, Lever, Tune};
 use hwvmm_arch::acpi::VirtioMmio;
 use hwvmm_arch::layout::{IOAPIC, UARTS};
 use hwvmm_devices::virtio::TransportOptions;
-use hwvmm_devices::virtio::mmio::MmioDevice;
+use hwvmm_devices::virtio::mmio::{MmioDevice, RegisterRange};
 use kvm_bindings::{KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE};
 use std::time::Duration;
 
@@ -110,10 +110,10 @@ pub(super) fn coalesced_io(
         Irqchip::Kernel => Vec::new(),
     };
     // Not the interrupt's acknowledgement: taken late, it would clear a later interrupt's bit.
-    let late: &[(u64, u32)] =
+    let ranges: &[RegisterRange] =
         if virtio_mmio.readonly_pages { &MmioDevice::COALESCIBLE } else { &MmioDevice::COALESCIBLE_WITHOUT_PAGE };
     for device in virtio_mmio.devices {
-        zones.extend(late.iter().map(|(at, bytes)| (device.range.start + at, *bytes)));
+        zones.extend(ranges.iter().map(|range| (device.range.start + range.offset, range.bytes)));
     }
     for (gpa, bytes) in zones {
         if let Err(error) = vm.coalesce_memory(gpa, bytes) {

@@ -28,7 +28,7 @@ use hwvmm_arch::{Topology, lapic, msr};
 use hwvmm_devices::console::ConsoleInput;
 use hwvmm_devices::irq::IrqLine;
 use hwvmm_devices::legacy::{DebugExit, I8042, IoApic, MarkPort, PostPort, Power, PvPanic, SerialPort, Watchdog};
-use hwvmm_devices::virtio::console::{Console, Port};
+use hwvmm_devices::virtio::console::{Console, ConsoleSize, Port};
 use hwvmm_devices::{BusBuilder, BusDevice, BusError};
 use levers::{Irqchip, VirtioMmioRegisters};
 use std::fs::File;
@@ -86,15 +86,21 @@ pub enum MachineError {
     Api(#[from] crate::control::ListenError),
     /// The kernel's side of a network card.
     #[error("vhost=on needs /dev/vhost-net: is the module loaded (modprobe vhost_net), and may you open it?")]
-    Vhost(#[source] io::Error),
+    Vhost(#[source] hwvmm_devices::virtio::net::VhostNetError),
     /// The kernel's side of the guest's sockets.
     #[error(
         "vsock with vhost=on needs /dev/vhost-vsock (modprobe vhost_vsock, and may you open it?) and a cid of its own"
     )]
-    VhostVsock(#[source] io::Error),
+    VhostVsock(#[source] hwvmm_devices::virtio::vsock::KernelVsockError),
     /// passt, for user-mode networking.
     #[error("--net user needs the program passt{}", Self::passt_remedy(.0))]
     Passt(#[source] io::Error),
+    /// A virtio device cannot be put on its transport.
+    #[error(transparent)]
+    Transport(#[from] hwvmm_devices::virtio::TransportError),
+    /// The pages with PCI configuration spaces cannot be mapped.
+    #[error(transparent)]
+    Page(#[from] hwvmm_devices::page::PageError),
     /// More devices than places.
     #[error("{asked} virtio devices are too many: {bus} takes {max}")]
     TooManyDevices {
@@ -393,8 +399,8 @@ impl Devices {
         let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let output = output(target, setup, control)?.on_a_device_thread();
         let on_stdio = *target == ConsoleTarget::Stdio;
-        let size = if on_stdio && setup.terminal { crate::console::terminal_size() } else { (0, 0) };
-        let console = Console::new(Box::new(output), Arc::clone(&wanted), size)?;
+        let (columns, rows) = if on_stdio && setup.terminal { crate::console::terminal_size() } else { (0, 0) };
+        let console = Console::new(Box::new(output), Arc::clone(&wanted), ConsoleSize { columns, rows })?;
         if on_stdio {
             self.input = Some(input(setup, console.port(), wanted, control)?);
             self.resized = setup.terminal.then(|| console.port());

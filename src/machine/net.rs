@@ -28,7 +28,7 @@ pub(super) fn card(net: &NetConfig) -> Result<Box<dyn VirtioDevice>, MachineErro
     };
     let card = Net::new(net.mac.unwrap_or_else(|| stable_mac(name)), backends);
     match net.backend {
-        NetBackend::Tap { vhost: true, .. } => Ok(Box::new(card.by_vhost().map_err(MachineError::Vhost)?)),
+        NetBackend::Tap { vhost: true, .. } => Ok(Box::new(card.with_vhost().map_err(MachineError::Vhost)?)),
         NetBackend::Tap { .. } | NetBackend::User(_) => Ok(Box::new(card)),
     }
 }

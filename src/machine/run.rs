@@ -14,7 +14,7 @@ use crate::vcpu::{Control, Measure, RunEnd, Threads, VcpuRecord};
 use event_manager::MutEventSubscriber;
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_devices::legacy::Watchdog;
-use hwvmm_devices::virtio::console::Port;
+use hwvmm_devices::virtio::console::{ConsoleSize, Port};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -97,7 +97,7 @@ fn watch_size(event_loop: &mut EventLoop, port: Arc<Port>) -> io::Result<()> {
     event_loop.add(Box::new(OnReadable::new(receiver, move |receiver: &UnixStream| {
         let _ = rustix::io::read(receiver.as_fd(), &mut [0; 16]);
         let (columns, rows) = terminal_size();
-        port.resize(columns, rows);
+        port.resize(ConsoleSize { columns, rows });
     })));
     Ok(())
 }

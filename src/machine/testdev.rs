@@ -5,7 +5,7 @@ use crate::config::RunConfig;
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
 use hwvmm_devices::BusBuilder;
-use hwvmm_devices::legacy::{FwCfg, TestHost, add_test_device};
+use hwvmm_devices::legacy::{FwCfg, LineLevel, TestHost, add_test_device};
 use std::sync::Arc;
 
 struct Host {
@@ -14,8 +14,8 @@ struct Host {
 }
 
 impl TestHost for Host {
-    fn set_line(&self, gsi: u32, high: bool) {
-        if let Err(error) = self.vm.set_irq_line(gsi, high) {
+    fn set_line(&self, gsi: u32, level: LineLevel) {
+        if let Err(error) = self.vm.set_irq_line(gsi, level == LineLevel::High) {
             log::debug!("test device: line {gsi}: {error}: {}", error.source);
         }
     }

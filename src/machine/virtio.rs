@@ -10,17 +10,16 @@ use crate::tune::{Lever, Tune};
 use hwvmm_arch::acpi::{IoApicPins, VirtioMmio};
 use hwvmm_arch::layout::{GpaRange, PCI_ECAM, PCI_WINDOW, PCI_WINDOW_BYTES, VIRTIO_MMIO, VIRTIO_MMIO_GSIS};
 use hwvmm_devices::memory::Memory;
-use hwvmm_devices::pci::{ConfigPorts, ECAM_BUS_BYTES, Ecam, MsiRouter, MsiVector, Root};
-use hwvmm_devices::virtio::balloon::{Balloon, BalloonControl};
-use hwvmm_devices::virtio::block::{Block, BlockOptions, Format, Image, ImageOptions, WhenFull};
-use hwvmm_devices::virtio::fs::Fs;
+use hwvmm_devices::pci::{ConfigPorts, ECAM_BUS_BYTES, Ecam, MsiMessage, MsiRouter, MsiVector, PciRoot, RouteError};
+use hwvmm_devices::virtio::balloon::{Balloon, BalloonControl, FreePageReporting};
+use hwvmm_devices::virtio::block::{Block, BlockOptions, Format, Image, ImageOptions, IoEngine, WhenFull};
+use hwvmm_devices::virtio::fs::{Fs, FsOptions};
 use hwvmm_devices::virtio::mmio::{MmioDevice, REGION_BYTES};
 use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
 use hwvmm_devices::virtio::rng::{Rate, Rng};
 use hwvmm_devices::virtio::vsock::{KernelVsock, Vsock};
 use hwvmm_devices::virtio::{Doorbell, QueueCounts, TransportOptions, VirtioDevice, VirtioTransport};
 use hwvmm_devices::{BusBuilder, BusDevice, RegisterPage};
-use std::io;
 use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -94,12 +93,13 @@ impl VirtioHandle {
 pub(super) struct Router(pub(super) Arc<Vm>);
 
 impl MsiRouter for Router {
-    fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()> {
-        self.0.route_message(gsi, address, data).map_err(io::Error::other)
+    fn route(&self, gsi: u32, message: MsiMessage) -> Result<(), RouteError> {
+        let MsiMessage { address, data } = message;
+        self.0.route_message(gsi, address, data).map_err(|error| RouteError { gsi, source: error.into() })
     }
 
-    fn unroute(&self, gsi: u32) -> io::Result<()> {
-        self.0.unroute(gsi).map_err(io::Error::other)
+    fn unroute(&self, gsi: u32) -> Result<(), RouteError> {
+        self.0.unroute(gsi).map_err(|error| RouteError { gsi, source: error.into() })
     }
 }
 
@@ -112,7 +112,7 @@ pub(super) struct VirtioBuilder<'a> {
     options: TransportOptions,
     mmio: &'a mut BusBuilder,
     router: Arc<dyn MsiRouter>,
-    root: Root,
+    root: PciRoot,
     next_message: u32,
     handles: Vec<VirtioHandle>,
     /// Whether all devices' registers so far are memory to the guest's reads.
@@ -141,7 +141,7 @@ impl<'a> VirtioBuilder<'a> {
             options: options(&tune, config.cpus.count()),
             mmio,
             router,
-            root: Root::default(),
+            root: PciRoot::default(),
             next_message,
             handles: Vec::new(),
             pages: layout.pages,
@@ -170,10 +170,14 @@ impl<'a> VirtioBuilder<'a> {
             self.add("vsock".into(), device)?;
         }
         for share in &config.shares {
-            self.add(format!("share {}", share.tag), Box::new(Fs::new(&share.tag, &share.path, share.read_only)?))?;
+            let (tag, directory) = (share.tag.clone(), share.path.clone());
+            let device = Fs::new(FsOptions { tag, directory, read_only: share.read_only })?;
+            self.add(format!("share {}", share.tag), Box::new(device))?;
         }
         if let Some(balloon) = &config.balloon {
-            let device = Balloon::new(balloon.bytes, self.tune.wants(Lever::FreePages))?;
+            let wanted = self.tune.wants(Lever::FreePages);
+            let reporting = if wanted { FreePageReporting::On } else { FreePageReporting::Off };
+            let device = Balloon::new(balloon.bytes, reporting)?;
             self.balloon = Some(device.control());
             self.add("balloon".into(), Box::new(device))?;
         }
@@ -195,7 +199,7 @@ impl<'a> VirtioBuilder<'a> {
             None => {
                 let index = u32::try_from(place).unwrap_or(u32::MAX);
                 let bar = PCI_WINDOW + index.min(PCI_WINDOW_BYTES / BAR_BYTES - 1) * BAR_BYTES;
-                let vectors = self.vectors(PciDevice::vectors_wanted(device.as_ref()))?;
+                let vectors = self.vectors(PciDevice::vector_count(device.as_ref()))?;
                 let router = Arc::clone(&self.router);
                 let made = Arc::new(PciDevice::new(&name, device, self.memory.clone(), bar, vectors, router)?);
                 let full = |_| MachineError::TooManyDevices { asked: place + 1, max: place, bus: "PCI" };
@@ -245,13 +249,13 @@ impl<'a> VirtioBuilder<'a> {
         let root = Arc::new(std::mem::take(&mut self.root));
         if self.layout.pci && self.pages {
             let pages = root.pages()?;
-            self.show((PCI_ECAM..).step_by(usize::try_from(Root::PAGE_STRIDE).unwrap_or(0x8000)).zip(pages));
+            self.show((PCI_ECAM..).step_by(usize::try_from(PciRoot::PAGE_STRIDE).unwrap_or(0x8000)).zip(pages));
         }
         // The ports are those of segment 0, which has just its host bridge where the devices are in another: Linux looks for
         // one before it believes in the ports. Without devices too: it complains on its console where it finds no way to ask.
-        let (port, ports) = ConfigPorts::PORTS;
-        let by_ports = if self.layout.pages { Arc::new(Root::default()) } else { Arc::clone(&root) };
-        pio.insert(u64::from(port), ports, "PCI configuration", Arc::new(ConfigPorts::new(by_ports)))?;
+        let by_ports = if self.layout.pages { Arc::new(PciRoot::default()) } else { Arc::clone(&root) };
+        let ports = Arc::new(ConfigPorts::new(by_ports));
+        pio.insert(ConfigPorts::BASE.into(), ConfigPorts::LEN, "PCI configuration", ports)?;
         if self.layout.pci {
             self.mmio.insert(PCI_ECAM, ECAM_BUS_BYTES, "PCI configuration", Arc::new(Ecam(root)))?;
         }
@@ -268,8 +272,6 @@ fn block(disk: &DiskConfig) -> Result<Block, MachineError> {
     let options = ImageOptions { path: disk.path.clone(), format, read_only: disk.read_only, direct: disk.direct };
     let image = Image::open(&options)?;
     let when_full = if disk.stop_when_full { WhenFull::Stop } else { WhenFull::Report };
-    Ok(Block::new(
-        image,
-        BlockOptions { queues: disk.queues, serial: disk.serial.clone(), when_full, plain_io: disk.plain_io },
-    ))
+    let io_engine = if disk.plain_io { IoEngine::Sync } else { IoEngine::Async };
+    Ok(Block::new(image, BlockOptions { queues: disk.queues, serial: disk.serial.clone(), when_full, io_engine }))
 }

@@ -1,8 +1,8 @@
-//! isa-debug-exit: a write ends the VMM with a status of the guest's choice, as QEMU's device of that name does.
+//! isa-debug-exit: a write ends the VMM with an exit status that the guest chooses, as QEMU's device of that name does.
 
 use crate::bus::{Action, BusDevice};
 
-/// The device, four ports wide.
+/// The isa-debug-exit device, which has four ports.
 pub struct DebugExit;
 
 impl BusDevice for DebugExit {
@@ -10,7 +10,7 @@ impl BusDevice for DebugExit {
         data.fill(0);
     }
 
-    /// The exit status is `value × 2 + 1`, cut to 8 bits: never 0, so that a status says that the guest chose it.
+    /// Ends the VMM with the exit status `value × 2 + 1`, truncated to 8 bits. It is never 0, as with QEMU.
     fn write(&self, _offset: u64, data: &[u8]) -> Action {
         data.first().map_or(Action::None, |value| Action::DebugExit(value << 1 | 1))
     }

@@ -1,23 +1,26 @@
-//! QEMU's firmware configuration device, as far as test kernels ask: how many vCPUs there are, and how much memory. A port
-//! selects an item, another gives its bytes (QEMU docs/specs/fw_cfg, the interface without DMA).
+//! QEMU's firmware configuration device, with the items that test kernels read: number of vCPUs and memory size. A write to
+//! one port selects an item, reads of another return its bytes (QEMU docs/specs/fw_cfg.rst, the interface without DMA).
 
 use crate::bus::{Action, BusDevice};
 use std::sync::{Mutex, PoisonError};
 
+// Item keys.
 const SIGNATURE: u16 = 0;
 const ID: u16 = 1;
 const RAM_SIZE: u16 = 3;
 const NB_CPUS: u16 = 5;
-/// The most that a test may use of [`RAM_SIZE`]; 0 is all.
+/// The key of the memory limit of kvm-unit-tests: how much of [`RAM_SIZE`] a test may use, 0 for all.
 const MAX_RAM: u16 = 0x11;
 
 #[derive(Default)]
 struct State {
+    /// The bytes of the selected item.
     item: Vec<u8>,
+    /// Index of the next byte to read.
     next: usize,
 }
 
-/// The device: selector at the first port (16 bits), data at the second (bytes).
+/// The fw_cfg device: 16-bit selector at the first port, 8-bit data at the second.
 pub struct FwCfg {
     cpus: u16,
     memory_bytes: u64,
@@ -25,12 +28,12 @@ pub struct FwCfg {
 }
 
 impl FwCfg {
-    /// Its first port.
+    /// The first port.
     pub const BASE: u16 = 0x510;
-    /// Ports.
+    /// The number of ports.
     pub const LEN: u64 = 2;
 
-    /// For a machine of `cpus` vCPUs and `memory_bytes` of memory.
+    /// Makes the device for a machine with `cpus` vCPUs and `memory_bytes` bytes of memory.
     #[must_use]
     pub fn new(cpus: u32, memory_bytes: u64) -> Self {
         let cpus = u16::try_from(cpus).unwrap_or(u16::MAX);
@@ -40,7 +43,7 @@ impl FwCfg {
     fn item(&self, key: u16) -> Vec<u8> {
         match key {
             SIGNATURE => b"QEMU".to_vec(),
-            // The traditional interface alone.
+            // Bit 0: the traditional interface, without DMA.
             ID => 1_u32.to_le_bytes().to_vec(),
             RAM_SIZE => self.memory_bytes.to_le_bytes().to_vec(),
             NB_CPUS => self.cpus.to_le_bytes().to_vec(),
@@ -51,7 +54,7 @@ impl FwCfg {
 }
 
 impl BusDevice for FwCfg {
-    /// What lies behind an item's end reads as 0.
+    /// Returns the next byte of the selected item; 0 beyond its end.
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         data.fill(0);
@@ -87,7 +90,7 @@ mod tests {
         assert_eq!(read(RAM_SIZE, 8), 0x1_2345_6000_u64.to_le_bytes());
         assert_eq!(read(SIGNATURE, 5), *b"QEMU\0");
         assert_eq!((read(MAX_RAM, 8), read(0x7777, 2)), (vec![0; 8], vec![0; 2]));
-        // Neither moves on: another port, another width.
+        // Accesses to another port or of another width do not advance.
         let mut wide = [0xff; 2];
         device.write(0, &NB_CPUS.to_le_bytes());
         device.read(1, &mut wide);

@@ -1,4 +1,4 @@
-//! The keyboard controller, reduced to its one command that matters: pulsing the processor's reset line.
+//! The i8042 keyboard controller, with one command only: 0xfe, which pulses the processor's reset line.
 
 use crate::bus::{Action, BusDevice};
 use std::convert::Infallible;
@@ -18,7 +18,7 @@ impl Trigger for ResetLine {
     }
 }
 
-/// The controller; its two ports are [`I8042Port`]s.
+/// The controller. Clones share it; its two ports are [`I8042Port`]s.
 #[derive(Clone)]
 pub struct I8042(Arc<Mutex<I8042Device<ResetLine>>>);
 
@@ -35,13 +35,13 @@ pub struct I8042Port {
 }
 
 impl I8042 {
-    /// Port 0x60.
+    /// Returns the data port, 0x60 on a PC.
     #[must_use]
     pub fn data_port(&self) -> I8042Port {
         I8042Port { controller: self.clone(), register: 0 }
     }
 
-    /// Port 0x64.
+    /// Returns the command and status port, 0x64 on a PC.
     #[must_use]
     pub fn command_port(&self) -> I8042Port {
         I8042Port { controller: self.clone(), register: 4 }
@@ -80,6 +80,6 @@ mod tests {
         assert_eq!(controller.command_port().write(0, &[0xfe]), Action::Reset);
         let mut status = [0xff];
         controller.command_port().read(0, &mut status);
-        assert_eq!(status, [0], "neither buffer full: the guest need not wait");
+        assert_eq!(status, [0], "both buffers are empty, so that the guest does not wait");
     }
 }

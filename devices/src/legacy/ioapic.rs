@@ -1,21 +1,25 @@
-//! An I/O APIC with as many pins as are wired (82093AA data sheet, §3). What a pin sends is a message, so an entry's route is
-//! all there is to it; all lines are edges.
+//! An I/O APIC (82093AA data sheet §3) for a split irqchip, where the local APICs are KVM's. Each unmasked redirection entry
+//! becomes a GSI route to its message; there is no other delivery, and all lines are edge-triggered.
 
 use crate::bus::{Action, BusDevice};
-use crate::pci::MsiRouter;
+use crate::error::chain;
+use crate::half::Half;
+use crate::pci::{MsiMessage, MsiRouter};
 use std::sync::{Arc, Mutex, PoisonError};
 
+/// Offset of IOREGSEL.
 const SELECT: u64 = 0x00;
+/// Offset of IOWIN.
 const WINDOW: u64 = 0x10;
 const REG_ID: u8 = 0;
 const REG_VERSION: u8 = 1;
 const REG_ARBITRATION: u8 = 2;
 const FIRST_ENTRY: u8 = 0x10;
-/// As KVM's own: without an EOI register.
+/// The version of KVM's own I/O APIC: without an EOI register.
 const VERSION: u32 = 0x11;
 
 const MASKED: u64 = 1 << 16;
-/// Delivery status and remote IRR.
+/// The read-only bits of an entry: delivery status and remote IRR.
 const READ_ONLY: u64 = 1 << 12 | 1 << 14;
 const MSI_ADDRESS: u64 = 0xfee0_0000;
 
@@ -25,54 +29,59 @@ struct State {
     entries: Vec<u64>,
 }
 
-/// The I/O APIC.
+/// An I/O APIC with up to 120 pins.
 pub struct IoApic {
     first_gsi: u32,
     state: Mutex<State>,
     router: Arc<dyn MsiRouter>,
 }
 
-/// The message of a redirection entry (SDM vol. 3A §11.11): address and data. The trigger mode is left out.
-fn message(entry: u64) -> (u64, u32) {
+/// Half of a redirection entry, as a 32-bit register.
+struct EntryRegister {
+    pin: usize,
+    half: Half,
+}
+
+impl EntryRegister {
+    fn from_select(select: u8) -> Option<Self> {
+        let register = select.checked_sub(FIRST_ENTRY)?;
+        let half = if register.is_multiple_of(2) { Half::Low } else { Half::High };
+        Some(Self { pin: usize::from(register / 2), half })
+    }
+}
+
+/// Returns the message of a redirection entry (SDM vol. 3A §11.11), without its trigger mode.
+fn message(entry: u64) -> MsiMessage {
     let (destination, logical) = (entry >> 56, entry >> 11 & 1);
     let data = u32::try_from(entry & 0x7ff).unwrap_or(0);
-    (MSI_ADDRESS | destination << 12 | logical << 2, data)
+    MsiMessage { address: MSI_ADDRESS | destination << 12 | logical << 2, data }
 }
 
 impl IoApic {
-    /// Bytes of its registers.
+    /// Size of the register region in bytes.
     pub const BYTES: u64 = 0x20;
 
-    /// `pins` pins, the first of which is `first_gsi` at `router`; all masked.
+    /// Makes an I/O APIC with `pins` pins, all masked. Pin n is GSI `first_gsi + n` of `router`.
     #[must_use]
     pub fn new(first_gsi: u32, pins: u32, router: Arc<dyn MsiRouter>) -> Self {
         let entries = (0..pins.min(120)).map(|_| MASKED).collect();
         Self { first_gsi, state: Mutex::new(State { select: 0, id: 0, entries }), router }
     }
 
-    /// The pin of the selected register, and whether it is the upper half.
-    fn selected(select: u8) -> Option<(usize, bool)> {
-        let register = select.checked_sub(FIRST_ENTRY)?;
-        Some((usize::from(register / 2), register % 2 == 1))
-    }
-
-    fn set_entry(&self, state: &mut State, pin: usize, high: bool, value: u32) {
+    fn set_entry(&self, state: &mut State, register: &EntryRegister, value: u32) {
+        let pin = register.pin;
         let Some(entry) = state.entries.get_mut(pin) else { return };
         let old = *entry;
-        *entry = if high {
-            old & 0xffff_ffff | u64::from(value) << 32
-        } else {
-            old >> 32 << 32 | old & READ_ONLY | u64::from(value) & !READ_ONLY
-        };
+        register.half.set(entry, value);
+        *entry = old & READ_ONLY | *entry & !READ_ONLY;
         let (new, gsi) = (*entry, self.first_gsi + u32::try_from(pin).unwrap_or(0));
         let result = if new & MASKED != 0 {
             if old & MASKED == 0 { self.router.unroute(gsi) } else { Ok(()) }
         } else {
-            let (address, data) = message(new);
-            self.router.route(gsi, address, data)
+            self.router.route(gsi, message(new))
         };
         if let Err(error) = result {
-            log::warn!("I/O APIC: pin {pin} (entry {new:#x}): {error}");
+            log::warn!("I/O APIC: pin {pin} with redirection entry {new:#x}: {}", chain(&error));
         }
     }
 }
@@ -85,9 +94,8 @@ impl BusDevice for IoApic {
             (WINDOW, REG_ID | REG_ARBITRATION) => state.id,
             (WINDOW, REG_VERSION) => VERSION | u32::try_from(state.entries.len().saturating_sub(1)).unwrap_or(0) << 16,
             (WINDOW, select) => {
-                let entry = Self::selected(select).and_then(|(pin, high)| Some((state.entries.get(pin)?, high)));
-                let half = entry.map_or(0, |(entry, high)| if high { entry >> 32 } else { entry & 0xffff_ffff });
-                u32::try_from(half).unwrap_or(0)
+                let value = |register: EntryRegister| Some(register.half.get(*state.entries.get(register.pin)?));
+                EntryRegister::from_select(select).and_then(value).unwrap_or(0)
             }
             _ => 0,
         };
@@ -106,8 +114,8 @@ impl BusDevice for IoApic {
                 match state.select {
                     REG_ID => state.id = value & 0x0f00_0000,
                     select => {
-                        if let Some((pin, high)) = Self::selected(select) {
-                            self.set_entry(&mut state, pin, high, value);
+                        if let Some(register) = EntryRegister::from_select(select) {
+                            self.set_entry(&mut state, &register, value);
                         }
                     }
                 }
@@ -121,18 +129,18 @@ impl BusDevice for IoApic {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pci::RouteError;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
-    use std::io;
 
     #[derive(Default)]
-    struct Routes(Mutex<BTreeMap<u32, (u64, u32)>>);
+    struct Routes(Mutex<BTreeMap<u32, MsiMessage>>);
     impl MsiRouter for Routes {
-        fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()> {
-            self.0.lock().expect("lock").insert(gsi, (address, data));
+        fn route(&self, gsi: u32, message: MsiMessage) -> Result<(), RouteError> {
+            self.0.lock().expect("lock").insert(gsi, message);
             Ok(())
         }
-        fn unroute(&self, gsi: u32) -> io::Result<()> {
+        fn unroute(&self, gsi: u32) -> Result<(), RouteError> {
             self.0.lock().expect("lock").remove(&gsi);
             Ok(())
         }
@@ -157,11 +165,11 @@ mod tests {
         assert_eq!((get(&chip, 1), get(&chip, 0x10), get(&chip, 0x14)), (0x1_0011, 0x1_0000, 0));
         set(&chip, 0x13, 3 << 24);
         set(&chip, 0x12, 0x31);
-        assert_eq!(routes.0.lock().expect("lock").get(&5), Some(&(0xfee0_3000, 0x31)));
-        // Read-only bits stay as they are; a logical destination; the lowest priority.
+        assert_eq!(routes.0.lock().expect("lock").get(&5), Some(&MsiMessage { address: 0xfee0_3000, data: 0x31 }));
+        // Read-only bits do not change; logical destination mode; lowest priority delivery.
         set(&chip, 0x12, 0x5931);
         assert_eq!(get(&chip, 0x12), 0x0931);
-        assert_eq!(routes.0.lock().expect("lock").get(&5), Some(&(0xfee0_3004, 0x131)));
+        assert_eq!(routes.0.lock().expect("lock").get(&5), Some(&MsiMessage { address: 0xfee0_3004, data: 0x131 }));
         set(&chip, 0x12, 0x1_0031);
         assert!(routes.0.lock().expect("lock").is_empty());
         set(&chip, 0, 0xffff_ffff);

@@ -1,4 +1,4 @@
-//! Devices of the classic PC, as far as a Linux guest needs them, and small paravirtual ports.
+//! Devices of a PC as far as a Linux guest needs them, and small paravirtual devices on ports.
 
 mod debug_exit;
 mod fw_cfg;
@@ -18,6 +18,6 @@ pub use ioapic::IoApic;
 pub use post::{MarkPort, PostPort};
 pub use power::Power;
 pub use pvpanic::PvPanic;
-pub use serial::{SerialPort, SerialPortError};
-pub use testdev::{TestHost, add_test_device};
+pub use serial::SerialPort;
+pub use testdev::{LineLevel, TestHost, add_test_device};
 pub use watchdog::Watchdog;

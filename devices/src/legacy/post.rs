@@ -1,14 +1,14 @@
-//! Port 0x80: the power-on self-test code, which Linux also writes to pass a little time.
+//! Ports that only record or ignore writes: the POST code port 0x80, and the port for marks in a profile.
 
 use crate::bus::{Action, BusDevice};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// The port; remembers the last code.
+/// The port for power-on self-test codes. Linux also writes to it for a short delay.
 #[derive(Default)]
 pub struct PostPort(AtomicU8);
 
 impl PostPort {
-    /// The last code written; 0 before the first.
+    /// Returns the last code written; 0 before the first write.
     #[must_use]
     pub fn last(&self) -> u8 {
         self.0.load(Ordering::Relaxed)
@@ -31,7 +31,7 @@ impl BusDevice for PostPort {
     }
 }
 
-/// A port whose writes mean something to who counts them only: marks in a profile.
+/// The port for marks: a write has no effect on the machine, and the profiler starts a new phase for it.
 #[derive(Default)]
 pub struct MarkPort;
 

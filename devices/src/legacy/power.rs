@@ -1,4 +1,4 @@
-//! The ports behind ACPI's hardware-reduced sleep and reset registers (ACPI 6.5 §4.8.3.6, §4.8.3.7).
+//! The sleep and reset registers of hardware-reduced ACPI (ACPI 6.5 §4.8.3.6, §4.8.3.7), as ports.
 
 use crate::bus::{Action, BusDevice};
 
@@ -8,14 +8,14 @@ const RESET: u64 = 2;
 const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
 
-/// Sleep control, sleep status and reset: three ports.
+/// The sleep control, sleep status and reset registers, on three ports in this order.
 pub struct Power {
     sleep_type_off: u8,
     reset_value: u8,
 }
 
 impl Power {
-    /// `sleep_type_off` is the type that the DSDT's `_S5` names, `reset_value` the FADT's.
+    /// Makes the registers. `sleep_type_off` is the sleep type of `_S5` in the DSDT, `reset_value` the RESET_VALUE of the FADT.
     #[must_use]
     pub fn new(sleep_type_off: u8, reset_value: u8) -> Self {
         Self { sleep_type_off, reset_value }
@@ -37,7 +37,7 @@ impl BusDevice for Power {
                 if sleep_type == self.sleep_type_off {
                     return Action::PowerOff;
                 }
-                log::warn!("the guest asked for sleep state type {sleep_type}, which does not exist: ignored");
+                log::warn!("the guest requested the sleep type {sleep_type}, which is not supported: ignored");
                 Action::None
             }
             RESET if value == self.reset_value => Action::Reset,

@@ -1,15 +1,17 @@
-//! pvpanic: the port by which a guest kernel says that it panicked (QEMU docs/specs/pvpanic.rst).
+//! pvpanic: the port on which a guest kernel reports that it panicked (QEMU docs/specs/pvpanic.rst).
 
 use crate::bus::{Action, BusDevice};
 
+/// Event bit: the kernel panicked.
 const PANICKED: u8 = 1;
+/// Event bit: the kernel panicked and continues in a crash kernel.
 const CRASH_LOADED: u8 = 1 << 1;
 
-/// The one-byte port.
+/// The pvpanic device, on one port.
 pub struct PvPanic;
 
 impl BusDevice for PvPanic {
-    /// The events that it takes.
+    /// Returns the mask of the supported events.
     fn read(&self, _offset: u64, data: &mut [u8]) {
         if let Some(value) = data.first_mut() {
             *value = PANICKED | CRASH_LOADED;
@@ -20,7 +22,7 @@ impl BusDevice for PvPanic {
         match data.first() {
             Some(events) if events & PANICKED != 0 => Action::Panicked,
             Some(events) if events & CRASH_LOADED != 0 => {
-                log::warn!("the guest panicked and goes on into its crash kernel");
+                log::warn!("the guest panicked and continues in its crash kernel");
                 Action::None
             }
             _ => Action::None,
@@ -33,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_is_told_from_a_crash_kernel() {
+    fn only_a_panic_without_a_crash_kernel_ends_the_run() {
         assert_eq!(PvPanic.write(0, &[PANICKED]), Action::Panicked);
         assert_eq!(PvPanic.write(0, &[CRASH_LOADED]), Action::None);
         assert_eq!(PvPanic.write(0, &[]), Action::None);

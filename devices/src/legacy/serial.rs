@@ -1,30 +1,22 @@
-//! The 16550 UART (vm-superio's model) on the bus, with its input held back until the guest takes it.
+//! The 16550 UART (vm-superio's model) on the bus. Input waits until the guest's driver is ready for it.
 
 use crate::bus::{Action, BusDevice};
-use crate::console::ConsoleInput;
+use crate::console::{ConsoleInput, InputError};
 use crate::irq::IrqLine;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use thiserror::Error;
 use vm_superio::Serial;
 use vm_superio::serial::{Error as UartError, SerialEvents};
 use vmm_sys_util::eventfd::EventFd;
 
+// Registers and bits (PC16550D data sheet §8): interrupt enable register, modem control register.
 const IER_OFFSET: u8 = 1;
 const IER_RECEIVED: u8 = 1;
 const IER_ALL: u8 = 0xf;
 const MCR_LOOP: u8 = 1 << 4;
 
-/// The guest's input could not be handed over.
-#[derive(Debug, Error)]
-pub enum SerialPortError {
-    /// The interrupt line failed.
-    #[error("cannot raise the UART's interrupt")]
-    Interrupt(#[source] io::Error),
-}
-
-/// Wakes the event loop when the guest has taken all its input.
+/// Wakes the event loop when the guest has read all input.
 struct InputTaken(Arc<EventFd>);
 
 impl SerialEvents for InputTaken {
@@ -38,11 +30,11 @@ impl SerialEvents for InputTaken {
 
 fn wake(event: &EventFd) {
     if let Err(error) = event.write(1) {
-        log::error!("cannot wake the event loop: {error}");
+        log::error!("UART: cannot wake the event loop for input: {error}");
     }
 }
 
-/// Collects the bytes of one access: vm-superio flushes after each, and one write to the host is cheaper than many.
+/// Collects the bytes of one access. vm-superio flushes after each byte, and one write to the host costs less than many.
 struct Collected {
     bytes: Vec<u8>,
 }
@@ -61,56 +53,58 @@ impl Write for Collected {
 struct Inner {
     uart: Serial<IrqLine, InputTaken, Collected>,
     output: Box<dyn Write + Send>,
+    /// An output error was logged.
     failed: bool,
 }
 
 impl Inner {
     fn write_register(&mut self, register: u8, value: u8) {
         if let Err(error) = self.uart.write(register, value) {
-            self.complain(&error);
+            self.log_once(&error);
         }
     }
 
-    fn complain(&mut self, error: &UartError<io::Error>) {
-        // A closed pipe would otherwise be reported for every byte.
+    fn log_once(&mut self, error: &UartError<io::Error>) {
+        // A closed pipe fails at every byte.
         if !std::mem::replace(&mut self.failed, true) {
-            log::error!("serial port: {error}");
+            log::error!("UART: cannot write the output: {error}");
         }
     }
 
-    /// Hands what the guest wrote to the host. Blocks while the host does not take it, so that no byte is lost.
+    /// Writes the guest's output to the host. Blocks while the host does not accept it, so that no byte is lost.
     fn flush(&mut self) {
         let bytes = std::mem::take(&mut self.uart.writer_mut().bytes);
         if bytes.is_empty() {
             return;
         }
         if let Err(error) = self.output.write_all(&bytes).and_then(|()| self.output.flush()) {
-            self.complain(&UartError::IOError(error));
+            self.log_once(&UartError::IOError(error));
         }
         let mut bytes = bytes;
         bytes.clear();
         self.uart.writer_mut().bytes = bytes;
     }
 
-    /// Whether the guest's driver is ready to take input. All enable bits at once is a driver probing which kind of
-    /// UART this is, not one that listens; loop-back likewise.
-    fn takes_input(&self) -> bool {
+    /// Returns true if the guest's driver reads input. All interrupt enable bits at once, or loopback, mean that a driver
+    /// probes the type of the UART.
+    fn accepts_input(&self) -> bool {
         let state = self.uart.state();
         let enabled = state.interrupt_enable & IER_ALL;
         enabled & IER_RECEIVED != 0 && enabled != IER_ALL && state.modem_control & MCR_LOOP == 0
     }
 }
 
-/// One UART, eight ports wide.
+/// A UART, which has eight ports.
 pub struct SerialPort {
     inner: Mutex<Inner>,
+    /// Signalled when the UART can take more input.
     input_wanted: Arc<EventFd>,
-    /// Input came while a vCPU held the lock.
+    /// Input could not be passed on, as a vCPU held the lock.
     input_missed: AtomicBool,
 }
 
 impl SerialPort {
-    /// A UART that raises `irq`, writes to `output`, and signals `input_wanted` when it can take more input.
+    /// Makes a UART that raises `irq`, writes to `output`, and writes to `input_wanted` when it can take more input.
     #[must_use]
     pub fn new(irq: IrqLine, output: Box<dyn Write + Send>, input_wanted: Arc<EventFd>) -> Self {
         let events = InputTaken(Arc::clone(&input_wanted));
@@ -134,41 +128,33 @@ impl SerialPort {
         }
     }
 
-    /// After the lock has been given back: has input that came meanwhile tried again.
-    fn unlocked(&self) {
+    /// Must be called after the lock was released. Requests input again that could not be passed on meanwhile.
+    fn request_missed_input(&self) {
         if self.input_missed.swap(false, Ordering::AcqRel) {
             wake(&self.input_wanted);
-        }
-    }
-
-    /// Hands input to the guest; the number of bytes taken. 0 while the guest does not listen or its buffer is full:
-    /// `input_wanted` then says when to try again. Never waits: a vCPU may hold the lock for as long as the host does not
-    /// take its output.
-    ///
-    /// # Errors
-    /// Where the interrupt cannot be raised.
-    pub fn enqueue(&self, input: &[u8]) -> Result<usize, SerialPortError> {
-        let guard = self.try_lock().or_else(|| {
-            // Said before the second try, so that a vCPU that gives the lock back in between sees it.
-            self.input_missed.store(true, Ordering::Release);
-            self.try_lock()
-        });
-        let Some(mut inner) = guard else { return Ok(0) };
-        if !inner.takes_input() {
-            return Ok(0);
-        }
-        let count = input.len().min(inner.uart.fifo_capacity());
-        match inner.uart.enqueue_raw_bytes(&input[..count]) {
-            Ok(taken) => Ok(taken),
-            Err(UartError::Trigger(error)) => Err(SerialPortError::Interrupt(error)),
-            Err(UartError::FullFifo | UartError::IOError(_)) => Ok(0),
         }
     }
 }
 
 impl ConsoleInput for SerialPort {
-    fn enqueue(&self, input: &[u8]) -> io::Result<usize> {
-        Self::enqueue(self, input).map_err(io::Error::other)
+    /// Returns 0 while the guest's driver does not read input or the FIFO is full; `input_wanted` is signalled when that
+    /// changes. Does not wait for the lock, which a vCPU holds for as long as the host does not accept its output.
+    fn enqueue(&self, input: &[u8]) -> Result<usize, InputError> {
+        let guard = self.try_lock().or_else(|| {
+            // Set before the second try, so that a vCPU that releases the lock in between sees it.
+            self.input_missed.store(true, Ordering::Release);
+            self.try_lock()
+        });
+        let Some(mut inner) = guard else { return Ok(0) };
+        if !inner.accepts_input() {
+            return Ok(0);
+        }
+        let count = input.len().min(inner.uart.fifo_capacity());
+        match inner.uart.enqueue_raw_bytes(&input[..count]) {
+            Ok(taken) => Ok(taken),
+            Err(UartError::Trigger(error)) => Err(InputError::Signal(error)),
+            Err(UartError::FullFifo | UartError::IOError(_)) => Ok(0),
+        }
     }
 }
 
@@ -176,7 +162,7 @@ impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let (Ok(register), [value]) = (u8::try_from(offset), data) else { return };
         *value = self.lock().uart.read(register);
-        self.unlocked();
+        self.request_missed_input();
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Action {
@@ -190,12 +176,12 @@ impl BusDevice for SerialPort {
             inner.write_register(register, *value);
         }
         inner.flush();
-        let ready = register == IER_OFFSET && inner.takes_input();
+        let ready = register == IER_OFFSET && inner.accepts_input();
         drop(inner);
         if ready {
             wake(&self.input_wanted);
         }
-        self.unlocked();
+        self.request_missed_input();
         Action::None
     }
 }
@@ -230,12 +216,12 @@ mod tests {
         port.write_string(0, 1, b"hello");
         assert_eq!(output.try_recv().expect("one write"), b"hello");
         assert!(output.try_recv().is_err());
-        // Items of two bytes: the port is one byte wide, the low byte counts.
+        // Items of two bytes: the port is one byte wide, so that only the low byte is written.
         port.write_string(0, 2, b"a-b-");
         assert_eq!(output.try_recv().expect("one write"), b"ab");
     }
 
-    /// Output that waits until it may go on.
+    /// Output that blocks until the test allows it to continue.
     struct Stuck(Receiver<()>, Sender<()>);
     impl Write for Stuck {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -285,7 +271,7 @@ mod tests {
         let (port, _output, wanted) = port();
         assert_eq!(port.enqueue(b"early").expect("no interrupt"), 0);
         port.write(1, &[0xf]);
-        assert_eq!(port.enqueue(b"probe").expect("no interrupt"), 0, "a probing driver is not listening");
+        assert_eq!(port.enqueue(b"probe").expect("no interrupt"), 0, "the driver is probing");
         assert!(wanted.read().is_err());
         port.write(1, &[0x5]);
         wanted.read().expect("the event loop is woken");

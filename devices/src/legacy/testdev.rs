@@ -1,20 +1,29 @@
-//! The test device of kvm-unit-tests: ports and memory that keep what is written, interrupt lines to raise by hand, and a
-//! page of guest memory to take from under the guest's translations. As QEMU's pc-testdev, at the same places.
+//! The test device of kvm-unit-tests: ports and memory that store what is written, interrupt lines that the guest sets, and
+//! invalidation of the translations of a guest page. It is QEMU's pc-testdev, at the same addresses.
 
 use crate::bus::{Action, BusBuilder, BusDevice, BusError};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What the test device asks of the machine.
-pub trait TestHost: Send + Sync {
-    /// Raises or lowers the interrupt line `gsi`.
-    fn set_line(&self, gsi: u32, high: bool);
+/// The level of an interrupt line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LineLevel {
+    /// The line is deasserted.
+    Low,
+    /// The line is asserted.
+    High,
+}
 
-    /// Has the guest's next access to the page of `gpa` translated anew.
+/// What the test device needs of the machine.
+pub trait TestHost: Send + Sync {
+    /// Sets the level of the interrupt line `gsi`.
+    fn set_line(&self, gsi: u32, level: LineLevel);
+
+    /// Invalidates the translation of the page with the guest physical address `gpa`, so that the next access faults.
     fn flush_page(&self, gpa: u64);
 }
 
-/// Bytes that keep what is written, for accesses of any width and alignment.
+/// Memory of a device, for accesses of any width and alignment.
 struct Latch(Mutex<Box<[u8]>>);
 
 impl Latch {
@@ -22,7 +31,7 @@ impl Latch {
         Self(Mutex::new(vec![0; bytes].into_boxed_slice()))
     }
 
-    /// The part of `len` bytes from `offset` on that is there.
+    /// Clips the range of `len` bytes at `offset` to `size` bytes.
     fn range(offset: u64, len: usize, size: usize) -> Range<usize> {
         let start = usize::try_from(offset).unwrap_or(usize::MAX).min(size);
         start..start.saturating_add(len).min(size)
@@ -46,7 +55,7 @@ impl BusDevice for Latch {
     }
 }
 
-/// A write of a gpa, 32 bits wide, flushes its page.
+/// A 32-bit write of a guest physical address invalidates the translation of its page.
 struct FlushPort(Arc<dyn TestHost>);
 
 impl BusDevice for FlushPort {
@@ -62,7 +71,7 @@ impl BusDevice for FlushPort {
     }
 }
 
-/// A port a line: what is written raises it, and 0 lowers it.
+/// One port for each interrupt line: a write of 0 deasserts the line, of any other value asserts it.
 struct Lines(Arc<dyn TestHost>);
 
 impl BusDevice for Lines {
@@ -70,22 +79,22 @@ impl BusDevice for Lines {
         data.fill(0);
     }
 
-    /// Wider writes count by their low byte.
+    /// Sets a line to the level of the low byte of the written value.
     fn write(&self, offset: u64, data: &[u8]) -> Action {
         if let (Ok(gsi), Some(value)) = (u32::try_from(offset), data.first()) {
-            self.0.set_line(gsi, *value != 0);
+            self.0.set_line(gsi, if *value == 0 { LineLevel::Low } else { LineLevel::High });
         }
         Action::None
     }
 }
 
-/// Puts the device on the machine's buses: ports 0xe0 (latch), 0xe4 (flush), 0xe8 (latch) and 0x2000 (24 lines), and 64 KiB of
-/// memory at 0xff000000 whose every access exits.
+/// Puts the test device on the buses: ports 0xe0 (latch), 0xe4 (flush), 0xe8 (latch) and 0x2000 (24 interrupt lines), and
+/// 64 KiB of memory at 0xff00_0000 each access to which exits.
 ///
 /// # Errors
-/// Where something else is at one of them.
+/// Returns [`BusError`] where another device is at one of these addresses.
 pub fn add_test_device(pio: &mut BusBuilder, mmio: &mut BusBuilder, host: &Arc<dyn TestHost>) -> Result<(), BusError> {
-    // Both see the same four bytes.
+    // Both ranges access the same four bytes.
     let latch = Arc::new(Latch::new(4));
     pio.insert(0xe0, 4, "test latch", Arc::clone(&latch) as _)?;
     pio.insert(0xe4, 4, "test flush", Arc::new(FlushPort(Arc::clone(host))))?;
@@ -100,15 +109,21 @@ mod tests {
     use proptest::prelude::*;
 
     #[derive(Default)]
-    struct Host(Mutex<Vec<(u64, Option<bool>)>>);
+    struct Host(Mutex<Vec<Call>>);
+
+    #[derive(Debug, PartialEq)]
+    enum Call {
+        SetLine(u32, LineLevel),
+        FlushPage(u64),
+    }
 
     impl TestHost for Host {
-        fn set_line(&self, gsi: u32, high: bool) {
-            self.0.lock().expect("unlocked").push((gsi.into(), Some(high)));
+        fn set_line(&self, gsi: u32, level: LineLevel) {
+            self.0.lock().expect("not poisoned").push(Call::SetLine(gsi, level));
         }
 
         fn flush_page(&self, gpa: u64) {
-            self.0.lock().expect("unlocked").push((gpa, None));
+            self.0.lock().expect("not poisoned").push(Call::FlushPage(gpa));
         }
     }
 
@@ -128,12 +143,14 @@ mod tests {
         pio.find(0xe8).expect("a device").device.read(0, &mut data);
         assert_eq!(data, [1, 9, 3, 4]);
         write(0xe4, &0x1234_5000_u32.to_le_bytes());
-        // Of no use, and harmless.
+        // Not 32 bits wide: ignored.
         write(0xe4, &[1]);
         write(0x200b, &[0x80, 0, 0, 0]);
         write(0x200b, &[0]);
         write(0x2017, &[]);
-        assert_eq!(*host.0.lock().expect("unlocked"), [(0x1234_5000, None), (11, Some(true)), (11, Some(false))]);
+        let calls =
+            [Call::FlushPage(0x1234_5000), Call::SetLine(11, LineLevel::High), Call::SetLine(11, LineLevel::Low)];
+        assert_eq!(*host.0.lock().expect("not poisoned"), calls);
         assert!(mmio.find(0xff00_ffff).is_some() && mmio.find(0xff01_0000).is_none());
     }
 

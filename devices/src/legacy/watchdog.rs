@@ -1,5 +1,5 @@
-//! The watchdog timer of the IB700 board, which Linux' ib700wdt drives: a write to one port starts or restarts the
-//! count-down, a write to another stops it.
+//! The watchdog timer of the IB700 board (Linux: drivers/watchdog/ib700wdt.c): a write to one port starts or restarts the
+//! timer, a write to another stops it.
 
 use crate::bus::{Action, BusDevice};
 use std::sync::{Mutex, PoisonError};
@@ -8,19 +8,19 @@ use std::time::{Duration, Instant};
 const STOP: u64 = 0;
 const START: u64 = 2;
 
-/// Three ports: stop, nothing, start.
+/// The watchdog, on three ports: stop, unused, start.
 #[derive(Default)]
 pub struct Watchdog {
     deadline: Mutex<Option<Instant>>,
 }
 
 impl Watchdog {
-    /// First port of the device.
+    /// The first port.
     pub const BASE: u64 = 0x441;
-    /// Number of ports.
+    /// The number of ports.
     pub const LEN: u64 = 3;
 
-    /// When the guest is taken for dead, while the watchdog runs.
+    /// Returns when the timer expires; `None` while it is stopped.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         *self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
@@ -30,7 +30,7 @@ impl Watchdog {
 impl BusDevice for Watchdog {
     fn read(&self, _offset: u64, _data: &mut [u8]) {}
 
-    /// The low four bits of a start say how long: 30 s less 2 s each.
+    /// Starts or stops the timer. The low four bits n of a value written to start set the timeout to 30 − 2n seconds.
     fn write(&self, offset: u64, data: &[u8]) -> Action {
         let deadline = match (offset, data.first()) {
             (START, Some(value)) => Some(Instant::now() + Duration::from_secs(30 - 2 * u64::from(value & 0xf))),

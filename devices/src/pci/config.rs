@@ -1,69 +1,74 @@
-//! A function's configuration space: 256 bytes, of which the guest may write few.
+//! The configuration space of a PCI function (PCI Local Bus 3.0 §6.1).
 
-/// Bytes that a function has. Beyond, ECAM reads all zeroes: no extended capabilities.
+/// Size of the configuration space in bytes. Offsets beyond read as zeros: there are no extended capabilities.
 const BYTES: usize = 256;
+
+// Register offsets (PCI Local Bus 3.0 §6.1, figure 6-1).
 
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const BAR0: usize = 0x10;
 const CAPABILITIES: usize = 0x34;
 const FIRST_CAPABILITY: usize = 0x40;
-/// Status: a capability list is there.
+/// Status register: Capabilities List.
 const STATUS_CAPABILITIES: u8 = 1 << 4;
-/// Command: memory space.
+/// Command register: Memory Space.
 const COMMAND_MEMORY: u8 = 1 << 1;
-/// Command: bus master.
+/// Command register: Bus Master.
 const COMMAND_MASTER: u8 = 1 << 2;
-/// Command, second byte: no INTx. Nobody has one, so it may be set and read back.
+/// Command register, upper byte: Interrupt Disable. No function has INTx; the bit is writable and has no effect.
 const COMMAND_INTX_OFF: u8 = 1 << 2;
 
-/// Who a function is.
+/// The identification registers of a function (PCI Local Bus 3.0 §6.2.1).
 #[derive(Clone, Copy, Debug)]
 pub struct Identity {
-    /// Vendor.
+    /// Vendor ID.
     pub vendor: u16,
-    /// Device.
+    /// Device ID.
     pub device: u16,
-    /// Revision.
+    /// Revision ID.
     pub revision: u8,
-    /// Class and subclass.
+    /// Class code: base class in the upper byte, subclass in the lower one.
     pub class: u16,
-    /// Subsystem vendor and device.
-    pub subsystem: (u16, u16),
+    /// Subsystem vendor ID.
+    pub subsystem_vendor: u16,
+    /// Subsystem ID.
+    pub subsystem_device: u16,
 }
 
-/// A memory BAR of 32 bits that hwvmm placed: BAR 0.
+/// Base address register 0: a 32-bit memory range at a fixed address.
 #[derive(Clone, Copy, Debug)]
 pub struct BarLayout {
-    /// First gpa, a multiple of `bytes`.
+    /// First guest physical address, a multiple of `bytes`.
     pub base: u32,
-    /// A power of two.
+    /// Size in bytes, a power of two.
     pub bytes: u32,
 }
 
-/// A capability: its id, what follows its two-byte header, and which bits of that the guest may write.
+/// A capability to add to a configuration space (PCI Local Bus 3.0 §6.7).
 pub struct Capability<'a> {
-    /// The id (PCI Code and ID Assignment, §2).
+    /// The capability ID (PCI Code and ID Assignment §2).
     pub id: u8,
-    /// The bytes behind the header.
+    /// The bytes after the two-byte header (ID and next pointer).
     pub body: &'a [u8],
-    /// As long as `body`: ones where the guest may write.
+    /// Mask of the bits of `body` that the guest can write; bytes beyond its end are read-only.
     pub writable: &'a [u8],
 }
 
-/// The registers.
+/// The configuration space of a function.
 pub struct ConfigSpace {
     bytes: [u8; BYTES],
     writable: [u8; BYTES],
     bar: Option<BarLayout>,
-    /// The guest wrote all ones to BAR 0 and wants to see its size.
+    /// The guest wrote all ones to BAR 0, so that it reads as its size mask (PCI Local Bus 3.0 §6.2.5.1).
     sizing: bool,
     next_capability: usize,
+    /// Offset of the pointer that the next capability is linked to.
     last_link: usize,
 }
 
 impl ConfigSpace {
-    /// A function without capabilities.
+    /// Makes a configuration space without capabilities.
     #[must_use]
     pub fn new(identity: Identity, bar: Option<BarLayout>) -> Self {
         let mut bytes = [0; BYTES];
@@ -71,8 +76,8 @@ impl ConfigSpace {
         put(0x00, identity.vendor);
         put(0x02, identity.device);
         put(0x0a, identity.class);
-        put(0x2c, identity.subsystem.0);
-        put(0x2e, identity.subsystem.1);
+        put(0x2c, identity.subsystem_vendor);
+        put(0x2e, identity.subsystem_device);
         bytes[0x08] = identity.revision;
         if let Some(bar) = bar {
             bytes[BAR0..BAR0 + 4].copy_from_slice(&bar.base.to_le_bytes());
@@ -81,12 +86,12 @@ impl ConfigSpace {
         let mut writable = [0; BYTES];
         writable[COMMAND] = COMMAND_MEMORY | COMMAND_MASTER;
         writable[COMMAND + 1] = COMMAND_INTX_OFF;
-        writable[0x0c] = 0xff; // cache line size: scratch
-        writable[0x3c] = 0xff; // interrupt line: scratch
+        writable[0x0c] = 0xff; // cache line size: no effect
+        writable[0x3c] = 0xff; // interrupt line: no effect
         Self { bytes, writable, bar, sizing: false, next_capability: FIRST_CAPABILITY, last_link: CAPABILITIES }
     }
 
-    /// Adds a capability and returns where it starts. `None` where it does not fit.
+    /// Adds a capability and returns its offset. `None` where it does not fit.
     pub fn add_capability(&mut self, capability: &Capability<'_>) -> Option<usize> {
         let at = self.next_capability;
         let body = at + 2;
@@ -103,7 +108,7 @@ impl ConfigSpace {
         Some(at)
     }
 
-    /// Fills `data` from `offset`; zeroes beyond the space.
+    /// Copies the registers from byte `offset` on to `data`; zeros beyond the end of the configuration space.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         for (index, byte) in (offset..).zip(data) {
             *byte = match self.bar {
@@ -115,7 +120,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Takes a write: only writable bits change. BAR 0 stays where it is; its size can be asked for.
+    /// Writes the writable bits at byte `offset`. BAR 0 can be sized, but not moved.
     pub fn write(&mut self, offset: usize, data: &[u8]) {
         if offset == BAR0 && self.bar.is_some() {
             self.write_bar(data);
@@ -132,20 +137,20 @@ impl ConfigSpace {
             && u32::from_le_bytes(value) != bar.base
         {
             log::warn!(
-                "PCI: the guest wants to move a BAR from {:#x} to {:#x}: it stays",
+                "PCI: the guest moves a BAR from {:#x} to {:#x}: ignored, BARs cannot be moved",
                 bar.base,
                 u32::from_le_bytes(value)
             );
         }
     }
 
-    /// The byte at `offset`.
+    /// Returns the byte at `offset`; 0 beyond the end.
     #[must_use]
     pub fn byte(&self, offset: usize) -> u8 {
         self.bytes.get(offset).copied().unwrap_or(0)
     }
 
-    /// The 32 bits at `offset`.
+    /// Returns the 32-bit register at byte `offset`.
     #[must_use]
     pub fn dword(&self, offset: usize) -> u32 {
         let mut data = [0; 4];
@@ -155,7 +160,7 @@ impl ConfigSpace {
         u32::from_le_bytes(data)
     }
 
-    /// Whether the function answers in memory space.
+    /// Returns true if the guest has enabled memory space (command register), so that the BAR responds.
     #[must_use]
     pub fn memory_enabled(&self) -> bool {
         self.bytes[COMMAND] & COMMAND_MEMORY != 0
@@ -168,7 +173,14 @@ mod tests {
     use proptest::prelude::*;
 
     fn space() -> ConfigSpace {
-        let identity = Identity { vendor: 0x1af4, device: 0x1042, revision: 1, class: 0x0180, subsystem: (1, 2) };
+        let identity = Identity {
+            vendor: 0x1af4,
+            device: 0x1042,
+            revision: 1,
+            class: 0x0180,
+            subsystem_vendor: 1,
+            subsystem_device: 2,
+        };
         ConfigSpace::new(identity, Some(BarLayout { base: 0xc000_8000, bytes: 0x8000 }))
     }
 
@@ -179,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bar_tells_its_size_and_stays() {
+    fn the_bar_can_be_sized_and_not_moved() {
         let mut space = space();
         space.write(BAR0, &[0xff; 4]);
         assert_eq!(dword(&space, BAR0), 0xffff_8000);

@@ -1,36 +1,15 @@
-//! MSI-X (PCI Local Bus 3.0 §6.8.2): a table of messages, with a mask and a pending bit each.
+//! MSI-X (PCI Local Bus 3.0 §6.8.2): a table of messages, each with a mask bit and a pending bit.
 
+use super::msi::{MsiMessage, MsiRouter, MsiVector};
+use crate::error::chain;
+use crate::half::Half;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vmm_sys_util::eventfd::EventFd;
 
-/// Bytes of a table entry: address, upper address, data, vector control.
+/// Size in bytes of a table entry: message address, message upper address, message data, vector control.
 const ENTRY_BYTES: u64 = 16;
+/// Vector control: the mask bit.
 const MASKED: u32 = 1;
-
-/// Where messages become interrupts (KVM: GSI routing and irqfds).
-pub trait MsiRouter: Send + Sync {
-    /// From now on, `gsi` sends `data` to `address`.
-    ///
-    /// # Errors
-    /// The system's.
-    fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()>;
-
-    /// From now on, `gsi` sends nothing.
-    ///
-    /// # Errors
-    /// The system's.
-    fn unroute(&self, gsi: u32) -> io::Result<()>;
-}
-
-/// A message that can be sent: a write to `event` sends what `gsi` is routed to.
-#[derive(Clone)]
-pub struct MsiVector {
-    /// The interrupt's number at the router.
-    pub gsi: u32,
-    /// Sends it.
-    pub event: Arc<EventFd>,
-}
 
 struct Entry {
     vector: MsiVector,
@@ -38,92 +17,119 @@ struct Entry {
     data: u32,
     control: u32,
     pending: bool,
-    routed: Option<(u64, u32)>,
+    /// The message that the vector's GSI is routed to.
+    routed: Option<MsiMessage>,
+}
+
+impl Entry {
+    fn message(&self) -> MsiMessage {
+        MsiMessage { address: self.address, data: self.data }
+    }
+
+    fn is_masked(&self) -> bool {
+        self.control & MASKED != 0
+    }
+}
+
+/// The writable bits of the MSI-X message control.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MsixControl {
+    /// MSI-X Enable.
+    pub enabled: bool,
+    /// Function Mask: all vectors are masked, whatever their own mask bits.
+    pub function_masked: bool,
+}
+
+impl MsixControl {
+    fn may_send(self) -> bool {
+        self.enabled && !self.function_masked
+    }
 }
 
 struct State {
     entries: Vec<Entry>,
-    enabled: bool,
-    masked: bool,
+    control: MsixControl,
 }
 
-/// The table of a function.
+/// The MSI-X table of a function.
 pub struct Msix {
     state: Mutex<State>,
     router: Arc<dyn MsiRouter>,
 }
 
 impl Msix {
-    /// A table with one entry a vector, all masked.
+    /// Makes a table with one entry for each of `vectors`, all masked. MSI-X is disabled.
     #[must_use]
     pub fn new(vectors: Vec<MsiVector>, router: Arc<dyn MsiRouter>) -> Self {
         let entry = |vector| Entry { vector, address: 0, data: 0, control: MASKED, pending: false, routed: None };
         let entries = vectors.into_iter().map(entry).collect();
-        Self { state: Mutex::new(State { entries, enabled: false, masked: false }), router }
+        Self { state: Mutex::new(State { entries, control: MsixControl::default() }), router }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Number of entries.
+    /// Returns the number of entries.
     #[must_use]
     pub fn len(&self) -> u16 {
         u16::try_from(self.state().entries.len()).unwrap_or(u16::MAX)
     }
 
-    /// Whether there are no entries.
+    /// Returns true if there are no entries.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The function's MSI-X Enable and Function Mask bits.
-    pub fn set_control(&self, enabled: bool, masked: bool) {
+    /// Sets the message control, and sends what is pending and no longer masked.
+    pub fn set_control(&self, control: MsixControl) {
         let mut state = self.state();
-        state.enabled = enabled;
-        state.masked = masked;
+        state.control = control;
         for index in 0..state.entries.len() {
             self.update(&mut state, index);
         }
     }
 
-    /// Sends message `index`, or notes it where it is masked. Without MSI-X, or beyond the table, nothing is sent.
+    /// Sends the message of entry `index`, or sets its pending bit where it is masked. Nothing happens where MSI-X is
+    /// disabled, or where the table has no such entry.
     ///
     /// # Errors
-    /// The eventfd's.
+    /// Returns the error of the write to the vector's irqfd.
     pub fn trigger(&self, index: u16) -> io::Result<()> {
         let mut state = self.state();
-        let (enabled, masked) = (state.enabled, state.masked);
-        let Some(entry) = state.entries.get_mut(usize::from(index)).filter(|_| enabled) else { return Ok(()) };
-        if masked || entry.control & MASKED != 0 {
+        let control = state.control;
+        let Some(entry) = state.entries.get_mut(usize::from(index)).filter(|_| control.enabled) else {
+            return Ok(());
+        };
+        if control.function_masked || entry.is_masked() {
             entry.pending = true;
             return Ok(());
         }
         entry.vector.event.write(1)
     }
 
-    /// Brings the route up to date, and sends what is pending, once an entry is not masked.
+    /// Routes the entry's message and sends it if it is pending, where the entry is not masked.
     fn update(&self, state: &mut State, index: usize) {
-        let open = state.enabled && !state.masked;
-        let Some(entry) = state.entries.get_mut(index).filter(|entry| open && entry.control & MASKED == 0) else {
-            return;
-        };
-        if entry.routed != Some((entry.address, entry.data)) {
-            if let Err(error) = self.router.route(entry.vector.gsi, entry.address, entry.data) {
-                log::error!("MSI-X entry {index}, address {:#x}: no route: {error}", entry.address);
+        let may_send = state.control.may_send();
+        let Some(entry) = state.entries.get_mut(index).filter(|entry| may_send && !entry.is_masked()) else { return };
+        let message = entry.message();
+        if entry.routed != Some(message) {
+            if let Err(error) = self.router.route(entry.vector.gsi, message) {
+                log::error!("MSI-X entry {index}: cannot route {message:x?}: {}", chain(&error));
                 return;
             }
-            entry.routed = Some((entry.address, entry.data));
+            entry.routed = Some(message);
         }
         if std::mem::take(&mut entry.pending)
             && let Err(error) = entry.vector.event.write(1)
         {
-            log::error!("MSI-X entry {index}: {error}");
+            log::error!("MSI-X entry {index}: cannot send the pending message: {error}");
         }
     }
 
-    /// Reads the table: 4 or 8 bytes, aligned (§6.8.2); all ones else.
+    /// Reads the table at byte `offset`. Valid reads have 4 or 8 bytes and are aligned (PCI Local Bus 3.0 §6.8.2); others
+    /// return all ones.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(data.len() as u64) {
@@ -132,10 +138,9 @@ impl Msix {
         let state = self.state();
         for (offset, part) in (offset..).step_by(4).zip(data.chunks_exact_mut(4)) {
             if let Some(entry) = usize::try_from(offset / ENTRY_BYTES).ok().and_then(|index| state.entries.get(index)) {
-                let [low, high] = halves(entry.address);
                 let value = match offset % ENTRY_BYTES {
-                    0 => low,
-                    4 => high,
+                    0 => Half::Low.get(entry.address),
+                    4 => Half::High.get(entry.address),
                     8 => entry.data,
                     _ => entry.control,
                 };
@@ -144,7 +149,7 @@ impl Msix {
         }
     }
 
-    /// Writes the table: 4 or 8 bytes, aligned; nothing else is taken.
+    /// Writes the table at byte `offset`. Valid writes have 4 or 8 bytes and are aligned; others are ignored.
     pub fn write_table(&self, offset: u64, data: &[u8]) {
         if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(data.len() as u64) {
             return;
@@ -154,10 +159,9 @@ impl Msix {
             let Ok(value) = <[u8; 4]>::try_from(part).map(u32::from_le_bytes) else { return };
             let Ok(index) = usize::try_from(offset / ENTRY_BYTES) else { return };
             let Some(entry) = state.entries.get_mut(index) else { return };
-            let [low, high] = halves(entry.address);
             match offset % ENTRY_BYTES {
-                0 => entry.address = u64::from(high) << 32 | u64::from(value & !3),
-                4 => entry.address = u64::from(value) << 32 | u64::from(low),
+                0 => Half::Low.set(&mut entry.address, value & !3),
+                4 => Half::High.set(&mut entry.address, value),
                 8 => entry.data = value,
                 _ => entry.control = value & MASKED,
             }
@@ -165,7 +169,7 @@ impl Msix {
         }
     }
 
-    /// Reads the pending bits.
+    /// Reads the pending bit array at byte `offset`: bit n of the array is the pending bit of entry n.
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
         let state = self.state();
         for (at, byte) in (offset..).zip(data) {
@@ -177,11 +181,10 @@ impl Msix {
         }
     }
 
-    /// Masks everything and forgets what is pending, as a reset of the function does.
+    /// Disables MSI-X, masks all entries and clears all pending bits, as a reset of the function does.
     pub fn reset(&self) {
         let mut state = self.state();
-        state.enabled = false;
-        state.masked = false;
+        state.control = MsixControl::default();
         for entry in &mut state.entries {
             entry.control = MASKED;
             entry.pending = false;
@@ -189,24 +192,20 @@ impl Msix {
     }
 }
 
-fn halves(value: u64) -> [u32; 2] {
-    let bytes = value.to_le_bytes();
-    [[0, 1, 2, 3], [4, 5, 6, 7]].map(|half| u32::from_le_bytes(half.map(|index: usize| bytes[index])))
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::msi::RouteError;
     use super::*;
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     #[derive(Default)]
-    struct Routes(Mutex<Vec<(u32, u64, u32)>>);
+    struct Routes(Mutex<Vec<(u32, MsiMessage)>>);
     impl MsiRouter for Routes {
-        fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()> {
-            self.0.lock().expect("alone").push((gsi, address, data));
+        fn route(&self, gsi: u32, message: MsiMessage) -> Result<(), RouteError> {
+            self.0.lock().expect("not poisoned").push((gsi, message));
             Ok(())
         }
-        fn unroute(&self, _gsi: u32) -> io::Result<()> {
+        fn unroute(&self, _gsi: u32) -> Result<(), RouteError> {
             Ok(())
         }
     }
@@ -216,12 +215,14 @@ mod tests {
         let routes = Arc::new(Routes::default());
         let event = Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
         let sent = || event.read().unwrap_or(0);
+        let unmasked = MsixControl { enabled: true, function_masked: false };
+        let masked = MsixControl { enabled: true, function_masked: true };
         let msix = Msix::new(
             vec![MsiVector { gsi: 24, event: Arc::clone(&event) }],
             Arc::clone(&routes) as Arc<dyn MsiRouter>,
         );
         msix.trigger(0).expect("dropped");
-        msix.set_control(true, false);
+        msix.set_control(unmasked);
         msix.write_table(0, &[0x03, 0, 0xe0, 0xfe, 0, 0, 0, 0]);
         msix.write_table(8, &0x41_u32.to_le_bytes());
         msix.trigger(0).expect("pending");
@@ -230,13 +231,14 @@ mod tests {
         msix.read_pending(0, &mut pending);
         assert_eq!(pending, [1, 0, 0, 0, 0, 0, 0, 0]);
         msix.write_table(12, &[0; 4]);
-        assert_eq!(sent(), 1, "unmasked: what was pending is sent");
-        msix.set_control(true, true);
+        assert_eq!(sent(), 1, "the pending message is sent when its entry is unmasked");
+        msix.set_control(masked);
         msix.trigger(0).expect("pending");
-        msix.set_control(true, false);
+        msix.set_control(unmasked);
         assert_eq!(sent(), 1);
-        assert_eq!(*routes.0.lock().expect("alone"), [(24, 0xfee0_0000, 0x41)]);
-        // Out of the table, odd lengths, odd places: nothing.
+        let message = MsiMessage { address: 0xfee0_0000, data: 0x41 };
+        assert_eq!(*routes.0.lock().expect("not poisoned"), [(24, message)]);
+        // Beyond the table, invalid lengths, not aligned: ignored.
         msix.write_table(16, &[0xff; 4]);
         msix.write_table(2, &[0xff; 4]);
         msix.write_table(0, &[0xff; 3]);

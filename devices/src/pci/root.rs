@@ -1,49 +1,58 @@
-//! The root of the bus: configuration accesses by memory (ECAM, PCI Express Base 4.0 §7.2.2) and by the ports 0xcf8 and
+//! The PCI root: configuration accesses through memory (ECAM, PCI Express Base 4.0 §7.2.2) and through the ports 0xcf8 and
 //! 0xcfc (PCI Local Bus 3.0 §3.2.2.3.2).
 
 use super::config::{ConfigSpace, Identity};
 use crate::bus::{Action, BusDevice};
-use crate::page::RegisterPage;
-use std::io;
+use crate::page::{PageError, RegisterPage};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use thiserror::Error;
 
-/// Bytes of ECAM that one bus takes.
+/// Size in bytes of the ECAM region of one bus.
 pub const ECAM_BUS_BYTES: u64 = 1 << 20;
-/// Device numbers of a bus.
+/// Size in bytes of the virtio PCI configuration access capability (virtio 1.3 §4.1.4.9).
+pub const PCI_CFG_CAPABILITY_BYTES: usize = 20;
+/// Size in bytes of `pci_cfg_data`, at the end of that capability.
+pub const PCI_CFG_DATA_BYTES: usize = 4;
+/// Number of device numbers of a bus.
 const SLOTS: usize = 32;
-/// Class of a host bridge.
+/// Class code of a host bridge.
 const HOST_BRIDGE: u16 = 0x0600;
 
-/// A function's side of configuration accesses.
+/// A PCI function as the root sees it.
 pub trait PciFunction: Send + Sync {
-    /// Fills `data` from the configuration space at `offset`.
+    /// Copies the configuration space from byte `offset` on to `data`.
     fn read_config(&self, offset: usize, data: &mut [u8]);
-    /// Takes a write to it.
+    /// Handles a write to the configuration space at byte `offset`.
     fn write_config(&self, offset: usize, data: &[u8]);
-    /// Where a capability starts whose last four bytes of twenty are a window to registers elsewhere, if there is one.
-    fn window(&self) -> Option<usize> {
+    /// Returns the offset of the virtio PCI configuration access capability, where the function has one.
+    fn pci_cfg_capability(&self) -> Option<usize> {
         None
     }
 }
 
-/// More devices than a bus has numbers.
+/// The bus has no device number left.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("a PCI bus takes at most {} devices", SLOTS - 1)]
-pub struct RootError;
+#[error("a PCI bus has room for {} devices at most", SLOTS - 1)]
+pub struct PciRootError;
 
-/// The bus. Slot 0 is the host bridge.
-pub struct Root {
+/// Bus 0, whose device 0 is the host bridge.
+pub struct PciRoot {
     functions: Vec<Arc<dyn PciFunction>>,
-    /// What the guest reads by itself, by slot, once that is asked for.
+    /// The configuration spaces as pages, by device number; set by [`PciRoot::pages`].
     pages: OnceLock<Vec<RegisterPage>>,
-    /// One write at a time, so that none is shown behind a later one.
-    showing: Mutex<()>,
+    /// Serializes configuration writes, so that the pages are updated in the order of the writes.
+    write_order: Mutex<()>,
 }
 
-/// Bytes of a window's capability, and of the data at its end.
-const WINDOW: (usize, usize) = (20, 4);
+/// The registers that a configuration access names.
+#[derive(Clone, Copy)]
+struct ConfigAddress {
+    device: u32,
+    function: u32,
+    /// Byte offset in the configuration space.
+    register: usize,
+}
 
 struct HostBridge(Mutex<ConfigSpace>);
 
@@ -57,143 +66,156 @@ impl PciFunction for HostBridge {
     }
 }
 
-impl Default for Root {
+impl Default for PciRoot {
     fn default() -> Self {
-        // Red Hat's generic PCIe host bridge, which every driver leaves alone.
-        let identity =
-            Identity { vendor: 0x1b36, device: 0x0008, revision: 0, class: HOST_BRIDGE, subsystem: (0x1af4, 0x1100) };
+        // Red Hat's generic PCIe host bridge (QEMU: pcie-host), which no driver binds to.
+        let identity = Identity {
+            vendor: 0x1b36,
+            device: 0x0008,
+            revision: 0,
+            class: HOST_BRIDGE,
+            subsystem_vendor: 0x1af4,
+            subsystem_device: 0x1100,
+        };
         let bridge: Arc<dyn PciFunction> = Arc::new(HostBridge(Mutex::new(ConfigSpace::new(identity, None))));
-        Self { functions: vec![bridge], pages: OnceLock::new(), showing: Mutex::default() }
+        Self { functions: vec![bridge], pages: OnceLock::new(), write_order: Mutex::default() }
     }
 }
 
-impl Root {
-    /// Puts a function in the next free slot.
+impl PciRoot {
+    /// Adds a function at the next device number.
     ///
     /// # Errors
-    /// [`RootError`] where the bus is full.
-    pub fn add(&mut self, function: Arc<dyn PciFunction>) -> Result<(), RootError> {
+    /// Returns [`PciRootError`] where all device numbers are taken.
+    pub fn add(&mut self, function: Arc<dyn PciFunction>) -> Result<(), PciRootError> {
         if self.functions.len() >= SLOTS {
-            return Err(RootError);
+            return Err(PciRootError);
         }
         self.functions.push(function);
         Ok(())
     }
 
-    /// The slot of bus 0; other functions than 0 do not exist.
-    fn at(&self, slot: u32, function: u32) -> Option<&Arc<dyn PciFunction>> {
-        usize::try_from(slot).ok().filter(|_| function == 0).and_then(|slot| self.functions.get(slot))
+    /// Returns the function at `address`; every device has function 0 only.
+    fn function(&self, address: ConfigAddress) -> Option<&Arc<dyn PciFunction>> {
+        usize::try_from(address.device)
+            .ok()
+            .filter(|_| address.function == 0)
+            .and_then(|device| self.functions.get(device))
     }
 
-    /// Nobody there: all ones.
-    fn read(&self, slot: u32, function: u32, register: usize, data: &mut [u8]) {
-        match self.at(slot, function) {
-            Some(found) => found.read_config(register, data),
+    /// Reads registers; all ones where there is no function.
+    fn read(&self, address: ConfigAddress, data: &mut [u8]) {
+        match self.function(address) {
+            Some(function) => function.read_config(address.register, data),
             None => data.fill(0xff),
         }
     }
 
-    fn write(&self, slot: u32, function: u32, register: usize, data: &[u8]) {
-        if let Some(found) = self.at(slot, function) {
-            let _guard = self.showing.lock().unwrap_or_else(PoisonError::into_inner);
-            found.write_config(register, data);
-            if let Some(page) = self.pages.get().and_then(|pages| pages.get(usize::try_from(slot).ok()?)) {
-                show(found.as_ref(), page, register, data.len());
+    fn write(&self, address: ConfigAddress, data: &[u8]) {
+        if let Some(function) = self.function(address) {
+            let _guard = self.write_order.lock().unwrap_or_else(PoisonError::into_inner);
+            function.write_config(address.register, data);
+            if let Some(page) = self.pages.get().and_then(|pages| pages.get(usize::try_from(address.device).ok()?)) {
+                update_page(function.as_ref(), page, address.register, data.len());
             }
         }
     }
 
-    /// The configuration spaces as the guest may read them by itself: of function 0 of each slot, in order, at
-    /// [`Root::PAGE_STRIDE`] bytes of each other; those of empty slots are all ones. Functions must have been added before.
+    /// Returns pages with the configuration spaces of function 0 of all devices, by device number, for mapping at
+    /// [`PciRoot::PAGE_STRIDE`] bytes of each other. Pages of missing devices are all ones. All functions must have been
+    /// added before.
     ///
     /// # Errors
-    /// Where a page cannot be mapped.
-    pub fn pages(&self) -> io::Result<&[RegisterPage]> {
-        let nobody = RegisterPage::ones()?;
+    /// Returns [`PageError`] where a page cannot be mapped.
+    pub fn pages(&self) -> Result<&[RegisterPage], PageError> {
+        let missing = RegisterPage::all_ones()?;
         let mut pages = Vec::with_capacity(SLOTS);
         for slot in 0..SLOTS {
             match self.functions.get(slot) {
                 Some(function) => {
                     let page = RegisterPage::new()?;
-                    show(function.as_ref(), &page, 0, RegisterPage::BYTES);
+                    update_page(function.as_ref(), &page, 0, RegisterPage::BYTES);
                     pages.push(page);
                 }
-                None => pages.push(nobody.clone()),
+                None => pages.push(missing.clone()),
             }
         }
         Ok(self.pages.get_or_init(|| pages))
     }
 
-    /// Bytes of ECAM between two slots.
+    /// Bytes of ECAM between two devices.
     pub const PAGE_STRIDE: u64 = 1 << 15;
 }
 
-/// Shows what the registers at `offset` read as after a write of `bytes` bytes to them; what a window shows too, where the
-/// write was to it. (A window to a register that changes by itself shows it as it was then.)
-fn show(function: &dyn PciFunction, page: &RegisterPage, offset: usize, bytes: usize) {
+/// Updates `page` after a write of `bytes` bytes at `offset`: the written registers, and `pci_cfg_data` where the write was to
+/// the configuration access capability. (The page then has the value that the BAR's register had at the time of the write.)
+fn update_page(function: &dyn PciFunction, page: &RegisterPage, offset: usize, bytes: usize) {
     let copy = |from: usize, count: usize| {
         let mut data = [0; RegisterPage::BYTES];
         function.read_config(from, &mut data[..count]);
-        page.show(from, &data[..count]);
+        page.write(from, &data[..count]);
     };
     let (first, last) = (offset & !3, (offset + bytes).next_multiple_of(4).min(RegisterPage::BYTES));
     copy(first, last.saturating_sub(first));
-    if let Some(window) = function.window()
-        && offset < window + WINDOW.0
-        && offset + bytes > window
+    if let Some(capability) = function.pci_cfg_capability()
+        && offset < capability + PCI_CFG_CAPABILITY_BYTES
+        && offset + bytes > capability
     {
-        copy(window + WINDOW.0 - WINDOW.1, WINDOW.1);
+        copy(capability + PCI_CFG_CAPABILITY_BYTES - PCI_CFG_DATA_BYTES, PCI_CFG_DATA_BYTES);
     }
 }
 
-/// The bus by memory: device in bits 15 to 19, function in 12 to 14, register in 0 to 11.
-pub struct Ecam(pub Arc<Root>);
+/// Configuration accesses through memory: the device number is in bits 15 to 19 of the offset, the function in bits 12 to 14,
+/// the register in bits 0 to 11.
+pub struct Ecam(pub Arc<PciRoot>);
 
 impl Ecam {
-    fn split(offset: u64) -> (u32, u32, usize) {
+    fn address(offset: u64) -> ConfigAddress {
         let field = |shift: u32, mask: u64| u32::try_from(offset >> shift & mask).unwrap_or(0);
-        (field(15, 0x1f), field(12, 7), usize::try_from(offset & 0xfff).unwrap_or(0))
+        let register = usize::try_from(offset & 0xfff).unwrap_or(0);
+        ConfigAddress { device: field(15, 0x1f), function: field(12, 7), register }
     }
 }
 
 impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let (slot, function, register) = Self::split(offset);
-        self.0.read(slot, function, register, data);
+        self.0.read(Self::address(offset), data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Action {
-        let (slot, function, register) = Self::split(offset);
-        self.0.write(slot, function, register, data);
+        self.0.write(Self::address(offset), data);
         Action::None
     }
 }
 
-/// The bus by ports, for guests without ECAM: 0xcf8 takes the address, 0xcfc to 0xcff are the data. Offsets from 0xcf8.
+/// Configuration accesses through ports, for guests without ECAM: `CONFIG_ADDRESS` at 0xcf8, `CONFIG_DATA` at 0xcfc.
 pub struct ConfigPorts {
-    root: Arc<Root>,
+    root: Arc<PciRoot>,
     address: AtomicU32,
 }
 
 impl ConfigPorts {
-    /// The first port and how many there are.
-    pub const PORTS: (u16, u64) = (0xcf8, 8);
+    /// The first port.
+    pub const BASE: u16 = 0xcf8;
+    /// The number of ports.
+    pub const LEN: u64 = 8;
 
-    /// Ports for `root`.
+    /// Makes the ports for `root`.
     #[must_use]
-    pub fn new(root: Arc<Root>) -> Self {
+    pub fn new(root: Arc<PciRoot>) -> Self {
         Self { root, address: AtomicU32::new(0) }
     }
 
-    /// Slot, function and register, where the address names bus 0 and is enabled.
-    fn target(&self, offset: u64) -> Option<(u32, u32, usize)> {
+    /// Returns the address that an access at `offset` from the first port is for, where `CONFIG_ADDRESS` is enabled and names
+    /// bus 0.
+    fn target(&self, offset: u64) -> Option<ConfigAddress> {
         let address = self.address.load(Ordering::Acquire);
         let low = usize::try_from(offset.checked_sub(4)?).ok()?;
         if address & 0x8000_0000 == 0 || address >> 16 & 0xff != 0 {
             return None;
         }
-        let register = usize::try_from(address & 0xfc).ok()?;
-        Some((address >> 11 & 0x1f, address >> 8 & 7, register + low))
+        let register = usize::try_from(address & 0xfc).ok()? + low;
+        Some(ConfigAddress { device: address >> 11 & 0x1f, function: address >> 8 & 7, register })
     }
 }
 
@@ -201,16 +223,16 @@ impl BusDevice for ConfigPorts {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if offset == 0 && data.len() == 4 {
             data.copy_from_slice(&self.address.load(Ordering::Acquire).to_le_bytes());
-        } else if let Some((slot, function, register)) = self.target(offset) {
-            self.root.read(slot, function, register, data);
+        } else if let Some(target) = self.target(offset) {
+            self.root.read(target, data);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Action {
         if let (0, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
             self.address.store(u32::from_le_bytes(address), Ordering::Release);
-        } else if let Some((slot, function, register)) = self.target(offset) {
-            self.root.write(slot, function, register, data);
+        } else if let Some(target) = self.target(offset) {
+            self.root.write(target, data);
         }
         Action::None
     }
@@ -220,7 +242,7 @@ impl BusDevice for ConfigPorts {
 mod tests {
     use super::*;
 
-    fn by_ports(ports: &ConfigPorts, address: u32) -> u32 {
+    fn read_by_ports(ports: &ConfigPorts, address: u32) -> u32 {
         ports.write(0, &address.to_le_bytes());
         let mut data = [0xff; 4];
         ports.read(4, &mut data);
@@ -228,14 +250,14 @@ mod tests {
     }
 
     #[test]
-    fn both_ways_lead_to_the_same_registers() {
-        let root = Arc::new(Root::default());
+    fn ports_and_ecam_access_the_same_registers() {
+        let root = Arc::new(PciRoot::default());
         let ports = ConfigPorts::new(Arc::clone(&root));
-        assert_eq!(by_ports(&ports, 0x8000_0000), 0x0008_1b36);
-        assert_eq!(by_ports(&ports, 0x8000_0800), u32::MAX, "slot 1 is empty");
-        assert_eq!(by_ports(&ports, 0x8000_0100), u32::MAX, "function 1");
-        assert_eq!(by_ports(&ports, 0x8001_0000), u32::MAX, "bus 1");
-        assert_eq!(by_ports(&ports, 0x0000_0000), u32::MAX, "not enabled");
+        assert_eq!(read_by_ports(&ports, 0x8000_0000), 0x0008_1b36);
+        assert_eq!(read_by_ports(&ports, 0x8000_0800), u32::MAX, "there is no device 1");
+        assert_eq!(read_by_ports(&ports, 0x8000_0100), u32::MAX, "function 1");
+        assert_eq!(read_by_ports(&ports, 0x8001_0000), u32::MAX, "bus 1");
+        assert_eq!(read_by_ports(&ports, 0x0000_0000), u32::MAX, "not enabled");
         let ecam = Ecam(root);
         let mut data = [0; 2];
         ecam.read(0xa, &mut data);
@@ -245,32 +267,33 @@ mod tests {
     }
 
     #[test]
-    fn pages_show_what_reads_give_also_after_writes() {
-        let root = Arc::new(Root::default());
+    fn pages_hold_what_reads_return_also_after_writes() {
+        let root = Arc::new(PciRoot::default());
         let pages = root.pages().expect("pages").to_vec();
         assert_eq!(pages.len(), SLOTS);
-        let shown = |slot: usize, register: usize| u32::from_le(pages[slot].word(register).load(Ordering::Relaxed));
+        let in_page =
+            |device: usize, register: usize| u32::from_le(pages[device].register(register).load(Ordering::Relaxed));
         let ecam = Ecam(Arc::clone(&root));
         let read = |register: u64| {
             let mut data = [0; 4];
             ecam.read(register, &mut data);
             u32::from_le_bytes(data)
         };
-        assert_eq!(shown(0, 0), 0x0008_1b36);
-        assert_eq!(shown(31, 0), u32::MAX, "nobody");
+        assert_eq!(in_page(0, 0), 0x0008_1b36);
+        assert_eq!(in_page(31, 0), u32::MAX, "no device");
         ecam.write(5, &[4]);
-        assert_eq!(shown(0, 4), read(4));
-        assert_ne!(read(4) & 0x400, 0, "INTx is off, and it is to be read");
+        assert_eq!(in_page(0, 4), read(4));
+        assert_ne!(read(4) & 0x400, 0, "Interrupt Disable can be read back");
         for register in (0..0x1000).step_by(4) {
-            assert_eq!(shown(0, register), read(register as u64), "{register:#x}");
+            assert_eq!(in_page(0, register), read(register as u64), "{register:#x}");
         }
     }
 
     #[test]
-    fn a_bus_gets_full() {
-        let mut root = Root::default();
-        let bridge = || Arc::clone(&Root::default().functions[0]);
+    fn a_full_bus_refuses_devices() {
+        let mut root = PciRoot::default();
+        let bridge = || Arc::clone(&PciRoot::default().functions[0]);
         assert!((1..SLOTS).all(|_| root.add(bridge()).is_ok()));
-        assert_eq!(root.add(bridge()), Err(RootError));
+        assert_eq!(root.add(bridge()), Err(PciRootError));
     }
 }

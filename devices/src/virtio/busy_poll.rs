@@ -1,54 +1,55 @@
-//! Looking for the next request oneself, for a moment, in place of having the driver kick: a kick is an exit. Where requests
-//! follow each other fast, the moment is as long as they take to come; where they do not, there is none.
+//! Polling of the available ring in place of waiting for a kick, which is an exit. The poll window follows the average time
+//! between requests; where requests are further apart than the limit, there is no polling.
 
 use std::time::{Duration, Instant};
 
-/// After so many looks that brought nothing one waits for kicks, until those come fast again.
-const PATIENCE: u32 = 2;
-/// The window is so many times the average gap: requests do not come like clockwork.
-const MARGIN: u32 = 4;
+/// Polls in a row without a request, after which polling stops until a kick comes within the limit again.
+const MAX_FRUITLESS_POLLS: u32 = 2;
+/// The poll window in average gaps, as requests do not arrive at regular intervals.
+const WINDOW_GAPS: u32 = 4;
 
-/// Learns how soon the next request comes after the driver was told of the last.
+/// Learns how soon a request follows the last used buffer notification.
 #[derive(Debug)]
-pub(super) struct Poller {
-    /// The longest look.
+pub(super) struct BusyPoller {
+    /// The longest poll.
     limit: Duration,
-    /// How soon the next request comes, on average; `None` where it does not within `limit`.
-    gap: Option<Duration>,
-    in_vain: u32,
-    told: Option<Instant>,
+    /// The average time from a notification to the next request; `None` where it is above `limit` or not known yet.
+    average_gap: Option<Duration>,
+    fruitless_polls: u32,
+    last_signal: Option<Instant>,
 }
 
-impl Poller {
+impl BusyPoller {
     pub(super) fn new(limit: Duration) -> Self {
-        Self { limit, gap: None, in_vain: 0, told: None }
+        Self { limit, average_gap: None, fruitless_polls: 0, last_signal: None }
     }
 
-    /// The driver was told of something done.
+    /// Notes that the device sent a used buffer notification.
     pub(super) fn signalled(&mut self) {
-        self.told = Some(Instant::now());
+        self.last_signal = Some(Instant::now());
     }
 
-    /// The driver kicked.
+    /// Notes that the driver kicked.
     pub(super) fn kicked(&mut self) {
-        if let Some(gap) = self.told.take().map(|told| told.elapsed()).filter(|gap| *gap <= self.limit) {
+        let gap = self.last_signal.take().map(|signal| signal.elapsed());
+        if let Some(gap) = gap.filter(|gap| *gap <= self.limit) {
             self.learn(gap);
         }
     }
 
     fn learn(&mut self, gap: Duration) {
-        self.gap = Some(self.gap.map_or(gap, |average| (average * 7 + gap) / 8));
-        self.in_vain = 0;
+        self.average_gap = Some(self.average_gap.map_or(gap, |average| (average * 7 + gap) / 8));
+        self.fruitless_polls = 0;
     }
 
-    /// Looks for a request with `more`, for as long as it is worth. Whether there is one.
-    pub(super) fn look(&mut self, mut more: impl FnMut() -> bool) -> bool {
-        let Some(gap) = self.gap else { return false };
-        let window = (gap * MARGIN).min(self.limit);
-        let start = self.told.unwrap_or_else(Instant::now);
+    /// Polls until `is_available` returns true or the poll window ends. Returns true if a request is available.
+    pub(super) fn poll(&mut self, mut is_available: impl FnMut() -> bool) -> bool {
+        let Some(gap) = self.average_gap else { return false };
+        let window = (gap * WINDOW_GAPS).min(self.limit);
+        let start = self.last_signal.unwrap_or_else(Instant::now);
         loop {
-            if more() {
-                self.told = None;
+            if is_available() {
+                self.last_signal = None;
                 self.learn(start.elapsed().min(self.limit));
                 return true;
             }
@@ -57,9 +58,9 @@ impl Poller {
             }
             std::hint::spin_loop();
         }
-        self.in_vain += 1;
-        if self.in_vain >= PATIENCE {
-            self.gap = None;
+        self.fruitless_polls += 1;
+        if self.fruitless_polls >= MAX_FRUITLESS_POLLS {
+            self.average_gap = None;
         }
         false
     }
@@ -72,34 +73,34 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(1);
 
     #[test]
-    fn looks_only_once_requests_come_fast_and_gives_up_when_they_stop() {
-        let mut poller = Poller::new(LIMIT);
-        let looks = |poller: &mut Poller| {
-            let mut asked = false;
+    fn polls_only_while_requests_follow_within_the_limit() {
+        let mut poller = BusyPoller::new(LIMIT);
+        let polls = |poller: &mut BusyPoller| {
+            let mut polled = false;
             poller.signalled();
-            assert!(!poller.look(|| {
-                asked = true;
+            assert!(!poller.poll(|| {
+                polled = true;
                 false
             }));
-            asked
+            polled
         };
-        assert!(!looks(&mut poller), "nothing is known yet");
+        assert!(!polls(&mut poller), "no gap is known yet");
         poller.signalled();
         poller.kicked();
         poller.signalled();
-        assert!(poller.look(|| true));
-        assert!((0..PATIENCE).all(|_| looks(&mut poller)));
-        assert!(!looks(&mut poller), "in vain often enough");
+        assert!(poller.poll(|| true));
+        assert!((0..MAX_FRUITLESS_POLLS).all(|_| polls(&mut poller)));
+        assert!(!polls(&mut poller), "too many polls without a request");
         poller.kicked();
-        assert!(looks(&mut poller), "a kick came soon");
+        assert!(polls(&mut poller), "a kick came within the limit");
     }
 
     #[test]
-    fn late_kicks_teach_nothing() {
-        let mut poller = Poller::new(Duration::from_nanos(1));
+    fn kicks_beyond_the_limit_start_no_polling() {
+        let mut poller = BusyPoller::new(Duration::from_nanos(1));
         poller.signalled();
         std::thread::sleep(Duration::from_millis(1));
         poller.kicked();
-        assert!(!poller.look(|| true));
+        assert!(!poller.poll(|| true));
     }
 }

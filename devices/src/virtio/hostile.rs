@@ -1,15 +1,17 @@
-//! A driver that does anything: bytes become register writes, descriptors, ring indices, requests and resets. For the
-//! fuzz targets, and for a bounded run of the same in the tests.
+//! A hostile driver for the fuzz target and for a bounded test: its input bytes decide on register writes, descriptors, ring
+//! indices, requests and resets.
 
-use super::balloon::Balloon;
-use super::block::{Block, BlockOptions, Format, Image, ImageOptions, WhenFull};
-use super::console::Console;
-use super::fs::Fs;
-use super::mock::{Driver, MEMORY_BYTES};
+use super::balloon::{Balloon, FreePageReporting};
+use super::block::{Block, BlockOptions, Format, Image, ImageOptions, IoEngine, WhenFull};
+use super::console::{Console, ConsoleSize};
+use super::device::VirtioDevice;
+use super::features::F_VERSION_1;
+use super::fs::{Fs, FsOptions};
+use super::mock::{Descriptor, Driver, MEMORY_BYTES};
 use super::net::{Net, Stream};
 use super::rng::Rng;
 use super::vsock::Vsock;
-use super::{F_VERSION_1, VirtioDevice};
+use std::error::Error;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -17,10 +19,10 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Devices that [`drive`] knows.
+/// The number of devices that [`drive`] can test.
 pub const DEVICES: u8 = 8;
 
-/// Bytes as numbers, zero after their end.
+/// Reads numbers from the input; zeros after its end.
 struct Source<'a>(&'a [u8]);
 
 impl Source<'_> {
@@ -38,7 +40,7 @@ impl Source<'_> {
         u32::from(self.short()) << 16 | u32::from(self.short())
     }
 
-    /// Mostly addresses in memory; sometimes any.
+    /// Returns an address: in guest memory mostly, any other in one of 16 cases.
     fn gpa(&mut self) -> u64 {
         match self.byte() {
             0..=15 => u64::from(self.word()) << 32 | u64::from(self.word()),
@@ -47,45 +49,48 @@ impl Source<'_> {
     }
 }
 
-fn device(kind: u8, folder: &Path) -> io::Result<Box<dyn VirtioDevice>> {
-    let other = |error: &dyn std::error::Error| io::Error::other(error.to_string());
+fn device(kind: u8, folder: &Path) -> Result<Box<dyn VirtioDevice>, Box<dyn Error>> {
     Ok(match kind % DEVICES {
         0 => Box::new(Rng::new(None)),
         1 | 2 => {
             let path = folder.join("disk");
             std::fs::File::create(&path)?.set_len(1 << 20)?;
             let options = ImageOptions { path, format: Format::Raw, read_only: false, direct: false };
-            let image = Image::open(&options).map_err(|error| other(&error))?;
+            let image = Image::open(&options)?;
+            let io_engine = if kind.is_multiple_of(2) { IoEngine::Sync } else { IoEngine::Async };
             let (serial, when_full) = (String::new(), WhenFull::Report);
-            Box::new(Block::new(image, BlockOptions { queues: 2, serial, when_full, plain_io: kind.is_multiple_of(2) }))
+            Box::new(Block::new(image, BlockOptions { queues: 2, serial, when_full, io_engine }))
         }
-        3 => Box::new(Console::new(Box::new(io::sink()), Arc::new(EventFd::new(EFD_NONBLOCK)?), (1, 1))?),
+        3 => {
+            let size = ConsoleSize { columns: 1, rows: 1 };
+            Box::new(Console::new(Box::new(io::sink()), Arc::new(EventFd::new(EFD_NONBLOCK)?), size)?)
+        }
         4 => {
             let (ours, mut theirs) = UnixStream::pair()?;
             io::Write::write_all(&mut theirs, &[0, 0, 0, 4, 1, 2, 3, 4, 0, 0, 2])?;
             theirs.set_nonblocking(true)?;
             Box::new(Net::new([2; 6], vec![Box::new(Stream::new(ours)?)]))
         }
-        5 => Box::new(Vsock::new(3, &folder.join("vsock")).map_err(|error| other(&error))?),
-        6 => Box::new(Balloon::new(1 << 20, true)?),
+        5 => Box::new(Vsock::new(3, &folder.join("vsock"))?),
+        6 => Box::new(Balloon::new(1 << 20, FreePageReporting::On)?),
         _ => {
             let shared = folder.join("shared");
             std::fs::create_dir_all(&shared)?;
             std::fs::write(shared.join("file"), "content")?;
-            Box::new(Fs::new("tag", &shared, false).map_err(|error| other(&error))?)
+            Box::new(Fs::new(FsOptions { tag: "tag".into(), directory: shared, read_only: false })?)
         }
     })
 }
 
-/// Drives one device, named by the first byte, through what the others say. Afterwards it must still take a reset and
-/// a start.
+/// Tests the device that the first byte chooses with the actions that the other bytes choose. Afterwards the device must be
+/// able to start after a reset. `folder` is for files of the device.
 ///
 /// # Errors
-/// Where the device itself cannot be made.
+/// Returns an error where the device cannot be made.
 ///
 /// # Panics
-/// Where the device does not survive.
-pub fn drive(bytes: &[u8], folder: &Path) -> io::Result<()> {
+/// Panics where the device does not start again.
+pub fn drive(bytes: &[u8], folder: &Path) -> Result<(), Box<dyn Error>> {
     let mut source = Source(bytes);
     let mut driver = Driver::new(device(source.byte(), folder)?);
     driver.start(u64::MAX);
@@ -110,14 +115,8 @@ fn step(driver: &mut Driver, source: &mut Source<'_>) {
         2 => driver.set_available_index(queue, source.short()),
         3 => {
             let (index, gpa) = (source.short() % 256, source.gpa());
-            driver.put_descriptor(
-                queue,
-                index,
-                gpa,
-                source.word() % 0x2_0000,
-                source.short() % 8,
-                source.short() % 300,
-            );
+            let (len, flags, next) = (source.word() % 0x2_0000, source.short() % 8, source.short() % 300);
+            driver.put_descriptor(queue, index, Descriptor { gpa, len, flags, next });
         }
         4 => driver.make_available(queue, source.short() % 300),
         5 => {
@@ -127,7 +126,7 @@ fn step(driver: &mut Driver, source: &mut Source<'_>) {
             let _ = driver.memory.write_slice(&data, GuestAddress(gpa));
         }
         6 => driver.start(u64::MAX),
-        // Requests in the shape that devices want, with any content.
+        // Requests with the layout that devices expect and any content.
         _ => {
             let mut header = [0; 48];
             let len = usize::from(source.byte()) % header.len();
@@ -148,9 +147,9 @@ fn step(driver: &mut Driver, source: &mut Source<'_>) {
 mod tests {
     use super::*;
 
-    /// The fuzz target's own corpus, and a few thousand steps of a generator's.
+    /// Runs the corpus of the fuzz target, and generated input.
     #[test]
-    fn devices_survive_a_driver_that_does_anything() {
+    fn devices_survive_a_hostile_driver() {
         let folder = tempfile::tempdir().expect("a folder");
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus/virtio");
         for entry in std::fs::read_dir(corpus).expect("the corpus").flatten() {

@@ -1,9 +1,14 @@
-//! The MMIO transport (virtio 1.3 §4.2), version 2: fewest accesses at boot, one edge-triggered interrupt a device. What a
-//! read of its registers gives lies in a page that the guest can be given (see [`MmioDevice::page`]).
+//! The MMIO transport (virtio 1.3 §4.2), version 2. It needs fewer accesses at boot than PCI, and has one edge-triggered
+//! interrupt for each device. The readable registers are kept in a page that the machine can map into the guest (see
+//! [`MmioDevice::page`]).
 
-use super::transport::{Area, Doorbell, TransportState};
-use super::{InterruptSource, QueueCounts, VirtioDevice, VirtioInterrupt, VirtioTransport};
+use super::device::VirtioDevice;
+use super::interrupt::{InterruptSource, VirtioInterrupt};
+use super::queue::QueueCounts;
+use super::transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
+use super::transport_state::{QueueArea, TransportState};
 use crate::bus::{Action, BusDevice};
+use crate::half::Half;
 use crate::memory::Memory;
 use crate::page::RegisterPage;
 use std::io;
@@ -11,9 +16,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Bytes of a device's registers, its configuration space included.
+/// Size in bytes of a device's register region, device configuration included.
 pub const REGION_BYTES: u64 = 0x1000;
 
+// Register offsets (virtio 1.3 §4.2.2, table 4.1).
 const MAGIC_VALUE: u64 = 0x00;
 const VERSION: u64 = 0x04;
 const DEVICE_ID: u64 = 0x08;
@@ -40,9 +46,9 @@ const SHM_LEN_LOW: u64 = 0xb0;
 const SHM_BASE_HIGH: u64 = 0xbc;
 const CONFIG_GENERATION: u64 = 0xfc;
 const CONFIG: u64 = 0x100;
-/// Bytes of the configuration space that are shown; no device has more.
+/// Size in bytes of the device configuration in the register page; no device has more.
 const CONFIG_BYTES: usize = 0x100;
-/// Registers that can be read, but for the interrupt's status and the generation.
+/// The readable registers except InterruptStatus and ConfigGeneration, which are written to the page separately.
 const READABLE: [u64; 12] = [
     MAGIC_VALUE,
     VERSION,
@@ -58,35 +64,45 @@ const READABLE: [u64; 12] = [
     SHM_BASE_HIGH,
 ];
 
-/// A register's place in the page.
-fn at(offset: u64) -> usize {
-    usize::try_from(offset).unwrap_or(RegisterPage::BYTES)
+// Bits of InterruptStatus (virtio 1.3 §4.2.2).
+const USED_BUFFER: u32 = 1;
+const CONFIG_CHANGED: u32 = 2;
+
+/// A range of registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegisterRange {
+    /// Offset of the first register from the start of the region, in bytes.
+    pub offset: u64,
+    /// Size of the range in bytes.
+    pub bytes: u32,
 }
 
-/// One line for everything; a status register says what it was.
-struct Line {
+/// Converts a register's offset to its offset in the page.
+fn page_offset(register: u64) -> usize {
+    usize::try_from(register).unwrap_or(RegisterPage::BYTES)
+}
+
+/// The device's only interrupt line. InterruptStatus says what an interrupt was for.
+struct InterruptLine {
     event: Arc<EventFd>,
     page: RegisterPage,
     device: OnceLock<Weak<MmioDevice>>,
 }
 
-impl Line {
+impl InterruptLine {
     fn raise(&self, bit: u32) -> io::Result<()> {
-        self.page.word(at(INTERRUPT_STATUS)).fetch_or(bit.to_le(), Ordering::AcqRel);
+        self.page.register(page_offset(INTERRUPT_STATUS)).fetch_or(bit.to_le(), Ordering::AcqRel);
         self.event.write(1)
     }
 }
 
-const QUEUE_USED: u32 = 1;
-const CONFIG_CHANGED: u32 = 2;
-
-impl VirtioInterrupt for Line {
+impl VirtioInterrupt for InterruptLine {
     fn trigger(&self, source: InterruptSource) -> io::Result<()> {
         match source {
-            InterruptSource::Queue(_) => self.raise(QUEUE_USED),
+            InterruptSource::Queue(_) => self.raise(USED_BUFFER),
             InterruptSource::Config => {
                 if let Some(device) = self.device.get().and_then(Weak::upgrade) {
-                    device.changed();
+                    device.config_changed();
                 }
                 self.raise(CONFIG_CHANGED)
             }
@@ -97,79 +113,87 @@ impl VirtioInterrupt for Line {
 /// A device on the MMIO transport.
 pub struct MmioDevice {
     state: Mutex<TransportState>,
-    line: Arc<Line>,
+    interrupt: Arc<InterruptLine>,
     page: RegisterPage,
-    /// The device changed while somebody held its lock: who gives it back shows the change.
-    stale: AtomicBool,
+    /// The device configuration changed while another thread held the lock; that thread updates the page afterwards.
+    page_outdated: AtomicBool,
 }
 
 impl MmioDevice {
-    /// `device`, interrupting by writes to `event` (an edge).
+    /// Puts `device` on the transport. It interrupts its driver by writes to `event`, an irqfd of an edge-triggered line.
     ///
     /// # Errors
-    /// Where eventfds are not to be had.
+    /// Returns [`TransportError`] where the host has no memory or file descriptors left.
     pub fn new(
         name: &str,
         device: Box<dyn VirtioDevice>,
         memory: Memory,
         event: Arc<EventFd>,
-    ) -> io::Result<Arc<Self>> {
+    ) -> Result<Arc<Self>, TransportError> {
         let page = RegisterPage::new()?;
-        let line = Arc::new(Line { event, page: page.clone(), device: OnceLock::new() });
-        let interrupt: Arc<dyn VirtioInterrupt> = Arc::clone(&line) as Arc<dyn VirtioInterrupt>;
-        let state = Mutex::new(TransportState::new(name, device, memory, interrupt)?);
-        let made = Arc::new(Self { state, line, page, stale: AtomicBool::new(false) });
-        // Nobody else has set it: the line is new.
-        let _ = made.line.device.set(Arc::downgrade(&made));
-        made.show(&made.state());
-        Ok(made)
+        let interrupt = Arc::new(InterruptLine { event, page: page.clone(), device: OnceLock::new() });
+        let state = TransportState::new(name, device, memory, Arc::clone(&interrupt) as Arc<dyn VirtioInterrupt>)?;
+        let mmio = Arc::new(Self { state: Mutex::new(state), interrupt, page, page_outdated: AtomicBool::new(false) });
+        // This is the first set of a new `OnceLock`, which cannot fail.
+        let _ = mmio.interrupt.device.set(Arc::downgrade(&mmio));
+        mmio.update_page(&mmio.state());
+        Ok(mmio)
     }
 
-    /// The registers as the guest may read them by itself. Its writes must come here at once then, for all that says what
-    /// the next read gives: [`MmioDevice::COALESCIBLE`] is the rest.
+    /// Returns the page of readable registers. Where the guest reads it directly, writes to registers outside
+    /// [`MmioDevice::COALESCIBLE`] must exit at once, as they change what the next read returns.
     #[must_use]
     pub fn page(&self) -> &RegisterPage {
         &self.page
     }
 
-    /// Registers whose writes may come late, up to the next of any other register: (offset, bytes). They set what counts
-    /// from the next status on, and change nothing that is read before: QueueReady, which can be, reads as it was until then,
-    /// but drivers look at it before they set it, and behind a write of another register.
-    pub const COALESCIBLE: [(u64, u32); 4] =
-        [(DRIVER_FEATURES, 8), (QUEUE_SIZE, 4), (QUEUE_READY, 4), (QUEUE_DESC_LOW, 0x28)];
+    /// Registers whose writes may be delayed until the next exit by an access to any other register (KVM API §4.116,
+    /// `KVM_REGISTER_COALESCED_MMIO`), where the guest reads the page directly. They take effect with the next write of the
+    /// device status. Of them only QueueReady can be read, and drivers read it before they write it.
+    pub const COALESCIBLE: [RegisterRange; 4] = [
+        RegisterRange { offset: DRIVER_FEATURES, bytes: 8 },
+        RegisterRange { offset: QUEUE_SIZE, bytes: 4 },
+        RegisterRange { offset: QUEUE_READY, bytes: 4 },
+        RegisterRange { offset: QUEUE_DESC_LOW, bytes: 0x28 },
+    ];
 
-    /// The same where the guest cannot read by itself: a read brings what was written before.
-    pub const COALESCIBLE_WITHOUT_PAGE: [(u64, u32); 2] = [(DEVICE_FEATURES_SEL, 0x34), (QUEUE_DESC_LOW, 0x28)];
+    /// The same where reads exit: the exit of a read delivers the delayed writes first, so that selectors may be delayed too.
+    pub const COALESCIBLE_WITHOUT_PAGE: [RegisterRange; 2] = [
+        RegisterRange { offset: DEVICE_FEATURES_SEL, bytes: 0x34 },
+        RegisterRange { offset: QUEUE_DESC_LOW, bytes: 0x28 },
+    ];
 
-    /// Shows what the registers are now. The configuration's generation comes last.
-    fn show(&self, state: &TransportState) {
-        self.stale.store(false, Ordering::SeqCst);
+    /// Writes the current values of all readable registers to the page. ConfigGeneration is last, as a driver that reads the
+    /// same generation before and after the configuration takes it for consistent (virtio 1.3 §2.5.3).
+    fn update_page(&self, state: &TransportState) {
+        self.page_outdated.store(false, Ordering::SeqCst);
         let mut config = [0; CONFIG_BYTES];
         state.read_config(0, &mut config);
-        self.page.show(at(CONFIG), &config);
+        self.page.write(page_offset(CONFIG), &config);
         for register in READABLE {
-            self.page.show_u32(at(register), self.register(state, register));
+            self.page.write_register(page_offset(register), self.register(state, register));
         }
-        self.page.show_u32(at(CONFIG_GENERATION), state.generation());
+        self.page.write_register(page_offset(CONFIG_GENERATION), state.config_generation());
     }
 
-    /// The device has changed by itself. Never waits: whoever holds the lock may wait for the thread that says so.
-    fn changed(&self) {
-        self.stale.store(true, Ordering::SeqCst);
+    /// Updates the page after the device changed its configuration. Must not wait for the lock: the thread that holds it may
+    /// be waiting for the worker that calls this.
+    fn config_changed(&self) {
+        self.page_outdated.store(true, Ordering::SeqCst);
         if let Some(state) = self.try_state() {
-            self.show(&state);
+            self.update_page(&state);
         }
     }
 
-    /// After the lock has been given back: shows what the device changed meanwhile, and says so once more, since the
-    /// driver may have looked in between.
-    fn unlocked(&self) {
-        while self.stale.load(Ordering::SeqCst) {
+    /// Must be called after the lock was released. Updates the page where the configuration changed meanwhile, and interrupts
+    /// once more, as the driver may have read the outdated page after the first interrupt.
+    fn update_outdated_page(&self) {
+        while self.page_outdated.load(Ordering::SeqCst) {
             let Some(state) = self.try_state() else { return };
-            self.show(&state);
+            self.update_page(&state);
             drop(state);
-            if let Err(error) = self.line.raise(CONFIG_CHANGED) {
-                log::error!("cannot interrupt the guest: {error}");
+            if let Err(error) = self.interrupt.raise(CONFIG_CHANGED) {
+                log::error!("virtio-mmio: cannot raise the configuration change interrupt: {error}");
             }
         }
     }
@@ -183,18 +207,18 @@ impl MmioDevice {
     }
 
     fn interrupt_status(&self) -> u32 {
-        u32::from_le(self.page.word(at(INTERRUPT_STATUS)).load(Ordering::Acquire))
+        u32::from_le(self.page.register(page_offset(INTERRUPT_STATUS)).load(Ordering::Acquire))
     }
 
-    /// What to make an ioeventfd of, for a device whose registers start at `base`.
+    /// Returns the kick addresses of all queues, for a register region at guest physical address `base`.
     #[must_use]
     pub fn doorbells(&self, base: u64) -> Vec<Doorbell> {
-        let bell = |(index, event): (u32, &Arc<EventFd>)| Doorbell {
+        let doorbell = |(index, event): (u32, &Arc<EventFd>)| Doorbell {
             gpa: base + QUEUE_NOTIFY,
             datamatch: Some(index),
             event: Arc::clone(event),
         };
-        (0_u32..).zip(self.state().kicks()).map(bell).collect()
+        (0_u32..).zip(self.state().kicks()).map(doorbell).collect()
     }
 
     fn state(&self) -> MutexGuard<'_, TransportState> {
@@ -208,13 +232,13 @@ impl MmioDevice {
             DEVICE_ID => u32::from(state.kind().id),
             VENDOR_ID => u32::from_le_bytes(*b"hwvm"),
             DEVICE_FEATURES => state.device_features(),
-            QUEUE_SIZE_MAX => state.queue().map_or(0, |queue| u32::from(queue.max)),
+            QUEUE_SIZE_MAX => state.queue().map_or(0, |queue| u32::from(queue.max_size)),
             QUEUE_READY => state.queue().map_or(0, |queue| u32::from(queue.ready)),
             INTERRUPT_STATUS => self.interrupt_status(),
             STATUS => u32::from(state.status()),
-            // No shared memory (§4.2.2): a length of all ones.
+            // Shared memory regions (virtio 1.3 §4.2.2): a length of all ones says that there is none.
             SHM_LEN_LOW..=SHM_BASE_HIGH => u32::MAX,
-            CONFIG_GENERATION => state.generation(),
+            CONFIG_GENERATION => state.config_generation(),
             _ => 0,
         }
     }
@@ -224,29 +248,29 @@ impl MmioDevice {
             DEVICE_FEATURES_SEL => state.device_features_select = value,
             DRIVER_FEATURES => state.set_driver_features(value),
             DRIVER_FEATURES_SEL => state.driver_features_select = value,
-            // A number beyond all queues selects none.
+            // An index out of range selects no queue.
             QUEUE_SEL => state.queue_select = u16::try_from(value).unwrap_or(u16::MAX),
             QUEUE_SIZE => state.set_queue_size(value),
             QUEUE_READY => state.set_queue_ready(value),
             QUEUE_NOTIFY => state.kick(value),
             INTERRUPT_ACK => {
-                self.page.word(at(INTERRUPT_STATUS)).fetch_and(!value.to_le(), Ordering::AcqRel);
+                self.page.register(page_offset(INTERRUPT_STATUS)).fetch_and(!value.to_le(), Ordering::AcqRel);
             }
             STATUS => {
                 if let Ok(status) = u8::try_from(value) {
                     state.set_status(status);
                 }
                 if value == 0 {
-                    self.page.show_u32(at(INTERRUPT_STATUS), 0);
+                    self.page.write_register(page_offset(INTERRUPT_STATUS), 0);
                 }
             }
-            QUEUE_DESC_LOW => state.set_queue_address(Area::Descriptors, false, value),
-            QUEUE_DESC_HIGH => state.set_queue_address(Area::Descriptors, true, value),
-            QUEUE_DRIVER_LOW => state.set_queue_address(Area::Driver, false, value),
-            QUEUE_DRIVER_HIGH => state.set_queue_address(Area::Driver, true, value),
-            QUEUE_DEVICE_LOW => state.set_queue_address(Area::Device, false, value),
-            QUEUE_DEVICE_HIGH => state.set_queue_address(Area::Device, true, value),
-            _ => log::debug!("virtio-mmio: write of {value:#x} to register {offset:#x}: ignored"),
+            QUEUE_DESC_LOW => state.set_queue_address(QueueArea::Descriptor, Half::Low, value),
+            QUEUE_DESC_HIGH => state.set_queue_address(QueueArea::Descriptor, Half::High, value),
+            QUEUE_DRIVER_LOW => state.set_queue_address(QueueArea::Driver, Half::Low, value),
+            QUEUE_DRIVER_HIGH => state.set_queue_address(QueueArea::Driver, Half::High, value),
+            QUEUE_DEVICE_LOW => state.set_queue_address(QueueArea::Device, Half::Low, value),
+            QUEUE_DEVICE_HIGH => state.set_queue_address(QueueArea::Device, Half::High, value),
+            _ => log::debug!("virtio-mmio: {value:#x} written to register {offset:#x}, which is not writable: ignored"),
         }
     }
 }
@@ -256,7 +280,7 @@ impl VirtioTransport for MmioDevice {
         self.state().counts()
     }
 
-    fn set_options(&self, options: super::TransportOptions) {
+    fn set_options(&self, options: TransportOptions) {
         self.state().set_options(options);
     }
 
@@ -271,11 +295,11 @@ impl BusDevice for MmioDevice {
         if offset >= CONFIG {
             state.read_config(offset - CONFIG, data);
         } else if data.len() == 4 && offset.is_multiple_of(4) {
-            // §4.2.2.2: registers are read in 32 bits, aligned. Else: all ones.
+            // Registers are accessed in 32 bits, aligned (virtio 1.3 §4.2.2.2). Other reads return all ones.
             data.copy_from_slice(&self.register(&state, offset).to_le_bytes());
         }
         drop(state);
-        self.unlocked();
+        self.update_outdated_page();
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Action {
@@ -287,9 +311,9 @@ impl BusDevice for MmioDevice {
         {
             self.set_register(&mut state, offset, u32::from_le_bytes(value));
         }
-        self.show(&state);
+        self.update_page(&state);
         drop(state);
-        self.unlocked();
+        self.update_outdated_page();
         Action::None
     }
 }

@@ -1,7 +1,9 @@
-//! A driver for tests: it does what the specification says, or whatever else a test wants.
+//! A driver for tests. It follows the specification, or violates it where a test asks for that.
 
+use super::device::VirtioDevice;
+use super::features::F_VERSION_1;
 use super::mmio::MmioDevice;
-use super::{F_VERSION_1, VirtioDevice, VirtioTransport};
+use super::transport::VirtioTransport;
 use crate::bus::BusDevice;
 use crate::memory::Memory;
 use std::sync::Arc;
@@ -9,27 +11,29 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// VRING_DESC_F_NEXT.
+/// `VIRTQ_DESC_F_NEXT`: another descriptor follows in the chain.
 pub const NEXT: u16 = 1;
-/// VRING_DESC_F_WRITE.
+/// `VIRTQ_DESC_F_WRITE`: the buffer is device-writable.
 pub const WRITE: u16 = 2;
-/// VRING_DESC_F_INDIRECT.
+/// `VIRTQ_DESC_F_INDIRECT`: the buffer is an indirect descriptor table.
 pub const INDIRECT: u16 = 4;
 
-/// Bytes of guest memory.
+/// Size of guest memory in bytes.
 pub const MEMORY_BYTES: u64 = 16 << 20;
-/// Each queue has its rings in a region of this size, from the start of memory.
+/// Size in bytes of the region with the rings of a queue. The regions start at guest physical address 0.
 pub const RING_BYTES: u64 = 0x1_0000;
-/// Buffers from here on.
+/// Guest physical address of the first buffer.
 const BUFFERS: u64 = 0x40_0000;
+// Offsets of the available and the used ring in the region of a queue.
 const AVAILABLE: u64 = 0x4000;
 const USED: u64 = 0x8000;
-const PATIENCE: Duration = Duration::from_secs(20);
+/// The longest time that the driver waits for the device.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// DEVICE_NEEDS_RESET.
+/// `DEVICE_NEEDS_RESET` in the device status.
 pub const NEEDS_RESET: u32 = 64;
 
-/// One of the driver's queues.
+/// The driver's state of a queue.
 #[derive(Clone, Copy, Default)]
 struct Ring {
     size: u16,
@@ -48,18 +52,61 @@ pub struct Driver {
     next_buffer: u64,
 }
 
-/// What a chain was made of: its head and where its writable buffers are.
-#[derive(Clone, Debug)]
-pub struct Submitted {
-    /// First descriptor.
-    pub head: u16,
-    /// gpa and length of each writable buffer.
-    pub writable: Vec<(u64, u32)>,
+/// A used ring entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Used {
+    /// Head of the descriptor chain.
+    pub head: u32,
+    /// Number of bytes that the device wrote.
+    pub len: u32,
 }
 
-#[allow(clippy::missing_panics_doc, reason = "a test's")]
+/// A buffer in guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestBuffer {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub len: u32,
+}
+
+/// A descriptor (virtio 1.3 §2.7.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Guest physical address of the buffer.
+    pub gpa: u64,
+    /// Length of the buffer in bytes.
+    pub len: u32,
+    /// [`NEXT`], [`WRITE`], [`INDIRECT`].
+    pub flags: u16,
+    /// Index of the next descriptor.
+    pub next: u16,
+}
+
+impl Descriptor {
+    /// Returns the descriptor as in guest memory.
+    #[must_use]
+    pub fn to_bytes(self) -> Vec<u8> {
+        let mut bytes = self.gpa.to_le_bytes().to_vec();
+        bytes.extend(self.len.to_le_bytes());
+        bytes.extend(self.flags.to_le_bytes());
+        bytes.extend(self.next.to_le_bytes());
+        bytes
+    }
+}
+
+/// A descriptor chain that was made available.
+#[derive(Clone, Debug)]
+pub struct Submitted {
+    /// Index of the first descriptor.
+    pub head: u16,
+    /// The device-writable buffers.
+    pub writable: Vec<GuestBuffer>,
+}
+
+#[allow(clippy::missing_panics_doc, reason = "all methods panic where a test fails")]
 impl Driver {
-    /// Puts a device on the bus; nothing is negotiated yet.
+    /// Puts a device on the MMIO transport. Nothing is negotiated.
     #[must_use]
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
         let queues = device.queue_max_sizes().len();
@@ -71,7 +118,7 @@ impl Driver {
         Self { device, memory, interrupt, rings: vec![Ring::default(); queues], next_buffer: BUFFERS }
     }
 
-    /// The same, negotiated and running with all features.
+    /// As [`Driver::new`], and starts the device with all its features.
     #[must_use]
     pub fn running(device: Box<dyn VirtioDevice>) -> Self {
         let mut driver = Self::new(device);
@@ -79,23 +126,24 @@ impl Driver {
         driver
     }
 
-    /// A register. What the page shows must be the same, where the device does not change it by itself.
+    /// Reads a register. Checks that the register page has the same value, for registers that the device does not change by
+    /// itself.
     #[must_use]
     pub fn read(&self, register: u64) -> u32 {
         let mut data = [0xff; 4];
         self.device.read(register, &mut data);
         let value = u32::from_le_bytes(data);
         if register < 0x100 && register.is_multiple_of(4) && ![0x60, 0x70, 0xfc].contains(&register) {
-            assert_eq!(self.shown(register), value, "register {register:#x} as memory");
+            assert_eq!(self.read_page(register), value, "register {register:#x} in the page");
         }
         value
     }
 
-    /// A register as the guest reads it by itself.
+    /// Reads a register from the register page, as a guest does that has it mapped.
     #[must_use]
-    pub fn shown(&self, register: u64) -> u32 {
+    pub fn read_page(&self, register: u64) -> u32 {
         let offset = usize::try_from(register).expect("small");
-        u32::from_le(self.device.page().word(offset).load(std::sync::atomic::Ordering::Acquire))
+        u32::from_le(self.device.page().register(offset).load(std::sync::atomic::Ordering::Acquire))
     }
 
     /// Writes a register.
@@ -103,23 +151,23 @@ impl Driver {
         self.device.write(register, &value.to_le_bytes());
     }
 
-    /// Any access.
+    /// Writes `data` at byte `offset` with one access.
     pub fn write_bytes(&self, offset: u64, data: &[u8]) {
         self.device.write(offset, data);
     }
 
-    /// Any access.
+    /// Reads `data` at byte `offset` with one access.
     pub fn read_bytes(&self, offset: u64, data: &mut [u8]) {
         self.device.read(offset, data);
     }
 
-    /// The status register.
+    /// Reads the device status.
     #[must_use]
     pub fn status(&self) -> u32 {
         self.read(0x70)
     }
 
-    /// What the device offers.
+    /// Reads the offered feature bits.
     #[must_use]
     pub fn device_features(&self) -> u64 {
         self.write(0x14, 0);
@@ -128,7 +176,7 @@ impl Driver {
         low | u64::from(self.read(0x10)) << 32
     }
 
-    /// Resets, negotiates what is offered of `features`, and up to FEATURES_OK.
+    /// Resets the device, accepts the offered bits of `features`, and sets FEATURES_OK.
     pub fn negotiate(&mut self, features: u64) {
         self.write(0x70, 0);
         self.write(0x70, 1);
@@ -141,7 +189,7 @@ impl Driver {
         self.write(0x70, 11);
     }
 
-    /// Negotiates, sets all queues up, and says DRIVER_OK.
+    /// Negotiates as [`Driver::negotiate`], enables all queues, and sets `DRIVER_OK`.
     pub fn start(&mut self, features: u64) {
         self.negotiate(features);
         self.next_buffer = BUFFERS;
@@ -162,7 +210,7 @@ impl Driver {
         self.write(0x70, 15);
     }
 
-    /// Room for a buffer.
+    /// Allocates `bytes` bytes of guest memory for a buffer and returns their guest physical address. Old buffers are reused.
     pub fn buffer(&mut self, bytes: u64) -> u64 {
         if self.next_buffer + bytes > MEMORY_BYTES {
             self.next_buffer = BUFFERS;
@@ -172,28 +220,24 @@ impl Driver {
         at
     }
 
-    /// Writes a descriptor of a queue.
-    pub fn put_descriptor(&self, queue: usize, index: u16, gpa: u64, len: u32, flags: u16, next: u16) {
+    /// Writes the descriptor with index `index` of a queue.
+    pub fn put_descriptor(&self, queue: usize, index: u16, descriptor: Descriptor) {
         let at = queue as u64 * RING_BYTES + u64::from(index) * 16;
-        let mut bytes = gpa.to_le_bytes().to_vec();
-        bytes.extend(len.to_le_bytes());
-        bytes.extend(flags.to_le_bytes());
-        bytes.extend(next.to_le_bytes());
-        self.memory.write_slice(&bytes, GuestAddress(at)).expect("memory");
+        self.memory.write_slice(&descriptor.to_bytes(), GuestAddress(at)).expect("memory");
     }
 
-    /// Makes a chain available, without a kick.
+    /// Adds a chain to the available ring, without a kick.
     pub fn make_available(&mut self, queue: usize, head: u16) {
         let ring = &mut self.rings[queue];
         let base = queue as u64 * RING_BYTES + AVAILABLE;
-        // A driver that set nothing up has no ring.
+        // The size is 0 where the driver has not enabled the queue.
         let slot = u64::from(ring.available % ring.size.max(1));
         self.memory.write_obj(head, GuestAddress(base + 4 + slot * 2)).expect("memory");
         ring.available = ring.available.wrapping_add(1);
         self.memory.write_obj(ring.available, GuestAddress(base + 2)).expect("memory");
     }
 
-    /// Says that so many chains are available, whatever there is.
+    /// Sets the index of the available ring to any value.
     pub fn set_available_index(&self, queue: usize, index: u16) {
         let at = queue as u64 * RING_BYTES + AVAILABLE + 2;
         self.memory.write_obj(index, GuestAddress(at)).expect("memory");
@@ -204,33 +248,37 @@ impl Driver {
         self.write(0x50, u32::try_from(queue).expect("few"));
     }
 
-    /// Makes a chain of `readable` contents and `writable` room, makes it available and kicks.
+    /// Makes a chain with buffers for the contents `readable` and buffers of the lengths `writable` available, and kicks.
     pub fn submit(&mut self, queue: usize, readable: &[&[u8]], writable: &[u32]) -> Submitted {
-        let mut parts: Vec<(u64, u32, u16)> = Vec::new();
+        let mut descriptors: Vec<Descriptor> = Vec::new();
         for content in readable {
             let at = self.buffer(content.len() as u64);
             self.memory.write_slice(content, GuestAddress(at)).expect("memory");
-            parts.push((at, u32::try_from(content.len()).expect("short"), 0));
+            let len = u32::try_from(content.len()).expect("short");
+            descriptors.push(Descriptor { gpa: at, len, flags: 0, next: 0 });
         }
         for len in writable {
-            parts.push((self.buffer(u64::from(*len)), *len, WRITE));
+            descriptors.push(Descriptor { gpa: self.buffer(u64::from(*len)), len: *len, flags: WRITE, next: 0 });
         }
         let size = self.rings[queue].size.max(1);
         let first = self.rings[queue].next_descriptor;
         let index = |offset: usize| (first + u16::try_from(offset).expect("few")) % size;
-        for (offset, (gpa, len, flags)) in parts.iter().enumerate() {
-            let more = if offset + 1 < parts.len() { NEXT } else { 0 };
-            self.put_descriptor(queue, index(offset), *gpa, *len, flags | more, index(offset + 1));
+        for (offset, descriptor) in descriptors.iter().enumerate() {
+            let more = if offset + 1 < descriptors.len() { NEXT } else { 0 };
+            let descriptor = Descriptor { flags: descriptor.flags | more, next: index(offset + 1), ..*descriptor };
+            self.put_descriptor(queue, index(offset), descriptor);
         }
-        self.rings[queue].next_descriptor = index(parts.len());
+        self.rings[queue].next_descriptor = index(descriptors.len());
         self.make_available(queue, first);
         self.kick(queue);
-        let writable = parts.iter().filter(|part| part.2 == WRITE).map(|part| (part.0, part.1)).collect();
+        let is_writable = |descriptor: &&Descriptor| descriptor.flags == WRITE;
+        let buffer = |descriptor: &Descriptor| GuestBuffer { gpa: descriptor.gpa, len: descriptor.len };
+        let writable = descriptors.iter().filter(is_writable).map(buffer).collect();
         Submitted { head: first, writable }
     }
 
-    /// The next used chain, if there is one: head and bytes written.
-    pub fn poll_used(&mut self, queue: usize) -> Option<(u32, u32)> {
+    /// Returns the next entry of the used ring, or `None` where there is none.
+    pub fn poll_used(&mut self, queue: usize) -> Option<Used> {
         let base = queue as u64 * RING_BYTES + USED;
         let index: u16 = self.memory.read_obj(GuestAddress(base + 2)).expect("memory");
         let ring = &mut self.rings[queue];
@@ -239,44 +287,44 @@ impl Driver {
         }
         let at = base + 4 + u64::from(ring.used % ring.size) * 8;
         ring.used = ring.used.wrapping_add(1);
-        let id = self.memory.read_obj(GuestAddress(at)).expect("memory");
-        Some((id, self.memory.read_obj(GuestAddress(at + 4)).expect("memory")))
+        let head = self.memory.read_obj(GuestAddress(at)).expect("memory");
+        Some(Used { head, len: self.memory.read_obj(GuestAddress(at + 4)).expect("memory") })
     }
 
-    /// Waits for the next used chain.
-    pub fn wait_used(&mut self, queue: usize) -> (u32, u32) {
+    /// Waits for the next entry of the used ring.
+    pub fn wait_used(&mut self, queue: usize) -> Used {
         let start = Instant::now();
         loop {
             if let Some(used) = self.poll_used(queue) {
                 return used;
             }
-            assert!(start.elapsed() < PATIENCE, "queue {queue}: nothing used; status {:#x}", self.status());
+            assert!(start.elapsed() < TIMEOUT, "queue {queue}: nothing used; status {:#x}", self.status());
             std::thread::sleep(Duration::from_micros(200));
         }
     }
 
-    /// Waits until the device says that it needs a reset.
+    /// Waits until the device sets `DEVICE_NEEDS_RESET`.
     pub fn wait_needs_reset(&self) {
         let start = Instant::now();
         while self.status() & NEEDS_RESET == 0 {
-            assert!(start.elapsed() < PATIENCE, "the device does not mind");
+            assert!(start.elapsed() < TIMEOUT, "the device does not set DEVICE_NEEDS_RESET");
             std::thread::sleep(Duration::from_micros(200));
         }
     }
 
-    /// Submits, waits, and gives what was written.
+    /// Submits a chain as [`Driver::submit`], waits until it is used, and returns the bytes that the device wrote.
     pub fn request(&mut self, queue: usize, readable: &[&[u8]], writable: &[u32]) -> Vec<u8> {
         let submitted = self.submit(queue, readable, writable);
-        let (id, len) = self.wait_used(queue);
-        assert_eq!(id, u32::from(submitted.head));
-        self.contents(&submitted, len)
+        let used = self.wait_used(queue);
+        assert_eq!(used.head, u32::from(submitted.head));
+        self.contents(&submitted, used.len)
     }
 
-    /// The first `len` bytes of a chain's writable buffers.
+    /// Returns the first `len` bytes of a chain's device-writable buffers.
     #[must_use]
     pub fn contents(&self, submitted: &Submitted, len: u32) -> Vec<u8> {
         let mut all = Vec::new();
-        for (gpa, len) in &submitted.writable {
+        for GuestBuffer { gpa, len } in &submitted.writable {
             let mut part = vec![0; *len as usize];
             self.memory.read_slice(&mut part, GuestAddress(*gpa)).expect("memory");
             all.extend(part);
@@ -285,28 +333,28 @@ impl Driver {
         all
     }
 
-    /// How often the device interrupted since the last call.
+    /// Returns how many interrupts the device sent since the last call.
     #[must_use]
     pub fn interrupts(&self) -> u64 {
         self.interrupt.read().unwrap_or(0)
     }
 
-    /// Waits for an interrupt: it may come a moment after the buffers are used.
+    /// Waits for an interrupt, which may come a moment after the buffers were used.
     pub fn wait_interrupt(&self) {
         let start = Instant::now();
         while self.interrupts() == 0 {
-            assert!(start.elapsed() < PATIENCE, "no interrupt");
+            assert!(start.elapsed() < TIMEOUT, "no interrupt");
             std::thread::sleep(Duration::from_micros(200));
         }
     }
 
-    /// How many queues the device has.
+    /// Returns the number of queues.
     #[must_use]
     pub fn queues(&self) -> usize {
         self.rings.len()
     }
 
-    /// The device on its transport.
+    /// Returns the device's transport.
     #[must_use]
     pub fn device(&self) -> &dyn VirtioTransport {
         &*self.device

@@ -1,78 +1,80 @@
-//! Whether it pays to wait a moment for more work before one tells the driver about what is done: with many requests in
-//! flight it saves a kick and an interrupt each; with one in flight it only delays that one.
+//! Coalescing of used buffer notifications: the device waits a moment for more requests before it notifies the driver. With
+//! many requests in flight this saves kicks and interrupts; with a single one it would only delay that one, so the coalescer
+//! learns when waiting pays.
 
 use std::time::{Duration, Instant};
 
-/// The longest stretch without a try, in rounds.
-const LONGEST_SKIP: u32 = 64;
+/// The most rounds between two tries to wait.
+const MAX_SKIP: u32 = 64;
 /// The longest wait.
-const LONGEST_WAIT: Duration = Duration::from_millis(3);
-/// Work that comes later than this after the last has nothing to do with it.
-const RELATED: Duration = Duration::from_millis(5);
-/// Waits shorter than this are spent awake: a sleep takes about as long by itself.
-const SHORT: Duration = Duration::from_micros(40);
+const MAX_WAIT: Duration = Duration::from_millis(3);
+/// The longest gap between a notification and a kick that counts as one burst of requests.
+const MAX_GAP: Duration = Duration::from_millis(5);
+/// Waits shorter than this yield the processor instead of sleeping, as a sleep takes about this long at least.
+const MIN_SLEEP: Duration = Duration::from_micros(40);
 
-/// Learns from how fast work comes, and from what waiting brought.
+/// Learns from the gaps between requests, and from whether earlier waits brought more.
 #[derive(Debug)]
 pub(super) struct NotifyCoalescer {
     /// Rounds until the next try.
     skip: u32,
-    /// Rounds to leave out after the next try that brings nothing.
+    /// Rounds to skip after the next try that brings no request.
     backoff: u32,
-    /// A wait has paid since the last that did not.
+    /// A wait has brought a request since the last one that did not.
     paid: bool,
-    /// How long after the last work the next comes, on average, where it comes soon.
-    gap: Duration,
-    /// When the driver was last told of something.
-    told: Option<Instant>,
+    /// The average time from a notification to the next request, of those below [`MAX_GAP`].
+    average_gap: Duration,
+    /// When the device last sent a used buffer notification.
+    last_signal: Option<Instant>,
 }
 
 impl Default for NotifyCoalescer {
     fn default() -> Self {
-        Self { skip: 0, backoff: 0, paid: false, gap: Duration::from_micros(100), told: None }
+        Self { skip: 0, backoff: 0, paid: false, average_gap: Duration::from_micros(100), last_signal: None }
     }
 }
 
 impl NotifyCoalescer {
-    /// The driver was told.
+    /// Notes that the device sent a used buffer notification.
     pub(super) fn signalled(&mut self) {
-        self.told = Some(Instant::now());
+        self.last_signal = Some(Instant::now());
     }
 
-    /// The driver kicked.
+    /// Notes that the driver kicked.
     pub(super) fn kicked(&mut self) {
-        if let Some(gap) = self.told.take().map(|told| told.elapsed()).filter(|gap| *gap < RELATED) {
+        let gap = self.last_signal.take().map(|signal| signal.elapsed());
+        if let Some(gap) = gap.filter(|gap| *gap < MAX_GAP) {
             self.learn(gap);
         }
     }
 
     fn learn(&mut self, gap: Duration) {
-        self.gap = (self.gap * 7 + gap) / 8;
+        self.average_gap = (self.average_gap * 7 + gap) / 8;
     }
 
-    /// Waits for `more` to become true, where that has paid lately. Whether it did.
-    pub(super) fn wait_for(&mut self, mut more: impl FnMut() -> bool) -> bool {
+    /// Waits until `is_available` returns true, where waiting has paid lately. Returns true if a request is available.
+    pub(super) fn wait(&mut self, mut is_available: impl FnMut() -> bool) -> bool {
         if self.skip > 0 {
             self.skip -= 1;
             return false;
         }
-        let window = (self.gap * 2).min(LONGEST_WAIT);
+        let window = (self.average_gap * 2).min(MAX_WAIT);
         let start = Instant::now();
         while start.elapsed() < window {
-            // On a busy processor it is the guest that runs meanwhile, and asks for more.
-            if window < SHORT {
+            // On a busy processor the vCPU runs meanwhile and can make requests available.
+            if window < MIN_SLEEP {
                 rustix::thread::sched_yield();
             } else {
                 std::thread::sleep(window / 4);
             }
-            if more() {
+            if is_available() {
                 self.paid = true;
                 self.learn(start.elapsed());
                 return true;
             }
         }
-        // Every burst ends with a wait for nothing: only a burst of one speaks against waiting.
-        self.backoff = if std::mem::take(&mut self.paid) { 0 } else { (self.backoff * 2).clamp(1, LONGEST_SKIP) };
+        // Every burst of requests ends with a wait that brings nothing. Only a burst of one request is a reason to wait less.
+        self.backoff = if std::mem::take(&mut self.paid) { 0 } else { (self.backoff * 2).clamp(1, MAX_SKIP) };
         self.skip = self.backoff;
         false
     }
@@ -87,18 +89,18 @@ mod tests {
         let mut coalescer = NotifyCoalescer::default();
         let mut tries = 0;
         for _ in 0..1000 {
-            let mut asked = false;
-            assert!(!coalescer.wait_for(|| {
-                asked = true;
+            let mut waited = false;
+            assert!(!coalescer.wait(|| {
+                waited = true;
                 false
             }));
-            tries += u32::from(asked);
+            tries += u32::from(waited);
         }
         assert!(tries < 30, "{tries}");
         let mut paid = 0;
         for _ in 0..200 {
-            paid += u32::from(coalescer.wait_for(|| true));
+            paid += u32::from(coalescer.wait(|| true));
         }
-        assert!(paid >= 200 - LONGEST_SKIP, "{paid}");
+        assert!(paid >= 200 - MAX_SKIP, "{paid}");
     }
 }

@@ -1,19 +1,26 @@
-//! The PCI transport (virtio 1.3 §4.1), modern only: one BAR, MSI-X, no INTx.
+//! The PCI transport (virtio 1.3 §4.1), without the legacy interface: one BAR, MSI-X, no INTx.
 
-use super::transport::{Area, Doorbell, TransportState};
-use super::{InterruptSource, QueueCounts, VirtioDevice, VirtioInterrupt, VirtioTransport};
+use super::device::VirtioDevice;
+use super::interrupt::{InterruptSource, VirtioInterrupt};
+use super::queue::QueueCounts;
+use super::transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
+use super::transport_state::{QueueArea, TransportState};
 use crate::bus::{Action, BusDevice};
+use crate::half::Half;
 use crate::memory::Memory;
-use crate::pci::{BarLayout, Capability, ConfigSpace, Identity, MsiRouter, MsiVector, Msix, PciFunction};
+use crate::pci::{
+    BarLayout, Capability, ConfigSpace, Identity, MsiRouter, MsiVector, Msix, MsixControl, PCI_CFG_CAPABILITY_BYTES,
+    PCI_CFG_DATA_BYTES, PciFunction,
+};
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Bytes of the BAR.
+/// Size of a device's BAR in bytes.
 pub const BAR_BYTES: u32 = 0x8000;
 
-// The BAR's parts.
+// Offsets in the BAR.
 const COMMON: u32 = 0x0000;
 const COMMON_BYTES: u32 = 0x40;
 const ISR: u32 = 0x1000;
@@ -21,51 +28,55 @@ const DEVICE_CONFIG: u32 = 0x2000;
 const NOTIFY: u32 = 0x3000;
 const MSIX_TABLE: u32 = 0x4000;
 const MSIX_PENDING: u32 = 0x5000;
-const PART_BYTES: u32 = 0x1000;
-/// Bytes between two queues' doorbells.
+/// Size in bytes of each of the structures above.
+const STRUCTURE_BYTES: u32 = 0x1000;
+/// `notify_off_multiplier` (virtio 1.3 §4.1.4.4): bytes between the kick addresses of two queues.
 const NOTIFY_STRIDE: u32 = 4;
 
+// PCI vendor and device IDs (virtio 1.3 §4.1.2).
 const VENDOR: u16 = 0x1af4;
 const FIRST_DEVICE_ID: u16 = 0x1040;
+// Capability IDs, and bits of the upper byte of the MSI-X message control (PCI Local Bus 3.0 §6.8.2).
 const CAP_VENDOR: u8 = 0x09;
 const CAP_MSIX: u8 = 0x11;
 const MSIX_ENABLE: u8 = 0x80;
 const MSIX_MASK_ALL: u8 = 0x40;
-/// VIRTIO_MSI_NO_VECTOR.
+/// `VIRTIO_MSI_NO_VECTOR` (virtio 1.3 §4.1.5.1.2): no MSI-X vector is assigned.
 const NO_VECTOR: u16 = 0xffff;
 
-// cfg_type of virtio_pci_cap (§4.1.4).
+// `cfg_type` of struct virtio_pci_cap (virtio 1.3 §4.1.4).
 const CFG_COMMON: u8 = 1;
 const CFG_NOTIFY: u8 = 2;
 const CFG_ISR: u8 = 3;
 const CFG_DEVICE: u8 = 4;
 const CFG_PCI: u8 = 5;
 
-/// Messages, by what the driver assigned.
-struct Messages {
+/// The MSI-X vectors that the driver assigned, and the ISR status.
+struct PciInterrupt {
     msix: Msix,
-    config: AtomicU16,
-    queues: Vec<AtomicU16>,
-    isr: AtomicU8,
+    config_vector: AtomicU16,
+    queue_vectors: Vec<AtomicU16>,
+    isr_status: AtomicU8,
 }
 
-impl Messages {
-    fn clear(&self) {
-        self.config.store(NO_VECTOR, Ordering::Release);
-        self.isr.store(0, Ordering::Release);
-        for vector in &self.queues {
+impl PciInterrupt {
+    /// Removes all assignments, as a device reset does.
+    fn reset(&self) {
+        self.config_vector.store(NO_VECTOR, Ordering::Release);
+        self.isr_status.store(0, Ordering::Release);
+        for vector in &self.queue_vectors {
             vector.store(NO_VECTOR, Ordering::Release);
         }
     }
 }
 
-impl VirtioInterrupt for Messages {
+impl VirtioInterrupt for PciInterrupt {
     fn trigger(&self, source: InterruptSource) -> io::Result<()> {
         let (bit, vector) = match source {
-            InterruptSource::Queue(queue) => (1, self.queues.get(usize::from(queue))),
-            InterruptSource::Config => (2, Some(&self.config)),
+            InterruptSource::Queue(queue) => (1, self.queue_vectors.get(usize::from(queue))),
+            InterruptSource::Config => (2, Some(&self.config_vector)),
         };
-        self.isr.fetch_or(bit, Ordering::AcqRel);
+        self.isr_status.fetch_or(bit, Ordering::AcqRel);
         match vector.map(|vector| vector.load(Ordering::Acquire)) {
             Some(vector) if vector != NO_VECTOR => self.msix.trigger(vector),
             _ => Ok(()),
@@ -73,26 +84,39 @@ impl VirtioInterrupt for Messages {
     }
 }
 
-/// A device on the PCI transport: a function of the bus, and a BAR in memory.
+/// A device on the PCI transport: a PCI function, and a BAR on the memory bus.
 pub struct PciDevice {
     state: Mutex<TransportState>,
     config: Mutex<ConfigSpace>,
-    messages: Arc<Messages>,
-    msix_at: usize,
-    window_at: usize,
+    interrupt: Arc<PciInterrupt>,
+    /// Offset of the MSI-X capability in the configuration space.
+    msix_capability: usize,
+    /// Offset of the PCI configuration access capability (virtio 1.3 §4.1.4.9) in the configuration space.
+    pci_cfg_capability: usize,
+}
+
+/// Where the PCI configuration access capability points.
+#[derive(Clone, Copy)]
+struct BarAccess {
+    /// Offset in the BAR.
+    offset: u32,
+    /// Width in bytes: 1, 2 or 4.
+    width: usize,
 }
 
 impl PciDevice {
-    /// How many MSI-X vectors a device wants: one a queue, one for its configuration.
+    /// Returns how many MSI-X vectors a device needs: one for each queue, and one for configuration changes.
     #[must_use]
-    pub fn vectors_wanted(device: &dyn VirtioDevice) -> usize {
+    pub fn vector_count(device: &dyn VirtioDevice) -> usize {
         device.queue_max_sizes().len() + 1
     }
 
-    /// `device` with its BAR at gpa `bar` (a multiple of [`BAR_BYTES`]) and `vectors` to interrupt with.
+    /// Puts `device` on the transport, with its BAR at guest physical address `bar` (a multiple of [`BAR_BYTES`]) and the
+    /// MSI-X vectors `vectors`.
     ///
     /// # Errors
-    /// Where eventfds are not to be had.
+    /// Returns [`TransportError`] where the host has no file descriptors left, or where the device has more queues than the
+    /// configuration space can describe.
     pub fn new(
         name: &str,
         device: Box<dyn VirtioDevice>,
@@ -100,39 +124,49 @@ impl PciDevice {
         bar: u32,
         vectors: Vec<MsiVector>,
         router: Arc<dyn MsiRouter>,
-    ) -> io::Result<Self> {
+    ) -> Result<Self, TransportError> {
         let kind = device.kind();
-        let messages = Arc::new(Messages {
+        let interrupt = Arc::new(PciInterrupt {
             msix: Msix::new(vectors, router),
-            config: AtomicU16::new(NO_VECTOR),
-            queues: device.queue_max_sizes().iter().map(|_| AtomicU16::new(NO_VECTOR)).collect(),
-            isr: AtomicU8::new(0),
+            config_vector: AtomicU16::new(NO_VECTOR),
+            queue_vectors: device.queue_max_sizes().iter().map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            isr_status: AtomicU8::new(0),
         });
-        let interrupt: Arc<dyn VirtioInterrupt> = Arc::clone(&messages) as Arc<dyn VirtioInterrupt>;
         let identity = Identity {
             vendor: VENDOR,
             device: FIRST_DEVICE_ID + kind.id,
             revision: 1,
             class: kind.pci_class,
-            subsystem: (VENDOR, FIRST_DEVICE_ID + kind.id),
+            subsystem_vendor: VENDOR,
+            subsystem_device: FIRST_DEVICE_ID + kind.id,
         };
         let mut config = ConfigSpace::new(identity, Some(BarLayout { base: bar, bytes: BAR_BYTES }));
-        let no_room = || io::Error::other("no room for a PCI capability");
-        let msix_at = add_msix(&mut config, messages.msix.len()).ok_or_else(no_room)?;
-        let window_at = add_virtio(&mut config, messages.queues.len()).ok_or_else(no_room)?;
-        let state = TransportState::new(name, device, memory, interrupt)?;
-        Ok(Self { state: Mutex::new(state), config: Mutex::new(config), messages, msix_at, window_at })
+        let queues = interrupt.queue_vectors.len();
+        let no_space = TransportError::NoCapabilitySpace { queues };
+        let (Some(msix_capability), Some(pci_cfg_capability)) =
+            (add_msix_capability(&mut config, interrupt.msix.len()), add_virtio_capabilities(&mut config, queues))
+        else {
+            return Err(no_space);
+        };
+        let state = TransportState::new(name, device, memory, Arc::clone(&interrupt) as Arc<dyn VirtioInterrupt>)?;
+        Ok(Self {
+            state: Mutex::new(state),
+            config: Mutex::new(config),
+            interrupt,
+            msix_capability,
+            pci_cfg_capability,
+        })
     }
 
-    /// What to make an ioeventfd of, for a BAR at `bar`.
+    /// Returns the kick addresses of all queues, for a BAR at guest physical address `bar`.
     #[must_use]
     pub fn doorbells(&self, bar: u32) -> Vec<Doorbell> {
-        let bell = |(index, event): (u64, &Arc<EventFd>)| Doorbell {
+        let doorbell = |(index, event): (u64, &Arc<EventFd>)| Doorbell {
             gpa: u64::from(bar + NOTIFY) + index * u64::from(NOTIFY_STRIDE),
             datamatch: None,
             event: Arc::clone(event),
         };
-        (0_u64..).zip(self.state().kicks()).map(bell).collect()
+        (0_u64..).zip(self.state().kicks()).map(doorbell).collect()
     }
 
     fn state(&self) -> MutexGuard<'_, TransportState> {
@@ -144,35 +178,36 @@ impl PciDevice {
     }
 
     fn read_bar(&self, offset: u32, data: &mut [u8]) {
-        let (part, at) = (offset & !(PART_BYTES - 1), offset & (PART_BYTES - 1));
-        match part {
+        let (structure, at) = (offset & !(STRUCTURE_BYTES - 1), offset & (STRUCTURE_BYTES - 1));
+        match structure {
             COMMON => self.read_common(at, data),
             ISR => {
                 data.fill(0);
                 if let (0, Some(first)) = (at, data.first_mut()) {
-                    // Reading acknowledges (§4.1.4.5.1).
-                    *first = self.messages.isr.swap(0, Ordering::AcqRel);
+                    // A read clears the ISR status (virtio 1.3 §4.1.4.5.1).
+                    *first = self.interrupt.isr_status.swap(0, Ordering::AcqRel);
                 }
             }
             DEVICE_CONFIG => self.state().read_config(u64::from(at), data),
-            MSIX_TABLE => self.messages.msix.read_table(u64::from(at), data),
-            MSIX_PENDING => self.messages.msix.read_pending(u64::from(at), data),
+            MSIX_TABLE => self.interrupt.msix.read_table(u64::from(at), data),
+            MSIX_PENDING => self.interrupt.msix.read_pending(u64::from(at), data),
             _ => data.fill(0),
         }
     }
 
     fn write_bar(&self, offset: u32, data: &[u8]) {
-        let (part, at) = (offset & !(PART_BYTES - 1), offset & (PART_BYTES - 1));
-        match part {
+        let (structure, at) = (offset & !(STRUCTURE_BYTES - 1), offset & (STRUCTURE_BYTES - 1));
+        match structure {
             COMMON => self.write_common(at, data),
             DEVICE_CONFIG => self.state().write_config(u64::from(at), data),
             NOTIFY => self.state().kick(at / NOTIFY_STRIDE),
-            MSIX_TABLE => self.messages.msix.write_table(u64::from(at), data),
+            MSIX_TABLE => self.interrupt.msix.write_table(u64::from(at), data),
             _ => {}
         }
     }
 
-    /// virtio_pci_common_cfg (§4.1.4.3). Fields are read in their own width or, the 64-bit ones, by halves.
+    /// Reads struct virtio_pci_common_cfg (virtio 1.3 §4.1.4.3). Fields are read in their own width; the driver reads 64-bit
+    /// fields as two 32-bit halves.
     fn read_common(&self, at: u32, data: &mut [u8]) {
         let state = self.state();
         let selected = usize::from(state.queue_select);
@@ -181,22 +216,22 @@ impl PciDevice {
             0x04 => state.device_features(),
             0x08 => state.driver_features_select,
             0x0c => state.driver_features(),
-            0x10 => u32::from(self.messages.config.load(Ordering::Acquire)),
+            0x10 => u32::from(self.interrupt.config_vector.load(Ordering::Acquire)),
             0x12 => u32::from(state.queue_count()),
             0x14 => u32::from(state.status()),
-            0x15 => state.generation() & 0xff,
+            0x15 => state.config_generation() & 0xff,
             0x16 => u32::from(state.queue_select),
             0x18 => state.queue().map_or(0, |queue| u32::from(queue.size)),
             0x1a => {
-                let vector = self.messages.queues.get(selected).map(|vector| vector.load(Ordering::Acquire));
+                let vector = self.interrupt.queue_vectors.get(selected).map(|vector| vector.load(Ordering::Acquire));
                 u32::from(vector.unwrap_or(NO_VECTOR))
             }
             0x1c => state.queue().map_or(0, |queue| u32::from(queue.ready)),
-            // queue_notify_off: in units of the stride.
+            // queue_notify_off, in units of `NOTIFY_STRIDE`.
             0x1e => u32::from(state.queue_select),
-            0x20 | 0x24 => address_half(state.queue_address(Area::Descriptors), at),
-            0x28 | 0x2c => address_half(state.queue_address(Area::Driver), at),
-            0x30 | 0x34 => address_half(state.queue_address(Area::Device), at),
+            0x20 | 0x24 => half_at(at).get(state.queue_address(QueueArea::Descriptor)),
+            0x28 | 0x2c => half_at(at).get(state.queue_address(QueueArea::Driver)),
+            0x30 | 0x34 => half_at(at).get(state.queue_address(QueueArea::Device)),
             _ => 0,
         };
         data.fill(0);
@@ -207,7 +242,7 @@ impl PciDevice {
 
     fn write_common(&self, at: u32, data: &[u8]) {
         if let Ok([a, b, c, d, e, f, g, h]) = <[u8; 8]>::try_from(data) {
-            // A 64-bit field at once.
+            // One access to a 64-bit field.
             self.write_common(at, &[a, b, c, d]);
             self.write_common(at + 4, &[e, f, g, h]);
             return;
@@ -222,50 +257,56 @@ impl PciDevice {
             0x00 => state.device_features_select = value,
             0x08 => state.driver_features_select = value,
             0x0c => state.set_driver_features(value),
-            0x10 => self.messages.config.store(self.vector(short), Ordering::Release),
+            0x10 => self.interrupt.config_vector.store(self.existing_vector(short), Ordering::Release),
             0x14 => {
                 state.set_status(u8::try_from(value).unwrap_or(0));
                 if value == 0 {
-                    self.messages.clear();
+                    self.interrupt.reset();
                 }
             }
             0x16 => state.queue_select = short,
             0x18 => state.set_queue_size(value),
             0x1a => {
-                if let Some(vector) = self.messages.queues.get(usize::from(state.queue_select)) {
-                    vector.store(self.vector(short), Ordering::Release);
+                if let Some(vector) = self.interrupt.queue_vectors.get(usize::from(state.queue_select)) {
+                    vector.store(self.existing_vector(short), Ordering::Release);
                 }
             }
             0x1c => state.set_queue_ready(value),
-            0x20 | 0x24 => state.set_queue_address(Area::Descriptors, at & 4 != 0, value),
-            0x28 | 0x2c => state.set_queue_address(Area::Driver, at & 4 != 0, value),
-            0x30 | 0x34 => state.set_queue_address(Area::Device, at & 4 != 0, value),
-            _ => log::debug!("virtio-pci: write of {value:#x} to common configuration {at:#x}: ignored"),
+            0x20 | 0x24 => state.set_queue_address(QueueArea::Descriptor, half_at(at), value),
+            0x28 | 0x2c => state.set_queue_address(QueueArea::Driver, half_at(at), value),
+            0x30 | 0x34 => state.set_queue_address(QueueArea::Device, half_at(at), value),
+            _ => log::debug!(
+                "virtio-pci: {value:#x} written to offset {at:#x} of the common configuration, which is not writable: ignored"
+            ),
         }
     }
 
-    /// A vector that does not exist reads back as none (§4.1.5.1.2).
-    fn vector(&self, asked: u16) -> u16 {
-        if asked < self.messages.msix.len() { asked } else { NO_VECTOR }
+    /// Returns `vector`, or [`NO_VECTOR`] where the device has no such vector (virtio 1.3 §4.1.5.1.2).
+    fn existing_vector(&self, vector: u16) -> u16 {
+        if vector < self.interrupt.msix.len() { vector } else { NO_VECTOR }
     }
 
-    /// Where the PCI configuration access capability (§4.1.4.9) points: an offset in the BAR and a width.
-    fn window(&self, config: &ConfigSpace) -> Option<(u32, usize)> {
-        let bar = config.byte(self.window_at + 4);
-        let offset = config.dword(self.window_at + 8);
-        let length = usize::try_from(config.dword(self.window_at + 12)).ok()?;
-        let aligned = offset.is_multiple_of(u32::try_from(length).ok().filter(|length| *length != 0)?);
-        let fits = matches!(length, 1 | 2 | 4) && bar == 0 && offset < BAR_BYTES && aligned;
-        fits.then_some((offset, length))
+    /// Returns where the PCI configuration access capability points, or `None` where that is not a register of the BAR.
+    fn pci_cfg_target(&self, config: &ConfigSpace) -> Option<BarAccess> {
+        let bar = config.byte(self.pci_cfg_capability + 4);
+        let offset = config.dword(self.pci_cfg_capability + 8);
+        let width = usize::try_from(config.dword(self.pci_cfg_capability + 12)).ok()?;
+        let aligned = offset.is_multiple_of(u32::try_from(width).ok().filter(|width| *width != 0)?);
+        let valid = matches!(width, 1 | 2 | 4) && bar == 0 && offset < BAR_BYTES && aligned;
+        valid.then_some(BarAccess { offset, width })
     }
 
-    fn is_window(&self, offset: usize, len: usize) -> bool {
-        let data = self.window_at + 16;
-        offset >= data && offset + len <= data + 4
+    /// Offset of `pci_cfg_data`, whose accesses are accesses to the BAR.
+    fn pci_cfg_data(&self) -> usize {
+        self.pci_cfg_capability + PCI_CFG_CAPABILITY_BYTES - PCI_CFG_DATA_BYTES
+    }
+
+    fn is_pci_cfg_data(&self, offset: usize, len: usize) -> bool {
+        offset >= self.pci_cfg_data() && offset + len <= self.pci_cfg_data() + PCI_CFG_DATA_BYTES
     }
 }
 
-/// Bytes of the field of the common configuration that starts at `at`.
+/// Returns the size in bytes of the field of the common configuration at offset `at`.
 fn field_bytes(at: u32) -> usize {
     match at {
         0x14 | 0x15 => 1,
@@ -274,12 +315,13 @@ fn field_bytes(at: u32) -> usize {
     }
 }
 
-fn address_half(address: u64, at: u32) -> u32 {
-    let half = if at & 4 == 0 { address } else { address >> 32 };
-    u32::try_from(half & 0xffff_ffff).unwrap_or(0)
+/// Returns which half of a 64-bit field the offset `at` in the common configuration accesses.
+fn half_at(at: u32) -> Half {
+    if at & 4 == 0 { Half::Low } else { Half::High }
 }
 
-fn add_msix(config: &mut ConfigSpace, vectors: u16) -> Option<usize> {
+/// Adds the MSI-X capability and returns its offset. `None` where it does not fit.
+fn add_msix_capability(config: &mut ConfigSpace, vectors: u16) -> Option<usize> {
     let mut body = [0; 10];
     body[0..2].copy_from_slice(&(vectors.saturating_sub(1)).to_le_bytes());
     body[2..6].copy_from_slice(&MSIX_TABLE.to_le_bytes());
@@ -288,11 +330,12 @@ fn add_msix(config: &mut ConfigSpace, vectors: u16) -> Option<usize> {
     config.add_capability(&Capability { id: CAP_MSIX, body: &body, writable: &writable })
 }
 
-/// The five virtio structures; returns where the last, the access window, starts.
-fn add_virtio(config: &mut ConfigSpace, queues: usize) -> Option<usize> {
+/// Adds the five virtio capabilities and returns the offset of the last, the PCI configuration access capability. `None`
+/// where they do not fit.
+fn add_virtio_capabilities(config: &mut ConfigSpace, queues: usize) -> Option<usize> {
     let notify_bytes = u32::try_from(queues).ok()?.checked_mul(NOTIFY_STRIDE)?;
     let mut add = |kind: u8, offset: u32, length: u32, extra: &[u8], writable: &[u8]| {
-        // struct virtio_pci_cap without its first two bytes: cap_len, cfg_type, bar, id, padding, offset, length.
+        // struct virtio_pci_cap without its first two bytes (cap_vndr, cap_next): cap_len, cfg_type, bar, id, padding, offset, length.
         let mut body = vec![u8::try_from(16 + extra.len()).unwrap_or(0), kind, 0, 0, 0, 0];
         body.extend(offset.to_le_bytes());
         body.extend(length.to_le_bytes());
@@ -302,7 +345,7 @@ fn add_virtio(config: &mut ConfigSpace, queues: usize) -> Option<usize> {
     add(CFG_COMMON, COMMON, COMMON_BYTES, &[], &[])?;
     add(CFG_NOTIFY, NOTIFY, notify_bytes, &NOTIFY_STRIDE.to_le_bytes(), &[])?;
     add(CFG_ISR, ISR, 1, &[], &[])?;
-    add(CFG_DEVICE, DEVICE_CONFIG, PART_BYTES, &[], &[])?;
+    add(CFG_DEVICE, DEVICE_CONFIG, STRUCTURE_BYTES, &[], &[])?;
     let mut writable = [0; 18];
     writable[2] = 0xff; // bar
     writable[6..14].fill(0xff); // offset, length
@@ -310,20 +353,20 @@ fn add_virtio(config: &mut ConfigSpace, queues: usize) -> Option<usize> {
 }
 
 impl PciFunction for PciDevice {
-    fn window(&self) -> Option<usize> {
-        Some(self.window_at)
+    fn pci_cfg_capability(&self) -> Option<usize> {
+        Some(self.pci_cfg_capability)
     }
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {
         let config = self.config();
         config.read(offset, data);
-        if self.is_window(offset, data.len())
-            && let Some((at, length)) = self.window(&config)
+        if self.is_pci_cfg_data(offset, data.len())
+            && let Some(target) = self.pci_cfg_target(&config)
         {
             drop(config);
-            let mut value = [0; 4];
-            self.read_bar(at, &mut value[..length]);
-            let skip = offset - self.window_at - 16;
+            let mut value = [0; PCI_CFG_DATA_BYTES];
+            self.read_bar(target.offset, &mut value[..target.width]);
+            let skip = offset - self.pci_cfg_data();
             let len = data.len();
             data.copy_from_slice(&value[skip..skip + len]);
         }
@@ -332,17 +375,21 @@ impl PciFunction for PciDevice {
     fn write_config(&self, offset: usize, data: &[u8]) {
         let mut config = self.config();
         config.write(offset, data);
-        let control = config.byte(self.msix_at + 3);
-        let touches_msix = offset <= self.msix_at + 3 && offset + data.len() > self.msix_at + 3;
-        let window = self.window(&config).filter(|_| self.is_window(offset, data.len()));
+        let msix_control = self.msix_capability + 3;
+        let control = config.byte(msix_control);
+        let writes_msix_control = offset <= msix_control && offset + data.len() > msix_control;
+        let target = self.pci_cfg_target(&config).filter(|_| self.is_pci_cfg_data(offset, data.len()));
         drop(config);
-        if touches_msix {
-            self.messages.msix.set_control(control & MSIX_ENABLE != 0, control & MSIX_MASK_ALL != 0);
+        if writes_msix_control {
+            self.interrupt.msix.set_control(MsixControl {
+                enabled: control & MSIX_ENABLE != 0,
+                function_masked: control & MSIX_MASK_ALL != 0,
+            });
         }
-        if let Some((at, length)) = window
-            && let Some(data) = data.get(..length)
+        if let Some(target) = target
+            && let Some(data) = data.get(..target.width)
         {
-            self.write_bar(at, data);
+            self.write_bar(target.offset, data);
         }
     }
 }
@@ -352,7 +399,7 @@ impl VirtioTransport for PciDevice {
         self.state().counts()
     }
 
-    fn set_options(&self, options: super::TransportOptions) {
+    fn set_options(&self, options: TransportOptions) {
         self.state().set_options(options);
     }
 

@@ -1,13 +1,12 @@
-//! The PCI transport as a driver sees it: capabilities, the BAR, messages.
+//! The PCI transport as a driver sees it: capabilities, the BAR, MSI-X messages.
 
 use super::{BAR_BYTES, COMMON, DEVICE_CONFIG, MSIX_TABLE, NOTIFY, PciDevice};
 use crate::bus::BusDevice;
 use crate::memory::Memory;
-use crate::pci::{MsiRouter, MsiVector, PciFunction};
-use crate::virtio::VirtioDevice;
+use crate::pci::{MsiMessage, MsiRouter, MsiVector, PciFunction, RouteError};
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::rng::Rng;
 use proptest::prelude::*;
-use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -16,13 +15,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 const BAR: u32 = 0xc000_0000;
 
 #[derive(Default)]
-struct Routes(Mutex<Vec<(u32, u64, u32)>>);
+struct Routes(Mutex<Vec<(u32, MsiMessage)>>);
 impl MsiRouter for Routes {
-    fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()> {
-        self.0.lock().expect("alone").push((gsi, address, data));
+    fn route(&self, gsi: u32, message: MsiMessage) -> Result<(), RouteError> {
+        self.0.lock().expect("not poisoned").push((gsi, message));
         Ok(())
     }
-    fn unroute(&self, _gsi: u32) -> io::Result<()> {
+    fn unroute(&self, _gsi: u32) -> Result<(), RouteError> {
         Ok(())
     }
 }
@@ -38,7 +37,7 @@ fn function() -> Function {
     let rng: Box<dyn VirtioDevice> = Box::new(Rng::new(None));
     let events: Vec<_> = (0..2).map(|_| Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"))).collect();
     let vectors = (24..).zip(&events).map(|(gsi, event)| MsiVector { gsi, event: Arc::clone(event) }).collect();
-    assert_eq!(PciDevice::vectors_wanted(rng.as_ref()), 2);
+    assert_eq!(PciDevice::vector_count(rng.as_ref()), 2);
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory");
     let memory = Memory::new(memory, Arc::new(()));
     let routes = Arc::new(Routes::default());
@@ -64,7 +63,7 @@ impl Function {
         self.device.write(u64::from(at), &value.to_le_bytes()[..bytes]);
     }
 
-    /// Where each vendor capability starts, by its cfg_type.
+    /// Returns the offset of the virtio capability with the `cfg_type` `wanted`.
     fn capability(&self, wanted: u32) -> usize {
         let mut at = (self.config(0x34) & 0xff) as usize;
         while at != 0 {
@@ -77,9 +76,9 @@ impl Function {
         panic!("no capability {wanted}");
     }
 
-    /// Sets the device up with message 0 for changes and message 1 for the queue, and starts it.
+    /// Starts the device, with MSI-X vector 0 for configuration changes and vector 1 for the queue.
     fn start(&self) {
-        // MSI-X on.
+        // Enable MSI-X.
         let msix = (self.config(0x34) & 0xff) as usize;
         self.device.write_config(msix + 2, &0x8000_u16.to_le_bytes());
         for entry in 0..2 {
@@ -106,19 +105,19 @@ impl Function {
 }
 
 #[test]
-fn the_function_says_what_it_is() {
+fn the_function_has_its_ids_and_capabilities() {
     let function = function();
     assert_eq!(function.config(0), 0x1044_1af4);
     assert_eq!(function.config(0x10), BAR);
     assert_eq!([1, 2, 3, 4, 5].map(|kind| function.capability(kind) > 0), [true; 5]);
-    // Offsets as the capabilities tell them.
+    // The offsets in the capabilities.
     let offset = |kind| function.config(function.capability(kind) + 8);
     assert_eq!((offset(1), offset(2), offset(4)), (COMMON, NOTIFY, DEVICE_CONFIG));
     assert_eq!(function.device.doorbells(BAR)[0].gpa, u64::from(BAR + NOTIFY));
 }
 
 #[test]
-fn a_request_ends_in_its_message() {
+fn a_request_ends_with_its_msix_message() {
     let function = function();
     function.start();
     assert_eq!(function.read(COMMON + 0x14, 1), 15);
@@ -133,42 +132,43 @@ fn a_request_ends_in_its_message() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(function.memory.read_obj::<u32>(GuestAddress(0x3008)).expect("memory"), 100);
-    assert_eq!(*function.routes.0.lock().expect("alone"), [(24, 0xfee0_0000, 0x40), (25, 0xfee0_0000, 0x41)]);
+    let message = |data| MsiMessage { address: 0xfee0_0000, data };
+    assert_eq!(*function.routes.0.lock().expect("not poisoned"), [(24, message(0x40)), (25, message(0x41))]);
     assert!(function.events[0].read().is_err());
-    // Vectors that do not exist read back as none.
+    // Vectors that do not exist read back as VIRTIO_MSI_NO_VECTOR.
     function.write(COMMON + 0x1a, 2, 2);
     assert_eq!(function.read(COMMON + 0x1a, 2), 0xffff);
 }
 
 #[test]
-fn the_window_in_configuration_space_leads_to_the_bar() {
+fn the_configuration_access_capability_accesses_the_bar() {
     let function = function();
-    let window = function.capability(5);
-    let aim = |offset: u32, length: u32| {
-        function.device.write_config(window + 8, &offset.to_le_bytes());
-        function.device.write_config(window + 12, &length.to_le_bytes());
+    let capability = function.capability(5);
+    let set_target = |offset: u32, length: u32| {
+        function.device.write_config(capability + 8, &offset.to_le_bytes());
+        function.device.write_config(capability + 12, &length.to_le_bytes());
     };
-    aim(COMMON + 0x12, 2);
-    assert_eq!(function.config(window + 16) & 0xffff, 1, "one queue");
-    aim(COMMON + 0x14, 1);
-    function.device.write_config(window + 16, &[1]);
+    set_target(COMMON + 0x12, 2);
+    assert_eq!(function.config(capability + 16) & 0xffff, 1, "one queue");
+    set_target(COMMON + 0x14, 1);
+    function.device.write_config(capability + 16, &[1]);
     assert_eq!(function.read(COMMON + 0x14, 1), 1);
-    // Aims beyond the BAR, or crooked ones, hit nothing.
+    // Targets beyond the BAR, of an invalid width or not aligned: no access.
     for (offset, length) in [(BAR_BYTES, 4), (u32::MAX, 1), (0, 3), (1, 4), (0, 0), (0, 8)] {
-        aim(offset, length);
-        function.device.write_config(window + 16, &[0; 4]);
-        let _ = function.config(window + 16);
+        set_target(offset, length);
+        function.device.write_config(capability + 16, &[0; 4]);
+        let _ = function.config(capability + 16);
     }
     assert_eq!(function.read(COMMON + 0x14, 1), 1);
 }
 
 #[test]
-fn without_memory_space_nobody_answers() {
+fn with_memory_space_disabled_the_bar_does_not_respond() {
     let function = function();
     function.device.write_config(4, &[0, 0]);
     let mut data = [0xff; 4];
     function.device.read(0, &mut data);
-    assert_eq!(data, [0xff; 4], "the bus' own");
+    assert_eq!(data, [0xff; 4], "all ones, as for an unmapped address");
     function.write(COMMON + 0x14, 1, 1);
     function.device.write_config(4, &[6, 0]);
     assert_eq!(function.read(COMMON + 0x14, 1), 0);
@@ -188,7 +188,6 @@ proptest! {
                 function.device.read(u64::from(at), &mut vec![0; bytes * 2]);
             }
         }
-        // A function whose BAR is still on starts as ever.
         function.device.write_config(4, &[6, 0]);
         function.start();
         prop_assert_eq!(function.read(COMMON + 0x14, 1), 15);

@@ -1,15 +1,20 @@
-//! The transports and the queues, driven rightly and wrongly.
+//! The MMIO transport and the queues, with drivers that follow the specification and drivers that violate it.
 #![allow(clippy::cast_possible_truncation, reason = "numbers of tests are small")]
 
-use super::mock::{Driver, INDIRECT, MEMORY_BYTES, NEEDS_RESET, NEXT, WRITE};
+use super::features::{F_EVENT_IDX, F_VERSION_1};
+use super::mock::{Descriptor, Driver, INDIRECT, MEMORY_BYTES, NEEDS_RESET, NEXT, Used, WRITE};
 use super::rng::{Rate, Rng};
-use super::{F_EVENT_IDX, F_VERSION_1};
 use proptest::prelude::*;
 
 fn rng() -> Driver {
     Driver::running(Box::new(Rng::new(None)))
 }
 
+fn descriptor(gpa: u64, len: u32, flags: u16, next: u16) -> Descriptor {
+    Descriptor { gpa, len, flags, next }
+}
+
+/// Checks that the device starts after a reset and handles a request.
 fn works(driver: &mut Driver) {
     driver.start(u64::MAX);
     assert_eq!(driver.status(), 15);
@@ -23,7 +28,7 @@ fn random_bytes_fill_the_whole_buffer() {
     assert_eq!(bytes.len(), 5100);
     assert!(bytes.iter().filter(|byte| **byte == 0).count() < 200);
     driver.wait_interrupt();
-    assert_eq!(driver.read(0x60), 1, "the queue's bit");
+    assert_eq!(driver.read(0x60), 1, "used buffer notification");
     driver.write(0x64, 1);
     assert_eq!(driver.read(0x60), 0);
 }
@@ -44,7 +49,7 @@ fn negotiation_keeps_to_the_rules() {
     let mut driver = Driver::new(Box::new(Rng::new(None)));
     assert_eq!(driver.read(0x0), 0x7472_6976);
     assert_eq!((driver.read(0x4), driver.read(0x8)), (2, 4));
-    // Without VERSION_1, and with what was not offered: no FEATURES_OK.
+    // FEATURES_OK is refused without VERSION_1, and for features that were not offered.
     for features in [0, F_VERSION_1 | 1] {
         driver.write(0x70, 0);
         driver.write(0x70, 3);
@@ -57,13 +62,13 @@ fn negotiation_keeps_to_the_rules() {
     }
     driver.negotiate(0);
     assert_eq!(driver.status(), 11);
-    // Too late: features, and bits that go.
+    // After FEATURES_OK, features cannot change and status bits cannot be cleared.
     driver.write(0x24, 0);
     driver.write(0x20, 0xffff_ffff);
     driver.write(0x70, 8);
     assert_eq!(driver.status(), 11);
     driver.start(u64::MAX);
-    // Running: the queues are what they are.
+    // After DRIVER_OK, queues cannot change.
     driver.write(0x30, 0);
     driver.write(0x44, 0);
     driver.write(0x38, 2);
@@ -78,7 +83,7 @@ fn negotiation_keeps_to_the_rules() {
 }
 
 #[test]
-fn queues_before_their_time_or_place_are_refused() {
+fn invalid_sizes_and_addresses_of_queues_are_refused() {
     let mut driver = Driver::new(Box::new(Rng::new(None)));
     driver.negotiate(u64::MAX);
     for size in [0, 3, 128, 0x1_0040] {
@@ -93,41 +98,41 @@ fn queues_before_their_time_or_place_are_refused() {
     works(&mut driver);
 }
 
-/// What a driver must not do, each of which breaks the queue until a reset.
+/// Each case violates the specification and breaks the queue until a reset.
 #[test]
 fn broken_rings_need_a_reset_and_a_reset_mends_them() {
     let mut driver = rng();
     type Case = (&'static str, fn(&mut Driver));
     let cases: [Case; 9] = [
         ("a loop", |d| {
-            d.put_descriptor(0, 0, 0x50_0000, 16, WRITE | NEXT, 1);
-            d.put_descriptor(0, 1, 0x50_0000, 16, WRITE | NEXT, 0);
+            d.put_descriptor(0, 0, descriptor(0x50_0000, 16, WRITE | NEXT, 1));
+            d.put_descriptor(0, 1, descriptor(0x50_0000, 16, WRITE | NEXT, 0));
             d.make_available(0, 0);
         }),
         ("a head out of range", |d| d.make_available(0, 64)),
         ("a next out of range", |d| {
-            d.put_descriptor(0, 0, 0x50_0000, 16, WRITE | NEXT, 64);
+            d.put_descriptor(0, 0, descriptor(0x50_0000, 16, WRITE | NEXT, 64));
             d.make_available(0, 0);
         }),
         ("a buffer outside of memory", |d| {
-            d.put_descriptor(0, 0, MEMORY_BYTES - 8, 16, WRITE, 0);
+            d.put_descriptor(0, 0, descriptor(MEMORY_BYTES - 8, 16, WRITE, 0));
             d.make_available(0, 0);
         }),
         ("a buffer that wraps", |d| {
-            d.put_descriptor(0, 0, u64::MAX - 7, 16, WRITE, 0);
+            d.put_descriptor(0, 0, descriptor(u64::MAX - 7, 16, WRITE, 0));
             d.make_available(0, 0);
         }),
         ("readable behind writable", |d| {
-            d.put_descriptor(0, 0, 0x50_0000, 16, WRITE | NEXT, 1);
-            d.put_descriptor(0, 1, 0x50_0000, 16, 0, 0);
+            d.put_descriptor(0, 0, descriptor(0x50_0000, 16, WRITE | NEXT, 1));
+            d.put_descriptor(0, 1, descriptor(0x50_0000, 16, 0, 0));
             d.make_available(0, 0);
         }),
         ("an indirect table of no whole entries", |d| {
-            d.put_descriptor(0, 0, 0x50_0000, 17, INDIRECT, 0);
+            d.put_descriptor(0, 0, descriptor(0x50_0000, 17, INDIRECT, 0));
             d.make_available(0, 0);
         }),
         ("an indirect table outside of memory", |d| {
-            d.put_descriptor(0, 0, MEMORY_BYTES, 32, INDIRECT, 0);
+            d.put_descriptor(0, 0, descriptor(MEMORY_BYTES, 32, INDIRECT, 0));
             d.make_available(0, 0);
         }),
         ("an index that jumps", |d| d.set_available_index(0, 1000)),
@@ -138,10 +143,10 @@ fn broken_rings_need_a_reset_and_a_reset_mends_them() {
         driver.kick(0);
         driver.wait_needs_reset();
         assert!(driver.poll_used(0).is_none_or(|_| name.is_empty()), "{name}");
-        // The interrupt comes behind the status that it is for.
-        let patience = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        // The interrupt follows the change of the status.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
         while driver.read(0x60) & 2 == 0 {
-            assert!(std::time::Instant::now() < patience, "{name}: a configuration interrupt says so");
+            assert!(std::time::Instant::now() < deadline, "{name}: no configuration change interrupt");
             std::thread::yield_now();
         }
     }
@@ -161,14 +166,14 @@ fn an_indirect_table_is_followed_once() {
         bytes.extend(next.to_le_bytes());
     }
     driver.memory.write_slice(&bytes, GuestAddress(table)).expect("memory");
-    driver.put_descriptor(0, 5, table, 32, INDIRECT, 0);
+    driver.put_descriptor(0, 5, descriptor(table, 32, INDIRECT, 0));
     driver.make_available(0, 5);
     driver.kick(0);
-    assert_eq!(driver.wait_used(0), (5, 200));
+    assert_eq!(driver.wait_used(0), Used { head: 5, len: 200 });
 }
 
 #[test]
-fn interrupts_come_only_as_asked() {
+fn interrupts_are_sent_only_where_the_driver_enables_them() {
     use vm_memory::{Bytes, GuestAddress};
     for features in [u64::MAX, !F_EVENT_IDX] {
         let mut driver = Driver::new(Box::new(Rng::new(None)));
@@ -186,7 +191,7 @@ fn interrupts_come_only_as_asked() {
 }
 
 #[test]
-fn odd_accesses_change_nothing() {
+fn invalid_accesses_change_nothing() {
     let mut driver = rng();
     for offset in [0_u64, 1, 2, 0x70, 0x72, 0x100, 0xfff, 0x1000, u64::MAX] {
         for len in [0_usize, 1, 2, 3, 5, 8] {
@@ -201,11 +206,11 @@ fn odd_accesses_change_nothing() {
 }
 
 #[test]
-fn what_was_asked_before_the_end_is_done() {
+fn available_requests_are_handled_before_the_stop() {
     let mut driver = rng();
     driver.submit(0, &[], &[128]);
     driver.device().stop();
-    assert_eq!(driver.poll_used(0).map(|used| used.1), Some(128));
+    assert_eq!(driver.poll_used(0).map(|used| used.len), Some(128));
 }
 
 proptest! {
@@ -219,13 +224,13 @@ proptest! {
         let mut driver = rng();
         for (index, (gpa, len, flags, next)) in (0_u16..).zip(&descriptors) {
             let (gpa, len) = if small { (gpa % MEMORY_BYTES, len % 8192) } else { (*gpa, *len) };
-            driver.put_descriptor(0, index, gpa, len, *flags, *next);
+            driver.put_descriptor(0, index, descriptor(gpa, len, *flags, *next));
         }
         for head in heads {
             driver.make_available(0, head);
         }
         driver.kick(0);
-        // Not the rings that were overwritten, but a reset, must always work.
+        // A reset must work whatever is in the rings.
         works(&mut driver);
     }
 

@@ -1,125 +1,54 @@
-//! The memory balloon (virtio 1.3 §5.5): takes memory from the guest and gives it back, gives pages that the guest has
-//! free to the host by itself (free page reporting), and asks the guest how it fares.
+//! The memory balloon (virtio 1.3 §5.5): takes memory from the guest and returns it, lets the guest report free pages to the
+//! host, and gets memory statistics from the guest.
 
+mod control;
 #[cfg(test)]
 mod tests;
 mod worker;
 
-use super::{ActivateError, Activation, DeviceKind, Signals, VirtioDevice, Worker, read_config_bytes};
+pub use control::{BalloonControl, BalloonStats, STAT_NAMES};
+
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::worker::Worker;
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use std::sync::Arc;
 use worker::{Pages, Statistics};
 
+// Feature bits (virtio 1.3 §5.5.3).
 const F_STATS_VQ: u64 = 1 << 1;
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
-const F_REPORTING: u64 = 1 << 5;
+const F_PAGE_REPORTING: u64 = 1 << 5;
+/// Maximum size of a queue, in descriptors.
 const QUEUE_SIZE: u16 = 128;
-/// Bytes of a page, whatever the guest's own (§5.5.6).
-const PAGE_BYTES: u64 = 4096;
 
-/// What the guest says of its memory (§5.5.6.3): bytes, but for the counts.
+/// Whether the guest may report free pages, which the host then takes back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BalloonStats {
-    /// By tag: swapped in, swapped out, major faults, minor faults, free, total, available, disk caches, huge page
-    /// allocations, failures of those. `None`: not said.
-    pub values: [Option<u64>; 10],
+pub enum FreePageReporting {
+    /// The feature is not offered.
+    #[default]
+    Off,
+    /// The feature is offered.
+    On,
 }
 
-/// The names of [`BalloonStats::values`], by tag.
-pub const STAT_NAMES: [&str; 10] = [
-    "swap_in_bytes",
-    "swap_out_bytes",
-    "major_faults",
-    "minor_faults",
-    "free_bytes",
-    "total_bytes",
-    "available_bytes",
-    "disk_caches_bytes",
-    "hugetlb_allocations",
-    "hugetlb_failures",
-];
-
-/// The host's side.
-pub struct BalloonControl {
-    target_pages: AtomicU32,
-    actual_pages: AtomicU32,
-    /// Bytes that free page reporting gave to the host, over all time.
-    reported_bytes: AtomicU64,
-    signals: Mutex<Option<Arc<Signals>>>,
-    stats: Mutex<BalloonStats>,
-    ask: EventFd,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl BalloonControl {
-    /// Asks the guest to give up `bytes` in all; fewer than before gives some back.
-    pub fn set_target(&self, bytes: u64) {
-        let pages = u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX);
-        self.target_pages.store(pages, Ordering::Release);
-        if let Some(signals) = lock(&self.signals).as_ref() {
-            signals.config_changed();
-        }
-    }
-
-    /// What the guest was asked to give up, in bytes.
-    #[must_use]
-    pub fn target(&self) -> u64 {
-        u64::from(self.target_pages.load(Ordering::Acquire)) * PAGE_BYTES
-    }
-
-    /// What it says that it gave up, in bytes.
-    #[must_use]
-    pub fn actual(&self) -> u64 {
-        u64::from(self.actual_pages.load(Ordering::Acquire)) * PAGE_BYTES
-    }
-
-    /// What free page reporting gave to the host so far, in bytes.
-    #[must_use]
-    pub fn reported(&self) -> u64 {
-        self.reported_bytes.load(Ordering::Acquire)
-    }
-
-    /// What the guest said last; and asks it to say it again. The first answer comes with the guest's driver.
-    #[must_use]
-    pub fn stats(&self) -> BalloonStats {
-        if let Err(error) = self.ask.write(1) {
-            log::warn!("balloon: {error}");
-        }
-        *lock(&self.stats)
-    }
-}
-
-/// The device.
+/// The balloon device.
 pub struct Balloon {
     control: Arc<BalloonControl>,
-    /// The guest may report free pages.
-    reporting: bool,
+    reporting: FreePageReporting,
 }
 
 impl Balloon {
-    /// A balloon that asks for `target` bytes at once.
+    /// Makes a balloon with a target size of `target` bytes.
     ///
     /// # Errors
-    /// Where no eventfd is to be had.
-    pub fn new(target: u64, reporting: bool) -> io::Result<Self> {
-        let control = Arc::new(BalloonControl {
-            target_pages: AtomicU32::new(0),
-            actual_pages: AtomicU32::new(0),
-            reported_bytes: AtomicU64::new(0),
-            signals: Mutex::default(),
-            stats: Mutex::default(),
-            ask: EventFd::new(EFD_NONBLOCK)?,
-        });
+    /// Returns an error where no eventfd can be created.
+    pub fn new(target: u64, reporting: FreePageReporting) -> io::Result<Self> {
+        let control = Arc::new(BalloonControl::new()?);
         control.set_target(target);
         Ok(Self { control, reporting })
     }
 
-    /// The host's side.
+    /// Returns the host's side of the balloon.
     #[must_use]
     pub fn control(&self) -> Arc<BalloonControl> {
         Arc::clone(&self.control)
@@ -132,7 +61,11 @@ impl VirtioDevice for Balloon {
     }
 
     fn device_features(&self) -> u64 {
-        F_STATS_VQ | F_DEFLATE_ON_OOM | if self.reporting { F_REPORTING } else { 0 }
+        let reporting = match self.reporting {
+            FreePageReporting::On => F_PAGE_REPORTING,
+            FreePageReporting::Off => 0,
+        };
+        F_STATS_VQ | F_DEFLATE_ON_OOM | reporting
     }
 
     fn queue_max_sizes(&self) -> Vec<u16> {
@@ -141,30 +74,30 @@ impl VirtioDevice for Balloon {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; 8];
-        config[..4].copy_from_slice(&self.control.target_pages.load(Ordering::Acquire).to_le_bytes());
-        config[4..].copy_from_slice(&self.control.actual_pages.load(Ordering::Acquire).to_le_bytes());
+        config[..4].copy_from_slice(&self.control.target_pages().to_le_bytes());
+        config[4..].copy_from_slice(&self.control.actual_pages().to_le_bytes());
         read_config_bytes(&config, offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         if let (4, Ok(actual)) = (offset, <[u8; 4]>::try_from(data)) {
-            self.control.actual_pages.store(u32::from_le_bytes(actual), Ordering::Release);
+            self.control.set_actual_pages(u32::from_le_bytes(actual));
         }
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
-        let (inflate, deflate) = (activation.queue(0)?, activation.queue(1)?);
-        // Queues that were not agreed on do not count (§5.5.2, as drivers do it).
+        let (inflate, deflate) = (activation.take_queue(0)?, activation.take_queue(1)?);
+        // Linux gives optional queues consecutive indices: those of features that were not negotiated are skipped.
         let mut next = 2;
-        let mut optional = |feature: u64, activation: &mut Activation| {
-            let there = activation.has(feature);
+        let mut optional_queue = |feature: u64| {
+            let negotiated = activation.has_feature(feature);
             let index = next;
-            next += u16::from(there);
-            there.then(|| activation.queue(index)).transpose()
+            next += u16::from(negotiated);
+            negotiated.then(|| activation.take_queue(index)).transpose()
         };
-        let stats = optional(F_STATS_VQ, &mut activation)?;
-        let reporting = optional(F_REPORTING, &mut activation)?;
-        *lock(&self.control.signals) = Some(Arc::clone(&activation.signals));
+        let stats = optional_queue(F_STATS_VQ)?;
+        let reporting = optional_queue(F_PAGE_REPORTING)?;
+        self.control.set_interrupt(Some(activation.interrupt));
         let mut workers: Vec<Worker> = vec![Box::new(Pages::new(inflate, deflate, reporting, self.control()))];
         if let Some(queue) = stats {
             workers.push(Box::new(Statistics::new(queue, self.control())));
@@ -173,7 +106,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn reset(&mut self) {
-        *lock(&self.control.signals) = None;
-        self.control.actual_pages.store(0, Ordering::Release);
+        self.control.set_interrupt(None);
+        self.control.set_actual_pages(0);
     }
 }

@@ -1,12 +1,13 @@
-//! The balloon, from both sides.
+//! The balloon, from the driver and from the host.
 
-use super::{Balloon, PAGE_BYTES};
+use super::control::PAGE_BYTES;
+use super::{Balloon, FreePageReporting};
 use crate::virtio::mock::Driver;
 use vm_memory::{Bytes, GuestAddress};
 
 #[test]
-fn pages_go_and_are_zero_when_they_come_back() {
-    let device = Balloon::new(0, true).expect("a balloon");
+fn inflated_pages_are_discarded_and_read_as_zeros() {
+    let device = Balloon::new(0, FreePageReporting::On).expect("a balloon");
     let control = device.control();
     let mut driver = Driver::running(Box::new(device));
     let _ = driver.interrupts();
@@ -15,7 +16,7 @@ fn pages_go_and_are_zero_when_they_come_back() {
     for page in 0x800_u64..0x803 {
         driver.memory.write_obj(page, GuestAddress(page * PAGE_BYTES)).expect("memory");
     }
-    // In no order, one twice, and some that do not exist.
+    // Not sorted, one twice, and some outside of guest memory.
     let numbers: Vec<u8> =
         [0x802_u32, 0x800, 0x802, u32::MAX, 0x10_0000].iter().flat_map(|number| number.to_le_bytes()).collect();
     driver.request(0, &[&numbers, &[1, 2, 3]], &[]);
@@ -24,27 +25,27 @@ fn pages_go_and_are_zero_when_they_come_back() {
     driver.request(1, &[&numbers], &[]);
     driver.write_bytes(0x104, &2_u32.to_le_bytes());
     assert_eq!((control.actual(), control.target()), (8192, 8 << 20));
-    // The target is the host's to set.
+    // The driver cannot write the target.
     driver.write_bytes(0x100, &[9; 4]);
     driver.write_bytes(0x105, &[9; 4]);
     assert_eq!((driver.read(0x100), driver.read(0x104)), (2048, 2));
 }
 
 #[test]
-fn reported_pages_go() {
-    let device = Balloon::new(0, true).expect("a balloon");
+fn reported_pages_are_discarded() {
+    let device = Balloon::new(0, FreePageReporting::On).expect("a balloon");
     let control = device.control();
     let mut driver = Driver::running(Box::new(device));
     let submitted = driver.submit(3, &[], &[4096]);
     driver.wait_used(3);
-    // The mock's buffers are no whole pages, mostly: the host refuses those, and nothing else happens.
-    let aligned = submitted.writable[0].0.is_multiple_of(4096);
+    // The host refuses to discard a buffer that is not a whole page.
+    let aligned = submitted.writable[0].gpa.is_multiple_of(4096);
     assert_eq!(control.reported(), if aligned { 4096 } else { 0 });
 }
 
 #[test]
-fn statistics_come_when_asked_for() {
-    let device = Balloon::new(0, true).expect("a balloon");
+fn statistics_are_reported_on_request() {
+    let device = Balloon::new(0, FreePageReporting::On).expect("a balloon");
     let control = device.control();
     let mut driver = Driver::running(Box::new(device));
     let entry = |tag: u16, value: u64| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat();
@@ -52,7 +53,7 @@ fn statistics_come_when_asked_for() {
     let submitted = driver.submit(2, &[&stats], &[]);
     let start = std::time::Instant::now();
     while control.stats().values[4].is_none() || driver.poll_used(2).is_none() {
-        assert!(start.elapsed().as_secs() < 10, "no answer");
+        assert!(start.elapsed().as_secs() < 10, "no statistics");
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     assert_eq!(control.stats().values[4..6], [Some(1 << 30), Some(2 << 30)]);

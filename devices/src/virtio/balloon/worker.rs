@@ -1,20 +1,21 @@
-//! The balloon at work.
+//! The workers of the balloon.
 
-use super::{BalloonControl, PAGE_BYTES, lock};
-use crate::memory::{Buffers, Memory, give_back};
-use crate::virtio::Virtqueue;
+use super::control::{BalloonControl, PAGE_BYTES};
+use crate::error::chain as error_chain;
+use crate::memory::{Buffers, Memory, discard};
+use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::watch;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use vm_memory::GuestAddress;
 
-/// The most page numbers looked at in one request: 1 GiB. Linux sends 256 at once.
+/// The most page numbers that are read from one request: 1 GiB. Linux sends 256.
 const MAX_PAGES: usize = 1 << 18;
+/// Size in bytes of struct `virtio_balloon_stat`: tag and value.
 const STAT_BYTES: usize = 10;
 
-/// The queues on which pages come and go.
+/// Handles the inflate, deflate and free page reporting queues.
 pub(super) struct Pages {
     inflate: Virtqueue,
     deflate: Virtqueue,
@@ -32,32 +33,41 @@ impl Pages {
         Self { inflate, deflate, reporting, control }
     }
 
-    fn take_pages(&mut self) {
+    fn inflate(&mut self) {
         let memory = self.inflate.memory();
         self.inflate.serve(|chain| {
-            for (first, count) in runs(&mut chain.readable) {
-                release(&memory, first, count);
+            for run in page_runs(&mut chain.readable) {
+                discard_run(&memory, run);
             }
             Some(0)
         });
     }
 
-    fn take_reports(&mut self) {
+    fn discard_reported(&mut self) {
         let Some(queue) = &mut self.reporting else { return };
         let control = &self.control;
         queue.serve(|chain| {
             let bytes = chain.writable.len() as u64;
-            match chain.writable.give_back() {
-                Ok(()) => drop(control.reported_bytes.fetch_add(bytes, Ordering::AcqRel)),
-                Err(error) => log::debug!("balloon: {bytes} free bytes stay: {error}"),
+            match chain.writable.discard() {
+                Ok(()) => control.add_reported(bytes),
+                Err(error) => log::debug!("balloon: {bytes} reported bytes not discarded: {}", error_chain(&error)),
             }
             Some(0)
         });
     }
 }
 
-/// Page numbers, put together where they follow each other: first and how many.
-fn runs(numbers: &mut Buffers<'_>) -> Vec<(u32, u32)> {
+/// Consecutive balloon pages.
+#[derive(Clone, Copy)]
+struct PageRun {
+    /// Number of the first page: its guest physical address in units of [`PAGE_BYTES`].
+    first: u32,
+    /// Number of pages.
+    count: u32,
+}
+
+/// Reads page numbers and joins consecutive ones.
+fn page_runs(numbers: &mut Buffers<'_>) -> Vec<PageRun> {
     let mut found: Vec<u32> = Vec::new();
     while found.len() < MAX_PAGES
         && let Ok(number) = numbers.read_obj::<u32>()
@@ -66,30 +76,30 @@ fn runs(numbers: &mut Buffers<'_>) -> Vec<(u32, u32)> {
     }
     found.sort_unstable();
     found.dedup();
-    let mut runs: Vec<(u32, u32)> = Vec::new();
+    let mut runs: Vec<PageRun> = Vec::new();
     for number in found {
         match runs.last_mut() {
-            Some((first, count)) if first.checked_add(*count) == Some(number) => *count += 1,
-            _ => runs.push((number, 1)),
+            Some(run) if run.first.checked_add(run.count) == Some(number) => run.count += 1,
+            _ => runs.push(PageRun { first: number, count: 1 }),
         }
     }
     runs
 }
 
-fn release(memory: &Memory, first: u32, count: u32) {
+fn discard_run(memory: &Memory, PageRun { first, count }: PageRun) {
     let gpa = GuestAddress(u64::from(first) * PAGE_BYTES);
     let bytes = usize::try_from(u64::from(count) * PAGE_BYTES).unwrap_or(0);
-    if let Err(error) = give_back(memory, gpa, bytes) {
-        log::debug!("balloon: {count} pages at {gpa:?} stay: {error}");
+    if let Err(error) = discard(memory, gpa, bytes) {
+        log::debug!("balloon: {count} pages at {:#x} not discarded: {}", gpa.0, error_chain(&error));
     }
 }
 
 impl MutEventSubscriber for Pages {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        self.take_pages();
-        // Pages that go back to the guest need nothing: they come with the guest's first touch.
+        self.inflate();
+        // Deflating needs no action: the host allocates a page when the guest accesses it.
         self.deflate.serve(|_| Some(0));
-        self.take_reports();
+        self.discard_reported();
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
@@ -99,32 +109,34 @@ impl MutEventSubscriber for Pages {
     }
 }
 
-/// The statistics queue: the driver's one buffer waits here until somebody asks.
+/// Handles the statistics queue. The driver's only buffer stays with the device until new statistics are requested.
 pub(super) struct Statistics {
     queue: Virtqueue,
     control: Arc<BalloonControl>,
-    waiting: Option<u16>,
+    /// Head of the chain with the driver's buffer.
+    buffer: Option<u16>,
 }
 
 impl Statistics {
     pub(super) fn new(queue: Virtqueue, control: Arc<BalloonControl>) -> Self {
-        Self { queue, control, waiting: None }
+        Self { queue, control, buffer: None }
     }
 
-    fn take_statistics(&mut self) {
+    fn read_statistics(&mut self) {
         let memory = self.queue.memory();
         while let Some(mut chain) = self.queue.pop(&memory) {
-            let mut stats = lock(&self.control.stats);
-            let mut entry = [0; STAT_BYTES];
-            while chain.readable.read(&mut entry) == STAT_BYTES {
-                let [t0, t1, value @ ..] = entry;
-                if let Some(place) = stats.values.get_mut(usize::from(u16::from_le_bytes([t0, t1]))) {
-                    *place = Some(u64::from_le_bytes(value));
+            self.control.update_stats(|stats| {
+                let mut entry = [0; STAT_BYTES];
+                while chain.readable.read(&mut entry) == STAT_BYTES {
+                    let [tag_low, tag_high, value @ ..] = entry;
+                    let tag = u16::from_le_bytes([tag_low, tag_high]);
+                    if let Some(stat) = stats.values.get_mut(usize::from(tag)) {
+                        *stat = Some(u64::from_le_bytes(value));
+                    }
                 }
-            }
-            drop(stats);
-            // A driver that sends a second buffer gets the first back.
-            if let Some(head) = self.waiting.replace(chain.head) {
+            });
+            // A driver that makes a second buffer available gets the first one back.
+            if let Some(head) = self.buffer.replace(chain.head) {
                 self.queue.push(head, 0);
             }
         }
@@ -133,9 +145,9 @@ impl Statistics {
 
 impl MutEventSubscriber for Statistics {
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
-        if events.fd() == self.control.ask.as_raw_fd() {
-            let _ = self.control.ask.read();
-            if let Some(head) = self.waiting.take() {
+        if events.fd() == self.control.stats_request().as_raw_fd() {
+            let _ = self.control.stats_request().read();
+            if let Some(head) = self.buffer.take() {
                 self.queue.push(head, 0);
                 self.queue.notify();
             }
@@ -143,7 +155,7 @@ impl MutEventSubscriber for Statistics {
         }
         self.queue.take_kicks();
         loop {
-            self.take_statistics();
+            self.read_statistics();
             self.queue.notify();
             if !self.queue.enable_notification() {
                 return;
@@ -153,6 +165,6 @@ impl MutEventSubscriber for Statistics {
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
         watch(ops, Events::new(self.queue.kick(), EventSet::IN));
-        watch(ops, Events::new(&self.control.ask, EventSet::IN));
+        watch(ops, Events::new(self.control.stats_request(), EventSet::IN));
     }
 }

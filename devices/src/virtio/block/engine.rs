@@ -1,58 +1,75 @@
-//! How data moves between guest memory and the image: by io_uring for raw files, where the host has it, else by plain
-//! system calls on the queue's thread, which may wait.
+//! I/O between guest memory and an image: by io_uring for raw images, where the host has it, otherwise by system calls on the
+//! queue's thread, which may block.
 
-use super::image::{Content, Image};
+use super::image::{Content, Image, Qcow2Image};
+use super::options::{Durability, IoEngine};
 use super::request::Operation;
 use super::uring::Ring;
-use crate::memory::{Buffers, Held};
+use crate::memory::{Buffers, OwnedBuffers};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, PoisonError};
 
-/// Bytes moved at once where data must pass through host memory.
+/// Size in bytes of the buffer for I/O that cannot access guest memory directly.
 const BOUNCE_BYTES: usize = 256 << 10;
+/// Alignment in bytes of that buffer.
 const BOUNCE_ALIGNMENT: usize = 4096;
+/// Alignment in bytes that `O_DIRECT` needs of guest memory.
+const DIRECT_ALIGNMENT: usize = 512;
 
-/// What became of an operation that was started.
+/// The state of an operation that was started.
 pub(super) enum Started {
+    /// It has completed, with this result.
     Done(io::Result<()>),
-    /// [`Engine::reap`] tells.
+    /// [`Ring::reap`] will return its result.
     Pending,
 }
 
-/// One queue's way to the image.
+/// Whether data can move between guest memory and the image without a copy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Alignment {
+    /// Guest memory is aligned as the image needs it.
+    Sufficient,
+    /// The data must be copied through an aligned buffer (`O_DIRECT`).
+    NeedsBounce,
+}
+
+/// The I/O of one queue.
 pub(super) struct Engine {
     image: Arc<Image>,
     ring: Option<Ring>,
-    /// The driver does not flush: each write must be durable when it is answered (virtio 1.3 §5.2.6.2).
-    write_through: bool,
+    durability: Durability,
 }
 
 impl Engine {
-    pub(super) fn new(image: &Arc<Image>, write_through: bool, plain: bool) -> Self {
-        let ring = match &image.content {
-            _ if plain => Err(io::ErrorKind::Unsupported.into()),
-            Content::Raw(file) => file.try_clone().and_then(|file| Ring::new(file, write_through)),
-            Content::Qcow2(_) => Err(io::ErrorKind::Unsupported.into()),
+    pub(super) fn new(image: &Arc<Image>, durability: Durability, io_engine: IoEngine) -> Self {
+        let ring = match (&image.content, io_engine) {
+            (Content::Raw(file), IoEngine::Async) => file
+                .try_clone()
+                .and_then(|file| Ring::new(file, durability))
+                .inspect_err(|error| log::info!("block: io_uring is not available, using system calls: {error}"))
+                .ok(),
+            (Content::Raw(_), IoEngine::Sync) | (Content::Qcow2(_), _) => None,
         };
-        if let (Err(error), Content::Raw(_)) = (&ring, &image.content)
-            && !plain
-        {
-            log::info!("block: no io_uring ({error}): plain system calls");
-        }
-        Self { image: Arc::clone(image), ring: ring.ok(), write_through }
+        Self { image: Arc::clone(image), ring, durability }
     }
 
-    /// The ring, where there is one.
+    /// Returns the io_uring, where there is one.
     pub(super) fn ring(&mut self) -> Option<&mut Ring> {
         self.ring.as_mut()
     }
 
-    /// Starts `operation` on `data`; `token` names it when it is done. Hands the data back where the ring is full.
-    pub(super) fn start(&mut self, operation: Operation, mut data: Held, token: usize) -> Result<Started, Held> {
-        let aligned = !self.image.is_direct() || data.with(|data| data.is_aligned(BOUNCE_ALIGNMENT.min(512)));
+    /// Starts `operation` on `data`; `token` identifies its completion. Returns the data where the ring is full.
+    pub(super) fn start(
+        &mut self,
+        operation: Operation,
+        mut data: OwnedBuffers,
+        token: usize,
+    ) -> Result<Started, OwnedBuffers> {
+        let aligned = !self.image.is_direct() || data.with(|data| data.is_aligned(DIRECT_ALIGNMENT));
+        let alignment = if aligned { Alignment::Sufficient } else { Alignment::NeedsBounce };
         if let Some(ring) = self.ring.as_mut().filter(|_| aligned) {
             match operation {
                 Operation::Read { at } => return ring.read(at, data, token).map(|()| Started::Pending),
@@ -61,23 +78,22 @@ impl Engine {
                 Operation::Id | Operation::Discard { .. } | Operation::WriteZeroes { .. } => {}
             }
         }
-        Ok(Started::Done(data.with(|data| self.now(operation, data, aligned))))
+        Ok(Started::Done(data.with(|data| self.run_sync(operation, data, alignment))))
     }
 
-    /// Carries an operation out before it returns.
-    fn now(&self, operation: Operation, data: &mut Buffers<'_>, aligned: bool) -> io::Result<()> {
+    /// Runs an operation to its end.
+    fn run_sync(&self, operation: Operation, data: &mut Buffers<'_>, alignment: Alignment) -> io::Result<()> {
         match &self.image.content {
             Content::Raw(file) => {
-                raw(file, operation, data, aligned)?;
+                run_raw(file, operation, data, alignment)?;
                 let writes = !matches!(operation, Operation::Read { .. } | Operation::Id);
-                if self.write_through && writes { file.sync_data() } else { Ok(()) }
+                if self.durability == Durability::EachWrite && writes { file.sync_data() } else { Ok(()) }
             }
-            Content::Qcow2(_) => self.qcow2(operation, data),
+            Content::Qcow2(image) => self.run_qcow2(image, operation, data),
         }
     }
 
-    fn qcow2(&self, operation: Operation, data: &mut Buffers<'_>) -> io::Result<()> {
-        let Content::Qcow2(lock) = &self.image.content else { return Ok(()) };
+    fn run_qcow2(&self, lock: &Qcow2Image, operation: Operation, data: &mut Buffers<'_>) -> io::Result<()> {
         if let Operation::Discard { at, len } = operation {
             let mut image = lock.write().unwrap_or_else(PoisonError::into_inner);
             return unless_unsupported(image.discard_to_any(at, len));
@@ -93,30 +109,35 @@ impl Engine {
                 data.read(chunk);
                 image.write(&*chunk, at)
             })?,
-            // To the disk, in an order that a crash survives: data and tables, then what points to them.
+            // imago writes data and tables before what points to them, so that the image is valid after a crash.
             Operation::Flush => return image.flush().and_then(|()| image.sync()),
             Operation::WriteZeroes { at, len, .. } => image.write_zeroes(at, len)?,
             Operation::Id | Operation::Discard { .. } => {}
         }
         let writes = matches!(operation, Operation::Write { .. } | Operation::WriteZeroes { .. });
-        if self.write_through && writes { image.flush().and_then(|()| image.sync()) } else { Ok(()) }
+        if self.durability == Durability::EachWrite && writes {
+            image.flush().and_then(|()| image.sync())
+        } else {
+            Ok(())
+        }
     }
 }
 
-fn raw(file: &File, operation: Operation, data: &mut Buffers<'_>, aligned: bool) -> io::Result<()> {
+fn run_raw(file: &File, operation: Operation, data: &mut Buffers<'_>, alignment: Alignment) -> io::Result<()> {
     use rustix::fs::FallocateFlags as Flags;
+    let needs_bounce = alignment == Alignment::NeedsBounce;
     match operation {
-        Operation::Read { at } if !aligned => bounce(data, at, |chunk, at, data| {
+        Operation::Read { at } if needs_bounce => bounce(data, at, |chunk, at, data| {
             file.read_exact_at(chunk, at)?;
             data.write(chunk);
             Ok(())
         }),
-        Operation::Write { at } if !aligned => bounce(data, at, |chunk, at, data| {
+        Operation::Write { at } if needs_bounce => bounce(data, at, |chunk, at, data| {
             data.read(chunk);
             file.write_all_at(chunk, at)
         }),
-        Operation::Read { at } => all(data, at, |data, at| data.read_from(file.as_fd(), Some(at))),
-        Operation::Write { at } => all(data, at, |data, at| data.write_to(file.as_fd(), Some(at))),
+        Operation::Read { at } => repeat(data, at, |data, at| data.read_from(file.as_fd(), Some(at))),
+        Operation::Write { at } => repeat(data, at, |data, at| data.write_to(file.as_fd(), Some(at))),
         Operation::Flush => file.sync_data(),
         Operation::Id => Ok(()),
         Operation::Discard { at, len } => {
@@ -139,7 +160,7 @@ fn allocate(file: &File, flags: rustix::fs::FallocateFlags, at: u64, len: u64) -
     rustix::fs::fallocate(file, flags, at, len).map_err(Into::into)
 }
 
-/// A discard is a hint: a host that cannot is no error.
+/// Ignores that the host cannot discard, as a discard is a hint.
 fn unless_unsupported(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::Unsupported || error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
@@ -160,8 +181,8 @@ fn write_zeroes(file: &File, mut at: u64, len: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Repeats partial I/O until all of `data` is used up.
-fn all<'m>(
+/// Repeats partial I/O until all of `data` is consumed.
+fn repeat<'m>(
     data: &mut Buffers<'m>,
     mut at: u64,
     mut step: impl FnMut(&mut Buffers<'m>, u64) -> io::Result<usize>,
@@ -176,7 +197,7 @@ fn all<'m>(
     Ok(())
 }
 
-/// Host memory at a multiple of [`BOUNCE_ALIGNMENT`].
+/// A buffer of [`BOUNCE_BYTES`] in host memory, aligned to [`BOUNCE_ALIGNMENT`].
 struct Bounce(Vec<u8>);
 
 impl Default for Bounce {
@@ -192,7 +213,7 @@ impl Bounce {
     }
 }
 
-/// Moves all of `data` through host memory, a chunk at a time.
+/// Moves all of `data` through a buffer in host memory, a chunk at a time.
 fn bounce<'m>(
     data: &mut Buffers<'m>,
     mut at: u64,

@@ -1,5 +1,6 @@
-//! What a disk is on the host: opened, locked, measured.
+//! Disk images on the host: opening, locking, size and block size.
 
+use super::request::SECTOR_BYTES;
 use imago::qcow2::Qcow2;
 use imago::{
     DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate, Storage, StorageOpenOptions,
@@ -9,204 +10,238 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use thiserror::Error;
 
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
-const SECTOR: u64 = 512;
 
-/// How an image is to be read.
+/// The format of an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Format {
-    /// By its first bytes. A qcow2 image found this way may have no backing file: a guest can write those bytes.
+    /// qcow2 where the image starts with the magic number of qcow2, otherwise raw. As a guest can write the magic number to
+    /// a raw image, a qcow2 image found this way must not have a backing file.
     #[default]
     Auto,
-    /// The bytes of the disk, one by one.
+    /// The bytes of the file are the bytes of the disk.
     Raw,
-    /// qcow2, with its backing files.
+    /// qcow2, with backing files.
     Qcow2,
 }
 
 /// How an image is opened.
 #[derive(Clone, Debug)]
 pub struct ImageOptions {
-    /// The file or block device.
+    /// Path of the file or block device.
     pub path: PathBuf,
-    /// Its format.
+    /// Format of the image.
     pub format: Format,
-    /// Never write.
+    /// Open the image for reading only; the guest sees a read-only disk.
     pub read_only: bool,
-    /// Past the host's page cache (O_DIRECT).
+    /// Bypass the host's page cache (`O_DIRECT`).
     pub direct: bool,
 }
 
-/// An image cannot be used.
+/// An image cannot be opened.
 #[derive(Debug, Error)]
 pub enum ImageError {
-    /// It cannot be opened.
+    /// The file cannot be opened.
     #[error("cannot open the disk {} for {}{}", .path.display(), if *.read_only { "reading" } else { "reading and writing" }, open_remedy(.source, *.read_only))]
     Open {
-        /// The file.
+        /// Path of the image.
         path: PathBuf,
-        /// It is not to be written.
+        /// The image was opened for reading only.
         read_only: bool,
-        /// The system's error.
+        /// The host's error.
         source: io::Error,
     },
-    /// Neither a file nor a block device.
+    /// The path is neither a file nor a block device.
     #[error("the disk {} is neither a file nor a block device", .0.display())]
     Kind(PathBuf),
-    /// Somebody else has it.
-    #[error("the disk {} is in use by another process{}", .path.display(), if *.read_only { "" } else { "; two writers would destroy it" })]
+    /// Another process has locked the image.
+    #[error("the disk {} is in use by another process{}", .path.display(), if *.read_only { "" } else { "; two writers would corrupt it" })]
     Locked {
-        /// The file.
+        /// Path of the image.
         path: PathBuf,
-        /// Only to be read.
+        /// The image was opened for reading only.
         read_only: bool,
     },
-    /// The size is no multiple of a sector.
-    #[error("the disk {} has {bytes} bytes, which is not a multiple of {SECTOR}: `truncate -s %512 FILE` makes it one", .path.display())]
+    /// The size is not a multiple of the sector size.
+    #[error("the disk {} has {bytes} bytes, which is not a multiple of {SECTOR_BYTES}: `truncate -s %512 FILE` extends it to one", .path.display())]
     Size {
-        /// The file.
+        /// Path of the image.
         path: PathBuf,
-        /// Its size.
+        /// Size of the file in bytes.
         bytes: u64,
     },
-    /// qcow2 says no.
-    #[error("the qcow2 image {} cannot be used{}", .path.display(), if *.automatic { ": if it has a backing file, say format=qcow2" } else { "" })]
+    /// The qcow2 image is damaged or not supported.
+    #[error("the qcow2 image {} cannot be used{}", .path.display(), if *.detected { ": set format=qcow2 if it has a backing file" } else { "" })]
     Qcow2 {
-        /// The file.
+        /// Path of the image.
         path: PathBuf,
-        /// The format was found out.
-        automatic: bool,
-        /// imago's words.
+        /// The format was detected by the magic number.
+        detected: bool,
+        /// The error of imago, which reads the image.
         source: io::Error,
     },
-    /// Something else of the system.
-    #[error("cannot {what} the disk {}", .path.display())]
-    Io {
-        /// What.
-        what: &'static str,
-        /// The file.
+    /// Type or size of the file cannot be read.
+    #[error("cannot get type and size of the disk {}", .path.display())]
+    Stat {
+        /// Path of the image.
         path: PathBuf,
-        /// The system's words.
+        /// The host's error.
         source: io::Error,
     },
 }
 
-/// What to do about a disk that cannot be opened; empty where nothing is known.
+/// Returns advice on a disk that cannot be opened, to append to a message; empty where there is none.
 fn open_remedy(error: &io::Error, read_only: bool) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => " (check the path; `truncate -s 1G FILE` makes an empty disk)",
         io::ErrorKind::PermissionDenied if read_only => " (check its permissions)",
-        io::ErrorKind::PermissionDenied => " (check its permissions; if you may only read it, say readonly=on)",
-        io::ErrorKind::ReadOnlyFilesystem => " (it can only be read: say readonly=on)",
+        io::ErrorKind::PermissionDenied => " (check its permissions; set readonly=on if you can only read it)",
+        io::ErrorKind::ReadOnlyFilesystem => " (it can only be read: set readonly=on)",
         io::ErrorKind::IsADirectory => " (a disk is a file or a block device)",
         _ => "",
     }
 }
 
+/// A qcow2 image. A discard needs exclusive access; other operations share it.
+pub(super) type Qcow2Image = RwLock<FormatAccess<imago::file::File>>;
+
 pub(super) enum Content {
     Raw(File),
-    // Discarding wants it alone; everything else shares it.
-    Qcow2(Box<RwLock<FormatAccess<imago::file::File>>>),
+    Qcow2(Box<Qcow2Image>),
+}
+
+/// An opened image and its size in bytes.
+struct OpenImage {
+    content: Content,
+    bytes: u64,
+}
+
+/// How the format of an image became known.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum FormatSource {
+    /// By its magic number.
+    Detected,
+    /// By the configuration.
+    Configured,
+}
+
+/// Block sizes in bytes.
+#[derive(Clone, Copy)]
+struct BlockSizes {
+    /// The smallest unit of I/O.
+    logical: u32,
+    /// The unit that the host's disk writes without a read-modify-write cycle.
+    physical: u32,
+}
+
+/// Whether the host's page cache is used.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum HostCache {
+    Used,
+    /// `O_DIRECT`.
+    Bypassed,
 }
 
 /// An open image.
 pub struct Image {
     pub(super) content: Content,
-    /// Holds the lock.
+    /// The file that is locked with flock(2).
     lock: File,
     read_only: bool,
     direct: bool,
     bytes: AtomicU64,
-    block_bytes: u32,
-    physical_block_bytes: u32,
+    block_sizes: BlockSizes,
 }
 
 impl Image {
     /// Opens and locks an image.
     ///
     /// # Errors
-    /// [`ImageError`], with its remedy.
+    /// Returns [`ImageError`] where the image cannot be opened, is locked by another process or has an invalid size.
     pub fn open(options: &ImageOptions) -> Result<Self, ImageError> {
         let ImageOptions { path, read_only, .. } = options;
-        let plain = open(path, *read_only, false)?;
-        let kind = plain.metadata().map_err(|source| ImageError::Io { what: "look at", path: path.clone(), source })?;
+        let stat_error = |source| ImageError::Stat { path: path.clone(), source };
+        let host_cache = if options.direct { HostCache::Bypassed } else { HostCache::Used };
+        let file = open_file(options, HostCache::Used)?;
+        let kind = file.metadata().map_err(stat_error)?;
         let is_device = kind.file_type().is_block_device();
         if !is_device && !kind.is_file() {
             return Err(ImageError::Kind(path.clone()));
         }
         let operation =
             if *read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
-        rustix::fs::flock(&plain, operation)
+        rustix::fs::flock(&file, operation)
             .map_err(|_| ImageError::Locked { path: path.clone(), read_only: *read_only })?;
         let mut magic = [0; 4];
-        let is_qcow2 = plain.read_exact_at(&mut magic, 0).is_ok() && magic == QCOW2_MAGIC;
-        let (content, bytes) = match options.format {
-            Format::Qcow2 => open_qcow2(options, false)?,
-            Format::Auto if is_qcow2 => open_qcow2(options, true)?,
+        let is_qcow2 = file.read_exact_at(&mut magic, 0).is_ok() && magic == QCOW2_MAGIC;
+        let OpenImage { content, bytes } = match options.format {
+            Format::Qcow2 => open_qcow2(options, FormatSource::Configured)?,
+            Format::Auto if is_qcow2 => open_qcow2(options, FormatSource::Detected)?,
             Format::Auto | Format::Raw => {
-                let file = open(path, *read_only, options.direct)?;
-                let bytes =
-                    size(&file).map_err(|source| ImageError::Io { what: "measure", path: path.clone(), source })?;
-                (Content::Raw(file), bytes)
+                let file = open_file(options, host_cache)?;
+                let bytes = size(&file).map_err(stat_error)?;
+                OpenImage { content: Content::Raw(file), bytes }
             }
         };
-        if !bytes.is_multiple_of(SECTOR) {
+        if !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(ImageError::Size { path: path.clone(), bytes });
         }
-        let (block_bytes, physical_block_bytes) = block_sizes(&plain, is_device, options.direct);
-        let bytes = AtomicU64::new(bytes);
+        let block_sizes = if is_device { device_block_sizes(&file) } else { file_block_sizes(&file, host_cache) };
         Ok(Self {
             content,
-            lock: plain,
+            lock: file,
             read_only: *read_only,
             direct: options.direct,
-            bytes,
-            block_bytes,
-            physical_block_bytes,
+            bytes: AtomicU64::new(bytes),
+            block_sizes,
         })
     }
 
-    /// Size in bytes, as the guest sees it.
+    /// Returns the size of the disk in bytes, as the guest sees it.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Acquire)
     }
 
-    /// Looks whether the file has grown or shrunk; true if so.
-    pub(super) fn measure(&self) -> bool {
+    /// Reads the size of a raw image again. Returns true if it has changed.
+    pub(super) fn update_size(&self) -> bool {
         let Content::Raw(file) = &self.content else { return false };
         match size(file) {
-            Ok(new) => self.bytes.swap(new & !(SECTOR - 1), Ordering::AcqRel) != new & !(SECTOR - 1),
+            Ok(new) => {
+                let new = new - new % SECTOR_BYTES;
+                self.bytes.swap(new, Ordering::AcqRel) != new
+            }
             Err(error) => {
-                log::warn!("block: cannot measure the disk: {error}");
+                log::warn!("block: cannot read the size of the disk: {error}");
                 false
             }
         }
     }
 
-    /// Whether it may not be written.
+    /// Returns true if the guest cannot write to the disk.
     #[must_use]
     pub fn is_read_only(&self) -> bool {
         self.read_only
     }
 
+    /// Returns true if I/O bypasses the page cache of the host.
     pub(super) fn is_direct(&self) -> bool {
         self.direct
     }
 
-    /// The smallest unit of I/O, in bytes.
+    /// Returns the logical block size in bytes: the smallest unit of I/O.
     pub(super) fn block_bytes(&self) -> u32 {
-        self.block_bytes
+        self.block_sizes.logical
     }
 
-    /// The unit that the host's disk likes.
+    /// Returns the physical block size in bytes: the unit that the host's disk writes best.
     pub(super) fn physical_block_bytes(&self) -> u32 {
-        self.physical_block_bytes
+        self.block_sizes.physical
     }
 }
 
@@ -217,18 +252,19 @@ impl Drop for Image {
             && let Ok(image) = image.read()
             && let Err(error) = image.sync()
         {
-            log::error!("block: the qcow2 image could not be written out: {error}");
+            log::error!("block: cannot write the metadata of the qcow2 image: {error}");
         }
         if let Err(error) = rustix::fs::flock(&self.lock, FlockOperation::Unlock) {
-            log::debug!("block: unlock: {error}");
+            log::debug!("block: cannot unlock the image: {error}");
         }
     }
 }
 
-fn open(path: &Path, read_only: bool, direct: bool) -> Result<File, ImageError> {
-    // Not waiting: a FIFO would.
+fn open_file(options: &ImageOptions, host_cache: HostCache) -> Result<File, ImageError> {
+    let ImageOptions { path, read_only, .. } = options;
+    // NONBLOCK, as the open of a FIFO would block.
     let mut flags = OFlags::NONBLOCK | OFlags::CLOEXEC;
-    if direct {
+    if host_cache == HostCache::Bypassed {
         flags |= OFlags::DIRECT;
     }
     File::options()
@@ -236,41 +272,46 @@ fn open(path: &Path, read_only: bool, direct: bool) -> Result<File, ImageError> 
         .write(!read_only)
         .custom_flags(i32::try_from(flags.bits()).unwrap_or(0))
         .open(path)
-        .map_err(|source| ImageError::Open { path: path.to_owned(), read_only, source })
+        .map_err(|source| ImageError::Open { path: path.clone(), read_only: *read_only, source })
 }
 
-fn open_qcow2(options: &ImageOptions, automatic: bool) -> Result<(Content, u64), ImageError> {
-    let bad = |source| ImageError::Qcow2 { path: options.path.clone(), automatic, source };
+fn open_qcow2(options: &ImageOptions, format: FormatSource) -> Result<OpenImage, ImageError> {
+    let detected = format == FormatSource::Detected;
+    let bad = |source| ImageError::Qcow2 { path: options.path.clone(), detected, source };
     let storage = StorageOpenOptions::new().filename(&options.path).write(!options.read_only).direct(options.direct);
     let storage = imago::file::File::open(storage).map_err(bad)?;
     let builder = Qcow2::<imago::file::File>::builder(storage).write(!options.read_only);
-    let image = if automatic {
+    let image = if detected {
         builder.open(DenyImplicitOpenGate::default()).map_err(bad)?
     } else {
         builder.open(PermissiveImplicitOpenGate::default()).map_err(bad)?
     };
     let access = FormatAccess::new(image);
     let bytes = access.size();
-    Ok((Content::Qcow2(Box::new(RwLock::new(access))), bytes))
+    Ok(OpenImage { content: Content::Qcow2(Box::new(RwLock::new(access))), bytes })
 }
 
-/// A file's size, or a block device's.
+/// Returns the size in bytes of a file or a block device.
 fn size(file: &File) -> io::Result<u64> {
     rustix::fs::seek(file.as_fd(), rustix::fs::SeekFrom::End(0)).map_err(Into::into)
 }
 
-/// Logical and physical block size: a block device says; a file has its file system's.
-fn block_sizes(file: &File, is_device: bool, direct: bool) -> (u32, u32) {
+/// Returns the block sizes of a block device.
+fn device_block_sizes(file: &File) -> BlockSizes {
+    let logical = rustix::fs::ioctl_blksszget(file).unwrap_or(512);
+    let physical = rustix::fs::ioctl_blkpbszget(file).unwrap_or(logical);
+    BlockSizes { logical, physical }
+}
+
+/// Returns the block sizes of a file. Where the page cache is bypassed, the logical block size is the alignment that the file
+/// system needs.
+fn file_block_sizes(file: &File, host_cache: HostCache) -> BlockSizes {
     let page = 4096;
-    if is_device {
-        let logical = rustix::fs::ioctl_blksszget(file).unwrap_or(512);
-        let physical = rustix::fs::ioctl_blkpbszget(file).unwrap_or(logical);
-        return (logical, physical);
-    }
-    // Past the page cache, a file takes what its file system's device takes.
     let alignment = rustix::fs::statx(file, "", rustix::fs::AtFlags::EMPTY_PATH, rustix::fs::StatxFlags::DIOALIGN)
         .ok()
-        .filter(|stat| direct && stat.stx_mask & rustix::fs::StatxFlags::DIOALIGN.bits() != 0)
+        .filter(|stat| {
+            host_cache == HostCache::Bypassed && stat.stx_mask & rustix::fs::StatxFlags::DIOALIGN.bits() != 0
+        })
         .map_or(512, |stat| stat.stx_dio_offset_align);
-    (alignment.clamp(512, page), page)
+    BlockSizes { logical: alignment.clamp(512, page), physical: page }
 }

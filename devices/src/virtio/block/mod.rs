@@ -2,6 +2,7 @@
 
 mod engine;
 mod image;
+mod options;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -9,14 +10,17 @@ mod uring;
 mod worker;
 
 pub use image::{Format, Image, ImageError, ImageOptions};
+pub use options::{BlockOptions, IoEngine, WhenFull};
 
-use super::{ActivateError, Activation, DeviceKind, VirtioDevice, Worker, read_config_bytes};
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::worker::Worker;
 use engine::Engine;
-use request::SECTOR_BYTES;
+use options::Durability;
+use request::{ID_BYTES, MAX_ERASE_SECTORS, SECTOR_BYTES};
 use std::sync::Arc;
 use worker::QueueWorker;
 
-/// VIRTIO_BLK_F_SEG_MAX.
+// Feature bits (virtio 1.3 §5.2.3).
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
@@ -26,52 +30,26 @@ const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
-/// Entries of a queue.
+/// Maximum size of a queue, in descriptors.
 const QUEUE_SIZE: u16 = 512;
-/// Data segments of a request: the queue's entries less header and status. 1 MiB in single pages fits into one request.
+/// `seg_max`: data buffers of a request, which are the descriptors of a queue less header and status. A request of 1 MiB in
+/// single pages fits.
 const SEG_MAX: u32 = 510;
-/// The most sectors of one discard or write-zeroes: 2 GiB.
-const MAX_ERASE_SECTORS: u32 = 1 << 22;
-/// Bytes of the serial number (§5.2.6.1).
-const ID_BYTES: usize = 20;
 
-/// What to do when the host's disk is full.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum WhenFull {
-    /// The guest gets an I/O error.
-    #[default]
-    Report,
-    /// The request waits until there is room.
-    Stop,
-}
-
-/// How the device is made.
-#[derive(Clone, Debug)]
-pub struct BlockOptions {
-    /// Queues, 1 to 64.
-    pub queues: u16,
-    /// The serial number: the first 20 bytes count.
-    pub serial: String,
-    /// When the host's disk is full.
-    pub when_full: WhenFull,
-    /// No io_uring, even where the host has it.
-    pub plain_io: bool,
-}
-
-/// The device.
+/// The block device.
 pub struct Block {
     image: Arc<Image>,
     options: BlockOptions,
 }
 
 impl Block {
-    /// A device over `image`.
+    /// Makes a device for `image`.
     #[must_use]
     pub fn new(image: Image, options: BlockOptions) -> Self {
         Self { image: Arc::new(image), options }
     }
 
-    /// struct virtio_blk_config (§5.2.4).
+    /// Returns struct virtio_blk_config (virtio 1.3 §5.2.4), up to `write_zeroes_may_unmap`.
     fn config(&self) -> [u8; 60] {
         let mut config = [0; 60];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
@@ -125,15 +103,16 @@ impl VirtioDevice for Block {
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
         let mut workers: Vec<Worker> = Vec::new();
-        let flushes = activation.has(F_FLUSH);
+        // A driver without FLUSH expects each write to be durable when it completes (virtio 1.3 §5.2.6.2).
+        let durability = if activation.has_feature(F_FLUSH) { Durability::OnFlush } else { Durability::EachWrite };
         for index in 0..self.options.queues {
-            // Drivers with fewer processors than queues leave the last ones alone.
-            let Ok(queue) = activation.queue(index) else { continue };
-            let engine = Engine::new(&self.image, !flushes, self.options.plain_io);
-            let watch_size = (index == 0).then(|| Arc::clone(&activation.signals));
+            // A driver with fewer vCPUs than queues does not enable the last queues.
+            let Ok(queue) = activation.take_queue(index) else { continue };
+            let engine = Engine::new(&self.image, durability, self.options.io_engine);
+            let size_watch = (index == 0).then(|| Arc::clone(&activation.interrupt));
             let worker =
-                QueueWorker::new(queue, Arc::clone(&self.image), engine, self.id(), self.options.when_full, watch_size);
-            workers.push(Box::new(worker.map_err(|error| ActivateError::Io("make a timer", error))?));
+                QueueWorker::new(queue, Arc::clone(&self.image), engine, self.id(), self.options.when_full, size_watch);
+            workers.push(Box::new(worker.map_err(ActivateError::io("create a timer"))?));
         }
         Ok(workers)
     }

@@ -1,8 +1,9 @@
-//! The block device, driven rightly and wrongly, by io_uring (where the host has it) and by plain system calls.
+//! The block device, with valid and invalid requests, by io_uring (where the host has it) and by system calls.
 #![allow(clippy::cast_possible_truncation, reason = "numbers of tests are small")]
 
-use super::{Block, BlockOptions, Format, Image, ImageError, ImageOptions, WhenFull};
-use crate::virtio::mock::{Driver, MEMORY_BYTES, NEXT, WRITE};
+use super::{Block, BlockOptions, Format, Image, ImageError, ImageOptions, IoEngine, WhenFull};
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::mock::{Descriptor, Driver, MEMORY_BYTES, NEXT, Used, WRITE};
 use proptest::prelude::*;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -18,13 +19,13 @@ fn options(path: &Path) -> ImageOptions {
     ImageOptions { path: path.to_owned(), format: Format::Auto, read_only: false, direct: false }
 }
 
-fn device(image: Image, queues: u16) -> Box<Block> {
-    with_io(image, queues, false)
+fn device(image: Image, queues: u16) -> Box<dyn VirtioDevice> {
+    with_engine(image, queues, IoEngine::Async)
 }
 
-fn with_io(image: Image, queues: u16, plain_io: bool) -> Box<Block> {
+fn with_engine(image: Image, queues: u16, io_engine: IoEngine) -> Box<dyn VirtioDevice> {
     let serial = "a-serial-number-of-more-than-20".into();
-    Box::new(Block::new(image, BlockOptions { queues, serial, when_full: WhenFull::Report, plain_io }))
+    Box::new(Block::new(image, BlockOptions { queues, serial, when_full: WhenFull::Report, io_engine }))
 }
 
 fn raw() -> (TempDir, Driver) {
@@ -42,13 +43,13 @@ fn header(kind: u32, sector: u64) -> Vec<u8> {
     bytes
 }
 
-/// A request; its status and what it wrote.
-fn ask(driver: &mut Driver, header: &[u8], data: &[u8], room: u32) -> (u8, Vec<u8>) {
+/// Makes a request and returns its status and the bytes that the device wrote.
+fn request(driver: &mut Driver, header: &[u8], data: &[u8], room: u32) -> (u8, Vec<u8>) {
     let readable: Vec<&[u8]> = if data.is_empty() { vec![header] } else { vec![header, data] };
     let writable: Vec<u32> = if room == 0 { vec![1] } else { vec![room, 1] };
     let submitted = driver.submit(0, &readable, &writable);
-    let (id, len) = driver.wait_used(0);
-    assert_eq!(id, u32::from(submitted.head));
+    let Used { head, len } = driver.wait_used(0);
+    assert_eq!(head, u32::from(submitted.head));
     // The status is the last byte, wherever `len` ends.
     let mut all = driver.contents(&submitted, u32::MAX);
     let status = all.pop().expect("a status");
@@ -57,11 +58,11 @@ fn ask(driver: &mut Driver, header: &[u8], data: &[u8], room: u32) -> (u8, Vec<u
 }
 
 fn write(driver: &mut Driver, sector: u64, data: &[u8]) -> u8 {
-    ask(driver, &header(1, sector), data, 0).0
+    request(driver, &header(1, sector), data, 0).0
 }
 
 fn read(driver: &mut Driver, sector: u64, bytes: u32) -> (u8, Vec<u8>) {
-    ask(driver, &header(0, sector), &[], bytes)
+    request(driver, &header(0, sector), &[], bytes)
 }
 
 #[test]
@@ -70,38 +71,38 @@ fn what_is_written_is_read_and_flushed_to_the_file() {
     let data: Vec<u8> = (0..8192_u32).map(|at| (at % 251) as u8).collect();
     assert_eq!(write(&mut driver, 7, &data), OK);
     assert_eq!(read(&mut driver, 7, 8192), (OK, data.clone()));
-    assert_eq!(ask(&mut driver, &header(4, 0), &[], 0).0, OK);
+    assert_eq!(request(&mut driver, &header(4, 0), &[], 0).0, OK);
     let mut seen = vec![0; data.len()];
     File::open(folder.path().join("disk")).expect("there").read_exact_at(&mut seen, 7 * 512).expect("long enough");
     assert_eq!(seen, data);
-    let (status, id) = ask(&mut driver, &header(8, 0), &[], 20);
+    let (status, id) = request(&mut driver, &header(8, 0), &[], 20);
     assert_eq!((status, id.as_slice()), (OK, &b"a-serial-number-of-m"[..]));
 }
 
 #[test]
-fn plain_system_calls_do_the_same() {
+fn system_calls_do_the_same() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("disk");
     File::create(&path).expect("a file").set_len(DISK_BYTES).expect("sparse");
-    // Without FLUSH agreed on, each write is durable by itself.
+    // Without FLUSH negotiated, each write is durable when it completes.
     for features in [u64::MAX, !(1 << 9)] {
-        let mut driver = Driver::new(with_io(Image::open(&options(&path)).expect("an image"), 1, true));
+        let mut driver = Driver::new(with_engine(Image::open(&options(&path)).expect("an image"), 1, IoEngine::Sync));
         driver.start(features);
         assert_eq!(write(&mut driver, 3, &[features as u8 | 1; 5120]), OK);
-        assert_eq!(ask(&mut driver, &header(4, 0), &[], 0).0, OK);
+        assert_eq!(request(&mut driver, &header(4, 0), &[], 0).0, OK);
         assert_eq!(read(&mut driver, 3, 5120), (OK, vec![features as u8 | 1; 5120]));
     }
 }
 
 #[test]
-fn the_configuration_tells_size_and_queues() {
+fn the_configuration_has_size_and_queues() {
     let (_folder, driver) = raw();
     let mut config = [0; 60];
     driver.read_bytes(0x100, &mut config);
     assert_eq!(u64::from_le_bytes(config[..8].try_into().expect("8")), DISK_BYTES / 512);
     assert_eq!(u32::from_le_bytes(config[20..24].try_into().expect("4")), 512);
     assert_eq!(u16::from_le_bytes(config[34..36].try_into().expect("2")), 1);
-    // Read-only, and nothing behind its end.
+    // The configuration is read-only, and zeros follow it.
     driver.write_bytes(0x100, &[0xff; 8]);
     let mut again = [0; 100];
     driver.read_bytes(0x100, &mut again);
@@ -110,28 +111,28 @@ fn the_configuration_tells_size_and_queues() {
 }
 
 #[test]
-fn what_does_not_fit_the_disk_is_an_error_and_harms_nothing() {
+fn requests_beyond_the_disk_fail_and_change_nothing() {
     let (_folder, mut driver) = raw();
     let last = DISK_BYTES / 512 - 1;
     assert_eq!(write(&mut driver, last, &[1; 512]), OK);
     assert_eq!(write(&mut driver, last, &[1; 1024]), IOERR);
-    assert_eq!(write(&mut driver, last, &[1; 100]), IOERR, "no whole sector");
+    assert_eq!(write(&mut driver, last, &[1; 100]), IOERR, "not a whole sector");
     for sector in [last + 1, u64::MAX, u64::MAX / 512, 1 << 55] {
         assert_eq!(write(&mut driver, sector, &[1; 512]), IOERR, "{sector:#x}");
         assert_eq!(read(&mut driver, sector, 512).0, IOERR, "{sector:#x}");
     }
-    assert_eq!(ask(&mut driver, &header(99, 0), &[], 0).0, UNSUPPORTED);
-    assert_eq!(ask(&mut driver, &[0; 9], &[], 0).0, IOERR, "a short header");
+    assert_eq!(request(&mut driver, &header(99, 0), &[], 0).0, UNSUPPORTED);
+    assert_eq!(request(&mut driver, &[0; 9], &[], 0).0, IOERR, "a short header");
     assert_eq!(read(&mut driver, last, 512), (OK, vec![1; 512]));
 }
 
 #[test]
-fn a_request_without_a_place_for_its_status_is_given_back() {
+fn a_request_without_a_status_byte_is_completed() {
     let (_folder, mut driver) = raw();
     let submitted = driver.submit(0, &[&header(4, 0)], &[]);
-    assert_eq!(driver.wait_used(0), (u32::from(submitted.head), 0));
+    assert_eq!(driver.wait_used(0), Used { head: u32::from(submitted.head), len: 0 });
     let submitted = driver.submit(0, &[&header(4, 0)], &[0]);
-    assert_eq!(driver.wait_used(0), (u32::from(submitted.head), 0));
+    assert_eq!(driver.wait_used(0), Used { head: u32::from(submitted.head), len: 0 });
     assert_eq!(write(&mut driver, 0, &[1; 512]), OK);
 }
 
@@ -145,9 +146,9 @@ fn discarded_and_zeroed_sectors_read_as_zeroes() {
         bytes
     };
     assert_eq!(write(&mut driver, 0, &[7; 16384]), OK);
-    assert_eq!(ask(&mut driver, &header(11, 0), &segment(0, 8, 0), 0).0, OK);
-    assert_eq!(ask(&mut driver, &header(13, 0), &segment(8, 8, 1), 0).0, OK);
-    assert_eq!(ask(&mut driver, &header(13, 0), &segment(16, 3, 0), 0).0, OK);
+    assert_eq!(request(&mut driver, &header(11, 0), &segment(0, 8, 0), 0).0, OK);
+    assert_eq!(request(&mut driver, &header(13, 0), &segment(8, 8, 1), 0).0, OK);
+    assert_eq!(request(&mut driver, &header(13, 0), &segment(16, 3, 0), 0).0, OK);
     let (status, data) = read(&mut driver, 0, 16384);
     assert_eq!(status, OK);
     assert!(data[..19 * 512].iter().all(|byte| *byte == 0) && data[19 * 512..].iter().all(|byte| *byte == 7));
@@ -160,7 +161,7 @@ fn discarded_and_zeroed_sectors_read_as_zeroes() {
         (13, vec![0; 15], UNSUPPORTED),
         (13, vec![0; 32], UNSUPPORTED),
     ] {
-        assert_eq!(ask(&mut driver, &header(kind, 0), &segment, 0).0, wanted, "{kind} {segment:?}");
+        assert_eq!(request(&mut driver, &header(kind, 0), &segment, 0).0, wanted, "{kind} {segment:?}");
     }
 }
 
@@ -173,7 +174,7 @@ fn a_read_only_disk_is_not_written() {
     let mut driver = Driver::running(device(image, 1));
     assert_ne!(driver.device_features() & (1 << 5), 0);
     assert_eq!(write(&mut driver, 0, &[1; 512]), IOERR);
-    assert_eq!(ask(&mut driver, &header(11, 0), &[0; 16], 0).0, IOERR);
+    assert_eq!(request(&mut driver, &header(11, 0), &[0; 16], 0).0, IOERR);
     assert_eq!(read(&mut driver, 0, 512), (OK, vec![5; 512]));
 }
 
@@ -222,7 +223,7 @@ fn a_disk_that_grows_is_seen() {
     file.set_len(DISK_BYTES * 2).expect("grown");
     let start = std::time::Instant::now();
     while driver.read(0xfc) == generation {
-        assert!(start.elapsed().as_secs() < 10, "not seen");
+        assert!(start.elapsed().as_secs() < 10, "the new size was not noticed");
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
     assert_eq!(u64::from(driver.read(0x100)), DISK_BYTES * 2 / 512);
@@ -275,14 +276,14 @@ fn qcow2(folder: &TempDir) -> Option<std::path::PathBuf> {
 }
 
 #[test]
-fn qcow2_is_found_out_and_raw_when_told_so() {
+fn qcow2_is_detected_unless_the_format_is_raw() {
     let folder = tempfile::tempdir().expect("a folder");
-    // No qemu-img, no image to try: scripts/test installs it.
+    // scripts/test installs qemu-img; without it there is no image to test.
     let Some(path) = qcow2(&folder) else { return };
     let mut driver = Driver::running(device(Image::open(&options(&path)).expect("qcow2"), 1));
     assert_eq!(u64::from(driver.read(0x100)), DISK_BYTES / 512);
     assert_eq!(write(&mut driver, 100, &[3; 4096]), OK);
-    assert_eq!(ask(&mut driver, &header(4, 0), &[], 0).0, OK);
+    assert_eq!(request(&mut driver, &header(4, 0), &[], 0).0, OK);
     assert_eq!(read(&mut driver, 100, 4096), (OK, vec![3; 4096]));
     drop(driver);
     let again = Image::open(&options(&path)).expect("closed cleanly");
@@ -292,7 +293,7 @@ fn qcow2_is_found_out_and_raw_when_told_so() {
 }
 
 #[test]
-fn a_backing_file_is_followed_only_when_asked_for() {
+fn a_backing_file_is_opened_only_with_an_explicit_format() {
     let folder = tempfile::tempdir().expect("a folder");
     let Some(base) = qcow2(&folder) else { return };
     let path = folder.path().join("top.qcow2");
@@ -332,13 +333,14 @@ proptest! {
             vm_memory::Bytes::write_slice(&*driver.memory, &header(kind, sector), vm_memory::GuestAddress(at)).unwrap();
             let first = slot * 8;
             let more = |index: usize| if index < parts.len() { NEXT } else { 0 };
-            driver.put_descriptor(0, first, at, 16, more(0), first + 1);
+            driver.put_descriptor(0, first, Descriptor { gpa: at, len: 16, flags: more(0), next: first + 1 });
             for (index, (len, writable)) in parts.iter().enumerate() {
                 let gpa = (u64::from(*len) * 977) % (MEMORY_BYTES - 0x1_0000);
                 let flags = more(index + 1) | if *writable { WRITE } else { 0 };
-                // Above the rings, or the driver would fool itself.
+                // Above the rings, so that the device does not overwrite them.
                 let next = first + 2 + index as u16;
-                driver.put_descriptor(0, next - 1, gpa.max(0x20_0000), u32::from(*len), flags, next);
+                let (gpa, len) = (gpa.max(0x20_0000), u32::from(*len));
+                driver.put_descriptor(0, next - 1, Descriptor { gpa, len, flags, next });
             }
             driver.make_available(0, first);
         }

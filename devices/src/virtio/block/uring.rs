@@ -1,81 +1,90 @@
-//! io_uring for one queue of a raw disk.
+//! The io_uring of one queue of a block device with a raw image.
 
-use crate::memory::Held;
-use io_uring::{IoUring, opcode, squeue, types};
+use super::options::Durability;
+use crate::memory::OwnedBuffers;
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Operations in flight at once.
+/// The most operations in flight.
 const ENTRIES: u32 = 256;
 
 #[derive(Clone, Copy)]
-enum Kind {
+enum OperationKind {
     Read,
     Write,
     Flush,
 }
 
 struct InFlight {
-    kind: Kind,
+    kind: OperationKind,
+    /// Offset in the file, in bytes.
     at: u64,
-    data: Held,
-    /// What the kernel reads while it works; boxed, so that it stays where it is.
+    data: OwnedBuffers,
+    /// Read by the kernel while the operation is in flight; boxed, so that its address does not change.
     iovecs: Box<[libc::iovec]>,
     token: usize,
 }
 
-// SAFETY: the raw pointers are the addresses of guest memory that `data` keeps mapped; only the kernel follows them.
+// SAFETY: the raw pointers are addresses of guest memory that `data` keeps mapped; only the kernel dereferences them.
 unsafe impl Send for InFlight {}
 
-/// A ring, and what is in flight on it.
+/// The end of an operation.
+pub(super) struct Completion {
+    /// The token that the operation was started with.
+    pub(super) token: usize,
+    pub(super) result: io::Result<()>,
+}
+
+/// An io_uring with its operations in flight.
 pub(super) struct Ring {
     ring: IoUring,
     file: File,
     event: EventFd,
     slots: Vec<Option<InFlight>>,
     free: Vec<usize>,
-    write_through: bool,
+    durability: Durability,
 }
 
 impl Ring {
-    /// A ring for `file`.
+    /// Makes an io_uring for `file`.
     ///
     /// # Errors
-    /// Where the host has no io_uring, or does not let us.
-    pub(super) fn new(file: File, write_through: bool) -> io::Result<Self> {
+    /// Returns an error where the host has no io_uring or does not permit it.
+    pub(super) fn new(file: File, durability: Durability) -> io::Result<Self> {
         let ring = IoUring::new(ENTRIES)?;
         let event = EventFd::new(EFD_NONBLOCK)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
         let count = ENTRIES as usize;
         let slots = (0..count).map(|_| None).collect();
-        Ok(Self { ring, file, event, slots, free: (0..count).collect(), write_through })
+        Ok(Self { ring, file, event, slots, free: (0..count).collect(), durability })
     }
 
-    /// Readable when something is done.
+    /// Returns the eventfd that is readable when operations have completed.
     pub(super) fn event(&self) -> &EventFd {
         &self.event
     }
 
-    /// Whether anything is in flight.
+    /// Returns true if no operation is in flight.
     pub(super) fn is_idle(&self) -> bool {
         self.free.len() == self.slots.len()
     }
 
-    pub(super) fn read(&mut self, at: u64, data: Held, token: usize) -> Result<(), Held> {
-        self.start(Kind::Read, at, data, token)
+    pub(super) fn read(&mut self, at: u64, data: OwnedBuffers, token: usize) -> Result<(), OwnedBuffers> {
+        self.start(OperationKind::Read, at, data, token)
     }
 
-    pub(super) fn write(&mut self, at: u64, data: Held, token: usize) -> Result<(), Held> {
-        self.start(Kind::Write, at, data, token)
+    pub(super) fn write(&mut self, at: u64, data: OwnedBuffers, token: usize) -> Result<(), OwnedBuffers> {
+        self.start(OperationKind::Write, at, data, token)
     }
 
-    pub(super) fn flush(&mut self, data: Held, token: usize) -> Result<(), Held> {
-        self.start(Kind::Flush, 0, data, token)
+    pub(super) fn flush(&mut self, data: OwnedBuffers, token: usize) -> Result<(), OwnedBuffers> {
+        self.start(OperationKind::Flush, 0, data, token)
     }
 
-    fn start(&mut self, kind: Kind, at: u64, data: Held, token: usize) -> Result<(), Held> {
+    fn start(&mut self, kind: OperationKind, at: u64, data: OwnedBuffers, token: usize) -> Result<(), OwnedBuffers> {
         let Some(slot) = self.free.pop() else { return Err(data) };
         let iovecs = data.iovecs().into_boxed_slice();
         let (entry, flight) = self.entry(slot, InFlight { kind, at, data, iovecs, token });
@@ -91,12 +100,12 @@ impl Ring {
         let fd = types::Fd(self.file.as_raw_fd());
         let len = u32::try_from(flight.iovecs.len().min(1024)).unwrap_or(1);
         let entry = match flight.kind {
-            Kind::Read => opcode::Readv::new(fd, flight.iovecs.as_ptr(), len).offset(flight.at).build(),
-            Kind::Write => {
-                let flags = if self.write_through { libc::RWF_DSYNC } else { 0 };
+            OperationKind::Read => opcode::Readv::new(fd, flight.iovecs.as_ptr(), len).offset(flight.at).build(),
+            OperationKind::Write => {
+                let flags = if self.durability == Durability::EachWrite { libc::RWF_DSYNC } else { 0 };
                 opcode::Writev::new(fd, flight.iovecs.as_ptr(), len).offset(flight.at).rw_flags(flags).build()
             }
-            Kind::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            OperationKind::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
         };
         (entry.user_data(slot as u64), flight)
     }
@@ -112,26 +121,25 @@ impl Ring {
         unsafe { self.ring.submission().push(entry) }.map_err(|_| io::ErrorKind::WouldBlock.into())
     }
 
-    /// Hands everything that was started to the kernel.
+    /// Submits all operations that were started to the kernel.
     pub(super) fn submit(&mut self) {
         if let Err(error) = self.ring.submit() {
-            log::error!("block: io_uring_enter: {error}");
+            log::error!("block: cannot submit I/O (io_uring_enter): {error}");
         }
     }
 
-    /// What is done: tokens and results. What was done in part is started again.
-    pub(super) fn reap(&mut self) -> Vec<(usize, io::Result<()>)> {
+    /// Returns the operations that have completed. Those that completed in part are started again for the rest.
+    pub(super) fn reap(&mut self) -> Vec<Completion> {
         let _ = self.event.read();
         let mut done = Vec::new();
-        let completions: Vec<(u64, i32)> =
-            self.ring.completion().map(|entry| (entry.user_data(), entry.result())).collect();
-        for (slot, result) in completions {
-            let Ok(slot) = usize::try_from(slot) else { continue };
+        let entries: Vec<cqueue::Entry> = self.ring.completion().collect();
+        for entry in entries {
+            let Ok(slot) = usize::try_from(entry.user_data()) else { continue };
             let Some(mut flight) = self.slots.get_mut(slot).and_then(Option::take) else { continue };
-            match progress(&mut flight, result) {
+            match progress(&mut flight, entry.result()) {
                 Some(result) => {
                     self.free.push(slot);
-                    done.push((flight.token, result));
+                    done.push(Completion { token: flight.token, result });
                 }
                 None => {
                     flight.iovecs = flight.data.iovecs().into_boxed_slice();
@@ -141,7 +149,7 @@ impl Ring {
                     if let Err(error) = self.push(&entry) {
                         self.slots[slot] = None;
                         self.free.push(slot);
-                        done.push((token, Err(error)));
+                        done.push(Completion { token, result: Err(error) });
                     }
                 }
             }
@@ -153,7 +161,7 @@ impl Ring {
     }
 }
 
-/// The end of an operation, or none where there is more to do.
+/// Returns the result of an operation, or `None` where a part of it is left.
 fn progress(flight: &mut InFlight, result: i32) -> Option<io::Result<()>> {
     let Ok(bytes) = usize::try_from(result) else {
         return match -result {
@@ -162,8 +170,8 @@ fn progress(flight: &mut InFlight, result: i32) -> Option<io::Result<()>> {
         };
     };
     match flight.kind {
-        Kind::Flush => Some(Ok(())),
-        Kind::Read | Kind::Write => {
+        OperationKind::Flush => Some(Ok(())),
+        OperationKind::Read | OperationKind::Write => {
             let left = flight.data.with(|data| {
                 data.skip(bytes);
                 data.len()
@@ -171,7 +179,7 @@ fn progress(flight: &mut InFlight, result: i32) -> Option<io::Result<()>> {
             flight.at += bytes as u64;
             match (left, bytes) {
                 (0, _) => Some(Ok(())),
-                // The file ends here, or takes no more.
+                // The file ends here, or does not grow.
                 (_, 0) => Some(Err(io::ErrorKind::UnexpectedEof.into())),
                 _ => None,
             }
@@ -181,13 +189,13 @@ fn progress(flight: &mut InFlight, result: i32) -> Option<io::Result<()>> {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        // The kernel may still write to guest memory: wait until it does not.
+        // The kernel accesses guest memory until all operations have completed.
         while !self.is_idle() {
             if let Err(error) = self.ring.submit_and_wait(1)
                 && error.kind() != io::ErrorKind::Interrupted
             {
-                log::error!("block: waiting for I/O in flight: {error}");
-                // Rather leak than free what the kernel still uses.
+                log::error!("block: cannot wait for the operations in flight: {error}");
+                // Leaked, as the kernel still uses the memory.
                 std::mem::forget(std::mem::take(&mut self.slots));
                 return;
             }

@@ -1,34 +1,45 @@
-//! One queue of a disk at work.
+//! The worker of one queue of a block device.
 
 use super::engine::{Engine, Started};
 use super::image::Image;
-use super::request::{Limits, Operation, Refused, Request, Status, parse};
-use super::{ID_BYTES, MAX_ERASE_SECTORS, WhenFull};
-use crate::memory::{Buffers, Held};
+use super::options::WhenFull;
+use super::request::{ID_BYTES, InvalidRequest, Limits, Operation, Request, Status, parse};
+use super::uring::Completion;
+use crate::memory::{Buffers, Memory, OwnedBuffers};
+use crate::virtio::interrupt::DeviceInterrupt;
+use crate::virtio::queue::{Chain, Virtqueue};
 use crate::virtio::worker::watch;
-use crate::virtio::{Chain, Signals, Virtqueue};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use vmm_sys_util::timerfd::TimerFd;
 
-/// How often the disk's size is looked at, and a full host disk tried again.
+/// How often the size of the image is read again, and requests that wait for space are tried again.
 const TICK: Duration = Duration::from_secs(4);
 
+// Data of the events.
 const KICK: u32 = 0;
-const DONE: u32 = 1;
+const COMPLETION: u32 = 1;
 const TIMER: u32 = 2;
 
-/// A request that is not answered yet.
-struct Open {
+/// A request that has not completed.
+struct PendingRequest {
     head: u16,
     operation: Operation,
-    /// All of its data, for trying again.
-    data: Held,
-    /// Bytes that the device will have written, the status with them.
+    /// All of its data, so that it can be started again.
+    data: OwnedBuffers,
+    /// Bytes that the device will have written to the chain, the status included.
     written: u32,
-    status: Held,
+    status: OwnedBuffers,
+}
+
+/// Whether a request could be started.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Start {
+    Started,
+    /// The io_uring has no entry left.
+    RingFull,
 }
 
 pub(super) struct QueueWorker {
@@ -37,40 +48,52 @@ pub(super) struct QueueWorker {
     engine: Engine,
     id: [u8; ID_BYTES],
     when_full: WhenFull,
-    open: Vec<Option<Open>>,
-    free: Vec<usize>,
-    /// Requests that wait for room on the host's disk.
-    waiting: Vec<usize>,
-    /// The queue was left with chains in it, for want of room on the ring.
+    /// The pending requests by token.
+    pending: Vec<Option<PendingRequest>>,
+    free_tokens: Vec<usize>,
+    /// Tokens of the requests that wait for space on the host's file system.
+    waiting_for_space: Vec<usize>,
+    /// Available chains were left in the queue, as the io_uring was full.
     stalled: bool,
-    watch_size: Option<Arc<Signals>>,
+    /// Set for the queue that watches the size of the image: notifies the driver of a change.
+    size_watch: Option<Arc<DeviceInterrupt>>,
     timer: TimerFd,
 }
 
 impl QueueWorker {
     /// # Errors
-    /// Where no timer is to be had.
+    /// Returns the error of timerfd_create(2).
     pub(super) fn new(
         queue: Virtqueue,
         image: Arc<Image>,
         engine: Engine,
         id: [u8; ID_BYTES],
         when_full: WhenFull,
-        watch_size: Option<Arc<Signals>>,
+        size_watch: Option<Arc<DeviceInterrupt>>,
     ) -> io::Result<Self> {
         let mut timer = TimerFd::new()?;
-        if watch_size.is_some() {
+        if size_watch.is_some() {
             timer.reset(TICK, Some(TICK))?;
         }
-        let (open, free, waiting) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Self { queue, image, engine, id, when_full, open, free, waiting, stalled: false, watch_size, timer })
+        Ok(Self {
+            queue,
+            image,
+            engine,
+            id,
+            when_full,
+            pending: Vec::new(),
+            free_tokens: Vec::new(),
+            waiting_for_space: Vec::new(),
+            stalled: false,
+            size_watch,
+            timer,
+        })
     }
 
     fn limits(&self) -> Limits {
         Limits {
             bytes: self.image.bytes(),
             read_only: self.image.is_read_only(),
-            max_erase_sectors: MAX_ERASE_SECTORS,
             block_bytes: u64::from(self.image.block_bytes()),
         }
     }
@@ -81,7 +104,7 @@ impl QueueWorker {
         loop {
             self.queue.disable_notification();
             while let Some(mut chain) = self.queue.pop(&memory) {
-                if !self.take(&mut chain, &memory) {
+                if self.handle(&mut chain, &memory) == Start::RingFull {
                     self.queue.undo_pop();
                     self.stalled = true;
                     break;
@@ -90,137 +113,137 @@ impl QueueWorker {
             if let Some(ring) = self.engine.ring() {
                 ring.submit();
             }
-            // What the host had at hand is done by now: no need to wait for its event.
+            // Requests that the host could serve from its page cache have completed by now.
             self.reap();
             if !self.stalled && self.queue.wait_for_batch() {
                 continue;
             }
             self.queue.notify();
-            // With requests at the host, what those bring must not wait.
+            // Polling would delay the completions of requests in flight.
             let idle = self.engine.ring().is_none_or(|ring| ring.is_idle());
             if !self.stalled && idle && self.queue.busy_poll() {
                 continue;
             }
-            // Stalled: the next completion looks again; the driver need not kick.
+            // Where the queue is stalled, the next completion continues; no kick is needed.
             if self.stalled || !self.queue.enable_notification() {
                 return;
             }
         }
     }
 
-    /// Starts what a chain asks for. False where there is no room for it now.
-    fn take(&mut self, chain: &mut Chain<'_>, memory: &crate::memory::Memory) -> bool {
+    /// Starts the request of a chain, or completes it where it is invalid.
+    fn handle(&mut self, chain: &mut Chain<'_>, memory: &Memory) -> Start {
         let head = chain.head;
         match parse(chain, self.limits()) {
-            Err(Refused { status, place }) => {
-                let len = u32::from(place.is_some());
-                if let Some(mut place) = place {
-                    place.write(&[status as u8]);
+            Err(InvalidRequest { status, status_buffer }) => {
+                let len = u32::from(status_buffer.is_some());
+                if let Some(mut buffer) = status_buffer {
+                    buffer.write(&[status as u8]);
                 }
                 self.queue.push(head, len);
-                true
+                Start::Started
             }
             Ok(Request { operation, mut data, mut status }) => {
                 if operation == Operation::Id {
                     let written = data.write(&self.id);
                     status.write(&[Status::Ok as u8]);
                     self.queue.push(head, u32::try_from(written + 1).unwrap_or(0));
-                    return true;
+                    return Start::Started;
                 }
                 let written = if matches!(operation, Operation::Read { .. }) { data.len() } else { 0 };
-                let open = Open {
+                let request = PendingRequest {
                     head,
                     operation,
-                    data: data.hold(memory),
+                    data: data.into_owned(memory),
                     written: u32::try_from(written + 1).unwrap_or(u32::MAX),
-                    status: status.hold(memory),
+                    status: status.into_owned(memory),
                 };
-                let token = self.free.pop().unwrap_or(self.open.len());
-                if token == self.open.len() {
-                    self.open.push(None);
+                let token = self.free_tokens.pop().unwrap_or(self.pending.len());
+                if token == self.pending.len() {
+                    self.pending.push(None);
                 }
-                self.start(token, open)
+                self.start(token, request)
             }
         }
     }
 
-    /// Starts or starts again. False where the ring is full.
-    fn start(&mut self, token: usize, open: Open) -> bool {
-        match self.engine.start(open.operation, open.data.clone(), token) {
+    /// Starts a request. Where the ring is full, the request is dropped and its token is free.
+    fn start(&mut self, token: usize, request: PendingRequest) -> Start {
+        match self.engine.start(request.operation, request.data.clone(), token) {
             Ok(Started::Done(result)) => {
-                self.open[token] = Some(open);
-                self.finish(token, result);
-                true
+                self.pending[token] = Some(request);
+                self.complete(token, result);
+                Start::Started
             }
             Ok(Started::Pending) => {
-                self.open[token] = Some(open);
-                true
+                self.pending[token] = Some(request);
+                Start::Started
             }
-            Err(_full) => {
-                self.free.push(token);
-                false
+            Err(_data) => {
+                self.free_tokens.push(token);
+                Start::RingFull
             }
         }
     }
 
     fn reap(&mut self) {
         let Some(ring) = self.engine.ring() else { return };
-        for (token, result) in ring.reap() {
-            self.finish(token, result);
+        for Completion { token, result } in ring.reap() {
+            self.complete(token, result);
         }
     }
 
-    fn finish(&mut self, token: usize, result: io::Result<()>) {
-        let Some(mut open) = self.open.get_mut(token).and_then(Option::take) else { return };
+    /// Writes the status of a request and pushes its chain, or lets it wait for space on the host's file system.
+    fn complete(&mut self, token: usize, result: io::Result<()>) {
+        let Some(mut request) = self.pending.get_mut(token).and_then(Option::take) else { return };
         let full = matches!(&result, Err(error) if error.raw_os_error() == Some(libc::ENOSPC));
         if full && self.when_full == WhenFull::Stop {
-            log::warn!("block: the host's disk is full: the request waits for room");
-            self.open[token] = Some(open);
-            self.waiting.push(token);
+            log::warn!("block: the host's file system is full: the request waits for space");
+            self.pending[token] = Some(request);
+            self.waiting_for_space.push(token);
             if let Err(error) = self.timer.reset(TICK, Some(TICK)) {
-                log::error!("block: {error}");
+                log::error!("block: cannot set the timer that tries the request again: {error}");
             }
             return;
         }
         let status = match result {
             Ok(()) => Status::Ok,
             Err(error) => {
-                log::warn!("block: {:?}: {error}", open.operation);
+                log::warn!("block: {:?} failed: {error}", request.operation);
                 Status::IoError
             }
         };
-        open.status.with(|place: &mut Buffers<'_>| place.write(&[status as u8]));
-        self.queue.push(open.head, open.written);
-        self.free.push(token);
+        request.status.with(|buffer: &mut Buffers<'_>| buffer.write(&[status as u8]));
+        self.queue.push(request.head, request.written);
+        self.free_tokens.push(token);
     }
 
     fn tick(&mut self) {
         let _ = self.timer.wait();
-        if let Some(signals) = &self.watch_size
-            && self.image.measure()
+        if let Some(interrupt) = &self.size_watch
+            && self.image.update_size()
         {
-            log::info!("block: the disk has {} bytes now", self.image.bytes());
-            signals.config_changed();
+            log::info!("block: the size of the disk is {} bytes now", self.image.bytes());
+            interrupt.signal_config_changed();
         }
-        for token in std::mem::take(&mut self.waiting) {
-            if let Some(open) = self.open.get_mut(token).and_then(Option::take) {
-                let again = Open { data: open.data.clone(), status: open.status.clone(), ..open };
-                if !self.start_again(token, again) {
-                    self.waiting.push(token);
-                }
+        for token in std::mem::take(&mut self.waiting_for_space) {
+            if let Some(request) = self.pending.get_mut(token).and_then(Option::take)
+                && self.start_again(token, request) == Start::RingFull
+            {
+                self.waiting_for_space.push(token);
             }
         }
     }
 
-    fn start_again(&mut self, token: usize, open: Open) -> bool {
-        let kept = Open { data: open.data.clone(), status: open.status.clone(), ..open };
-        if self.start(token, open) {
-            return true;
+    /// Starts a request that waited for space. It keeps its token where the ring is full.
+    fn start_again(&mut self, token: usize, request: PendingRequest) -> Start {
+        let kept = PendingRequest { data: request.data.clone(), status: request.status.clone(), ..request };
+        let start = self.start(token, request);
+        if start == Start::RingFull {
+            self.free_tokens.retain(|free| *free != token);
+            self.pending[token] = Some(kept);
         }
-        // `start` gave the token back: it is still ours.
-        self.free.retain(|free| *free != token);
-        self.open[token] = Some(kept);
-        false
+        start
     }
 }
 
@@ -232,7 +255,7 @@ impl MutEventSubscriber for QueueWorker {
             _ => {}
         }
         self.reap();
-        if events.data() == DONE && !self.stalled && !self.queue.polls() {
+        if events.data() == COMPLETION && !self.stalled && !self.queue.may_busy_poll() {
             self.queue.notify();
         } else {
             self.serve();
@@ -243,7 +266,7 @@ impl MutEventSubscriber for QueueWorker {
         watch(ops, Events::with_data(self.queue.kick(), KICK, EventSet::IN));
         watch(ops, Events::with_data(&self.timer, TIMER, EventSet::IN));
         if let Some(ring) = self.engine.ring() {
-            watch(ops, Events::with_data(ring.event(), DONE, EventSet::IN));
+            watch(ops, Events::with_data(ring.event(), COMPLETION, EventSet::IN));
         }
     }
 }

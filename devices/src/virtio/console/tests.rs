@@ -1,8 +1,9 @@
-//! The console, from both sides.
+//! The console, from the driver and from the host.
 
-use super::{Console, PENDING_BYTES};
+use super::port::PENDING_BYTES;
+use super::{Console, ConsoleSize};
 use crate::console::ConsoleInput;
-use crate::virtio::mock::Driver;
+use crate::virtio::mock::{Driver, Used};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -11,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 struct Sink(Arc<Mutex<Vec<u8>>>);
 impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().expect("alone").extend(bytes);
+        self.0.lock().expect("not poisoned").extend(bytes);
         Ok(bytes.len())
     }
     fn flush(&mut self) -> io::Result<()> {
@@ -21,7 +22,8 @@ impl Write for Sink {
 
 fn console() -> (Arc<super::Port>, Sink, Arc<EventFd>, Driver) {
     let (sink, wanted) = (Sink::default(), Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd")));
-    let device = Console::new(Box::new(sink.clone()), Arc::clone(&wanted), (80, 25)).expect("a console");
+    let device = Console::new(Box::new(sink.clone()), Arc::clone(&wanted), ConsoleSize { columns: 80, rows: 25 })
+        .expect("a console");
     (device.port(), sink, wanted, Driver::running(Box::new(device)))
 }
 
@@ -31,13 +33,13 @@ fn output_comes_out_in_order() {
     let long = vec![b'x'; 10_000];
     driver.request(1, &[b"one ", b"two\n"], &[]);
     driver.request(1, &[&long], &[]);
-    let seen = sink.0.lock().expect("alone");
+    let seen = sink.0.lock().expect("not poisoned");
     assert_eq!(seen[..8], *b"one two\n");
     assert_eq!(seen.len(), 10_008);
 }
 
 #[test]
-fn input_waits_for_buffers_and_says_when_it_wants_more() {
+fn input_waits_for_buffers_and_more_is_requested() {
     let (port, _sink, wanted, mut driver) = console();
     let input: Vec<u8> = (0..PENDING_BYTES + 100).map(|at| u8::try_from(at % 251).expect("small")).collect();
     assert_eq!(port.enqueue(&input).expect("taken"), PENDING_BYTES);
@@ -54,21 +56,21 @@ fn input_waits_for_buffers_and_says_when_it_wants_more() {
     }
     let waiting = driver.submit(0, &[], &[64]);
     assert_eq!(port.enqueue(b"late").expect("taken"), 4);
-    assert_eq!(driver.wait_used(0), (u32::from(waiting.head), 4));
+    assert_eq!(driver.wait_used(0), Used { head: u32::from(waiting.head), len: 4 });
     assert_eq!(driver.contents(&waiting, 4), b"late");
 }
 
 #[test]
-fn the_size_is_told_and_told_again() {
+fn the_driver_is_notified_of_the_size_and_of_its_changes() {
     let (port, _sink, _wanted, driver) = console();
     assert_eq!(driver.read(0x100), 25 << 16 | 80);
-    assert_eq!(driver.interrupts(), 1, "Linux asks for the size only when it is told of a change");
+    assert_eq!(driver.interrupts(), 1, "Linux reads the size only after a configuration change notification");
     let generation = driver.read(0xfc);
-    port.resize(100, 40);
+    port.resize(ConsoleSize { columns: 100, rows: 40 });
     assert_eq!(driver.read(0x100), 40 << 16 | 100);
-    assert_eq!(driver.shown(0x100), 40 << 16 | 100, "as memory");
+    assert_eq!(driver.read_page(0x100), 40 << 16 | 100, "in the register page");
     assert_ne!(driver.read(0xfc), generation);
-    assert_eq!(driver.shown(0xfc), driver.read(0xfc));
-    assert_eq!(driver.shown(0x60), 2, "a change of the configuration");
+    assert_eq!(driver.read_page(0xfc), driver.read(0xfc));
+    assert_eq!(driver.read_page(0x60), 2, "a change of the configuration");
     assert_eq!(driver.interrupts(), 1);
 }

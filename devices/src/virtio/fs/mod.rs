@@ -1,68 +1,81 @@
-//! The file system device (virtio 1.3 §5.11): a folder of the host, by FUSE. The file system itself is fuse-backend-rs'
-//! passthrough, in this process: it opens what a guest names one component at a time, never by a path, so that no name
-//! and no symbolic link leads out of the folder.
+//! The file system device (virtio 1.3 §5.11), which shares a directory of the host by FUSE. The file system is the passthrough
+//! file system of fuse-backend-rs, in this process. It opens names one component at a time and never by a path, so that no
+//! name and no symbolic link leads out of the directory.
 
 mod bounce;
 #[cfg(test)]
 mod tests;
 mod worker;
 
-use super::{ActivateError, Activation, DeviceKind, VirtioDevice, Worker, read_config_bytes};
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::worker::Worker;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use thiserror::Error;
-use worker::Requests;
+use worker::{Access, FsWorker};
 
+/// Size in bytes of the tag in the device configuration.
 const TAG_BYTES: usize = 36;
-/// The high-priority queue (for FORGET), and one for requests.
+/// Number of queues: the high priority queue (for FORGET) and one request queue.
 const QUEUES: u16 = 2;
+/// Maximum size of a queue, in descriptors.
 const QUEUE_SIZE: u16 = 256;
 
-/// A folder cannot be shared.
+/// A directory cannot be shared.
 #[derive(Debug, Error)]
 pub enum ShareError {
-    /// The tag.
-    #[error("the tag '{0}' of a shared folder must be 1 to {TAG_BYTES} bytes long")]
+    /// The tag has an invalid length.
+    #[error("the tag '{0}' of a shared directory must have 1 to {TAG_BYTES} bytes")]
     Tag(String),
-    /// The folder.
+    /// The path does not exist or cannot be accessed.
     #[error("cannot share {}", .0.display())]
-    Folder(PathBuf, #[source] io::Error),
-    /// Not a folder.
-    #[error("cannot share {}: it is not a folder", .0.display())]
-    NotFolder(PathBuf),
+    Access(PathBuf, #[source] io::Error),
+    /// The path is not a directory.
+    #[error("cannot share {}: it is not a directory", .0.display())]
+    NotDirectory(PathBuf),
 }
 
-/// The device.
+/// What to share, and how.
+#[derive(Clone, Debug)]
+pub struct FsOptions {
+    /// The name by which the guest mounts the directory, 1 to 36 bytes.
+    pub tag: String,
+    /// Path of the directory on the host.
+    pub directory: PathBuf,
+    /// The guest cannot change files.
+    pub read_only: bool,
+}
+
+/// The file system device.
 pub struct Fs {
-    tag: String,
-    folder: PathBuf,
-    read_only: bool,
+    options: FsOptions,
 }
 
 impl Fs {
-    /// Shares `folder` under the name `tag`, by which the guest mounts it.
+    /// Makes a device that shares a directory.
     ///
     /// # Errors
-    /// [`ShareError`].
-    pub fn new(tag: &str, folder: &Path, read_only: bool) -> Result<Self, ShareError> {
+    /// Returns [`ShareError`] where the tag is invalid, or where the path is not a directory.
+    pub fn new(options: FsOptions) -> Result<Self, ShareError> {
+        let FsOptions { tag, directory, read_only } = options;
         if !(1..=TAG_BYTES).contains(&tag.len()) {
-            return Err(ShareError::Tag(tag.to_owned()));
+            return Err(ShareError::Tag(tag));
         }
-        let absolute = folder.canonicalize().map_err(|error| ShareError::Folder(folder.to_owned(), error))?;
+        let absolute = directory.canonicalize().map_err(|error| ShareError::Access(directory, error))?;
         if !absolute.is_dir() {
-            return Err(ShareError::NotFolder(absolute));
+            return Err(ShareError::NotDirectory(absolute));
         }
         raise_file_limit();
-        Ok(Self { tag: tag.to_owned(), folder: absolute, read_only })
+        Ok(Self { options: FsOptions { tag, directory: absolute, read_only } })
     }
 
     fn server(&self) -> io::Result<Server<PassthroughFs>> {
         let config = Config {
-            root_dir: self.folder.to_string_lossy().into_owned(),
-            // The guest asks again after a second: changes on the host are seen.
+            root_dir: self.options.directory.to_string_lossy().into_owned(),
+            // The guest sees changes on the host after one second.
             attr_timeout: std::time::Duration::from_secs(1),
             entry_timeout: std::time::Duration::from_secs(1),
             cache_policy: CachePolicy::Auto,
@@ -72,20 +85,20 @@ impl Fs {
     }
 }
 
-/// Each file that the guest knows costs an open one here.
+/// Raises the limit of open files, as each file that the guest knows is open in this process.
 fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     const WANTED: u64 = 1 << 20;
     let now = getrlimit(Resource::Nofile);
-    let ways = [
+    let limits = [
         Rlimit { current: Some(WANTED), maximum: Some(WANTED.max(now.maximum.unwrap_or(WANTED))) },
         Rlimit { current: now.maximum, maximum: now.maximum },
     ];
     if now.current.is_some_and(|current| current < WANTED)
-        && ways.into_iter().all(|way| setrlimit(Resource::Nofile, way).is_err())
+        && limits.into_iter().all(|limit| setrlimit(Resource::Nofile, limit).is_err())
     {
         log::warn!(
-            "fs: at most {:?} files of the shared folder can be known to the guest: see `ulimit -n`",
+            "fs: the guest can use {:?} files of the shared directory at most; raise the limit with `ulimit -n`",
             now.current
         );
     }
@@ -102,17 +115,19 @@ impl VirtioDevice for Fs {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; TAG_BYTES + 4];
-        config[..self.tag.len()].copy_from_slice(self.tag.as_bytes());
+        let tag = self.options.tag.as_bytes();
+        config[..tag.len()].copy_from_slice(tag);
         config[TAG_BYTES..].copy_from_slice(&u32::from(QUEUES - 1).to_le_bytes());
         read_config_bytes(&config, offset, data);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
-        let server = Arc::new(self.server().map_err(|error| ActivateError::Io("share the folder", error))?);
+        let server = Arc::new(self.server().map_err(ActivateError::io("share the directory"))?);
+        let access = if self.options.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let mut workers: Vec<Worker> = Vec::new();
         for index in 0..QUEUES {
-            let requests = Requests::new(activation.queue(index)?, Arc::clone(&server), self.read_only);
-            workers.push(Box::new(requests.map_err(|error| ActivateError::Io("get memory", error))?));
+            let worker = FsWorker::new(activation.take_queue(index)?, Arc::clone(&server), access);
+            workers.push(Box::new(worker.map_err(|error| ActivateError::Device(Box::new(error)))?));
         }
         Ok(workers)
     }

@@ -1,82 +1,126 @@
-//! What a network card's frames go to.
+//! The interface to what a network card sends frames to and receives frames from.
 
 use crate::memory::Buffers;
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex};
+use thiserror::Error;
 
-/// What the driver takes from the backend without the work being done: checksums, and segments put together.
+/// A frame cannot be sent or received.
+#[derive(Debug, Error)]
+pub enum BackendError {
+    /// The backend accepts no frame now. Its file descriptor becomes writable when it does.
+    #[error("the network backend accepts no frame now")]
+    WouldBlock,
+    /// The frame is longer than the backend's frames can be.
+    #[error("a frame of {bytes} bytes is longer than {max} bytes")]
+    TooLong {
+        /// Length of the frame.
+        bytes: usize,
+        /// The longest frame.
+        max: usize,
+    },
+    /// The program on the other end has closed the connection.
+    #[error("the network backend has closed its connection: the guest has no network from now on")]
+    Closed,
+    /// A system call failed.
+    #[error("I/O with the network backend failed")]
+    Io(#[source] io::Error),
+}
+
+impl From<io::Error> for BackendError {
+    fn from(error: io::Error) -> Self {
+        if error.kind() == io::ErrorKind::WouldBlock { Self::WouldBlock } else { Self::Io(error) }
+    }
+}
+
+/// The offloads that the driver accepts for received frames (virtio 1.3 §5.1.3, `VIRTIO_NET_F_GUEST_*`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads {
-    /// Frames without a checksum.
+    /// Frames with a partial checksum; a condition of the others.
     pub checksum: bool,
-    /// Large TCP frames over IPv4.
+    /// TCP over IPv4 segments that are longer than the MTU.
     pub tso4: bool,
-    /// The same over IPv6.
+    /// TCP over IPv6 segments that are longer than the MTU.
     pub tso6: bool,
-    /// Large UDP frames.
+    /// UDP datagrams that are longer than the MTU.
     pub ufo: bool,
 }
 
-/// Turns a queue of the backend on and off, from another thread.
-pub(super) type Switch = Box<dyn Fn(bool) -> io::Result<()> + Send>;
+/// Whether the backend delivers frames on a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueState {
+    /// Frames can arrive.
+    Attached,
+    /// No frames arrive.
+    Detached,
+}
 
-/// The backend of one queue pair. It never waits.
+/// Sets the state of one queue of a backend, from another thread than the queue's.
+pub type QueueSwitch = Box<dyn Fn(QueueState) -> io::Result<()> + Send>;
+
+/// A backend that is in the device while no worker uses it.
+pub(super) type Slot = Arc<Mutex<Option<Box<dyn Backend>>>>;
+
+/// The backend of one queue pair. No method blocks.
 pub trait Backend: Send {
-    /// Readable when a frame has come, writable when one can go.
+    /// Returns a file descriptor that is readable when a frame has arrived, and writable when a frame can be sent.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// The file that the host's kernel can work on by itself (vhost-net), where there is one.
+    /// Returns the file to give to vhost-net, where the backend has one.
     fn vhost_file(&self) -> Option<&File> {
         None
     }
 
-    /// Whether frames start with virtio's header, offloads and all; else they are plain Ethernet.
+    /// Returns true if frames start with struct `virtio_net_hdr` and may use offloads; otherwise they are plain Ethernet
+    /// frames.
     fn has_header(&self) -> bool;
 
-    /// What the driver takes.
+    /// Sets which offloads received frames may use.
     ///
     /// # Errors
-    /// The host's.
+    /// Returns the error of the host.
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
         let _ = offloads;
         Ok(())
     }
 
-    /// Whether frames may come on this queue.
+    /// Sets whether frames can arrive on this queue.
     ///
     /// # Errors
-    /// The host's.
-    fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
-        let _ = enabled;
+    /// Returns the error of the host.
+    fn set_queue_state(&mut self, state: QueueState) -> io::Result<()> {
+        let _ = state;
         Ok(())
     }
 
-    /// The same for another thread.
+    /// Returns a function that does the same as [`Backend::set_queue_state`], for another thread.
     ///
     /// # Errors
-    /// Where the file descriptor cannot be copied.
-    fn switch(&self) -> io::Result<Switch> {
+    /// Returns an error where the file descriptor cannot be duplicated.
+    fn queue_switch(&self) -> io::Result<QueueSwitch> {
         Ok(Box::new(|_| Ok(())))
     }
 
-    /// The next frame, into `frame`; its length, or `None` where there is none now.
+    /// Receives the next frame to `frame` and returns its length in bytes, or `None` where no frame has arrived.
     ///
     /// # Errors
-    /// The host's.
-    fn receive(&mut self, frame: &mut [u8]) -> io::Result<Option<usize>>;
+    /// Returns [`BackendError`] where the connection to the backend is closed or fails.
+    fn receive(&mut self, frame: &mut [u8]) -> Result<Option<usize>, BackendError>;
 
-    /// Sends a frame. `WouldBlock`: try again when the file descriptor is writable.
+    /// Sends a frame.
     ///
     /// # Errors
-    /// The host's.
-    fn send(&mut self, frame: &mut Buffers<'_>) -> io::Result<()>;
+    /// Returns [`BackendError::WouldBlock`] where the frame must be sent again once [`Backend::fd`] is writable, and other
+    /// errors where the frame is dropped.
+    fn send(&mut self, frame: &mut Buffers<'_>) -> Result<(), BackendError>;
 
-    /// Sends on what is left of an earlier frame.
+    /// Sends the rest of a frame that was sent in part.
     ///
     /// # Errors
-    /// The host's.
-    fn flush(&mut self) -> io::Result<()> {
+    /// Returns [`BackendError::WouldBlock`] where a rest is left, and other errors where the connection fails.
+    fn flush(&mut self) -> Result<(), BackendError> {
         Ok(())
     }
 }

@@ -1,10 +1,11 @@
-//! The control queue (virtio 1.3 §5.1.6.5): how many queue pairs the driver uses.
+//! The control queue (virtio 1.3 §5.1.6.5), with the command that sets the number of queue pairs.
 
-use super::backend::Switch;
-use crate::virtio::Virtqueue;
+use super::backend::{QueueState, QueueSwitch};
+use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::watch;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
+// VIRTIO_NET_CTRL_MQ and VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET; VIRTIO_NET_OK and VIRTIO_NET_ERR.
 const CLASS_MQ: u8 = 4;
 const MQ_VQ_PAIRS_SET: u8 = 0;
 const OK: u8 = 0;
@@ -12,23 +13,24 @@ const ERR: u8 = 1;
 
 pub(super) struct Control {
     queue: Virtqueue,
-    switches: Vec<Switch>,
+    switches: Vec<QueueSwitch>,
 }
 
 impl Control {
-    pub(super) fn new(queue: Virtqueue, switches: Vec<Switch>) -> Self {
+    pub(super) fn new(queue: Virtqueue, switches: Vec<QueueSwitch>) -> Self {
         Self { queue, switches }
     }
 }
 
-/// The first `pairs` on, the others off.
-fn set_pairs(switches: &[Switch], pairs: usize) -> u8 {
+/// Attaches the first `pairs` queue pairs and detaches the others. Returns the `ack` of the command.
+fn set_pairs(switches: &[QueueSwitch], pairs: usize) -> u8 {
     if pairs == 0 || pairs > switches.len() {
         return ERR;
     }
     for (index, switch) in switches.iter().enumerate() {
-        if let Err(error) = switch(index < pairs) {
-            log::warn!("net: queue pair {index}: {error}");
+        let state = if index < pairs { QueueState::Attached } else { QueueState::Detached };
+        if let Err(error) = switch(state) {
+            log::warn!("net: cannot set queue pair {index} to {state:?}: {error}");
             return ERR;
         }
     }

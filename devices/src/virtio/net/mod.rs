@@ -1,7 +1,8 @@
-//! The network device (virtio 1.3 §5.1): frames to and from a tap interface of the host, or a program on a socket.
+//! The network device (virtio 1.3 §5.1), with a tap interface of the host or a program on a socket as its backend.
 
 mod backend;
 mod control;
+mod header;
 mod pair;
 mod stream;
 mod tap;
@@ -9,16 +10,19 @@ mod tap;
 mod tests;
 mod vhost;
 
-pub use backend::{Backend, Offloads};
+pub use backend::{Backend, BackendError, Offloads, QueueState, QueueSwitch};
 pub use stream::Stream;
 pub use tap::{Tap, TapError};
+pub use vhost::VhostNetError;
 
-use super::{ActivateError, Activation, DeviceKind, VirtioDevice, Worker, read_config_bytes};
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::worker::Worker;
+use backend::Slot;
 use control::Control;
-use pair::Pair;
-use std::io;
+use pair::{Pair, RxBuffers};
 use std::sync::{Arc, Mutex, PoisonError};
 
+// Feature bits (virtio 1.3 §5.1.3).
 const F_CSUM: u64 = 1 << 0;
 const F_GUEST_CSUM: u64 = 1 << 1;
 const F_MAC: u64 = 1 << 5;
@@ -33,30 +37,27 @@ const F_STATUS: u64 = 1 << 16;
 const F_CTRL_VQ: u64 = 1 << 17;
 const F_MQ: u64 = 1 << 22;
 
-/// What a backend with offloads lets the driver leave to it.
+/// The offload features that are offered where the backend supports offloads.
 const OFFLOADS: u64 =
     F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_UFO | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_UFO;
 
-/// struct virtio_net_hdr_v1 (§5.1.6).
-const HEADER_BYTES: usize = 12;
-/// The longest frame with its header: 64 KiB of payload by segmentation offload, and room for the Ethernet header.
-const FRAME_BYTES: usize = 65536 + 64 + HEADER_BYTES;
+/// Maximum size of a queue, in descriptors.
 const QUEUE_SIZE: u16 = 256;
+/// `VIRTIO_NET_S_LINK_UP`.
 const LINK_UP: u16 = 1;
 
-/// A backend for one queue pair; the device has it while no worker does.
-type Slot = Arc<Mutex<Option<Box<dyn Backend>>>>;
-
-/// The device.
+/// The network device.
 pub struct Net {
     mac: [u8; 6],
     offloads: bool,
+    /// The backend of each queue pair.
     pairs: Vec<Slot>,
+    /// vhost-net processes the queues.
     vhost: bool,
 }
 
 impl Net {
-    /// A card with the address `mac`, and one backend for each queue pair (one at least).
+    /// Makes a device with the MAC address `mac` and one backend for each queue pair, at least one.
     #[must_use]
     pub fn new(mac: [u8; 6], backends: Vec<Box<dyn Backend>>) -> Self {
         let offloads = backends.iter().all(|backend| backend.has_header());
@@ -64,11 +65,11 @@ impl Net {
         Self { mac, offloads, pairs, vhost: false }
     }
 
-    /// The same, with the work done by the host's kernel (vhost-net).
+    /// Lets vhost-net in the host's kernel process the queues. The backends must be tap interfaces.
     ///
     /// # Errors
-    /// Where the host has no vhost-net.
-    pub fn by_vhost(self) -> io::Result<Self> {
+    /// Returns an error where the host has no vhost-net.
+    pub fn with_vhost(self) -> Result<Self, VhostNetError> {
         vhost::probe()?;
         Ok(Self { vhost: true, ..self })
     }
@@ -109,29 +110,31 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
         let offloads = Offloads {
-            checksum: activation.has(F_GUEST_CSUM),
-            tso4: activation.has(F_GUEST_TSO4),
-            tso6: activation.has(F_GUEST_TSO6),
-            ufo: activation.has(F_GUEST_UFO),
+            checksum: activation.has_feature(F_GUEST_CSUM),
+            tso4: activation.has_feature(F_GUEST_TSO4),
+            tso6: activation.has_feature(F_GUEST_TSO6),
+            ufo: activation.has_feature(F_GUEST_UFO),
         };
-        let mergeable = activation.has(F_MRG_RXBUF);
+        let buffers = if activation.has_feature(F_MRG_RXBUF) { RxBuffers::Mergeable } else { RxBuffers::Single };
+        let backend_error = ActivateError::io("set up the network backend");
         let mut workers: Vec<Worker> = Vec::new();
         let mut switches = Vec::new();
         for (index, slot) in (0_u16..).zip(&self.pairs) {
-            let queues = activation.queue(index * 2).and_then(|rx| Ok((rx, activation.queue(index * 2 + 1)?)));
+            let queues =
+                activation.take_queue(index * 2).and_then(|rx| Ok((rx, activation.take_queue(index * 2 + 1)?)));
             let (receive, transmit) = match queues {
                 Ok(queues) => queues,
-                // Drivers with fewer processors than pairs leave the last ones alone.
+                // A driver with fewer vCPUs than queue pairs does not enable the last pairs.
                 Err(_) if index > 0 => break,
                 Err(error) => return Err(error),
             };
             let mut backend = slot.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(backend) = backend.as_mut() {
-                let what = "set up the network backend";
-                backend.set_offloads(offloads).map_err(|error| ActivateError::Io(what, error))?;
-                // Until the driver says that it wants more, it has one pair.
-                backend.set_enabled(index == 0).map_err(|error| ActivateError::Io(what, error))?;
-                switches.push(backend.switch().map_err(|error| ActivateError::Io(what, error))?);
+                backend.set_offloads(offloads).map_err(backend_error)?;
+                // The driver enables more than one queue pair by a control command (virtio 1.3 §5.1.6.5.5).
+                let state = if index == 0 { QueueState::Attached } else { QueueState::Detached };
+                backend.set_queue_state(state).map_err(backend_error)?;
+                switches.push(backend.queue_switch().map_err(backend_error)?);
             }
             if self.vhost {
                 let worker = vhost::start(backend.as_deref(), receive, transmit, &activation)?;
@@ -139,12 +142,12 @@ impl VirtioDevice for Net {
                 continue;
             }
             drop(backend);
-            if let Some(pair) = Pair::new(Arc::clone(slot), receive, transmit, mergeable) {
+            if let Some(pair) = Pair::new(Arc::clone(slot), receive, transmit, buffers) {
                 workers.push(Box::new(pair));
             }
         }
-        if activation.has(F_MQ)
-            && let Ok(queue) = activation.queue(self.pair_count() * 2)
+        if activation.has_feature(F_MQ)
+            && let Ok(queue) = activation.take_queue(self.pair_count() * 2)
         {
             workers.push(Box::new(Control::new(queue, switches)));
         }

@@ -1,41 +1,50 @@
-//! A queue pair at work: frames in, frames out.
+//! The worker of a queue pair, which moves frames between the queues and the backend.
 
-use super::{FRAME_BYTES, HEADER_BYTES, Slot};
+use super::backend::{Backend, BackendError, Slot};
+use super::header::{FRAME_BYTES, HEADER_BYTES};
+use crate::error::chain as error_chain;
 use crate::memory::Memory;
+use crate::virtio::queue::{Chain, Virtqueue};
 use crate::virtio::worker::watch;
-use crate::virtio::{Chain, Virtqueue};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::fs::File;
-use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::PoisonError;
 
-use super::Backend;
-
-/// Frames of one direction before the other has its turn.
+/// The most frames received before frames are sent again.
 const BATCH: usize = 64;
+
+/// The receive buffers that the driver supports (virtio 1.3 §5.1.6.3.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RxBuffers {
+    /// A frame must fit into one chain.
+    Single,
+    /// A frame may be spread over several chains (`VIRTIO_NET_F_MRG_RXBUF`).
+    Mergeable,
+}
 
 pub(super) struct Pair {
     slot: Slot,
     backend: Option<Box<dyn Backend>>,
-    /// A copy of the backend's file descriptor, to wait on.
+    /// A duplicate of the backend's file descriptor, for the event loop.
     fd: File,
     receive: Virtqueue,
     transmit: Virtqueue,
-    mergeable: bool,
+    rx_buffers: RxBuffers,
     frame: Vec<u8>,
-    /// Bytes in `frame` that the guest has no room for yet.
-    held: usize,
-    /// The backend takes no more for now.
-    blocked: bool,
+    /// Length in bytes of the received frame in `frame` that waits for receive buffers; 0 for none.
+    pending_rx: usize,
+    /// The backend accepts no frame now.
+    tx_blocked: bool,
 }
 
 impl Pair {
-    /// Takes the backend out of `slot`; it comes back there when this goes. `None` where it is gone.
-    pub(super) fn new(slot: Slot, receive: Virtqueue, mut transmit: Virtqueue, mergeable: bool) -> Option<Self> {
+    /// Takes the backend out of `slot` until the worker is dropped. `None` where there is none, or where its file descriptor
+    /// cannot be duplicated.
+    pub(super) fn new(slot: Slot, receive: Virtqueue, mut transmit: Virtqueue, rx_buffers: RxBuffers) -> Option<Self> {
         let backend = slot.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        // A TCP of its own (passt) takes acknowledgements that come late, in a bunch, for lost segments, and sends
-        // everything again: seen, 24 times over. The kernel's TCP behind a tap interface does not mind.
+        // passt has its own TCP, which takes delayed acknowledgements for lost segments and retransmits (measured: 24 times
+        // the data). The host's TCP behind a tap interface does not.
         if !backend.has_header() {
             transmit.disable_coalescing();
         }
@@ -43,46 +52,56 @@ impl Pair {
         let fd = match fd {
             Ok(fd) => fd,
             Err(error) => {
-                log::error!("net: {error}");
+                log::error!("net: cannot duplicate the file descriptor of the backend: {error}");
                 return None;
             }
         };
         let frame = vec![0; FRAME_BYTES];
-        Some(Self { slot, backend: Some(backend), fd, receive, transmit, mergeable, frame, held: 0, blocked: false })
+        Some(Self {
+            slot,
+            backend: Some(backend),
+            fd,
+            receive,
+            transmit,
+            rx_buffers,
+            frame,
+            pending_rx: 0,
+            tx_blocked: false,
+        })
     }
 
-    /// Frames to the guest, a batch of them. True where there may be more.
-    fn frames_in(&mut self, memory: &Memory) -> bool {
+    /// Receives up to [`BATCH`] frames. Returns true if there may be more.
+    fn receive_frames(&mut self, memory: &Memory) -> bool {
         let Some(backend) = self.backend.as_mut() else { return false };
         let start = if backend.has_header() { 0 } else { HEADER_BYTES };
         for _ in 0..BATCH {
-            if self.held == 0 {
+            if self.pending_rx == 0 {
                 match backend.receive(&mut self.frame[start..]) {
-                    Ok(Some(len)) => self.held = start + len,
+                    Ok(Some(len)) => self.pending_rx = start + len,
                     Ok(None) => return false,
                     Err(error) => {
-                        log::warn!("net: receive: {error}");
+                        log::warn!("net: cannot receive: {}", error_chain(&error));
                         return false;
                     }
                 }
             }
-            if self.held < HEADER_BYTES {
-                self.held = 0;
+            if self.pending_rx < HEADER_BYTES {
+                self.pending_rx = 0;
                 continue;
             }
-            match place(&mut self.receive, memory, &mut self.frame[..self.held], self.mergeable) {
-                Placed::Done => self.held = 0,
-                // The driver kicks when it has buffers again; look once more after asking it to.
-                Placed::NoRoom if self.receive.enable_notification_beyond_available() => {}
-                Placed::NoRoom => return false,
+            match deliver(&mut self.receive, memory, &mut self.frame[..self.pending_rx], self.rx_buffers) {
+                Delivery::Done => self.pending_rx = 0,
+                // The driver kicks when it adds buffers. Try again where it added some before it saw the request to kick.
+                Delivery::NoBuffers if self.receive.enable_notification_beyond_available() => {}
+                Delivery::NoBuffers => return false,
             }
         }
         true
     }
 
-    /// Frames from the guest.
-    fn frames_out(&mut self) {
-        let Some(backend) = self.backend.as_mut().filter(|_| !self.blocked) else { return };
+    /// Sends the available frames, until the backend accepts no more.
+    fn send_frames(&mut self) {
+        let Some(backend) = self.backend.as_mut().filter(|_| !self.tx_blocked) else { return };
         let header = backend.has_header();
         let mut blocked = false;
         self.transmit.serve(|chain| {
@@ -91,47 +110,47 @@ impl Pair {
             }
             match backend.send(&mut chain.readable) {
                 Ok(()) => Some(0),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Err(BackendError::WouldBlock) => {
                     blocked = true;
                     None
                 }
                 Err(error) => {
-                    log::debug!("net: a frame was not sent: {error}");
+                    log::debug!("net: frame dropped: {}", error_chain(&error));
                     Some(0)
                 }
             }
         });
-        self.blocked = blocked;
+        self.tx_blocked = blocked;
     }
 }
 
-enum Placed {
-    /// In the guest, or dropped because no buffer of the guest's is ever large enough.
+enum Delivery {
+    /// The frame was written to receive buffers, or dropped as it can never fit.
     Done,
-    /// For want of buffers.
-    NoRoom,
+    /// The available receive buffers are too small for the frame.
+    NoBuffers,
 }
 
-/// Puts a frame, header first, into one chain, or into as many as it takes where buffers may be merged (§5.1.6.3.2).
-fn place(queue: &mut Virtqueue, memory: &Memory, frame: &mut [u8], mergeable: bool) -> Placed {
+/// Writes a frame with its header to one chain, or to several where buffers are mergeable (virtio 1.3 §5.1.6.4).
+fn deliver(queue: &mut Virtqueue, memory: &Memory, frame: &mut [u8], rx_buffers: RxBuffers) -> Delivery {
     let mut chains: Vec<Chain<'_>> = Vec::new();
-    let mut room = 0;
-    while room < frame.len() && (mergeable || chains.is_empty()) {
+    let mut capacity = 0;
+    while capacity < frame.len() && (rx_buffers == RxBuffers::Mergeable || chains.is_empty()) {
         let Some(chain) = queue.pop(memory) else {
-            chains.iter().for_each(|_| queue.undo_pop());
-            return Placed::NoRoom;
+            undo_pops(queue, chains.len());
+            return Delivery::NoBuffers;
         };
-        room += chain.writable.len();
+        capacity += chain.writable.len();
         chains.push(chain);
-        // A guest whose whole queue does not hold a frame never will.
+        // All buffers of the queue together are too small.
         if chains.len() == usize::from(queue.size()) {
             break;
         }
     }
-    if room < frame.len() {
-        log::debug!("net: a frame of {} bytes does not fit into the guest's buffers: dropped", frame.len());
-        chains.iter().for_each(|_| queue.undo_pop());
-        return Placed::Done;
+    if capacity < frame.len() {
+        log::debug!("net: frame dropped: its {} bytes do not fit into the receive buffers", frame.len());
+        undo_pops(queue, chains.len());
+        return Delivery::Done;
     }
     let count = u16::try_from(chains.len()).unwrap_or(u16::MAX);
     frame[HEADER_BYTES - 2..HEADER_BYTES].copy_from_slice(&count.to_le_bytes());
@@ -141,24 +160,30 @@ fn place(queue: &mut Virtqueue, memory: &Memory, frame: &mut [u8], mergeable: bo
         rest = &rest[written..];
         queue.push(chain.head, u32::try_from(written).unwrap_or(0));
     }
-    Placed::Done
+    Delivery::Done
+}
+
+fn undo_pops(queue: &mut Virtqueue, count: usize) {
+    for _ in 0..count {
+        queue.undo_pop();
+    }
 }
 
 impl MutEventSubscriber for Pair {
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
         if events.fd() == self.fd.as_raw_fd() && events.event_set().contains(EventSet::OUT) {
             let flushed = self.backend.as_mut().is_none_or(|backend| backend.flush().is_ok());
-            self.blocked &= !flushed;
+            self.tx_blocked &= !flushed;
         }
         self.receive.take_kicks();
         self.transmit.take_kicks();
         let memory = self.receive.memory();
-        // The file descriptor tells of changes only: go on until there is nothing, or no room.
+        // The events of the file descriptor are edge-triggered: continue until there is no frame, or no buffer for it.
         loop {
             self.receive.disable_notification();
-            let more = self.frames_in(&memory);
+            let more = self.receive_frames(&memory);
             self.receive.notify();
-            self.frames_out();
+            self.send_frames();
             if !more {
                 break;
             }

@@ -1,46 +1,48 @@
-//! Frames on a Unix stream socket, each behind its length as 32 bits in network order: what passt (and QEMU's
-//! `-netdev stream`) speaks.
+//! Frames on a Unix stream socket, each preceded by its length in 32 bits in network byte order: the protocol of passt and of
+//! QEMU's `-netdev stream`.
 
-use super::backend::Backend;
+use super::backend::{Backend, BackendError};
 use crate::memory::Buffers;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 const LENGTH_BYTES: usize = 4;
-/// The longest frame that is sent or taken: passt's, and IPv4's, limit.
+/// Length in bytes of the longest frame: a maximal IPv4 packet with its Ethernet header, which is also passt's limit.
 const MAX_FRAME_BYTES: usize = 65535 + 14;
 
-/// The socket.
+/// A backend on a Unix stream socket.
 pub struct Stream {
     socket: UnixStream,
-    /// Bytes received and not handed on: whole frames and the start of one.
+    /// Received bytes: whole frames, and the start of one.
     received: Vec<u8>,
-    /// How much of `received` is used up.
+    /// Number of bytes of `received` that were returned as frames.
     used: usize,
-    /// The rest of a frame that the socket did not take.
+    /// The rest of a frame that was sent in part.
     unsent: Vec<u8>,
     closed: bool,
 }
 
 impl Stream {
-    /// Frames on `socket`.
+    /// Makes a backend of `socket`.
     ///
     /// # Errors
-    /// Where it cannot be made non-blocking.
+    /// Returns an error where the socket cannot be set to non-blocking.
     pub fn new(socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         Ok(Self { socket, received: Vec::new(), used: 0, unsent: Vec::new(), closed: false })
     }
 
-    /// A whole frame out of what was received, if there is one.
-    fn next_frame(&mut self, frame: &mut [u8]) -> io::Result<Option<usize>> {
+    /// Copies the next received frame to `frame` and returns its length, or `None` where no whole frame was received.
+    fn next_frame(&mut self, frame: &mut [u8]) -> Result<Option<usize>, BackendError> {
         let rest = self.received.get(self.used..).unwrap_or_default();
         let Some((length, body)) = rest.split_first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
         let length = usize::try_from(u32::from_be_bytes(*length)).unwrap_or(usize::MAX);
-        if length > MAX_FRAME_BYTES.min(frame.len()) {
+        let max = MAX_FRAME_BYTES.min(frame.len());
+        if length > max {
+            // The stream cannot be synchronized again.
             self.closed = true;
-            return Err(io::Error::other(format!("a frame of {length} bytes: the network program is out of step")));
+            return Err(BackendError::TooLong { bytes: length, max });
         }
         let Some(body) = body.get(..length) else { return Ok(None) };
         frame[..length].copy_from_slice(body);
@@ -62,7 +64,7 @@ impl Backend for Stream {
         false
     }
 
-    fn receive(&mut self, frame: &mut [u8]) -> io::Result<Option<usize>> {
+    fn receive(&mut self, frame: &mut [u8]) -> Result<Option<usize>, BackendError> {
         loop {
             if self.closed {
                 return Ok(None);
@@ -79,38 +81,41 @@ impl Backend for Stream {
             match count {
                 Ok(0) => {
                     self.closed = true;
-                    return Err(io::Error::other("the network program has ended: the guest is cut off"));
+                    return Err(BackendError::Closed);
                 }
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(error.into()),
             }
         }
     }
 
-    fn send(&mut self, frame: &mut Buffers<'_>) -> io::Result<()> {
+    fn send(&mut self, frame: &mut Buffers<'_>) -> Result<(), BackendError> {
         self.flush()?;
         let length = frame.len();
-        if self.closed || length > MAX_FRAME_BYTES {
-            return Err(io::Error::other(format!("{length} bytes are not sent")));
+        if self.closed {
+            return Err(BackendError::Closed);
+        }
+        if length > MAX_FRAME_BYTES {
+            return Err(BackendError::TooLong { bytes: length, max: MAX_FRAME_BYTES });
         }
         let length = u32::try_from(length).unwrap_or(0);
         self.unsent.extend(length.to_be_bytes());
         self.unsent.extend(frame.to_vec());
-        // The frame is ours now: what the socket does not take goes before the next.
+        // The frame was copied: a rest of it is sent before the next frame.
         match self.flush() {
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-            _ => Ok(()),
+            Err(BackendError::WouldBlock) => Ok(()),
+            result => result,
         }
     }
 
-    fn flush(&mut self) -> io::Result<()> {
+    fn flush(&mut self) -> Result<(), BackendError> {
         while !self.unsent.is_empty() {
             match self.socket.write(&self.unsent) {
                 Ok(count) => drop(self.unsent.drain(..count)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(())
@@ -125,7 +130,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     #[test]
-    fn frames_keep_their_bounds_however_they_are_cut() {
+    fn frames_keep_their_bounds_whatever_the_segments() {
         let (ours, mut theirs) = UnixStream::pair().expect("a pair");
         let mut stream = Stream::new(ours).expect("non-blocking");
         let mut frame = [0; 100];
@@ -139,10 +144,10 @@ mod tests {
         assert_eq!(frame[..3], [7, 8, 9]);
         assert_eq!(stream.receive(&mut frame).expect("open"), Some(0));
         assert_eq!(stream.receive(&mut frame).expect("open"), Some(1));
-        // Nonsense is said once, then there is silence.
+        // An invalid length is reported once; nothing is received afterwards.
         theirs.write_all(&[0xff; 8]).expect("room");
-        assert!(stream.receive(&mut frame).is_err());
-        assert_eq!(stream.receive(&mut frame).expect("silent"), None);
+        assert!(matches!(stream.receive(&mut frame), Err(BackendError::TooLong { .. })));
+        assert_eq!(stream.receive(&mut frame).expect("closed"), None);
     }
 
     #[test]
@@ -159,8 +164,8 @@ mod tests {
             match stream.send(&mut frame) {
                 Ok(()) => sent += 1,
                 Err(error) => {
-                    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-                    assert_eq!(frame.len(), 9000, "the frame is still the caller's");
+                    assert!(matches!(error, BackendError::WouldBlock), "{error}");
+                    assert_eq!(frame.len(), 9000, "the frame is not consumed");
                     break;
                 }
             }

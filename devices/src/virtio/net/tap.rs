@@ -1,8 +1,8 @@
-//! Tap interfaces of Linux (Documentation/networking/tuntap.rst): frames with virtio's header, offloads left to the
-//! host's kernel.
+//! Tap interfaces (Linux Documentation/networking/tuntap.rst). Frames have struct `virtio_net_hdr`, so that the host's kernel
+//! does the offloads.
 
-use super::HEADER_BYTES;
-use super::backend::{Backend, Offloads, Switch};
+use super::backend::{Backend, BackendError, Offloads, QueueState, QueueSwitch};
+use super::header::HEADER_BYTES;
 use crate::memory::Buffers;
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,28 +16,28 @@ const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
 const IFF_ATTACH_QUEUE: i16 = 0x0200;
 const IFF_DETACH_QUEUE: i16 = 0x0400;
 
-/// A tap interface cannot be had.
+/// A tap interface cannot be opened.
 #[derive(Debug, Error)]
 pub enum TapError {
-    /// No /dev/net/tun.
-    #[error("cannot open {TUN}: is the module tun loaded (modprobe tun), and may you open it?")]
+    /// `/dev/net/tun` cannot be opened.
+    #[error("cannot open {TUN}: check that the module tun is loaded (modprobe tun) and that you have access")]
     Open(#[source] io::Error),
-    /// The interface itself.
+    /// The interface cannot be attached to.
     #[error(
         "cannot use the tap interface {name}{}",
         match .source.raw_os_error() {
-            Some(libc::EPERM) => ": it is another user's, or does not exist and only root may make it: \
+            Some(libc::EPERM) => ": it belongs to another user, or does not exist; root creates it with \
                 `ip tuntap add NAME mode tap user $USER`",
-            Some(libc::EBUSY) => ": another program has it",
-            Some(libc::EINVAL) => ": it is no tap interface, or its number of queues is another: \
-                for queues=N it must be made with `ip tuntap add NAME mode tap multi_queue`",
+            Some(libc::EBUSY) => ": another program uses it",
+            Some(libc::EINVAL) => ": it is not a tap interface, or has another number of queues: \
+                queues=N needs one created with `ip tuntap add NAME mode tap multi_queue`",
             _ => "",
         }
     )]
     Interface {
-        /// Its name.
+        /// Name of the interface.
         name: String,
-        /// The system's words.
+        /// The host's error.
         source: io::Error,
     },
 }
@@ -45,8 +45,15 @@ pub enum TapError {
 /// One queue of a tap interface.
 pub struct Tap {
     file: File,
-    multiqueue: bool,
-    enabled: bool,
+    queues: TapQueues,
+    state: QueueState,
+}
+
+/// Whether a tap interface has one queue or several (`IFF_MULTI_QUEUE`).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum TapQueues {
+    Single,
+    Multiple,
 }
 
 fn request(name: &str, flags: i16) -> libc::ifreq {
@@ -61,26 +68,31 @@ fn check(result: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn set_queue(file: &File, attached: bool) -> io::Result<()> {
-    let request = request("", if attached { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE });
+fn set_queue(file: &File, state: QueueState) -> io::Result<()> {
+    let flags = match state {
+        QueueState::Attached => IFF_ATTACH_QUEUE,
+        QueueState::Detached => IFF_DETACH_QUEUE,
+    };
+    let request = request("", flags);
     // SAFETY: TUNSETQUEUE reads one ifreq, which lives for the call.
     check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETQUEUE, &raw const request) })
 }
 
 impl Tap {
-    /// Opens all `queues` queues of the interface `name`, which is made where it does not exist.
+    /// Opens `queues` queues of the interface `name`. The interface is created where it does not exist and the user may do so.
     ///
     /// # Errors
-    /// [`TapError`], with its remedy.
+    /// Returns [`TapError`] where the interface cannot be opened, with advice.
     pub fn open(name: &str, queues: u16) -> Result<Vec<Self>, TapError> {
-        (0..queues.max(1)).map(|_| Self::open_queue(name, queues > 1)).collect()
+        let kind = if queues > 1 { TapQueues::Multiple } else { TapQueues::Single };
+        (0..queues.max(1)).map(|_| Self::open_queue(name, kind)).collect()
     }
 
-    fn open_queue(name: &str, multiqueue: bool) -> Result<Self, TapError> {
+    fn open_queue(name: &str, queues: TapQueues) -> Result<Self, TapError> {
         let file =
             File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN).map_err(TapError::Open)?;
         let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-        if multiqueue {
+        if queues == TapQueues::Multiple {
             flags |= libc::IFF_MULTI_QUEUE;
         }
         let request = request(name, i16::try_from(flags).unwrap_or(0));
@@ -90,7 +102,7 @@ impl Tap {
         let header = i32::try_from(HEADER_BYTES).unwrap_or(12);
         // SAFETY: TUNSETVNETHDRSZ reads one int, which lives for the call.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header) }).map_err(bad)?;
-        Ok(Self { file, multiqueue, enabled: true })
+        Ok(Self { file, queues, state: QueueState::Attached })
     }
 }
 
@@ -111,47 +123,48 @@ impl Backend for Tap {
         let Offloads { checksum, tso4, tso6, ufo } = offloads;
         let pairs =
             [(checksum, libc::TUN_F_CSUM), (tso4, libc::TUN_F_TSO4), (tso6, libc::TUN_F_TSO6), (ufo, libc::TUN_F_UFO)];
-        // The others build on checksums.
+        // TSO and UFO need checksum offload.
         let flags = pairs.iter().filter(|(on, _)| *on && checksum).fold(0, |flags, (_, flag)| flags | flag);
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
         check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) })
     }
 
-    fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
-        if self.multiqueue && self.enabled != enabled {
-            set_queue(&self.file, enabled)?;
-            self.enabled = enabled;
+    fn set_queue_state(&mut self, state: QueueState) -> io::Result<()> {
+        if self.queues == TapQueues::Multiple && self.state != state {
+            set_queue(&self.file, state)?;
+            self.state = state;
         }
         Ok(())
     }
 
-    fn switch(&self) -> io::Result<Switch> {
-        if !self.multiqueue {
+    fn queue_switch(&self) -> io::Result<QueueSwitch> {
+        if self.queues == TapQueues::Single {
             return Ok(Box::new(|_| Ok(())));
         }
         let file = self.file.try_clone()?;
-        let state = std::sync::Mutex::new(self.enabled);
-        Ok(Box::new(move |enabled| {
-            let mut state = state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            if *state != enabled {
-                set_queue(&file, enabled)?;
-                *state = enabled;
+        let current = std::sync::Mutex::new(self.state);
+        Ok(Box::new(move |state| {
+            let mut current = current.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if *current != state {
+                set_queue(&file, state)?;
+                *current = state;
             }
             Ok(())
         }))
     }
 
-    fn receive(&mut self, frame: &mut [u8]) -> io::Result<Option<usize>> {
+    fn receive(&mut self, frame: &mut [u8]) -> Result<Option<usize>, BackendError> {
         match self.file.read(frame) {
             Ok(count) => Ok(Some(count)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            // A queue that is detached, an interface that is down.
+            // The queue is detached, or the interface is down.
             Err(error) if error.raw_os_error() == Some(libc::EBADFD) => Ok(None),
-            Err(error) => Err(error),
+            Err(error) => Err(error.into()),
         }
     }
 
-    fn send(&mut self, frame: &mut Buffers<'_>) -> io::Result<()> {
-        frame.write_to(self.file.as_fd(), None).map(|_| ())
+    fn send(&mut self, frame: &mut Buffers<'_>) -> Result<(), BackendError> {
+        frame.write_to(self.file.as_fd(), None)?;
+        Ok(())
     }
 }

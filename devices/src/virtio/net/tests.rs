@@ -1,8 +1,8 @@
-//! The network card, over a socket pair in place of passt.
+//! The network device, with a socket pair in place of passt.
 #![allow(clippy::cast_possible_truncation, reason = "numbers of tests are small")]
 
 use super::{Net, Stream};
-use crate::virtio::mock::Driver;
+use crate::virtio::mock::{Driver, Used};
 use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -51,17 +51,17 @@ fn frames_leave_without_the_header() {
 }
 
 #[test]
-fn frames_arrive_behind_a_header_and_over_merged_buffers() {
+fn frames_arrive_with_a_header_in_merged_buffers() {
     let (mut socket, mut driver) = card();
     let frame: Vec<u8> = (0..3000_u32).map(|at| (at % 250) as u8).collect();
-    // No buffers yet: it waits.
+    // The frame waits for receive buffers.
     send(&mut socket, &frame);
     std::thread::sleep(Duration::from_millis(30));
     let buffers: Vec<_> = (0..4).map(|_| driver.submit(0, &[], &[1000])).collect();
     let mut seen = Vec::new();
     for buffer in &buffers {
-        let (id, len) = driver.wait_used(0);
-        assert_eq!(id, u32::from(buffer.head));
+        let Used { head, len } = driver.wait_used(0);
+        assert_eq!(head, u32::from(buffer.head));
         seen.extend(driver.contents(buffer, len));
     }
     assert_eq!(seen[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0], "four buffers");
@@ -77,13 +77,13 @@ fn without_merging_a_frame_that_does_not_fit_is_dropped_and_the_next_one_comes()
     let buffer = driver.submit(0, &[], &[100]);
     send(&mut socket, &[1; 2000]);
     send(&mut socket, &[2; 50]);
-    let (id, len) = driver.wait_used(0);
-    assert_eq!((id, len), (u32::from(buffer.head), 62));
-    assert_eq!(driver.contents(&buffer, len)[10..], [&[1, 0][..], &[2; 50]].concat());
+    let used = driver.wait_used(0);
+    assert_eq!(used, Used { head: u32::from(buffer.head), len: 62 });
+    assert_eq!(driver.contents(&buffer, used.len)[10..], [&[1, 0][..], &[2; 50]].concat());
 }
 
 #[test]
-fn a_backend_that_does_not_read_holds_frames_back_and_loses_none() {
+fn a_backend_that_does_not_read_delays_frames_and_loses_none() {
     let (mut socket, mut driver) = card();
     let frame = [7; 1500];
     let (mut sent, mut used) = (0_u32, 0_u32);
@@ -108,7 +108,7 @@ fn a_backend_that_does_not_read_holds_frames_back_and_loses_none() {
 }
 
 #[test]
-fn a_backend_that_ends_leaves_the_card_alive() {
+fn the_device_works_after_its_backend_has_ended() {
     let (socket, mut driver) = card();
     drop(socket);
     for _ in 0..10 {

@@ -1,49 +1,53 @@
-//! Queue pairs that the host's kernel works on (vhost-net).
+//! Queue pairs that vhost-net in the host's kernel processes.
 
-use super::Backend;
-use crate::virtio::vhost::{Vhost, connect};
-use crate::virtio::{ActivateError, Activation, Virtqueue};
-use std::io;
+use super::backend::Backend;
+use crate::virtio::device::{ActivateError, Activation};
+use crate::virtio::queue::Virtqueue;
+use crate::virtio::vhost::{VhostWorker, connect};
 use std::sync::Arc;
+use thiserror::Error;
 use vhost::net::VhostNet;
 use vhost::vhost_kern::net::Net;
+use vm_memory::GuestMemoryMmap;
 
-/// Whether the host has it.
-pub(super) fn probe() -> io::Result<()> {
-    open(&Arc::new(vm_memory::GuestMemoryMmap::new())).map(|_| ())
+/// The host has no vhost-net, or the user has no access to it.
+#[derive(Debug, Error)]
+#[error("cannot open /dev/vhost-net")]
+pub struct VhostNetError(#[source] vhost::Error);
+
+/// Opens and closes vhost-net, so that a missing one is reported before the guest runs.
+pub(super) fn probe() -> Result<(), VhostNetError> {
+    Net::new(Arc::new(GuestMemoryMmap::<()>::new())).map(|_| ()).map_err(VhostNetError)
 }
 
-type Handle = Net<Arc<vm_memory::GuestMemoryMmap>>;
-
-fn open(memory: &Arc<vm_memory::GuestMemoryMmap>) -> io::Result<Handle> {
-    Net::new(Arc::clone(memory)).map_err(|error| io::Error::other(error.to_string()))
-}
-
-/// Gives one pair to the kernel.
+/// Starts vhost-net for one queue pair.
 pub(super) fn start(
     backend: Option<&dyn Backend>,
     receive: Virtqueue,
     transmit: Virtqueue,
     activation: &Activation,
-) -> Result<Vhost, ActivateError> {
-    let file = backend.and_then(Backend::vhost_file).and_then(|file| file.try_clone().ok());
-    let file =
-        file.ok_or_else(|| ActivateError::Io("use vhost without a tap interface", io::ErrorKind::Unsupported.into()))?;
-    let handle = open(&Arc::new((*activation.memory).clone()))
-        .map_err(|error| ActivateError::Io("open /dev/vhost-net", error))?;
+) -> Result<VhostWorker, ActivateError> {
+    let file = backend.and_then(Backend::vhost_file).ok_or(ActivateError::Vhost {
+        action: "use vhost-net: the network backend is not a tap interface",
+        source: vhost::Error::InvalidOperation,
+    })?;
+    let file = file.try_clone().map_err(ActivateError::io("duplicate the file descriptor of the tap interface"))?;
+    let handle =
+        Net::new(Arc::new((*activation.memory).clone())).map_err(ActivateError::vhost("open /dev/vhost-net"))?;
     let queues = vec![receive, transmit];
     let calls = connect(&handle, &activation.memory, activation.features, &queues)?;
-    for index in 0..queues.len() {
-        let failed =
-            |error: vhost::Error| ActivateError::Io("connect vhost to the tap", io::Error::other(error.to_string()));
-        handle.set_backend(index, Some(&file)).map_err(failed)?;
+    let queue_count = queues.len();
+    for index in 0..queue_count {
+        handle
+            .set_backend(index, Some(&file))
+            .map_err(ActivateError::vhost("connect vhost-net to the tap interface"))?;
     }
     let stop = move || {
-        for index in 0..2 {
+        for index in 0..queue_count {
             if let Err(error) = handle.set_backend(index, None) {
-                log::error!("net: vhost: {error}");
+                log::error!("net: cannot stop vhost-net: {error}");
             }
         }
     };
-    Ok(Vhost::new(queues, calls, activation.memory.clone(), stop))
+    Ok(VhostWorker::new(queues, calls, activation.memory.clone(), stop))
 }

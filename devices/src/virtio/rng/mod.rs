@@ -1,26 +1,28 @@
-//! The entropy device (virtio 1.3 §5.4): host randomness for the guest.
+//! The entropy device (virtio 1.3 §5.4), with random bytes of the host.
 
 mod rate;
 
-use super::worker::watch;
-use super::{ActivateError, Activation, DeviceKind, VirtioDevice, Virtqueue, Worker};
-use crate::memory::Buffers;
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use rate::Bucket;
 pub use rate::Rate;
+
+use crate::memory::Buffers;
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice};
+use crate::virtio::queue::Virtqueue;
+use crate::virtio::worker::{Worker, watch};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rate::TokenBucket;
 use std::time::Instant;
 use vmm_sys_util::timerfd::TimerFd;
 
-/// The most bytes given for one request: the driver asks again if it wants more.
+/// The most bytes written for one request; the driver makes another request if it needs more.
 const MAX_REQUEST_BYTES: usize = 64 << 10;
 
-/// The device.
+/// The entropy device.
 pub struct Rng {
     rate: Option<Rate>,
 }
 
 impl Rng {
-    /// With a `rate`, no more than that is given.
+    /// Makes a device that gives the guest at most `rate`, or any number of bytes without one.
     #[must_use]
     pub fn new(rate: Option<Rate>) -> Self {
         Self { rate }
@@ -37,19 +39,21 @@ impl VirtioDevice for Rng {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
-        let timer = TimerFd::new().map_err(|error| ActivateError::Io("make a timer", error.into()))?;
-        let bucket = self.rate.map(|rate| Bucket::new(rate, Instant::now()));
-        Ok(vec![Box::new(Filler { queue: activation.queue(0)?, bucket, timer })])
+        let timer =
+            TimerFd::new().map_err(|error| ActivateError::Io { action: "create a timer", source: error.into() })?;
+        let bucket = self.rate.map(|rate| TokenBucket::new(rate, Instant::now()));
+        Ok(vec![Box::new(Filler { queue: activation.take_queue(0)?, bucket, timer })])
     }
 }
 
-/// Answers requests; waits on the timer where the rate is used up.
+/// The worker: fills requests, and waits for the timer where the rate is exceeded.
 struct Filler {
     queue: Virtqueue,
-    bucket: Option<Bucket>,
+    bucket: Option<TokenBucket>,
     timer: TimerFd,
 }
 
+// Data of the events.
 const KICK: u32 = 0;
 const TIMER: u32 = 1;
 
@@ -57,14 +61,14 @@ impl Filler {
     fn serve(&mut self) {
         let (bucket, timer) = (&mut self.bucket, &mut self.timer);
         self.queue.serve(|chain| {
-            let want = chain.writable.len().min(MAX_REQUEST_BYTES);
+            let wanted = chain.writable.len().min(MAX_REQUEST_BYTES);
             let allowed = match bucket {
-                None => want,
-                Some(bucket) => match bucket.take(want as u64, Instant::now()) {
-                    Ok(count) => usize::try_from(count).unwrap_or(want),
+                None => wanted,
+                Some(bucket) => match bucket.take(wanted as u64, Instant::now()) {
+                    Ok(count) => usize::try_from(count).unwrap_or(wanted),
                     Err(wait) => {
                         if let Err(error) = timer.reset(wait, None) {
-                            log::error!("rng: {error}");
+                            log::error!("rng: cannot set the timer of the rate limit: {error}");
                         }
                         return None;
                     }
@@ -75,7 +79,7 @@ impl Filler {
     }
 }
 
-/// Fills all of `buffers` from getrandom(2); returns how many bytes it gave.
+/// Fills `buffers` from getrandom(2) and returns the number of bytes.
 fn fill(buffers: &mut Buffers<'_>) -> u32 {
     let mut data = [0; 4096];
     let mut done = 0;
@@ -85,7 +89,7 @@ fn fill(buffers: &mut Buffers<'_>) -> u32 {
             Ok(count) => done += buffers.write(&data[..count]),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => {
-                log::error!("rng: getrandom: {error}");
+                log::error!("rng: getrandom failed: {error}");
                 break;
             }
         }

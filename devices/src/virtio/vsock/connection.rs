@@ -1,4 +1,4 @@
-//! One stream: a Unix socket of the host, and how much either side may send (virtio 1.3 §5.10.6.3).
+//! A stream connection between the guest and a Unix socket of the host, with its flow control (virtio 1.3 §5.10.6.3).
 
 use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use crate::memory::Buffers;
@@ -6,44 +6,79 @@ use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use thiserror::Error;
 
-/// Bytes of the guest's that are kept for a host program that does not read.
+/// Size in bytes of the receive buffer for data of the guest, per connection (`buf_alloc`).
 pub(super) const BUFFER_BYTES: u32 = 256 << 10;
 
-/// How far a stream is.
+/// A connection must be reset.
+#[derive(Debug, Error)]
+pub(super) enum ConnectionError {
+    /// The guest has sent data after a shutdown with `VIRTIO_VSOCK_SHUTDOWN_SEND`.
+    #[error("the guest sent data after it had shut its side down")]
+    SendAfterShutdown,
+    /// The guest has ignored `buf_alloc`.
+    #[error("the guest sent {bytes} bytes more than the receive buffer of {BUFFER_BYTES} bytes can take")]
+    BufferOverrun {
+        /// Bytes beyond the end of the buffer.
+        bytes: usize,
+    },
+    /// The packet is shorter than its header says.
+    #[error("a packet has {found} bytes of data, its header says {expected}")]
+    ShortPacket {
+        /// `len` of the header.
+        expected: usize,
+        /// Bytes in the packet's buffers.
+        found: usize,
+    },
+    /// The operation is not valid in the connection's state.
+    #[error("operation {op} is not valid in the state {state:?}")]
+    InvalidOperation {
+        /// `op` of the header.
+        op: u16,
+        /// The connection's state.
+        state: State,
+    },
+    /// The Unix socket failed.
+    #[error("the Unix socket failed")]
+    Socket(#[from] io::Error),
+}
+
+/// The state of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// The host program has not said yet which port it wants.
-    Naming,
-    /// The guest was asked.
-    Asked,
-    /// Both sides talk.
-    Open,
+    /// The host program has not sent its CONNECT line.
+    AwaitingConnectLine,
+    /// A connection request was sent to the guest, which has not responded.
+    Requested,
+    /// Data can be sent in both directions.
+    Established,
 }
 
 pub(super) struct Connection {
     pub(super) stream: UnixStream,
     pub(super) state: State,
-    /// The start of the host program's line, while it names the port.
+    /// The start of the host program's CONNECT line.
     pub(super) line: Vec<u8>,
-    /// The guest's window: how much it takes, how much of that it has used.
-    peer_alloc: u32,
-    peer_forwarded: u32,
-    /// Bytes sent to the guest, in all (mod 2³²).
+    /// The guest's last `buf_alloc` and `fwd_cnt`.
+    peer_buf_alloc: u32,
+    peer_fwd_cnt: u32,
+    /// Number of bytes sent to the guest, modulo 2³².
     sent: u32,
-    /// Bytes of the guest's handed to the stream, in all; and how many of those it knows of.
-    forwarded: u32,
-    told_forwarded: u32,
-    /// Bytes of the guest's that the stream did not take yet.
+    /// `fwd_cnt`: number of bytes from the guest that were written to the socket, modulo 2³²; and its value in the last packet
+    /// to the guest.
+    fwd_cnt: u32,
+    last_fwd_cnt: u32,
+    /// Bytes from the guest that the socket has not accepted.
     unsent: Vec<u8>,
-    /// What the guest will not do any more: SHUTDOWN_*.
+    /// The `SHUTDOWN_*` flags that the guest has sent.
     peer_shutdown: u32,
-    /// The host program has sent its last byte.
-    pub(super) ended: bool,
-    /// There may be something to read.
+    /// The host program has closed its sending side.
+    pub(super) end_of_stream: bool,
+    /// The socket may be readable.
     pub(super) readable: bool,
-    /// It waits for its turn to send.
-    pub(super) in_turn: bool,
+    /// The connection is in the queue of those that may have data for the guest.
+    pub(super) queued: bool,
 }
 
 impl Connection {
@@ -52,73 +87,76 @@ impl Connection {
             stream,
             state,
             line: Vec::new(),
-            peer_alloc: 0,
-            peer_forwarded: 0,
+            peer_buf_alloc: 0,
+            peer_fwd_cnt: 0,
             sent: 0,
-            forwarded: 0,
-            told_forwarded: 0,
+            fwd_cnt: 0,
+            last_fwd_cnt: 0,
             unsent: Vec::new(),
             peer_shutdown: 0,
-            ended: false,
+            end_of_stream: false,
             readable: true,
-            in_turn: false,
+            queued: false,
         }
     }
 
-    /// What the guest said of its window.
-    pub(super) fn take_credit(&mut self, alloc: u32, forwarded: u32) {
-        self.peer_alloc = alloc;
-        self.peer_forwarded = forwarded;
+    /// Updates the guest's credit from a packet header.
+    pub(super) fn update_credit(&mut self, buf_alloc: u32, fwd_cnt: u32) {
+        self.peer_buf_alloc = buf_alloc;
+        self.peer_fwd_cnt = fwd_cnt;
     }
 
-    /// Bytes that the guest takes now. A guest that says nonsense gets nothing.
+    /// Returns how many bytes the guest can receive now; 0 where its counters are invalid.
     pub(super) fn credit(&self) -> usize {
-        let in_flight = self.sent.wrapping_sub(self.peer_forwarded);
-        usize::try_from(self.peer_alloc.saturating_sub(in_flight)).unwrap_or(0)
+        let in_flight = self.sent.wrapping_sub(self.peer_fwd_cnt);
+        usize::try_from(self.peer_buf_alloc.saturating_sub(in_flight)).unwrap_or(0)
     }
 
-    /// Whether there is something to be read for the guest, and it wants it.
-    pub(super) fn wants_to_send(&self) -> bool {
-        let open = self.state == State::Open && self.readable && !self.ended;
+    /// Returns true if the socket may have data that the guest can receive.
+    pub(super) fn can_send(&self) -> bool {
+        let open = self.state == State::Established && self.readable && !self.end_of_stream;
         open && self.peer_shutdown & SHUTDOWN_RECEIVE == 0 && self.credit() > 0
     }
 
-    /// Reads into `place`, as much as the guest takes. 0: the host program has ended.
+    /// Reads from the socket to `buffers`, as much as the guest can receive. Returns the number of bytes; 0 at the end of the
+    /// stream.
     ///
     /// # Errors
-    /// The stream's; `WouldBlock` where there is nothing now.
-    pub(super) fn read_into(&mut self, place: &mut Buffers<'_>) -> io::Result<usize> {
-        let mut part = place.split_to(self.credit());
+    /// Returns the error of readv(2): `WouldBlock` where there is no data now.
+    pub(super) fn read_into(&mut self, buffers: &mut Buffers<'_>) -> io::Result<usize> {
+        let mut part = buffers.split_to(self.credit());
         let count = part.read_from(self.stream.as_fd(), None)?;
         self.sent = self.sent.wrapping_add(u32::try_from(count).unwrap_or(0));
         Ok(count)
     }
 
-    /// Takes the guest's data.
+    /// Writes data of the guest to the socket, or keeps what the socket does not accept.
     ///
     /// # Errors
-    /// Where the guest sends more than it may, or the stream is gone.
-    pub(super) fn take(&mut self, data: &mut Buffers<'_>) -> io::Result<()> {
+    /// Returns an error where the guest must not send the data, or where the socket fails.
+    pub(super) fn send(&mut self, data: &mut Buffers<'_>) -> Result<(), ConnectionError> {
         if self.peer_shutdown & SHUTDOWN_SEND != 0 {
-            return Err(io::Error::other("the guest sends after its end"));
+            return Err(ConnectionError::SendAfterShutdown);
         }
-        if self.unsent.len() + data.len() > BUFFER_BYTES as usize {
-            return Err(io::Error::other("the guest sends more than it may"));
+        let total = self.unsent.len() + data.len();
+        if let Some(bytes) = total.checked_sub(BUFFER_BYTES as usize).filter(|bytes| *bytes > 0) {
+            return Err(ConnectionError::BufferOverrun { bytes });
         }
         self.unsent.extend(data.to_vec());
-        self.flush()
+        self.flush()?;
+        Ok(())
     }
 
-    /// Hands on what it can.
+    /// Writes data of the guest that was kept to the socket.
     ///
     /// # Errors
-    /// The stream's.
+    /// Returns an error where the socket fails; a full socket is not an error.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         while !self.unsent.is_empty() {
             match self.stream.write(&self.unsent) {
                 Ok(count) => {
                     self.unsent.drain(..count);
-                    self.forwarded = self.forwarded.wrapping_add(u32::try_from(count).unwrap_or(0));
+                    self.fwd_cnt = self.fwd_cnt.wrapping_add(u32::try_from(count).unwrap_or(0));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -131,24 +169,24 @@ impl Connection {
         Ok(())
     }
 
-    /// The count for a header; it is known to the guest from now on.
-    pub(super) fn tell_forwarded(&mut self) -> u32 {
-        self.told_forwarded = self.forwarded;
-        self.forwarded
+    /// Returns the `fwd_cnt` for the header of a packet to the guest.
+    pub(super) fn fwd_cnt_for_packet(&mut self) -> u32 {
+        self.last_fwd_cnt = self.fwd_cnt;
+        self.fwd_cnt
     }
 
-    /// Whether the guest should learn that it may send more.
-    pub(super) fn owes_credit(&self) -> bool {
-        self.state == State::Open && self.forwarded.wrapping_sub(self.told_forwarded) >= BUFFER_BYTES / 4
+    /// Returns true if a credit update is due: the guest does not know of a quarter of the buffer that is free again.
+    pub(super) fn needs_credit_update(&self) -> bool {
+        self.state == State::Established && self.fwd_cnt.wrapping_sub(self.last_fwd_cnt) >= BUFFER_BYTES / 4
     }
 
-    /// What the guest will not do any more.
+    /// Notes the flags of a shutdown packet of the guest.
     pub(super) fn shut_down(&mut self, flags: u32) {
         self.peer_shutdown |= flags & (SHUTDOWN_RECEIVE | SHUTDOWN_SEND);
     }
 
-    /// Whether nothing more can happen: the guest is through, and its last bytes are handed on.
-    pub(super) fn is_over(&self) -> bool {
+    /// Returns true if the guest has shut both sides down and all its data was written to the socket.
+    pub(super) fn is_closed(&self) -> bool {
         let all = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
         self.peer_shutdown & all == all && self.unsent.is_empty()
     }
@@ -159,16 +197,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn windows_wrap_and_nonsense_gives_nothing() {
+    fn counters_wrap_and_invalid_ones_give_no_credit() {
         let (ours, _theirs) = UnixStream::pair().expect("a pair");
-        let mut connection = Connection::new(ours, State::Open);
+        let mut connection = Connection::new(ours, State::Established);
         connection.sent = u32::MAX - 9;
-        connection.take_credit(100, u32::MAX - 19);
+        connection.update_credit(100, u32::MAX - 19);
         assert_eq!(connection.credit(), 90);
         connection.sent = connection.sent.wrapping_add(90);
         assert_eq!(connection.credit(), 0);
-        // A guest that claims to have used more than it got.
-        connection.take_credit(100, 1000);
+        // A guest that claims to have received more than was sent.
+        connection.update_credit(100, 1000);
         assert_eq!(connection.credit(), 0);
     }
 }

@@ -1,45 +1,70 @@
-//! The same device with the host's kernel behind it (vhost-vsock): streams meet the host's own vsock sockets.
+//! The socket device with vhost-vsock in the host's kernel: the guest connects to the host's `AF_VSOCK` sockets.
 
-use super::{QUEUE_SIZE, kind};
-use crate::virtio::vhost::{Vhost, connect};
-use crate::virtio::{ActivateError, Activation, DeviceKind, VirtioDevice, Worker, read_config_bytes};
-use std::io;
+use super::spec::{KIND, QUEUE_SIZE, QUEUES};
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::vhost::{VhostWorker, connect};
+use crate::virtio::worker::Worker;
 use std::sync::Arc;
+use thiserror::Error;
 use vhost::vhost_kern::vsock::Vsock as Handle;
 use vhost::vsock::VhostVsock;
 use vm_memory::GuestMemoryMmap;
 
-/// The device.
+/// vhost-vsock cannot be used.
+#[derive(Debug, Error)]
+pub enum KernelVsockError {
+    /// The host has no vhost-vsock, or the user has no access to it.
+    #[error("cannot open /dev/vhost-vsock")]
+    Open(#[source] vhost::Error),
+    /// Another guest of the host has the context ID.
+    #[error("cannot use the CID {cid}")]
+    Cid {
+        /// The context ID.
+        cid: u32,
+        /// The error of vhost-vsock.
+        source: vhost::Error,
+    },
+}
+
+/// The socket device with vhost-vsock.
 pub struct KernelVsock {
     cid: u32,
 }
 
 impl KernelVsock {
-    /// A guest with the address `cid`, which no other guest of this host may have.
+    /// Makes a device for a guest with the context ID `cid`, which no other guest of the host may have.
     ///
     /// # Errors
-    /// Where the host has no vhost-vsock, or the address is taken.
-    pub fn new(cid: u32) -> io::Result<Self> {
-        // Tried now, for an error that the user sees.
-        open(&Arc::new(GuestMemoryMmap::new()), cid)?;
+    /// Returns [`KernelVsockError`] where the host has no vhost-vsock, or where another guest has the CID.
+    pub fn new(cid: u32) -> Result<Self, KernelVsockError> {
+        // Opened once now, so that an error is reported before the guest runs.
+        open(GuestMemoryMmap::new(), cid)?;
         Ok(Self { cid })
     }
 }
 
-fn open(memory: &Arc<GuestMemoryMmap>, cid: u32) -> io::Result<Handle<Arc<GuestMemoryMmap>>> {
-    let other = |error: vhost::Error| io::Error::other(error.to_string());
-    let handle = Handle::new(Arc::clone(memory)).map_err(other)?;
-    handle.set_guest_cid(u64::from(cid)).map_err(other)?;
+fn open(memory: GuestMemoryMmap, cid: u32) -> Result<Handle<Arc<GuestMemoryMmap>>, KernelVsockError> {
+    let handle = Handle::new(Arc::new(memory)).map_err(KernelVsockError::Open)?;
+    handle.set_guest_cid(u64::from(cid)).map_err(|source| KernelVsockError::Cid { cid, source })?;
     Ok(handle)
+}
+
+impl From<KernelVsockError> for ActivateError {
+    fn from(error: KernelVsockError) -> Self {
+        match error {
+            KernelVsockError::Open(source) => Self::Vhost { action: "open /dev/vhost-vsock", source },
+            KernelVsockError::Cid { source, .. } => Self::Vhost { action: "set the CID of vhost-vsock", source },
+        }
+    }
 }
 
 impl VirtioDevice for KernelVsock {
     fn kind(&self) -> DeviceKind {
-        kind()
+        KIND
     }
 
     fn queue_max_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; 3]
+        vec![QUEUE_SIZE; QUEUES]
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -47,17 +72,15 @@ impl VirtioDevice for KernelVsock {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
-        let queues = vec![activation.queue(0)?, activation.queue(1)?];
-        let handle = open(&Arc::new((*activation.memory).clone()), self.cid);
-        let handle = handle.map_err(|error| ActivateError::Io("open /dev/vhost-vsock", error))?;
+        let queues = vec![activation.take_queue(0)?, activation.take_queue(1)?];
+        let handle = open((*activation.memory).clone(), self.cid)?;
         let calls = connect(&handle, &activation.memory, activation.features, &queues)?;
-        let failed = |error: vhost::Error| ActivateError::Io("start vhost-vsock", io::Error::other(error.to_string()));
-        handle.start().map_err(failed)?;
+        handle.start().map_err(ActivateError::vhost("start vhost-vsock"))?;
         let stop = move || {
             if let Err(error) = handle.stop() {
-                log::error!("vsock: vhost: {error}");
+                log::error!("vsock: cannot stop vhost-vsock: {error}");
             }
         };
-        Ok(vec![Box::new(Vhost::new(queues, calls, activation.memory.clone(), stop))])
+        Ok(vec![Box::new(VhostWorker::new(queues, calls, activation.memory.clone(), stop))])
     }
 }

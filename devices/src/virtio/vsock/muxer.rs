@@ -1,15 +1,16 @@
-//! All streams of a guest, on one thread.
+//! The worker of the socket device, which handles all connections of a guest.
 
-use super::HOST_CID;
-use super::connection::{BUFFER_BYTES, Connection, State};
+use super::connection::{BUFFER_BYTES, Connection, ConnectionError, State};
 use super::packet::{
     HEADER_BYTES, Header, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN,
     SHUTDOWN_SEND, TYPE_STREAM,
 };
+use super::spec::HOST_CID;
+use crate::error::chain as error_chain;
 use crate::memory::{Buffers, Memory};
-use crate::socket::connect_now;
+use crate::socket::connect_nonblocking;
+use crate::virtio::queue::{Chain, Virtqueue};
 use crate::virtio::worker::watch;
-use crate::virtio::{Chain, Virtqueue};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
@@ -17,16 +18,16 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-/// The most streams at once.
+/// The most connections of a guest.
 const MAX_CONNECTIONS: usize = 1024;
-/// Answers that wait for the guest's buffers; beyond, its own packets wait.
-const MAX_ANSWERS: usize = 1024;
-/// The first port that the host's side of a stream gets.
+/// The most control packets that wait for receive buffers of the guest; then no packets of the guest are handled.
+const MAX_CONTROL_PACKETS: usize = 1024;
+/// The lowest local port of connections that host programs open.
 const FIRST_LOCAL_PORT: u32 = 1 << 30;
-/// The longest line that names a port: `CONNECT 4294967295\n`.
+/// The most bytes of a CONNECT line; the longest valid one is `CONNECT 4294967295\n`.
 const MAX_LINE: usize = 32;
 
-/// A stream: the host's port and the guest's.
+/// Identifies a connection: the port on the host and the port in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     local: u32,
@@ -41,13 +42,13 @@ pub(super) struct Muxer {
     transmit: Virtqueue,
     connections: HashMap<Key, Connection>,
     by_fd: HashMap<RawFd, Key>,
-    /// Packets without data, for the guest.
-    answers: VecDeque<Header>,
+    /// Packets without data that wait for receive buffers of the guest.
+    control_packets: VecDeque<Header>,
     next_local: u32,
-    /// Whose turn it is to send.
-    turns: VecDeque<Key>,
-    /// Host programs may be at the door that were not let in, for want of room.
-    crowded: bool,
+    /// Connections that may have data for the guest, in the order in which they send.
+    send_queue: VecDeque<Key>,
+    /// Connections of host programs may wait in the backlog, as there were [`MAX_CONNECTIONS`].
+    accept_paused: bool,
 }
 
 impl Muxer {
@@ -66,15 +67,15 @@ impl Muxer {
             transmit,
             connections: HashMap::new(),
             by_fd: HashMap::new(),
-            answers: VecDeque::new(),
+            control_packets: VecDeque::new(),
             next_local: FIRST_LOCAL_PORT,
-            turns: VecDeque::new(),
-            crowded: false,
+            send_queue: VecDeque::new(),
+            accept_paused: false,
         }
     }
 
     fn header(&mut self, key: Key, op: u16) -> Header {
-        let fwd_cnt = self.connections.get_mut(&key).map_or(0, Connection::tell_forwarded);
+        let fwd_cnt = self.connections.get_mut(&key).map_or(0, Connection::fwd_cnt_for_packet);
         Header {
             src_cid: HOST_CID,
             dst_cid: self.cid,
@@ -88,17 +89,18 @@ impl Muxer {
         }
     }
 
-    fn answer(&mut self, key: Key, op: u16, flags: u32) {
-        let header = Header { flags, ..self.header(key, op) };
-        self.answers.push_back(header);
+    /// Queues a packet without data for the guest.
+    fn send_control(&mut self, key: Key, op: u16) {
+        let header = self.header(key, op);
+        self.control_packets.push_back(header);
     }
 
-    /// Gives a stream its turn to send, once.
-    fn queue(&mut self, key: Key) {
+    /// Adds a connection to the send queue, where it is not in it.
+    fn queue_send(&mut self, key: Key) {
         if let Some(connection) = self.connections.get_mut(&key)
-            && !std::mem::replace(&mut connection.in_turn, true)
+            && !std::mem::replace(&mut connection.queued, true)
         {
-            self.turns.push_back(key);
+            self.send_queue.push_back(key);
         }
     }
 
@@ -113,40 +115,41 @@ impl Muxer {
         if let Some(connection) = self.connections.remove(&key) {
             self.by_fd.remove(&connection.stream.as_raw_fd());
             if let Err(error) = ops.remove(Events::new(&connection.stream, EventSet::IN)) {
-                log::debug!("vsock: {error:?}");
+                log::debug!("vsock: cannot remove a socket from the event loop: {error}");
             }
         }
     }
 
-    /// Ends a stream that cannot go on.
+    /// Ends a connection on both sides.
     fn reset(&mut self, key: Key, ops: &mut EventOps<'_>) {
-        self.answer(key, OP_RST, 0);
+        self.send_control(key, OP_RST);
         self.remove(key, ops);
     }
 
-    /// A host program is at the door.
+    /// Accepts connections of host programs.
     fn accept(&mut self, ops: &mut EventOps<'_>) {
         loop {
-            self.crowded = self.connections.len() >= MAX_CONNECTIONS;
-            if self.crowded {
+            self.accept_paused = self.connections.len() >= MAX_CONNECTIONS;
+            if self.accept_paused {
                 return;
             }
             match self.listener.accept() {
                 Ok((stream, _)) => {
                     if let Err(error) = stream.set_nonblocking(true) {
-                        log::warn!("vsock: {error}");
+                        log::warn!("vsock: cannot set a connection to non-blocking: {error}");
                         continue;
                     }
-                    // Its guest port is not known yet: 0 stands for that.
+                    // The port in the guest is not known yet.
                     let key = Key { local: self.free_port(), peer: 0 };
-                    self.add(key, Connection::new(stream, State::Naming), ops);
-                    self.read_line(key, ops);
+                    self.add(key, Connection::new(stream, State::AwaitingConnectLine), ops);
+                    self.read_connect_line(key, ops);
                 }
                 Err(_) => return,
             }
         }
     }
 
+    /// Returns a local port that no connection has.
     fn free_port(&mut self) -> u32 {
         loop {
             let port = self.next_local;
@@ -157,8 +160,8 @@ impl Muxer {
         }
     }
 
-    /// Reads `CONNECT PORT\n`, a byte at a time: what follows is for the guest.
-    fn read_line(&mut self, key: Key, ops: &mut EventOps<'_>) {
+    /// Reads `CONNECT PORT\n`, a byte at a time, as what follows is data for the guest.
+    fn read_connect_line(&mut self, key: Key, ops: &mut EventOps<'_>) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         let mut byte = [0];
         while connection.line.last() != Some(&b'\n') {
@@ -173,123 +176,106 @@ impl Muxer {
         let Some(mut connection) = self.connections.remove(&key) else { return };
         match port {
             Some(peer) => {
-                let named = Key { peer, ..key };
-                connection.state = State::Asked;
-                self.by_fd.insert(connection.stream.as_raw_fd(), named);
-                self.connections.insert(named, connection);
-                self.answer(named, OP_REQUEST, 0);
+                let key = Key { peer, ..key };
+                connection.state = State::Requested;
+                self.by_fd.insert(connection.stream.as_raw_fd(), key);
+                self.connections.insert(key, connection);
+                self.send_control(key, OP_REQUEST);
             }
             None => {
-                log::warn!("vsock: a host program said {text:?}, where CONNECT PORT was wanted");
+                log::warn!("vsock: a host program sent {text:?} where \"CONNECT PORT\" was expected");
                 self.connections.insert(key, connection);
                 self.remove(key, ops);
             }
         }
     }
 
-    /// The guest's packets.
-    fn take_packets(&mut self, ops: &mut EventOps<'_>) {
+    /// Handles the available packets of the guest.
+    fn receive_packets(&mut self, ops: &mut EventOps<'_>) {
         let memory = self.transmit.memory();
         loop {
             self.transmit.disable_notification();
-            while self.answers.len() < MAX_ANSWERS
+            while self.control_packets.len() < MAX_CONTROL_PACKETS
                 && let Some(mut chain) = self.transmit.pop(&memory)
             {
                 if let Some(header) = Header::read(&mut chain.readable) {
-                    self.take_packet(&header, &mut chain.readable, ops);
+                    self.receive_packet(&header, &mut chain.readable, ops);
                 }
                 self.transmit.push(chain.head, 0);
             }
             self.transmit.notify();
-            // With too many answers waiting, the guest's next buffers, which kick the other queue, bring us back.
-            if self.answers.len() >= MAX_ANSWERS || !self.transmit.enable_notification() {
+            // Where too many control packets wait, the kick of the receive queue for new buffers continues.
+            if self.control_packets.len() >= MAX_CONTROL_PACKETS || !self.transmit.enable_notification() {
                 return;
             }
         }
     }
 
-    fn take_packet(&mut self, header: &Header, data: &mut Buffers<'_>, ops: &mut EventOps<'_>) {
+    fn receive_packet(&mut self, header: &Header, data: &mut Buffers<'_>, ops: &mut EventOps<'_>) {
         let key = Key { local: header.dst_port, peer: header.src_port };
         if header.src_cid != self.cid || header.dst_cid != HOST_CID {
             return;
         }
         if header.kind != TYPE_STREAM {
-            // An answer of the same type (§5.10.6.4.2).
-            let refusal = Header { kind: header.kind, ..self.header(key, OP_RST) };
-            self.answers.push_back(refusal);
+            // A reset of the same type (virtio 1.3 §5.10.6.4.2).
+            let reset = Header { kind: header.kind, ..self.header(key, OP_RST) };
+            self.control_packets.push_back(reset);
             return;
         }
         let Some(connection) = self.connections.get_mut(&key) else {
             match header.op {
                 OP_REQUEST => self.connect(key, header, ops),
                 OP_RST => {}
-                _ => self.answer(key, OP_RST, 0),
+                _ => self.send_control(key, OP_RST),
             }
             return;
         };
-        connection.take_credit(header.buf_alloc, header.fwd_cnt);
-        let result = match (header.op, connection.state) {
-            (OP_RESPONSE, State::Asked) => {
-                connection.state = State::Open;
-                connection.stream.write_all(format!("OK {}\n", key.local).as_bytes())
+        connection.update_credit(header.buf_alloc, header.fwd_cnt);
+        match header.op {
+            OP_RST => return self.remove(key, ops),
+            OP_CREDIT_REQUEST => self.send_control(key, OP_CREDIT_UPDATE),
+            _ => {
+                if let Err(error) = handle_packet(connection, key, header, data) {
+                    log::debug!("vsock: {key:?} is reset: {}", error_chain(&error));
+                    return self.reset(key, ops);
+                }
             }
-            (OP_RW, State::Open) => {
-                let wanted = usize::try_from(header.len).unwrap_or(usize::MAX);
-                let mut data = data.split_to(wanted);
-                if data.len() == wanted { connection.take(&mut data) } else { Err(io::ErrorKind::InvalidData.into()) }
-            }
-            (OP_SHUTDOWN, _) => {
-                connection.shut_down(header.flags);
-                connection.flush()
-            }
-            (OP_CREDIT_UPDATE, _) => Ok(()),
-            (OP_CREDIT_REQUEST, _) => {
-                self.answer(key, OP_CREDIT_UPDATE, 0);
-                return self.queue(key);
-            }
-            (OP_RST, _) => return self.remove(key, ops),
-            (op, state) => Err(io::Error::other(format!("operation {op} while {state:?}"))),
-        };
-        if let Err(error) = result {
-            log::debug!("vsock: {key:?}: {error}");
-            return self.reset(key, ops);
         }
-        self.queue(key);
+        self.queue_send(key);
     }
 
-    /// The guest asks for the host's port.
+    /// Handles the guest's request to connect to a port of the host.
     fn connect(&mut self, key: Key, header: &Header, ops: &mut EventOps<'_>) {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{}", key.local));
-        let stream = if self.connections.len() < MAX_CONNECTIONS {
-            connect_now(Path::new(&path))
-        } else {
-            Err(io::Error::other("too many streams"))
-        };
-        match stream {
+        if self.connections.len() >= MAX_CONNECTIONS {
+            log::info!("vsock: connection to port {} refused: there are {MAX_CONNECTIONS} connections", key.local);
+            return self.send_control(key, OP_RST);
+        }
+        match connect_nonblocking(Path::new(&path)) {
             Ok(stream) => {
-                let mut connection = Connection::new(stream, State::Open);
-                connection.take_credit(header.buf_alloc, header.fwd_cnt);
+                let mut connection = Connection::new(stream, State::Established);
+                connection.update_credit(header.buf_alloc, header.fwd_cnt);
                 self.add(key, connection, ops);
-                self.answer(key, OP_RESPONSE, 0);
-                self.queue(key);
+                self.send_control(key, OP_RESPONSE);
+                self.queue_send(key);
             }
             Err(error) => {
-                log::info!("vsock: the guest wants port {}: {}: {error}", key.local, path.display());
-                self.answer(key, OP_RST, 0);
+                log::info!("vsock: connection to port {} refused: {}: {error}", key.local, path.display());
+                self.send_control(key, OP_RST);
             }
         }
     }
 
-    /// Packets for the guest: answers first, then data, stream by stream.
-    fn give_packets(&mut self, memory: &Memory, ops: &mut EventOps<'_>) {
+    /// Sends packets to the guest: control packets first, then data of the connections in the send queue.
+    fn send_packets(&mut self, memory: &Memory, ops: &mut EventOps<'_>) {
         loop {
             self.receive.disable_notification();
-            while !self.answers.is_empty() || !self.turns.is_empty() {
+            while !self.control_packets.is_empty() || !self.send_queue.is_empty() {
                 let Some(mut chain) = self.receive.pop(memory) else { break };
-                let written = match self.answers.pop_front() {
-                    Some(answer) => Some(chain.writable.write(&answer.to_bytes())),
-                    None => self.next_data(&mut chain, ops),
+                let written = match self.control_packets.pop_front() {
+                    Some(header) => Some(chain.writable.write(&header.to_bytes())),
+                    None => self.write_data_packet(&mut chain, ops),
                 };
                 match written {
                     Some(bytes) => self.receive.push(chain.head, u32::try_from(bytes).unwrap_or(0)),
@@ -297,62 +283,63 @@ impl Muxer {
                 }
             }
             self.receive.notify();
-            let waiting = !self.answers.is_empty() || !self.turns.is_empty();
-            // Nothing to give: the guest's new buffers are no news.
+            let waiting = !self.control_packets.is_empty() || !self.send_queue.is_empty();
+            // Kicks for new receive buffers are needed only where packets wait for them.
             if !waiting || !self.receive.enable_notification() {
                 return;
             }
         }
     }
 
-    /// One packet of the stream whose turn it is, into `chain`; its length. `None` where that one has nothing.
-    fn next_data(&mut self, chain: &mut Chain<'_>, ops: &mut EventOps<'_>) -> Option<usize> {
-        let key = self.turns.pop_front()?;
+    /// Writes a packet of the next connection in the send queue to `chain` and returns its length in bytes. `None` where the
+    /// connection has no data.
+    fn write_data_packet(&mut self, chain: &mut Chain<'_>, ops: &mut EventOps<'_>) -> Option<usize> {
+        let key = self.send_queue.pop_front()?;
         let connection = self.connections.get_mut(&key)?;
-        connection.in_turn = false;
-        if connection.is_over() {
+        connection.queued = false;
+        if connection.is_closed() {
             self.reset(key, ops);
             return None;
         }
-        if connection.owes_credit() {
-            self.answer(key, OP_CREDIT_UPDATE, 0);
-            self.queue(key);
+        if connection.needs_credit_update() {
+            self.send_control(key, OP_CREDIT_UPDATE);
+            self.queue_send(key);
             return None;
         }
-        if !connection.wants_to_send() || chain.writable.len() <= HEADER_BYTES {
+        if !connection.can_send() || chain.writable.len() <= HEADER_BYTES {
             return None;
         }
-        let mut place = chain.writable.split_to(HEADER_BYTES);
+        let mut header_buffer = chain.writable.split_to(HEADER_BYTES);
         match connection.read_into(&mut chain.writable) {
             Ok(0) => {
-                connection.ended = true;
-                // The guest may still send.
+                connection.end_of_stream = true;
+                // The guest can still send.
                 let header = Header { flags: SHUTDOWN_SEND, ..self.header(key, OP_SHUTDOWN) };
-                Some(place.write(&header.to_bytes()))
+                Some(header_buffer.write(&header.to_bytes()))
             }
             Ok(count) => {
                 let len = u32::try_from(count).unwrap_or(0);
                 let header = Header { len, ..self.header(key, OP_RW) };
-                self.queue(key);
-                Some(place.write(&header.to_bytes()) + count)
+                self.queue_send(key);
+                Some(header_buffer.write(&header.to_bytes()) + count)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 connection.readable = false;
                 None
             }
             Err(error) => {
-                log::debug!("vsock: {key:?}: {error}");
+                log::debug!("vsock: {key:?} is reset: {error}");
                 self.reset(key, ops);
                 None
             }
         }
     }
 
-    /// A stream can be read or written again.
-    fn ready(&mut self, key: Key, set: EventSet, ops: &mut EventOps<'_>) {
+    /// Handles events of a connection's socket.
+    fn handle_socket_event(&mut self, key: Key, set: EventSet, ops: &mut EventOps<'_>) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
-        if connection.state == State::Naming {
-            return self.read_line(key, ops);
+        if connection.state == State::AwaitingConnectLine {
+            return self.read_connect_line(key, ops);
         }
         if set.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::READ_HANG_UP | EventSet::ERROR) {
             connection.readable = true;
@@ -360,7 +347,38 @@ impl Muxer {
         if connection.flush().is_err() {
             return self.reset(key, ops);
         }
-        self.queue(key);
+        self.queue_send(key);
+    }
+}
+
+/// Handles a packet of the guest for a connection, other than a reset and a credit request.
+fn handle_packet(
+    connection: &mut Connection,
+    key: Key,
+    header: &Header,
+    data: &mut Buffers<'_>,
+) -> Result<(), ConnectionError> {
+    match (header.op, connection.state) {
+        (OP_RESPONSE, State::Requested) => {
+            connection.state = State::Established;
+            connection.stream.write_all(format!("OK {}\n", key.local).as_bytes())?;
+            Ok(())
+        }
+        (OP_RW, State::Established) => {
+            let expected = usize::try_from(header.len).unwrap_or(usize::MAX);
+            let mut data = data.split_to(expected);
+            if data.len() < expected {
+                return Err(ConnectionError::ShortPacket { expected, found: data.len() });
+            }
+            connection.send(&mut data)
+        }
+        (OP_SHUTDOWN, _) => {
+            connection.shut_down(header.flags);
+            connection.flush()?;
+            Ok(())
+        }
+        (OP_CREDIT_UPDATE, _) => Ok(()),
+        (op, state) => Err(ConnectionError::InvalidOperation { op, state }),
     }
 }
 
@@ -370,20 +388,20 @@ impl MutEventSubscriber for Muxer {
         if fd == self.listener.as_raw_fd() {
             self.accept(ops);
         } else if let Some(key) = self.by_fd.get(&fd).copied() {
-            self.ready(key, events.event_set(), ops);
+            self.handle_socket_event(key, events.event_set(), ops);
         }
         self.receive.take_kicks();
         self.transmit.take_kicks();
-        if self.crowded && self.connections.len() < MAX_CONNECTIONS {
+        if self.accept_paused && self.connections.len() < MAX_CONNECTIONS {
             self.accept(ops);
         }
         let memory = self.receive.memory();
         loop {
-            self.take_packets(ops);
-            let before = self.answers.len();
-            self.give_packets(&memory, ops);
-            // Room for answers again: the guest's packets that waited for it.
-            if before < MAX_ANSWERS || self.answers.len() >= MAX_ANSWERS {
+            self.receive_packets(ops);
+            let before = self.control_packets.len();
+            self.send_packets(&memory, ops);
+            // Continue where the guest's packets were not handled, as too many control packets waited, and now fewer do.
+            if before < MAX_CONTROL_PACKETS || self.control_packets.len() >= MAX_CONTROL_PACKETS {
                 return;
             }
         }

@@ -1,12 +1,13 @@
-//! Packet headers (virtio 1.3 §5.10.6).
+//! Headers of vsock packets (virtio 1.3 §5.10.6).
 
 use crate::memory::Buffers;
 
-/// Bytes of a header.
+/// Size of a header in bytes.
 pub(super) const HEADER_BYTES: usize = 44;
-/// The only type of socket here: streams.
+/// `VIRTIO_VSOCK_TYPE_STREAM`, the only supported socket type.
 pub(super) const TYPE_STREAM: u16 = 1;
 
+// VIRTIO_VSOCK_OP_*.
 pub(super) const OP_REQUEST: u16 = 1;
 pub(super) const OP_RESPONSE: u16 = 2;
 pub(super) const OP_RST: u16 = 3;
@@ -15,12 +16,12 @@ pub(super) const OP_RW: u16 = 5;
 pub(super) const OP_CREDIT_UPDATE: u16 = 6;
 pub(super) const OP_CREDIT_REQUEST: u16 = 7;
 
-/// The sender of a shutdown will receive no more.
+/// Flag of a shutdown: its sender does not receive any more.
 pub(super) const SHUTDOWN_RECEIVE: u32 = 1;
-/// It will send no more.
+/// Flag of a shutdown: its sender does not send any more.
 pub(super) const SHUTDOWN_SEND: u32 = 2;
 
-/// struct virtio_vsock_hdr.
+/// struct `virtio_vsock_hdr`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) src_cid: u64,
@@ -28,15 +29,18 @@ pub(super) struct Header {
     pub(super) src_port: u32,
     pub(super) dst_port: u32,
     pub(super) len: u32,
+    /// The socket type.
     pub(super) kind: u16,
     pub(super) op: u16,
     pub(super) flags: u32,
+    /// Size in bytes of the sender's receive buffer.
     pub(super) buf_alloc: u32,
+    /// Number of bytes that the sender has taken out of its receive buffer, modulo 2³².
     pub(super) fwd_cnt: u32,
 }
 
 impl Header {
-    /// Reads a header off the front; `None` where there are too few bytes.
+    /// Reads a header and consumes it. `None` where too few bytes are left.
     pub(super) fn read(from: &mut Buffers<'_>) -> Option<Self> {
         let mut bytes = [0; HEADER_BYTES];
         (from.read(&mut bytes) == HEADER_BYTES).then_some(())?;
@@ -82,7 +86,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     #[test]
-    fn headers_come_back_as_they_went() {
+    fn a_header_survives_a_round_trip() {
         let memory =
             Memory::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).expect("small"), Arc::new(()));
         let header = Header {

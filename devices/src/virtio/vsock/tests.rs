@@ -1,10 +1,11 @@
-//! Streams, from both sides.
+//! Connections, from both sides.
 #![allow(clippy::cast_possible_truncation, reason = "numbers of tests are small")]
 
+use super::Vsock;
 use super::packet::{HEADER_BYTES, Header, OP_CREDIT_REQUEST, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN};
-use super::{HOST_CID, Vsock};
+use super::spec::HOST_CID;
 use crate::memory::{Buffers, Memory};
-use crate::virtio::mock::Driver;
+use crate::virtio::mock::{Driver, Used};
 use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -46,10 +47,10 @@ fn send(driver: &mut Driver, header: Header, data: &[u8]) {
 
 /// The next packet for the guest; its buffer goes back to the device.
 fn receive(driver: &mut Driver) -> (Header, Vec<u8>) {
-    let (id, len) = driver.wait_used(0);
+    let Used { head, len } = driver.wait_used(0);
     // `submit` uses one descriptor a buffer: the head tells where it lies.
     let mut descriptor = [0; 8];
-    driver.memory.read_slice(&mut descriptor, GuestAddress(u64::from(id) * 16)).expect("memory");
+    driver.memory.read_slice(&mut descriptor, GuestAddress(u64::from(head) * 16)).expect("memory");
     let mut bytes = vec![0; len as usize];
     driver.memory.read_slice(&mut bytes, GuestAddress(u64::from_le_bytes(descriptor))).expect("memory");
     let memory = Memory::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8192)]).expect("small"), Arc::new(()));
@@ -116,32 +117,32 @@ fn a_host_program_reaches_the_guest() {
     assert_eq!(line(&mut socket), format!("OK {}\n", request.src_port));
     let (header, data) = receive(&mut driver);
     assert_eq!((header.op, data.as_slice()), (OP_RW, &b"early"[..]));
-    // A guest that says no.
+    // A guest that refuses.
     let mut other = patient(UnixStream::connect(folder.path().join("v")).expect("listening"));
     other.write_all(b"CONNECT 53\n").expect("room");
     let (request, _) = receive(&mut driver);
     send(&mut driver, packet(OP_RST, 53, request.src_port, 0), &[]);
     assert_eq!(line(&mut other), "");
-    // And a program that says nonsense.
+    // A program that does not send CONNECT.
     let mut rude = patient(UnixStream::connect(folder.path().join("v")).expect("listening"));
     rude.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("room");
     assert_eq!(line(&mut rude), "");
 }
 
 #[test]
-fn nobody_there_and_nonsense_are_refused() {
+fn connections_to_missing_ports_and_invalid_packets_are_reset() {
     let (_folder, mut driver) = device();
     send(&mut driver, packet(OP_REQUEST, 1, 1234, 0), &[]);
     assert_eq!(receive(&mut driver).0.op, OP_RST);
     send(&mut driver, packet(OP_RW, 1, 99, 3), b"abc");
     assert_eq!(receive(&mut driver).0.op, OP_RST);
-    // Another type is refused in its own type; other addresses are not ours.
+    // Another socket type is reset with the same type; packets with other CIDs are ignored.
     send(&mut driver, Header { kind: 2, ..packet(OP_REQUEST, 1, 99, 0) }, &[]);
     let (header, _) = receive(&mut driver);
     assert_eq!((header.op, header.kind), (OP_RST, 2));
     send(&mut driver, Header { src_cid: 4, ..packet(OP_REQUEST, 1, 99, 0) }, &[]);
     send(&mut driver, Header { dst_cid: 4, ..packet(OP_REQUEST, 1, 99, 0) }, &[]);
-    // A header cut short, and nothing at all.
+    // A truncated header, and a chain without a readable buffer.
     driver.request(1, &[&[1; HEADER_BYTES - 1]], &[]);
     driver.request(1, &[], &[8]);
     std::thread::sleep(Duration::from_millis(20));
@@ -149,12 +150,12 @@ fn nobody_there_and_nonsense_are_refused() {
 }
 
 #[test]
-fn a_host_program_that_does_not_answer_its_callers_holds_nobody_up() {
+fn a_host_program_that_does_not_accept_blocks_nothing() {
     let (folder, mut driver) = device();
     let path = folder.path().join("v_5");
     let _listener = UnixListener::bind(&path).expect("a socket");
     let mut callers = Vec::new();
-    while let Ok(caller) = crate::socket::connect_now(&path) {
+    while let Ok(caller) = crate::socket::connect_nonblocking(&path) {
         callers.push(caller);
     }
     send(&mut driver, packet(OP_REQUEST, 1, 5, 0), &[]);
@@ -213,6 +214,6 @@ proptest! {
         driver.start(u64::MAX);
         driver.submit(0, &[], &[4096]);
         send(&mut driver, packet(OP_REQUEST, 1, 1234, 0), &[]);
-        prop_assert_eq!(driver.wait_used(0).1 as usize, HEADER_BYTES);
+        prop_assert_eq!(driver.wait_used(0).len as usize, HEADER_BYTES);
     }
 }

@@ -1,0 +1,154 @@
+//! A virtio device as its transport sees it (virtio 1.3 §2): type, features, queues, configuration, activation, reset.
+
+use super::interrupt::DeviceInterrupt;
+use super::queue::{RingAddresses, Virtqueue};
+use super::worker::{Worker, WorkerError};
+use crate::memory::Memory;
+use std::error::Error as StdError;
+use std::io;
+use std::sync::Arc;
+use thiserror::Error;
+
+/// The type of a device (virtio 1.3 §5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceKind {
+    /// The virtio device ID (virtio 1.3 §5).
+    pub id: u16,
+    /// The name used in counters and log messages, such as "block".
+    pub name: &'static str,
+    /// PCI class code: base class in the upper byte, subclass in the lower one.
+    pub pci_class: u16,
+}
+
+/// A virtio device behind any transport.
+pub trait VirtioDevice: Send {
+    /// Returns the device's type.
+    fn kind(&self) -> DeviceKind;
+
+    /// Returns the feature bits of the device type. The transport adds [`super::F_VERSION_1`],
+    /// [`super::F_INDIRECT_DESC`] and [`super::F_EVENT_IDX`].
+    fn device_features(&self) -> u64 {
+        0
+    }
+
+    /// Returns the maximum size of each queue, in descriptors: a power of two, at most 32768 (virtio 1.3 §2.7).
+    fn queue_max_sizes(&self) -> Vec<u16>;
+
+    /// Copies the device configuration from byte `offset` on to `data`. Bytes of `data` beyond its end are not changed.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let _ = (offset, data);
+    }
+
+    /// Handles a write to the device configuration at byte `offset`. Most devices have no writable fields; the write is
+    /// then ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        log::debug!(
+            "{}: {} bytes written to the read-only device configuration at {offset:#x}: ignored",
+            self.kind().name,
+            data.len()
+        );
+    }
+
+    /// Starts the device, as the driver has set `DRIVER_OK`. The transport runs each of the returned workers on a thread of
+    /// its own.
+    ///
+    /// # Errors
+    /// Returns an error where the device cannot start; the driver then sees `DEVICE_NEEDS_RESET`.
+    fn activate(&mut self, activation: Activation) -> Result<Vec<Worker>, ActivateError>;
+
+    /// Returns the device to its state before [`VirtioDevice::activate`]. Its workers have ended when this is called.
+    fn reset(&mut self) {}
+}
+
+/// What a device gets when the driver has set `DRIVER_OK`.
+pub struct Activation {
+    /// The negotiated feature bits.
+    pub features: u64,
+    /// Guest memory.
+    pub memory: Memory,
+    /// Notifies the driver.
+    pub interrupt: Arc<DeviceInterrupt>,
+    /// The queues by index; `None` where the driver did not enable one.
+    pub queues: Vec<Option<Virtqueue>>,
+}
+
+impl Activation {
+    /// Takes the queue with index `index` out of [`Activation::queues`].
+    ///
+    /// # Errors
+    /// Returns [`ActivateError::MissingQueue`] where the driver did not enable it.
+    pub fn take_queue(&mut self, index: u16) -> Result<Virtqueue, ActivateError> {
+        self.queues.get_mut(usize::from(index)).and_then(Option::take).ok_or(ActivateError::MissingQueue(index))
+    }
+
+    /// Returns true if all bits of `feature` were negotiated.
+    #[must_use]
+    pub fn has_feature(&self, feature: u64) -> bool {
+        self.features & feature == feature
+    }
+}
+
+/// A device cannot start.
+#[derive(Debug, Error)]
+pub enum ActivateError {
+    /// The driver did not enable a queue that the device needs.
+    #[error("the driver did not enable queue {0}, which the device needs")]
+    MissingQueue(u16),
+    /// The driver gave a queue a size or an address that virtio 1.3 §2.7 does not allow.
+    #[error("queue {index} has an invalid size or ring address")]
+    InvalidQueue {
+        /// Index of the queue.
+        index: u16,
+        /// What is invalid.
+        source: virtio_queue::Error,
+    },
+    /// The rings of a queue are not, or not all, in guest memory.
+    #[error("the rings of queue {index} are not in guest memory: {rings:#x?}")]
+    RingsOutsideMemory {
+        /// Index of the queue.
+        index: u16,
+        /// Where the driver put the rings.
+        rings: RingAddresses,
+    },
+    /// A host resource is missing.
+    #[error("cannot {action}")]
+    Io {
+        /// What was to be done, such as "create a timer".
+        action: &'static str,
+        /// The host's error.
+        source: io::Error,
+    },
+    /// The vhost backend in the host's kernel refused a request.
+    #[error("cannot {action}")]
+    Vhost {
+        /// What was to be done, such as "set the owner of the vhost backend".
+        action: &'static str,
+        /// The backend's error.
+        source: vhost::Error,
+    },
+    /// The device failed in a way of its own.
+    #[error(transparent)]
+    Device(Box<dyn StdError + Send + Sync>),
+    /// A worker's thread could not be started.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+}
+
+impl ActivateError {
+    /// Returns a closure for `map_err` that makes an [`ActivateError::Io`] of an I/O error.
+    pub(crate) fn io(action: &'static str) -> impl Fn(io::Error) -> Self + Copy {
+        move |source| Self::Io { action, source }
+    }
+
+    /// Returns a closure for `map_err` that makes an [`ActivateError::Vhost`] of a vhost error.
+    pub(crate) fn vhost(action: &'static str) -> impl Fn(vhost::Error) -> Self + Copy {
+        move |source| Self::Vhost { action, source }
+    }
+}
+
+/// Copies `config` from byte `offset` on to `data`, as far as both reach.
+pub(crate) fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    let Some(rest) = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)) else { return };
+    let len = rest.len().min(data.len());
+    data[..len].copy_from_slice(&rest[..len]);
+}

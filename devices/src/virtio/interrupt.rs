@@ -1,0 +1,74 @@
+//! Interrupts from a device to its driver: used buffers, configuration changes and `DEVICE_NEEDS_RESET`.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+/// What an interrupt tells the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InterruptSource {
+    /// The device used buffers of the queue with this index (used buffer notification, virtio 1.3 §2.3).
+    Queue(u16),
+    /// The device configuration or the device status changed (configuration change notification, virtio 1.3 §2.3).
+    Config,
+}
+
+/// The transport's way to interrupt the driver: one line, or one MSI-X vector per source.
+pub trait VirtioInterrupt: Send + Sync {
+    /// Sets the transport's interrupt status for `source` and raises the interrupt.
+    ///
+    /// # Errors
+    /// Returns the error of the write to the eventfd behind the interrupt.
+    fn trigger(&self, source: InterruptSource) -> io::Result<()>;
+}
+
+/// What a running device notifies its driver of. Shared by the transport and the device's workers.
+pub struct DeviceInterrupt {
+    interrupt: Arc<dyn VirtioInterrupt>,
+    config_generation: AtomicU32,
+    needs_reset: AtomicBool,
+}
+
+impl DeviceInterrupt {
+    pub(crate) fn new(interrupt: Arc<dyn VirtioInterrupt>) -> Arc<Self> {
+        Arc::new(Self { interrupt, config_generation: AtomicU32::new(0), needs_reset: AtomicBool::new(false) })
+    }
+
+    /// Sends a used buffer notification for the queue with index `queue`.
+    pub fn signal_used_queue(&self, queue: u16) {
+        self.trigger(InterruptSource::Queue(queue));
+    }
+
+    /// Increments the configuration generation (virtio 1.3 §2.5) and sends a configuration change notification. Must be
+    /// called after the change.
+    pub fn signal_config_changed(&self) {
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
+        self.trigger(InterruptSource::Config);
+    }
+
+    /// Sets `DEVICE_NEEDS_RESET` in the device status (virtio 1.3 §2.1.2) and notifies the driver.
+    pub fn set_needs_reset(&self) {
+        if !self.needs_reset.swap(true, Ordering::AcqRel) {
+            self.trigger(InterruptSource::Config);
+        }
+    }
+
+    pub(crate) fn config_generation(&self) -> u32 {
+        self.config_generation.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn needs_reset(&self) -> bool {
+        self.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// Clears `DEVICE_NEEDS_RESET`; a reset of the device does.
+    pub(crate) fn clear_needs_reset(&self) {
+        self.needs_reset.store(false, Ordering::Release);
+    }
+
+    fn trigger(&self, source: InterruptSource) {
+        if let Err(error) = self.interrupt.trigger(source) {
+            log::error!("virtio: cannot raise the interrupt for {source:?}: {error}");
+        }
+    }
+}

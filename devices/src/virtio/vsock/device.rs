@@ -1,0 +1,58 @@
+//! The socket device in userspace.
+
+use super::muxer::Muxer;
+use super::spec::{KIND, QUEUE_SIZE, QUEUES};
+use crate::socket::Listener;
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::worker::Worker;
+use std::io;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// The Unix socket for host programs cannot be created.
+#[derive(Debug, Error)]
+#[error("cannot listen on the socket {}{}", .path.display(), Listener::remedy(.source))]
+pub struct VsockError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// The socket device with Unix sockets of the host.
+pub struct Vsock {
+    cid: u32,
+    listener: Listener,
+}
+
+impl Vsock {
+    /// Makes a device for a guest with the context ID `cid`, at least [`super::FIRST_CID`]. `path` is the Unix socket for host
+    /// programs, and the prefix of the sockets that the guest can connect to.
+    ///
+    /// # Errors
+    /// Returns [`VsockError`] where the socket at `path` cannot be created.
+    pub fn new(cid: u32, path: &Path) -> Result<Self, VsockError> {
+        let listener = Listener::new(path).map_err(|source| VsockError { path: path.to_owned(), source })?;
+        Ok(Self { cid, listener })
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn kind(&self) -> DeviceKind {
+        KIND
+    }
+
+    fn queue_max_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; QUEUES]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&u64::from(self.cid).to_le_bytes(), offset, data);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
+        let listener =
+            self.listener.socket().try_clone().map_err(ActivateError::io("duplicate the listening socket"))?;
+        let (receive, transmit) = (activation.take_queue(0)?, activation.take_queue(1)?);
+        let muxer = Muxer::new(u64::from(self.cid), self.listener.path().to_owned(), listener, receive, transmit);
+        Ok(vec![Box::new(muxer)])
+    }
+}
