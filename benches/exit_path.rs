@@ -1,7 +1,8 @@
-//! What one userspace exit costs in hwvmm itself: naming, handling, counting, remembering. Without the profiler's hook, with
-//! the hook and no profiler (as every run without `--stats` and `--profile`), with the times of `--stats`, and with
-//! `--profile`. Holds the claim that what is off is free. Run with `cargo bench --bench exit_path`; with the name of one
-//! variant (plain, off, stats, profile) only that one runs, for a tool that counts instructions (scripts/profile-cost).
+//! The cost of one userspace exit in hwvmm itself: decoding the reason, handling, counting, and recording it. There are four
+//! variants: without the profiler's hook (plain), with the hook and no profiler (off; every run without `--stats` and
+//! `--profile`), with the times of `--stats` (stats), and with `--profile` (profile). It checks that a profiler that is off
+//! costs nothing. Run it with `cargo bench --bench exit_path`. With the name of a variant only that one runs, for a tool that
+//! counts instructions (scripts/profile-cost).
 
 use hwvmm::exit::{ExitReason, Handler};
 use hwvmm::kvm::{Direction, Exit, clock};
@@ -27,7 +28,7 @@ fn exit(data: &mut [u8; 1]) -> Exit<'_> {
     Exit::Pio { port: black_box(0x3f8), direction: Direction::Out, size: 1, data }
 }
 
-/// The run loop's body; what is in the last brackets is the hook: before the entry, before handling, after it, at the end.
+/// The body of the run loop. The parts of the hook are in brackets: before KVM_RUN, before handling, after it, at the end.
 macro_rules! run_loop {
     ($exits:ident, [$($enter:tt)*] [$($stamp:tt)*] [$exit:ident, $handled:ident, $($record:tt)*] [$($finish:tt)*]) => {
         let handler = handler();
@@ -51,20 +52,20 @@ macro_rules! run_loop {
     };
 }
 
-/// Without the hook.
+/// The run loop without the hook.
 #[inline(never)]
 fn plain(exits: u32) {
-    run_loop!(exits, [] [] [snapshot, handled,] []);
+    run_loop!(exits, [] [] [record, handled,] []);
 }
 
-/// With it.
+/// The run loop with the hook of `profiler`.
 #[inline(never)]
 fn hooked<P: Profiler>(exits: u32, mut profiler: P) {
     run_loop!(
         exits,
         [profiler.enter();]
         [let stamp = profiler.stamp();]
-        [snapshot, handled, profiler.record(snapshot, handled.route, stamp);]
+        [record, handled, profiler.record(record, handled.route, stamp);]
         [black_box(profiler.finish());]
     );
 }
@@ -82,7 +83,7 @@ fn run(variant: &str, exits: u32) {
     }
 }
 
-/// Nanoseconds an exit, the best of some rounds: what else the machine does only adds.
+/// Nanoseconds for an exit: the least of some rounds, because other work of the host can only add time.
 fn measure(variant: &str) -> f64 {
     const EXITS: u32 = 2_000_000;
     let round = || {
@@ -103,5 +104,5 @@ fn main() {
     println!("one exit in hwvmm, with the hook, profiler off: {off:.1} ns");
     println!("one exit in hwvmm, times of --stats:            {stats:.1} ns");
     println!("one exit in hwvmm, --profile:                   {profile:.1} ns");
-    assert!(off < stats && stats < profile, "the profiler that is off must cost less than those that are on");
+    assert!(off < stats && stats < profile, "a profiler that is off must cost less than one that is on");
 }

@@ -1,5 +1,5 @@
-//! The `hwvmm` command as users meet it: ways to end, exit statuses, input and output, bad input. The guests are tiny
-//! multiboot programs, so that these tests run wherever a KVM runs flat 32-bit code.
+//! Tests of the command `hwvmm`: how runs end, exit statuses, input and output, bad input. The guests are tiny multiboot
+//! programs, so that these tests run wherever KVM runs flat 32-bit code.
 
 #![allow(clippy::unwrap_used, reason = "a test may fail where it stands")]
 
@@ -23,7 +23,7 @@ fn hwvmm() -> Command {
     command
 }
 
-/// A folder for this test run.
+/// A temporary directory for this test run.
 fn folder() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
     FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder")).path()
@@ -43,7 +43,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Whether a tiny guest runs here at all; why not, if not.
+/// Runs a tiny guest once, to find out if this host's KVM can. The error is what hwvmm printed.
 fn can_run() -> Result<(), String> {
     static PROBE: OnceLock<Result<(), String>> = OnceLock::new();
     PROBE
@@ -70,7 +70,7 @@ fn run(name: &str, code: &[u8], options: &[&str]) -> Output {
     hwvmm().args(["run", "-m", "16M", "--timeout", "20s"]).args(options).arg(path).output().expect("started")
 }
 
-/// A guest, its options, the exit status and the words that the last line must have.
+/// Runs a guest with `options`, and checks the exit status and that stderr contains `words`.
 fn ends(name: &str, code: &'static [u8], options: &[&str], status: i32, words: &str) -> Outcome {
     when_it_runs(|| {
         let out = run(name, code, options);
@@ -82,7 +82,7 @@ fn ends(name: &str, code: &'static [u8], options: &[&str], status: i32, words: &
     })
 }
 
-/// Bad input: exit status 1 or 2, nothing on stdout, and words in the message.
+/// Runs a command that must fail with `status`, print nothing on stdout, and have each of `words` in its message.
 fn refused(arguments: &[&str], status: i32, words: &[&str]) -> Outcome {
     let out = hwvmm().args(arguments).output().expect("started");
     let errors = text(&out.stderr);
@@ -95,7 +95,7 @@ fn refused(arguments: &[&str], status: i32, words: &[&str]) -> Outcome {
     Outcome::Passed
 }
 
-/// A bad kernel file.
+/// Runs a file that is not a usable kernel; see [`refused`].
 fn refused_kernel(name: &str, content: &[u8], options: &[&str], words: &[&str]) -> Outcome {
     if !Path::new("/dev/kvm").exists() {
         return Outcome::Skipped("no /dev/kvm".into());
@@ -106,11 +106,11 @@ fn refused_kernel(name: &str, content: &[u8], options: &[&str], words: &[&str]) 
     refused(&arguments, 1, words)
 }
 
-fn output_and_statistics() -> Outcome {
+fn statistics_count_every_exit() -> Outcome {
     when_it_runs(|| {
         let stats = folder().join("stats.json");
         let path = stats.to_str().expect("UTF-8");
-        // The bytes wait in the kernel where it can do that; none is lost.
+        // Coalesced writes are no exits of their own: both together make the count.
         let out = run("hello", guests::power_off(), &["--stats-out", path]);
         assert_eq!(text(&out.stdout), "hello\n");
         let json: serde_json::Value = serde_json::from_slice(&fs::read(&stats).expect("written")).expect("JSON");
@@ -128,7 +128,7 @@ fn output_and_statistics() -> Outcome {
     })
 }
 
-fn command_line_and_module() -> Outcome {
+fn a_multiboot_kernel_gets_command_line_and_modules() -> Outcome {
     when_it_runs(|| {
         let module = file("module.txt", b"from-the-module\0");
         let out =
@@ -142,18 +142,18 @@ fn command_line_and_module() -> Outcome {
     })
 }
 
-/// Who answers a guest that asks everywhere: the devices of the machine, nobody else.
-fn nobody_else_answers() -> Outcome {
+/// A guest that reads every port and every 64 KiB of memory finds the machine's devices and no others.
+fn unmapped_addresses_read_as_all_ones() -> Outcome {
     when_it_runs(|| {
         let answers = |extra: &[&str]| {
             let out = run("reach", guests::reach(), &[&["-m", "32M", "--tune", "coalesced-io=off"], extra].concat());
             assert_eq!(out.status.code(), Some(32), "{}", text(&out.stderr));
-            // Whether a local APIC answers at its first, reserved, register is KVM's affair.
+            // The first register of the local APIC is reserved; its value depends on KVM.
             let said = text(&out.stdout);
             said.split_whitespace().map(str::to_owned).filter(|at| at != "FEE00000").collect::<BTreeSet<_>>()
         };
         let range = |ports: std::ops::RangeInclusive<u32>| ports.map(|port| format!("{port:08X}"));
-        // KVM's PICs; keyboard controller; POST code; UART; pvpanic; ACPI; KVM's I/O APIC.
+        // PICs in KVM, keyboard controller, POST code, UART, pvpanic, ACPI, I/O APIC in KVM.
         let single = [0x20, 0x21, 0x60, 0x64, 0x80, 0xa0, 0xa1, 0x4d0, 0x4d1, 0x505, 0xfec0_0000];
         let mut there: BTreeSet<String> = single.into_iter().flat_map(|at| range(at..=at)).collect();
         there.extend(range(0x3f8..=0x3ff).chain(range(0x600..=0x602)));
@@ -165,7 +165,7 @@ fn nobody_else_answers() -> Outcome {
     })
 }
 
-fn memory_beyond_the_hole() -> Outcome {
+fn memory_beyond_the_hole_is_in_the_memory_map() -> Outcome {
     when_it_runs(|| {
         let map = |memory| text(&run("map", guests::memory_map(), &["-m", memory]).stdout);
         assert_eq!(map("16M"), "1212\n");
@@ -173,7 +173,7 @@ fn memory_beyond_the_hole() -> Outcome {
     })
 }
 
-fn devices_that_cannot_be_are_explained() -> Outcome {
+fn device_errors_name_the_cause() -> Outcome {
     when_it_runs(|| {
         let folder = tempfile::tempdir().expect("a folder");
         let odd = folder.path().join("odd");
@@ -203,7 +203,7 @@ fn devices_that_cannot_be_are_explained() -> Outcome {
     })
 }
 
-fn one_writer_a_disk() -> Outcome {
+fn a_disk_has_at_most_one_writer() -> Outcome {
     when_it_runs(|| {
         let folder = tempfile::tempdir().expect("a folder");
         let disk = folder.path().join("disk");
@@ -229,7 +229,7 @@ fn messages_start_on_a_fresh_line() -> Outcome {
         let out = sh("2>&1");
         assert_eq!(out.status.code(), Some(0));
         assert!(text(&out.stdout).starts_with("login: \nhwvmm: seen: login: "), "{}", text(&out.stdout));
-        // Where they go elsewhere, neither has a byte of the other.
+        // With stdout and stderr apart, each has only its own bytes.
         let out = sh("");
         assert_eq!(text(&out.stdout), "login: ");
         assert!(text(&out.stderr).starts_with("hwvmm: seen: login: "), "{}", text(&out.stderr));
@@ -258,7 +258,7 @@ fn linux_is_refused_where_kvm_cannot_run_it() -> Outcome {
     Outcome::Passed
 }
 
-fn input_from_a_pipe_loses_nothing() -> Outcome {
+fn input_from_a_pipe_is_complete() -> Outcome {
     when_it_runs(|| {
         let path = kernel("echo", guests::echo());
         let sent = format!("{}.", "the quick brown fox ".repeat(40));
@@ -273,7 +273,7 @@ fn input_from_a_pipe_loses_nothing() -> Outcome {
         child.stdin.take().expect("stdin").write_all(sent.as_bytes()).expect("written");
         let out = child.wait_with_output().expect("ended");
         assert_eq!(text(&out.stdout), sent, "{}", text(&out.stderr));
-        // The same from a regular file, which epoll cannot wait for.
+        // The same input from a regular file, which epoll cannot wait for.
         let input = fs::File::open(file("input.txt", sent.as_bytes())).expect("opened");
         let path = kernel("echo", guests::echo());
         let out =
@@ -283,7 +283,7 @@ fn input_from_a_pipe_loses_nothing() -> Outcome {
 }
 
 fn spawn(code: &[u8], options: &[&str]) -> Child {
-    // A file for each: one that is started must not find its kernel being written for the next.
+    // Each machine has a kernel file of its own, so that none reads a file that is being written for the next.
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let path = kernel(&format!("spawned{}", NUMBER.fetch_add(1, Ordering::Relaxed)), code);
     hwvmm()
@@ -308,7 +308,7 @@ fn a_slow_reader_gets_every_byte() -> Outcome {
     })
 }
 
-fn a_reader_that_never_reads_does_not_outlast_the_timeout() -> Outcome {
+fn the_timeout_ends_a_run_whose_output_is_not_read() -> Outcome {
     when_it_runs(|| {
         let start = Instant::now();
         let mut child = spawn(guests::flood(), &["--timeout", "1s"]);
@@ -319,7 +319,7 @@ fn a_reader_that_never_reads_does_not_outlast_the_timeout() -> Outcome {
     })
 }
 
-fn a_full_disk_is_said() -> Outcome {
+fn a_full_disk_is_reported() -> Outcome {
     when_it_runs(|| {
         let path = kernel("full", guests::spin());
         let full = fs::File::options().write(true).open("/dev/full").expect("/dev/full");
@@ -332,13 +332,13 @@ fn a_full_disk_is_said() -> Outcome {
     })
 }
 
-/// Sends SIGTERM.
+/// Sends SIGTERM to the process.
 fn terminate(child: &Child) {
     let pid = rustix::process::Pid::from_child(child);
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM sent");
 }
 
-fn sigterm_ends_the_run_in_order() -> Outcome {
+fn sigterm_ends_the_run_and_prints_statistics() -> Outcome {
     when_it_runs(|| {
         let mut child = spawn(guests::spin(), &["--stats"]);
         let mut first = [0; 6];
@@ -350,7 +350,7 @@ fn sigterm_ends_the_run_in_order() -> Outcome {
     })
 }
 
-fn a_closed_stdin_is_no_matter() -> Outcome {
+fn a_closed_stdin_is_accepted() -> Outcome {
     when_it_runs(|| {
         let path = kernel("closed", guests::power_off());
         let line =
@@ -373,7 +373,7 @@ fn restart_counts_every_start() -> Outcome {
     })
 }
 
-fn configuration_file() -> Outcome {
+fn flags_override_the_configuration_file() -> Outcome {
     when_it_runs(|| {
         let path = kernel("toml", guests::debug_exit());
         let toml =
@@ -387,8 +387,8 @@ fn configuration_file() -> Outcome {
     })
 }
 
-/// With a terminal: raw while the guest runs, as before afterwards, by Ctrl-A x and by SIGTERM.
-fn the_terminal_is_put_back() -> Outcome {
+/// The terminal is in raw mode while the guest runs, and as before afterwards, when Ctrl-A x or SIGTERM ends the run.
+fn terminal_settings_are_restored() -> Outcome {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     use rustix::termios::{LocalModes, tcgetattr};
     when_it_runs(|| {
@@ -425,7 +425,7 @@ fn the_terminal_is_put_back() -> Outcome {
     })
 }
 
-fn sixty_four_vcpus() -> Outcome {
+fn a_machine_has_64_vcpus() -> Outcome {
     when_it_runs(|| {
         let out = run("many", guests::power_off(), &["-c", "64,sockets=2,cores=16,threads=2", "--stats"]);
         assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
@@ -435,7 +435,7 @@ fn sixty_four_vcpus() -> Outcome {
     })
 }
 
-fn two_at_once() -> Outcome {
+fn two_machines_run_at_once() -> Outcome {
     when_it_runs(|| {
         let mut children = [spawn(guests::power_off(), &[]), spawn(guests::power_off(), &[])];
         for child in &mut children {
@@ -444,7 +444,7 @@ fn two_at_once() -> Outcome {
     })
 }
 
-fn help_and_generated_texts() -> Outcome {
+fn help_completions_and_manual_pages_are_printed() -> Outcome {
     let said = |arguments: &[&str]| {
         let out = hwvmm().args(arguments).output().expect("started");
         assert!(out.status.success(), "{arguments:?}: {}", text(&out.stderr));
@@ -459,7 +459,7 @@ fn help_and_generated_texts() -> Outcome {
     Outcome::Passed
 }
 
-fn doctor_agrees_with_its_status() -> Outcome {
+fn doctor_reports_the_same_in_json_and_status() -> Outcome {
     let out = hwvmm().args(["doctor", "--json"]).output().expect("started");
     let json: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
     assert_eq!(json["can_run_linux"].as_bool(), Some(out.status.code() == Some(0)));
@@ -475,13 +475,11 @@ const TESTS: &[Test] = &[
     ("reset_by_keyboard_controller_is_32", || ends("i8042", guests::reset_i8042(), &[], 32, "reset itself")),
     ("triple_fault_is_33", || ends("triple", guests::triple_fault(), &[], 33, "triple fault")),
     ("pvpanic_is_34", || ends("pvpanic", guests::pvpanic(), &[], 34, "panicked")),
-    ("a_kernels_last_words_make_its_reset_34", || {
+    ("a_reset_after_a_panic_message_is_34", || {
         ends("panic", guests::panic_line(), &["--on-reboot=restart"], 34, "panicked: out of luck")
     }),
     ("halt_for_good_is_35", || ends("halt", guests::halt(), &[], 35, "interrupts off")),
-    ("a_neglected_watchdog_is_36", || {
-        ends("dog", guests::neglected_watchdog(), &["--watchdog"], 36, "watchdog ran out")
-    }),
+    ("an_expired_watchdog_is_36", || ends("dog", guests::expired_watchdog(), &["--watchdog"], 36, "watchdog ran out")),
     ("timeout_is_124", || ends("spin", guests::spin(), &["--timeout", "500ms"], 124, "timed out after 0.5 s")),
     ("expect_seen_is_0", || ends("seen", guests::spin(), &["--expect", "^he.lo"], 0, "seen: hello")),
     ("expect_not_seen_is_38", || ends("unseen", guests::power_off(), &["--expect", "bye"], 38, "not seen")),
@@ -489,70 +487,76 @@ const TESTS: &[Test] = &[
         ends("fault2", guests::triple_fault(), &["--expect", "bye"], 33, "triple fault")
     }),
     ("debug_exit_chooses_the_status", || ends("debug", guests::debug_exit(), &["--debug-exit"], 77, "status 77")),
-    ("output_and_statistics", output_and_statistics),
-    ("command_line_and_module", command_line_and_module),
-    ("nobody_else_answers", nobody_else_answers),
-    ("memory_beyond_the_hole", memory_beyond_the_hole),
-    ("devices_that_cannot_be_are_explained", devices_that_cannot_be_are_explained),
-    ("one_writer_a_disk", one_writer_a_disk),
+    ("statistics_count_every_exit", statistics_count_every_exit),
+    ("a_multiboot_kernel_gets_command_line_and_modules", a_multiboot_kernel_gets_command_line_and_modules),
+    ("unmapped_addresses_read_as_all_ones", unmapped_addresses_read_as_all_ones),
+    ("memory_beyond_the_hole_is_in_the_memory_map", memory_beyond_the_hole_is_in_the_memory_map),
+    ("device_errors_name_the_cause", device_errors_name_the_cause),
+    ("a_disk_has_at_most_one_writer", a_disk_has_at_most_one_writer),
     ("messages_start_on_a_fresh_line", messages_start_on_a_fresh_line),
     ("linux_is_refused_where_kvm_cannot_run_it", linux_is_refused_where_kvm_cannot_run_it),
-    ("input_from_a_pipe_loses_nothing", input_from_a_pipe_loses_nothing),
+    ("input_from_a_pipe_is_complete", input_from_a_pipe_is_complete),
     ("a_slow_reader_gets_every_byte", a_slow_reader_gets_every_byte),
-    ("a_reader_that_never_reads_does_not_outlast_the_timeout", a_reader_that_never_reads_does_not_outlast_the_timeout),
-    ("a_full_disk_is_said", a_full_disk_is_said),
-    ("sigterm_ends_the_run_in_order", sigterm_ends_the_run_in_order),
-    ("a_closed_stdin_is_no_matter", a_closed_stdin_is_no_matter),
+    ("the_timeout_ends_a_run_whose_output_is_not_read", the_timeout_ends_a_run_whose_output_is_not_read),
+    ("a_full_disk_is_reported", a_full_disk_is_reported),
+    ("sigterm_ends_the_run_and_prints_statistics", sigterm_ends_the_run_and_prints_statistics),
+    ("a_closed_stdin_is_accepted", a_closed_stdin_is_accepted),
     ("restart_counts_every_start", restart_counts_every_start),
-    ("configuration_file", configuration_file),
-    ("the_terminal_is_put_back", the_terminal_is_put_back),
-    ("sixty_four_vcpus", sixty_four_vcpus),
-    ("two_at_once", two_at_once),
-    ("help_and_generated_texts", help_and_generated_texts),
-    ("doctor_agrees_with_its_status", doctor_agrees_with_its_status),
-    ("no_kvm", || refused(&["run", "--kvm", "/no/such/kvm", "k"], 1, &["/no/such/kvm", "modprobe"])),
-    ("not_kvm", || refused(&["run", "--kvm", "/dev/null", "k"], 1, &["/dev/null"])),
-    ("no_kernel_given", || refused(&["run"], 2, &["no kernel given"])),
-    ("a_kernel_that_is_not_there", || {
+    ("flags_override_the_configuration_file", flags_override_the_configuration_file),
+    ("terminal_settings_are_restored", terminal_settings_are_restored),
+    ("a_machine_has_64_vcpus", a_machine_has_64_vcpus),
+    ("two_machines_run_at_once", two_machines_run_at_once),
+    ("help_completions_and_manual_pages_are_printed", help_completions_and_manual_pages_are_printed),
+    ("doctor_reports_the_same_in_json_and_status", doctor_reports_the_same_in_json_and_status),
+    ("a_missing_kvm_device_is_refused", || {
+        refused(&["run", "--kvm", "/no/such/kvm", "k"], 1, &["/no/such/kvm", "modprobe"])
+    }),
+    ("a_device_other_than_kvm_is_refused", || refused(&["run", "--kvm", "/dev/null", "k"], 1, &["/dev/null"])),
+    ("a_run_without_a_kernel_is_refused", || refused(&["run"], 2, &["no kernel given"])),
+    ("a_missing_kernel_is_refused", || {
         refused_with_kvm(&["run", "/no/such/kernel"], &["/no/such/kernel", "check the path"])
     }),
-    ("a_folder_as_kernel", || refused_with_kvm(&["run", "/tmp"], &["/tmp is not a file"])),
-    ("a_fifo_as_kernel", || {
+    ("a_directory_as_kernel_is_refused", || refused_with_kvm(&["run", "/tmp"], &["/tmp is not a file"])),
+    ("a_fifo_as_kernel_is_refused", || {
         let path = folder().join("fifo");
         assert!(Command::new("mkfifo").arg(&path).status().expect("mkfifo").success());
         refused_with_kvm(&["run", path.to_str().expect("UTF-8")], &["is not a file"])
     }),
-    ("an_empty_kernel", || refused_kernel("empty", b"", &[], &["it is empty"])),
-    ("a_text_as_kernel", || refused_kernel("text", b"#!/bin/sh\n", &[], &["not a kernel"])),
-    ("a_compressed_file_as_kernel", || {
+    ("an_empty_kernel_is_refused", || refused_kernel("empty", b"", &[], &["it is empty"])),
+    ("a_text_as_kernel_is_refused", || refused_kernel("text", b"#!/bin/sh\n", &[], &["not a kernel"])),
+    ("a_compressed_file_as_kernel_is_refused", || {
         refused_kernel("gz", b"\x1f\x8b\x08\0\0\0\0\0", &[], &["gzip", "unpack it first"])
     }),
-    ("a_truncated_elf", || refused_kernel("cut.elf", &guests::multiboot(guests::halt())[..70], &[], &["truncated"])),
-    ("an_initrd_larger_than_memory", || {
+    ("a_truncated_elf_is_refused", || {
+        refused_kernel("cut.elf", &guests::multiboot(guests::halt())[..70], &[], &["truncated"])
+    }),
+    ("an_initrd_larger_than_memory_is_refused", || {
         let initrd = folder().join("large");
         fs::File::create(&initrd).and_then(|file| file.set_len(64 << 20)).expect("sparse");
         let options = ["-m", "16M", "-i", initrd.to_str().expect("UTF-8")];
         refused_kernel("small.elf", &guests::multiboot(guests::halt()), &options, &["67108864 bytes", "-m"])
     }),
-    ("1_mib_of_memory", || refused(&["run", "-m", "1M", "k"], 2, &["--memory 1M", "16M to 4T"])),
-    ("0_vcpus", || refused(&["run", "-c", "0", "k"], 2, &["--cpus 0", "1 to 254"])),
-    ("100000_vcpus", || refused(&["run", "-c", "100000", "k"], 2, &["1 to 254"])),
-    ("a_command_line_too_long", || {
+    ("1_mib_of_memory_is_refused", || refused(&["run", "-m", "1M", "k"], 2, &["--memory 1M", "16M to 4T"])),
+    ("0_vcpus_are_refused", || refused(&["run", "-c", "0", "k"], 2, &["--cpus 0", "1 to 254"])),
+    ("100000_vcpus_are_refused", || refused(&["run", "-c", "100000", "k"], 2, &["1 to 254"])),
+    ("a_command_line_that_is_too_long_is_refused", || {
         let long = "x".repeat(70_000);
         refused_kernel("long.elf", &guests::multiboot(guests::halt()), &["-p", &long], &["70", "there is room for"])
     }),
-    ("unknown_keys", || refused(&["run", "-m", "1G,huge=on", "k"], 2, &["'huge'", "hugepages, prefault"])),
-    ("unknown_keys_in_a_file", || {
+    ("an_unknown_key_is_refused", || refused(&["run", "-m", "1G,huge=on", "k"], 2, &["'huge'", "hugepages, prefault"])),
+    ("an_unknown_key_in_a_file_is_refused", || {
         let path = file("bad.toml", b"kernel = 'k'\ncolour = 1\n");
         refused(&["run", "--config", path.to_str().expect("UTF-8")], 2, &["colour", "cmdline", "bad.toml"])
     }),
-    ("a_bad_pattern", || refused(&["run", "--expect", "(", "k"], 2, &["--expect (", "regular expression"])),
-    ("a_bad_budget", || refused(&["run", "--budget", "pio=x", "k"], 2, &["--budget pio=x", "not a whole number"])),
-    ("a_budget_of_an_unknown_reason", || {
+    ("a_bad_pattern_is_refused", || refused(&["run", "--expect", "(", "k"], 2, &["--expect (", "regular expression"])),
+    ("a_bad_budget_is_refused", || {
+        refused(&["run", "--budget", "pio=x", "k"], 2, &["--budget pio=x", "not a whole number"])
+    }),
+    ("a_budget_of_an_unknown_reason_is_refused", || {
         refused(&["run", "--budget", "userspace.colour=1", "k"], 2, &["'userspace.colour'", "userspace.REASON"])
     }),
-    ("a_bad_slack", || refused(&["run", "--slack", "much", "k"], 2, &["--slack much", "percentage"])),
-    ("an_unknown_flag", || refused(&["run", "--colour", "k"], 2, &["--colour"])),
+    ("a_bad_slack_is_refused", || refused(&["run", "--slack", "much", "k"], 2, &["--slack much", "percentage"])),
+    ("an_unknown_flag_is_refused", || refused(&["run", "--colour", "k"], 2, &["--colour"])),
 ];
 
 fn refused_with_kvm(arguments: &[&str], words: &[&str]) -> Outcome {

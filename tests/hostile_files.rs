@@ -1,5 +1,5 @@
-//! Kernel files, profiles and symbols from hostile hands: the fuzz targets' corpus, and thousands of changes of it, must be loaded or refused,
-//! and never make hwvmm panic, hang or write outside of guest memory.
+//! Hostile kernel files, profiles and symbols: the corpus of the fuzz targets and thousands of mutations of it must be loaded or
+//! refused, and never make hwvmm panic, hang or write outside of guest memory.
 
 use hwvmm::boot::unpack::unpack;
 use hwvmm::boot::{KernelError, Loaded, Request, load};
@@ -57,7 +57,7 @@ fn load_bytes(bytes: &[u8], unpack: Unpack) -> Result<Loaded, KernelError> {
 }
 
 #[test]
-fn the_corpus_loads_as_it_should() {
+fn kernels_of_the_corpus_are_loaded_by_their_protocol() {
     for (name, bytes) in corpus("kernel_file") {
         let loaded = load_bytes(&bytes, Unpack::Host).unwrap_or_else(|error| panic!("{name}: {error}"));
         let words = match name.as_str() {
@@ -75,7 +75,7 @@ fn the_corpus_loads_as_it_should() {
 }
 
 #[test]
-fn the_other_corpora_are_what_they_should_be() {
+fn profiles_and_symbols_of_the_corpus_are_read() {
     for (name, bytes) in corpus("profile") {
         let profile = Profile::from_json(&bytes, Path::new(&name)).unwrap_or_else(|error| panic!("{error}"));
         assert!(profile.userspace_exits.total > 0);
@@ -99,7 +99,7 @@ fn every_truncation_is_refused_or_loaded() {
     }
 }
 
-/// A file of the corpus with some bytes changed, and perhaps cut.
+/// A file of the corpus with some bytes changed, perhaps truncated.
 fn changed(target: &'static str, strides: usize) -> impl Strategy<Value = Vec<u8>> {
     let change = (any::<prop::sample::Index>(), prop_oneof![any::<u8>(), Just(0), Just(0xff), Just(0x80)]);
     (
@@ -126,7 +126,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn changed_kernels_are_survived(bytes in changed("kernel_file", 12), guest in any::<bool>()) {
+    fn changed_kernels_are_loaded_or_refused(bytes in changed("kernel_file", 12), guest in any::<bool>()) {
         let unpack = if guest { Unpack::Guest } else { Unpack::Host };
         if let Ok(loaded) = load_bytes(&bytes, unpack) {
             prop_assert!(loaded.entry.rip() < MEMORY);
@@ -134,7 +134,7 @@ proptest! {
     }
 
     #[test]
-    fn changed_profiles_are_survived(bytes in changed("profile", 6)) {
+    fn changed_profiles_are_rendered_or_refused(bytes in changed("profile", 6)) {
         if let Ok(profile) = Profile::from_json(&bytes, Path::new("changed")) {
             for format in [Format::Text, Format::Csv, Format::Svg, Format::Html, Format::ChromeTrace, Format::Prometheus] {
                 let _ = render(&profile, format, Style::default());
@@ -143,7 +143,7 @@ proptest! {
     }
 
     #[test]
-    fn changed_symbols_are_survived(bytes in changed("symbols", 12)) {
+    fn changed_symbols_are_read_or_refused(bytes in changed("symbols", 12)) {
         let mut file = tempfile::tempfile().expect("a temporary file");
         std::io::Write::write_all(&mut file, &bytes).expect("written");
         if let Some(mut symbols) = Symbols::read(&file).expect("readable") {
@@ -155,7 +155,7 @@ proptest! {
     }
 
     #[test]
-    fn changed_payloads_are_survived(bytes in changed("unpack", 20)) {
+    fn changed_payloads_are_unpacked_or_refused(bytes in changed("unpack", 20)) {
         let out = tempfile::tempfile().expect("a temporary file");
         let _ = unpack(&bytes, &out);
     }

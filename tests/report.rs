@@ -1,4 +1,4 @@
-//! Profiles and reports as users meet them: `hwvmm run --profile`, `hwvmm report`, `hwvmm top`. The guests are tiny multiboot
+//! Tests of profiles and reports from the command line: `hwvmm run --profile`, `hwvmm report`, `hwvmm top`. The guests are tiny multiboot
 //! programs.
 
 #![allow(clippy::unwrap_used, reason = "a test may fail where it stands")]
@@ -39,10 +39,10 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Bytes for a UART that wait in the kernel are no exits, and exits are counted here.
+/// Coalesced writes to the UART make no exits, and these tests count exits.
 const COALESCED_IO_OFF: &str = "--tune=coalesced-io=off";
 
-/// The profile of a guest that says "hello" on its UART and powers off; made once. `Err`: it cannot run here.
+/// The profile of a guest that says "hello" on its UART and powers off; made once. Fails where this host's KVM cannot run it.
 fn profile() -> Result<&'static str, String> {
     static MADE: OnceLock<Result<String, String>> = OnceLock::new();
     let make = || {
@@ -109,7 +109,7 @@ fn every_form() -> Outcome {
             ("prometheus", "hwvmm_exits_total{sort=\"userspace\",reason=\"pio_out\"}"),
         ] {
             let out = hwvmm(&["report", path, "--format", form]);
-            // With VM exits known, the flame graph is theirs.
+            // With a trace of VM exits, the flame graph shows those.
             let there =
                 text(&out.stdout).contains(words) || (form == "folded" && text(&out.stdout).contains("VM exits;"));
             assert!(out.status.success() && there, "{form}: {} {}", text(&out.stdout), text(&out.stderr));
@@ -162,7 +162,7 @@ fn budgets() -> Outcome {
     })
 }
 
-/// Each is refused in one line that says what is wrong.
+/// Each file is refused with one line that says what is wrong.
 fn bad_files() -> Outcome {
     let none = folder().join("none.json").display().to_string();
     let future = file("future.json", b"{\"format\":\"hwvmm-profile\",\"version\":99,\"hwvmm\":\"9.9\"}");
@@ -247,7 +247,7 @@ fn a_running_machine() -> Outcome {
             std::thread::sleep(Duration::from_millis(50));
         }
         assert!(seen.contains("exits a second: VM exits ") && seen.contains("interrupted"), "{seen}");
-        // The flight recorder, with times, when one asks for it.
+        // The key for the flight recorder shows it with times.
         rustix_kill(vm.id());
         let errors = {
             let mut errors = String::new();
@@ -279,7 +279,7 @@ fn costs() -> Outcome {
             ns["userspace_pio"].as_f64() > ns["cpuid"].as_f64(),
             "a way to hwvmm costs more than one to the kernel: {json}"
         );
-        // The next profile knows them.
+        // The next profile uses the saved costs.
         let kernel = file("costs.elf", &guests::multiboot(guests::power_off()));
         let path = folder().join("costs.json").display().to_string();
         hwvmm(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "20s", "--profile-out", &path, &kernel]);
@@ -290,14 +290,14 @@ fn costs() -> Outcome {
 
 const TESTS: &[Test] = &[
     ("a_profile_has_every_exit_once", counts_agree),
-    ("a_report_has_many_forms", every_form),
+    ("a_report_is_rendered_in_every_format", every_form),
     ("two_profiles_are_compared", two_profiles),
     ("budgets_have_their_own_status", budgets),
     ("files_that_are_no_profiles_are_refused", bad_files),
     ("damaged_profiles_are_refused", damaged_profiles),
-    ("a_full_disk_is_said", a_full_disk),
+    ("a_full_disk_is_reported", a_full_disk),
     ("a_running_machine_can_be_watched", a_running_machine),
-    ("what_exits_cost_is_measured_and_kept", costs),
+    ("exit_costs_are_measured_and_saved", costs),
 ];
 
 fn main() -> ExitCode {

@@ -1,5 +1,5 @@
-//! Tiny guests that must make exactly so many userspace exits of each kind, on whatever KVM there is: on the host's
-//! where it can run them, in the lab always.
+//! Tiny guests that must make an exact number of userspace exits of each reason. They run on the host where its KVM can run
+//! them, and always in the lab.
 
 #![allow(clippy::unwrap_used, reason = "a test may fail where it stands")]
 
@@ -33,8 +33,8 @@ const RAM: GpaRange = GpaRange { start: 0, bytes: 0x10_0000 };
 const CODE: u64 = 0x1000;
 const STRING: u64 = 0x3000;
 
-/// Gives back what was written last; a read of another width than the last write, and each item of a string, gives the
-/// number of items so far in every nibble pair.
+/// A device that returns what was written last. A read of another width than the last write, and each item of a string,
+/// returns the number of items so far, in every byte.
 #[derive(Default)]
 struct Latch {
     last: Mutex<Vec<u8>>,
@@ -128,9 +128,9 @@ struct Ran {
     last: Option<hwvmm::measure::ExitRecord>,
 }
 
-/// Kicks the thread that made it when a payload takes too long: some KVMs loop where hardware would exit.
+/// Kicks the thread that made it when a guest takes too long: some KVMs loop where hardware would exit.
 struct Guard {
-    /// Its end tells the watching thread to stop.
+    /// Dropped with the value, which ends the watching thread.
     _done: std::sync::mpsc::Sender<()>,
 }
 
@@ -148,7 +148,7 @@ impl Guard {
     }
 }
 
-/// Runs a payload to its end. `Err`: this host's KVM cannot run it.
+/// Runs a guest to its end. Fails where this host's KVM cannot run it.
 fn run_with(code: &[u8], mode: Mode, set_up: impl FnOnce(&Machine) -> Result<(), String>) -> Result<Ran, String> {
     let system = system()?;
     let machine = machine(&system, code, mode, false);
@@ -175,7 +175,7 @@ fn run(code: &[u8], mode: Mode) -> Result<Ran, String> {
     run_with(code, mode, |_| Ok(()))
 }
 
-/// Asserts the count of every reason: those listed, and none else.
+/// Asserts the count of every exit reason; those that are not listed must be 0.
 fn assert_exits(ran: &Ran, expected: &[(ExitReason, u64)]) {
     for reason in ExitReason::ALL {
         let wanted = expected.iter().find(|(r, _)| r == reason).map_or(0, |(_, count)| *count);
@@ -201,7 +201,7 @@ fn pio(code: &[u8], mode: Mode) -> Outcome {
     }))
 }
 
-/// KVM hands a string over in as many exits as it likes; no item may be lost or doubled.
+/// KVM may split a string instruction into several exits; no item may be lost or doubled.
 fn string(code: &[u8], mode: Mode) -> Outcome {
     outcome(run(code, mode).map(|ran| {
         assert_eq!(ran.end, EndReason::DebugExit(3), "the fourth word read is 0x3434");
@@ -223,7 +223,7 @@ fn mmio(code: &[u8], mode: Mode, accesses: u64) -> Outcome {
     }))
 }
 
-/// A page of registers: reads make no exit, a write makes one and changes nothing by itself.
+/// Reads of a read-only register page make no exit. A write makes one, and does not change the page.
 fn register_page() -> Outcome {
     let page = RegisterPage::new().expect("a page");
     page.write_register(4, 0x1122_3344);
@@ -240,7 +240,7 @@ fn register_page() -> Outcome {
 
 fn unmapped() -> Outcome {
     outcome(run(guests::unmapped_long(), Mode::Long).map(|ran| {
-        assert_eq!(ran.end, EndReason::DebugExit(3), "reads of nobody give all ones");
+        assert_eq!(ran.end, EndReason::DebugExit(3), "unmapped reads return all ones");
         let one = 1;
         assert_exits(
             &ran,
@@ -289,7 +289,7 @@ fn triple_fault(code: &[u8], mode: Mode) -> Outcome {
     }))
 }
 
-/// Without the trap KVM itself raises #GP; with it, user space sees the MSR once and has #GP raised.
+/// An unknown MSR raises #GP in the kernel. With KVM_CAP_X86_USER_SPACE_MSR it makes one exit first, which injects the #GP.
 fn msr(code: &'static [u8], reason: ExitReason) -> Outcome {
     let body = || -> Result<(), String> {
         let plain = run(code, Mode::Long)?;
@@ -305,8 +305,8 @@ fn msr(code: &'static [u8], reason: ExitReason) -> Outcome {
     outcome(body())
 }
 
-/// Whether a payload on its own thread is seen to rest for good within 3 s, with the kicks that took.
-fn rests(code: &[u8]) -> Result<(bool, u64), String> {
+/// Runs a guest on a vCPU thread. Returns true if it is found halted for good within 3 s, and the number of kicks.
+fn halts_for_good(code: &[u8]) -> Result<(bool, u64), String> {
     let system = system()?;
     let machine = machine(&system, code, Mode::Long, true);
     let vcpu = vcpu(&system, &machine, Mode::Long);
@@ -329,7 +329,7 @@ fn rests(code: &[u8]) -> Result<(bool, u64), String> {
     Ok((halted, counters.total()))
 }
 
-/// Runs `profiled_long` with a full profile; VM exits where this host lets them be traced.
+/// Runs `profiled_long` with a full profile, which has VM exits where this host allows tracing.
 fn profiled() -> Result<(Box<UserProfile>, Result<VmProfile, String>), String> {
     let system = system()?;
     let machine = machine(&system, guests::profiled_long(), Mode::Long, false);
@@ -365,7 +365,7 @@ fn userspace_causes() -> Outcome {
             .map(|(cause, tally)| (cause.reason, cause.address, cause.size, cause.rip, tally.outside.count))
             .collect();
         causes.sort();
-        // A KVM that emulates instead of running it says the instruction behind: two bytes on, for these.
+        // A KVM that emulates instructions reports the RIP behind the instruction: two bytes further here.
         let hardware = std::env::var_os("HWVMM_REQUIRE_KVM").is_some();
         let behind = if !hardware && causes.iter().any(|cause| cause.3 == Some(CODE + guests::PROFILED_OUT + 2)) {
             2
@@ -396,7 +396,7 @@ fn vm_causes() -> Outcome {
         assert_eq!(outs, [(VmDetail::Port { port: 0x10, size: 1, write: true }, 50)]);
         let ends: Vec<_> = place(Class::Pio, guests::PROFILED_END);
         assert_eq!(ends, [(VmDetail::Port { port: 0xf4, size: 1, write: true }, 1)]);
-        // What else there may be: the host's interrupts, and faults (nested, or the shadow's) on memory.
+        // There may also be exits for host interrupts and for page faults (nested, or of shadow paging).
         let known = [Class::Cpuid, Class::Pio, Class::Interrupt, Class::NestedPageFault, Class::Exception];
         assert!(traced.causes().all(|(cause, _)| known.contains(&cause.isa.class(cause.code))));
         let exact = |class| -> u64 {
@@ -433,9 +433,11 @@ const TESTS: &[Test] = &[
     ("triple_fault_in_real_mode", || triple_fault(guests::triple_fault_real(), Mode::Real)),
     ("triple_fault_in_protected_mode", || triple_fault(guests::triple_fault_protected(), Mode::Protected)),
     ("triple_fault_in_long_mode", || triple_fault(guests::triple_fault_long(), Mode::Long)),
-    ("a_guest_halted_for_good_is_seen", || outcome(rests(guests::halt_for_good()).map(|(halted, _)| assert!(halted)))),
-    ("a_spinning_guest_does_not_rest_and_can_be_stopped", || {
-        outcome(rests(guests::spin_long()).map(|(halted, kicks)| assert!(!halted && kicks > 10)))
+    ("a_guest_halted_for_good_is_detected", || {
+        outcome(halts_for_good(guests::halt_for_good()).map(|(halted, _)| assert!(halted)))
+    }),
+    ("a_spinning_guest_is_not_halted_and_can_be_stopped", || {
+        outcome(halts_for_good(guests::spin_long()).map(|(halted, kicks)| assert!(!halted && kicks > 10)))
     }),
 ];
 

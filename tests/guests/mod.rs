@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each test uses a part")]
 
-/// Assembles instructions (AT&T syntax) and makes them a function that gives their bytes.
+/// Assembles instructions (AT&T syntax), and defines a function that returns their bytes.
 macro_rules! payload {
     ($name:ident, $bits:literal, $($line:literal),* $(,)?) => {
         std::arch::global_asm!(
@@ -25,7 +25,7 @@ macro_rules! payload {
                 #[link_name = concat!("guest_", stringify!($name), "_end")]
                 static END: u8;
             }
-            // SAFETY: both labels are in one section, START before END, and what lies between is initialised bytes.
+            // SAFETY: both labels are in one section, START before END, and between them are initialised bytes.
             unsafe {
                 let start = &raw const START;
                 let bytes = (&raw const END).offset_from_unsigned(start);
@@ -35,7 +35,7 @@ macro_rules! payload {
     };
 }
 
-// Port I/O of each width: port 0x10 holds what was written last. Ends by isa-debug-exit with status 3, or 5 where a
+// Port I/O of each width: port 0x10 returns what was written last. Ends by isa-debug-exit with status 3, or 5 where a
 // value read is wrong.
 payload!(
     pio_real,
@@ -130,7 +130,7 @@ pub(crate) const PROFILED_CPUID: u64 = 8;
 pub(crate) const PROFILED_OUT: u64 = 10;
 pub(crate) const PROFILED_END: u64 = 19;
 
-// String I/O: 5 bytes out from 0x3000, 4 words in to 0x3100; the words read are what the port gives.
+// String I/O: 5 bytes out from 0x3000, 4 words in to 0x3100; the words read are the port's values.
 payload!(
     string_real,
     ".code16",
@@ -168,7 +168,7 @@ payload!(
     "out %al,$0xf4",
 );
 
-// MMIO of each width to a device at 0xd000_0000 that holds what was written last.
+// MMIO of each width to a device at 0xd000_0000 that returns what was written last.
 payload!(
     mmio_long,
     ".code64",
@@ -209,7 +209,7 @@ payload!(
     "out %al,$0xf4",
 );
 
-// A hundred reads of a page that the guest reads by itself, and a write.
+// A hundred reads of a read-only page, and a write to it.
 payload!(
     register_page_long,
     ".code64",
@@ -227,7 +227,7 @@ payload!(
     "9: mov $2,%al",
     "out %al,$0xf4",
 );
-// Nobody at port 0x99 nor at 0xd100_0000: reads give all ones, writes go nowhere.
+// Port 0x99 and gpa 0xd100_0000 are unmapped: reads return all ones, writes are dropped.
 payload!(
     unmapped_long,
     ".code64",
@@ -259,7 +259,7 @@ payload!(
     "out %al,$0xf4",
 );
 
-// An MSR that nobody has; there is no IDT, so that the #GP becomes a triple fault.
+// An MSR that no processor has. There is no IDT, so that the #GP becomes a triple fault.
 payload!(msr_read_long, ".code64", "mov $0x12345,%ecx", "rdmsr", "mov $1,%al", "out %al,$0xf4");
 payload!(msr_write_long, ".code64", "mov $0x12345,%ecx", "xor %eax,%eax", "xor %edx,%edx", "wrmsr");
 
@@ -323,7 +323,7 @@ payload!(
     "out %al,$0xf4",
 );
 
-// Multiboot programs (32-bit) for whole runs: they print "hello\n" on the first UART, then end in their ways.
+// Multiboot programs (32-bit) for whole runs: they print "hello\n" on the first UART, then each ends in another way.
 macro_rules! program {
     ($name:ident, $($line:literal),* $(,)?) => {
         payload!(
@@ -345,7 +345,7 @@ program!(triple_fault, "ud2");
 program!(halt, "5: cli", "hlt", "jmp 5b");
 program!(spin, "5: jmp 5b");
 program!(debug_exit, "mov $38,%eax", "out %eax,$0xf4", "hlt");
-program!(neglected_watchdog, "mov $0x443,%dx", "mov $0xf,%al", "out %al,%dx", "5: jmp 5b");
+program!(expired_watchdog, "mov $0x443,%dx", "mov $0xf,%al", "out %al,%dx", "5: jmp 5b");
 // A prompt: text without a newline, then nothing.
 payload!(
     prompt,
@@ -362,7 +362,7 @@ payload!(
     "jmp 3b",
     "4: jmp 4b",
 );
-// What a Linux kernel says in its last line, then a reset.
+// The last line of a Linux panic, then a reset.
 payload!(
     panic_line,
     ".code32",
@@ -407,7 +407,7 @@ payload!(
     "jmp 3b",
     "4: ret",
 );
-// Listens on the first UART, and echoes each byte until a '.'.
+// Echoes each byte that it reads from the first UART, until a '.'.
 payload!(
     echo,
     ".code32",
@@ -428,7 +428,7 @@ payload!(
     "out %al,%dx",
     "hlt",
 );
-// 4,000 lines of 50 characters in string instructions, then off: for a reader that is slow.
+// Prints 4,000 lines of 50 characters with string instructions, then powers off: output for a slow reader.
 payload!(
     flood,
     ".code32",
@@ -471,8 +471,8 @@ payload!(
     "hlt",
 );
 
-// Looks who answers: reads each port, and each 64 KiB of memory from the end of its own (32 MiB) to 4 GiB, and prints the
-// addresses, in hexadecimal, at which not all bits are ones. Then resets itself.
+// Reads each port, and each 64 KiB of memory from the end of its own (32 MiB) to 4 GiB. Prints the addresses, in hexadecimal, at
+// which not all bits are ones. Then resets itself.
 payload!(
     reach,
     ".code32",
