@@ -189,7 +189,7 @@ fn device_errors_name_the_cause() -> Outcome {
             ("--disk", format!("{odd},cache=none"), "the keys are"),
             ("--share", format!("tag=x,path={none}"), "cannot share"),
             ("--share", format!("tag=x,path={odd}"), "not a folder"),
-            ("--vsock", "cid=2,uds=/tmp/x".into(), "cid must be 3"),
+            ("--vsock", "cid=2,uds=/tmp/x".into(), "cid: '2' is not a whole number from 3"),
             ("--vsock", format!("cid=3,uds={none}/deeper"), "cannot listen"),
             ("--net", "tap=a/b".into(), "a/b"),
             ("--net", "bridge".into(), "tap=NAME"),
@@ -376,8 +376,12 @@ fn restart_counts_every_start() -> Outcome {
 fn flags_override_the_configuration_file() -> Outcome {
     when_it_runs(|| {
         let path = kernel("toml", guests::debug_exit());
-        let toml =
-            format!("kernel = '{}'\nmemory = '16M'\ncpus = 1\ndebug-exit = true\ntimeout = '20s'\n", path.display());
+        let disk = file("toml.img", &[0; 512]);
+        let disk = disk.display();
+        let toml = format!(
+            "kernel = '{}'\nmemory = '16M'\ncpus = 1\ndebug-exit = true\ntimeout = '20s'\n[[disk]]\npath = '{disk}'\nreadonly = true\n",
+            path.display()
+        );
         let config = file("vm.toml", toml.as_bytes());
         let status = |extra: &[&str]| {
             hwvmm().args(["run", "--config"]).arg(&config).args(extra).output().expect("started").status.code()
@@ -536,26 +540,30 @@ const TESTS: &[Test] = &[
         let options = ["-m", "16M", "-i", initrd.to_str().expect("UTF-8")];
         refused_kernel("small.elf", &guests::multiboot(guests::halt()), &options, &["67108864 bytes", "-m"])
     }),
-    ("1_mib_of_memory_is_refused", || refused(&["run", "-m", "1M", "k"], 2, &["--memory 1M", "16M to 4T"])),
-    ("0_vcpus_are_refused", || refused(&["run", "-c", "0", "k"], 2, &["--cpus 0", "1 to 254"])),
+    ("1_mib_of_memory_is_refused", || refused(&["run", "-m", "1M", "k"], 2, &["'1M' for '--memory", "16M to 4T"])),
+    ("0_vcpus_are_refused", || refused(&["run", "-c", "0", "k"], 2, &["'0' for '--cpus", "1 to 254"])),
     ("100000_vcpus_are_refused", || refused(&["run", "-c", "100000", "k"], 2, &["1 to 254"])),
     ("a_command_line_that_is_too_long_is_refused", || {
         let long = "x".repeat(70_000);
         refused_kernel("long.elf", &guests::multiboot(guests::halt()), &["-p", &long], &["70", "there is room for"])
     }),
-    ("an_unknown_key_is_refused", || refused(&["run", "-m", "1G,huge=on", "k"], 2, &["'huge'", "hugepages, prefault"])),
+    ("an_unknown_key_is_refused", || {
+        refused(&["run", "-m", "1G,huge=on", "k"], 2, &["'huge'", "hugepages=thp|off|2M|1G"])
+    }),
     ("an_unknown_key_in_a_file_is_refused", || {
         let path = file("bad.toml", b"kernel = 'k'\ncolour = 1\n");
         refused(&["run", "--config", path.to_str().expect("UTF-8")], 2, &["colour", "cmdline", "bad.toml"])
     }),
-    ("a_bad_pattern_is_refused", || refused(&["run", "--expect", "(", "k"], 2, &["--expect (", "regular expression"])),
+    ("a_bad_pattern_is_refused", || {
+        refused(&["run", "--expect", "(", "k"], 2, &["'(' for '--expect", "regular expression"])
+    }),
     ("a_bad_budget_is_refused", || {
-        refused(&["run", "--budget", "pio=x", "k"], 2, &["--budget pio=x", "not a whole number"])
+        refused(&["run", "--budget", "pio=x", "k"], 2, &["--budget", "pio=x", "not a whole number"])
     }),
     ("a_budget_of_an_unknown_reason_is_refused", || {
         refused(&["run", "--budget", "userspace.colour=1", "k"], 2, &["'userspace.colour'", "userspace.REASON"])
     }),
-    ("a_bad_slack_is_refused", || refused(&["run", "--slack", "much", "k"], 2, &["--slack much", "percentage"])),
+    ("a_bad_slack_is_refused", || refused(&["run", "--slack", "much", "k"], 2, &["--slack", "'much'", "percentage"])),
     ("an_unknown_flag_is_refused", || refused(&["run", "--colour", "k"], 2, &["--colour"])),
 ];
 

@@ -5,7 +5,7 @@ use super::error::{FileRole, KernelError};
 use super::file::open;
 use super::identify::{KernelFormat, identify};
 use super::prepare::{unpack_bzimage, unpack_initrd};
-use crate::config::{BootProtocol, Unpack};
+use crate::config::{BootProtocol, ModuleConfig, Unpack};
 use crate::memory::GuestRam;
 use hwvmm_arch::boot::FileRange;
 use hwvmm_arch::boot::bzimage::{BzImage, ENTRY_64_OFFSET};
@@ -37,7 +37,7 @@ pub struct Request<'a> {
     /// The path of the initial RAM disk. For a multiboot kernel it is the first module.
     pub initrd: Option<&'a Path>,
     /// The multiboot modules: the path and the arguments of each.
-    pub modules: &'a [(PathBuf, String)],
+    pub modules: &'a [ModuleConfig],
     /// The command line for Linux.
     pub cmdline: &'a str,
     /// The arguments of a multiboot kernel, which is not given `cmdline`.
@@ -202,8 +202,8 @@ impl Loader<'_> {
         self.check_entry(elf.entry, elf)?;
         let mut modules = Vec::new();
         let mut next = elf.end().max(HIGH_RAM_START);
-        let initrd = self.request.initrd.map(|path| (path.to_owned(), String::new()));
-        for (path, arguments) in initrd.iter().chain(self.request.modules) {
+        let initrd = self.request.initrd.map(|path| ModuleConfig { path: path.to_owned(), arguments: String::new() });
+        for ModuleConfig { path, arguments } in initrd.iter().chain(self.request.modules) {
             let start = next.next_multiple_of(PAGE);
             let bytes = self.module(path, start)?;
             let name = format!("{} {arguments}", path.display());

@@ -37,7 +37,7 @@ pub(super) fn run(args: Args) -> ExitCode {
 }
 
 fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
-    if args.options.tune.iter().any(|text| text == "help") {
+    if args.options.asks_for_levers() {
         io::stdout().write_all(crate::tune::help().as_bytes())?;
         return Ok(status::OK);
     }

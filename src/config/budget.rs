@@ -1,6 +1,10 @@
 //! Exit budgets (`--budget`, `--slack`): how many exits of which kind a run may make.
 
+use super::error::ValueError;
+use super::spec::Items;
+use super::value::{Digits, Value, utf8};
 use hwvmm_arch::exit_code::Class;
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -30,8 +34,13 @@ pub enum BudgetError {
     #[error("the budget '{0}' has no limits: give NAME=COUNT,..., or a file with such lines")]
     Empty(String),
     /// The file with the limits cannot be read.
-    #[error("cannot read the budget {}", .0.display())]
-    Read(PathBuf, #[source] std::io::Error),
+    #[error("cannot read the budget {}: {error}", .path.display())]
+    Read {
+        /// Path of the file.
+        path: PathBuf,
+        /// Why it cannot be read.
+        error: std::io::Error,
+    },
     /// The slack is not a percentage from 0 to 1000.
     #[error("'{0}' is not a percentage from 0% to 1000%, such as 2% or 0.5%")]
     Slack(String),
@@ -135,7 +144,8 @@ impl Budget {
             return Self::parse_list(text, text.split(','));
         }
         let path = Path::new(text);
-        let contents = std::fs::read_to_string(path).map_err(|source| BudgetError::Read(path.to_owned(), source))?;
+        let contents =
+            std::fs::read_to_string(path).map_err(|error| BudgetError::Read { path: path.to_owned(), error })?;
         let lines = contents.lines().map(|line| line.split('#').next().unwrap_or_default());
         Self::parse_list(text, lines.flat_map(|line| line.split(',')))
     }
@@ -168,6 +178,31 @@ impl Budget {
             }
         }
         Ok(())
+    }
+}
+
+/// In TOML also a table: `[budget] total = 4500`.
+impl Value for Budget {
+    fn parse(text: &OsStr) -> Result<Self, ValueError> {
+        Self::parse(utf8(text)?).map_err(ValueError::Budget)
+    }
+
+    fn from_items(items: Items) -> Result<Self, ValueError> {
+        let limits: Vec<(String, Digits)> = items.into_pairs()?;
+        let text: Vec<String> = limits.iter().map(|(name, most)| format!("{name}={}", most.0)).collect();
+        Self::parse_list(&text.join(","), text.iter().map(String::as_str)).map_err(ValueError::Budget)
+    }
+
+    fn usage() -> Option<String> {
+        Some("NAME=COUNT,... or a file with such lines".into())
+    }
+}
+
+impl Value for Slack {
+    const NUMBER: bool = true;
+
+    fn parse(text: &OsStr) -> Result<Self, ValueError> {
+        Self::parse(utf8(text)?).map_err(ValueError::Budget)
     }
 }
 

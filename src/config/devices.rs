@@ -1,139 +1,153 @@
-//! Virtio devices as they are asked for on the command line.
+//! Virtio devices, shared folders and multiboot modules: one struct for each, read from the command line and from TOML.
 
-use super::keyvalue;
-use super::values::{ValueError, parse_size, parse_switch};
+use super::error::ValueError;
+use super::spec::{Items, device_spec};
+use super::value::{Value, choices, utf8};
+use std::ffi::OsStr;
 use std::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-/// The most queues of a disk or a network card.
+/// The largest number of queues of a disk, and of queue pairs of a network card.
 const MAX_QUEUES: u16 = 16;
+/// The smallest context ID of a guest (virtio 1.3, section 5.10.4).
+const MIN_CID: u32 = 3;
+/// The largest context ID of a guest; `u32::MAX` is the broadcast address.
+const MAX_CID: u32 = u32::MAX - 1;
 
-/// What carries virtio devices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+/// The transport of virtio devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Transport {
-    /// virtio-pci: a message and a doorbell for each queue.
+    /// virtio-pci: one interrupt (MSI-X) and one notification address for each queue.
     Pci,
-    /// virtio-mmio: fewest exits at boot, one interrupt a device.
+    /// virtio-mmio: fewest exits at boot, one interrupt for each device.
     Mmio,
 }
 
-/// How a disk's file is read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The format of a disk image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum DiskFormat {
-    /// By its first bytes.
+    /// qcow2 if the file begins with its magic number, and then without a backing file; else raw.
     #[default]
     Auto,
-    /// As it is.
+    /// The sectors of the disk, one after the other.
     Raw,
-    /// qcow2.
+    /// qcow2, with its backing files.
     Qcow2,
 }
 
-/// A disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskConfig {
-    /// File or block device.
-    pub path: PathBuf,
-    /// Its format.
-    pub format: DiskFormat,
-    /// Never written.
-    pub read_only: bool,
-    /// Past the host's page cache.
-    pub direct: bool,
-    /// Queues.
-    pub queues: u16,
-    /// What the guest sees as serial number: `serial`, else `id`.
-    pub serial: String,
-    /// The name in counts and logs.
-    pub id: Option<String>,
-    /// When the host's disk is full, the guest waits, instead of getting an error.
-    pub stop_when_full: bool,
-    /// No io_uring.
-    pub plain_io: bool,
+/// What happens when the host's disk is full (QEMU's `werror`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum WriteError {
+    /// The guest gets an I/O error.
+    #[default]
+    Report,
+    /// The request waits until there is space.
+    Stop,
 }
 
-impl DiskConfig {
-    /// Reads `PATH[,format=raw|qcow2|auto][,readonly=on][,direct=on][,queues=N][,serial=S][,id=S][,werror=report|stop]
-    /// [,io=auto|plain]`.
-    ///
-    /// # Errors
-    /// Where it is malformed or out of bounds.
-    pub fn parse(text: &str) -> Result<Self, ValueError> {
-        let mut disk = Self {
-            path: PathBuf::new(),
-            format: DiskFormat::Auto,
-            read_only: false,
-            direct: false,
-            queues: 1,
-            serial: String::new(),
-            id: None,
-            stop_when_full: false,
-            plain_io: false,
-        };
-        let keys = ["path", "format", "readonly", "direct", "queues", "serial", "id", "werror", "io"];
-        for (key, value) in keyvalue::parse(text, Some("path"), &keys)? {
-            match key {
-                "path" => disk.path = value.into(),
-                "format" => disk.format = parse_format(value)?,
-                "readonly" => disk.read_only = parse_switch("readonly", value)?,
-                "direct" => disk.direct = parse_switch("direct", value)?,
-                "queues" => disk.queues = parse_queues(value)?,
-                "serial" => value.clone_into(&mut disk.serial),
-                "io" => {
-                    disk.plain_io = match value {
-                        "auto" => false,
-                        "plain" => true,
-                        _ => return Err(choice("io", "auto, plain", value)),
-                    }
-                }
-                "id" => disk.id = Some(value.to_owned()),
-                _ => {
-                    disk.stop_when_full = match value {
-                        "report" => false,
-                        "stop" => true,
-                        _ => return Err(choice("werror", "report, stop", value)),
-                    }
-                }
-            }
-        }
-        if disk.path.as_os_str().is_empty() {
-            return Err(ValueError::Needs("path=FILE"));
-        }
-        if disk.serial.is_empty() {
-            disk.serial = disk.id.clone().unwrap_or_default();
-        }
-        Ok(disk)
+/// How a disk image is read and written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum DiskIo {
+    /// By io_uring where the host has it.
+    #[default]
+    Auto,
+    /// By preadv and pwritev.
+    Plain,
+}
+
+choices!(Transport, DiskFormat, WriteError, DiskIo);
+
+device_spec! {
+    /// A disk (`--disk`).
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct DiskConfig {
+        /// Path of the image file or block device.
+        path: PathBuf = "path" "PATH", first required ("path=FILE");
+        /// Format of the image.
+        format: DiskFormat = "format" "auto|raw|qcow2", or (DiskFormat::Auto);
+        /// True if the guest cannot write it.
+        read_only: bool = "readonly" "on|off", switch;
+        /// True if the host's page cache is not used (O_DIRECT).
+        direct: bool = "direct" "on|off", switch;
+        /// Number of virtqueues.
+        queues: u16 = "queues" "N", number (1..=MAX_QUEUES, 1);
+        /// Serial number that the guest sees; by default the `id`, or empty.
+        serial: String = "serial" "S", or (String::new());
+        /// Name of the device in counts and logs; by default `disk0`, `disk1`, ...
+        id: Option<String> = "id" "S", optional;
+        /// What happens when the host's disk is full.
+        write_error: WriteError = "werror" "report|stop", or (WriteError::Report);
+        /// How the image is read and written.
+        io: DiskIo = "io" "auto|plain", or (DiskIo::Auto);
+    }
+    check |disk| {
+        let serial = if disk.serial.is_empty() { disk.id.clone().unwrap_or_default() } else { disk.serial };
+        Ok(Self { serial, ..disk })
     }
 }
 
-fn choice(key: &'static str, choices: &'static str, value: &str) -> ValueError {
-    ValueError::Choice { key, choices, value: value.to_owned() }
+/// Protocol of a forwarded port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
 }
 
-fn parse_format(value: &str) -> Result<DiskFormat, ValueError> {
-    match value {
-        "auto" => Ok(DiskFormat::Auto),
-        "raw" => Ok(DiskFormat::Raw),
-        "qcow2" => Ok(DiskFormat::Qcow2),
-        _ => Err(choice("format", "auto, raw, qcow2", value)),
-    }
-}
-
-fn parse_queues(value: &str) -> Result<u16, ValueError> {
-    let queues = value.parse().ok().filter(|queues| (1..=MAX_QUEUES).contains(queues));
-    queues.ok_or_else(|| ValueError::Number { key: "queues", from: 1, to: MAX_QUEUES.into(), value: value.to_owned() })
-}
-
-/// A port of the host that leads to one of the guest.
+/// A port of the host that is forwarded to one of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forward {
-    /// UDP, not TCP.
-    pub udp: bool,
-    /// Where the host listens.
+    /// Protocol of both ports.
+    pub protocol: Protocol,
+    /// Address and port on which the host listens.
     pub host: SocketAddr,
-    /// The guest's port.
+    /// Port of the guest.
     pub guest_port: u16,
+}
+
+impl Value for Forward {
+    /// Reads QEMU's form: `tcp:[ADDRESS]:PORT-[:]PORT`.
+    fn parse(text: &OsStr) -> Result<Self, ValueError> {
+        let text = utf8(text)?;
+        let parse = || {
+            let (protocol, rest) = text.split_once(':')?;
+            let protocol = match protocol {
+                "tcp" => Protocol::Tcp,
+                "udp" => Protocol::Udp,
+                _ => return None,
+            };
+            let (host, guest) = rest.rsplit_once('-')?;
+            let (address, port) = host.rsplit_once(':')?;
+            let address = if address.is_empty() { "127.0.0.1" } else { address };
+            let host = format!("{address}:{port}").parse().ok()?;
+            Some(Self { protocol, host, guest_port: guest.trim_start_matches(':').parse().ok()? })
+        };
+        parse().ok_or_else(|| ValueError::Forward(text.to_owned()))
+    }
+}
+
+/// Hardware address of a network card.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MacAddress(pub [u8; 6]);
+
+impl Value for MacAddress {
+    fn parse(text: &OsStr) -> Result<Self, ValueError> {
+        let text = utf8(text)?;
+        let error = || ValueError::Mac(text.to_owned());
+        let mut mac = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut mac {
+            let part = parts.next().filter(|part| part.len() == 2).ok_or_else(error)?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| error())?;
+        }
+        // Neither a group address nor all zeroes can be the address of a card.
+        if parts.next().is_some() || mac[0] & 1 != 0 || mac == [0; 6] {
+            return Err(error());
+        }
+        Ok(Self(mac))
+    }
 }
 
 /// What a network card is connected to.
@@ -141,196 +155,236 @@ pub struct Forward {
 pub enum NetBackend {
     /// A tap interface of the host.
     Tap {
-        /// Its name.
+        /// Name of the interface.
         name: String,
-        /// Work done by the host's kernel (vhost-net).
+        /// True if the host's kernel moves the packets (vhost-net).
         vhost: bool,
     },
-    /// The host's network without any right, by passt.
+    /// The network of the host by passt, which needs no privileges, with these ports forwarded to the guest.
     User(Vec<Forward>),
 }
 
-/// A network card.
+device_spec! {
+    /// A network card as given.
+    #[derive(Clone)]
+    struct NetSpec {
+        tap: Option<String> = "tap" "NAME", optional;
+        user: bool = "user" "on|off", switch;
+        mac: Option<MacAddress> = "mac" "MAC", optional;
+        queues: u16 = "queues" "N", number (1..=MAX_QUEUES, 1);
+        vhost: bool = "vhost" "on|off", switch;
+        forwards: Vec<Forward> = "hostfwd" "tcp|udp:[ADDRESS]:PORT-:PORT", repeated;
+    }
+}
+
+/// A network card (`--net`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetConfig {
-    /// Where its packets go.
+    /// What it is connected to.
     pub backend: NetBackend,
-    /// Its address; by default made from the backend's name, so that it stays the same.
+    /// Its hardware address; `None`: one derived from the name of the backend, the same in each run.
     pub mac: Option<[u8; 6]>,
-    /// Queue pairs.
+    /// Number of queue pairs.
     pub queues: u16,
 }
 
-impl NetConfig {
-    /// Reads `tap=NAME[,mac=A][,queues=N][,vhost=on]` or `user[,mac=A][,hostfwd=tcp:127.0.0.1:2222-:22]...`.
-    ///
-    /// # Errors
-    /// Where it is malformed or out of bounds.
-    pub fn parse(text: &str) -> Result<Self, ValueError> {
-        let (mut tap, mut user, mut vhost, mut mac, mut queues) = (None, false, false, None, 1);
-        // hostfwd may come again and again, which lists of keys otherwise may not.
-        let (forwards, rest): (Vec<&str>, Vec<&str>) = text.split(',').partition(|item| item.starts_with("hostfwd="));
-        let rest = rest.join(",");
-        for (key, value) in keyvalue::parse(&rest, Some("kind"), &["tap", "mac", "queues", "vhost"])? {
-            match key {
-                "kind" if value == "user" => user = true,
-                "kind" => return Err(choice("--net", "tap=NAME, user", value)),
-                "tap" => tap = Some(value.to_owned()),
-                "mac" => mac = Some(parse_mac(value)?),
-                "queues" => queues = parse_queues(value)?,
-                _ => vhost = parse_switch("vhost", value)?,
-            }
-        }
+impl TryFrom<NetSpec> for NetConfig {
+    type Error = ValueError;
+
+    fn try_from(spec: NetSpec) -> Result<Self, ValueError> {
+        let NetSpec { tap, user, mac, queues, vhost, forwards } = spec;
         let backend = match (tap, user) {
-            (Some(name), false) if (1..=15).contains(&name.len()) && forwards.is_empty() => {
-                NetBackend::Tap { name, vhost }
-            }
-            (Some(name), false) if forwards.is_empty() => return Err(ValueError::Interface(name)),
-            (None, true) if !vhost && queues == 1 => {
-                NetBackend::User(forwards.iter().map(|text| parse_forward(text)).collect::<Result<_, _>>()?)
-            }
-            (None, true) => return Err(ValueError::Needs("tap=NAME for vhost and queues")),
+            (Some(_), true) => return Err(ValueError::Needs("either tap=NAME or user")),
+            (Some(_), false) if !forwards.is_empty() => return Err(ValueError::Needs("user for hostfwd")),
+            (Some(name), false) if !(1..=15).contains(&name.len()) => return Err(ValueError::Interface(name)),
+            (Some(name), false) => NetBackend::Tap { name, vhost },
+            (None, true) if vhost || queues > 1 => return Err(ValueError::Needs("tap=NAME for vhost and queues")),
+            (None, true) => NetBackend::User(forwards),
             (None, false) => return Err(ValueError::Needs("tap=NAME or user")),
-            (Some(_), _) => return Err(ValueError::Needs("either tap=NAME or user; hostfwd goes with user")),
         };
-        Ok(Self { backend, mac, queues })
+        Ok(Self { backend, mac: mac.map(|MacAddress(bytes)| bytes), queues })
     }
 }
 
-fn parse_mac(value: &str) -> Result<[u8; 6], ValueError> {
-    let error = || ValueError::Mac(value.to_owned());
-    let mut mac = [0; 6];
-    let mut parts = value.split(':');
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2).ok_or_else(error)?;
-        *byte = u8::from_str_radix(part, 16).map_err(|_| error())?;
+impl Value for NetConfig {
+    fn parse(text: &OsStr) -> Result<Self, ValueError> {
+        NetSpec::parse(text)?.try_into()
     }
-    // A group address is nobody's; all zeroes neither.
-    if parts.next().is_some() || mac[0] & 1 != 0 || mac == [0; 6] {
-        return Err(error());
+
+    fn from_items(items: Items) -> Result<Self, ValueError> {
+        NetSpec::from_items(items)?.try_into()
     }
-    Ok(mac)
+
+    fn usage() -> Option<String> {
+        Some(
+            "tap=NAME[,mac=MAC][,queues=N][,vhost=on|off], or user[,mac=MAC][,hostfwd=tcp|udp:[ADDRESS]:PORT-:PORT]..."
+                .into(),
+        )
+    }
 }
 
-/// `hostfwd=tcp:[ADDRESS]:PORT-[:]PORT`.
-fn parse_forward(text: &str) -> Result<Forward, ValueError> {
-    let error = || ValueError::Forward(text.to_owned());
-    let value = text.strip_prefix("hostfwd=").unwrap_or(text);
-    let (protocol, rest) = value.split_once(':').ok_or_else(error)?;
-    let udp = match protocol {
-        "tcp" => false,
-        "udp" => true,
-        _ => return Err(error()),
-    };
-    let (host, guest) = rest.rsplit_once('-').ok_or_else(error)?;
-    let (address, port) = host.rsplit_once(':').ok_or_else(error)?;
-    let address = if address.is_empty() { "127.0.0.1" } else { address };
-    let host = format!("{address}:{port}").parse().map_err(|_| error())?;
-    let guest_port = guest.trim_start_matches(':').parse().map_err(|_| error())?;
-    Ok(Forward { udp, host, guest_port })
+device_spec! {
+    /// An entropy device (`--rng`).
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct RngConfig {
+        /// The largest number of bytes a second; `None`: no limit.
+        bytes_per_second: Option<u64> = "rate" "RATE", first bytes;
+    }
+    check |rng| Ok(Self { bytes_per_second: rng.bytes_per_second.filter(|rate| *rate > 0) })
 }
 
-/// Entropy for the guest.
+device_spec! {
+    /// A memory balloon (`--balloon`).
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct BalloonConfig {
+        /// Size of the balloon at the start, in bytes.
+        bytes: u64 = "size" "SIZE", first bytes (0);
+    }
+}
+
+/// A device that is on or off: `on` is the device with its defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RngConfig {
-    /// The most bytes a second; `None`: as many as it wants.
-    pub bytes_per_second: Option<u64>,
+pub enum Toggle<T> {
+    /// There is no such device.
+    Off,
+    /// There is one.
+    On(T),
 }
 
-impl RngConfig {
-    /// Reads `on`, or a number of bytes a second such as `64K`.
-    ///
-    /// # Errors
-    /// Where it is neither.
-    pub fn parse(text: &str) -> Result<Self, ValueError> {
-        let bytes_per_second = match text {
-            "on" | "true" => None,
-            _ => Some(parse_size(text)?).filter(|rate| *rate > 0),
-        };
-        Ok(Self { bytes_per_second })
+impl<T> Toggle<T> {
+    /// Returns the device; `None` if it is off.
+    #[must_use]
+    pub fn device(self) -> Option<T> {
+        match self {
+            Self::Off => None,
+            Self::On(device) => Some(device),
+        }
     }
 }
 
-/// Streams between guest and host.
+impl<T: Value + Default> Value for Toggle<T> {
+    const NUMBER: bool = true;
+    const BOOLEAN: bool = true;
+
+    fn parse(text: &OsStr) -> Result<Self, ValueError> {
+        match bool::parse(text) {
+            Ok(true) => Ok(Self::On(T::default())),
+            Ok(false) => Ok(Self::Off),
+            Err(_) => T::parse(text).map(Self::On),
+        }
+    }
+
+    fn from_items(items: Items) -> Result<Self, ValueError> {
+        T::from_items(items).map(Self::On)
+    }
+
+    fn usage() -> Option<String> {
+        T::usage().map(|form| format!("on, off or {form}"))
+    }
+}
+
+/// How stream sockets reach the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VsockBackend {
+    /// hwvmm listens on this Unix socket, and connects to `PATH_PORT` for the guest.
+    Unix(PathBuf),
+    /// The host's own vsock sockets (vhost-vsock).
+    Vhost,
+}
+
+device_spec! {
+    /// A vsock device as given.
+    #[derive(Clone)]
+    struct VsockSpec {
+        cid: u32 = "cid" "N", number (MIN_CID..=MAX_CID, MIN_CID);
+        uds: Option<PathBuf> = "uds" "PATH", optional;
+        vhost: bool = "vhost" "on|off", switch;
+    }
+}
+
+/// A vsock device (`--vsock`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VsockConfig {
-    /// The guest's address, from 3.
+    /// Context ID of the guest, from 3.
     pub cid: u32,
-    /// The host's Unix socket; `None`: the host's kernel does the work (vhost-vsock).
-    pub path: Option<PathBuf>,
+    /// How stream sockets reach the host.
+    pub backend: VsockBackend,
 }
 
-impl VsockConfig {
-    /// Reads `cid=N,uds=PATH` or `cid=N,vhost=on`.
-    ///
-    /// # Errors
-    /// Where it is malformed or out of bounds.
-    pub fn parse(text: &str) -> Result<Self, ValueError> {
-        let (mut cid, mut path, mut vhost) = (3, None, false);
-        for (key, value) in keyvalue::parse(text, None, &["cid", "uds", "vhost"])? {
-            match key {
-                "cid" => {
-                    let bad = || ValueError::Number { key: "cid", from: 3, to: u32::MAX - 1, value: value.to_owned() };
-                    cid = value.parse().ok().filter(|cid| (3..u32::MAX).contains(cid)).ok_or_else(bad)?;
-                }
-                "vhost" => vhost = parse_switch("vhost", value)?,
-                _ => path = Some(PathBuf::from(value)).filter(|path| !path.as_os_str().is_empty()),
-            }
-        }
-        if vhost == path.is_some() {
-            return Err(ValueError::Needs("either uds=PATH or vhost=on"));
-        }
-        Ok(Self { cid, path })
+impl TryFrom<VsockSpec> for VsockConfig {
+    type Error = ValueError;
+
+    fn try_from(spec: VsockSpec) -> Result<Self, ValueError> {
+        let backend = match (spec.uds, spec.vhost) {
+            (Some(path), false) => VsockBackend::Unix(path),
+            (None, true) => VsockBackend::Vhost,
+            _ => return Err(ValueError::Needs("either uds=PATH or vhost=on")),
+        };
+        Ok(Self { cid: spec.cid, backend })
     }
 }
 
-/// A folder of the host.
+impl Value for VsockConfig {
+    fn parse(text: &OsStr) -> Result<Self, ValueError> {
+        VsockSpec::parse(text)?.try_into()
+    }
+
+    fn from_items(items: Items) -> Result<Self, ValueError> {
+        VsockSpec::from_items(items)?.try_into()
+    }
+
+    fn usage() -> Option<String> {
+        Some("cid=N,uds=PATH or cid=N,vhost=on".into())
+    }
+}
+
+device_spec! {
+    /// A folder of the host that the guest can mount (`--share`, virtiofs).
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct ShareConfig {
+        /// The tag by which the guest mounts it.
+        tag: String = "tag" "NAME", required ("tag=NAME and path=DIR");
+        /// Path of the folder.
+        path: PathBuf = "path" "DIR", required ("tag=NAME and path=DIR");
+        /// True if the guest cannot change it.
+        read_only: bool = "readonly" "on|off", switch;
+    }
+}
+
+device_spec! {
+    /// A multiboot module as a table.
+    #[derive(Clone)]
+    struct ModuleSpec {
+        path: PathBuf = "path" "FILE", first required ("path=FILE");
+        arguments: String = "arguments" "TEXT", or (String::new());
+    }
+}
+
+/// A multiboot module (`--module`).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ShareConfig {
-    /// The name by which the guest mounts it.
-    pub tag: String,
-    /// The folder.
+pub struct ModuleConfig {
+    /// Path of the file.
     pub path: PathBuf,
-    /// The guest may not change it.
-    pub read_only: bool,
+    /// Arguments of the module, which the kernel finds behind the path.
+    pub arguments: String,
 }
 
-impl ShareConfig {
-    /// Reads `tag=NAME,path=DIR[,readonly=on]`.
-    ///
-    /// # Errors
-    /// Where it is malformed.
-    pub fn parse(text: &str) -> Result<Self, ValueError> {
-        let (mut tag, mut path, mut read_only) = (None, None, false);
-        for (key, value) in keyvalue::parse(text, None, &["tag", "path", "readonly"])? {
-            match key {
-                "tag" => tag = Some(value.to_owned()),
-                "path" => path = Some(PathBuf::from(value)),
-                _ => read_only = parse_switch("readonly", value)?,
-            }
-        }
-        match (tag, path) {
-            (Some(tag), Some(path)) => Ok(Self { tag, path, read_only }),
-            _ => Err(ValueError::Needs("tag=NAME and path=DIR")),
-        }
+impl Value for ModuleConfig {
+    /// All behind the first comma is arguments, with commas and `=` as they are.
+    fn parse(text: &OsStr) -> Result<Self, ValueError> {
+        let at = text.as_bytes().iter().position(|byte| *byte == b',');
+        let (path, arguments) = text.as_bytes().split_at(at.unwrap_or(text.len()));
+        let arguments = String::parse(OsStr::from_bytes(arguments.strip_prefix(b",").unwrap_or_default()))?;
+        Ok(Self { path: PathBuf::parse(OsStr::from_bytes(path))?, arguments })
     }
-}
 
-/// A memory balloon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BalloonConfig {
-    /// What the guest is to give up from the start, in bytes.
-    pub bytes: u64,
-}
+    fn from_items(items: Items) -> Result<Self, ValueError> {
+        let ModuleSpec { path, arguments } = ModuleSpec::from_items(items)?;
+        Ok(Self { path, arguments })
+    }
 
-impl BalloonConfig {
-    /// Reads `on`, or a size.
-    ///
-    /// # Errors
-    /// Where it is neither.
-    pub fn parse(text: &str) -> Result<Self, ValueError> {
-        let bytes = if matches!(text, "on" | "true") { 0 } else { parse_size(text)? };
-        Ok(Self { bytes })
+    fn usage() -> Option<String> {
+        Some("FILE[,ARGUMENTS]".into())
     }
 }
 
@@ -339,25 +393,30 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn parse<T: Value>(text: &str) -> Result<T, ValueError> {
+        T::parse(OsStr::new(text))
+    }
+
     #[test]
     fn disks() {
-        let disk = DiskConfig::parse("a.img").expect("a path");
+        let disk: DiskConfig = parse("a.img").expect("a path");
         assert_eq!((disk.path, disk.queues, disk.read_only), ("a.img".into(), 1, false));
-        let disk = DiskConfig::parse("path=a,format=qcow2,readonly=on,direct=on,queues=4,id=root,werror=stop");
-        let disk = disk.expect("all keys");
-        assert!(disk.read_only && disk.direct && disk.stop_when_full);
+        let disk = "path=a,format=qcow2,readonly,direct=on,queues=4,id=root,werror=stop,io=plain";
+        let disk: DiskConfig = parse(disk).expect("all keys");
+        assert!(disk.read_only && disk.direct);
+        assert_eq!((disk.write_error, disk.io), (WriteError::Stop, DiskIo::Plain));
         assert_eq!((disk.queues, disk.serial.as_str(), disk.format), (4, "root", DiskFormat::Qcow2));
         for bad in ["", "readonly=on", "a,queues=0", "a,queues=17", "a,format=vmdk", "a,werror=x", "a,cache=none"] {
-            assert!(DiskConfig::parse(bad).is_err(), "{bad}");
+            assert!(parse::<DiskConfig>(bad).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn network_cards() {
-        let net = NetConfig::parse("tap=tap0,mac=52:54:00:12:34:56,queues=2,vhost=on").expect("a tap");
+        let net = parse::<NetConfig>("tap=tap0,mac=52:54:00:12:34:56,queues=2,vhost=on").expect("a tap");
         assert_eq!(net.backend, NetBackend::Tap { name: "tap0".into(), vhost: true });
         assert_eq!((net.mac, net.queues), (Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]), 2));
-        let net = NetConfig::parse("user,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=udp::53-53").expect("user mode");
+        let net = parse::<NetConfig>("user,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=udp::53-53").expect("user mode");
         let NetBackend::User(forwards) = net.backend else { panic!("user mode") };
         assert_eq!(forwards[0].guest_port, 22);
         assert_eq!(forwards[1].host, "127.0.0.1:53".parse().expect("an address"));
@@ -373,31 +432,44 @@ mod tests {
             "user,vhost=on",
             "user,tap=t",
         ] {
-            assert!(NetConfig::parse(bad).is_err(), "{bad}");
+            assert!(parse::<NetConfig>(bad).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn sockets_folders_and_balloons() {
-        let vsock = VsockConfig::parse("cid=7,uds=/tmp/v").expect("both");
-        assert_eq!((vsock.cid, vsock.path), (7, Some("/tmp/v".into())));
-        assert_eq!(VsockConfig::parse("vhost=on").map(|vsock| vsock.path), Ok(None));
-        let share = ShareConfig::parse("tag=src,path=.,readonly=on").expect("all");
+        let vsock = parse::<VsockConfig>("cid=7,uds=/tmp/v").expect("both");
+        assert_eq!((vsock.cid, vsock.backend), (7, VsockBackend::Unix("/tmp/v".into())));
+        assert_eq!(parse::<VsockConfig>("vhost").expect("vhost").backend, VsockBackend::Vhost);
+        let share = parse::<ShareConfig>("tag=src,path=.,readonly=on").expect("all");
         assert_eq!((share.tag.as_str(), share.read_only), ("src", true));
-        assert_eq!(BalloonConfig::parse("1G").map(|balloon| balloon.bytes), Ok(1 << 30));
+        let balloon =
+            |text: &str| parse::<Toggle<BalloonConfig>>(text).map(|balloon| balloon.device().map(|it| it.bytes));
+        assert_eq!(balloon("1G").expect("a size"), Some(1 << 30));
+        assert_eq!((balloon("on").expect("on"), balloon("off").expect("off")), (Some(0), None));
+        assert!(balloon("much").is_err());
         for bad in ["", "cid=2,uds=x", "cid=4294967295,uds=x", "cid=3", "uds=", "uds=x,vhost=on", "vhost=off"] {
-            assert!(VsockConfig::parse(bad).is_err(), "{bad}");
+            assert!(parse::<VsockConfig>(bad).is_err(), "{bad}");
         }
-        for bad in ["", "tag=x", "path=x", "x", "tag=a,path=b,readonly=1"] {
-            assert!(ShareConfig::parse(bad).is_err(), "{bad}");
+        for bad in ["", "tag=x", "path=x", "x", "tag=a,path=b,readonly=1", "tag=a,path="] {
+            assert!(parse::<ShareConfig>(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn modules() {
+        let module = |text: &str| parse::<ModuleConfig>(text).map(|module| (module.path, module.arguments)).ok();
+        assert_eq!(module("a"), Some(("a".into(), String::new())));
+        assert_eq!(module("a,b=c,d"), Some(("a".into(), "b=c,d".into())));
+        assert_eq!(module(",b"), None);
     }
 
     proptest! {
         #[test]
-        fn any_text_is_survived(text in ".*") {
-            let _ = (VsockConfig::parse(&text), ShareConfig::parse(&text), BalloonConfig::parse(&text));
-            let _ = (DiskConfig::parse(&text), NetConfig::parse(&text), RngConfig::parse(&text));
+        fn no_text_panics(text in ".*") {
+            let _ = (parse::<VsockConfig>(&text), parse::<ShareConfig>(&text), parse::<BalloonConfig>(&text));
+            let _ = (parse::<DiskConfig>(&text), parse::<NetConfig>(&text), parse::<Toggle<RngConfig>>(&text));
+            let _ = parse::<ModuleConfig>(&text);
         }
     }
 }

@@ -1,412 +1,254 @@
-//! The options of `hwvmm run`: the same names on the command line and in a `--config` file.
+//! The options of `hwvmm run`. One table defines each: its names, its help text, how it is read from the command line and
+//! from TOML, its default, and the field of [`RunConfig`] that it becomes.
 
-use super::devices::{BalloonConfig, DiskConfig, NetConfig, RngConfig, ShareConfig, Transport, VsockConfig};
-use super::values::{Cpus, Memory, ValueError, parse_console, parse_duration, parse_serial};
-use super::{
-    BootProtocol, Budget, ConfigError, ConsoleTarget, MmuChoice, OnReboot, ProfileLevel, RunConfig, Slack, StatsFormat,
-    Unpack,
+use super::budget::{Budget, Slack};
+use super::choices::{BootProtocol, KernelCache, Levers, MmuChoice, OnReboot, ProfileLevel, StatsFormat, Unpack};
+use super::console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice, UARTS, uarts};
+use super::devices::{
+    BalloonConfig, DiskConfig, ModuleConfig, NetConfig, RngConfig, ShareConfig, Toggle, Transport, VsockConfig,
 };
+use super::error::ConfigError;
+use super::machine::{Cpus, Memory};
+use super::value::{Given, Value, from_toml};
 use crate::tune::{Lever, Tune};
-use clap::Args;
-use serde::Deserialize;
-use serde::de::Deserializer;
+use std::ffi::OsStr;
 use std::path::PathBuf;
+use std::time::Duration;
 
-/// The kernel command line where none is given: the consoles that there are, a panic ends the run, and what levers add to
-/// keep the guest from looking for what is not there.
-fn default_cmdline(config: &RunConfig) -> String {
-    let tune = &config.tune;
-    let serial = config.serial.first().is_some_and(Option::is_some);
-    let pci = config.transport == Transport::Pci && config.virtio_devices() > 0;
-    // Linux numbers them in order, whichever there are.
-    let uarts = format!("8250.nr_uarts={}", config.serial.iter().flatten().count());
-    let words = [
-        (serial, "console=ttyS0"),
-        (config.console.is_some(), "console=hvc0"),
-        (true, "panic=-1"),
-        (!pci && tune.wants(Lever::PciProbing), "pci=conf1,noearly"),
-        (pci && tune.wants(Lever::PciProbing), "pci=noearly"),
-        (tune.wants(Lever::UartCount), &*uarts),
-        // With more vCPUs the others would go on after a halt, and nobody would see that the guest is at its end.
-        (tune.wants(Lever::AcpiReset) && config.cpus.count() == 1, "reboot=f"),
-    ];
-    words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
+/// Returns the help text of an option: what it is, and behind the first sentence of that the form of its values; whether it
+/// can be given again; and its default.
+fn help<T: Value, G: Given>(text: &str, default: Option<&str>) -> String {
+    let mut help = text.trim().to_owned();
+    if let Some(form) = T::usage() {
+        let end = [". ", "; ", " ["].iter().filter_map(|mark| help.find(mark)).min().unwrap_or(help.len());
+        // With spaces between the keys, so that the terminal's width can break the line.
+        help.insert_str(end, &format!(": {}", form.replace("[,", " [,")));
+    }
+    if G::REPEATS {
+        help += " (can be given again)";
+    }
+    if let Some(default) = default {
+        help = format!("{help} [default: {default}]");
+    }
+    help
 }
 
-/// A kernel command line, and the words that are added to it.
-fn cmdline(mut cmdline: String, added: &[String]) -> String {
-    for words in added {
-        if !cmdline.is_empty() {
-            cmdline.push(' ');
+/// Defines the options. A row is
+///
+/// ```text
+/// /// Help text
+/// name: Option<Type>, [short, long] "VALUE";
+/// ```
+///
+/// with `Vec<Type>` for an option that can be given again, and behind `"VALUE"`
+///
+/// - `or "text"`: the value that the option has if it is given without one (as `--stats`);
+/// - `default "text"`: the default; the field of `RunConfig` then is a `Type`;
+/// - `becomes Type = expression`: what the field of `RunConfig` is, with `given` for all options.
+macro_rules! options {
+    ($given:ident; $($heading:literal { $(
+        $(#[doc = $text:literal])+
+        $name:ident: $kind:ident<$type:ty>, [$($flag:tt)*] $value:literal $(or $missing:literal)?
+        $(default $default:literal)? $(becomes $becomes:ty = $expression:expr)?;
+    )* })*) => {
+        /// The options as given on the command line or in a file; `None` or an empty list if not given.
+        #[derive(clap::Args, serde::Deserialize, Clone, Debug, Default)]
+        #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+        pub struct RunOptions {
+            $($(
+                #[arg(
+                    value_name = $value,
+                    help_heading = $heading,
+                    help = help::<$type, $kind<$type>>(concat!($($text),+), options!(@text $($default)?)),
+                    value_parser = <$type as Value>::parser(),
+                    $(num_args = 0..=1, default_missing_value = $missing, require_equals = true,)?
+                    $($flag)*
+                )]
+                #[serde(deserialize_with = "from_toml")]
+                pub(super) $name: $kind<$type>,
+            )*)*
         }
-        cmdline.push_str(words);
+
+        /// The configuration of a run: all options, checked, with their defaults.
+        #[derive(Clone, Debug, PartialEq, Eq)]
+        pub struct RunConfig {
+            $($($(#[doc = $text])+ pub $name: options!(@type $kind<$type> $(default $default)? $(becomes $becomes)?),)*)*
+        }
+
+        impl RunOptions {
+            /// Joins the options of the command line, `self`, with those of a file. An option of the command line replaces
+            /// that of the file; of an option that can be given again the file's values come first.
+            #[must_use]
+            pub fn or(self, file: Self) -> Self {
+                Self { $($($name: Given::merge(self.$name, file.$name),)*)* }
+            }
+
+            /// Checks the options and fills in the defaults.
+            ///
+            /// # Errors
+            /// Returns an error if there is no kernel, or if options contradict each other.
+            pub fn into_config(self) -> Result<RunConfig, ConfigError> {
+                let $given = &self;
+                Ok(RunConfig {
+                    $($($name: options!(@value $given.$name, $type $(, default $default)? $(, becomes $expression)?),)*)*
+                })
+            }
+        }
+    };
+    (@text) => { None };
+    (@text $default:literal) => { Some($default) };
+    (@type $kind:ident<$type:ty>) => { $kind<$type> };
+    (@type $kind:ident<$type:ty> default $default:literal) => { $type };
+    (@type $kind:ident<$type:ty> becomes $becomes:ty) => { $becomes };
+    (@value $given:ident.$name:ident, $type:ty) => { $given.$name.clone() };
+    (@value $given:ident.$name:ident, $type:ty, default $default:literal) => {
+        match $given.$name.clone() {
+            Some(value) => value,
+            None => <$type as Value>::parse(OsStr::new($default))?,
+        }
+    };
+    (@value $given:ident.$name:ident, $type:ty, becomes $expression:expr) => { $expression };
+}
+
+options! {
+    given;
+
+    "Boot" {
+        /// The kernel: a distribution's vmlinuz (bzImage), an ELF vmlinux, or a multiboot ELF
+        kernel: Option<PathBuf>, [help_heading = None::<&str>] "KERNEL" becomes PathBuf = given.kernel.clone().ok_or(ConfigError::NoKernel)?;
+        /// Initial RAM disk
+        initrd: Option<PathBuf>, [short, long] "FILE";
+        /// Kernel command line, in place of the default, which multiboot kernels do not get [default: "console=ttyS0
+        /// panic=-1 pci=conf1,noearly 8250.nr_uarts=1 reboot=f"; no reboot= with more than one vCPU; console=hvc0 with
+        /// --console virtio; pci=noearly with PCI devices; see --tune help]
+        cmdline: Option<String>, [short = 'p', long] "TEXT";
+        /// Words added to the kernel command line
+        append: Vec<String>, [short, long, allow_hyphen_values = true] "TEXT";
+        /// Multiboot module
+        module: Vec<ModuleConfig>, [long] "FILE";
+        /// Boot protocol
+        boot: Option<BootProtocol>, [long] "PROTOCOL" default "auto";
+        /// Who unpacks a bzImage [default: host; guest with --tune host-unpack=off]
+        unpack: Option<Unpack>, [long] "WHO" becomes Unpack = given.unpack.unwrap_or(
+            if given.levers()?.wants(Lever::HostUnpack) { Unpack::Host } else { Unpack::Guest }
+        );
+        /// Folder that keeps unpacked kernels for the next run; "off" keeps none [default: ~/.cache/hwvmm]
+        kernel_cache: Option<KernelCache>, [long] "DIR"
+            becomes Option<PathBuf> = given.kernel_cache.clone().unwrap_or_default().folder();
     }
-    cmdline
-}
 
-/// Options as given; what is not given is `None`.
-#[derive(Args, Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct RunOptions {
-    /// The kernel: a distribution's vmlinuz (bzImage), an ELF vmlinux, or a multiboot ELF
-    #[arg(value_name = "KERNEL")]
-    pub kernel: Option<PathBuf>,
-
-    /// Initial RAM disk
-    #[arg(short, long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
-
-    /// Guest memory: SIZE[,hugepages=thp|off|2M|1G][,prefault=on|off] [default: 512M]
-    #[arg(short, long, value_name = "SIZE")]
-    #[serde(default, deserialize_with = "text")]
-    pub memory: Option<String>,
-
-    /// vCPUs: N[,sockets=S][,cores=C][,threads=T] [default: 1]
-    #[arg(short, long, value_name = "N")]
-    #[serde(default, deserialize_with = "text")]
-    pub cpus: Option<String>,
-
-    /// Kernel command line, in place of the default, which multiboot programs do not get [default: "console=ttyS0 panic=-1
-    /// pci=conf1,noearly 8250.nr_uarts=1 reboot=f"; no reboot= with more vCPUs; console=hvc0 with --console virtio; pci=noearly with PCI devices; see --tune help]
-    #[arg(short = 'p', long, value_name = "TEXT")]
-    pub cmdline: Option<String>,
-
-    /// Words added to the kernel command line (again for more)
-    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
-    #[serde(default)]
-    pub append: Vec<String>,
-
-    /// Multiboot module: FILE[,ARGUMENTS] (again for more)
-    #[arg(long, value_name = "FILE")]
-    #[serde(default)]
-    pub module: Vec<String>,
-
-    /// A UART: N=stdio, N=file:PATH or N=null for N from 1 (0x3f8) to 4 (0x2e8); none [default: 1=stdio]
-    #[arg(long, value_name = "N=TARGET")]
-    #[serde(default)]
-    pub serial: Vec<String>,
-
-    /// The console: serial, or a virtio console (hvc0) on virtio[=stdio|file:PATH|null] [default: serial]
-    #[arg(long, value_name = "WHAT")]
-    pub console: Option<String>,
-
-    /// A disk: PATH, and of these what is wanted: ,format=auto|raw|qcow2 ,readonly=on ,direct=on ,queues=N ,serial=S
-    /// ,id=S ,werror=report|stop ,io=auto|plain (again for more)
-    #[arg(short, long, value_name = "PATH")]
-    #[serde(default)]
-    pub disk: Vec<String>,
-
-    /// A network card: tap=NAME[,mac=A][,queues=N][,vhost=on], or user[,hostfwd=tcp:127.0.0.1:2222-:22]... (again for
-    /// more)
-    #[arg(short, long, value_name = "BACKEND")]
-    #[serde(default)]
-    pub net: Vec<String>,
-
-    /// Entropy from the host, at most RATE bytes a second where it is given
-    #[arg(long, num_args = 0..=1, default_missing_value = "on", require_equals = true, value_name = "RATE")]
-    #[serde(default, deserialize_with = "text")]
-    pub rng: Option<String>,
-
-    /// Streams between guest and host (vsock): cid=N,uds=PATH. Host programs connect to PATH and say "CONNECT PORT"; the
-    /// guest's connections go to PATH_PORT. Or cid=N,vhost=on, for the host's own vsock sockets
-    #[arg(long, value_name = "cid=N,uds=PATH")]
-    pub vsock: Option<String>,
-
-    /// A memory balloon that takes SIZE from the guest [default: 0], and gives the host what the guest has free
-    #[arg(long, num_args = 0..=1, default_missing_value = "on", require_equals = true, value_name = "SIZE")]
-    #[serde(default, deserialize_with = "text")]
-    pub balloon: Option<String>,
-
-    /// A folder for the guest (virtiofs): tag=NAME,path=DIR[,readonly=on] (again for more)
-    #[arg(long, value_name = "tag=NAME,path=DIR")]
-    #[serde(default)]
-    pub share: Vec<String>,
-
-    /// A Unix socket to control the running machine by, with `hwvmm ctl`
-    #[arg(long, value_name = "PATH")]
-    pub api: Option<PathBuf>,
-
-    /// What carries virtio devices [default: mmio for consoles, entropy and balloon alone: fewest exits at boot; else pci:
-    /// fewest at work]
-    #[arg(long, value_name = "BUS")]
-    pub transport: Option<Transport>,
-
-    /// Who unpacks a bzImage: hwvmm, or the kernel's own decompressor in the guest [default: host]
-    #[arg(long, value_name = "WHO")]
-    pub unpack: Option<Unpack>,
-
-    /// How the kernel is entered [default: auto]
-    #[arg(long, value_name = "PROTOCOL")]
-    pub boot: Option<BootProtocol>,
-
-    /// Where unpacked kernels are kept for the next run; "off" keeps none [default: ~/.cache/hwvmm]
-    #[arg(long, value_name = "DIR")]
-    pub kernel_cache: Option<String>,
-
-    /// End the run after this time (status 124): 30s, 500ms, 2m
-    #[arg(long, value_name = "TIME")]
-    #[serde(default, deserialize_with = "text")]
-    pub timeout: Option<String>,
-
-    /// End the run with status 0 when a line of the console matches; 38 if the guest ends before
-    #[arg(long, value_name = "REGEX")]
-    pub expect: Option<String>,
-
-    /// What a reset of the guest does [default: exit]
-    #[arg(long, value_name = "WHAT")]
-    pub on_reboot: Option<OnReboot>,
-
-    /// isa-debug-exit at port 0xf4: a guest's write of V ends the run with status V*2+1
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
-    pub debug_exit: Option<bool>,
-
-    /// What kvm-unit-tests want of a machine: QEMU's test device (ports 0xe0 and 0x2000, memory at 0xff000000), its fw_cfg
-    /// (0x510), and interrupt controllers as a PC's firmware leaves them
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
-    pub testdev: Option<bool>,
-
-    /// KVM's MMU: auto (what this host has), npt (nested paging; ept is the same), or shadow. KVM decides it for the whole
-    /// host (see hwvmm mmu): the other one is an error [default: auto]
-    #[arg(long, value_name = "MMU")]
-    pub mmu: Option<MmuChoice>,
-
-    /// A watchdog (IB700, ports 0x441 and 0x443): a guest that starts and neglects it ends with status 36
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
-    pub watchdog: Option<bool>,
-
-    /// Let MSRs that KVM does not know exit to hwvmm, so that they are counted by number
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
-    pub trap_msrs: Option<bool>,
-
-    /// After the run, print exits by reason and device, and KVM's own figures
-    #[arg(long, num_args = 0..=1, default_missing_value = "text", require_equals = true, value_name = "FORMAT")]
-    pub stats: Option<StatsFormat>,
-
-    /// Write the statistics to this file, not to stderr
-    #[arg(long, value_name = "FILE")]
-    pub stats_out: Option<PathBuf>,
-
-    /// After the run, print who made the guest exit, where, at what cost, and what to do: the userspace exits, or all
-    /// VM exits too [default with no LEVEL: full]
-    #[arg(long, num_args = 0..=1, default_missing_value = "full", require_equals = true, value_name = "LEVEL")]
-    pub profile: Option<ProfileLevel>,
-
-    /// Write the profile to this file, for `hwvmm report` (implies --profile)
-    #[arg(long, value_name = "FILE")]
-    pub profile_out: Option<PathBuf>,
-
-    /// At most so many exits, else the run ends with status 39: total=4500,userspace=100,pio=50,npf=100,port.0x3f8=0,
-    /// or a file with such lines (implies --profile)
-    #[arg(long, value_name = "LIMITS")]
-    pub budget: Option<String>,
-
-    /// At most as many exits of each kind as in this profile, but for the host's interrupts
-    #[arg(long, value_name = "FILE")]
-    pub budget_from: Option<PathBuf>,
-
-    /// How much more than in --budget-from there may be [default: 2%]
-    #[arg(long, value_name = "PERCENT")]
-    #[serde(default, deserialize_with = "text")]
-    pub slack: Option<String>,
-
-    /// The guest kernel's symbols, an ELF or a System.map, where the kernel itself has none
-    #[arg(long, value_name = "FILE")]
-    pub symbols: Option<PathBuf>,
-
-    /// Levers against exits: NAME=on|off|auto,...; all=off; "help" lists them with what they are worth (again for more)
-    #[arg(long, value_name = "LIST")]
-    #[serde(default)]
-    pub tune: Vec<String>,
-
-    /// KVM's device [default: /dev/kvm]
-    #[arg(long, value_name = "PATH")]
-    pub kvm: Option<PathBuf>,
-}
-
-/// A text, or a number as people write it in TOML (`cpus = 4`).
-fn text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Text {
-        Words(String),
-        Number(i64),
+    "Machine" {
+        /// Guest memory
+        memory: Option<Memory>, [short, long] "SIZE" default "512M";
+        /// vCPUs
+        cpus: Option<Cpus>, [short, long] "N" default "1";
+        /// MMU of KVM: auto (that of this host), npt (nested paging; ept is the same) or shadow. It is a setting of the whole
+        /// host: if KVM uses the other one, the run is refused (see hwvmm mmu)
+        mmu: Option<MmuChoice>, [long] "MMU" default "auto";
+        /// Watchdog timer (IB700, ports 0x441 and 0x443): if the guest starts it and does not feed it, the run ends with
+        /// status 36
+        watchdog: Option<bool>, [long] "on|off" or "on" default "off";
+        /// isa-debug-exit at port 0xf4: a write of V by the guest ends the run with status V*2+1
+        debug_exit: Option<bool>, [long] "on|off" or "on" default "off";
+        /// Devices for kvm-unit-tests: QEMU's test device (ports 0xe0 and 0x2000, memory at 0xff000000), its fw_cfg (0x510),
+        /// and interrupt controllers in the state in which PC firmware leaves them
+        testdev: Option<bool>, [long] "on|off" or "on" default "off";
+        /// Unix socket by which `hwvmm ctl` and `hwvmm top` reach the running machine
+        api: Option<PathBuf>, [long] "PATH";
+        /// KVM's device
+        kvm: Option<PathBuf>, [long] "PATH" default "/dev/kvm";
     }
-    Ok(Some(match Text::deserialize(deserializer)? {
-        Text::Words(words) => words,
-        Text::Number(number) => number.to_string(),
-    }))
-}
 
-fn value<T>(
-    option: &'static str,
-    given: Option<&String>,
-    parse: impl FnOnce(&str) -> Result<T, ValueError>,
-) -> Result<Option<T>, ConfigError> {
-    let Some(text) = given else { return Ok(None) };
-    parse(text).map(Some).map_err(|source| ConfigError::Value { option, value: text.clone(), source })
-}
+    "Devices" {
+        /// Disk
+        disk: Vec<DiskConfig>, [short, long] "PATH";
+        /// Network card
+        net: Vec<NetConfig>, [short, long] "BACKEND";
+        /// Shared folder (virtiofs)
+        share: Vec<ShareConfig>, [long] "tag=NAME,path=DIR";
+        /// UART [default: 1=stdio]
+        serial: Vec<SerialChoice>, [long] "N=TARGET"
+            becomes [Option<ConsoleTarget>; UARTS] = uarts(&given.serial, given.virtio_console())?;
+        /// Console of the guest: serial, or a virtio console (hvc0) on virtio[=stdio|file:PATH|null] [default: serial]
+        console: Option<ConsoleChoice>, [long] "CONSOLE"
+            becomes Option<ConsoleTarget> = given.virtio_console().cloned();
+        /// Stream sockets between guest and host (vsock). With uds, host programs connect to PATH and send "CONNECT PORT";
+        /// connections of the guest go to PATH_PORT. With vhost, the host uses its own vsock sockets
+        vsock: Option<VsockConfig>, [long] "cid=N,uds=PATH";
+        /// Entropy device; RATE is the largest number of bytes a second
+        rng: Option<Toggle<RngConfig>>, [long] "RATE" or "on"
+            becomes Option<RngConfig> = given.rng.and_then(Toggle::device);
+        /// Memory balloon; SIZE is its size at the start [default: 0]. It also returns memory that the guest has free
+        balloon: Option<Toggle<BalloonConfig>>, [long] "SIZE" or "on"
+            becomes Option<BalloonConfig> = given.balloon.and_then(Toggle::device);
+        /// Transport of virtio devices [default: mmio with consoles, entropy and balloon alone: fewest exits at boot; else
+        /// pci: fewest exits a request]
+        transport: Option<Transport>, [long] "BUS" becomes Transport = given.transport();
+    }
 
-fn list<T>(
-    option: &'static str,
-    given: &[String],
-    parse: impl Fn(&str) -> Result<T, ValueError>,
-) -> Result<Vec<T>, ConfigError> {
-    let one = |text: &String| parse(text).map_err(|source| ConfigError::Value { option, value: text.clone(), source });
-    given.iter().map(one).collect()
+    "End of the run" {
+        /// End the run after this time with status 124: 30s, 500ms, 2m
+        timeout: Option<Duration>, [long] "TIME";
+        /// End the run with status 0 when a line of a console matches; with status 38 if the guest ends before
+        expect: Option<Pattern>, [long] "REGEX";
+        /// What a reset by the guest does
+        on_reboot: Option<OnReboot>, [long] "ACTION" default "exit";
+    }
+
+    "Exits" {
+        /// After the run, print exits by reason and device, and KVM's own statistics
+        stats: Option<StatsFormat>, [long] "FORMAT" or "text"
+            becomes Option<StatsFormat> = given.stats.or(given.stats_out.as_ref().map(|_| StatsFormat::Json));
+        /// Write the statistics to this file instead of stderr (as JSON, unless --stats says otherwise)
+        stats_out: Option<PathBuf>, [long] "FILE";
+        /// After the run, print what caused the exits, where in the guest, what they cost, and what avoids them: userspace
+        /// exits (user), or all VM exits (full)
+        profile: Option<ProfileLevel>, [long] "LEVEL" or "full"
+            becomes Option<ProfileLevel> = given.profile.or(given.implies_profile().then_some(ProfileLevel::Full));
+        /// Write the profile to this file, for hwvmm report (implies --profile)
+        profile_out: Option<PathBuf>, [long] "FILE";
+        /// Largest numbers of exits; a run with more ends with status 39. NAME is as in
+        /// total=4500,userspace=100,pio=50,npf=100,port.0x3f8=0 (implies --profile)
+        budget: Option<Budget>, [long] "LIMITS";
+        /// Take the counts of this profile as limits for each kind of exit, except for the host's interrupts
+        budget_from: Option<PathBuf>, [long] "FILE";
+        /// By how much the counts of --budget-from may be exceeded
+        slack: Option<Slack>, [long] "PERCENT" default "2%";
+        /// The guest kernel's symbols (ELF or System.map), if the kernel has none
+        symbols: Option<PathBuf>, [long] "FILE";
+        /// Let accesses to MSRs that KVM does not know exit to hwvmm, so that they are counted
+        trap_msrs: Option<bool>, [long] "on|off" or "on" default "off";
+        /// Levers against exits; "all=off" turns all off, "help" lists them and what each saves
+        tune: Vec<Levers>, [long] "LIST" becomes Tune = given.levers()?;
+    }
 }
 
 impl RunOptions {
-    /// These options, and those of `file` where these say nothing. Lists of both are joined, the file's first.
+    /// Returns true if the list of levers is asked for (`--tune help`), not a run.
     #[must_use]
-    pub fn or(self, file: Self) -> Self {
-        let join = |mut first: Vec<String>, second: Vec<String>| {
-            first.extend(second);
-            first
-        };
-        Self {
-            kernel: self.kernel.or(file.kernel),
-            initrd: self.initrd.or(file.initrd),
-            memory: self.memory.or(file.memory),
-            cpus: self.cpus.or(file.cpus),
-            cmdline: self.cmdline.or(file.cmdline),
-            append: join(file.append, self.append),
-            module: join(file.module, self.module),
-            serial: join(file.serial, self.serial),
-            console: self.console.or(file.console),
-            disk: join(file.disk, self.disk),
-            net: join(file.net, self.net),
-            rng: self.rng.or(file.rng),
-            vsock: self.vsock.or(file.vsock),
-            balloon: self.balloon.or(file.balloon),
-            share: join(file.share, self.share),
-            api: self.api.or(file.api),
-            transport: self.transport.or(file.transport),
-            unpack: self.unpack.or(file.unpack),
-            boot: self.boot.or(file.boot),
-            kernel_cache: self.kernel_cache.or(file.kernel_cache),
-            timeout: self.timeout.or(file.timeout),
-            expect: self.expect.or(file.expect),
-            on_reboot: self.on_reboot.or(file.on_reboot),
-            debug_exit: self.debug_exit.or(file.debug_exit),
-            testdev: self.testdev.or(file.testdev),
-            mmu: self.mmu.or(file.mmu),
-            watchdog: self.watchdog.or(file.watchdog),
-            trap_msrs: self.trap_msrs.or(file.trap_msrs),
-            stats: self.stats.or(file.stats),
-            stats_out: self.stats_out.or(file.stats_out),
-            profile: self.profile.or(file.profile),
-            profile_out: self.profile_out.or(file.profile_out),
-            budget: self.budget.or(file.budget),
-            budget_from: self.budget_from.or(file.budget_from),
-            slack: self.slack.or(file.slack),
-            symbols: self.symbols.or(file.symbols),
-            tune: join(file.tune, self.tune),
-            kvm: self.kvm.or(file.kvm),
-        }
+    pub fn asks_for_levers(&self) -> bool {
+        self.tune.contains(&Levers::Help)
     }
 
-    /// The configuration, checked, with the defaults filled in.
-    ///
-    /// # Errors
-    /// [`ConfigError`], naming the option and its value.
-    pub fn into_config(self) -> Result<RunConfig, ConfigError> {
-        let memory = value("memory", self.memory.as_ref(), Memory::parse)?.unwrap_or_default();
-        let cpus = value("cpus", self.cpus.as_ref(), Cpus::parse)?.unwrap_or_default();
-        let timeout = value("timeout", self.timeout.as_ref(), parse_duration)?;
-        let console = value("console", self.console.as_ref(), parse_console)?.flatten();
-        let on_stdio = console == Some(ConsoleTarget::Stdio);
-        let disks = list("disk", &self.disk, DiskConfig::parse)?;
-        let nets = list("net", &self.net, NetConfig::parse)?;
-        let rng = value("rng", self.rng.as_ref(), RngConfig::parse)?;
-        let vsock = value("vsock", self.vsock.as_ref(), VsockConfig::parse)?;
-        let balloon = value("balloon", self.balloon.as_ref(), BalloonConfig::parse)?;
-        let shares = list("share", &self.share, ShareConfig::parse)?;
-        let busy = !(disks.is_empty() && nets.is_empty() && shares.is_empty() && vsock.is_none());
-        let transport = self.transport.unwrap_or(if busy { Transport::Pci } else { Transport::Mmio });
-        let serial = parse_serial(&self.serial, on_stdio).map_err(|(value, source)| ConfigError::Value {
-            option: "serial",
-            value,
-            source,
-        })?;
-        let module = |text: &String| {
-            let (file, arguments) = text.split_once(',').unwrap_or((text, ""));
-            (PathBuf::from(file), arguments.to_owned())
-        };
+    fn levers(&self) -> Result<Tune, ConfigError> {
         let mut tune = Tune::default();
-        for text in &self.tune {
-            tune.set(text).map_err(|error| ConfigError::Tune(text.clone(), error))?;
+        for levers in &self.tune {
+            levers.apply(&mut tune)?;
         }
-        let compile = |pattern: &str| {
-            let error = |error| ConfigError::Expect(pattern.to_owned(), error);
-            regex::bytes::Regex::new(pattern).map(super::Pattern).map_err(error)
-        };
-        let expect = self.expect.as_deref().map(compile).transpose()?;
-        let limits =
-            |text: &str| Budget::parse(text).map_err(|error| ConfigError::Budget("budget", text.to_owned(), error));
-        let budget = self.budget.as_deref().map(limits).transpose()?;
-        let slack = self.slack.as_deref().unwrap_or("2%");
-        let slack = Slack::parse(slack).map_err(|error| ConfigError::Budget("slack", slack.to_owned(), error))?;
-        let wants_profile = self.profile_out.is_some() || self.budget.is_some() || self.budget_from.is_some();
-        let mut config = RunConfig {
-            kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
-            initrd: self.initrd,
-            modules: self.module.iter().map(module).collect(),
-            cmdline: String::new(),
-            arguments: String::new(),
-            memory,
-            cpus,
-            serial,
-            console,
-            transport,
-            disks,
-            nets,
-            rng,
-            vsock,
-            balloon,
-            shares,
-            api: self.api,
-            unpack: self.unpack.unwrap_or(if tune.wants(Lever::HostUnpack) { Unpack::Host } else { Unpack::Guest }),
-            boot: self.boot.unwrap_or_default(),
-            kernel_cache: kernel_cache(self.kernel_cache.as_deref()),
-            debug_exit: self.debug_exit.unwrap_or(false),
-            testdev: self.testdev.unwrap_or(false),
-            mmu: self.mmu.unwrap_or_default(),
-            watchdog: self.watchdog.unwrap_or(false),
-            trap_msrs: self.trap_msrs.unwrap_or(false),
-            on_reboot: self.on_reboot.unwrap_or_default(),
-            timeout,
-            expect,
-            stats: self.stats.or(self.stats_out.as_ref().map(|_| StatsFormat::Json)),
-            stats_out: self.stats_out,
-            profile: self.profile.or(wants_profile.then_some(ProfileLevel::Full)),
-            profile_out: self.profile_out,
-            budget,
-            budget_from: self.budget_from,
-            slack,
-            symbols: self.symbols,
-            tune,
-            kvm: self.kvm.unwrap_or_else(|| PathBuf::from("/dev/kvm")),
-        };
-        config.arguments = cmdline(self.cmdline.clone().unwrap_or_default(), &self.append);
-        config.cmdline = cmdline(self.cmdline.unwrap_or_else(|| default_cmdline(&config)), &self.append);
-        Ok(config)
+        Ok(tune)
     }
-}
 
-/// The XDG cache folder's `hwvmm`, for what can be made again.
-#[must_use]
-pub fn cache_folder() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let base = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")))?;
-    Some(base.join("hwvmm"))
-}
+    fn virtio_console(&self) -> Option<&ConsoleTarget> {
+        self.console.as_ref().and_then(ConsoleChoice::virtio)
+    }
 
-/// The folder for unpacked kernels: what was asked for, else the XDG cache folder's `hwvmm`.
-fn kernel_cache(asked: Option<&str>) -> Option<PathBuf> {
-    match asked {
-        Some("off") => None,
-        Some(path) => Some(PathBuf::from(path)),
-        None => cache_folder(),
+    fn transport(&self) -> Transport {
+        let few_requests = self.disk.is_empty() && self.net.is_empty() && self.share.is_empty() && self.vsock.is_none();
+        self.transport.unwrap_or(if few_requests { Transport::Mmio } else { Transport::Pci })
+    }
+
+    fn implies_profile(&self) -> bool {
+        self.profile_out.is_some() || self.budget.is_some() || self.budget_from.is_some()
     }
 }
 
@@ -414,15 +256,19 @@ fn kernel_cache(asked: Option<&str>) -> Option<PathBuf> {
 mod tests {
     use super::*;
 
-    fn from_toml(text: &str) -> RunOptions {
+    fn read(text: &str) -> RunOptions {
         toml::from_str(text).expect("valid TOML")
+    }
+
+    fn config(text: &str) -> RunConfig {
+        read(&format!("kernel = 'k'\n{text}")).into_config().expect("valid")
     }
 
     #[test]
     fn flags_win_over_the_file() {
-        let file = from_toml("kernel = 'k'\nmemory = '1G'\ncpus = 4\nappend = ['quiet']\nwatchdog = true");
+        let file = read("kernel = 'k'\nmemory = '1G'\ncpus = 4\nappend = ['quiet']\nwatchdog = true");
         let flags = RunOptions {
-            memory: Some("256M".into()),
+            memory: Some(Memory::parse(OsStr::new("256M")).expect("a size")),
             append: vec!["debug".into()],
             watchdog: Some(false),
             ..RunOptions::default()
@@ -430,41 +276,62 @@ mod tests {
         let config = flags.or(file).into_config().expect("valid");
         assert_eq!(config.memory.bytes, 256 << 20);
         assert_eq!(config.cpus.count(), 4);
-        assert_eq!(config.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 quiet debug");
+        assert_eq!(config.kernel_cmdline(), "console=ttyS0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 quiet debug");
         assert!(!config.watchdog);
     }
 
     #[test]
-    fn the_default_command_line_follows_the_devices() {
-        let of = |text: &str| from_toml(&format!("kernel = 'k'\n{text}")).into_config().expect("valid");
-        assert_eq!(of("disk = ['d']").cmdline, "console=ttyS0 panic=-1 pci=noearly 8250.nr_uarts=1 reboot=f");
-        assert_eq!(of("disk = ['d']\ntune = ['all=off']").cmdline, "console=ttyS0 panic=-1");
-        assert!(!of("cpus = 2").cmdline.contains("reboot"), "a halt must stop all vCPUs");
-        let mmio = of("disk = ['d']\ntransport = 'mmio'\ntune = ['uart-count=off']");
-        assert_eq!(mmio.cmdline, "console=ttyS0 panic=-1 pci=conf1,noearly reboot=f");
-        assert_eq!(
-            of("console = 'virtio'").cmdline,
-            "console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=0 reboot=f"
+    fn devices_are_strings_or_tables() {
+        let strings = config("disk = ['a.img,readonly=on', 'b']\nnet = ['user,hostfwd=tcp::2222-:22']\nrng = 65536");
+        let tables = config(
+            "[[disk]]\npath = 'a.img'\nreadonly = true\n[[disk]]\npath = 'b'\n[[net]]\nuser = true\n\
+             hostfwd = ['tcp::2222-:22']\n[rng]\nrate = '64K'",
         );
-        let both = of("console = 'virtio'\nserial = ['1=null']\ntransport = 'mmio'\nrng = 65536");
-        assert_eq!(both.cmdline, "console=ttyS0 console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 reboot=f");
-        assert_eq!(both.rng.and_then(|rng| rng.bytes_per_second), Some(65536));
-        let error = from_toml("kernel = 'k'\nconsole = 'virtio'\nserial = ['1=stdio']").into_config();
-        assert!(error.expect_err("two on stdio").to_string().contains("virtio=file:"));
+        assert_eq!(strings, tables);
+        assert_eq!(config("disk = 'a'"), config("[disk]\npath = 'a'"));
+        assert_eq!(config("memory = '1G,prefault=on'"), config("[memory]\nsize = '1G'\nprefault = 'on'"));
+        assert_eq!(config("serial = ['2=null']"), config("[[serial]]\nport = 2\ntarget = 'null'"));
+        assert_eq!(config("budget = 'port.0x3f8=2,total=1'"), config("[budget]\ntotal = 1\n'port.0x3f8' = '2'"));
+        assert_eq!(
+            config("tune = ['all=off,acpi-reset=on,halt-poll=30']"),
+            config("[tune]\nacpi-reset = 'on'\nall = 'off'\nhalt-poll = 30")
+        );
+        assert_eq!(config("rng = true\nballoon = 'off'").rng, Some(RngConfig::default()));
+        assert_eq!(
+            (config("slack = 0.5").slack, config("timeout = 1.5").timeout),
+            (Slack::parse("0.5%").expect("a percentage"), Some(Duration::from_millis(1500)))
+        );
     }
 
     #[test]
     fn errors_name_option_value_and_remedy() {
         assert!(matches!(RunOptions::default().into_config(), Err(ConfigError::NoKernel)));
-        let bad = from_toml("kernel = 'k'\nmemory = '1M'").into_config().expect_err("too small").to_string();
-        assert!(bad.contains("--memory 1M") && bad.contains("16M"), "{bad}");
-        let unknown = toml::from_str::<RunOptions>("colour = 1").expect_err("unknown").to_string();
-        assert!(unknown.contains("colour") && unknown.contains("kernel-cache"), "{unknown}");
+        for (text, words) in [
+            ("memory = '1M'", vec!["memory = '1M'", "16M"]),
+            ("colour = 1", vec!["colour", "kernel-cache"]),
+            ("kernel = 1", vec!["1 is not a string"]),
+            ("watchdog = 'maybe'", vec!["'maybe'", "true"]),
+            ("[[disk]]\npath = 'a'\nqueues = 17", vec!["queues: '17'", "16"]),
+            ("transport = 'isa'", vec!["'isa'", "pci, mmio"]),
+            ("expect = '('", vec!["expect", "regular expression"]),
+            ("tune = ['colour=on']", vec!["'colour'", "--tune help"]),
+            ("cpus = []", vec!["a number"]),
+            ("[kvm]\npath = 'a'", vec!["a table"]),
+        ] {
+            let error = toml::from_str::<RunOptions>(text).expect_err("wrong").to_string();
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        }
     }
 
     #[test]
-    fn the_command_line_is_replaced_or_added_to() {
-        let config = from_toml("kernel = 'k'\ncmdline = ''\nappend = ['a', 'b']").into_config().expect("valid");
-        assert_eq!(config.cmdline, "a b");
+    fn one_option_implies_another() {
+        assert_eq!(config("budget = 'total=1'").profile, Some(ProfileLevel::Full));
+        assert_eq!(config("profile = 'user'\nprofile-out = 'p'").profile, Some(ProfileLevel::User));
+        assert_eq!(config("stats-out = 's'").stats, Some(StatsFormat::Json));
+        assert_eq!(config("tune = ['host-unpack=off']").unpack, Unpack::Guest);
+        assert_eq!(config("share = ['tag=a,path=b']").transport, Transport::Pci);
+        assert_eq!(config("").transport, Transport::Mmio);
+        assert_eq!(config("kernel-cache = 'off'").kernel_cache, None);
+        assert_eq!(config("kernel-cache = 'c'").kernel_cache, Some("c".into()));
     }
 }

@@ -174,9 +174,9 @@ impl Machine {
             &boot::Request {
                 kernel: &config.kernel,
                 initrd: config.initrd.as_deref(),
-                modules: &config.modules,
-                cmdline: &config.cmdline,
-                arguments: &config.arguments,
+                modules: &config.module,
+                cmdline: &config.kernel_cmdline(),
+                arguments: &config.multiboot_cmdline(),
                 memory_bytes: config.memory.bytes,
                 unpack: config.unpack,
                 boot: config.boot,

@@ -1,7 +1,7 @@
 //! Network cards: from the configuration to a device with its backend.
 
 use super::MachineError;
-use crate::config::{Forward, NetBackend, NetConfig};
+use crate::config::{Forward, NetBackend, NetConfig, Protocol};
 use hwvmm_devices::virtio::VirtioDevice;
 use hwvmm_devices::virtio::net::{Backend, Net, Stream, Tap};
 use std::io::{self, BufRead, BufReader};
@@ -63,7 +63,12 @@ fn start_passt(forwards: &[Forward]) -> Result<UnixStream, MachineError> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     for forward in forwards {
-        command.arg(if forward.udp { "--udp-ports" } else { "--tcp-ports" }).arg(port_spec(forward));
+        command
+            .arg(match forward.protocol {
+                Protocol::Tcp => "--tcp-ports",
+                Protocol::Udp => "--udp-ports",
+            })
+            .arg(port_spec(forward));
     }
     let child = command.spawn().map_err(MachineError::Passt)?;
     std::thread::Builder::new().name("passt".into()).spawn(move || attend(child))?;
@@ -116,6 +121,6 @@ mod tests {
     #[test]
     fn ports_are_said_as_passt_wants_them() {
         let host = "127.0.0.1:2222".parse().expect("an address");
-        assert_eq!(port_spec(&Forward { udp: false, host, guest_port: 22 }), "127.0.0.1/2222:22");
+        assert_eq!(port_spec(&Forward { protocol: Protocol::Tcp, host, guest_port: 22 }), "127.0.0.1/2222:22");
     }
 }

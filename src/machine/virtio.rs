@@ -3,7 +3,7 @@
 use super::MachineError;
 use super::levers::options;
 use crate::boot::is_multiboot;
-use crate::config::{DiskConfig, DiskFormat, RunConfig, Transport};
+use crate::config::{DiskConfig, DiskFormat, DiskIo, RunConfig, Transport, VsockBackend, WriteError};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
 use crate::tune::{Lever, Tune};
@@ -151,11 +151,11 @@ impl<'a> VirtioBuilder<'a> {
 
     /// The devices that need nothing else of the machine.
     pub(super) fn add_configured(&mut self, config: &RunConfig) -> Result<(), MachineError> {
-        for (index, disk) in config.disks.iter().enumerate() {
+        for (index, disk) in config.disk.iter().enumerate() {
             let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
             self.add(name, Box::new(block(disk)?))?;
         }
-        for (index, net) in config.nets.iter().enumerate() {
+        for (index, net) in config.net.iter().enumerate() {
             self.add(format!("net{index}"), super::net::card(net)?)?;
         }
         if let Some(rng) = &config.rng {
@@ -163,13 +163,13 @@ impl<'a> VirtioBuilder<'a> {
             self.add("rng".into(), Box::new(Rng::new(rate)))?;
         }
         if let Some(vsock) = &config.vsock {
-            let device: Box<dyn VirtioDevice> = match &vsock.path {
-                Some(path) => Box::new(Vsock::new(vsock.cid, path)?),
-                None => Box::new(KernelVsock::new(vsock.cid).map_err(MachineError::VhostVsock)?),
+            let device: Box<dyn VirtioDevice> = match &vsock.backend {
+                VsockBackend::Unix(path) => Box::new(Vsock::new(vsock.cid, path)?),
+                VsockBackend::Vhost => Box::new(KernelVsock::new(vsock.cid).map_err(MachineError::VhostVsock)?),
             };
             self.add("vsock".into(), device)?;
         }
-        for share in &config.shares {
+        for share in &config.share {
             let (tag, directory) = (share.tag.clone(), share.path.clone());
             let device = Fs::new(FsOptions { tag, directory, read_only: share.read_only })?;
             self.add(format!("share {}", share.tag), Box::new(device))?;
@@ -271,7 +271,13 @@ fn block(disk: &DiskConfig) -> Result<Block, MachineError> {
     };
     let options = ImageOptions { path: disk.path.clone(), format, read_only: disk.read_only, direct: disk.direct };
     let image = Image::open(&options)?;
-    let when_full = if disk.stop_when_full { WhenFull::Stop } else { WhenFull::Report };
-    let io_engine = if disk.plain_io { IoEngine::Sync } else { IoEngine::Async };
+    let when_full = match disk.write_error {
+        WriteError::Report => WhenFull::Report,
+        WriteError::Stop => WhenFull::Stop,
+    };
+    let io_engine = match disk.io {
+        DiskIo::Auto => IoEngine::Async,
+        DiskIo::Plain => IoEngine::Sync,
+    };
     Ok(Block::new(image, BlockOptions { queues: disk.queues, serial: disk.serial.clone(), when_full, io_engine }))
 }

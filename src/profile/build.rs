@@ -329,7 +329,7 @@ impl Profile {
             status: finish.ended.end.status(),
             guest: Guest {
                 kernel: config.kernel.display().to_string(),
-                cmdline: config.cmdline.clone(),
+                cmdline: config.kernel_cmdline(),
                 boot: finish.description.into(),
                 vcpus: finish.vcpus.len(),
                 memory_bytes: layout::ram_banks(config.memory.bytes).iter().map(|bank| bank.bytes).sum(),

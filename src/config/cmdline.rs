@@ -1,0 +1,87 @@
+//! The kernel command line.
+
+use super::{RunConfig, Transport};
+use crate::tune::Lever;
+
+impl RunConfig {
+    /// Returns the number of virtio devices.
+    #[must_use]
+    pub fn virtio_devices(&self) -> usize {
+        let lists = self.disk.len() + self.net.len() + self.share.len();
+        let single = [self.rng.is_some(), self.console.is_some(), self.vsock.is_some(), self.balloon.is_some()];
+        lists + single.iter().filter(|there| **there).count()
+    }
+
+    /// Returns the command line of a Linux kernel: the one given, else the default, and the words added.
+    #[must_use]
+    pub fn kernel_cmdline(&self) -> String {
+        self.with_added_words(self.cmdline.clone().unwrap_or_else(|| self.default_cmdline()))
+    }
+
+    /// Returns the command line of a multiboot kernel, which gets no parameters of Linux: only what was given.
+    #[must_use]
+    pub fn multiboot_cmdline(&self) -> String {
+        self.with_added_words(self.cmdline.clone().unwrap_or_default())
+    }
+
+    fn with_added_words(&self, mut cmdline: String) -> String {
+        for words in &self.append {
+            if !cmdline.is_empty() {
+                cmdline.push(' ');
+            }
+            cmdline.push_str(words);
+        }
+        cmdline
+    }
+
+    /// Returns the parameters that name the consoles, end the run at a panic, and keep Linux from probing for hardware that
+    /// the machine does not have.
+    fn default_cmdline(&self) -> String {
+        let tune = &self.tune;
+        let serial = self.serial.first().is_some_and(Option::is_some);
+        let pci = self.transport == Transport::Pci && self.virtio_devices() > 0;
+        // Linux numbers the UARTs that exist in order.
+        let uarts = format!("8250.nr_uarts={}", self.serial.iter().flatten().count());
+        let words = [
+            (serial, "console=ttyS0"),
+            (self.console.is_some(), "console=hvc0"),
+            (true, "panic=-1"),
+            (!pci && tune.wants(Lever::PciProbing), "pci=conf1,noearly"),
+            (pci && tune.wants(Lever::PciProbing), "pci=noearly"),
+            (tune.wants(Lever::UartCount), &*uarts),
+            // With more vCPUs the others would go on after a halt, and the end of the guest would not be noticed.
+            (tune.wants(Lever::AcpiReset) && self.cpus.count() == 1, "reboot=f"),
+        ];
+        words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::{RunConfig, RunOptions};
+
+    fn config(text: &str) -> RunConfig {
+        let options: RunOptions = toml::from_str(&format!("kernel = 'k'\n{text}")).expect("valid TOML");
+        options.into_config().expect("valid")
+    }
+
+    #[test]
+    fn the_default_command_line_follows_the_devices() {
+        let of = |text: &str| config(text).kernel_cmdline();
+        assert_eq!(of("disk = ['d']"), "console=ttyS0 panic=-1 pci=noearly 8250.nr_uarts=1 reboot=f");
+        assert_eq!(of("disk = ['d']\ntune = ['all=off']"), "console=ttyS0 panic=-1");
+        assert!(!of("cpus = 2").contains("reboot"), "a halt must stop all vCPUs");
+        let mmio = of("disk = ['d']\ntransport = 'mmio'\ntune = ['uart-count=off']");
+        assert_eq!(mmio, "console=ttyS0 panic=-1 pci=conf1,noearly reboot=f");
+        assert_eq!(of("console = 'virtio'"), "console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=0 reboot=f");
+        let both = of("console = 'virtio'\nserial = ['1=null']\ntransport = 'mmio'\nrng = 65536");
+        assert_eq!(both, "console=ttyS0 console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 reboot=f");
+    }
+
+    #[test]
+    fn the_command_line_is_replaced_or_added_to() {
+        let replaced = config("cmdline = ''\nappend = ['a', 'b']");
+        assert_eq!((replaced.kernel_cmdline(), replaced.multiboot_cmdline()), ("a b".into(), "a b".into()));
+        assert_eq!(config("append = ['a']").multiboot_cmdline(), "a");
+    }
+}

@@ -1,0 +1,145 @@
+//! What can be wrong with an option.
+
+use super::budget::BudgetError;
+use super::machine::{MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
+use crate::tune::TuneError;
+use thiserror::Error;
+
+/// A value that an option or one of its keys does not take.
+///
+/// Each message is complete, with what the source says: the parsers of command line and TOML show no sources.
+#[derive(Debug, Error)]
+pub enum ValueError {
+    /// The value of a key is wrong.
+    #[error("{key}: {reason}")]
+    Key {
+        /// Name of the key.
+        key: &'static str,
+        /// What is wrong with its value.
+        reason: Box<ValueError>,
+    },
+    /// There is no such key.
+    #[error("unknown key '{key}'; the keys are {known}")]
+    UnknownKey {
+        /// The key given.
+        key: String,
+        /// All keys of the option.
+        known: String,
+    },
+    /// A key without a value.
+    #[error("'{0}' is not key=value")]
+    NoValue(String),
+    /// The key can be given once only.
+    #[error("'{0}' is given twice")]
+    Twice(&'static str),
+    /// A key is missing without which the value has no meaning.
+    #[error("it needs {0}")]
+    Needs(&'static str),
+    /// TOML has a table where the option takes a single value.
+    #[error("a table: this option takes a single value")]
+    Table,
+    /// TOML has a number or a boolean where the option takes a string.
+    #[error("{0} is not a string: write it in quotes")]
+    NotText(String),
+    /// The value is not UTF-8, and is no path either.
+    #[error("'{0}' is not UTF-8")]
+    NotUtf8(String),
+    /// The path has no characters.
+    #[error("the path is empty")]
+    EmptyPath,
+    /// The value is none of the words that the key takes.
+    #[error("'{value}' is not one of {choices}")]
+    Choice {
+        /// The value given.
+        value: String,
+        /// All words, with commas between.
+        choices: String,
+    },
+    /// The value is neither true nor false.
+    #[error("'{0}' is not on, off, true or false")]
+    Switch(String),
+    /// The value is no whole number, or too small or too large.
+    #[error("'{value}' is not a whole number from {min} to {max}")]
+    Number {
+        /// The value given.
+        value: String,
+        /// The smallest value allowed.
+        min: u64,
+        /// The largest value allowed.
+        max: u64,
+    },
+    /// The value is not a size.
+    #[error("'{0}' is not a size: a whole number with K, M, G or T behind it, such as 512M")]
+    Size(String),
+    /// The value is not a time.
+    #[error("'{0}' is not a time: a number with ms, s, m or h behind it, such as 30s")]
+    Time(String),
+    /// The size of guest memory is out of bounds.
+    #[error(
+        "guest memory must be {}M to {}T in whole pages of 4K, and {bytes} bytes is not",
+        MIN_MEMORY_BYTES >> 20,
+        MAX_MEMORY_BYTES >> 40
+    )]
+    MemorySize {
+        /// The size given, in bytes.
+        bytes: u64,
+    },
+    /// The number of vCPUs is out of bounds.
+    #[error("the number of vCPUs must be 1 to {MAX_CPUS}, not '{0}'")]
+    Cpus(String),
+    /// The topology has another number of threads than there are vCPUs.
+    #[error("{sockets} sockets × {cores} cores × {threads} threads is not {cpus} vCPUs")]
+    Topology {
+        /// Sockets of the machine.
+        sockets: u32,
+        /// Cores of a socket.
+        cores: u32,
+        /// Threads of a core.
+        threads: u32,
+        /// vCPUs asked for.
+        cpus: u32,
+    },
+    /// The value is not the MAC address of one card.
+    #[error("'{0}' is not a MAC address of one card, such as 52:54:00:12:34:56")]
+    Mac(String),
+    /// The value cannot be the name of a network interface.
+    #[error("'{0}' is not the name of an interface: 1 to 15 characters")]
+    Interface(String),
+    /// The value does not describe a forwarded port.
+    #[error("'{0}' is not a forwarded port, such as hostfwd=tcp:127.0.0.1:2222-:22")]
+    Forward(String),
+    /// The value does not describe a console.
+    #[error("'{0}' is not a console: serial, virtio, virtio=stdio, virtio=file:PATH or virtio=null")]
+    Console(String),
+    /// The value does not describe a UART.
+    #[error("'{0}' is not a serial port: N=stdio, N=file:PATH or N=null, with N from 1 to 4; or none")]
+    Serial(String),
+    /// The value is not a regular expression.
+    #[error("not a regular expression: {0}")]
+    Pattern(regex::Error),
+    /// The value is not a budget or a slack.
+    #[error("{0}")]
+    Budget(BudgetError),
+    /// The value is not a list of levers.
+    #[error("{0}")]
+    Tune(TuneError),
+}
+
+/// Options that cannot be used together, or without one another.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// No kernel was given.
+    #[error("no kernel given: `hwvmm run KERNEL`, or `kernel = \"...\"` in the --config file")]
+    NoKernel,
+    /// Two UARTs are connected to the terminal.
+    #[error("--serial: ports {0} and {1} cannot both be stdio")]
+    TwoOnStdio(usize, usize),
+    /// A UART and the virtio console are connected to the terminal.
+    #[error(
+        "--serial: port {0} cannot be stdio: the virtio console is; give that a file, as in --console virtio=file:PATH"
+    )]
+    ConsoleTaken(usize),
+    /// The default of an option cannot be read.
+    #[error("the default of an option is wrong: {0}")]
+    Default(#[from] ValueError),
+}
