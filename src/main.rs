@@ -1,4 +1,4 @@
-//! The `hwvmm` command.
+//! The program `hwvmm`: parses the command line and runs a subcommand.
 
 use std::process::ExitCode;
 

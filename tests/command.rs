@@ -188,7 +188,7 @@ fn device_errors_name_the_cause() -> Outcome {
             ("--disk", format!("{odd},format=qcow2"), "qcow2 image"),
             ("--disk", format!("{odd},cache=none"), "the keys are"),
             ("--share", format!("tag=x,path={none}"), "cannot share"),
-            ("--share", format!("tag=x,path={odd}"), "not a folder"),
+            ("--share", format!("tag=x,path={odd}"), "not a directory"),
             ("--vsock", "cid=2,uds=/tmp/x".into(), "cid: '2' is not a whole number from 3"),
             ("--vsock", format!("cid=3,uds={none}/deeper"), "cannot listen"),
             ("--net", "tap=a/b".into(), "a/b"),

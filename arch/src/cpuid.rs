@@ -50,7 +50,7 @@ pub enum Vendor {
     Intel,
     /// AMD or Hygon: "AuthenticAMD" or "HygonGenuine".
     Amd,
-    /// Any other vendor.
+    /// A vendor whose rules are unknown.
     Other,
 }
 

@@ -1,4 +1,4 @@
-//! `hwvmm bench`.
+//! The subcommand `hwvmm bench`: measures what exits cost on this host.
 
 use super::report;
 use crate::config::cache_folder;
@@ -13,7 +13,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Options.
+/// The options of the subcommand.
 #[derive(clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]

@@ -1,4 +1,4 @@
-//! `hwvmm ctl`.
+//! The subcommand `hwvmm ctl`: sends commands to the control socket of a running machine.
 
 use crate::control::{Request, request};
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! `hwvmm doctor`.
+//! The subcommand `hwvmm doctor`: finds out if this host can run Linux guests, and what is missing.
 
 use crate::error::chain;
 use crate::kvm::caps::{Capability, KernelVersion, Need, USED};

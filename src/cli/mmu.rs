@@ -113,7 +113,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
     if let Some(What::Set { mmu }) = &args.what {
         match host.set_mmu((*mmu).into()) {
             Ok(MmuChange::Loaded) => {
-                super::say(&format!("{} was loaded again", host.vendor_module().unwrap_or("the module")))
+                super::say(&format!("{} was loaded again", host.vendor_module().unwrap_or("the module")));
             }
             Ok(MmuChange::None) => super::say("KVM uses that MMU already: nothing was changed"),
             Err(error) => return super::fail(&error),

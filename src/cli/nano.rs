@@ -1,4 +1,4 @@
-//! `hwvmm bench nano`.
+//! The subcommand `hwvmm bench nano`: runs and compares the nanobenchmarks.
 
 use crate::kvm::System;
 use crate::nano::{Column, Form, OPERATIONS, compare, elf, measure, parse};
@@ -99,7 +99,7 @@ fn bench(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             Mmu::Unknown => ("unknown", "hwvmm"),
         };
         let system = System::open(&args.kvm)?;
-        measure(&system, column(args, label, name)).map_err(|why| format!("this host's KVM: {why}"))?
+        measure(&system, column(args, label, name))?
     };
     let text = if args.json { format!("{}\n", serde_json::to_string(&column)?) } else { to_text(&column) };
     Ok(super::print_all(text.as_bytes()))

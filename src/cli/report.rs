@@ -1,4 +1,4 @@
-//! `hwvmm report`.
+//! The subcommand `hwvmm report`: renders and compares profiles.
 
 use crate::config::{Budget, BudgetError, Slack};
 use crate::exit::ExitReason;
@@ -11,7 +11,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Options.
+/// The options of the subcommand.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// A profile that `hwvmm run --profile-out` wrote

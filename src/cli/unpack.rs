@@ -1,11 +1,11 @@
-//! `hwvmm unpack`.
+//! The subcommand `hwvmm unpack`: writes the kernel in a bzImage as an ELF file.
 
 use crate::boot::{self, FileRole, KernelFormat};
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Options.
+/// The options of the subcommand.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// The bzImage (vmlinuz)

@@ -1,4 +1,4 @@
-//! The test device's way into the machine (`--testdev`).
+//! The devices of `--testdev`, for kvm-unit-tests.
 
 use super::MachineError;
 use crate::config::RunConfig;
@@ -27,8 +27,8 @@ impl TestHost for Host {
     }
 }
 
-/// Adds the devices that kvm-unit-tests want, and sets the interrupt controllers as a PC's firmware leaves them: nobody else
-/// would, since the tests program none but the masks.
+/// Adds the devices that kvm-unit-tests want, and sets the interrupt controllers as a PC's firmware leaves them: the
+/// tests program only their masks.
 pub(super) fn add(
     config: &RunConfig,
     vm: &Arc<Vm>,
@@ -44,5 +44,5 @@ pub(super) fn add(
     Ok(())
 }
 
-/// Where a PC's firmware has the two PICs' interrupts: IRQ 0 to 7 and 8 to 15.
+/// The first vector of each PIC (IRQ 0 to 7 and 8 to 15), as a PC's firmware sets it.
 const PIC_VECTORS: [u8; 2] = [0x08, 0x70];

@@ -22,7 +22,7 @@ pub enum Backing {
     SmallPages,
     /// Transparent huge pages where the host has them (MADV_HUGEPAGE).
     TransparentHugePages,
-    /// Pages of hugetlbfs.
+    /// Huge pages that the host has reserved (hugetlbfs).
     HugeTlb {
         /// The size of a page in bytes, a power of two.
         page_bytes: u64,
@@ -43,7 +43,7 @@ pub enum MemoryError {
         size: u64,
     },
     /// The host refuses the mapping.
-    #[error("cannot map {size} bytes of guest memory{}", remedy(.page))]
+    #[error("cannot map {size} bytes of guest memory{}", remedy(*.page))]
     Map {
         /// The size of the bank in bytes.
         size: u64,
@@ -68,7 +68,7 @@ pub enum MemoryError {
     Region {
         /// The size of the bank in bytes.
         size: u64,
-        /// vm-memory's error.
+        /// The error of vm-memory.
         source: MmapRegionError,
     },
     /// vm-memory refuses the banks together.
@@ -77,15 +77,15 @@ pub enum MemoryError {
     /// There is no memory at the gpa.
     #[error("there is no guest memory at gpa {gpa:#x}")]
     NoMemory {
-        /// The address.
+        /// The guest physical address.
         gpa: u64,
-        /// vm-memory's error.
+        /// The error of vm-memory.
         source: GuestMemoryError,
     },
     /// The protection of the page at the gpa cannot be changed.
     #[error("cannot change the protection of the page at gpa {gpa:#x}")]
     Protect {
-        /// The address.
+        /// The guest physical address.
         gpa: u64,
         /// The error of the system call.
         source: io::Error,
@@ -100,7 +100,7 @@ pub enum MemoryError {
     },
 }
 
-fn remedy(page: &Option<u64>) -> String {
+fn remedy(page: Option<u64>) -> String {
     match page {
         None => ": give the guest less with -m, or see `ulimit -v` and vm.overcommit_memory".into(),
         Some(bytes) => format!(
@@ -156,7 +156,7 @@ impl Drop for Mapping {
 /// A range of addresses of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HvaRange {
-    /// The first hva.
+    /// The host virtual address of the first byte.
     pub start: u64,
     /// The length in bytes.
     pub bytes: u64,

@@ -1,20 +1,20 @@
-//! Columns of nanobenchmarks side by side: as text, as Markdown, as a chart.
+//! A comparison of columns of nanobenchmarks: as text, as Markdown, as a chart.
 
 use super::{Column, OPERATIONS, Operation};
 use std::fmt::Write as _;
 
-/// How a comparison is shown.
+/// The format of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// For a terminal.
+    /// A table for a terminal.
     Text,
-    /// A table for a document.
+    /// A table in Markdown.
     Markdown,
-    /// A bar chart, on a logarithmic scale.
+    /// A bar chart in SVG, on a logarithmic scale.
     Svg,
 }
 
-/// Cycles, or a dash.
+/// A number of cycles, or a dash.
 fn number(value: Option<f64>) -> String {
     match value {
         Some(value) if value >= 100.0 => format!("{value:.0}"),
@@ -27,7 +27,7 @@ fn cycles(column: &Column, operation: &Operation) -> Option<f64> {
     column.results.get(operation.name).map(|measured| measured.cycles)
 }
 
-/// How many times the first column's: more than nothing only.
+/// The ratio of the cycles to those of the first column, where these are above 0.
 fn ratio(column: &Column, first: &Column, operation: &Operation) -> Option<f64> {
     let base = cycles(first, operation).filter(|base| *base > 0.0)?;
     cycles(column, operation).map(|cycles| cycles / base)

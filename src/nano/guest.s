@@ -1,13 +1,13 @@
 # The nanobenchmarks' guest: a bare 64-bit kernel of its own, no Linux. It starts in 32-bit protected mode without paging, as
-# PVH and multiboot 1 loaders leave it, at 1 MiB; measures each operation with RDTSC; and tells what it found on the UART at
-# 0x3f8, a line an operation:
+# PVH and multiboot 1 loaders leave it, at 1 MiB; measures each operation with RDTSC; and prints the results on the UART at
+# 0x3f8, a line for each operation:
 #
-#   nano NAME COUNT CYCLES CYCLES ...    COUNT operations took so many cycles, in each of ROUNDS rounds (hexadecimal)
-#   nano NAME skipped                    this processor, or what runs it, does not have it
+#   nano NAME COUNT CYCLES CYCLES ...    COUNT operations took this many cycles, in each of ROUNDS rounds (hexadecimal)
+#   nano NAME skipped                    this processor or VMM does not have it
 #   nano end
 #
 # and then writes 0 to port 0xf4. Ports 0x508 (marks: the operation's number, and with bit 7 at its end), 0x99 and 0x9a belong
-# to whoever runs it. Offsets are from nano_start: the code does not know where the linker of its carrier puts it.
+# to the VMM. Offsets are from nano_start: the code does not depend on where the linker puts it.
 
 .set BASE, 0x100000
 .set ROUNDS, 15
@@ -24,7 +24,7 @@
 .set PAGES_A, 0x800000      # what PT_A and PT_B map
 .set PAGES_B, 0xa00000
 .set NOT_MAPPED, 0x7fe00000
-.set DEVICE, 0xd0000000     # memory of nobody's
+.set DEVICE, 0xd0000000     # unmapped memory
 .set APIC, 0xfee00000
 .set AP_CODE, 0x8000        # what a second processor starts with, in real mode
 .set AP_STACK, 0x222000
@@ -363,7 +363,7 @@ x2apic_on:
     wrmsr
     movb $1, has_x2apic(%rip)
     jmp always
-# The local APIC with its timer: shoots once, and counts each of its ticks. Nobody else interrupts: a PC's timer may run.
+# The local APIC with its timer: one-shot, divided by 1. The PICs are masked: a PC's timer may run.
 timer_on:
     mov $0xff, %al
     out %al, $0x21

@@ -1,8 +1,8 @@
-//! The nanobenchmarks' guest (guest.s beside this file), assembled with hwvmm, and the ELF file that other loaders take.
+//! The guest of the nanobenchmarks (guest.s beside this file), assembled with hwvmm, and the ELF file of it for other loaders.
 
-/// Where it lies and starts, in guest physical memory.
+/// The gpa at which the guest is loaded and entered.
 pub(super) const LOAD: u32 = 0x10_0000;
-/// What it needs of memory, in bytes, from 0 on.
+/// The size of the guest's memory in bytes, from gpa 0 on.
 pub(super) const MEMORY_BYTES: u64 = 16 << 20;
 
 std::arch::global_asm!(
@@ -14,7 +14,7 @@ std::arch::global_asm!(
     options(att_syntax, raw)
 );
 
-/// The guest's bytes, for gpa [`LOAD`]; it starts at the first of them, in 32-bit protected mode without paging.
+/// The guest's bytes, for gpa [`LOAD`]. It is entered at the first of them, in 32-bit protected mode without paging.
 #[must_use]
 pub(super) fn guest() -> &'static [u8] {
     unsafe extern "C" {
@@ -23,7 +23,7 @@ pub(super) fn guest() -> &'static [u8] {
         #[link_name = "nano_end"]
         static END: u8;
     }
-    // SAFETY: both labels are in one section, START before END, and what lies between is initialised bytes that nobody writes.
+    // SAFETY: both labels are in one section, START before END, and between them are initialised bytes that are never written.
     unsafe {
         let start = &raw const START;
         let bytes = (&raw const END).offset_from_unsigned(start);

@@ -1,6 +1,6 @@
-//! Nanobenchmarks: what single operations cost a bare guest, and how many exits each makes: those of Adams and Agesen's paper
-//! (ASPLOS 2006) and some of today's. The guest is hwvmm's own, and starts under any multiboot loader too, so that other VMMs
-//! and a bare machine are measured with the same instructions.
+//! Nanobenchmarks: the cost of single operations in a small guest, and the exits that each makes. The operations are those of
+//! Adams and Agesen's paper (ASPLOS 2006) and some newer ones. The guest also starts under any multiboot loader, so that other
+//! VMMs and a bare machine are measured with the same instructions.
 
 mod compare;
 mod image;
@@ -8,20 +8,20 @@ mod run;
 
 pub use compare::{Form, compare};
 pub use image::elf;
-pub use run::measure;
+pub use run::{NanoError, measure};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use thiserror::Error;
 
-/// An operation: its name in the guest, what one of it is, and what the paper found, in cycles of a Pentium 4: native, software
-/// VMM, hardware VMM.
+/// An operation that is measured.
 pub struct Operation {
-    /// As the guest and JSON have it.
+    /// The name in the guest's output and in JSON.
     pub name: &'static str,
-    /// For people.
+    /// What one operation does, for people.
     pub what: &'static str,
-    /// The paper's figures, where it has this operation.
+    /// The paper's figures, where it has this operation: cycles of a Pentium 4, native, with a software VMM and with a hardware
+    /// VMM.
     pub paper: Option<[f64; 3]>,
 }
 
@@ -33,8 +33,8 @@ const fn paper(name: &'static str, what: &'static str, paper: [f64; 3]) -> Opera
     Operation { name, what, paper: Some(paper) }
 }
 
-/// All operations, in the guest's order (which is the number in its marks). The first is the empty loop around all of them.
-/// The paper gives syscall as "2,000 more" in software, and cr8wr in hardware as native: they are left out there (NaN).
+/// All operations, in the guest's order, which is the number in its marks. The first is the empty loop around each of them. The
+/// paper gives no figure for syscall ("2,000 more" in software) and for cr8wr in hardware (as native): these are NaN.
 pub const OPERATIONS: [Operation; 27] = [
     op("loop", "the loop around each operation"),
     paper("syscall", "user mode to kernel and back, by SYSCALL and SYSRET", [f64::NAN, f64::NAN, f64::NAN]),
@@ -65,53 +65,53 @@ pub const OPERATIONS: [Operation; 27] = [
     op("ipi", "an IPI to a vCPU in HLT, and one back that ends this one's HLT"),
 ];
 
-/// What one machine's column of the table holds.
+/// The results of one machine: a column of the table.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Column {
-    /// Its head.
+    /// The heading of the column.
     pub label: String,
     /// The version of hwvmm.
     pub hwvmm: String,
-    /// The kernel of the host.
+    /// The version of the host's kernel.
     pub kernel: String,
-    /// The host's processor.
+    /// The model name of the host's processor.
     pub cpu: String,
     /// KVM's MMU: "nested", "shadow", or "none" for a machine that is not hwvmm's.
     pub mmu: String,
-    /// What was built, where that is known (`--commit`).
+    /// The commit that hwvmm was built from, where it is known (`--commit`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,
-    /// By operation's name.
+    /// The results by the name of the operation.
     pub results: BTreeMap<String, Measured>,
 }
 
-/// What was measured of an operation.
+/// The results of one operation.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
-    /// Cycles of the time-stamp counter that one takes: the median of all rounds, less the empty loop.
+    /// TSC cycles of one operation: the median of all rounds, minus the empty loop.
     pub cycles: f64,
-    /// Half the distance of the quartiles, as a part of the median.
+    /// Half the interquartile range, as a fraction of the median.
     pub spread: f64,
-    /// VM exits that one makes, but for the host's interrupts; `None` where nobody counted.
+    /// VM exits of one operation, without host interrupts; `None` where they were not counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exits: Option<f64>,
-    /// KVM's own counters that one moves by a hundredth or more, and userspace exits by reason.
+    /// KVM's counters that one operation increases by 0.01 or more, and userspace exits by reason.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub by: BTreeMap<String, f64>,
 }
 
-/// The guest's words cannot be read.
+/// Why the guest's output cannot be parsed.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ParseError {
-    /// A line that is none of the guest's.
-    #[error("'{0}' is no line of the nanobenchmarks' guest")]
+    /// A line that the guest does not print.
+    #[error("'{0}' is not a line of the nanobenchmarks' guest")]
     Line(String),
-    /// The last line is missing.
-    #[error("the guest did not come to its end: its last line is {}", .0.as_deref().unwrap_or("missing"))]
+    /// The line `nano end` is missing.
+    #[error("the guest did not run to its end: its last line is {}", .0.as_deref().unwrap_or("missing"))]
     Unfinished(Option<String>),
 }
 
-/// One operation's cycles, all rounds of them, divided by its count.
+/// The cycles of one operation in each round: the round's cycles divided by the number of operations.
 fn per_operation(count: &str, rounds: &[&str]) -> Option<Vec<f64>> {
     let number = |text: &str| u64::from_str_radix(text, 16).ok();
     let count = number(count).filter(|count| *count > 0)?;
@@ -121,15 +121,15 @@ fn per_operation(count: &str, rounds: &[&str]) -> Option<Vec<f64>> {
     all.filter(|all| !all.is_empty()).map(|all| all.iter().map(|cycles| *cycles as f64 / count as f64).collect())
 }
 
-/// The median, and half the distance of the quartiles as a part of it.
-fn median(values: &mut [f64]) -> (f64, f64) {
+/// The median of `values`, and half the interquartile range as a fraction of it.
+fn median_and_spread(values: &mut [f64]) -> (f64, f64) {
     values.sort_by(f64::total_cmp);
     let at = |part: usize| values.get((values.len() * part / 4).min(values.len().saturating_sub(1))).copied();
     let (low, middle, high) = (at(1).unwrap_or(0.0), at(2).unwrap_or(0.0), at(3).unwrap_or(0.0));
     (middle, if middle > 0.0 { (high - low) / 2.0 / middle } else { 0.0 })
 }
 
-/// Reads what the guest said. Other lines than its own, such as a loader's, are passed over.
+/// Parses the guest's output. Lines of others, such as a boot loader, are skipped.
 ///
 /// # Errors
 /// [`ParseError`].
@@ -145,7 +145,7 @@ pub fn parse(text: &str) -> Result<BTreeMap<String, Measured>, ParseError> {
             [_, "skipped"] => {}
             [name, count, ref rounds @ ..] => {
                 let mut each = per_operation(count, rounds).ok_or_else(|| ParseError::Line(line.to_owned()))?;
-                let (cycles, spread) = median(&mut each);
+                let (cycles, spread) = median_and_spread(&mut each);
                 if name == OPERATIONS[0].name {
                     empty = cycles;
                 }
@@ -163,9 +163,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_guests_words_are_read_with_the_loop_taken_off() {
+    fn output_is_parsed_and_the_empty_loop_is_subtracted() {
         let text = "SeaBIOS\r\nnano loop a a a a\r\nnano in 2 10 12 11\r\nnano wrmsr skipped\r\nnano end\r\n";
-        let results = parse(text).expect("its words");
+        let results = parse(text).expect("parsed");
         assert_eq!(results["loop"].cycles, 1.0);
         assert_eq!(results["in"].cycles, 7.5);
         assert!(results["in"].spread > 0.0 && !results.contains_key("wrmsr"));
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_the_guests() {
+    fn operations_have_the_order_of_the_guest() {
         let guest = image::guest();
         for (number, operation) in OPERATIONS.iter().enumerate() {
             let mut name = operation.name.as_bytes().to_vec();

@@ -1,53 +1,53 @@
-//! Levers: what makes a guest exit less, each a switch with a name (`--tune`). This room is plain data: which levers there
-//! are, and what was asked for. What a host can do of it, the machine finds out when it uses a lever; what each is worth
-//! is measured by scripts/ablation (README.md beside this file, and [`measured`]).
+//! Levers: measures against VM exits, each a switch with a name (`--tune`). This module is plain data: the table of levers, and
+//! the settings. The machine finds out what the host supports when it uses a lever. scripts/ablation measures what each lever
+//! saves (README.md beside this file, and [`measured`]).
 
 mod table;
 
-pub use table::{Group, Lever};
+pub use table::{Group, Lever, ValueKind};
 
 use std::fmt::Write as _;
 use thiserror::Error;
 
-/// What is asked of a lever.
+/// The setting of a lever.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
-    /// Its default.
+    /// The lever's default.
     #[default]
     Auto,
-    /// Use it; a warning where this host cannot.
+    /// The lever is used; a warning is logged where this host does not support it.
     On,
-    /// Leave it.
+    /// The lever is not used.
     Off,
-    /// Use it for so many microseconds (levers that are times).
+    /// The lever is used for this many microseconds. Only levers that are times have this setting.
     Micros(u32),
 }
 
-/// A list of levers that cannot be read.
+/// Why a list of levers is invalid.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum TuneError {
-    /// No `=`.
+    /// An item has no `=`.
     #[error("'{0}' is not name=on, name=off or name=auto; `--tune help` lists the names")]
     NoValue(String),
-    /// No such lever.
+    /// There is no lever with this name.
     #[error("there is no lever '{0}'; `--tune help` lists them")]
     Unknown(String),
-    /// Not a value that this lever takes.
-    #[error("{name} is on, off or auto{}, not '{value}'", if *.micros { ", or a number of microseconds up to 100000" } else { "" })]
+    /// The lever does not have this setting.
+    #[error("{name} is on, off or auto{}, not '{value}'", if *.kind == ValueKind::Time { ", or a number of microseconds up to 100000" } else { "" })]
     Value {
-        /// The lever.
+        /// The name of the lever.
         name: String,
-        /// What was given.
+        /// The value that was given.
         value: String,
-        /// Whether it is a time.
-        micros: bool,
+        /// The values that the lever takes.
+        kind: ValueKind,
     },
 }
 
 /// The longest time that a lever can be set to, in microseconds.
 const MAX_MICROS: u32 = 100_000;
 
-/// What was asked of all levers.
+/// The settings of all levers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tune {
     choices: [Choice; Lever::COUNT],
@@ -60,8 +60,8 @@ impl Default for Tune {
 }
 
 impl Tune {
-    /// Reads `name=on|off|auto|US,...` on top of what is there; `all` is every lever (`all=on`: those whose default is
-    /// on).
+    /// Applies a list `name=on|off|auto|US,...` to the settings. The name `all` means every lever; `all=on` those whose default
+    /// is on.
     ///
     /// # Errors
     /// [`TuneError`].
@@ -69,7 +69,7 @@ impl Tune {
         for item in text.split(',').filter(|item| !item.is_empty()) {
             let (name, value) = item.split_once('=').ok_or_else(|| TuneError::NoValue(item.to_owned()))?;
             if name == "all" {
-                let choice = parse(name, value, false)?;
+                let choice = parse(name, value, ValueKind::Switch)?;
                 for lever in Lever::ALL {
                     if choice != Choice::On || lever.is_default_on() {
                         self.choices[lever.index()] = choice;
@@ -78,18 +78,18 @@ impl Tune {
                 continue;
             }
             let lever = Lever::by_name(name).ok_or_else(|| TuneError::Unknown(name.to_owned()))?;
-            self.choices[lever.index()] = parse(name, value, lever.is_time())?;
+            self.choices[lever.index()] = parse(name, value, lever.value_kind())?;
         }
         Ok(())
     }
 
-    /// What was asked of `lever`.
+    /// The setting of `lever`.
     #[must_use]
     pub fn choice(&self, lever: Lever) -> Choice {
         self.choices[lever.index()]
     }
 
-    /// Whether `lever` is to be used, where this host can.
+    /// Returns true if `lever` is to be used, where this host supports it.
     #[must_use]
     pub fn wants(&self, lever: Lever) -> bool {
         match self.choice(lever) {
@@ -99,7 +99,7 @@ impl Tune {
         }
     }
 
-    /// Says that this host cannot do `lever`: one line, loud only where the lever was asked for by name.
+    /// Logs that this host does not support `lever`: a warning where the lever was set to `on`, otherwise an information.
     pub fn cannot(&self, lever: Lever, why: &str) {
         let level = if self.choice(lever) == Choice::On { log::Level::Warn } else { log::Level::Info };
         log::log!(level, "lever {}: {why}; {}", lever.name(), lever.without());
@@ -123,39 +123,47 @@ impl Tune {
     }
 }
 
-fn parse(name: &str, value: &str, micros: bool) -> Result<Choice, TuneError> {
-    let error = || TuneError::Value { name: name.to_owned(), value: value.to_owned(), micros };
+fn parse(name: &str, value: &str, kind: ValueKind) -> Result<Choice, TuneError> {
+    let error = || TuneError::Value { name: name.to_owned(), value: value.to_owned(), kind };
     Ok(match value {
         "auto" => Choice::Auto,
         "on" => Choice::On,
         "off" => Choice::Off,
-        number if micros => {
+        number if kind == ValueKind::Time => {
             Choice::Micros(number.parse().ok().filter(|us| (1..=MAX_MICROS).contains(us)).ok_or_else(error)?)
         }
         _ => return Err(error()),
     })
 }
 
-/// What scripts/ablation measured of each lever: `name,VM exits more without it,userspace exits more without it`, behind
-/// a line that says when and on what.
+/// The results of scripts/ablation: a line with date and machine, then a line `NAME,VM EXITS,USERSPACE EXITS` for each lever: the
+/// exits that a boot makes more without it.
 const MEASURED: &str = include_str!("measured.csv");
 
-/// What the boot of scripts/ablation makes more, without `lever`: VM exits other than host interrupts and timer writes,
-/// and userspace exits. `None` where it was not measured.
-#[must_use]
-pub fn measured(lever: Lever) -> Option<(i64, i64)> {
-    let line = MEASURED.lines().find_map(|line| line.strip_prefix(lever.name())?.strip_prefix(','))?;
-    let (vm, userspace) = line.split_once(',')?;
-    Some((vm.trim().parse().ok()?, userspace.trim().parse().ok()?))
+/// The exits that a boot makes more without a lever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedExits {
+    /// VM exits, without host interrupts and timer writes.
+    pub vm: i64,
+    /// Userspace exits.
+    pub userspace: i64,
 }
 
-/// When and on what the levers were measured.
+/// What the boot of scripts/ablation makes more without `lever`. `None` where that was not measured.
+#[must_use]
+pub fn measured(lever: Lever) -> Option<SavedExits> {
+    let line = MEASURED.lines().find_map(|line| line.strip_prefix(lever.name())?.strip_prefix(','))?;
+    let (vm, userspace) = line.split_once(',')?;
+    Some(SavedExits { vm: vm.trim().parse().ok()?, userspace: userspace.trim().parse().ok()? })
+}
+
+/// The date and the machine of the measurements.
 #[must_use]
 pub fn measured_on() -> &'static str {
     MEASURED.lines().next().and_then(|line| line.strip_prefix("# ")).unwrap_or("not measured yet")
 }
 
-/// All levers, for `--tune help`.
+/// The text of `--tune help`: all levers.
 #[must_use]
 pub fn help() -> String {
     let mut text = String::from("Levers (--tune NAME=on|off|auto,...; all=off is the naive VMM):\n");
@@ -166,7 +174,9 @@ pub fn help() -> String {
         }
         let default = if lever.is_default_on() { "on" } else { "off" };
         let effect = match measured(lever) {
-            Some((vm, userspace)) => format!("; without it {vm:+} VM exits, {userspace:+} userspace exits"),
+            Some(SavedExits { vm, userspace }) => {
+                format!("; without it {vm:+} VM exits, {userspace:+} userspace exits")
+            }
             None => String::new(),
         };
         let _ = writeln!(text, "  {:<18} [{default}{effect}]", lever.name());
@@ -190,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn later_words_win_and_all_leaves_what_is_off_by_default() {
+    fn later_settings_win_and_all_on_leaves_levers_that_are_off_by_default() {
         let mut tune = Tune::default();
         assert!(tune.wants(Lever::UartCount) && !tune.wants(Lever::DisableHlt));
         tune.set("all=off,halt-poll=30").expect("valid");
@@ -203,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_what_is_wrong() {
+    fn errors_name_the_lever_and_the_value() {
         let error = |text: &str| Tune::default().set(text).expect_err("an error").to_string();
         assert!(error("pci-probing").contains("--tune help"));
         assert!(error("no-pic=on").contains("'no-pic'"));

@@ -6,29 +6,29 @@ use crate::kvm::{KvmError, clock};
 use crate::measure::flight_recorder::Detail;
 use crate::measure::{Counters, ExitRecord, FlightRecorder, Profiler};
 
-/// Why the loop was left.
+/// Why the run loop ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// The guest, or KVM, ended the run.
+    /// The guest or KVM ended the run.
     End(EndReason),
-    /// Somebody else did, and kicked this vCPU.
+    /// Another thread ended the run, and kicked this vCPU.
     Asked,
 }
 
-/// What the loop writes down.
+/// What the run loop records about exits.
 pub struct Records<P> {
-    /// Counts.
+    /// The counts by exit reason and by device.
     pub counters: Counters,
-    /// The last exits.
+    /// The last exits, with their details.
     pub flight_recorder: FlightRecorder,
-    /// Measurements.
+    /// The profiler; [`crate::measure::NoProfile`] where nothing is measured.
     pub profiler: P,
 }
 
-/// Runs a vCPU until the run ends. `kicked` is called after each kick and says whether to stop.
+/// Runs a vCPU until the run ends. `kicked` is called after each kick; the loop ends if it returns true.
 ///
 /// # Errors
-/// Where KVM_RUN itself fails.
+/// Where KVM_RUN fails.
 pub fn run<P: Profiler>(
     vcpu: &mut Running<'_>,
     handler: &Handler,

@@ -4,10 +4,10 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
-/// What a test that did not panic came to.
+/// The result of a test that did not panic.
 pub(crate) enum Outcome {
     Passed,
-    /// Not run, and why.
+    /// The test could not run here, for this reason.
     Skipped(String),
 }
 
@@ -17,7 +17,9 @@ pub(crate) type Test = (&'static str, fn() -> Outcome);
 pub(crate) fn run(suite: &str, tests: &[Test]) -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     if std::env::args().any(|word| word == "--list") {
-        tests.iter().for_each(|(name, _)| println!("{name}: test"));
+        for (name, _) in tests {
+            println!("{name}: test");
+        }
         return ExitCode::SUCCESS;
     }
     let required = std::env::var_os("HWVMM_REQUIRE_KVM").is_some_and(|value| value == "1");

@@ -98,7 +98,7 @@ mod tests {
         for (reason, name) in [(10, "CPUID"), (30, "IO_INSTRUCTION"), (48, "EPT_VIOLATION"), (75, "NOTIFY")] {
             assert_eq!(super::name(reason), Some(name));
         }
-        assert_eq!(super::name(super::ENTRY_FAILURE | 33), Some("INVALID_GUEST_STATE"));
+        assert_eq!(super::name(super::ENTRY_FAILURE | 0x21), Some("INVALID_GUEST_STATE"));
         assert_eq!(super::name(35), None);
     }
 }

@@ -166,7 +166,7 @@
     sbbl %eax, %eax
     CHECK "fw_cfg tells of no less memory than multiboot"
 
-    /* Nobody there. */
+    /* Unmapped. */
     movl $0x80000000 + (31 << 11), %eax
     movw $0xcf8, %dx
     outl %eax, %dx
