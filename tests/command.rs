@@ -114,8 +114,8 @@ fn statistics_count_every_exit() -> Outcome {
         let out = run("hello", guests::power_off(), &["--stats-out", path]);
         assert_eq!(text(&out.stdout), "hello\n");
         let json: serde_json::Value = serde_json::from_slice(&fs::read(&stats).expect("written")).expect("JSON");
-        let (exits, waited) = (json["userspace_exits"]["total"].as_u64(), json["waited"].as_u64());
-        assert_eq!(exits.zip(waited).map(|(exits, waited)| exits + waited), Some(7), "{json}");
+        let (exits, coalesced) = (json["userspace_exits"]["total"].as_u64(), json["coalesced_writes"].as_u64());
+        assert_eq!(exits.zip(coalesced).map(|(exits, coalesced)| exits + coalesced), Some(7), "{json}");
         let out = run("hello", guests::power_off(), &["--stats-out", path, "--tune", "coalesced-io=off"]);
         assert_eq!(text(&out.stdout), "hello\n");
         let json: serde_json::Value = serde_json::from_slice(&fs::read(&stats).expect("written")).expect("JSON");

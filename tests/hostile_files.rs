@@ -9,6 +9,7 @@ use hwvmm::profile::Profile;
 use hwvmm::profile::render::{Format, Style, render};
 use hwvmm::profile::symbols::Symbols;
 use hwvmm_arch::acpi::{IoApicPins, Platform};
+use hwvmm_arch::boot::{BootMethod, Decompressor, EntryProtocol};
 use hwvmm_arch::layout::{GpaRange, UARTS};
 use proptest::prelude::*;
 use std::fs;
@@ -60,13 +61,13 @@ fn load_bytes(bytes: &[u8], unpack: Unpack) -> Result<Loaded, KernelError> {
 fn kernels_of_the_corpus_are_loaded_by_their_protocol() {
     for (name, bytes) in corpus("kernel_file") {
         let loaded = load_bytes(&bytes, Unpack::Host).unwrap_or_else(|error| panic!("{name}: {error}"));
-        let words = match name.as_str() {
-            "vmlinux-pvh" => "PVH",
-            "multiboot" => "multiboot",
-            "bzimage-unknown" => "unpacked by the guest",
-            _ => "unpacked by hwvmm",
+        let (decompressor, protocol) = match name.as_str() {
+            "vmlinux-pvh" => (Decompressor::None, EntryProtocol::Pvh),
+            "multiboot" => (Decompressor::None, EntryProtocol::Multiboot),
+            "bzimage-unknown" => (Decompressor::Guest, EntryProtocol::Linux64),
+            _ => (Decompressor::Host, EntryProtocol::Linux64),
         };
-        assert!(loaded.description.contains(words), "{name}: {}", loaded.description);
+        assert_eq!(loaded.method, BootMethod { decompressor, protocol }, "{name}");
         if name.starts_with("bzimage") {
             let guest = load_bytes(&bytes, Unpack::Guest).unwrap_or_else(|error| panic!("{name}: {error}"));
             assert_eq!(guest.entry.rip(), 0x10_0200);

@@ -10,8 +10,9 @@ use harness::{Outcome, Test};
 use hwvmm::exit::handler::BusKind;
 use hwvmm::exit::{EndReason, ExitReason, Handler};
 use hwvmm::kvm::{System, kick};
-use hwvmm::measure::tracer::{Tracer, VmCause, VmDetail, VmProfile};
-use hwvmm::measure::{Counters, FlightRecorder, Measured, NoProfile, UserProfile};
+use hwvmm::measure::tracer::{Tracer, VmCauseRecord, VmDetail, VmRecord};
+use hwvmm::measure::user_profile::UserRecord;
+use hwvmm::measure::{Counters, FlightRecorder, Measured, NoProfile};
 use hwvmm::memory::{Backing, GuestRam};
 use hwvmm::vcpu::{Control, Measure, Records, Stop, Threads};
 use hwvmm_arch::exit_code::Class;
@@ -322,15 +323,19 @@ fn halts_for_good(code: &[u8]) -> Result<(bool, u64), String> {
     }
     let finished = threads.stop();
     if let Some(ended) = control.ended() {
-        return Err(format!("this host's KVM: {}", ended.end));
+        return Err(format!("this host's KVM: {}", ended.reason));
     }
-    let counters = &finished[0].counters;
-    assert_eq!(counters.total(), counters.reason(ExitReason::Interrupted), "kicks and nothing else");
-    Ok((halted, counters.total()))
+    let counts = &finished[0].counts;
+    assert_eq!(
+        counts.total(),
+        counts.by_reason.get(&ExitReason::Interrupted).copied().unwrap_or(0),
+        "kicks and nothing else"
+    );
+    Ok((halted, counts.total()))
 }
 
 /// Runs `profiled_long` with a full profile, which has VM exits where this host allows tracing.
-fn profiled() -> Result<(Box<UserProfile>, Result<VmProfile, String>), String> {
+fn profiled() -> Result<(Box<UserRecord>, Result<VmRecord, String>), String> {
     let system = system()?;
     let machine = machine(&system, guests::profiled_long(), Mode::Long, false);
     let vcpu = vcpu(&system, &machine, Mode::Long);
@@ -345,7 +350,7 @@ fn profiled() -> Result<(Box<UserProfile>, Result<VmProfile, String>), String> {
         std::thread::sleep(Duration::from_millis(5));
     }
     let finished = threads.stop().remove(0);
-    match control.ended().map(|ended| ended.end) {
+    match control.ended().map(|end| end.reason) {
         Some(EndReason::DebugExit(3)) => {}
         other => return Err(format!("this host's KVM: {other:?}")),
     }
@@ -354,15 +359,16 @@ fn profiled() -> Result<(Box<UserProfile>, Result<VmProfile, String>), String> {
         traced.vcpus.into_iter().next().flatten().ok_or_else(|| traced.missing.join("; "))
     });
     let Measured::Profile(profile) = finished.measured else { return Err("no profile was made".into()) };
-    assert_eq!(finished.counters.total(), profile.causes().map(|(_, tally)| tally.outside.count).sum::<u64>());
+    assert_eq!(finished.counts.total(), profile.causes.iter().map(|one| one.outside.count).sum::<u64>());
     Ok((profile, traced))
 }
 
 fn userspace_causes() -> Outcome {
     outcome(profiled().map(|(profile, _)| {
         let mut causes: Vec<_> = profile
-            .causes()
-            .map(|(cause, tally)| (cause.reason, cause.address, cause.size, cause.rip, tally.outside.count))
+            .causes
+            .iter()
+            .map(|one| (one.cause.reason, one.cause.address, one.cause.size, one.cause.rip, one.outside.count))
             .collect();
         causes.sort();
         // A KVM that emulates instructions reports the RIP behind the instruction: two bytes further here.
@@ -378,7 +384,7 @@ fn userspace_causes() -> Outcome {
             (ExitReason::PioOut, 0xf4, 1, at(guests::PROFILED_END), 1),
         ];
         assert_eq!(causes, expected);
-        assert!(profile.causes().all(|(cause, _)| cause.cpl.is_none_or(|cpl| cpl == 0)));
+        assert!(profile.causes.iter().all(|one| one.cause.cpl.is_none_or(|cpl| cpl == 0)));
     }))
 }
 
@@ -386,9 +392,10 @@ fn vm_causes() -> Outcome {
     outcome(profiled().and_then(|(_, traced)| {
         let traced = traced?;
         assert_eq!(traced.lost, 0);
+        let class_of = |one: &VmCauseRecord| one.cause.isa.class(one.cause.code);
         let place = |class, offset| {
-            let here = |cause: &VmCause| cause.isa.class(cause.code) == class && cause.rip == CODE + offset;
-            traced.causes().filter(|(cause, _)| here(cause)).map(|(cause, tally)| (cause.detail, tally.count)).collect()
+            let here = |one: &&VmCauseRecord| class_of(one) == class && one.cause.rip == CODE + offset;
+            traced.causes.iter().filter(here).map(|one| (one.cause.detail, one.outside.count)).collect()
         };
         let cpuids: Vec<_> = place(Class::Cpuid, guests::PROFILED_CPUID);
         assert_eq!(cpuids, [(VmDetail::Leaf(0), 50)]);
@@ -398,13 +405,9 @@ fn vm_causes() -> Outcome {
         assert_eq!(ends, [(VmDetail::Port { port: 0xf4, size: 1, write: true }, 1)]);
         // There may also be exits for host interrupts and for page faults (nested, or of shadow paging).
         let known = [Class::Cpuid, Class::Pio, Class::Interrupt, Class::NestedPageFault, Class::Exception];
-        assert!(traced.causes().all(|(cause, _)| known.contains(&cause.isa.class(cause.code))));
+        assert!(traced.causes.iter().all(|one| known.contains(&class_of(one))));
         let exact = |class| -> u64 {
-            traced
-                .causes()
-                .filter(|(cause, _)| cause.isa.class(cause.code) == class)
-                .map(|(_, tally)| tally.count)
-                .sum()
+            traced.causes.iter().filter(|one| class_of(one) == class).map(|one| one.outside.count).sum()
         };
         assert_eq!((exact(Class::Cpuid), exact(Class::Pio)), (50, 51));
         Ok(())

@@ -121,6 +121,17 @@ pub struct Found<'a> {
     pub device: &'a dyn BusDevice,
 }
 
+/// A range of a bus and the name of the device that claims it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot<'a> {
+    /// First address.
+    pub base: u64,
+    /// Last address.
+    pub last: u64,
+    /// Name that the device was inserted under.
+    pub name: &'a str,
+}
+
 /// A finished bus, to which no device can be added.
 pub struct Bus {
     ranges: Box<[Range]>,
@@ -135,9 +146,9 @@ impl Bus {
         Some(Found { slot, offset: address - range.base, device: range.device.as_ref() })
     }
 
-    /// Returns first address and name of each range, in the order of [`Found::slot`].
-    pub fn slots(&self) -> impl Iterator<Item = (u64, &str)> {
-        self.ranges.iter().map(|range| (range.base, range.name.as_str()))
+    /// Returns each range, in the order of [`Found::slot`]: by address.
+    pub fn slots(&self) -> impl Iterator<Item = Slot<'_>> {
+        self.ranges.iter().map(|range| Slot { base: range.base, last: range.last, name: &range.name })
     }
 }
 

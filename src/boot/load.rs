@@ -11,7 +11,7 @@ use hwvmm_arch::boot::FileRange;
 use hwvmm_arch::boot::bzimage::{BzImage, ENTRY_64_OFFSET};
 use hwvmm_arch::boot::elf::{ElfClass, ElfImage};
 use hwvmm_arch::boot::multiboot::{self, Module};
-use hwvmm_arch::boot::{pvh, zero_page};
+use hwvmm_arch::boot::{BootMethod, Decompressor, EntryProtocol, pvh, zero_page};
 use hwvmm_arch::gdt::{self, CodeSize};
 use hwvmm_arch::layout::{self, BZIMAGE_LOAD, CMDLINE, CMDLINE_MAX_BYTES, GpaRange, HIGH_RAM_START};
 use hwvmm_arch::regs::Entry;
@@ -61,8 +61,8 @@ pub struct Request<'a> {
 pub struct Loaded {
     /// How the bootstrap processor (BSP) enters the guest.
     pub entry: Entry,
-    /// For people: what was loaded and how it is entered.
-    pub description: &'static str,
+    /// How the kernel was loaded, and how it is entered.
+    pub method: BootMethod,
 }
 
 /// Loads kernel, initrd or modules, boot structures, page tables and ACPI tables into `ram`, which must be zero.
@@ -138,13 +138,16 @@ impl Loader<'_> {
         self.read(&self.kernel(file), image.code, BZIMAGE_LOAD)?;
         self.linux64(end, Some(image))?;
         let entry = Entry::Linux64 { rip: BZIMAGE_LOAD + ENTRY_64_OFFSET };
-        Ok(Loaded { entry, description: "bzImage, unpacked by the guest" })
+        let method = BootMethod { decompressor: Decompressor::Guest, protocol: EntryProtocol::Linux64 };
+        Ok(Loaded { entry, method })
     }
 
     fn elf(&self, file: &File, elf: &ElfImage, image: Option<&BzImage>) -> Result<Loaded, KernelError> {
         self.segments(file, elf, HIGH_RAM_START)?;
+        let decompressor = if image.is_some() { Decompressor::Host } else { Decompressor::None };
         if let Some(entry) = self.pvh_entry(elf, image)? {
-            return self.pvh(entry, elf);
+            let method = BootMethod { decompressor, protocol: EntryProtocol::Pvh };
+            return Ok(Loaded { entry: self.pvh(entry, elf)?, method });
         }
         if elf.class == ElfClass::Elf32 {
             let what = "a 32-bit ELF with neither a multiboot header nor a PVH note".to_owned();
@@ -152,9 +155,8 @@ impl Loader<'_> {
         }
         self.check_entry(elf.entry, elf)?;
         self.linux64(elf.end(), image)?;
-        let description =
-            if image.is_some() { "bzImage, unpacked by hwvmm, 64-bit entry" } else { "vmlinux, 64-bit entry" };
-        Ok(Loaded { entry: Entry::Linux64 { rip: elf.entry }, description })
+        let method = BootMethod { decompressor, protocol: EntryProtocol::Linux64 };
+        Ok(Loaded { entry: Entry::Linux64 { rip: elf.entry }, method })
     }
 
     /// The PVH entry point, or `None` where the kernel is entered by the 64-bit boot protocol. `image` is the bzImage that an
@@ -173,14 +175,13 @@ impl Loader<'_> {
         }
     }
 
-    fn pvh(&self, entry: u64, elf: &ElfImage) -> Result<Loaded, KernelError> {
+    fn pvh(&self, entry: u64, elf: &ElfImage) -> Result<Entry, KernelError> {
         self.check_entry(entry, elf)?;
         let initrd = self.initrd(elf.end(), INITRD_LIMIT)?;
         self.cmdline(zero_page::CMDLINE_MAX_BYTES)?;
         let map = layout::memory_map(self.request.memory_bytes);
         self.write("the start info", layout::PVH_START_INFO, &pvh::start_info(&map, CMDLINE, initrd))?;
-        let entry = Entry::Pvh { rip: entry, start_info: layout::PVH_START_INFO };
-        Ok(Loaded { entry, description: "ELF kernel, PVH entry" })
+        Ok(Entry::Pvh { rip: entry, start_info: layout::PVH_START_INFO })
     }
 
     fn linux64(&self, end: u64, image: Option<&BzImage>) -> Result<(), KernelError> {
@@ -217,7 +218,8 @@ impl Loader<'_> {
             .map_err(|source| KernelError::Multiboot { path: self.path(), source })?;
         self.write("the multiboot information", layout::MULTIBOOT_INFO, &info)?;
         let entry = Entry::Multiboot { rip: elf.entry, info: layout::MULTIBOOT_INFO };
-        Ok(Loaded { entry, description: "multiboot kernel" })
+        let method = BootMethod { decompressor: Decompressor::None, protocol: EntryProtocol::Multiboot };
+        Ok(Loaded { entry, method })
     }
 
     fn check_entry(&self, entry: u64, elf: &ElfImage) -> Result<(), KernelError> {

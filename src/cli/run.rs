@@ -7,7 +7,8 @@ use crate::console::{Announcements, RawTerminal};
 use crate::exit::EndReason;
 use crate::exit::end::status;
 use crate::kvm::System;
-use crate::machine::{self, Machine, RunRecord, Setup};
+use crate::machine::{self, Machine, Setup};
+use crate::measure::RunRecord;
 use crate::probe::{Host, check_linux};
 use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
@@ -68,12 +69,12 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
     };
     let mut setup =
         Setup { config: &config, expect, announcements: Announcements::default(), terminal, progress: &progress };
-    let (finish, stats) = start_until_done(&mut setup, &system)?;
-    let end = if expects { finish.ended.end.clone().without_the_expected() } else { finish.ended.end.clone() };
-    super::say(&describe(&finish, &end));
+    let (record, stats) = start_until_done(&mut setup, &system)?;
+    let end = if expects { record.end.reason.clone().without_the_expected() } else { record.end.reason.clone() };
+    super::say(&describe(&record, &end));
     if !end.is_clean() {
-        let symbols = profile::symbols_of(&config, &finish, &mut Vec::new());
-        eprint!("{}", profile::flight_recorder(&finish, symbols.as_ref()));
+        let symbols = profile::symbols_of(&config, &record, &mut Vec::new());
+        eprint!("{}", profile::flight_recorder(&record, symbols.as_ref()));
     }
     let starts = stats.as_ref().map_or(1, |stats| stats.starts);
     if let Some(mut stats) = stats {
@@ -83,7 +84,7 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
     if config.profile.is_none() {
         return Ok(end.status());
     }
-    let mut profile = Profile::new(&config, &finish);
+    let mut profile = Profile::new(&config, &record);
     profile.costs = super::bench::saved_costs();
     (profile.end, profile.status, profile.starts) = (end.to_string(), end.status(), starts);
     let within = show_profile(&config, &profile, &budget)?;
@@ -124,7 +125,7 @@ fn start_until_done(setup: &mut Setup<'_>, system: &System) -> Result<(RunRecord
         setup.announcements = Announcements::default();
         // What is left of the time, over all starts.
         config.timeout = deadline.map(|at| at.saturating_duration_since(std::time::Instant::now()));
-        let finish = {
+        let record = {
             let this = Setup {
                 config: &config,
                 expect: setup.expect.clone(),
@@ -137,35 +138,35 @@ fn start_until_done(setup: &mut Setup<'_>, system: &System) -> Result<(RunRecord
             machine::run(machine, &this)?
         };
         if setup.config.stats.is_some() || setup.config.profile.is_some() {
-            let new = RunStats::new(&finish);
+            let new = RunStats::new(&record);
             match &mut stats {
                 Some(sum) => sum.add_start(new),
                 none => *none = Some(new),
             }
         }
-        let restart = setup.config.on_reboot == OnReboot::Restart && finish.ended.end == EndReason::Reset;
+        let restart = setup.config.on_reboot == OnReboot::Restart && record.end.reason == EndReason::Reset;
         if !restart {
-            return Ok((with_whole_timeout(finish, setup.config), stats));
+            return Ok((with_whole_timeout(record, setup.config), stats));
         }
         log::info!("the guest reset itself: it is started again");
     }
 }
 
 /// A timeout is told with the time that was given, not with what the last start had left of it.
-fn with_whole_timeout(mut finish: RunRecord, config: &RunConfig) -> RunRecord {
-    if let (EndReason::TimedOut(after), Some(timeout)) = (&mut finish.ended.end, config.timeout) {
+fn with_whole_timeout(mut record: RunRecord, config: &RunConfig) -> RunRecord {
+    if let (EndReason::TimedOut(after), Some(timeout)) = (&mut record.end.reason, config.timeout) {
         *after = timeout;
     }
-    finish
+    record
 }
 
 /// One line: why and where.
-fn describe(finish: &RunRecord, end: &EndReason) -> String {
+fn describe(record: &RunRecord, end: &EndReason) -> String {
     let mut text = end.to_string();
-    let rip = |index: usize| finish.vcpus.get(index).and_then(|vcpu| vcpu.rip);
-    let at = finish.ended.vcpu.unwrap_or(0);
+    let rip = |index: usize| record.vcpus.get(index).and_then(|vcpu| vcpu.rip);
+    let at = record.end.vcpu.unwrap_or(0);
     // Writing to a String cannot fail.
-    let _ = match (finish.ended.vcpu, rip(at)) {
+    let _ = match (record.end.vcpu, rip(at)) {
         (Some(index), Some(rip)) => write!(text, " (vCPU {index}, rip {rip:#x})"),
         (None, Some(rip)) => write!(text, " (vCPU 0 at rip {rip:#x})"),
         _ => Ok(()),

@@ -33,8 +33,8 @@ fn bus(kind: BusKind) -> Bus {
 fn by_device(counters: &Counters, handler: &Handler) -> Vec<DeviceExits> {
     let mut all = Vec::new();
     for (slots, kind) in [(&handler.pio, BusKind::Pio), (&handler.mmio, BusKind::Mmio)] {
-        for ((address, device), accesses) in slots.slots().zip(counters.slots(kind)) {
-            let device = Some(device.to_owned());
+        for (slot, accesses) in slots.slots().zip(counters.slots(kind)) {
+            let (address, device) = (slot.base, Some(slot.name.to_owned()));
             all.push(DeviceExits { bus: bus(kind), address, device, reads: accesses.reads, writes: accesses.writes });
         }
     }

@@ -284,7 +284,7 @@ mod tests {
             assert_eq!(send_text(path, &[b' '; MAX_REQUEST_BYTES]), too_long);
             assert!(control.ended().is_none());
             assert_eq!(client::request(path, Request::Stop).expect("a response"), Response::Stopping);
-            assert_eq!(control.ended().map(|end| end.end), Some(EndReason::Stopped));
+            assert_eq!(control.ended().map(|end| end.reason), Some(EndReason::Stopped));
         });
     }
 

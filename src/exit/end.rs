@@ -1,5 +1,6 @@
 //! How a run ends, and the exit status that says so.
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 
@@ -33,8 +34,57 @@ pub mod status {
     pub const QUIT: u8 = 130;
 }
 
+/// The signals that end a run, so that the terminal is restored and the counts are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Signal {
+    /// SIGHUP: the terminal is gone.
+    Hup,
+    /// SIGINT: Ctrl-C.
+    Int,
+    /// SIGQUIT: prints the flight recorder as well.
+    Quit,
+    /// SIGTERM: the default of kill(1).
+    Term,
+}
+
+impl Signal {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Hup, Self::Int, Self::Quit, Self::Term];
+
+    /// Number of the signal (signal(7), x86).
+    #[must_use]
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Hup => 1,
+            Self::Int => 2,
+            Self::Quit => 3,
+            Self::Term => 15,
+        }
+    }
+
+    /// Name with its prefix, such as "SIGTERM".
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Hup => "SIGHUP",
+            Self::Int => "SIGINT",
+            Self::Quit => "SIGQUIT",
+            Self::Term => "SIGTERM",
+        }
+    }
+}
+
+/// The end of a run: its reason, and the vCPU that it happened on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunEnd {
+    /// Why the run ended.
+    pub reason: EndReason,
+    /// Index of the vCPU whose exit ended the run; `None` for an end from outside, such as a timeout.
+    pub vcpu: Option<usize>,
+}
+
 /// Why a run ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum EndReason {
     /// The guest turned itself off.
     PowerOff,
@@ -64,8 +114,8 @@ pub enum EndReason {
     Quit,
     /// `hwvmm ctl SOCKET stop`.
     Stopped,
-    /// A signal ended hwvmm; its number and name.
-    Signal(i32, &'static str),
+    /// A signal to hwvmm.
+    Signal(Signal),
     /// hwvmm itself cannot go on.
     Failed(String),
 }
@@ -86,7 +136,7 @@ impl EndReason {
             Self::NotSeen(_) => status::NOT_SEEN,
             Self::TimedOut(_) => status::TIMEOUT,
             Self::Quit => status::QUIT,
-            Self::Signal(number, _) => u8::try_from(128 + number).unwrap_or(u8::MAX),
+            Self::Signal(signal) => 128 + signal.number(),
             Self::Failed(_) => status::ERROR,
         }
     }
@@ -103,7 +153,7 @@ impl EndReason {
             | Self::Quit
             | Self::Stopped => true,
             // SIGQUIT is how one asks a program for what it knows.
-            Self::Signal(number, _) => *number != libc::SIGQUIT,
+            Self::Signal(signal) => *signal != Signal::Quit,
             Self::NotSeen(end) => end.is_clean(),
             Self::TripleFault
             | Self::Panicked(_)
@@ -144,7 +194,7 @@ impl fmt::Display for EndReason {
             Self::TimedOut(after) => write!(f, "timed out after {} s", after.as_secs_f64()),
             Self::Quit => f.write_str("ended by the user"),
             Self::Stopped => f.write_str("stopped through the control socket"),
-            Self::Signal(_, name) => write!(f, "ended by {name}"),
+            Self::Signal(signal) => write!(f, "ended by {}", signal.name()),
             Self::Failed(what) => f.write_str(what),
         }
     }

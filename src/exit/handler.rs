@@ -6,29 +6,32 @@ use crate::kvm::exit::InternalError;
 use crate::kvm::{CoalescedAddress, CoalescedRing, Direction, Exit};
 use hwvmm_devices::bus::{Action, Bus};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use serde::{Deserialize, Serialize};
 
 /// What KVM gives for a hypercall that nobody knows (-KVM_ENOSYS).
 const HYPERCALL_UNKNOWN: u64 = (-1000_i64).cast_unsigned();
 
-/// Which of the two buses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// One of the two buses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum BusKind {
-    /// Ports.
+    /// I/O ports.
     Pio,
-    /// Guest physical addresses.
+    /// Guest physical addresses outside of memory.
     Mmio,
 }
 
-/// Who an exit went to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// The destination of an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Route {
-    /// A slot of a bus.
+    /// A device: the index of its slot on a bus.
     Slot(BusKind, usize),
-    /// An address of a bus where nobody is.
+    /// An address of a bus that no device claims. Reads give all ones, writes are dropped.
     Unmapped(BusKind, u64),
-    /// An MSR that nobody knows.
+    /// An MSR that KVM does not emulate.
     Msr(u32),
-    /// Not an access.
+    /// The exit is no access to a device or an MSR.
     None,
 }
 

@@ -6,6 +6,7 @@ use kvm_bindings::{
     KVM_STATS_TYPE_MASK, KVM_STATS_TYPE_PEAK,
 };
 use number::KVM_GET_STATS_FD;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -47,7 +48,8 @@ pub enum StatsError {
 }
 
 /// The type of a statistic (KVM_STATS_TYPE_*).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// A count since the start of the machine, which only grows.
     Cumulative,
@@ -60,7 +62,7 @@ pub enum Kind {
 }
 
 /// One statistic with its values.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stat {
     /// KVM's name for the statistic, such as `io_exits`.
     pub name: String,

@@ -6,8 +6,7 @@ mod run;
 mod testdev;
 mod virtio;
 
-pub use run::{RunError, RunRecord, run};
-pub use virtio::VirtioHandle;
+pub use run::{RunError, run};
 
 use crate::boot::cache::Cache;
 use crate::boot::{self, KernelError, Loaded};
@@ -37,7 +36,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use thiserror::Error;
-use virtio::{BusLayout, VirtioBuilder};
+use virtio::{BusLayout, VirtioBuilder, VirtioHandle};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// A machine cannot be made.

@@ -1,16 +1,20 @@
 //! Running a machine to its end: vCPU threads, the event loop, and what ends a run from outside.
 
-use super::{Machine, Setup, VirtioHandle};
+use super::virtio::VirtioHandle;
+use super::{Machine, Setup};
 use crate::config::ProfileLevel;
 use crate::console::terminal_size;
 use crate::control::Live;
 use crate::event_loop::{EventLoop, EventLoopError, OnReadable};
-use crate::exit::{EndReason, Handler, Outcome};
-use crate::kvm::stats::{Reader, Stat};
-use crate::kvm::{Vcpu, Vm};
-use crate::measure::tracer::{Traced, Tracer};
+use crate::exit::handler::BusKind;
+use crate::exit::{EndReason, Handler, Outcome, RunEnd, Signal};
+use crate::kvm::stats::Reader;
+use crate::kvm::{CoalescedRing, Vcpu};
+use crate::measure::MemoryUse;
+use crate::measure::record::{DeviceRange, RunRecord, VERSION};
+use crate::measure::tracer::Tracer;
 use crate::memory::{GuestRam, give_back_startup};
-use crate::vcpu::{Control, Measure, RunEnd, Threads, VcpuRecord};
+use crate::vcpu::{Control, Measure, Threads};
 use event_manager::MutEventSubscriber;
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_devices::legacy::Watchdog;
@@ -40,51 +44,16 @@ pub enum RunError {
     EventLoop(#[from] EventLoopError),
 }
 
-/// What a run leaves behind.
-pub struct RunRecord {
-    /// Why it ended, and where.
-    pub ended: RunEnd,
-    /// By vCPU.
-    pub vcpus: Vec<VcpuRecord>,
-    /// KVM's own figures of the machine, where it has them.
-    pub vm_stats: Option<Vec<Stat>>,
-    /// The same of each vCPU.
-    pub vcpu_stats: Vec<Option<Vec<Stat>>>,
-    /// The machine's devices.
-    pub handler: Arc<Handler>,
-    /// Virtio devices.
-    pub virtio: Vec<VirtioHandle>,
-    /// Guest memory.
-    pub ram: GuestRam,
-    /// CPU time of hwvmm from its start until the guest ran.
-    pub startup_cpu: Duration,
-    /// What was loaded.
-    pub description: &'static str,
-    /// How long the guest ran.
-    pub ran: Duration,
-    /// VM exits one by one, where `--profile` asked for them.
-    pub traced: Option<Traced>,
-    // Last: the machine goes when all that belongs to it has gone.
-    _vm: Arc<Vm>,
-}
-
-const SIGNALS: [(i32, &str); 4] = [
-    (signal_hook::consts::SIGTERM, "SIGTERM"),
-    (signal_hook::consts::SIGINT, "SIGINT"),
-    (signal_hook::consts::SIGHUP, "SIGHUP"),
-    (signal_hook::consts::SIGQUIT, "SIGQUIT"),
-];
-
 /// Ends the run on the signals that end programs, so that the terminal is put back and the counts are shown.
 fn add_signals(event_loop: &mut EventLoop, control: &Arc<Control>) -> io::Result<Vec<signal_hook::SigId>> {
     let mut ids = Vec::new();
-    for (number, name) in SIGNALS {
+    for signal in Signal::ALL {
         let (receiver, sender) = UnixStream::pair()?;
-        ids.push(signal_hook::low_level::pipe::register(number, sender)?);
+        ids.push(signal_hook::low_level::pipe::register(signal.number().into(), sender)?);
         let control = Arc::clone(control);
         event_loop.add(Box::new(OnReadable::new(receiver, move |receiver: &UnixStream| {
             let _ = rustix::io::read(receiver.as_fd(), &mut [0; 16]);
-            control.end(EndReason::Signal(number, name), None);
+            control.end(EndReason::Signal(signal), None);
         })));
     }
     Ok(ids)
@@ -291,7 +260,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<RunRecord, RunError> {
 
     let startup_cpu = cpu_time();
     let start = Instant::now();
-    log::debug!("{}: {:.1} ms of CPU time before the guest runs", loaded.description, startup_cpu.as_secs_f64() * 1e3);
+    log::debug!("{}: {:.1} ms of CPU time before the guest runs", loaded.method, startup_cpu.as_secs_f64() * 1e3);
     let timeout = setup.config.timeout.map(|timeout| (start + timeout, timeout));
     let (measure, tracer, missing) = measure(setup, &ram, vcpus.len(), start);
     let threads = Threads::start(vcpus, &handler, &control, &measure)
@@ -303,38 +272,40 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<RunRecord, RunError> {
     let result = Limits { control: &control, watchdog, timeout, halt_detector }.wait(&mut event_loop, &threads);
     let ran = start.elapsed();
     let vcpus = threads.stop();
-    // The guest's last words.
+    // The guest's final output.
     drain.into_iter().for_each(Drain::stop);
     handler.drain_coalesced();
-    let mut traced = tracer.map(Tracer::finish);
-    if !missing.is_empty() {
-        traced.get_or_insert_default().missing.extend(missing);
-    }
+    let trace = tracer.map(Tracer::finish);
     virtio.iter().for_each(VirtioHandle::stop);
     for id in signals {
         signal_hook::low_level::unregister(id);
     }
     result?;
-    let read = |file: Option<std::fs::File>| file.and_then(|file| Reader::new(file).ok()?.read().ok());
-    let vm_stats = read(vm.stats_fd().ok());
-    let vcpu_stats = vcpus.iter().map(|finished| read(finished.vcpu.stats_fd().ok())).collect();
-    let ended = control
+    let end = control
         .ended()
-        .unwrap_or(RunEnd { end: EndReason::Failed("the run ended without a reason".into()), vcpu: None });
-    let ended = RunEnd { end: setup.announcements.explain(ended.end), vcpu: ended.vcpu };
-    let description = loaded.description;
+        .unwrap_or(RunEnd { reason: EndReason::Failed("the run ended without a reason".into()), vcpu: None });
+    let wants_memory = setup.config.stats.is_some() || setup.config.profile.is_some();
     Ok(RunRecord {
-        ended,
+        version: VERSION,
+        end: RunEnd { reason: setup.announcements.explain(end.reason), vcpu: end.vcpu },
+        boot: loaded.method,
+        startup_cpu_ns: nanoseconds(startup_cpu),
+        ran_ns: nanoseconds(ran),
         vcpus,
-        vm_stats,
-        vcpu_stats,
-        handler,
-        virtio,
-        ram,
-        startup_cpu,
-        description,
-        ran,
-        traced,
-        _vm: vm,
+        devices: devices(&handler),
+        coalesced_writes: handler.ring.as_ref().map_or(0, CoalescedRing::drained),
+        vm_stats: vm.stats_fd().ok().and_then(|file| Reader::new(file).ok()?.read().ok()),
+        virtio: virtio.iter().flat_map(VirtioHandle::queues).collect(),
+        memory: wants_memory.then(|| MemoryUse::now(&ram.host_ranges().collect::<Vec<_>>()).ok()).flatten(),
+        trace,
+        missing,
     })
+}
+
+fn devices(handler: &Handler) -> Vec<DeviceRange> {
+    DeviceRange::list(BusKind::Pio, &handler.pio).chain(DeviceRange::list(BusKind::Mmio, &handler.mmio)).collect()
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -5,6 +5,7 @@ use super::levers::options;
 use crate::boot::is_multiboot;
 use crate::config::{DiskConfig, DiskFormat, DiskIo, RunConfig, Transport, VsockBackend, WriteError};
 use crate::kvm::Vm;
+use crate::measure::record::VirtioQueue;
 use crate::memory::GuestRam;
 use crate::tune::{Lever, Tune};
 use hwvmm_arch::acpi::{IoApicPins, VirtioMmio};
@@ -21,6 +22,7 @@ use hwvmm_devices::virtio::vsock::{KernelVsock, Vsock};
 use hwvmm_devices::virtio::{Doorbell, QueueCounts, TransportOptions, VirtioDevice, VirtioTransport};
 use hwvmm_devices::{BusBuilder, BusDevice, RegisterPage};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The pin behind those of the UARTs.
@@ -72,20 +74,30 @@ impl BusLayout {
     }
 }
 
-/// A device of the machine.
-pub struct VirtioHandle {
-    /// Its name, such as `disk0`.
-    pub name: String,
-    /// What happened on its queues.
-    pub counts: Vec<Arc<QueueCounts>>,
-    /// What carries it.
+/// A virtio device of a machine.
+pub(super) struct VirtioHandle {
+    /// Name, such as `disk0`.
+    name: String,
+    /// Counts of its queues, by index.
+    counts: Vec<Arc<QueueCounts>>,
     transport: Arc<dyn VirtioTransport>,
 }
 
 impl VirtioHandle {
-    /// Ends its threads, once they have done what is there to do. The guest must not run any more.
-    pub fn stop(&self) {
+    /// Ends the device's threads, after they have completed the requests that are available. The vCPUs must have stopped.
+    pub(super) fn stop(&self) {
         self.transport.stop();
+    }
+
+    /// Returns the counts of the queues so far.
+    pub(super) fn queues(&self) -> impl Iterator<Item = VirtioQueue> {
+        self.counts.iter().enumerate().map(|(queue, counts)| VirtioQueue {
+            device: self.name.clone(),
+            queue,
+            kicks: counts.kicks.load(Ordering::Relaxed),
+            interrupts: counts.interrupts.load(Ordering::Relaxed),
+            requests: counts.requests.load(Ordering::Relaxed),
+        })
     }
 }
 

@@ -1,24 +1,26 @@
-//! Counts of userspace exits. They belong to one vCPU thread and are merged when it ends.
+//! Counts of userspace exits. [`Counters`] belong to one vCPU's thread and know devices by their slot; [`ExitCounts`] are what is
+//! left of them when the thread ends: plain data, with the devices' names.
 
 use crate::exit::ExitReason;
 use crate::exit::handler::{BusKind, Route};
 use hwvmm_devices::bus::Bus;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Different unmapped addresses (or MSRs) that are told apart; a guest that touches more gets them counted together.
+/// Unmapped addresses, and MSRs, that are counted one by one. Accesses to more are counted together.
 const MAX_ADDRESSES: usize = 1024;
 
-/// Reads and writes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Numbers of accesses by the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Accesses {
-    /// By the guest.
+    /// Exits for reads.
     pub reads: u64,
-    /// By the guest.
+    /// Exits for writes.
     pub writes: u64,
 }
 
 impl Accesses {
-    /// Both together.
+    /// Returns the sum of both.
     #[must_use]
     pub fn total(self) -> u64 {
         self.reads + self.writes
@@ -31,14 +33,77 @@ impl Accesses {
             self.reads += 1;
         }
     }
+}
 
-    fn merge(&mut self, other: Self) {
-        self.reads += other.reads;
-        self.writes += other.writes;
+/// An address space whose accesses can exit to user space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AccessSpace {
+    /// I/O ports.
+    Pio,
+    /// Guest physical addresses outside of memory.
+    Mmio,
+    /// Model-specific registers.
+    Msr,
+}
+
+impl AccessSpace {
+    /// Returns the name in tables, the same as in JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pio => "pio",
+            Self::Mmio => "mmio",
+            Self::Msr => "msr",
+        }
     }
 }
 
-/// The counts of one vCPU, or of several merged.
+impl From<BusKind> for AccessSpace {
+    fn from(bus: BusKind) -> Self {
+        match bus {
+            BusKind::Pio => Self::Pio,
+            BusKind::Mmio => Self::Mmio,
+        }
+    }
+}
+
+/// Exits for one device, one unmapped address, or one MSR.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceCount {
+    /// The address space.
+    pub bus: AccessSpace,
+    /// First port or gpa of the device, the unmapped port or gpa itself, or the MSR's index (ECX).
+    pub address: u64,
+    /// Name of the device; `None` for an unmapped address and for an MSR.
+    pub device: Option<String>,
+    /// Exits for reads.
+    pub reads: u64,
+    /// Exits for writes.
+    pub writes: u64,
+}
+
+/// The counts of a vCPU whose thread has ended. Besides the devices at most 1024 unmapped
+/// addresses and as many MSRs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitCounts {
+    /// By reason; reasons that have not occurred are left out.
+    pub by_reason: BTreeMap<ExitReason, u64>,
+    /// By device; those without an exit are left out.
+    pub by_device: Vec<DeviceCount>,
+    /// Accesses to more unmapped addresses and MSRs than are counted one by one.
+    pub beyond: Accesses,
+}
+
+impl ExitCounts {
+    /// Returns the number of all exits.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.by_reason.values().fold(0, |sum, count| sum.saturating_add(*count))
+    }
+}
+
+/// The running counts of one vCPU.
 #[derive(Clone, Debug)]
 pub struct Counters {
     reasons: [u64; ExitReason::COUNT],
@@ -50,7 +115,7 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// All zero, for machines with these buses.
+    /// Makes counters that are all zero, for a machine with these buses.
     #[must_use]
     pub fn new(pio: &Bus, mmio: &Bus) -> Self {
         Self {
@@ -76,33 +141,19 @@ impl Counters {
         accesses.unwrap_or(&mut self.beyond).add(reason);
     }
 
-    /// Adds the counts of another vCPU of the same machine (or of the same machine's next start).
-    pub fn merge(&mut self, other: &Self) {
-        self.reasons.iter_mut().zip(other.reasons).for_each(|(mine, theirs)| *mine += theirs);
-        self.pio.iter_mut().zip(&other.pio).for_each(|(mine, theirs)| mine.merge(*theirs));
-        self.mmio.iter_mut().zip(&other.mmio).for_each(|(mine, theirs)| mine.merge(*theirs));
-        for (key, theirs) in &other.unmapped {
-            keyed(&mut self.unmapped, *key).unwrap_or(&mut self.beyond).merge(*theirs);
-        }
-        for (key, theirs) in &other.msrs {
-            keyed(&mut self.msrs, *key).unwrap_or(&mut self.beyond).merge(*theirs);
-        }
-        self.beyond.merge(other.beyond);
-    }
-
-    /// All exits.
+    /// Returns the number of all exits.
     #[must_use]
     pub fn total(&self) -> u64 {
         self.reasons.iter().sum()
     }
 
-    /// The exits of one reason.
+    /// Returns the number of exits of one reason.
     #[must_use]
     pub fn reason(&self, reason: ExitReason) -> u64 {
         self.reasons[reason.index()]
     }
 
-    /// Accesses by slot of a bus.
+    /// Accesses to the devices of a bus, by slot.
     #[must_use]
     pub fn slots(&self, bus: BusKind) -> &[Accesses] {
         match bus {
@@ -111,24 +162,45 @@ impl Counters {
         }
     }
 
-    /// Accesses to addresses where nobody is.
+    /// Accesses to unmapped addresses.
     pub fn unmapped(&self) -> impl Iterator<Item = (BusKind, u64, Accesses)> {
         self.unmapped.iter().map(|((bus, address), accesses)| (*bus, *address, *accesses))
     }
 
-    /// Accesses to MSRs that nobody knows.
+    /// Accesses to MSRs that KVM does not emulate.
     pub fn msrs(&self) -> impl Iterator<Item = (u32, Accesses)> {
         self.msrs.iter().map(|(index, accesses)| (*index, *accesses))
     }
 
-    /// Accesses to addresses and MSRs beyond those told apart.
+    /// Accesses to more unmapped addresses and MSRs than are counted one by one.
     #[must_use]
     pub fn beyond(&self) -> Accesses {
         self.beyond
     }
+
+    /// Returns the counts with the devices' names. `pio` and `mmio` are the buses that the counters were made for.
+    #[must_use]
+    pub fn resolve(&self, pio: &Bus, mmio: &Bus) -> ExitCounts {
+        let mut counts = ExitCounts { beyond: self.beyond, ..ExitCounts::default() };
+        let occurred = ExitReason::ALL.iter().map(|reason| (*reason, self.reason(*reason)));
+        counts.by_reason.extend(occurred.filter(|(_, count)| *count > 0));
+        let mut add = |bus, address, device, Accesses { reads, writes }: Accesses| {
+            if reads + writes > 0 {
+                counts.by_device.push(DeviceCount { bus, address, device, reads, writes });
+            }
+        };
+        for (bus, kind) in [(pio, BusKind::Pio), (mmio, BusKind::Mmio)] {
+            for (slot, accesses) in bus.slots().zip(self.slots(kind)) {
+                add(kind.into(), slot.base, Some(slot.name.to_owned()), *accesses);
+            }
+        }
+        self.unmapped().for_each(|(bus, address, accesses)| add(bus.into(), address, None, accesses));
+        self.msrs().for_each(|(index, accesses)| add(AccessSpace::Msr, index.into(), None, accesses));
+        counts
+    }
 }
 
-/// The entry for `key`, or `None` where there are too many already.
+/// Returns the entry for `key`; `None` if the map is full and does not have it.
 fn keyed<K: Ord>(map: &mut BTreeMap<K, Accesses>, key: K) -> Option<&mut Accesses> {
     if map.len() >= MAX_ADDRESSES && !map.contains_key(&key) {
         return None;
@@ -143,10 +215,14 @@ mod tests {
     use hwvmm_devices::legacy::PvPanic;
     use std::sync::Arc;
 
-    fn counters() -> Counters {
+    fn bus() -> Bus {
         let mut pio = BusBuilder::default();
         pio.insert(0x505, 1, "pvpanic", Arc::new(PvPanic)).expect("free");
-        Counters::new(&pio.freeze(), &BusBuilder::default().freeze())
+        pio.freeze()
+    }
+
+    fn counters() -> Counters {
+        Counters::new(&bus(), &BusBuilder::default().freeze())
     }
 
     #[test]
@@ -155,13 +231,24 @@ mod tests {
         counters.record(ExitReason::PioOut, Route::Slot(BusKind::Pio, 0));
         counters.record(ExitReason::PioIn, Route::Slot(BusKind::Pio, 0));
         counters.record(ExitReason::PioIn, Route::Unmapped(BusKind::Pio, 0x61));
+        counters.record(ExitReason::MsrWrite, Route::Msr(0x1234));
         counters.record(ExitReason::Interrupted, Route::None);
-        assert_eq!(counters.total(), 4);
-        assert_eq!(counters.slots(BusKind::Pio), [Accesses { reads: 1, writes: 1 }]);
-        let mut twice = counters.clone();
-        twice.merge(&counters);
-        assert_eq!((twice.total(), twice.reason(ExitReason::PioIn)), (8, 4));
-        assert_eq!(twice.unmapped().next(), Some((BusKind::Pio, 0x61, Accesses { reads: 2, writes: 0 })));
+        assert_eq!((counters.total(), counters.reason(ExitReason::PioIn)), (5, 2));
+        let counts = counters.resolve(&bus(), &BusBuilder::default().freeze());
+        assert_eq!((counts.total(), counts.by_reason[&ExitReason::PioIn]), (5, 2));
+        assert!(!counts.by_reason.contains_key(&ExitReason::Hlt), "what has not occurred is left out");
+        let count = |bus, address, device: Option<&str>, reads, writes| {
+            let device = device.map(str::to_owned);
+            DeviceCount { bus, address, device, reads, writes }
+        };
+        assert_eq!(
+            counts.by_device,
+            [
+                count(AccessSpace::Pio, 0x505, Some("pvpanic"), 1, 1),
+                count(AccessSpace::Pio, 0x61, None, 1, 0),
+                count(AccessSpace::Msr, 0x1234, None, 0, 1),
+            ]
+        );
     }
 
     #[test]

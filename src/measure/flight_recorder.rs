@@ -1,24 +1,26 @@
-//! The last exits of a vCPU, kept for the day that the run ends badly.
+//! The flight recorder: the last exits of a vCPU, printed when a run fails.
 
 use crate::exit::ExitReason;
 use crate::kvm::Exit;
+use crate::kvm::clock::Anchor;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// What is kept of one exit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The access that an exit was for; all zero where it was for none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Detail {
-    /// Port, gpa, MSR index or hypercall number.
+    /// Port, gpa, MSR index or hypercall number, by the exit's reason.
     pub address: u64,
     /// The first eight bytes read or written, little-endian.
     pub data: u64,
-    /// Bytes in one item.
+    /// Size of one item in bytes.
     pub size: usize,
-    /// Items.
+    /// Number of items: more than one for a string instruction.
     pub count: usize,
 }
 
 impl Detail {
-    /// Takes what there is from an exit that has been handled (so that data read are those the guest gets).
+    /// Takes the details of an exit that has been handled: the data of a read are what the guest gets.
     #[must_use]
     pub fn of(exit: &Exit<'_>) -> Self {
         match exit {
@@ -44,22 +46,45 @@ fn first_bytes(data: &[u8]) -> u64 {
     data.iter().take(8).rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
-/// One exit as it is remembered.
+/// One exit, as the run loop writes it down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExitRecord {
-    /// Why.
+    /// Reason of the exit.
     pub reason: ExitReason,
-    /// With what.
+    /// The access that it was for.
     pub detail: Detail,
-    /// Where, if KVM tells it with the exit.
+    /// Address of the instruction; `None` where KVM does not copy registers out with the exit (KVM_CAP_SYNC_REGS).
     pub rip: Option<u64>,
-    /// At which privilege level, if that was asked for.
+    /// Privilege level, 0 to 3; `None` unless a profile is made.
     pub cpl: Option<u8>,
-    /// When, on the time-stamp counter.
+    /// Time-stamp counter of the host when the exit had been handled.
     pub tsc: u64,
 }
 
-impl fmt::Display for ExitRecord {
+/// One exit of a vCPU whose thread has ended: an [`ExitRecord`] with its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlightEntry {
+    /// Time since the vCPUs were started, in nanoseconds.
+    pub at_ns: u64,
+    /// Reason of the exit.
+    pub reason: ExitReason,
+    /// The access that it was for.
+    pub detail: Detail,
+    /// Address of the instruction, where it is known.
+    pub rip: Option<u64>,
+    /// Privilege level, 0 to 3, where it is known.
+    pub cpl: Option<u8>,
+}
+
+impl FlightEntry {
+    /// Returns true if both exits are the same but for their times.
+    #[must_use]
+    pub fn is_same_exit(&self, other: &Self) -> bool {
+        (self.reason, self.detail, self.rip, self.cpl) == (other.reason, other.detail, other.rip, other.cpl)
+    }
+}
+
+impl fmt::Display for FlightEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<14}", self.reason.name())?;
         let Detail { address, data, size, count } = self.detail;
@@ -79,7 +104,7 @@ impl fmt::Display for ExitRecord {
     }
 }
 
-/// How many exits are remembered.
+/// Exits that are kept.
 pub const KEPT: usize = 256;
 
 /// The last [`KEPT`] exits.
@@ -96,7 +121,7 @@ impl Default for FlightRecorder {
 }
 
 impl FlightRecorder {
-    /// Remembers an exit in place of the oldest.
+    /// Adds an exit; overwrites the oldest where [`KEPT`] are there.
     pub fn push(&mut self, record: ExitRecord) {
         match self.ring.get_mut(self.next) {
             Some(slot) => *slot = record,
@@ -110,6 +135,17 @@ impl FlightRecorder {
         // Until the ring is full, nothing is overwritten: the next place is behind the last one filled.
         let (newer, older) = self.ring.split_at(self.next.min(self.ring.len()));
         older.iter().chain(newer)
+    }
+
+    /// Returns the exits with their times, oldest first. The time-stamp counter is converted by what both clocks did between
+    /// `start`, from which times count, and `end`.
+    #[must_use]
+    pub fn resolve(&self, start: &Anchor, end: &Anchor) -> Vec<FlightEntry> {
+        let entry = |record: &ExitRecord| {
+            let ExitRecord { reason, detail, rip, cpl, tsc } = *record;
+            FlightEntry { at_ns: start.ns_until(tsc, end), reason, detail, rip, cpl }
+        };
+        self.iter().map(entry).collect()
     }
 }
 
@@ -135,7 +171,14 @@ mod tests {
 
     #[test]
     fn a_line_has_what_one_looks_for() {
-        assert_eq!(record(0x3f8).to_string(), "pio_out        0x3f8 size 1 data 0x41 rip 0x1000");
+        let mut flight_recorder = FlightRecorder::default();
+        let start = Anchor::now();
+        flight_recorder.push(ExitRecord { tsc: crate::kvm::clock::tsc(), ..record(0x3f8) });
+        flight_recorder.push(record(0x3f8));
+        let entries = flight_recorder.resolve(&start, &Anchor::now());
+        assert_eq!(entries[0].to_string(), "pio_out        0x3f8 size 1 data 0x41 rip 0x1000");
+        assert!(entries[0].is_same_exit(&entries[1]));
+        assert_eq!(entries[1].at_ns, 0, "before the start");
     }
 
     #[test]

@@ -1,40 +1,29 @@
-//! What is measured at an exit beyond its count. The run loop is generic over it and chooses once, when the vCPU's
-//! thread starts, so that what is off costs nothing.
+//! What is measured at an exit besides its count. The run loop is generic over it, and the choice is made once, when the
+//! vCPU's thread starts: what is off costs nothing.
 
 use super::flight_recorder::ExitRecord;
-use super::user_profile::UserProfile;
-use crate::exit::ExitReason;
-use crate::exit::Route;
+use crate::exit::{ExitReason, Route};
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 /// Measures exits.
 pub trait Profiler {
-    /// Taken before an exit is handled.
+    /// What is noted before an exit is handled.
     type Stamp: Copy;
+    /// What is left at the end: plain data.
+    type Measured;
 
-    /// Before the exit is handled.
+    /// Called after KVM_RUN has returned, before the exit is handled.
     fn stamp(&self) -> Self::Stamp;
 
-    /// After it has been handled. By value: a reference would make the compiler keep a copy even where nobody looks at it.
+    /// Called after the exit has been handled. By value: for a reference the compiler would keep a copy even where it is unused.
     fn record(&mut self, exit: ExitRecord, route: Route, stamp: Self::Stamp);
 
-    /// Before the guest is entered (again).
+    /// Called before each KVM_RUN.
     fn enter(&mut self);
 
-    /// What was measured.
-    fn finish(self) -> Measured;
-}
-
-/// What a profiler measured.
-#[derive(Clone, Debug, Default)]
-pub enum Measured {
-    /// Nothing.
-    #[default]
-    Nothing,
-    /// Nanoseconds in the handler, by reason.
-    HandlerTime(Box<[u64; ExitReason::COUNT]>),
-    /// All causes.
-    Profile(Box<UserProfile>),
+    /// Ends the measurement.
+    fn finish(self) -> Self::Measured;
 }
 
 /// Measures nothing.
@@ -43,6 +32,7 @@ pub struct NoProfile;
 
 impl Profiler for NoProfile {
     type Stamp = ();
+    type Measured = ();
 
     #[inline(always)]
     fn stamp(&self) {}
@@ -54,12 +44,10 @@ impl Profiler for NoProfile {
     fn enter(&mut self) {}
 
     #[inline(always)]
-    fn finish(self) -> Measured {
-        Measured::Nothing
-    }
+    fn finish(self) {}
 }
 
-/// Measures the time from KVM_RUN's return until the exit has been answered.
+/// Measures the time from the return of KVM_RUN until the exit has been handled, by reason.
 #[derive(Clone, Debug)]
 pub struct HandlerTime {
     ns: [u64; ExitReason::COUNT],
@@ -73,6 +61,8 @@ impl Default for HandlerTime {
 
 impl Profiler for HandlerTime {
     type Stamp = Instant;
+    /// Nanoseconds in the handler, by reason; reasons without an exit are left out.
+    type Measured = BTreeMap<ExitReason, u64>;
 
     fn stamp(&self) -> Instant {
         Instant::now()
@@ -84,8 +74,9 @@ impl Profiler for HandlerTime {
 
     fn enter(&mut self) {}
 
-    fn finish(self) -> Measured {
-        Measured::HandlerTime(Box::new(self.ns))
+    fn finish(self) -> BTreeMap<ExitReason, u64> {
+        let times = ExitReason::ALL.iter().map(|reason| (*reason, self.ns[reason.index()]));
+        times.filter(|(_, ns)| *ns > 0).collect()
     }
 }
 
@@ -103,8 +94,8 @@ mod tests {
         std::thread::sleep(std::time::Duration::from_millis(2));
         let exit = ExitRecord { reason: ExitReason::PioIn, detail: Detail::default(), rip: None, cpl: None, tsc: 0 };
         time.record(exit, Route::None, stamp);
-        let Measured::HandlerTime(ns) = time.finish() else { panic!("measured") };
-        assert!(ns[ExitReason::PioIn.index()] >= 2_000_000);
-        assert_eq!(ns[ExitReason::PioOut.index()], 0);
+        let ns = time.finish();
+        assert!(ns[&ExitReason::PioIn] >= 2_000_000);
+        assert!(!ns.contains_key(&ExitReason::PioOut));
     }
 }

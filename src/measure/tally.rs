@@ -1,20 +1,56 @@
-//! Counts with times: how often, how long together, the longest, and a histogram for percentiles.
+//! Counts with times: the count, the sum, the longest, and a histogram for percentiles.
 
 use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
 
 /// Times are kept to one significant decimal digit or better (the histogram's buckets are at most 1/16 wide).
 const DIGITS: u8 = 1;
 
-/// Something that occurred so often and took so long.
+/// One bucket of a histogram of times. In JSON a pair of its two numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(u64, u64)", into = "(u64, u64)")]
+pub struct Bucket {
+    /// Longest time that the bucket counts, in nanoseconds.
+    pub up_to_ns: u64,
+    /// Number of times in the bucket.
+    pub count: u64,
+}
+
+impl From<(u64, u64)> for Bucket {
+    fn from((up_to_ns, count): (u64, u64)) -> Self {
+        Self { up_to_ns, count }
+    }
+}
+
+impl From<Bucket> for (u64, u64) {
+    fn from(bucket: Bucket) -> Self {
+        (bucket.up_to_ns, bucket.count)
+    }
+}
+
+/// A [`Tally`] as plain data.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TallyRecord {
+    /// Number of events, those without a time included.
+    pub count: u64,
+    /// Sum of their times, in nanoseconds.
+    pub ns: u64,
+    /// The longest time, in nanoseconds.
+    pub max_ns: u64,
+    /// Histogram of the times, shortest first.
+    pub histogram: Vec<Bucket>,
+}
+
+/// Counts events and their times.
 #[derive(Clone, Debug)]
 pub struct Tally {
-    /// How often.
+    /// Number of events, those without a time included.
     pub count: u64,
-    /// Nanoseconds together.
+    /// Sum of their times, in nanoseconds.
     pub ns: u64,
-    /// The longest, in nanoseconds.
+    /// The longest time, in nanoseconds.
     pub max_ns: u64,
-    /// `None` only where no memory was to be had for it.
+    /// `None` if it could not be made.
     histogram: Option<Histogram<u32>>,
 }
 
@@ -25,37 +61,32 @@ impl Default for Tally {
 }
 
 impl Tally {
-    /// Counts one that took `ns`.
+    /// Counts an event that took `ns` nanoseconds.
     pub fn add(&mut self, ns: u64) {
         self.count += 1;
         self.add_time(ns);
     }
 
-    /// The time of one that is counted already.
+    /// Adds the time of an event that is counted already.
     pub fn add_time(&mut self, ns: u64) {
         self.ns = self.ns.saturating_add(ns);
         self.max_ns = self.max_ns.max(ns);
         if let Some(histogram) = &mut self.histogram {
-            // Fails only for values beyond what it may grow to, and it may grow to all.
+            // Fails for values beyond its range only, and its range grows.
             let _ = histogram.record(ns);
         }
     }
 
-    /// Adds another's.
-    pub fn merge(&mut self, other: &Self) {
-        self.count += other.count;
-        self.ns = self.ns.saturating_add(other.ns);
-        self.max_ns = self.max_ns.max(other.max_ns);
-        if let (Some(mine), Some(theirs)) = (&mut self.histogram, &other.histogram) {
-            let _ = mine.add(theirs);
-        }
-    }
-
-    /// The histogram: (upper end of a bucket in nanoseconds, how many), smallest first.
+    /// Returns the tally as plain data.
     #[must_use]
-    pub fn buckets(&self) -> Vec<(u64, u64)> {
-        let Some(histogram) = &self.histogram else { return Vec::new() };
-        histogram.iter_recorded().map(|step| (step.value_iterated_to(), step.count_since_last_iteration())).collect()
+    pub fn record(&self) -> TallyRecord {
+        let buckets = self.histogram.iter().flat_map(Histogram::iter_recorded);
+        let bucket = |step: hdrhistogram::iterators::IterationValue<u32>| Bucket {
+            up_to_ns: step.value_iterated_to(),
+            count: step.count_since_last_iteration(),
+        };
+        let histogram = buckets.map(bucket).collect();
+        TallyRecord { count: self.count, ns: self.ns, max_ns: self.max_ns, histogram }
     }
 }
 
@@ -68,14 +99,13 @@ mod tests {
         let mut tally = Tally::default();
         (0..99).for_each(|_| tally.add(1_000));
         tally.add(50_000);
-        let mut sum = Tally::default();
-        sum.merge(&tally);
-        sum.merge(&tally);
-        assert_eq!((sum.count, sum.ns, sum.max_ns), (200, 2 * (99_000 + 50_000), 50_000));
-        let buckets = sum.buckets();
-        assert_eq!(buckets.iter().map(|(_, count)| count).sum::<u64>(), 200);
-        assert!(buckets[0].0.abs_diff(1_000) <= 63, "{buckets:?}");
-        sum.add(u64::MAX);
-        assert_eq!(sum.ns, u64::MAX, "hostile times do not wrap");
+        let record = tally.record();
+        assert_eq!((record.count, record.ns, record.max_ns), (100, 99_000 + 50_000, 50_000));
+        assert_eq!(record.histogram.iter().map(|bucket| bucket.count).sum::<u64>(), 100);
+        assert!(record.histogram[0].up_to_ns.abs_diff(1_000) <= 63, "{record:?}");
+        let json = serde_json::to_string(&record.histogram).expect("JSON");
+        assert!(json.starts_with("[[1") && json.contains(",99],["), "{json}");
+        tally.add(u64::MAX);
+        assert_eq!(tally.ns, u64::MAX, "hostile times do not wrap");
     }
 }

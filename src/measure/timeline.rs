@@ -1,17 +1,70 @@
-//! How many of what in each millisecond, in bounded memory: when a run gets long, the steps get wider.
+//! Counts over time, in steps of a millisecond. Memory is bounded: when a run gets long, the steps get wider.
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use thiserror::Error;
 
-/// Steps that are kept apart.
+/// Steps of a timeline at most.
 const MAX_STEPS: u64 = 4096;
 const MILLISECOND_NS: u64 = 1_000_000;
 
 /// Counts over time, by key.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "Steps<K>", try_from = "Steps<K>")]
+#[serde(bound(serialize = "K: Ord + Copy + Serialize", deserialize = "K: Ord + Copy + Deserialize<'de>"))]
 pub struct Timeline<K: Ord> {
-    /// How wide a step is, in nanoseconds.
+    /// Length of a step in nanoseconds: a millisecond, doubled some times.
     step_ns: u64,
     counts: BTreeMap<(u64, K), u64>,
+}
+
+/// A timeline in JSON.
+#[derive(Serialize, Deserialize)]
+struct Steps<K> {
+    step_ns: u64,
+    counts: Vec<(u64, K, u64)>,
+}
+
+/// A timeline that no [`Timeline`] makes.
+#[derive(Debug, Error)]
+enum TimelineError {
+    #[error("a timeline with steps of {0} ns: a millisecond, doubled some times, is valid")]
+    StepLength(u64),
+    #[error("a timeline with step {0}: the last is {last}", last = MAX_STEPS - 1)]
+    Step(u64),
+}
+
+impl<K: Ord + Copy> From<Timeline<K>> for Steps<K> {
+    fn from(line: Timeline<K>) -> Self {
+        let counts = line.iter().map(|TimelineCount { step, key, count }| (step, key, count)).collect();
+        Self { step_ns: line.step_ns, counts }
+    }
+}
+
+impl<K: Ord> TryFrom<Steps<K>> for Timeline<K> {
+    type Error = TimelineError;
+
+    fn try_from(steps: Steps<K>) -> Result<Self, TimelineError> {
+        let Steps { step_ns, counts } = steps;
+        if !step_ns.is_multiple_of(MILLISECOND_NS) || !(step_ns / MILLISECOND_NS).is_power_of_two() {
+            return Err(TimelineError::StepLength(step_ns));
+        }
+        if let Some((step, _, _)) = counts.iter().find(|(step, _, _)| *step >= MAX_STEPS) {
+            return Err(TimelineError::Step(*step));
+        }
+        Ok(Self { step_ns, counts: counts.into_iter().map(|(step, key, count)| ((step, key), count)).collect() })
+    }
+}
+
+/// The events of one key in one step of a timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimelineCount<K> {
+    /// Index of the step.
+    pub step: u64,
+    /// What was counted.
+    pub key: K,
+    /// Number of events.
+    pub count: u64,
 }
 
 impl<K: Ord> Default for Timeline<K> {
@@ -21,7 +74,7 @@ impl<K: Ord> Default for Timeline<K> {
 }
 
 impl<K: Ord + Copy> Timeline<K> {
-    /// Counts one at `at_ns` nanoseconds from the start.
+    /// Counts an event at `at_ns` nanoseconds from the start.
     pub fn add(&mut self, at_ns: u64, key: K) {
         while at_ns / self.step_ns >= MAX_STEPS {
             self.widen();
@@ -33,11 +86,12 @@ impl<K: Ord + Copy> Timeline<K> {
         self.step_ns *= 2;
         let old = std::mem::take(&mut self.counts);
         for ((step, key), count) in old {
-            *self.counts.entry((step / 2, key)).or_default() += count;
+            let sum = self.counts.entry((step / 2, key)).or_default();
+            *sum = sum.saturating_add(count);
         }
     }
 
-    /// Adds another timeline with the same start.
+    /// Adds the counts of another timeline with the same start.
     pub fn merge(&mut self, other: &Self) {
         let mut other = other.clone();
         while self.step_ns < other.step_ns {
@@ -47,19 +101,20 @@ impl<K: Ord + Copy> Timeline<K> {
             other.widen();
         }
         for (place, count) in other.counts {
-            *self.counts.entry(place).or_default() += count;
+            let sum = self.counts.entry(place).or_default();
+            *sum = sum.saturating_add(count);
         }
     }
 
-    /// How wide a step is, in nanoseconds.
+    /// Returns the length of a step in nanoseconds.
     #[must_use]
     pub fn step_ns(&self) -> u64 {
         self.step_ns
     }
 
-    /// Steps, keys and counts, in this order.
-    pub fn iter(&self) -> impl Iterator<Item = (u64, K, u64)> {
-        self.counts.iter().map(|((step, key), count)| (*step, *key, *count))
+    /// The counts by step, then by key.
+    pub fn iter(&self) -> impl Iterator<Item = TimelineCount<K>> {
+        self.counts.iter().map(|((step, key), count)| TimelineCount { step: *step, key: *key, count: *count })
     }
 }
 
@@ -72,11 +127,27 @@ mod tests {
         let mut line = Timeline::default();
         (0..20_000_u64).for_each(|ms| line.add(ms * MILLISECOND_NS, 'a'));
         line.add(u64::MAX / 2, 'b');
-        assert!(line.iter().all(|(step, _, _)| step < MAX_STEPS));
-        assert_eq!(line.iter().map(|(_, _, count)| count).sum::<u64>(), 20_001);
+        assert!(line.iter().all(|count| count.step < MAX_STEPS));
+        let total = |line: &Timeline<char>| line.iter().map(|count| count.count).sum::<u64>();
+        assert_eq!(total(&line), 20_001);
         let mut short = Timeline::default();
         short.add(5, 'a');
         short.merge(&line);
-        assert_eq!((short.step_ns(), short.iter().map(|(_, _, count)| count).sum::<u64>()), (line.step_ns(), 20_002));
+        assert_eq!((short.step_ns(), total(&short)), (line.step_ns(), 20_002));
+        let json = serde_json::to_string(&line).expect("JSON");
+        assert_eq!(serde_json::from_str::<Timeline<char>>(&json).expect("a timeline"), line);
+    }
+
+    #[test]
+    fn a_timeline_that_would_not_end_is_refused() {
+        for (json, words) in [
+            (r#"{"step_ns":0,"counts":[]}"#, "steps of 0 ns"),
+            (r#"{"step_ns":3000000,"counts":[]}"#, "steps of 3000000 ns"),
+            (r#"{"step_ns":18446744073709551615,"counts":[]}"#, "doubled"),
+            (r#"{"step_ns":1000000,"counts":[[4096,"a",1]]}"#, "step 4096"),
+        ] {
+            let error = serde_json::from_str::<Timeline<char>>(json).expect_err("refused").to_string();
+            assert!(error.contains(words), "{error}");
+        }
     }
 }

@@ -1,99 +1,169 @@
 //! The userspace exits of one vCPU by cause: reason, address, width, and the guest's instruction.
 
 use super::flight_recorder::ExitRecord;
-use super::profiler::{Measured, Profiler};
-use super::tally::Tally;
+use super::profiler::Profiler;
+use super::tally::{Tally, TallyRecord};
 use super::timeline::Timeline;
 use crate::exit::ExitReason;
-use crate::exit::handler::{BusKind, Route};
+use crate::exit::handler::Route;
 use hwvmm_arch::layout::{PORT_MARK, PORT_POST, UARTS};
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::fmt;
+use std::str::FromStr;
 use std::time::Instant;
+use thiserror::Error;
 
-/// Causes that are told apart; a guest that makes more gets them counted without their instruction, then without their
-/// address.
+/// Causes that are counted one by one. Exits of more causes are counted without their instruction, then without their address.
 const MAX_CAUSES: usize = 8192;
-/// Marks that are kept.
+/// Marks that are kept, the first ones.
 const MAX_MARKS: usize = 1024;
 /// Where Linux' half of the address space starts.
 const HIGH_HALF: u64 = 1 << 63;
 
-/// Why a vCPU came back to user space, as exactly as KVM tells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// The cause of userspace exits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct UserCause {
-    /// The reason.
+    /// Reason of the exit.
     pub reason: ExitReason,
-    /// Who answered.
+    /// Destination of the exit.
     pub route: Route,
-    /// Port, gpa, MSR or hypercall number; 0 where it has none or there were too many.
+    /// Port, gpa, MSR index or hypercall number; 0 where there is none, or there were too many causes.
     pub address: u64,
-    /// Bytes of one item.
+    /// Size of one item in bytes.
     pub size: u8,
-    /// The guest's instruction.
+    /// Address of the instruction; `None` where KVM does not say it, or there were too many causes.
     pub rip: Option<u64>,
-    /// Its privilege level.
+    /// Privilege level, 0 to 3.
     pub cpl: Option<u8>,
 }
 
 /// The times of one cause.
 #[derive(Clone, Debug, Default)]
-pub struct UserTally {
-    /// From KVM_RUN's return until KVM_RUN is called again.
-    pub outside: Tally,
-    /// Of this, nanoseconds in hwvmm's handler.
-    pub handler_ns: u64,
+struct UserTally {
+    /// From the return of KVM_RUN until it is called again.
+    outside: Tally,
+    /// Of this, nanoseconds in hwvmm's exit handler.
+    handler_ns: u64,
 }
 
-/// A moment worth a name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Mark {
+/// What a [`Mark`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum MarkKind {
     /// The first exit of an instruction in the kernel's half of the address space.
     Kernel,
-    /// The first byte on a UART.
+    /// The first byte to a UART.
     Console,
     /// The first exit of a program (CPL 3).
     User,
-    /// A write to port 0x80.
+    /// A POST code: the value written to port 0x80.
     Post(u8),
-    /// A write to the mark port.
+    /// A mark of the guest's own: the value written to the mark port.
     Guest(u32),
 }
 
-/// The userspace exits of one vCPU.
+/// A text that is no [`MarkKind`].
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("unknown mark '{0}'; known are: kernel, console, user, POST 0xNN, mark N")]
+pub struct UnknownMark(String);
+
+impl fmt::Display for MarkKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kernel => f.write_str("kernel"),
+            Self::Console => f.write_str("console"),
+            Self::User => f.write_str("user"),
+            Self::Post(code) => write!(f, "POST {code:#04x}"),
+            Self::Guest(number) => write!(f, "mark {number}"),
+        }
+    }
+}
+
+impl FromStr for MarkKind {
+    type Err = UnknownMark;
+
+    fn from_str(text: &str) -> Result<Self, UnknownMark> {
+        let known = match text {
+            "kernel" => Some(Self::Kernel),
+            "console" => Some(Self::Console),
+            "user" => Some(Self::User),
+            _ => match text.split_once(' ') {
+                Some(("POST", code)) => {
+                    let digits = code.strip_prefix("0x");
+                    digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()).map(Self::Post)
+                }
+                Some(("mark", number)) => number.parse().ok().map(Self::Guest),
+                _ => None,
+            },
+        };
+        known.ok_or_else(|| UnknownMark(text.to_owned()))
+    }
+}
+
+impl From<MarkKind> for String {
+    fn from(kind: MarkKind) -> Self {
+        kind.to_string()
+    }
+}
+
+impl TryFrom<String> for MarkKind {
+    type Error = UnknownMark;
+
+    fn try_from(text: String) -> Result<Self, UnknownMark> {
+        text.parse()
+    }
+}
+
+/// A moment of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// What happened.
+    pub name: MarkKind,
+    /// Time since the run's start, in nanoseconds.
+    pub at_ns: u64,
+}
+
+/// The exits of one [`UserCause`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserCauseRecord {
+    /// The cause.
+    pub cause: UserCause,
+    /// Number, and times from the return of KVM_RUN until it is called again.
+    pub outside: TallyRecord,
+    /// Of the times, nanoseconds in hwvmm's exit handler.
+    pub handler_ns: u64,
+}
+
+/// The userspace exits of a vCPU whose thread has ended. At most some 16,000 causes and 1024 marks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserRecord {
+    /// By cause, in the order of [`UserCause`].
+    pub causes: Vec<UserCauseRecord>,
+    /// Exits over time.
+    pub timeline: Timeline<ExitReason>,
+    /// Moments of the run, earliest first.
+    pub marks: Vec<Mark>,
+}
+
+/// Profiles the userspace exits of one vCPU.
 #[derive(Clone, Debug)]
 pub struct UserProfile {
     start: Instant,
     causes: HashMap<UserCause, UserTally>,
     timeline: Timeline<ExitReason>,
-    marks: Vec<(u64, Mark)>,
+    marks: Vec<Mark>,
     pending: Option<(UserCause, Instant)>,
 }
 
 impl UserProfile {
-    /// Nothing yet; times count from `start`.
+    /// Makes an empty profile. Times count from `start`.
     #[must_use]
     pub fn new(start: Instant) -> Self {
         Self { start, causes: HashMap::new(), timeline: Timeline::default(), marks: Vec::new(), pending: None }
     }
 
-    /// Causes and their times.
-    pub fn causes(&self) -> impl Iterator<Item = (&UserCause, &UserTally)> {
-        self.causes.iter()
-    }
-
-    /// Exits over time.
-    #[must_use]
-    pub fn timeline(&self) -> &Timeline<ExitReason> {
-        &self.timeline
-    }
-
-    /// Marks, with nanoseconds from the start.
-    #[must_use]
-    pub fn marks(&self) -> &[(u64, Mark)] {
-        &self.marks
-    }
-
-    /// The key for a cause, coarser where there are too many already.
+    /// Returns the key to count a cause under: without details where there are too many causes already.
     fn room_for(&self, cause: UserCause) -> UserCause {
         if self.causes.len() < MAX_CAUSES || self.causes.contains_key(&cause) {
             return cause;
@@ -110,35 +180,35 @@ impl UserProfile {
         UserCause { address: 0, route, size: 0, ..anywhere }
     }
 
-    fn mark(&mut self, at_ns: u64, mark: Mark) {
+    fn mark(&mut self, at_ns: u64, name: MarkKind) {
         if self.marks.len() < MAX_MARKS {
-            self.marks.push((at_ns, mark));
+            self.marks.push(Mark { name, at_ns });
         }
     }
 
-    fn mark_first(&mut self, at_ns: u64, mark: Mark) {
-        if !self.marks.iter().any(|(_, known)| *known == mark) {
-            self.mark(at_ns, mark);
+    fn mark_first(&mut self, at_ns: u64, name: MarkKind) {
+        if !self.marks.iter().any(|known| known.name == name) {
+            self.mark(at_ns, name);
         }
     }
 
     fn look_for_marks(&mut self, at_ns: u64, exit: &ExitRecord) {
         if exit.rip.is_some_and(|rip| rip >= HIGH_HALF) {
-            self.mark_first(at_ns, Mark::Kernel);
+            self.mark_first(at_ns, MarkKind::Kernel);
         }
         if exit.cpl == Some(3) {
-            self.mark_first(at_ns, Mark::User);
+            self.mark_first(at_ns, MarkKind::User);
         }
         if exit.reason != ExitReason::PioOut {
             return;
         }
         let port = exit.detail.address;
         if port == u64::from(PORT_POST) {
-            self.mark(at_ns, Mark::Post(exit.detail.data.to_le_bytes()[0]));
+            self.mark(at_ns, MarkKind::Post(exit.detail.data.to_le_bytes()[0]));
         } else if port == u64::from(PORT_MARK) {
-            self.mark(at_ns, Mark::Guest(u32::try_from(exit.detail.data & 0xffff_ffff).unwrap_or(0)));
+            self.mark(at_ns, MarkKind::Guest(u32::try_from(exit.detail.data & 0xffff_ffff).unwrap_or(0)));
         } else if UARTS.iter().any(|uart| u64::from(uart.port) == port) {
-            self.mark_first(at_ns, Mark::Console);
+            self.mark_first(at_ns, MarkKind::Console);
         }
     }
 }
@@ -149,6 +219,7 @@ fn nanoseconds(from: Instant, to: Instant) -> u64 {
 
 impl Profiler for UserProfile {
     type Stamp = Instant;
+    type Measured = UserRecord;
 
     fn stamp(&self) -> Instant {
         Instant::now()
@@ -176,25 +247,24 @@ impl Profiler for UserProfile {
         }
     }
 
-    fn finish(mut self) -> Measured {
-        // The last exit was never followed by an entry: it took until now.
+    fn finish(mut self) -> UserRecord {
+        // The last exit was not followed by an entry: it took until now.
         self.enter();
-        Measured::Profile(Box::new(self))
-    }
-}
-
-/// The bus and address of a route's unmapped access.
-impl UserCause {
-    /// Whether nobody answered.
-    #[must_use]
-    pub fn is_unmapped(&self) -> bool {
-        matches!(self.route, Route::Unmapped(BusKind::Pio | BusKind::Mmio, _))
+        let record = |(cause, tally): (&UserCause, &UserTally)| UserCauseRecord {
+            cause: *cause,
+            outside: tally.outside.record(),
+            handler_ns: tally.handler_ns,
+        };
+        let mut causes: Vec<UserCauseRecord> = self.causes.iter().map(record).collect();
+        causes.sort_by_key(|record| record.cause);
+        UserRecord { causes, timeline: self.timeline, marks: self.marks }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exit::handler::BusKind;
     use crate::measure::flight_recorder::Detail;
 
     fn exit(reason: ExitReason, address: u64, rip: u64) -> ExitRecord {
@@ -210,13 +280,13 @@ mod tests {
             let stamp = profile.stamp();
             profile.record(exit(ExitReason::PioOut, 0x3f8, rip), Route::Slot(BusKind::Pio, 0), stamp);
         }
-        let Measured::Profile(profile) = profile.finish() else { panic!("a profile") };
-        let mut counts: Vec<_> = profile.causes().map(|(c, t)| (c.rip, t.outside.count, t.outside.buckets())).collect();
-        counts.sort();
-        assert_eq!((counts[0].0, counts[0].1), (Some(0x1000), 2));
-        assert!(counts.iter().all(|(_, count, buckets)| buckets.iter().map(|(_, n)| n).sum::<u64>() == *count));
-        let marks: Vec<_> = profile.marks().iter().map(|(_, mark)| *mark).collect();
-        assert_eq!(marks, [Mark::Console, Mark::Kernel]);
+        let record = profile.finish();
+        assert_eq!((record.causes[0].cause.rip, record.causes[0].outside.count), (Some(0x1000), 2));
+        let in_histogram =
+            |record: &UserCauseRecord| record.outside.histogram.iter().map(|bucket| bucket.count).sum::<u64>();
+        assert!(record.causes.iter().all(|record| record.outside.count == in_histogram(record)));
+        let marks: Vec<_> = record.marks.iter().map(|mark| mark.name).collect();
+        assert_eq!(marks, [MarkKind::Console, MarkKind::Kernel]);
     }
 
     #[test]
@@ -227,18 +297,23 @@ mod tests {
             profile.record(exit(ExitReason::MmioRead, n << 3, n), Route::Unmapped(BusKind::Mmio, n << 3), stamp);
         }
         assert!(profile.causes.len() <= 2 * MAX_CAUSES + 1);
-        assert_eq!(profile.causes().map(|(_, tally)| tally.outside.count).sum::<u64>(), 100_000);
+        let record = profile.finish();
+        assert_eq!(record.causes.iter().map(|record| record.outside.count).sum::<u64>(), 100_000);
     }
 
     #[test]
     fn the_guest_marks_its_own_moments() {
         let mut profile = UserProfile::new(Instant::now());
         for (port, data) in [(u64::from(PORT_POST), 0x42), (u64::from(PORT_MARK), 0x1234_5678)] {
-            let mut snapshot = exit(ExitReason::PioOut, port, 0);
-            snapshot.detail.data = data;
-            profile.record(snapshot, Route::None, Instant::now());
+            let mut record = exit(ExitReason::PioOut, port, 0);
+            record.detail.data = data;
+            profile.record(record, Route::None, Instant::now());
         }
-        let marks: Vec<_> = profile.marks().iter().map(|(_, mark)| *mark).collect();
-        assert_eq!(marks, [Mark::Post(0x42), Mark::Guest(0x1234_5678)]);
+        let marks: Vec<_> = profile.marks.iter().map(|mark| mark.name).collect();
+        assert_eq!(marks, [MarkKind::Post(0x42), MarkKind::Guest(0x1234_5678)]);
+        let json = serde_json::to_string(&marks).expect("JSON");
+        assert_eq!(json, r#"["POST 0x42","mark 305419896"]"#);
+        assert_eq!(serde_json::from_str::<Vec<MarkKind>>(&json).expect("marks"), marks);
+        assert!(serde_json::from_str::<MarkKind>("\"POST 300\"").is_err());
     }
 }

@@ -1,8 +1,9 @@
 //! What to do about exits. The rules are data: `advice.toml` beside this file.
 
 use super::data::{Cause, Exits, Profile};
+use super::kinds::{ExitClass, PhaseName};
 use super::mmu_work::is_shadow;
-use super::render::{number, share, time};
+use super::units::{float, number, share, time};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -32,11 +33,11 @@ struct Rule {
     #[serde(default)]
     sort: Option<Sort>,
     #[serde(default)]
-    class: Option<String>,
+    class: Option<ExitClass>,
     #[serde(default)]
     device: Option<String>,
     #[serde(default)]
-    nobody: bool,
+    unmapped: bool,
     #[serde(default)]
     address: Option<(u64, u64)>,
     #[serde(default)]
@@ -44,7 +45,7 @@ struct Rule {
     #[serde(default)]
     virtio: Option<bool>,
     #[serde(default)]
-    phase: Option<String>,
+    phase: Option<PhaseName>,
     #[serde(default)]
     counter: Option<String>,
     #[serde(default)]
@@ -87,11 +88,6 @@ fn rules() -> &'static [Rule] {
     })
 }
 
-/// Enough digits for what is rounded anyway.
-fn float(value: u64) -> f64 {
-    std::time::Duration::from_nanos(value).as_secs_f64() * 1e9
-}
-
 impl Rule {
     fn matches(&self, cause: &Cause) -> bool {
         let device = match (&self.device, &cause.device) {
@@ -100,8 +96,8 @@ impl Rule {
             (None, _) => true,
         };
         device
-            && self.class.as_ref().is_none_or(|class| *class == cause.class)
-            && (!self.nobody || cause.device.is_none())
+            && self.class.is_none_or(|class| class == cause.class)
+            && (!self.unmapped || cause.device.is_none())
             && self.address.is_none_or(|(first, last)| cause.address.is_some_and(|it| (first..=last).contains(&it)))
             && self.write.is_none_or(|write| cause.write == Some(write))
     }
@@ -123,9 +119,9 @@ impl Rule {
         found
     }
 
-    fn in_phases<'a>(&self, profile: &Profile, name: &str) -> Found<'a> {
-        let spent = |phase: &super::data::Phase| phase.end_ns.saturating_sub(phase.start_ns);
-        let ns = profile.phases.iter().filter(|phase| phase.name == name).map(spent).max().unwrap_or(0);
+    fn in_phases(&self, profile: &Profile, name: PhaseName) -> Found<'static> {
+        let phases = profile.phases.iter().filter(|phase| phase.name == name);
+        let ns = phases.map(super::data::Phase::length_ns).max().unwrap_or(0);
         Found { count: ns, time_ns: ns, all: profile.ran_ns, function: String::new(), device: "" }
     }
 
@@ -143,7 +139,7 @@ impl Rule {
         if self.virtio.is_some_and(|wanted| wanted == profile.virtio.is_empty()) {
             return None;
         }
-        let found = match (&self.phase, &self.counter, self.sort) {
+        let found = match (self.phase, &self.counter, self.sort) {
             (Some(phase), _, _) => self.in_phases(profile, phase),
             (None, Some(counter), _) => self.in_counters(profile, counter),
             (None, None, Some(Sort::Vm)) => self.in_exits(profile.vm_exits.as_ref()?),
@@ -187,7 +183,7 @@ mod tests {
     fn provoke(rule: &Rule) -> Profile {
         let mut profile = Profile { ran_ns: 10_000_000, ..Profile::default() };
         if rule.example.as_str() == Some("phase") {
-            let name = rule.phase.clone().expect("a phase");
+            let name = rule.phase.expect("a phase");
             profile.phases.push(Phase { name, start_ns: 0, end_ns: 5_000_000 });
             return profile;
         }
@@ -203,7 +199,7 @@ mod tests {
             return profile;
         }
         let cause = Cause {
-            class: word("class").expect("a class"),
+            class: rule.example.get("class").expect("a class").clone().try_into().expect("a known class"),
             device: word("device"),
             address: number("address"),
             write: rule.example.get("write").and_then(toml::Value::as_bool),
@@ -249,7 +245,7 @@ mod tests {
         let rule = rules().iter().find(|rule| rule.name == "pci configuration").expect("there");
         let mut profile = provoke(rule);
         assert_eq!(Advice::of(&profile).len(), 1);
-        let queue = crate::profile::stats::VirtioQueue {
+        let queue = crate::measure::record::VirtioQueue {
             device: "disk0".into(),
             queue: 0,
             kicks: 1,

@@ -1,6 +1,7 @@
 //! Holds a profile to a budget ([`Budget`]).
 
 use super::data::{Cause, Exits, Profile};
+use super::kinds::AddressSpace;
 use crate::config::{AddressKind, Budget, Counter, Limit, Slack};
 use hwvmm_arch::exit_code::Class;
 use std::fmt;
@@ -53,9 +54,18 @@ impl fmt::Display for Check {
 fn counts(counter: &Counter, cause: &Cause) -> bool {
     match counter {
         Counter::Total | Counter::Userspace => true,
-        Counter::Class(class) => cause.class == class.name(),
+        Counter::Class(class) => cause.class == (*class).into(),
         Counter::Reason(reason) => cause.reason == *reason,
-        Counter::Address(kind, number) => cause.space.as_deref() == Some(kind.name()) && cause.address == Some(*number),
+        Counter::Address(kind, number) => cause.space == Some(space(*kind)) && cause.address == Some(*number),
+    }
+}
+
+fn space(kind: AddressKind) -> AddressSpace {
+    match kind {
+        AddressKind::Port => AddressSpace::Port,
+        AddressKind::Gpa => AddressSpace::Gpa,
+        AddressKind::Msr => AddressSpace::Msr,
+        AddressKind::Leaf => AddressSpace::Leaf,
     }
 }
 
@@ -76,7 +86,7 @@ pub fn from_profile(profile: &Profile, slack: Slack) -> Budget {
     let mut limits = vec![limit(Counter::Userspace, profile.userspace_exits.total)];
     if let Some(exits) = &profile.vm_exits {
         for class in Class::ALL.into_iter().filter(|class| *class != Class::Interrupt) {
-            let of_class = exits.causes.iter().filter(|cause| cause.class == class.name());
+            let of_class = exits.causes.iter().filter(|cause| cause.class == class.into());
             let count = of_class.fold(0_u64, |sum, cause| sum.saturating_add(cause.count));
             limits.push(limit(Counter::Class(class), count));
         }

@@ -1,18 +1,19 @@
-//! From what a run left behind to a [`Profile`].
+//! Makes a [`Profile`] of a run's record.
 
-use super::MemoryUse;
 use super::data::{Cause, Exits, FORMAT, Guest, Host, Mark, Phase, Profile, Timeline, VERSION};
-use super::stats::{add_kvm, nanoseconds, virtio_queues};
+use super::histogram;
+use super::kinds::{AddressSpace, CodeMode, ExitClass, PhaseName};
+use super::stats::{add_kvm, used_queues};
 use super::symbols::Symbols;
 use crate::config::RunConfig;
 use crate::exit::handler::BusKind;
-use crate::exit::{ExitReason, Handler, Route};
-use crate::machine::RunRecord;
-use crate::measure::tally::Tally;
+use crate::exit::{ExitReason, Route};
+use crate::measure::record::DeviceRange;
+use crate::measure::tally::TallyRecord;
 use crate::measure::timeline;
-use crate::measure::tracer::{VmCause, VmDetail, VmProfile};
-use crate::measure::user_profile::{self, UserCause};
-use crate::measure::{Measured, UserProfile};
+use crate::measure::tracer::{VmCause, VmDetail, VmRecord};
+use crate::measure::user_profile::{MarkKind, UserCause, UserRecord};
+use crate::measure::{Measured, RunRecord};
 use hwvmm_arch::exit_code::Class;
 use hwvmm_arch::{layout, msr_name::msr_name};
 use std::collections::BTreeMap;
@@ -21,74 +22,73 @@ const HIGH_HALF: u64 = 1 << 63;
 /// Where the lowest of ordinary programs are linked to (x86-64 psABI).
 const LOWEST_PROGRAM: u64 = 0x40_0000;
 
-/// Where instructions are, and what addresses are.
+/// Finds the functions of instructions and the devices of addresses.
 struct Names<'a> {
     symbols: Option<&'a Symbols>,
-    handler: &'a Handler,
-    /// Whether the kernel was loaded to where it was linked for, so that its first instructions have names too.
+    devices: &'a [DeviceRange],
+    /// True if the kernel was loaded at the address that it was linked for, so that its first instructions have names too.
     in_place: bool,
 }
 
-/// Whose an instruction is, by what is known of it.
-enum Whose {
-    /// By its privilege level.
+/// What is known of whose code an instruction is.
+enum Evidence {
+    /// The privilege level.
     Level(Option<u8>),
-    /// By its address: before the kernel ran in its own half or after.
+    /// True if the kernel has not run in its half of the address space yet.
     Early(bool),
 }
 
 impl Names<'_> {
-    /// Fills in whose instruction it is, and in which function.
-    fn place(&self, cause: &mut Cause, whose: &Whose) {
+    /// Sets whose instruction the cause is, and in which function.
+    fn place(&self, cause: &mut Cause, evidence: &Evidence) {
         let Some(rip) = cause.rip else {
-            cause.mode = "many".into();
+            cause.mode = CodeMode::Many;
             return;
         };
-        cause.mode = match (rip >= HIGH_HALF, whose) {
-            (_, Whose::Level(Some(3))) => "user",
-            (true, _) => "kernel",
-            (false, Whose::Level(Some(_)) | Whose::Early(true)) => "boot",
-            // Below this nobody's programs are; the trampolines of other vCPUs are.
-            (false, Whose::Early(false)) if rip >= LOWEST_PROGRAM => "user",
-            (false, _) => "low",
-        }
-        .into();
-        let place = match (&self.symbols, cause.mode.as_str()) {
-            (Some(symbols), "kernel") => symbols.resolve(rip),
-            (Some(symbols), "boot") if self.in_place => symbols.resolve_unmapped(rip),
+        cause.mode = match (rip >= HIGH_HALF, evidence) {
+            (_, Evidence::Level(Some(3))) => CodeMode::User,
+            (true, _) => CodeMode::Kernel,
+            (false, Evidence::Level(Some(_)) | Evidence::Early(true)) => CodeMode::Boot,
+            // Below this there are no programs, but the trampolines of other vCPUs.
+            (false, Evidence::Early(false)) if rip >= LOWEST_PROGRAM => CodeMode::User,
+            (false, _) => CodeMode::Low,
+        };
+        let place = match (&self.symbols, cause.mode) {
+            (Some(symbols), CodeMode::Kernel) => symbols.resolve(rip),
+            (Some(symbols), CodeMode::Boot) if self.in_place => symbols.resolve_unmapped(rip),
             _ => None,
         };
         (cause.function, cause.offset) = place.map(|place| (place.function, place.offset)).unzip();
     }
 
-    fn port(&self, port: u64) -> Option<String> {
-        self.handler.pio.find(port).and_then(|found| self.slot(BusKind::Pio, found.slot))
+    fn at(&self, bus: BusKind, address: u64) -> Option<String> {
+        let claims = |device: &&DeviceRange| device.bus == bus && (device.first..=device.last).contains(&address);
+        self.devices.iter().find(claims).map(|device| device.name.clone())
     }
 
     fn slot(&self, bus: BusKind, slot: usize) -> Option<String> {
-        let bus = if bus == BusKind::Pio { &self.handler.pio } else { &self.handler.mmio };
-        bus.slots().nth(slot).map(|(_, name)| name.to_owned())
+        self.devices.iter().filter(|device| device.bus == bus).nth(slot).map(|device| device.name.clone())
     }
 
     fn memory(&self, gpa: u64) -> Option<String> {
         match gpa {
             0xfec0_0000..0xfec0_1000 => Some("I/O APIC".into()),
             0xfee0_0000..0xfee0_1000 => Some("local APIC".into()),
-            _ => self.handler.mmio.find(gpa).and_then(|found| self.slot(BusKind::Mmio, found.slot)),
+            _ => self.at(BusKind::Mmio, gpa),
         }
     }
 
     fn user(&self, cause: &UserCause) -> Cause {
         let reason = cause.reason;
         let (space, write) = match reason {
-            ExitReason::PioIn => (Some("port"), Some(false)),
-            ExitReason::PioOut => (Some("port"), Some(true)),
-            ExitReason::MmioRead => (Some("gpa"), Some(false)),
-            ExitReason::MmioWrite => (Some("gpa"), Some(true)),
-            ExitReason::MsrRead => (Some("msr"), Some(false)),
-            ExitReason::MsrWrite => (Some("msr"), Some(true)),
-            ExitReason::Hypercall => (Some("hypercall"), None),
-            ExitReason::MemoryFault => (Some("gpa"), None),
+            ExitReason::PioIn => (Some(AddressSpace::Port), Some(false)),
+            ExitReason::PioOut => (Some(AddressSpace::Port), Some(true)),
+            ExitReason::MmioRead => (Some(AddressSpace::Gpa), Some(false)),
+            ExitReason::MmioWrite => (Some(AddressSpace::Gpa), Some(true)),
+            ExitReason::MsrRead => (Some(AddressSpace::Msr), Some(false)),
+            ExitReason::MsrWrite => (Some(AddressSpace::Msr), Some(true)),
+            ExitReason::Hypercall => (Some(AddressSpace::Hypercall), None),
+            ExitReason::MemoryFault => (Some(AddressSpace::Gpa), None),
             _ => (None, None),
         };
         let device = match cause.route {
@@ -97,25 +97,25 @@ impl Names<'_> {
             Route::Unmapped(..) | Route::None => None,
         };
         let class = match reason {
-            ExitReason::PioIn | ExitReason::PioOut => "pio",
-            ExitReason::MmioRead | ExitReason::MmioWrite => "mmio",
-            ExitReason::MsrRead | ExitReason::MsrWrite => "msr",
-            ExitReason::Interrupted | ExitReason::Intr | ExitReason::Again => "kick",
-            ExitReason::Hlt => "hlt",
-            _ => "other",
+            ExitReason::PioIn | ExitReason::PioOut => ExitClass::Pio,
+            ExitReason::MmioRead | ExitReason::MmioWrite => ExitClass::Mmio,
+            ExitReason::MsrRead | ExitReason::MsrWrite => ExitClass::Msr,
+            ExitReason::Interrupted | ExitReason::Intr | ExitReason::Again => ExitClass::Kick,
+            ExitReason::Hlt => ExitClass::Hlt,
+            _ => ExitClass::Other,
         };
         let mut named = Cause {
             reason: reason.name().into(),
-            class: class.into(),
-            space: space.map(Into::into),
+            class,
+            space,
             address: space.map(|_| cause.address),
-            size: matches!(class, "pio" | "mmio").then_some(cause.size),
+            size: matches!(class, ExitClass::Pio | ExitClass::Mmio).then_some(cause.size),
             write,
             device,
             rip: cause.rip,
             ..Cause::default()
         };
-        self.place(&mut named, &Whose::Level(cause.cpl));
+        self.place(&mut named, &Evidence::Level(cause.cpl));
         named
     }
 
@@ -123,56 +123,47 @@ impl Names<'_> {
         let class = cause.isa.class(cause.code);
         let mut named = Cause {
             reason: cause.isa.reason(cause.code),
-            class: class.name().into(),
+            class: class.into(),
             rip: (cause.rip != 0).then_some(cause.rip),
             ..Cause::default()
         };
-        let mut about = |space: &str, address: u64, write: Option<bool>, device: Option<String>| {
-            (named.space, named.address, named.write) = (Some(space.into()), Some(address), write);
+        let mut about = |space: AddressSpace, address: u64, write: Option<bool>, device: Option<String>| {
+            (named.space, named.address, named.write) = (Some(space), Some(address), write);
             named.device = device;
         };
         match cause.detail {
             VmDetail::None => {}
             VmDetail::Port { port, size, write } => {
-                about("port", u64::from(port), Some(write), self.port(u64::from(port)));
+                about(AddressSpace::Port, port.into(), Some(write), self.at(BusKind::Pio, port.into()));
                 named.size = Some(size);
             }
             VmDetail::Msr { index: Some(index), write } => {
-                about("msr", u64::from(index), Some(write), msr_name(index).map(Into::into));
+                about(AddressSpace::Msr, index.into(), Some(write), msr_name(index).map(Into::into));
             }
             VmDetail::Msr { index: None, write } => named.write = Some(write),
-            VmDetail::Leaf(leaf) => about("leaf", u64::from(leaf), None, None),
+            VmDetail::Leaf(leaf) => about(AddressSpace::Leaf, leaf.into(), None, None),
             VmDetail::Memory { write } => {
                 (named.device, named.write) = (Some("guest memory".into()), Some(write));
             }
-            VmDetail::Device { gpa, write } => about("gpa", gpa, Some(write), self.memory(gpa)),
+            VmDetail::Device { gpa, write } => about(AddressSpace::Gpa, gpa, Some(write), self.memory(gpa)),
         }
-        self.place(&mut named, &Whose::Early(cause.early));
+        self.place(&mut named, &Evidence::Early(cause.early));
         named
     }
 }
 
-fn add(into: &mut Cause, vcpu: usize, tally: &Tally, handler_ns: u64) {
-    into.count += tally.count;
-    *into.by_vcpu.entry(vcpu).or_default() += tally.count;
+fn add(into: &mut Cause, vcpu: usize, tally: &TallyRecord, handler_ns: u64) {
+    into.count = into.count.saturating_add(tally.count);
+    let of_vcpu = into.by_vcpu.entry(vcpu).or_default();
+    *of_vcpu = of_vcpu.saturating_add(tally.count);
     into.time_ns = into.time_ns.saturating_add(tally.ns);
     into.max_ns = into.max_ns.max(tally.max_ns);
     into.handler_ns = into.handler_ns.saturating_add(handler_ns);
-    merge_histogram(&mut into.histogram, &tally.buckets());
-}
-
-/// Adds one histogram to another.
-pub(super) fn merge_histogram(into: &mut Vec<(u64, u64)>, other: &[(u64, u64)]) {
-    let mut sum: BTreeMap<u64, u64> = into.iter().copied().collect();
-    for (value, count) in other {
-        let place = sum.entry(*value).or_default();
-        *place = place.saturating_add(*count);
-    }
-    *into = sum.into_iter().collect();
+    histogram::merge(&mut into.histogram, &tally.histogram);
 }
 
 fn named_timeline<K: Ord + Copy>(line: &timeline::Timeline<K>, name: impl Fn(K) -> &'static str) -> Timeline {
-    let counts = line.iter().map(|(step, key, count)| (step, name(key).to_owned(), count)).collect();
+    let counts = line.iter().map(|count| (count.step, name(count.key).to_owned(), count.count).into()).collect();
     Timeline { step_ns: line.step_ns(), counts }
 }
 
@@ -182,97 +173,90 @@ fn finish_exits(mut exits: Exits, causes: impl Iterator<Item = Cause>) -> Exits 
         .causes
         .sort_by(|a, b| b.time_ns.cmp(&a.time_ns).then_with(|| b.count.cmp(&a.count)).then_with(|| a.rip.cmp(&b.rip)));
     for cause in &exits.causes {
-        *exits.by_reason.entry(cause.reason.clone()).or_default() += cause.count;
+        let of_reason = exits.by_reason.entry(cause.reason.clone()).or_default();
+        *of_reason = of_reason.saturating_add(cause.count);
         for (vcpu, count) in &cause.by_vcpu {
             if let Some(sum) = exits.by_vcpu.get_mut(*vcpu) {
-                *sum += count;
+                *sum = sum.saturating_add(*count);
             }
         }
     }
-    exits.total = exits.by_reason.values().sum();
+    exits.total = exits.by_reason.values().fold(0, |sum, count| sum.saturating_add(*count));
     exits
 }
 
-fn userspace_exits(profiles: &[&UserProfile], names: &Names<'_>) -> Exits {
+fn userspace_exits(records: &[&UserRecord], names: &Names<'_>) -> Exits {
     let mut causes: BTreeMap<UserCause, Cause> = BTreeMap::new();
     let mut line = timeline::Timeline::default();
-    for (vcpu, profile) in profiles.iter().enumerate() {
-        line.merge(profile.timeline());
-        for (cause, tally) in profile.causes() {
-            let named = causes.entry(*cause).or_insert_with(|| names.user(cause));
-            add(named, vcpu, &tally.outside, tally.handler_ns);
+    for (vcpu, record) in records.iter().enumerate() {
+        line.merge(&record.timeline);
+        for one in &record.causes {
+            let named = causes.entry(one.cause).or_insert_with(|| names.user(&one.cause));
+            add(named, vcpu, &one.outside, one.handler_ns);
         }
     }
     let exits = Exits {
-        by_vcpu: vec![0; profiles.len()],
+        by_vcpu: vec![0; records.len()],
         timeline: named_timeline(&line, ExitReason::name),
         ..Exits::default()
     };
     finish_exits(exits, causes.into_values())
 }
 
-fn vm_exits(profiles: &[Option<VmProfile>], names: &Names<'_>) -> Option<Exits> {
+fn vm_exits(records: &[Option<VmRecord>], names: &Names<'_>) -> Option<Exits> {
     let mut causes: BTreeMap<VmCause, Cause> = BTreeMap::new();
     let mut line = timeline::Timeline::default();
-    let mut exits = Exits { by_vcpu: vec![0; profiles.len()], ..Exits::default() };
-    for (vcpu, profile) in profiles.iter().enumerate() {
+    let mut exits = Exits { by_vcpu: vec![0; records.len()], ..Exits::default() };
+    for (vcpu, record) in records.iter().enumerate() {
         // Where one vCPU could not be traced, the sums would be wrong.
-        let profile = profile.as_ref()?;
-        line.merge(profile.timeline());
-        exits.lost += profile.lost;
-        exits.untraced += profile.untraced;
-        for (cause, tally) in profile.causes() {
-            add(causes.entry(*cause).or_insert_with(|| names.vm(cause)), vcpu, tally, 0);
+        let record = record.as_ref()?;
+        line.merge(&record.timeline);
+        exits.lost = exits.lost.saturating_add(record.lost);
+        exits.untraced = exits.untraced.saturating_add(record.untraced);
+        for one in &record.causes {
+            add(causes.entry(one.cause).or_insert_with(|| names.vm(&one.cause)), vcpu, &one.outside, 0);
         }
     }
     exits.timeline = named_timeline(&line, Class::name);
     Some(finish_exits(exits, causes.into_values()))
 }
 
-fn marks(profiles: &[&UserProfile]) -> Vec<Mark> {
-    let mut marks: Vec<(u64, user_profile::Mark)> =
-        profiles.iter().flat_map(|profile| profile.marks()).copied().collect();
-    marks.sort();
-    let name = |mark: user_profile::Mark| match mark {
-        user_profile::Mark::Kernel => "kernel".to_owned(),
-        user_profile::Mark::Console => "console".to_owned(),
-        user_profile::Mark::User => "user".to_owned(),
-        user_profile::Mark::Post(code) => format!("POST {code:#04x}"),
-        user_profile::Mark::Guest(number) => format!("mark {number}"),
-    };
-    marks.into_iter().map(|(at_ns, mark)| Mark { name: name(mark), at_ns }).collect()
+fn marks(records: &[&UserRecord]) -> Vec<Mark> {
+    let mut marks: Vec<Mark> = records.iter().flat_map(|record| &record.marks).copied().collect();
+    marks.sort_by_key(|mark| (mark.at_ns, mark.name));
+    marks
 }
 
-/// Loading, unpacking in the guest, the kernel, and what it starts.
-fn phases(finish: &RunRecord, marks: &[Mark], vm: &[Option<VmProfile>]) -> Vec<Phase> {
-    let first = |name: &str| marks.iter().find(|mark| mark.name == name).map(|mark| mark.at_ns);
-    let earliest = |get: fn(&VmProfile) -> Option<u64>| vm.iter().flatten().filter_map(get).min();
-    let ran = nanoseconds(finish.ran);
-    let kernel = first("kernel").into_iter().chain(earliest(|vm| vm.first_kernel_ns)).min();
-    let init = first("user").into_iter().chain(earliest(|vm| vm.first_user_ns)).min();
-    let mut phases = vec![Phase { name: "load".into(), start_ns: 0, end_ns: nanoseconds(finish.startup_cpu) }];
-    let mut add = |name: &str, start_ns: u64, end_ns: u64| {
+/// Returns the phases: loading, decompression in the guest, the kernel, and the programs that it starts.
+fn phases(record: &RunRecord, marks: &[Mark], vm: &[Option<VmRecord>]) -> Vec<Phase> {
+    let first = |name: MarkKind| marks.iter().find(|mark| mark.name == name).map(|mark| mark.at_ns);
+    let earliest = |get: fn(&VmRecord) -> Option<u64>| vm.iter().flatten().filter_map(get).min();
+    let ran_ns = record.ran_ns;
+    let kernel = first(MarkKind::Kernel).into_iter().chain(earliest(|vm| vm.first_kernel_ns)).min();
+    let init = first(MarkKind::User).into_iter().chain(earliest(|vm| vm.first_user_ns)).min();
+    let mut phases = vec![Phase { name: PhaseName::Load, start_ns: 0, end_ns: record.startup_cpu_ns }];
+    let mut add = |name: PhaseName, start_ns: u64, end_ns: u64| {
         phases.push(Phase {
-            name: name.into(),
-            start_ns: start_ns.min(ran),
-            end_ns: end_ns.min(ran).max(start_ns.min(ran)),
+            name,
+            start_ns: start_ns.min(ran_ns),
+            end_ns: end_ns.min(ran_ns).max(start_ns.min(ran_ns)),
         });
     };
-    let kernel_start = if finish.description.contains("by the guest") {
-        add("decompress", 0, kernel.unwrap_or(ran));
-        kernel.unwrap_or(ran)
+    let kernel_start = if record.boot.is_decompressed_by_guest() {
+        add(PhaseName::Decompress, 0, kernel.unwrap_or(ran_ns));
+        kernel.unwrap_or(ran_ns)
     } else {
         0
     };
-    add("kernel", kernel_start, init.unwrap_or(ran));
+    add(PhaseName::Kernel, kernel_start, init.unwrap_or(ran_ns));
     if let Some(init) = init {
-        add("init", init, ran);
+        add(PhaseName::Init, init, ran_ns);
     }
     phases
 }
 
-/// The symbols of a run, moved to where its kernel lies; what cannot be had goes to `missing`.
-pub fn symbols(config: &RunConfig, finish: &RunRecord, missing: &mut Vec<String>) -> Option<Symbols> {
+/// Loads the symbols of a run's kernel and moves them to where it lay. Adds to `missing` why there are none.
+pub fn symbols(config: &RunConfig, record: &RunRecord, missing: &mut Vec<String>) -> Option<Symbols> {
     let mut symbols = match Symbols::load(config) {
         Ok(symbols) => symbols,
         Err(error) => {
@@ -280,7 +264,7 @@ pub fn symbols(config: &RunConfig, finish: &RunRecord, missing: &mut Vec<String>
             return None;
         }
     };
-    let lstar = finish.vcpus.iter().find_map(|vcpu| vcpu.lstar);
+    let lstar = record.vcpus.iter().find_map(|vcpu| vcpu.lstar);
     match lstar {
         Some(lstar) if !symbols.locate(lstar) => {
             missing.push(format!(
@@ -288,19 +272,33 @@ pub fn symbols(config: &RunConfig, finish: &RunRecord, missing: &mut Vec<String>
             ));
             None
         }
-        // The guest's decompressor may have moved it, and it did not live to say to where.
-        None if finish.description.contains("by the guest") => None,
+        // The guest's decompressor may have moved the kernel, which did not run until it set LSTAR.
+        None if record.boot.is_decompressed_by_guest() => None,
         _ => Some(symbols),
     }
 }
 
+/// Returns KVM's statistics of the machine and all vCPUs together.
+fn kvm_statistics(record: &RunRecord) -> BTreeMap<String, u64> {
+    let mut kvm = BTreeMap::new();
+    let of_vcpus = record.vcpus.iter().filter_map(|vcpu| vcpu.stats.as_ref());
+    record.vm_stats.iter().chain(of_vcpus).for_each(|stats| add_kvm(&mut kvm, stats));
+    // Values of the moment, but the machine's own: the pages that its memory is mapped in at the end.
+    let mapped = record.vm_stats.iter().flatten().filter(|stat| stat.name.starts_with("pages_"));
+    kvm.extend(mapped.filter_map(|stat| Some((stat.name.clone(), *stat.values.first()?))));
+    let mmu = record.trace.iter().flat_map(|trace| &trace.mmu);
+    kvm.extend(mmu.map(|(name, count)| (format!("kvmmmu:{name}"), *count)));
+    kvm
+}
+
 impl Profile {
-    /// The profile of one start.
+    /// Makes the profile of one start of a machine.
     #[must_use]
-    pub fn new(config: &RunConfig, finish: &RunRecord) -> Self {
-        let mut missing = finish.traced.as_ref().map(|traced| traced.missing.clone()).unwrap_or_default();
-        let symbols = symbols(config, finish, &mut missing);
-        let users: Vec<&UserProfile> = finish
+    pub fn new(config: &RunConfig, record: &RunRecord) -> Self {
+        let mut missing: Vec<String> = record.trace.iter().flat_map(|trace| trace.missing.clone()).collect();
+        missing.extend(record.missing.iter().cloned());
+        let symbols = symbols(config, record, &mut missing);
+        let users: Vec<&UserRecord> = record
             .vcpus
             .iter()
             .filter_map(|vcpu| match &vcpu.measured {
@@ -308,45 +306,37 @@ impl Profile {
                 Measured::Nothing | Measured::HandlerTime(_) => None,
             })
             .collect();
-        let vm: &[Option<VmProfile>] = finish.traced.as_ref().map_or(&[], |traced| &traced.vcpus);
+        let vm: &[Option<VmRecord>] = record.trace.as_ref().map_or(&[], |trace| &trace.vcpus);
         let marks = marks(&users);
-        let in_place = !finish.description.contains("by the guest");
-        let names = Names { symbols: symbols.as_ref(), handler: &finish.handler, in_place };
-        let mut kvm = BTreeMap::new();
-        finish.vm_stats.iter().chain(finish.vcpu_stats.iter().flatten()).for_each(|stats| add_kvm(&mut kvm, stats));
-        // Momentary, but the machine's own: what its memory is mapped in at the end.
-        let mapped = finish.vm_stats.iter().flatten().filter(|stat| stat.name.starts_with("pages_"));
-        kvm.extend(mapped.filter_map(|stat| Some((stat.name.clone(), *stat.values.first()?))));
-        let mmu = finish.traced.iter().flat_map(|traced| &traced.mmu);
-        kvm.extend(mmu.map(|(name, count)| (format!("kvmmmu:{name}"), *count)));
-        let guest_memory: Vec<_> = finish.ram.host_ranges().map(|range| (range.start, range.bytes)).collect();
-        let isa = vm.iter().flatten().flat_map(VmProfile::reasons).map(|(isa, _, _)| isa.name().to_owned()).next();
+        let in_place = !record.boot.is_decompressed_by_guest();
+        let names = Names { symbols: symbols.as_ref(), devices: &record.devices, in_place };
+        let isa = vm.iter().flatten().find_map(|vm| vm.causes.first()).map(|one| one.cause.isa.name().to_owned());
         Self {
             format: FORMAT.into(),
             version: VERSION,
             hwvmm: env!("CARGO_PKG_VERSION").into(),
-            end: finish.ended.end.to_string(),
-            status: finish.ended.end.status(),
+            end: record.end.reason.to_string(),
+            status: record.end.reason.status(),
             guest: Guest {
                 kernel: config.kernel.display().to_string(),
                 cmdline: config.kernel_cmdline(),
-                boot: finish.description.into(),
-                vcpus: finish.vcpus.len(),
+                boot: record.boot.to_string(),
+                vcpus: record.vcpus.len(),
                 memory_bytes: layout::ram_banks(config.memory.bytes).iter().map(|bank| bank.bytes).sum(),
                 symbols: symbols.as_ref().map(Symbols::description),
                 slide: symbols.as_ref().map_or(0, Symbols::slide),
             },
             host: Host { kernel: host_kernel(), isa },
             starts: 1,
-            ran_ns: nanoseconds(finish.ran),
-            startup_cpu_ns: nanoseconds(finish.startup_cpu),
-            phases: phases(finish, &marks, vm),
+            ran_ns: record.ran_ns,
+            startup_cpu_ns: record.startup_cpu_ns,
+            phases: phases(record, &marks, vm),
             marks,
             vm_exits: (!vm.is_empty()).then(|| vm_exits(vm, &names)).flatten(),
             userspace_exits: userspace_exits(&users, &names),
-            kvm,
-            virtio: virtio_queues(finish),
-            memory: MemoryUse::now(&guest_memory).ok(),
+            kvm: kvm_statistics(record),
+            virtio: used_queues(record),
+            memory: record.memory,
             missing,
             costs: BTreeMap::new(),
         }

@@ -4,8 +4,11 @@
 //! meaning or goes; new fields may come without. All counts are exact; times are nanoseconds; histograms are pairs of (upper
 //! end of a bucket in nanoseconds, how many).
 
-use super::MemoryUse;
-use super::stats::VirtioQueue;
+use super::kinds::{AddressSpace, CodeMode, ExitClass, PhaseName};
+use crate::measure::MemoryUse;
+use crate::measure::record::VirtioQueue;
+use crate::measure::tally::Bucket;
+pub use crate::measure::user_profile::Mark;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -130,23 +133,22 @@ pub struct Host {
 }
 
 /// A part of the run.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Phase {
-    /// "load", "decompress", "kernel", "init".
-    pub name: String,
-    /// From when the guest first ran; for "load", 0 is hwvmm's start.
+    /// Name of the phase.
+    pub name: PhaseName,
+    /// Start in nanoseconds since the guest first ran; for [`PhaseName::Load`] since hwvmm's start.
     pub start_ns: u64,
-    /// Its end.
+    /// End, counted as the start.
     pub end_ns: u64,
 }
 
-/// A moment.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mark {
-    /// What.
-    pub name: String,
-    /// When, from when the guest first ran.
-    pub at_ns: u64,
+impl Phase {
+    /// Returns the length in nanoseconds.
+    #[must_use]
+    pub fn length_ns(&self) -> u64 {
+        self.end_ns.saturating_sub(self.start_ns)
+    }
 }
 
 /// Exits of one of the two sorts.
@@ -173,11 +175,11 @@ pub struct Exits {
 pub struct Cause {
     /// The reason: as in KVM_EXIT_*, or the manual's name of the exit code.
     pub reason: String,
-    /// Its kind, the same on all processors: "pio", "msr", "cpuid", "npf", "hlt", ...
-    pub class: String,
-    /// "port", "gpa", "msr", "leaf", "hypercall", where there is one.
-    pub space: Option<String>,
-    /// The number in that space.
+    /// Its kind, the same on all processors.
+    pub class: ExitClass,
+    /// What `address` is a number of; `None` for an exit without an address.
+    pub space: Option<AddressSpace>,
+    /// Port, gpa, MSR index, CPUID leaf or hypercall number.
     pub address: Option<u64>,
     /// Bytes of an item, for ports and memory.
     pub size: Option<u8>,
@@ -191,10 +193,9 @@ pub struct Cause {
     pub function: Option<String>,
     /// Bytes from the function's start.
     pub offset: Option<u64>,
-    /// Whose instruction: "kernel", "user", "boot" (before the kernel maps itself), "low" (addresses below the kernel's
-    /// that may be anyone's).
-    pub mode: String,
-    /// vCPU → count.
+    /// Whose instruction it is.
+    pub mode: CodeMode,
+    /// Exits by index of the vCPU.
     pub by_vcpu: BTreeMap<usize, u64>,
     /// How often.
     pub count: u64,
@@ -204,17 +205,41 @@ pub struct Cause {
     pub max_ns: u64,
     /// Of the time, what hwvmm's handler took (userspace exits).
     pub handler_ns: u64,
-    /// Times.
-    pub histogram: Vec<(u64, u64)>,
+    /// Histogram of the times.
+    pub histogram: Vec<Bucket>,
 }
 
 /// Counts over time.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timeline {
-    /// How wide a step is.
+    /// Length of a step in nanoseconds.
     pub step_ns: u64,
-    /// (step, reason or class, count).
-    pub counts: Vec<(u64, String, u64)>,
+    /// Exits by step, then by key.
+    pub counts: Vec<TimelineStep>,
+}
+
+/// The exits of one key in one step of a timeline. In JSON a list of its three fields.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(u64, String, u64)", into = "(u64, String, u64)")]
+pub struct TimelineStep {
+    /// Index of the step.
+    pub step: u64,
+    /// Reason of userspace exits, class of VM exits.
+    pub key: String,
+    /// Number of exits.
+    pub count: u64,
+}
+
+impl From<(u64, String, u64)> for TimelineStep {
+    fn from((step, key, count): (u64, String, u64)) -> Self {
+        Self { step, key, count }
+    }
+}
+
+impl From<TimelineStep> for (u64, String, u64) {
+    fn from(step: TimelineStep) -> Self {
+        (step.step, step.key, step.count)
+    }
 }
 
 impl Cause {
@@ -226,10 +251,12 @@ impl Cause {
             Some(false) => " read",
             None => "",
         };
-        match (&self.device, self.space.as_deref(), self.address) {
+        match (&self.device, self.space, self.address) {
             (Some(device), Some(_), Some(address)) => format!("{device} {address:#x}{direction}"),
             (Some(device), ..) => format!("{device}{direction}"),
-            (None, Some("port" | "gpa"), Some(address)) => format!("(nobody) {address:#x}{direction}"),
+            (None, Some(AddressSpace::Port | AddressSpace::Gpa), Some(address)) => {
+                format!("(unmapped) {address:#x}{direction}")
+            }
             (None, Some(space), Some(address)) => format!("{space} {address:#x}{direction}"),
             (None, _, _) => direction.trim().to_owned(),
         }
@@ -238,10 +265,10 @@ impl Cause {
     /// Where it came from, for people: `serial8250_console_putchar+0x12`.
     #[must_use]
     pub fn place(&self) -> String {
-        match (&self.function, self.offset, self.rip, self.mode.as_str()) {
+        match (&self.function, self.offset, self.rip, self.mode) {
             (Some(function), Some(offset), _, _) => format!("{function}+{offset:#x}"),
             (_, _, None, _) => "(many places)".into(),
-            (_, _, Some(rip), "user") => format!("user {rip:#x}"),
+            (_, _, Some(rip), CodeMode::User) => format!("user {rip:#x}"),
             (_, _, Some(rip), _) => format!("{rip:#x}"),
         }
     }
@@ -249,36 +276,24 @@ impl Cause {
     /// The function alone, or whose code it is.
     #[must_use]
     pub fn function(&self) -> String {
-        match (&self.function, self.rip, self.mode.as_str()) {
+        match (&self.function, self.rip, self.mode) {
             (Some(function), _, _) => function.clone(),
-            (None, _, "user") => "user space".into(),
+            (None, _, CodeMode::User) => "user space".into(),
             (None, None, _) => "(many places)".into(),
-            (None, Some(MODULES..), "kernel") => "(a module)".into(),
+            (None, Some(MODULES..), CodeMode::Kernel) => "(a module)".into(),
             (None, Some(rip), _) => format!("{rip:#x}"),
         }
     }
-}
-
-/// The upper end of the bucket that `share` of all lie in or below, of a histogram.
-#[must_use]
-pub fn percentile(histogram: &[(u64, u64)], per_cent: u64) -> u64 {
-    let all: u64 = histogram.iter().map(|(_, count)| count).fold(0, |sum, count| sum.saturating_add(*count));
-    let wanted = u64::try_from((u128::from(all) * u128::from(per_cent)).div_ceil(100)).unwrap_or(u64::MAX);
-    let mut seen = 0_u64;
-    for (value, count) in histogram {
-        seen = seen.saturating_add(*count);
-        if seen >= wanted {
-            return *value;
-        }
-    }
-    histogram.last().map_or(0, |(value, _)| *value)
 }
 
 impl Exits {
     /// Time outside of the guest, without what it slept in HLT.
     #[must_use]
     pub fn busy_ns(&self) -> u64 {
-        self.causes.iter().filter(|cause| cause.class != "hlt").fold(0, |sum, cause| sum.saturating_add(cause.time_ns))
+        self.causes
+            .iter()
+            .filter(|cause| cause.class != ExitClass::Hlt)
+            .fold(0, |sum, cause| sum.saturating_add(cause.time_ns))
     }
 
     fn check(&self, what: &str) -> Result<(), String> {
@@ -340,13 +355,14 @@ impl Profile {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::measure::user_profile::MarkKind;
 
     /// A small profile with one cause of each sort.
     pub(in crate::profile) fn sample() -> Profile {
         let cause = Cause {
             reason: "pio_out".into(),
-            class: "pio".into(),
-            space: Some("port".into()),
+            class: ExitClass::Pio,
+            space: Some(AddressSpace::Port),
             address: Some(0x3f8),
             size: Some(1),
             write: Some(true),
@@ -354,13 +370,13 @@ pub(super) mod tests {
             rip: Some(0xffff_ffff_8123_4567),
             function: Some("io_serial_out".into()),
             offset: Some(0x16),
-            mode: "kernel".into(),
+            mode: CodeMode::Kernel,
             by_vcpu: BTreeMap::from([(0, 300)]),
             count: 300,
             time_ns: 3_000_000,
             max_ns: 50_000,
             handler_ns: 600_000,
-            histogram: vec![(9_983, 290), (51_199, 10)],
+            histogram: [(9_983, 290), (51_199, 10)].map(Bucket::from).into(),
         };
         let exits = |cause: Cause| Exits {
             total: cause.count,
@@ -368,15 +384,15 @@ pub(super) mod tests {
             by_vcpu: vec![cause.count],
             timeline: Timeline {
                 step_ns: 1_000_000,
-                counts: vec![(0, cause.class.clone(), 100), (7, cause.class.clone(), 200)],
+                counts: [(0, 100), (7, 200)].map(|(step, count)| (step, cause.class.to_string(), count).into()).into(),
             },
             causes: vec![cause],
             ..Exits::default()
         };
         let cpuid = Cause {
             reason: "CPUID".into(),
-            class: "cpuid".into(),
-            space: Some("leaf".into()),
+            class: ExitClass::Cpuid,
+            space: Some(AddressSpace::Leaf),
             address: Some(0x4000_0000),
             write: None,
             device: None,
@@ -393,10 +409,10 @@ pub(super) mod tests {
             ran_ns: 8_000_000,
             startup_cpu_ns: 9_000_000,
             phases: vec![
-                Phase { name: "load".into(), start_ns: 0, end_ns: 9_000_000 },
-                Phase { name: "kernel".into(), start_ns: 0, end_ns: 8_000_000 },
+                Phase { name: PhaseName::Load, start_ns: 0, end_ns: 9_000_000 },
+                Phase { name: PhaseName::Kernel, start_ns: 0, end_ns: 8_000_000 },
             ],
-            marks: vec![Mark { name: "console".into(), at_ns: 5_000_000 }],
+            marks: vec![Mark { name: MarkKind::Console, at_ns: 5_000_000 }],
             vm_exits: Some(exits(cpuid)),
             userspace_exits: exits(cause),
             ..Profile::default()
@@ -432,16 +448,5 @@ pub(super) mod tests {
         damaged.userspace_exits.causes.push(damaged.userspace_exits.causes[0].clone());
         let error = parse(&serde_json::to_string(&damaged).expect("JSON")).expect_err("damaged").to_string();
         assert!(error.contains("is damaged") && error.contains("by cause"), "{error}");
-    }
-
-    #[test]
-    fn percentiles_are_upper_ends() {
-        let histogram = [(10, 98), (100, 1), (1000, 1)];
-        assert_eq!(
-            (percentile(&histogram, 50), percentile(&histogram, 99), percentile(&histogram, 100)),
-            (10, 100, 1000)
-        );
-        assert_eq!(percentile(&[], 99), 0);
-        assert_eq!(percentile(&[(5, u64::MAX), (6, u64::MAX)], 100), 5, "hostile counts do not overflow");
     }
 }

@@ -1,7 +1,7 @@
 //! What KVM did for the guest's page tables, in the words of Adams and Agesen (ASPLOS 2006): true page faults are the guest's
 //! own, and handed to it; hidden ones come from tables of KVM's being behind; traces are writes to page tables that KVM follows.
 
-use super::render::number;
+use super::units::number;
 use std::collections::BTreeMap;
 
 /// Whether these are a machine's on shadow paging: only that sees the guest's own faults, and keeps tables that can be out of

@@ -1,12 +1,10 @@
 //! The counts of a run, as data.
 
-use super::MemoryUse;
 use crate::exit::ExitReason;
-use crate::exit::handler::BusKind;
 use crate::kvm::stats::{Kind, Stat};
-use crate::machine::RunRecord;
-use crate::measure::counters::Accesses;
-use crate::measure::{Counters, Measured};
+use crate::measure::counters::{AccessSpace, Accesses, DeviceCount};
+use crate::measure::record::VirtioQueue;
+use crate::measure::{Measured, MemoryUse, RunRecord};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -14,27 +12,12 @@ use std::collections::BTreeMap;
 pub(super) const SCHEMA: u32 = 1;
 
 /// One userspace exit reason.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ReasonCount {
     /// How often.
     pub count: u64,
     /// Nanoseconds in hwvmm's handler, together.
     pub handler_ns: u64,
-}
-
-/// One device, or one address where nobody is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct DeviceCount {
-    /// "pio", "mmio" or "msr".
-    pub bus: &'static str,
-    /// First address, or the MSR's number.
-    pub address: u64,
-    /// The device; `None` where nobody is.
-    pub device: Option<String>,
-    /// Reads.
-    pub reads: u64,
-    /// Writes.
-    pub writes: u64,
 }
 
 /// The userspace exits of a run.
@@ -43,26 +26,11 @@ pub struct UserspaceExits {
     /// All.
     pub total: u64,
     /// By reason; those that occurred.
-    pub by_reason: BTreeMap<&'static str, ReasonCount>,
+    pub by_reason: BTreeMap<ExitReason, ReasonCount>,
     /// By device, most first.
     pub by_device: Vec<DeviceCount>,
     /// Accesses to addresses beyond those that were told apart.
     pub beyond: u64,
-}
-
-/// A queue of a virtio device. Kicks are VM exits that KVM handles by itself (ioeventfd): no userspace exits.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
-pub struct VirtioQueue {
-    /// The device.
-    pub device: String,
-    /// The queue's number.
-    pub queue: usize,
-    /// Notifications by the driver.
-    pub kicks: u64,
-    /// Interrupts to the driver.
-    pub interrupts: u64,
-    /// Buffers (chains of descriptors) used.
-    pub requests: u64,
 }
 
 /// What `--stats` shows.
@@ -75,7 +43,7 @@ pub struct RunStats {
     /// The exit status.
     pub status: u8,
     /// How the kernel was loaded and entered.
-    pub boot: &'static str,
+    pub boot: String,
     /// How often the guest was started: more than once with --on-reboot=restart.
     pub starts: u32,
     /// vCPUs.
@@ -86,8 +54,8 @@ pub struct RunStats {
     pub startup_cpu_ns: u64,
     /// KVM_RUN returning to hwvmm.
     pub userspace_exits: UserspaceExits,
-    /// Writes that waited in the kernel for another exit (--tune coalesced-io): each one exit less.
-    pub waited: u64,
+    /// Coalesced writes (--tune coalesced-io), drained at the next exit: each is one exit less.
+    pub coalesced_writes: u64,
     /// Queues of virtio devices on which something happened.
     pub virtio: Vec<VirtioQueue>,
     /// KVM's own figures, of the machine and of all vCPUs together; not userspace exits. `None`: KVM has none.
@@ -96,43 +64,38 @@ pub struct RunStats {
     pub memory: Option<MemoryUse>,
 }
 
-pub(super) fn nanoseconds(time: std::time::Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
 impl RunStats {
-    /// The counts of one start.
+    /// Makes the statistics of one start of a machine.
     #[must_use]
-    pub fn new(finish: &RunRecord) -> Self {
-        let guest: Vec<_> = finish.ram.host_ranges().map(|range| (range.start, range.bytes)).collect();
-        let mut stats = Self {
-            schema: SCHEMA,
-            end: finish.ended.end.to_string(),
-            status: finish.ended.end.status(),
-            boot: finish.description,
-            starts: 1,
-            vcpus: finish.vcpus.len(),
-            ran_ns: nanoseconds(finish.ran),
-            startup_cpu_ns: nanoseconds(finish.startup_cpu),
-            userspace_exits: userspace_exits(finish),
-            waited: finish.handler.ring.as_ref().map_or(0, crate::kvm::CoalescedRing::drained),
-            virtio: virtio_queues(finish),
-            kvm: None,
-            memory: MemoryUse::now(&guest).ok(),
-        };
-        if let Some(machine) = &finish.vm_stats {
+    pub fn new(record: &RunRecord) -> Self {
+        let of_vcpus = record.vcpus.iter().filter_map(|vcpu| vcpu.stats.as_ref());
+        let kvm = record.vm_stats.as_ref().map(|machine| {
             let mut kvm = BTreeMap::new();
             add_kvm(&mut kvm, machine);
-            finish.vcpu_stats.iter().flatten().for_each(|vcpu| add_kvm(&mut kvm, vcpu));
-            stats.kvm = Some(kvm);
+            of_vcpus.for_each(|vcpu| add_kvm(&mut kvm, vcpu));
+            kvm
+        });
+        Self {
+            schema: SCHEMA,
+            end: record.end.reason.to_string(),
+            status: record.end.reason.status(),
+            boot: record.boot.to_string(),
+            starts: 1,
+            vcpus: record.vcpus.len(),
+            ran_ns: record.ran_ns,
+            startup_cpu_ns: record.startup_cpu_ns,
+            userspace_exits: userspace_exits(record),
+            coalesced_writes: record.coalesced_writes,
+            virtio: used_queues(record),
+            kvm,
+            memory: record.memory,
         }
-        stats
     }
 
     /// Adds the counts of a later start of the same guest.
     pub fn add_start(&mut self, later: Self) {
         self.starts += later.starts;
-        self.waited += later.waited;
+        self.coalesced_writes += later.coalesced_writes;
         self.ran_ns += later.ran_ns;
         (self.end, self.status, self.memory) = (later.end, later.status, later.memory);
         self.userspace_exits.merge(later.userspace_exits);
@@ -157,71 +120,62 @@ impl RunStats {
     }
 }
 
-pub(super) fn virtio_queues(finish: &RunRecord) -> Vec<VirtioQueue> {
-    let get = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
-    let queues = finish.virtio.iter().flat_map(|device| {
-        device.counts.iter().enumerate().map(move |(queue, counts)| VirtioQueue {
-            device: device.name.clone(),
-            queue,
-            kicks: get(&counts.kicks),
-            interrupts: get(&counts.interrupts),
-            requests: get(&counts.requests),
-        })
-    });
-    queues.filter(|queue| queue.kicks + queue.interrupts + queue.requests > 0).collect()
+/// Returns the virtio queues on which something happened.
+pub(super) fn used_queues(record: &RunRecord) -> Vec<VirtioQueue> {
+    let used = |queue: &&VirtioQueue| (queue.kicks, queue.interrupts, queue.requests) != (0, 0, 0);
+    record.virtio.iter().filter(used).cloned().collect()
 }
 
-/// Adds cumulative counts; histograms and momentary values say nothing in a sum.
+/// Adds cumulative counts to `sums`. Sums of histograms and of values of the moment would mean nothing.
 pub(super) fn add_kvm(sums: &mut BTreeMap<String, u64>, stats: &[Stat]) {
     for stat in stats.iter().filter(|stat| stat.kind == Kind::Cumulative) {
-        *sums.entry(stat.name.clone()).or_default() += stat.values.iter().sum::<u64>();
+        let sum = sums.entry(stat.name.clone()).or_default();
+        *sum = stat.values.iter().fold(*sum, |sum, value| sum.saturating_add(*value));
     }
 }
 
-fn userspace_exits(finish: &RunRecord) -> UserspaceExits {
-    let handler = &finish.handler;
-    let mut counters = Counters::new(&handler.pio, &handler.mmio);
-    let mut ns = [0_u64; ExitReason::COUNT];
-    for vcpu in &finish.vcpus {
-        counters.merge(&vcpu.counters);
+fn userspace_exits(record: &RunRecord) -> UserspaceExits {
+    let mut exits = UserspaceExits::default();
+    let mut devices: BTreeMap<(AccessSpace, u64, Option<String>), Accesses> = BTreeMap::new();
+    for vcpu in &record.vcpus {
+        let counts = &vcpu.counts;
+        exits.total = exits.total.saturating_add(counts.total());
+        exits.beyond = exits.beyond.saturating_add(counts.beyond.reads).saturating_add(counts.beyond.writes);
+        for (reason, count) in &counts.by_reason {
+            exits.reason(*reason).count += count;
+        }
+        for DeviceCount { bus, address, device, reads, writes } in &counts.by_device {
+            let sum = devices.entry((*bus, *address, device.clone())).or_default();
+            sum.reads = sum.reads.saturating_add(*reads);
+            sum.writes = sum.writes.saturating_add(*writes);
+        }
         match &vcpu.measured {
-            Measured::HandlerTime(times) => ns.iter_mut().zip(times.iter()).for_each(|(sum, time)| *sum += time),
+            Measured::HandlerTime(times) => {
+                times.iter().for_each(|(reason, ns)| exits.reason(*reason).handler_ns += ns)
+            }
             Measured::Profile(profile) => {
-                profile.causes().for_each(|(cause, tally)| ns[cause.reason.index()] += tally.handler_ns);
+                profile.causes.iter().for_each(|one| exits.reason(one.cause.reason).handler_ns += one.handler_ns);
             }
             Measured::Nothing => {}
         }
     }
-    let mut exits =
-        UserspaceExits { total: counters.total(), beyond: counters.beyond().total(), ..UserspaceExits::default() };
-    for reason in ExitReason::ALL {
-        let count = counters.reason(*reason);
-        if count > 0 {
-            exits.by_reason.insert(reason.name(), ReasonCount { count, handler_ns: ns[reason.index()] });
-        }
-    }
-    let mut add = |bus, address, device, accesses: Accesses| {
-        if accesses.total() > 0 {
-            let Accesses { reads, writes } = accesses;
-            exits.by_device.push(DeviceCount { bus, address, device, reads, writes });
-        }
+    let count = |((bus, address, device), sum): ((AccessSpace, u64, Option<String>), Accesses)| DeviceCount {
+        bus,
+        address,
+        device,
+        reads: sum.reads,
+        writes: sum.writes,
     };
-    for (bus, kind, name) in [(&handler.pio, BusKind::Pio, "pio"), (&handler.mmio, BusKind::Mmio, "mmio")] {
-        for ((address, device), accesses) in bus.slots().zip(counters.slots(kind)) {
-            add(name, address, Some(device.to_owned()), *accesses);
-        }
-    }
-    for (bus, address, accesses) in counters.unmapped() {
-        add(if bus == BusKind::Pio { "pio" } else { "mmio" }, address, None, accesses);
-    }
-    for (index, accesses) in counters.msrs() {
-        add("msr", u64::from(index), None, accesses);
-    }
+    exits.by_device = devices.into_iter().map(count).collect();
     exits.sort();
     exits
 }
 
 impl UserspaceExits {
+    fn reason(&mut self, reason: ExitReason) -> &mut ReasonCount {
+        self.by_reason.entry(reason).or_default()
+    }
+
     fn sort(&mut self) {
         self.by_device.sort_by_key(|device| (std::cmp::Reverse(device.reads + device.writes), device.address));
     }
@@ -229,8 +183,8 @@ impl UserspaceExits {
     fn merge(&mut self, other: Self) {
         self.total += other.total;
         self.beyond += other.beyond;
-        for (name, theirs) in other.by_reason {
-            let mine = self.by_reason.entry(name).or_insert(ReasonCount { count: 0, handler_ns: 0 });
+        for (reason, theirs) in other.by_reason {
+            let mine = self.reason(reason);
             mine.count += theirs.count;
             mine.handler_ns += theirs.handler_ns;
         }
@@ -254,10 +208,16 @@ mod tests {
     use super::*;
 
     fn exits(count: u64) -> UserspaceExits {
-        let device = DeviceCount { bus: "pio", address: 0x3f8, device: Some("UART 1".into()), reads: count, writes: 1 };
+        let device = DeviceCount {
+            bus: AccessSpace::Pio,
+            address: 0x3f8,
+            device: Some("UART 1".into()),
+            reads: count,
+            writes: 1,
+        };
         UserspaceExits {
             total: count + 1,
-            by_reason: BTreeMap::from([("pio_in", ReasonCount { count, handler_ns: 5 })]),
+            by_reason: BTreeMap::from([(ExitReason::PioIn, ReasonCount { count, handler_ns: 5 })]),
             by_device: vec![device],
             beyond: 0,
         }
@@ -268,7 +228,7 @@ mod tests {
         let mut sum = exits(2);
         sum.merge(exits(3));
         assert_eq!(sum.total, 7);
-        assert_eq!(sum.by_reason["pio_in"], ReasonCount { count: 5, handler_ns: 10 });
+        assert_eq!(sum.by_reason[&ExitReason::PioIn], ReasonCount { count: 5, handler_ns: 10 });
         assert_eq!((sum.by_device.len(), sum.by_device[0].reads, sum.by_device[0].writes), (1, 5, 2));
     }
 

@@ -1,6 +1,8 @@
 //! The counts of a run, as tables for people; 100 columns at most.
 
-use super::stats::{DeviceCount, RunStats};
+use super::stats::RunStats;
+use super::units::{milliseconds, share};
+use crate::measure::counters::{AccessSpace, DeviceCount};
 use std::fmt;
 
 /// KVM's figures that tell most, in this order; the others that are not 0 follow.
@@ -21,41 +23,29 @@ const FIRST: [&str; 12] = [
 /// Rows of the device table before the rest is summed up.
 const DEVICE_ROWS: usize = 24;
 
-fn milliseconds(ns: u64) -> f64 {
-    std::time::Duration::from_nanos(ns).as_secs_f64() * 1e3
-}
-
-fn share(part: u64, whole: u64) -> String {
-    if whole == 0 {
-        return "-".into();
-    }
-    // Tenths of a per cent, rounded, in whole numbers.
-    let tenths = (part * 1000 + whole / 2) / whole;
-    format!("{}.{} %", tenths / 10, tenths % 10)
-}
-
 impl fmt::Display for RunStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let exits = &self.userspace_exits;
         writeln!(f, "userspace exits: {} (KVM_RUN came back to hwvmm)", exits.total)?;
-        if self.waited > 0 {
-            writeln!(f, "  and {} writes that waited in the kernel for another exit", self.waited)?;
+        if self.coalesced_writes > 0 {
+            writeln!(f, "  and {} coalesced writes (drained at the next exit)", self.coalesced_writes)?;
         }
         let mut reasons: Vec<_> = exits.by_reason.iter().collect();
         reasons.sort_by_key(|(_, count)| std::cmp::Reverse(count.count));
         if !reasons.is_empty() {
             writeln!(f, "  {:<18} {:>10} {:>8} {:>14}", "reason", "count", "share", "in hwvmm, ms")?;
         }
-        for (name, reason) in reasons {
-            let (part, ms) = (share(reason.count, exits.total), milliseconds(reason.handler_ns));
-            writeln!(f, "  {name:<18} {:>10} {part:>8} {ms:>14.3}", reason.count)?;
+        for (reason, counted) in reasons {
+            let name = reason.name();
+            let (part, ms) = (share(counted.count, exits.total), milliseconds(counted.handler_ns));
+            writeln!(f, "  {name:<18} {:>10} {part:>8} {ms:>14.3}", counted.count)?;
         }
         if !exits.by_device.is_empty() {
             writeln!(f, "  {:<18} {:<12} {:>10} {:>10} {:>8}", "device", "address", "reads", "writes", "share")?;
         }
         for device in exits.by_device.iter().take(DEVICE_ROWS) {
             let part = share(device.reads + device.writes, exits.total);
-            let (name, address) = (device_name(device), format!("{} {:#x}", device.bus, device.address));
+            let (name, address) = (device_name(device), format!("{} {:#x}", device.bus.name(), device.address));
             writeln!(f, "  {name:<18} {address:<12} {:>10} {:>10} {part:>8}", device.reads, device.writes)?;
         }
         let rest: u64 = exits.by_device.iter().skip(DEVICE_ROWS).map(|d| d.reads + d.writes).sum();
@@ -83,8 +73,8 @@ impl fmt::Display for RunStats {
 fn device_name(device: &DeviceCount) -> &str {
     match (&device.device, device.bus) {
         (Some(name), _) => name,
-        (None, "msr") => "(unknown MSR)",
-        (None, _) => "(nobody there)",
+        (None, AccessSpace::Msr) => "(unknown MSR)",
+        (None, AccessSpace::Pio | AccessSpace::Mmio) => "(unmapped)",
     }
 }
 
@@ -127,7 +117,9 @@ impl RunStats {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::profile::stats::{ReasonCount, SCHEMA, UserspaceExits, VirtioQueue};
+    use crate::exit::ExitReason;
+    use crate::measure::record::VirtioQueue;
+    use crate::profile::stats::{ReasonCount, SCHEMA, UserspaceExits};
     use std::collections::BTreeMap;
 
     #[test]
@@ -136,25 +128,31 @@ mod tests {
             schema: SCHEMA,
             end: "the guest powered off".into(),
             status: 0,
-            boot: "",
+            boot: String::new(),
             starts: 1,
             vcpus: 1,
             ran_ns: 2_500_000,
             startup_cpu_ns: 1_000_000,
             userspace_exits: UserspaceExits {
                 total: 3,
-                by_reason: BTreeMap::from([("pio_out", ReasonCount { count: 3, handler_ns: 1000 })]),
-                by_device: vec![DeviceCount { bus: "pio", address: 0x61, device: None, reads: 1, writes: 2 }],
+                by_reason: BTreeMap::from([(ExitReason::PioOut, ReasonCount { count: 3, handler_ns: 1000 })]),
+                by_device: vec![DeviceCount {
+                    bus: AccessSpace::Pio,
+                    address: 0x61,
+                    device: None,
+                    reads: 1,
+                    writes: 2,
+                }],
                 beyond: 0,
             },
             virtio: vec![VirtioQueue { device: "disk0".into(), queue: 0, kicks: 1, interrupts: 2, requests: 3 }],
             kvm: Some(BTreeMap::from([("exits".into(), 123_456_789), ("tlb_flush".into(), 2), ("zero".into(), 0)])),
             memory: None,
-            waited: 0,
+            coalesced_writes: 0,
         };
         let text = stats.to_string();
         assert!(text.contains("userspace exits: 3") && text.contains("100.0 %"), "{text}");
-        assert!(text.contains("(nobody there)") && text.contains("123456789") && !text.contains("zero"), "{text}");
+        assert!(text.contains("(unmapped)") && text.contains("123456789") && !text.contains("zero"), "{text}");
         assert!(text.lines().all(|line| line.chars().count() <= 100));
     }
 }

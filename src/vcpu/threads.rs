@@ -1,13 +1,14 @@
 //! One thread a vCPU: started together, kicked, asked whether they rest, stopped and joined.
 
 use super::run_loop::{Records, Stop, run};
-use crate::exit::{EndReason, Handler};
+use crate::exit::{EndReason, Handler, RunEnd};
 use crate::kvm::clock::Anchor;
 use crate::kvm::kick::{self, KickTarget};
+use crate::kvm::stats::Reader;
 use crate::kvm::vcpu::{Running, VcpuActivity};
 use crate::kvm::{KvmError, Vcpu};
 use crate::measure::tracer;
-use crate::measure::{Counters, FlightRecorder, HandlerTime, Measured, NoProfile, Profiler, UserProfile};
+use crate::measure::{Counters, FlightRecorder, HandlerTime, Measured, NoProfile, Profiler, UserProfile, VcpuRecord};
 use hwvmm_arch::msr::IA32_LSTAR;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -18,15 +19,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// How often a vCPU that does not come out is kicked again: it may just have entered a system call.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
-
-/// The end of a run and the vCPU it happened on, where it happened on one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RunEnd {
-    /// Why.
-    pub end: EndReason,
-    /// The vCPU's index.
-    pub vcpu: Option<usize>,
-}
 
 /// Shared by all that can end a run: the first end counts.
 pub struct Control {
@@ -52,8 +44,8 @@ impl Control {
     }
 
     /// Ends the run, unless it has ended already.
-    pub fn end(&self, end: EndReason, vcpu: Option<usize>) {
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(RunEnd { end, vcpu });
+    pub fn end(&self, reason: EndReason, vcpu: Option<usize>) {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(RunEnd { reason, vcpu });
         if let Err(error) = self.event.write(1) {
             log::error!("cannot wake the event loop: {error}");
         }
@@ -76,24 +68,6 @@ impl Control {
     pub fn is_stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
     }
-}
-
-/// What a vCPU's thread leaves behind.
-pub struct VcpuRecord {
-    /// Counts.
-    pub counters: Counters,
-    /// The last exits.
-    pub flight_recorder: FlightRecorder,
-    /// What the profiler measured.
-    pub measured: Measured,
-    /// When the thread started and ended, on both clocks.
-    pub clock: (Anchor, Anchor),
-    /// Where the guest takes system calls (MSR LSTAR), where it has said so: it tells where its kernel lies.
-    pub lstar: Option<u64>,
-    /// RIP when the thread stopped, where it could be read.
-    pub rip: Option<u64>,
-    /// The vCPU, for a last look at its statistics.
-    pub vcpu: Vcpu,
 }
 
 /// What is to be measured at exits.
@@ -184,6 +158,7 @@ impl Threads {
         measure: &Measure,
     ) -> io::Result<Self> {
         kick::install()?;
+        let start = Anchor::now();
         let mut threads = Self { threads: Vec::new(), control: Arc::clone(control) };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let shared = Arc::new(VcpuShared {
@@ -192,8 +167,13 @@ impl Threads {
                 activity: AtomicU8::new(AWAKE),
                 counters: Mutex::new(None),
             });
-            let work =
-                Work { index, shared: Arc::clone(&shared), handler: Arc::clone(handler), control: Arc::clone(control) };
+            let work = Work {
+                index,
+                start,
+                shared: Arc::clone(&shared),
+                handler: Arc::clone(handler),
+                control: Arc::clone(control),
+            };
             let measure = measure.clone();
             let body = move || work.start(vcpu, measure);
             match std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(256 << 10).spawn(body) {
@@ -266,6 +246,8 @@ impl Drop for EndOnPanic<'_> {
 /// What a vCPU's thread works with.
 struct Work {
     index: usize,
+    /// When the vCPUs were started.
+    start: Anchor,
     shared: Arc<VcpuShared>,
     handler: Arc<Handler>,
     control: Arc<Control>,
@@ -286,12 +268,14 @@ impl Work {
         }
     }
 
-    fn run<P: Profiler>(self, mut vcpu: Vcpu, profiler: P) -> VcpuRecord {
+    fn run<P: Profiler>(self, mut vcpu: Vcpu, profiler: P) -> VcpuRecord
+    where
+        Measured: From<P::Measured>,
+    {
         *self.shared.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(KickTarget::current());
         let counters = Counters::new(&self.handler.pio, &self.handler.mmio);
         let _guard = EndOnPanic(&self);
         let mut records = Records { counters, flight_recorder: FlightRecorder::default(), profiler };
-        let began = Anchor::now();
         let rip = {
             let mut running = vcpu.enter();
             let stopped = if self.control.is_stopping() {
@@ -310,9 +294,15 @@ impl Work {
         };
         *self.shared.target.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let Records { counters, flight_recorder, profiler } = records;
-        let clock = (began, Anchor::now());
-        let lstar = vcpu.msr(IA32_LSTAR).filter(|address| *address != 0);
-        VcpuRecord { counters, flight_recorder, measured: profiler.finish(), clock, lstar, rip, vcpu }
+        let stats = vcpu.stats_fd().ok().and_then(|file| Reader::new(file).ok()?.read().ok());
+        VcpuRecord {
+            counts: counters.resolve(&self.handler.pio, &self.handler.mmio),
+            flight_recorder: flight_recorder.resolve(&self.start, &Anchor::now()),
+            measured: profiler.finish().into(),
+            stats,
+            rip,
+            lstar: vcpu.msr(IA32_LSTAR).filter(|address| *address != 0),
+        }
     }
 
     /// After a kick: publishes whether the vCPU rests and what it has counted, where asked; whether to stop.

@@ -1,9 +1,11 @@
 //! The meaning of an exit code and its information fields, for VMX and SVM.
 
 use super::{svm, vmx};
+use serde::{Deserialize, Serialize};
 
 /// The virtualization extension of the host's processor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Isa {
     /// Intel VMX (VT-x).
     Vmx,
@@ -12,7 +14,8 @@ pub enum Isa {
 }
 
 /// A class of VM exits that exists on both VMX and SVM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Class {
     /// Port I/O: IN, OUT, INS, OUTS.
     Pio,
@@ -21,12 +24,15 @@ pub enum Class {
     /// The CPUID instruction.
     Cpuid,
     /// A nested page fault (NPT) or an EPT violation: the memory is not mapped yet, or a device is there.
+    #[serde(rename = "npf")]
     NestedPageFault,
     /// The HLT instruction.
     Hlt,
     /// An interrupt for the host, or an interrupt window for the guest.
+    #[serde(rename = "intr")]
     Interrupt,
     /// Access to a control or debug register.
+    #[serde(rename = "cr")]
     ControlRegister,
     /// An exception; with shadow paging these are mostly page faults.
     Exception,

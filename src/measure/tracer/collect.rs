@@ -1,105 +1,112 @@
 //! VM exits by cause: what the tracepoints of one vCPU say, put together.
 
 use super::format::{Field, Format};
-use crate::measure::tally::Tally;
+use crate::measure::tally::{Tally, TallyRecord};
 use crate::measure::timeline::Timeline;
 use hwvmm_arch::exit_code::{Class, Isa};
 use hwvmm_arch::layout::GpaRange;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 
-/// Causes that are told apart; beyond, they are counted without their instruction, then without their detail.
+/// Causes that are counted one by one. Exits of more causes are counted without their instruction, then without their detail.
 const MAX_CAUSES: usize = 16384;
 const HIGH_HALF: u64 = 1 << 63;
 
-/// What an exit was about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// The access that a VM exit was for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum VmDetail {
-    /// The reason says it all.
+    /// None that is known.
     None,
-    /// A port.
+    /// An access to a port.
     Port {
-        /// Which.
+        /// Number of the port.
         port: u16,
-        /// Bytes of an item.
+        /// Size of one item in bytes.
         size: u8,
-        /// Whether the guest writes.
+        /// True for OUT, false for IN.
         write: bool,
     },
-    /// An MSR; `None` where KVM did not say which.
+    /// RDMSR or WRMSR.
     Msr {
-        /// ECX.
+        /// Index of the MSR (ECX); `None` where KVM did not trace it.
         index: Option<u32>,
-        /// Whether the guest writes.
+        /// True for WRMSR.
         write: bool,
     },
-    /// A CPUID leaf.
+    /// CPUID, with its leaf (EAX).
     Leaf(u32),
-    /// The guest's memory: a first touch, or one that the host had taken back.
+    /// A nested page fault in guest memory: a first touch, or a page that the host had taken back.
     Memory {
-        /// Whether the guest writes.
+        /// True for a write by the guest.
         write: bool,
     },
-    /// Memory that is a device's.
+    /// A nested page fault outside of guest memory.
     Device {
-        /// The address.
+        /// Guest physical address.
         gpa: u64,
-        /// Whether the guest writes.
+        /// True for a write by the guest.
         write: bool,
     },
 }
 
-/// Why the hardware left the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// The cause of VM exits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct VmCause {
-    /// Whose exit code it is.
+    /// The instruction set that `code` belongs to.
     pub isa: Isa,
-    /// The exit code (EXITCODE, or the exit reason).
+    /// EXITCODE (APM vol. 2, appendix C), or the basic exit reason (SDM vol. 3, appendix C).
     pub code: u64,
-    /// What it was about.
+    /// The access that the exit was for.
     pub detail: VmDetail,
-    /// The guest's instruction; 0 where there were too many to tell apart.
+    /// Address of the guest's instruction; 0 where there were too many causes.
     pub rip: u64,
-    /// Whether this was before the vCPU's first exit from a kernel's half of the address space: low addresses are then the
-    /// boot code's, and programs' later.
+    /// True before the vCPU's first exit from the kernel's half of the address space. Low addresses are boot code until then,
+    /// and programs later.
     pub early: bool,
 }
 
-/// The VM exits of one vCPU.
-#[derive(Clone, Debug, Default)]
-pub struct VmProfile {
-    causes: HashMap<VmCause, Tally>,
-    timeline: Timeline<Class>,
-    /// Exits by code, exact.
-    reasons: HashMap<(Isa, u64), u64>,
+/// The exits of one [`VmCause`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmCauseRecord {
+    /// The cause.
+    pub cause: VmCause,
+    /// Number, and times from the exit until the guest was entered again.
+    pub outside: TallyRecord,
+}
+
+/// The VM exits of a vCPU whose thread has ended. At most some 32,000 causes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// By cause, in the order of [`VmCause`].
+    pub causes: Vec<VmCauseRecord>,
+    /// Exits over time.
+    pub timeline: Timeline<Class>,
     /// Records that perf dropped because the ring was full.
     pub lost: u64,
-    /// Entries without an exit before them: exits that KVM answered on its fast path without tracing them.
+    /// Entries without an exit before them: exits that KVM handled on its fast path without tracing them.
     pub untraced: u64,
-    /// When the first instruction in the kernel's half exited, in nanoseconds from the start.
+    /// Time of the first exit from the kernel's half of the address space, in nanoseconds from the run's start.
     pub first_kernel_ns: Option<u64>,
-    /// When the first instruction of a program did, after that.
+    /// Time of the first exit from a program after that, in nanoseconds from the run's start.
     pub first_user_ns: Option<u64>,
 }
 
+/// The VM exits of one vCPU so far.
+#[derive(Default)]
+struct VmProfile {
+    causes: HashMap<VmCause, Tally>,
+    timeline: Timeline<Class>,
+    lost: u64,
+    untraced: u64,
+    first_kernel_ns: Option<u64>,
+    first_user_ns: Option<u64>,
+}
+
 impl VmProfile {
-    /// Causes and their times, from exit to entry.
-    pub fn causes(&self) -> impl Iterator<Item = (&VmCause, &Tally)> {
-        self.causes.iter()
-    }
-
-    /// Exits by code.
-    pub fn reasons(&self) -> impl Iterator<Item = (Isa, u64, u64)> {
-        self.reasons.iter().map(|((isa, code), count)| (*isa, *code, *count))
-    }
-
-    /// Exits over time.
-    #[must_use]
-    pub fn timeline(&self) -> &Timeline<Class> {
-        &self.timeline
-    }
-
+    /// Returns the key to count a cause under: without details where there are too many causes already.
     fn room_for(&self, cause: VmCause) -> VmCause {
         if self.causes.len() < MAX_CAUSES || self.causes.contains_key(&cause) {
             return cause;
@@ -109,6 +116,14 @@ impl VmProfile {
             return anywhere;
         }
         VmCause { detail: VmDetail::None, ..anywhere }
+    }
+
+    fn record(self) -> VmRecord {
+        let Self { causes, timeline, lost, untraced, first_kernel_ns, first_user_ns } = self;
+        let record = |(cause, tally): (VmCause, Tally)| VmCauseRecord { cause, outside: tally.record() };
+        let mut causes: Vec<VmCauseRecord> = causes.into_iter().map(record).collect();
+        causes.sort_by_key(|record| record.cause);
+        VmRecord { causes, timeline, lost, untraced, first_kernel_ns, first_user_ns }
     }
 }
 
@@ -249,7 +264,6 @@ impl Collector {
         self.begun = true;
         let early = rip < HIGH_HALF && self.profile.first_kernel_ns.is_none();
         let at_ns = time_ns.saturating_sub(self.start_ns);
-        *self.profile.reasons.entry((isa, code)).or_default() += 1;
         self.profile.timeline.add(at_ns, isa.class(code));
         if rip >= HIGH_HALF {
             self.profile.first_kernel_ns.get_or_insert(at_ns);
@@ -300,9 +314,9 @@ impl Collector {
         self.profile.lost += records;
     }
 
-    pub(super) fn finish(mut self) -> VmProfile {
+    pub(super) fn finish(mut self) -> VmRecord {
         self.settle(None);
-        self.profile
+        self.profile.record()
     }
 }
 

@@ -6,5 +6,5 @@ mod format;
 mod output;
 mod reader;
 
-pub use collect::{VmCause, VmDetail, VmProfile};
-pub use reader::{Handle, Traced, Tracer, Unavailable};
+pub use collect::{VmCause, VmCauseRecord, VmDetail, VmRecord};
+pub use reader::{Handle, TraceRecord, Tracer, Unavailable};

@@ -1,10 +1,11 @@
 //! Opens the tracepoints on each vCPU's thread and reads what they write, on a thread of its own.
 
-use super::collect::{Collector, Events, VmProfile};
+use super::collect::{Collector, Events, VmRecord};
 use super::output::redirect;
 use hwvmm_arch::layout::GpaRange;
 use perf_event::events::Tracepoint;
 use perf_event::{Builder, Clock, Counter, SampleFlag, Sampler};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -98,14 +99,14 @@ impl Source {
     }
 }
 
-/// What was traced.
-#[derive(Debug, Default)]
-pub struct Traced {
+/// The VM exits of a run that has ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceRecord {
     /// By vCPU; `None` where its tracepoints could not be opened.
-    pub vcpus: Vec<Option<VmProfile>>,
-    /// How often KVM's MMU did what (tracepoints kvmmmu:*), all vCPUs together; empty where there are none.
-    pub mmu: BTreeMap<&'static str, u64>,
-    /// What could not be had, in words.
+    pub vcpus: Vec<Option<VmRecord>>,
+    /// Events of KVM's MMU by tracepoint (kvmmmu:*), of all vCPUs together; empty where the kernel has no such tracepoints.
+    pub mmu: BTreeMap<String, u64>,
+    /// What could not be traced and why, one sentence each.
     pub missing: Vec<String>,
 }
 
@@ -173,7 +174,7 @@ impl Tracer {
 
     /// Reads what is left, after the vCPU threads have ended.
     #[must_use]
-    pub fn finish(self) -> Traced {
+    pub fn finish(self) -> TraceRecord {
         let vcpus = self.shared.vcpus;
         if let Err(error) = self.shared.stop.write(1) {
             log::error!("cannot wake the tracer: {error}");
@@ -181,12 +182,12 @@ impl Tracer {
         if self.thread.join().is_err() {
             log::error!("the tracer's thread panicked: this is a bug in hwvmm");
         }
-        let mut traced = Traced { vcpus: (0..vcpus).map(|_| None).collect(), ..Traced::default() };
+        let mut traced = TraceRecord { vcpus: vec![None; vcpus], ..TraceRecord::default() };
         let mut sources = std::mem::take(&mut *self.shared.sources.lock().unwrap_or_else(PoisonError::into_inner));
         for mut source in sources.drain(..) {
             source.drain(&self.shared.events);
             for (name, counter) in &mut source.mmu {
-                *traced.mmu.entry(name).or_default() += counter.read().unwrap_or(0);
+                *traced.mmu.entry((*name).to_owned()).or_default() += counter.read().unwrap_or(0);
             }
             if let Some(place) = traced.vcpus.get_mut(source.vcpu) {
                 *place = Some(source.collector.finish());

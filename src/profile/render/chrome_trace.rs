@@ -1,22 +1,20 @@
 //! The Trace Event Format, for chrome://tracing and Perfetto: phases, marks, and exits per millisecond as counters.
 
 use crate::profile::data::{Exits, Profile};
+use crate::profile::kinds::PhaseName;
+use crate::profile::units::microseconds;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
-fn microseconds(ns: u64) -> f64 {
-    std::time::Duration::from_nanos(ns).as_secs_f64() * 1e6
-}
-
 fn counters(name: &str, exits: &Exits, events: &mut Vec<Value>) {
     let mut steps: BTreeMap<u64, Map<String, Value>> = BTreeMap::new();
-    for (step, key, count) in &exits.timeline.counts {
-        steps.entry(*step).or_default().insert(key.clone(), (*count).into());
+    for one in &exits.timeline.counts {
+        steps.entry(one.step).or_default().insert(one.key.clone(), one.count.into());
     }
     // A counter keeps its value until the next: after a step with exits comes one without, unless the next follows.
     let quiet: Vec<u64> =
         steps.keys().filter_map(|step| step.checked_add(1)).filter(|next| !steps.contains_key(next)).collect();
-    let mut keys: Vec<&String> = exits.timeline.counts.iter().map(|(_, key, _)| key).collect();
+    let mut keys: Vec<&String> = exits.timeline.counts.iter().map(|one| &one.key).collect();
     keys.sort();
     keys.dedup();
     let none: Map<String, Value> = keys.iter().map(|key| ((*key).clone(), 0.into())).collect();
@@ -34,10 +32,9 @@ fn counters(name: &str, exits: &Exits, events: &mut Vec<Value>) {
 pub(super) fn render(profile: &Profile) -> Result<String, String> {
     let mut events = vec![json!({"name": "process_name", "ph": "M", "pid": 1, "args": {"name": profile.guest.kernel}})];
     // "load" has a clock of its own, before the guest's.
-    for phase in profile.phases.iter().filter(|phase| phase.name != "load") {
-        let length = phase.end_ns.saturating_sub(phase.start_ns);
+    for phase in profile.phases.iter().filter(|phase| phase.name != PhaseName::Load) {
         events.push(json!({
-            "name": phase.name, "cat": "phase", "ph": "X", "ts": microseconds(phase.start_ns), "dur": microseconds(length),
+            "name": phase.name, "cat": "phase", "ph": "X", "ts": microseconds(phase.start_ns), "dur": microseconds(phase.length_ns()),
             "pid": 1, "tid": 1,
         }));
     }

@@ -1,6 +1,8 @@
 //! One line a cause (RFC 4180).
 
-use crate::profile::data::{Cause, Profile, percentile};
+use crate::profile::data::{Cause, Profile};
+use crate::profile::histogram::percentile;
+use crate::profile::kinds::AddressSpace;
 use std::fmt::Write as _;
 
 const HEAD: &str = "sort,reason,class,space,address,size,direction,device,mode,function,offset,rip,count,time_ns,mean_ns,\
@@ -26,13 +28,13 @@ fn line(sort: &str, cause: &Cause) -> String {
     let fields = [
         sort.to_owned(),
         field(&cause.reason),
-        field(&cause.class),
-        field(cause.space.as_deref().unwrap_or("")),
+        cause.class.to_string(),
+        cause.space.map_or("", AddressSpace::name).to_owned(),
         hex(cause.address),
         cause.size.map(|size| size.to_string()).unwrap_or_default(),
         direction.to_owned(),
         field(cause.device.as_deref().unwrap_or("")),
-        field(&cause.mode),
+        cause.mode.to_string(),
         field(cause.function.as_deref().unwrap_or("")),
         hex(cause.offset),
         hex(cause.rip),

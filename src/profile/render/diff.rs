@@ -1,8 +1,9 @@
 //! Two profiles: what changed, most first.
 
 use super::rows::rows;
-use super::text::{Style, number};
+use super::text::Style;
 use crate::profile::data::{Exits, Profile};
+use crate::profile::units::{number, time};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -95,7 +96,6 @@ impl Difference {
         if self.vm_exits.is_none() {
             let _ = writeln!(out, "(VM exits are not in both profiles)");
         }
-        let time = super::text::time;
         let _ = writeln!(out, "the guest ran {} → {}", time(self.ran_ns.0), time(self.ran_ns.1));
         if self.changes.is_empty() {
             let _ = writeln!(out, "no cause changed");

@@ -2,9 +2,10 @@
 
 use super::flame;
 use super::rows::{Row, rows};
-use super::text::{number, share, time};
 use crate::profile::advice::Advice;
 use crate::profile::data::{Exits, Profile};
+use crate::profile::kinds::PhaseName;
+use crate::profile::units::{float, number, share, time};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
@@ -35,10 +36,6 @@ fn escape(text: &str) -> String {
         }
     }
     out
-}
-
-fn float(value: u64) -> f64 {
-    std::time::Duration::from_nanos(value).as_secs_f64() * 1e9
 }
 
 fn cell(out: &mut String, sort_by: u64, text: &str) {
@@ -83,13 +80,13 @@ fn table(exits: &Exits, id: &str) -> String {
 fn columns(exits: &Exits, ran_ns: u64) -> (BTreeMap<u64, BTreeMap<&str, u64>>, u64) {
     let line = &exits.timeline;
     let step_ns = line.step_ns.max(1);
-    let last = line.counts.iter().map(|(step, _, _)| *step).max().unwrap_or(0);
+    let last = line.counts.iter().map(|one| one.step).max().unwrap_or(0);
     let steps = (ran_ns / step_ns).max(last).saturating_add(1);
     let wide = steps.div_ceil(COLUMNS).max(1);
     let mut columns: BTreeMap<u64, BTreeMap<&str, u64>> = BTreeMap::new();
-    for (step, key, count) in &line.counts {
-        let place = columns.entry(step / wide).or_default().entry(key).or_default();
-        *place = place.saturating_add(*count);
+    for one in &line.counts {
+        let place = columns.entry(one.step / wide).or_default().entry(&one.key).or_default();
+        *place = place.saturating_add(one.count);
     }
     (columns, wide.saturating_mul(step_ns))
 }
@@ -129,7 +126,7 @@ fn timeline(profile: &Profile, exits: &Exits, id: &str) -> String {
     }
     let _ = writeln!(out, "<text x=2 y=11>{} in {}</text>", number(highest), time(column_ns));
     let place = |ns: u64| (float(ns) / float(column_ns) * stretch).min(width);
-    for (row, phase) in profile.phases.iter().filter(|phase| phase.name != "load").enumerate() {
+    for (row, phase) in profile.phases.iter().filter(|phase| phase.name != PhaseName::Load).enumerate() {
         let x = place(phase.start_ns);
         let y = HEIGHT + 12.0 + if row.is_multiple_of(2) { 0.0 } else { 14.0 };
         // Near the right edge the words stand on the left of their line.
@@ -139,8 +136,8 @@ fn timeline(profile: &Profile, exits: &Exits, id: &str) -> String {
             "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=0 y2=\"{:.1}\" stroke=currentColor stroke-dasharray=\"3 3\" /><text x=\"{:.1}\" y=\"{y:.1}\" text-anchor={anchor}>{} ({})</text>",
             HEIGHT + LABELS,
             x + shift,
-            escape(&phase.name),
-            time(phase.end_ns.saturating_sub(phase.start_ns))
+            phase.name,
+            time(phase.length_ns())
         );
     }
     out.push_str("</svg><div class=legend>");
@@ -185,7 +182,7 @@ fn head(profile: &Profile) -> String {
     }
     tile(&mut out, &number(profile.userspace_exits.total), "userspace exits");
     for phase in &profile.phases {
-        tile(&mut out, &time(phase.end_ns.saturating_sub(phase.start_ns)), &phase.name);
+        tile(&mut out, &time(phase.length_ns()), phase.name.name());
     }
     out.push_str("</div>\n");
     out
@@ -241,14 +238,16 @@ pub(super) fn render(profile: &Profile, advice: &[Advice]) -> Result<String, Str
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::profile::data::Phase;
     use crate::profile::data::tests::sample;
 
     #[test]
     fn a_page_has_everything_and_lets_nothing_in() {
         let mut profile = sample();
         profile.userspace_exits.causes[0].function = Some("<script>alert(1)</script>".into());
-        profile.userspace_exits.timeline.counts.push((u64::MAX, "\"><b>".into(), u64::MAX));
-        profile.phases.push(crate::profile::data::Phase { name: "<i>".into(), start_ns: u64::MAX, end_ns: 0 });
+        profile.userspace_exits.timeline.counts.push((u64::MAX, "\"><b>".to_owned(), u64::MAX).into());
+        profile.phases.push(Phase { name: PhaseName::Init, start_ns: u64::MAX, end_ns: 0 });
+        profile.guest.boot = "<i>".into();
         let page = render(&profile, &Advice::of(&profile)).expect("a page");
         for part in [
             "id=vm-line",

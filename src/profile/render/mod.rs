@@ -11,7 +11,6 @@ mod text;
 
 pub use diff::{Difference, diff};
 pub use text::Style;
-pub(super) use text::{number, share, time};
 
 use super::advice::Advice;
 use super::data::Profile;
@@ -83,10 +82,13 @@ mod tests {
                 let cause = &mut exits.causes[0];
                 (cause.count, cause.time_ns, cause.max_ns, cause.handler_ns) = (number(), number(), number(), number());
                 (cause.rip, cause.address, cause.offset) = (Some(number()), Some(number()), Some(number()));
-                cause.histogram = vec![(number(), number()), (number(), number())];
+                cause.histogram = vec![(number(), number()).into(), (number(), number()).into()];
                 (cause.function, cause.device) = (Some(words.clone()), Some(words.clone()));
                 exits.timeline.step_ns = number();
-                exits.timeline.counts = vec![(number(), words.clone(), number()), (number(), "b".into(), number())];
+                exits.timeline.counts = vec![
+                    (number(), words.clone(), number()).into(),
+                    (number(), "b".to_owned(), number()).into(),
+                ];
                 (exits.total, exits.lost, exits.untraced) = (cause.count, number(), number());
                 exits.by_reason = [(words.clone(), cause.count)].into();
             }

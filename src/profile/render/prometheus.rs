@@ -2,6 +2,7 @@
 
 use super::rows::rows;
 use crate::profile::data::{Exits, Profile};
+use crate::profile::units::seconds;
 use std::fmt::Write as _;
 
 /// Rows by device and function; what is beyond is in the totals.
@@ -10,10 +11,6 @@ const ROWS: usize = 100;
 /// A label's value.
 fn label(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
-}
-
-fn seconds(ns: u64) -> f64 {
-    std::time::Duration::from_nanos(ns).as_secs_f64()
 }
 
 fn metric(out: &mut String, name: &str, kind: &str, help: &str) {
@@ -59,8 +56,8 @@ pub(super) fn render(profile: &Profile) -> String {
     }
     metric(&mut out, "hwvmm_phase_seconds", "gauge", "How long each phase took.");
     for phase in &profile.phases {
-        let length = seconds(phase.end_ns.saturating_sub(phase.start_ns));
-        let _ = writeln!(out, "hwvmm_phase_seconds{{phase=\"{}\"}} {length}", label(&phase.name));
+        let length = seconds(phase.length_ns());
+        let _ = writeln!(out, "hwvmm_phase_seconds{{phase=\"{}\"}} {length}", phase.name);
     }
     metric(&mut out, "hwvmm_run_seconds", "gauge", "How long the guest ran.");
     let _ = writeln!(out, "hwvmm_run_seconds {}", seconds(profile.ran_ns));

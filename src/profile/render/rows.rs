@@ -1,21 +1,23 @@
 //! Causes put together for tables: one row for each reason, device or register, and function.
 
-use crate::profile::build::merge_histogram;
-use crate::profile::data::{Cause, percentile};
+use crate::measure::tally::Bucket;
+use crate::profile::data::Cause;
+use crate::profile::histogram::{self, percentile};
+use crate::profile::kinds::{AddressSpace, ExitClass};
 use std::collections::BTreeMap;
 
 /// A row of a table.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Row {
     pub(super) reason: String,
-    pub(super) class: String,
+    pub(super) class: ExitClass,
     pub(super) what: String,
     pub(super) function: String,
     pub(super) count: u64,
     pub(super) time_ns: u64,
     pub(super) max_ns: u64,
     pub(super) handler_ns: u64,
-    pub(super) histogram: Vec<(u64, u64)>,
+    pub(super) histogram: Vec<Bucket>,
 }
 
 impl Row {
@@ -30,8 +32,8 @@ impl Row {
 
 /// What a cause is about, coarse enough for a table: all of a device's registers of one page are one row for memory.
 fn what(cause: &Cause) -> String {
-    match (cause.space.as_deref(), &cause.device, cause.address) {
-        (Some("gpa"), Some(device), Some(_)) => {
+    match (cause.space, &cause.device, cause.address) {
+        (Some(AddressSpace::Gpa), Some(device), Some(_)) => {
             let direction = if cause.write == Some(true) { "write" } else { "read" };
             format!("{device} {direction}")
         }
@@ -46,7 +48,7 @@ pub(super) fn rows(causes: &[Cause]) -> Vec<Row> {
         let key = (cause.reason.clone(), what(cause), cause.function());
         let row = rows.entry(key).or_insert_with_key(|(reason, what, function)| Row {
             reason: reason.clone(),
-            class: cause.class.clone(),
+            class: cause.class,
             what: what.clone(),
             function: function.clone(),
             ..Row::default()
@@ -55,7 +57,7 @@ pub(super) fn rows(causes: &[Cause]) -> Vec<Row> {
         row.time_ns = row.time_ns.saturating_add(cause.time_ns);
         row.max_ns = row.max_ns.max(cause.max_ns);
         row.handler_ns = row.handler_ns.saturating_add(cause.handler_ns);
-        merge_histogram(&mut row.histogram, &cause.histogram);
+        histogram::merge(&mut row.histogram, &cause.histogram);
     }
     let mut rows: Vec<Row> = rows.into_values().collect();
     rows.sort_by(|a, b| b.count.cmp(&a.count).then_with(|| b.time_ns.cmp(&a.time_ns)));

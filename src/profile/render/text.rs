@@ -3,7 +3,9 @@
 use super::rows::{Row, rows};
 use crate::profile::advice::Advice;
 use crate::profile::data::{Exits, Profile};
+use crate::profile::kinds::ExitClass;
 use crate::profile::mmu_work;
+use crate::profile::units::{float, number, share, time};
 use std::fmt::Write as _;
 
 /// How text is written.
@@ -35,40 +37,6 @@ impl Style {
     fn warn(self, text: &str) -> String {
         if self.colour { format!("\x1b[33m{text}\x1b[0m") } else { text.to_owned() }
     }
-}
-
-/// A time with a unit, in 8 columns at most.
-pub(in crate::profile) fn time(ns: u64) -> String {
-    let (divisor, unit) = match ns {
-        0..1_000 => return format!("{ns} ns"),
-        1_000..1_000_000 => (1_000, "µs"),
-        1_000_000..1_000_000_000 => (1_000_000, "ms"),
-        _ => (1_000_000_000, "s"),
-    };
-    let tenths = u128::from(ns) * 10 / divisor;
-    if tenths < 1000 { format!("{}.{} {unit}", tenths / 10, tenths % 10) } else { format!("{} {unit}", tenths / 10) }
-}
-
-/// A part of a whole, in per cent with one digit behind the point.
-pub(in crate::profile) fn share(part: u64, whole: u64) -> String {
-    if whole == 0 {
-        return "-".into();
-    }
-    let tenths = (u128::from(part) * 1000 + u128::from(whole) / 2) / u128::from(whole);
-    format!("{}.{} %", tenths / 10, tenths % 10)
-}
-
-/// A number with its thousands apart.
-pub(in crate::profile) fn number(value: u64) -> String {
-    let digits = value.to_string();
-    let mut out = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
 }
 
 /// `text` in exactly `width` columns; what is cut ends in an ellipsis.
@@ -152,13 +120,11 @@ fn head(out: &mut String, profile: &Profile, style: Style) {
     let title = format!("profile: {}, {} vCPU, {} MiB", clean(&guest.kernel), guest.vcpus, guest.memory_bytes >> 20);
     let _ = writeln!(out, "{}", style.bold(fit(&title, WIDTH).trim_end()));
     wrapped(out, &format!("{}; the guest ran {}", clean(&profile.end), time(profile.ran_ns)), "  ");
-    let phase = |phase: &crate::profile::data::Phase| {
-        format!("{} {}", clean(&phase.name), time(phase.end_ns.saturating_sub(phase.start_ns)))
-    };
-    let phases: Vec<String> = profile.phases.iter().map(phase).collect();
+    let phases: Vec<String> =
+        profile.phases.iter().map(|phase| format!("{} {}", phase.name, time(phase.length_ns()))).collect();
     wrapped(out, &format!("phases: {}", phases.join(", ")), "  ");
     if !profile.marks.is_empty() {
-        let marks = profile.marks.iter().take(20).map(|mark| format!("{} at {}", clean(&mark.name), time(mark.at_ns)));
+        let marks = profile.marks.iter().take(20).map(|mark| format!("{} at {}", mark.name, time(mark.at_ns)));
         wrapped(out, &format!("marks: {}", marks.collect::<Vec<_>>().join(", ")), "  ");
     }
     match &guest.symbols {
@@ -176,19 +142,18 @@ fn cost(profile: &Profile) -> Option<String> {
     let costs = &profile.costs;
     // What has no price of its own is at least a way out and in again.
     let least = *costs.get("cpuid")?;
-    let float = |count: u64| std::time::Duration::from_nanos(count).as_secs_f64() * 1e9;
     let kernel: f64 = exits
         .causes
         .iter()
-        .filter(|cause| cause.class != "hlt")
-        .map(|cause| costs.get(&cause.class).copied().unwrap_or(least) * float(cause.count))
+        .filter(|cause| cause.class != ExitClass::Hlt)
+        .map(|cause| costs.get(cause.class.name()).copied().unwrap_or(least) * float(cause.count))
         .sum();
-    let more = |class: &str| {
+    let more = |class: ExitClass| {
         let there = costs.get(&format!("userspace_{class}"))?;
-        Some((there - costs.get(class).copied().unwrap_or(least)).max(0.0))
+        Some((there - costs.get(class.name()).copied().unwrap_or(least)).max(0.0))
     };
     let causes = &profile.userspace_exits.causes;
-    let user: f64 = causes.iter().filter_map(|cause| Some(more(&cause.class)? * float(cause.count))).sum();
+    let user: f64 = causes.iter().filter_map(|cause| Some(more(cause.class)? * float(cause.count))).sum();
     let all = std::time::Duration::try_from_secs_f64((kernel + user) / 1e9).ok()?;
     let all = u64::try_from(all.as_nanos()).unwrap_or(u64::MAX);
     Some(format!("by what one exit costs on this host (hwvmm bench exits), about {} of this run", time(all)))
@@ -294,15 +259,5 @@ mod tests {
         // 300 CPUIDs, and 300 times what a way to hwvmm adds.
         let text = render(&profile, &[], Style::default());
         assert!(text.contains("about 1.5 ms of this run"), "{text}");
-    }
-
-    #[test]
-    fn numbers_are_for_people() {
-        assert_eq!((number(999), number(1_234_567)), ("999".into(), "1,234,567".into()));
-        assert_eq!(
-            (time(12), time(1_500), time(123_456_789), time(u64::MAX)),
-            ("12 ns".into(), "1.5 µs".into(), "123 ms".into(), "18446744073 s".into())
-        );
-        assert_eq!((share(1, 3), share(0, 0)), ("33.3 %".into(), "-".into()));
     }
 }

@@ -1,29 +1,30 @@
-//! How much memory hwvmm takes beyond its guest's (Linux Documentation/filesystems/proc.rst, smaps).
+//! Memory that hwvmm takes besides its guest's (Linux Documentation/filesystems/proc.rst, smaps).
 
-use serde::Serialize;
+use crate::memory::HvaRange;
+use serde::{Deserialize, Serialize};
 use std::io;
 
 /// Resident memory of this process, in KiB.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryUse {
-    /// The guest's memory that the guest has touched.
+    /// Guest memory that is resident: what the guest has touched.
     pub guest_kib: u64,
     /// Everything else: code, heap, stacks, libraries.
     pub vmm_kib: u64,
-    /// Of that, what no other process shares.
+    /// Part of `vmm_kib` that no other process shares.
     pub vmm_private_kib: u64,
 }
 
 impl MemoryUse {
-    /// Reads it for this process, whose guest memory lies at `guest` (host address, length).
+    /// Measures this process, whose guest memory lies at `guest`.
     ///
     /// # Errors
-    /// Where /proc cannot be read.
-    pub fn now(guest: &[(u64, u64)]) -> io::Result<Self> {
+    /// Returns an error if /proc/self/smaps cannot be read.
+    pub fn now(guest: &[HvaRange]) -> io::Result<Self> {
         Ok(Self::parse(&std::fs::read_to_string("/proc/self/smaps")?, guest))
     }
 
-    fn parse(smaps: &str, guest: &[(u64, u64)]) -> Self {
+    fn parse(smaps: &str, guest: &[HvaRange]) -> Self {
         let mut found = Self::default();
         let mut in_guest = false;
         for line in smaps.lines() {
@@ -31,7 +32,7 @@ impl MemoryUse {
             if let Some((start, _)) = field.split_once('-')
                 && let Ok(start) = u64::from_str_radix(start, 16)
             {
-                in_guest = guest.iter().any(|(base, bytes)| (*base..base + bytes).contains(&start));
+                in_guest = guest.iter().any(|range| (range.start..range.start + range.bytes).contains(&start));
                 continue;
             }
             let kib = || rest.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
@@ -55,7 +56,7 @@ mod tests {
         let smaps = "5500-5600 r-xp 0 00:00 1 /hwvmm\nRss:  100 kB\nPrivate_Clean:  40 kB\n\
                      200000-400000 rw-p 0 00:00 0\nRss: 2048 kB\nPrivate_Dirty: 2048 kB\n\
                      7f00-7fff rw-p 0 00:00 0 [stack]\nRss: 12 kB\nPrivate_Dirty: 12 kB\n";
-        let found = MemoryUse::parse(smaps, &[(0x20_0000, 0x20_0000)]);
+        let found = MemoryUse::parse(smaps, &[HvaRange { start: 0x20_0000, bytes: 0x20_0000 }]);
         assert_eq!(found, MemoryUse { guest_kib: 2048, vmm_kib: 112, vmm_private_kib: 52 });
         assert!(MemoryUse::now(&[]).expect("/proc").vmm_kib > 0);
     }

@@ -1,0 +1,241 @@
+//! What a run leaves behind: plain, owned data that can be sent to another process.
+//!
+//! Everything that is said about a run afterwards (statistics, profiles, the flight recorder) is made from this. Sizes are bounded:
+//! by the number of vCPUs, devices and KVM's statistics, and by the limits of the parts ([`ExitCounts`], [`UserRecord`],
+//! [`FlightEntry`], [`TraceRecord`]).
+
+use super::counters::ExitCounts;
+use super::flight_recorder::FlightEntry;
+use super::memory_use::MemoryUse;
+use super::tracer::TraceRecord;
+use super::user_profile::UserRecord;
+use crate::exit::handler::BusKind;
+use crate::exit::{ExitReason, RunEnd};
+use crate::kvm::stats::Stat;
+use hwvmm_arch::boot::BootMethod;
+use hwvmm_devices::bus::Bus;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Version of [`RunRecord`]: it changes with its fields.
+pub const VERSION: u32 = 1;
+
+/// What a run leaves behind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The end of the run.
+    pub end: RunEnd,
+    /// How the kernel was loaded and entered.
+    pub boot: BootMethod,
+    /// CPU time of hwvmm from its start until the guest ran, in nanoseconds.
+    pub startup_cpu_ns: u64,
+    /// How long the guest ran, in nanoseconds of wall-clock time.
+    pub ran_ns: u64,
+    /// By vCPU.
+    pub vcpus: Vec<VcpuRecord>,
+    /// Every range of the two buses; in the order of [`Route::Slot`](crate::exit::Route) for each bus.
+    pub devices: Vec<DeviceRange>,
+    /// Coalesced writes: those that KVM put into its ring and that were drained at the next exit. They are no exits.
+    pub coalesced_writes: u64,
+    /// KVM's statistics of the machine; `None` before Linux 5.14.
+    pub vm_stats: Option<Vec<Stat>>,
+    /// Every queue of every virtio device.
+    pub virtio: Vec<VirtioQueue>,
+    /// Memory at the end; `None` where it was not measured.
+    pub memory: Option<MemoryUse>,
+    /// VM exits, where they were traced.
+    pub trace: Option<TraceRecord>,
+    /// What could not be measured and why, one sentence each.
+    pub missing: Vec<String>,
+}
+
+/// What a vCPU's thread leaves behind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuRecord {
+    /// Userspace exits.
+    pub counts: ExitCounts,
+    /// The last userspace exits, oldest first.
+    pub flight_recorder: Vec<FlightEntry>,
+    /// What the profiler measured.
+    pub measured: Measured,
+    /// KVM's statistics of the vCPU; `None` before Linux 5.14.
+    pub stats: Option<Vec<Stat>>,
+    /// RIP at the end, where it could be read.
+    pub rip: Option<u64>,
+    /// Entry point of system calls (MSR IA32_LSTAR) where the guest has set one: it shows where its kernel lies.
+    pub lstar: Option<u64>,
+}
+
+/// What was measured at the exits of a vCPU besides their number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Measured {
+    /// Nothing was measured.
+    Nothing,
+    /// Nanoseconds in hwvmm's exit handler, by reason.
+    HandlerTime(BTreeMap<ExitReason, u64>),
+    /// Every cause.
+    Profile(Box<UserRecord>),
+}
+
+impl From<()> for Measured {
+    fn from((): ()) -> Self {
+        Self::Nothing
+    }
+}
+
+impl From<BTreeMap<ExitReason, u64>> for Measured {
+    fn from(ns: BTreeMap<ExitReason, u64>) -> Self {
+        Self::HandlerTime(ns)
+    }
+}
+
+impl From<UserRecord> for Measured {
+    fn from(record: UserRecord) -> Self {
+        Self::Profile(Box::new(record))
+    }
+}
+
+/// The range of a bus that a device claims.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceRange {
+    /// The bus.
+    pub bus: BusKind,
+    /// First port or guest physical address.
+    pub first: u64,
+    /// Last port or guest physical address.
+    pub last: u64,
+    /// Name of the device.
+    pub name: String,
+}
+
+impl DeviceRange {
+    /// Lists the devices of a bus, in the order of their slots.
+    pub fn list(kind: BusKind, bus: &Bus) -> impl Iterator<Item = Self> {
+        bus.slots().map(move |slot| Self { bus: kind, first: slot.base, last: slot.last, name: slot.name.to_owned() })
+    }
+}
+
+/// A queue of a virtio device. Kicks are VM exits that KVM handles by itself (ioeventfd), not userspace exits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioQueue {
+    /// Name of the device, such as `disk0`.
+    pub device: String,
+    /// Index of the queue.
+    pub queue: usize,
+    /// Available buffer notifications by the driver.
+    pub kicks: u64,
+    /// Used buffer notifications to the driver.
+    pub interrupts: u64,
+    /// Descriptor chains used.
+    pub requests: u64,
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::exit::{EndReason, Route, Signal};
+    use crate::kvm::stats::Kind;
+    use crate::measure::counters::{AccessSpace, Accesses, DeviceCount};
+    use crate::measure::flight_recorder::Detail;
+    use crate::measure::tally::Tally;
+    use crate::measure::timeline::Timeline;
+    use crate::measure::tracer::{VmCause, VmCauseRecord, VmDetail, VmRecord};
+    use crate::measure::user_profile::{Mark, MarkKind, UserCause, UserCauseRecord};
+    use hwvmm_arch::boot::{Decompressor, EntryProtocol};
+    use hwvmm_arch::exit_code::{Class, Isa};
+
+    fn user_record() -> UserRecord {
+        let mut outside = Tally::default();
+        outside.add(1_000);
+        let cause = UserCause {
+            reason: ExitReason::PioOut,
+            route: Route::Slot(BusKind::Pio, 0),
+            address: 0x3f8,
+            size: 1,
+            rip: Some(0xffff_ffff_8100_0000),
+            cpl: Some(0),
+        };
+        let mut timeline = Timeline::default();
+        timeline.add(5, ExitReason::PioOut);
+        UserRecord {
+            causes: vec![UserCauseRecord { cause, outside: outside.record(), handler_ns: 600 }],
+            timeline,
+            marks: vec![Mark { name: MarkKind::Console, at_ns: 5 }],
+        }
+    }
+
+    fn vm_record() -> VmRecord {
+        let detail = VmDetail::Port { port: 0x3f8, size: 1, write: true };
+        let cause = VmCause { isa: Isa::Svm, code: 0x7b, detail, rip: 0xffff_ffff_8100_0000, early: false };
+        let mut timeline = Timeline::default();
+        timeline.add(5, Class::Pio);
+        let causes = vec![VmCauseRecord { cause, outside: Tally::default().record() }];
+        VmRecord { causes, timeline, first_kernel_ns: Some(5), ..VmRecord::default() }
+    }
+
+    /// A record with one of everything.
+    pub(crate) fn sample() -> RunRecord {
+        let detail = Detail { address: 0x3f8, data: 0x41, size: 1, count: 1 };
+        let entry = FlightEntry { at_ns: 5, reason: ExitReason::PioOut, detail, rip: Some(0x1000), cpl: Some(0) };
+        let uart =
+            DeviceCount { bus: AccessSpace::Pio, address: 0x3f8, device: Some("UART 1".into()), reads: 0, writes: 1 };
+        let counts = ExitCounts {
+            by_reason: BTreeMap::from([(ExitReason::PioOut, 1)]),
+            by_device: vec![uart],
+            beyond: Accesses::default(),
+        };
+        let stat = |name: &str, kind, values: &[u64]| Stat { name: name.into(), kind, values: values.to_vec() };
+        let vcpu = VcpuRecord {
+            counts,
+            flight_recorder: vec![entry],
+            measured: user_record().into(),
+            stats: Some(vec![stat("exits", Kind::Cumulative, &[7]), stat("waits", Kind::Histogram, &[1, 2])]),
+            rip: Some(0x1000),
+            lstar: None,
+        };
+        RunRecord {
+            version: VERSION,
+            end: RunEnd { reason: EndReason::PowerOff, vcpu: Some(0) },
+            boot: BootMethod { decompressor: Decompressor::Host, protocol: EntryProtocol::Linux64 },
+            startup_cpu_ns: 1_000,
+            ran_ns: 2_000,
+            vcpus: vec![vcpu],
+            devices: vec![DeviceRange { bus: BusKind::Pio, first: 0x3f8, last: 0x3ff, name: "UART 1".into() }],
+            coalesced_writes: 3,
+            vm_stats: Some(vec![stat("pages_2m", Kind::Instant, &[4])]),
+            virtio: vec![VirtioQueue { device: "disk0".into(), queue: 0, kicks: 1, interrupts: 2, requests: 3 }],
+            memory: Some(MemoryUse { guest_kib: 1, vmm_kib: 2, vmm_private_kib: 1 }),
+            trace: Some(TraceRecord {
+                vcpus: vec![Some(vm_record()), None],
+                mmu: BTreeMap::from([("kvm_mmu_get_page".into(), 9)]),
+                missing: vec!["vCPU 1: no".into()],
+            }),
+            missing: vec!["no names of functions".into()],
+        }
+    }
+
+    #[test]
+    fn a_record_survives_json() {
+        let mut record = sample();
+        let ends = [
+            EndReason::NotSeen(Box::new(EndReason::PowerOff)),
+            EndReason::Panicked(Some("words".into())),
+            EndReason::Signal(Signal::Quit),
+            EndReason::TimedOut(std::time::Duration::from_millis(1500)),
+            EndReason::DebugExit(3),
+        ];
+        for reason in ends {
+            record.end.reason = reason;
+            let json = serde_json::to_string(&record).expect("JSON");
+            assert_eq!(serde_json::from_str::<RunRecord>(&json).expect("a record"), record, "{json}");
+        }
+        for measured in [().into(), BTreeMap::from([(ExitReason::Hlt, 5)]).into()] {
+            record.vcpus[0].measured = measured;
+            let json = serde_json::to_string(&record).expect("JSON");
+            assert_eq!(serde_json::from_str::<RunRecord>(&json).expect("a record"), record, "{json}");
+        }
+    }
+}
