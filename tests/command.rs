@@ -5,6 +5,8 @@
 
 mod guests;
 mod harness;
+#[path = "command/refused.rs"]
+mod refused;
 
 use harness::{Outcome, Test};
 use std::collections::BTreeSet;
@@ -80,30 +82,6 @@ fn ends(name: &str, code: &'static [u8], options: &[&str], status: i32, words: &
         let unclean = matches!(status, 33..=37 | 124);
         assert_eq!(errors.contains("userspace exits of vCPU 0"), unclean, "{errors}");
     })
-}
-
-/// Runs a command that must fail with `status`, print nothing on stdout, and have each of `words` in its message.
-fn refused(arguments: &[&str], status: i32, words: &[&str]) -> Outcome {
-    let out = hwvmm().args(arguments).output().expect("started");
-    let errors = text(&out.stderr);
-    assert_eq!(out.status.code(), Some(status), "{errors}");
-    assert!(out.stdout.is_empty());
-    for word in words {
-        assert!(errors.contains(word), "{word:?} is not in: {errors}");
-    }
-    assert!(!errors.contains("panicked at"), "{errors}");
-    Outcome::Passed
-}
-
-/// Runs a file that is not a usable kernel; see [`refused`].
-fn refused_kernel(name: &str, content: &[u8], options: &[&str], words: &[&str]) -> Outcome {
-    if !Path::new("/dev/kvm").exists() {
-        return Outcome::Skipped("no /dev/kvm".into());
-    }
-    let path = file(name, content);
-    let mut arguments = vec!["run", path.to_str().expect("UTF-8")];
-    arguments.extend(options);
-    refused(&arguments, 1, words)
 }
 
 fn statistics_count_every_exit() -> Outcome {
@@ -234,28 +212,6 @@ fn messages_start_on_a_fresh_line() -> Outcome {
         assert_eq!(text(&out.stdout), "login: ");
         assert!(text(&out.stderr).starts_with("hwvmm: seen: login: "), "{}", text(&out.stderr));
     })
-}
-
-/// A KVM that emulates instructions may run the tiny guests of these tests, and hangs in a Linux kernel.
-fn linux_is_refused_where_kvm_cannot_run_it() -> Outcome {
-    if !Path::new("/dev/kvm").exists() {
-        return Outcome::Skipped("no /dev/kvm".into());
-    }
-    if ["kvm_amd", "kvm_intel"].iter().any(|module| Path::new("/sys/module").join(module).exists()) {
-        return Outcome::Skipped("this host's KVM uses the processor's virtualization extensions".into());
-    }
-    if hwvmm().args(["doctor", "--json"]).output().expect("started").status.success() {
-        return Outcome::Skipped("this host's KVM can run Linux".into());
-    }
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus/kernel_file");
-    for kernel in ["bzimage-gzip", "vmlinux-pvh"] {
-        let start = Instant::now();
-        let path = corpus.join(kernel);
-        let arguments = ["run", "--timeout", "60s", path.to_str().expect("UTF-8")];
-        refused(&arguments, 1, &["cannot run Linux", "vCPU failed at", "hwvmm doctor", "scripts/lab"]);
-        assert!(start.elapsed() < Duration::from_secs(10), "said at once");
-    }
-    Outcome::Passed
 }
 
 fn input_from_a_pipe_is_complete() -> Outcome {
@@ -498,7 +454,6 @@ const TESTS: &[Test] = &[
     ("device_errors_name_the_cause", device_errors_name_the_cause),
     ("a_disk_has_at_most_one_writer", a_disk_has_at_most_one_writer),
     ("messages_start_on_a_fresh_line", messages_start_on_a_fresh_line),
-    ("linux_is_refused_where_kvm_cannot_run_it", linux_is_refused_where_kvm_cannot_run_it),
     ("input_from_a_pipe_is_complete", input_from_a_pipe_is_complete),
     ("a_slow_reader_gets_every_byte", a_slow_reader_gets_every_byte),
     ("the_timeout_ends_a_run_whose_output_is_not_read", the_timeout_ends_a_run_whose_output_is_not_read),
@@ -512,68 +467,8 @@ const TESTS: &[Test] = &[
     ("two_machines_run_at_once", two_machines_run_at_once),
     ("help_completions_and_manual_pages_are_printed", help_completions_and_manual_pages_are_printed),
     ("doctor_reports_the_same_in_json_and_status", doctor_reports_the_same_in_json_and_status),
-    ("a_missing_kvm_device_is_refused", || {
-        refused(&["run", "--kvm", "/no/such/kvm", "k"], 1, &["/no/such/kvm", "modprobe"])
-    }),
-    ("a_device_other_than_kvm_is_refused", || refused(&["run", "--kvm", "/dev/null", "k"], 1, &["/dev/null"])),
-    ("a_run_without_a_kernel_is_refused", || refused(&["run"], 2, &["no kernel given"])),
-    ("a_missing_kernel_is_refused", || {
-        refused_with_kvm(&["run", "/no/such/kernel"], &["/no/such/kernel", "check the path"])
-    }),
-    ("a_directory_as_kernel_is_refused", || refused_with_kvm(&["run", "/tmp"], &["/tmp is not a file"])),
-    ("a_fifo_as_kernel_is_refused", || {
-        let path = folder().join("fifo");
-        assert!(Command::new("mkfifo").arg(&path).status().expect("mkfifo").success());
-        refused_with_kvm(&["run", path.to_str().expect("UTF-8")], &["is not a file"])
-    }),
-    ("an_empty_kernel_is_refused", || refused_kernel("empty", b"", &[], &["it is empty"])),
-    ("a_text_as_kernel_is_refused", || refused_kernel("text", b"#!/bin/sh\n", &[], &["not a kernel"])),
-    ("a_compressed_file_as_kernel_is_refused", || {
-        refused_kernel("gz", b"\x1f\x8b\x08\0\0\0\0\0", &[], &["gzip", "unpack it first"])
-    }),
-    ("a_truncated_elf_is_refused", || {
-        refused_kernel("cut.elf", &guests::multiboot(guests::halt())[..70], &[], &["truncated"])
-    }),
-    ("an_initrd_larger_than_memory_is_refused", || {
-        let initrd = folder().join("large");
-        fs::File::create(&initrd).and_then(|file| file.set_len(64 << 20)).expect("sparse");
-        let options = ["-m", "16M", "-i", initrd.to_str().expect("UTF-8")];
-        refused_kernel("small.elf", &guests::multiboot(guests::halt()), &options, &["67108864 bytes", "-m"])
-    }),
-    ("1_mib_of_memory_is_refused", || refused(&["run", "-m", "1M", "k"], 2, &["'1M' for '--memory", "16M to 4T"])),
-    ("0_vcpus_are_refused", || refused(&["run", "-c", "0", "k"], 2, &["'0' for '--cpus", "1 to 254"])),
-    ("100000_vcpus_are_refused", || refused(&["run", "-c", "100000", "k"], 2, &["1 to 254"])),
-    ("a_command_line_that_is_too_long_is_refused", || {
-        let long = "x".repeat(70_000);
-        refused_kernel("long.elf", &guests::multiboot(guests::halt()), &["-p", &long], &["70", "there is room for"])
-    }),
-    ("an_unknown_key_is_refused", || {
-        refused(&["run", "-m", "1G,huge=on", "k"], 2, &["'huge'", "hugepages=thp|off|2M|1G"])
-    }),
-    ("an_unknown_key_in_a_file_is_refused", || {
-        let path = file("bad.toml", b"kernel = 'k'\ncolour = 1\n");
-        refused(&["run", "--config", path.to_str().expect("UTF-8")], 2, &["colour", "cmdline", "bad.toml"])
-    }),
-    ("a_bad_pattern_is_refused", || {
-        refused(&["run", "--expect", "(", "k"], 2, &["'(' for '--expect", "regular expression"])
-    }),
-    ("a_bad_budget_is_refused", || {
-        refused(&["run", "--budget", "pio=x", "k"], 2, &["--budget", "pio=x", "not a whole number"])
-    }),
-    ("a_budget_of_an_unknown_reason_is_refused", || {
-        refused(&["run", "--budget", "userspace.colour=1", "k"], 2, &["'userspace.colour'", "userspace.REASON"])
-    }),
-    ("a_bad_slack_is_refused", || refused(&["run", "--slack", "much", "k"], 2, &["--slack", "'much'", "percentage"])),
-    ("an_unknown_flag_is_refused", || refused(&["run", "--colour", "k"], 2, &["--colour"])),
 ];
 
-fn refused_with_kvm(arguments: &[&str], words: &[&str]) -> Outcome {
-    if !Path::new("/dev/kvm").exists() {
-        return Outcome::Skipped("no /dev/kvm".into());
-    }
-    refused(arguments, 1, words)
-}
-
 fn main() -> ExitCode {
-    harness::run("command", TESTS)
+    harness::run("command", &[TESTS, refused::TESTS].concat())
 }

@@ -1,6 +1,6 @@
 //! The configuration of a run: options of the command line and of TOML files, read and checked, as plain data.
 //!
-//! An option is a row of the table in `options`; a value with keys (a disk, a network card) is a row of [`spec`] for each key.
+//! An option is a row of the table in `options`; a value with keys (a disk, a network card) is a row of `spec` for each key.
 
 mod budget;
 mod choices;

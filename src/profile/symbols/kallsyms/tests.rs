@@ -33,22 +33,8 @@ fn tokens() -> Vec<Vec<u8>> {
     tokens
 }
 
-/// An image with `COUNT` symbols, 64 bytes apart; number 700 has a name of 130 tokens.
-fn image(layout: Layout) -> Vec<u8> {
-    let percpu = if layout == Layout::BehindPlain { 0 } else { 3 };
-    let mut offsets = Vec::new();
-    for number in 0..COUNT {
-        let offset = u32::try_from((number.saturating_sub(percpu)) * 64).expect("small");
-        let value = match (layout, number < percpu) {
-            (Layout::BehindPlain, _) => offset,
-            (_, true) => u32::try_from(number * 8).expect("small"),
-            (_, false) => (-1 - i32::try_from(offset).expect("small")).cast_unsigned(),
-        };
-        offsets.extend(value.to_le_bytes());
-    }
-    pad(&mut offsets);
-    offsets.extend(BASE.to_le_bytes());
-
+/// The compressed names, and the offset of every 256th of them.
+fn names() -> (Vec<u8>, Vec<u8>) {
     let (mut names, mut markers) = (Vec::new(), Vec::new());
     for number in 0..COUNT {
         if number % 256 == 0 {
@@ -71,7 +57,26 @@ fn image(layout: Layout) -> Vec<u8> {
     }
     pad(&mut names);
     pad(&mut markers);
+    (names, markers)
+}
 
+/// An image with `COUNT` symbols, 64 bytes apart; number 700 has a name of 130 tokens.
+fn image(layout: Layout) -> Vec<u8> {
+    let percpu = if layout == Layout::BehindPlain { 0 } else { 3 };
+    let mut offsets = Vec::new();
+    for number in 0..COUNT {
+        let offset = u32::try_from((number.saturating_sub(percpu)) * 64).expect("small");
+        let value = match (layout, number < percpu) {
+            (Layout::BehindPlain, _) => offset,
+            (_, true) => u32::try_from(number * 8).expect("small"),
+            (_, false) => (-1 - i32::try_from(offset).expect("small")).cast_unsigned(),
+        };
+        offsets.extend(value.to_le_bytes());
+    }
+    pad(&mut offsets);
+    offsets.extend(BASE.to_le_bytes());
+
+    let (names, markers) = names();
     let (mut table, mut index) = (Vec::new(), Vec::new());
     for token in tokens() {
         index.extend(u16::try_from(table.len()).expect("small").to_le_bytes());
