@@ -13,7 +13,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// The options of the subcommand.
+/// Options of `hwvmm bench`.
 #[derive(clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -22,18 +22,18 @@ pub(super) struct Args {
 
 #[derive(clap::Subcommand)]
 enum What {
-    /// What one exit of each kind costs on this host
+    /// Measure the cost of one exit of each kind
     #[command(
-        after_help = "The costs are kept in ~/.cache/hwvmm/exit-costs.json: profiles then say what their exits cost on this \
-                            host.\n\nExample: hwvmm bench exits --json"
+        after_help = "The costs are kept in ~/.cache/hwvmm/exit-costs.json, and profiles of this host then show what \
+                            their exits cost.\n\nExample: hwvmm bench exits --json"
     )]
     Exits(Exits),
-    /// What single operations of a bare guest cost, and how many exits each makes: the paper's seven, and today's
+    /// Measure the cost and the exits of single operations of a bare guest (nanobenchmarks)
     #[command(
         after_help = "Examples:\n  hwvmm bench nano\n  hwvmm bench nano --json > npt.json\n  hwvmm bench nano --compare \
                             native.json shadow.json npt.json\n  hwvmm bench nano --image nano.elf && qemu-system-x86_64 -kernel \
                             nano.elf -nographic -device isa-debug-exit | tee native.txt\n  hwvmm bench nano --parse native.txt \
-                            --label native --json > native.json\n\nThe paper is Adams and Agesen's \"A Comparison of Software \
+                            --label native --json > native.json\n\nSeven of the operations are those of Adams and Agesen's \"A Comparison of Software \
                             and Hardware Techniques for x86 Virtualization\" (ASPLOS 2006)."
     )]
     Nano(super::nano::Args),
@@ -41,11 +41,11 @@ enum What {
 
 #[derive(clap::Args)]
 struct Exits {
-    /// One JSON object on one line
+    /// Print one JSON object on one line
     #[arg(long)]
     json: bool,
 
-    /// Do not keep the costs for profiles
+    /// Do not keep the costs
     #[arg(long)]
     no_save: bool,
 

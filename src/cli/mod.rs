@@ -23,24 +23,35 @@ Examples:
   hwvmm run vmlinuz -i initrd.img -m 2G -c 4 --append quiet --stats
   hwvmm run vmlinux --cmdline 'console=ttyS0 root=/dev/vda rw' --timeout 60s --expect 'login: $'
   hwvmm run vmlinuz -i initrd.img --disk debian.img --append root=/dev/vda --net tap=tap0 --rng
-  hwvmm run vmlinuz -i initrd.img --disk a.qcow2,readonly=on --net user,hostfwd=tcp:127.0.0.1:2222-:22
+  hwvmm run vmlinuz -i initrd.img --disk a.qcow2,readonly --net user,hostfwd=tcp::2222-:22
   hwvmm run vmlinuz -i initrd.img --profile --profile-out boot.json --budget userspace=400,npf=100
-  hwvmm run vmlinuz --tune busy-poll=off,split-irqchip=off --profile        (hwvmm run --tune help lists them)
+  hwvmm run vmlinuz --profile --tune busy-poll=off,split-irqchip=off
+  hwvmm run --tune help                         (lists the levers)
   hwvmm run test.flat --testdev --debug-exit --append 'arguments'
-  hwvmm run --config vm.toml            (kernel = \"vmlinuz\", memory = \"1G\", ...: the options' long names)
+  hwvmm run --config vm.toml
+The file has the long names of the options, and a table for each device:
+  kernel = \"vmlinuz\"
+  memory = \"1G\"
+  append = [\"root=/dev/vda\"]
+  [[disk]]
+  path = \"debian.img\"
+  readonly = true
+
+A comma in a path is written twice: --disk a,,b.img.
 
 On a terminal, Ctrl-A x ends the run; Ctrl-A Ctrl-A sends one Ctrl-A.
 
 Exit status:
-  0    the guest shut down (or halted and said so), --expect was seen, or `hwvmm ctl SOCKET stop` ended the run
-  1    hwvmm failed                     2    wrong command line
+  0    the guest powered off or halted, or a line matched --expect, or `hwvmm ctl SOCKET stop`
+  1    hwvmm failed                     2    wrong option or --config file
   32   the guest reset itself           33   triple fault
   34   the guest panicked               35   all vCPUs halted with interrupts off
   36   the guest's watchdog ran out     37   KVM cannot run the guest further
-  38   the guest ended, --expect unseen 39   more exits than --budget allows
+  38   --expect matched no line         39   more exits than --budget allows
   124  --timeout                        130  Ctrl-A x
-  128+N  ended by signal N (on SIGQUIT, and after every end that nobody meant, the last exits are shown)
-  With --debug-exit, a guest's write of V to port 0xf4 ends with status V*2+1 (its low 8 bits).";
+  128+N  ended by signal N
+  With --debug-exit, a write of V to port 0xf4 ends with status V*2+1 (its low 8 bits).
+After a failure of the guest, and on SIGQUIT, the last exits of each vCPU are printed.";
 
 const REPORT_EXAMPLES: &str = "\
 Examples:
@@ -49,13 +60,14 @@ Examples:
   hwvmm report yesterday.json today.json
   hwvmm report today.json --budget-from yesterday.json --slack 2%
 
-Exit status: 0; 1 where a file cannot be read or written; 39 where there are more exits than a budget allows.";
+Exit status: 0; 1 if a file cannot be read or written; 2 for a wrong option; 39 if there are more exits
+than a budget allows.";
 
-/// Boots Linux guests under KVM, and says what they exit for.
+/// Boots Linux guests under KVM, and shows what causes their VM exits
 #[derive(Parser)]
 #[command(name = "hwvmm", version, max_term_width = 100, arg_required_else_help = true)]
 struct Cli {
-    /// Say more on stderr: -v what is done, -vv in detail
+    /// Print more on stderr: -v each step, -vv details
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
 
@@ -68,24 +80,24 @@ enum Command {
     /// Boot a guest
     #[command(after_help = RUN_EXAMPLES, args_override_self = true)]
     Run(Box<run::Args>),
-    /// Say whether this host can run Linux guests under KVM, by trying
+    /// Check whether this host can run Linux guests under KVM
     #[command(after_help = "Exit status: 0 if Linux guests can run here, 1 if not.")]
     Doctor(doctor::Args),
-    /// Show a profile in many forms, compare two, hold one to a budget
+    /// Print a profile in one of many formats, compare two profiles, check one against a budget
     #[command(after_help = REPORT_EXAMPLES)]
     Report(report::Args),
-    /// Show what a running machine exits for, as it happens
+    /// Show the exits of a running machine, live
     #[command(
         after_help = "Examples:\n  hwvmm run vmlinuz --api /tmp/vm.sock ...\n  hwvmm top /tmp/vm.sock\n  hwvmm top --once /tmp/vm.sock"
     )]
     Top(top::Args),
-    /// Measure what exits cost on this host
+    /// Measure the cost of exits on this host
     Bench(bench::Args),
-    /// Show KVM's MMU on this host: nested or shadow paging, and who uses it; or set it
+    /// Show or set the MMU of KVM on this host: nested or shadow paging
     #[command(
-        after_help = "Examples:\n  hwvmm mmu\n  sudo hwvmm mmu set shadow && hwvmm run vmlinuz --mmu shadow --profile\n\nKVM \
-                            decides it for all machines when its module is loaded; parameters given by hand at that time \
-                            (not in /etc/modprobe.d) are lost by `set`."
+        after_help = "Examples:\n  hwvmm mmu\n  sudo hwvmm mmu set shadow && hwvmm run vmlinuz --mmu shadow --profile\n\nThe \
+                            MMU is a parameter of KVM's module, for all machines of the host. `set` loads the module again, \
+                            with the parameters of /etc/modprobe.d."
     )]
     Mmu(mmu::Args),
     /// Control a running machine: show its state and its exits, set its balloon, end it

@@ -10,32 +10,32 @@ use std::process::ExitCode;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// One JSON object on one line: a column for --compare
+    /// Print one JSON object on one line, a column for --compare
     #[arg(long)]
     json: bool,
 
-    /// The column's head [default: hwvmm and the MMU]
+    /// Title of the column [default: hwvmm and the MMU]
     #[arg(long, value_name = "NAME")]
     label: Option<String>,
 
-    /// The commit that was measured, for the JSON
+    /// Commit that is measured, for the JSON
     #[arg(long, value_name = "HASH")]
     commit: Option<String>,
 
-    /// Read what the guest said elsewhere (on a UART: a bare machine, another VMM), in place of running it
+    /// Read the output of the guest on a bare machine or under another VMM instead of running it
     #[arg(long, value_name = "FILE", conflicts_with = "compare")]
     parse: Option<PathBuf>,
 
-    /// Write the guest to FILE, as a multiboot kernel that starts under any loader, in place of running it
+    /// Write the guest to FILE as a multiboot kernel instead of running it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["compare", "parse"])]
     image: Option<PathBuf>,
 
-    /// Show columns side by side, as ratios to the first
+    /// Print columns side by side, with ratios to the first
     #[arg(long, value_name = "FILE", num_args = 1..)]
     compare: Vec<PathBuf>,
 
-    /// With --compare: how it is shown
-    #[arg(long, value_enum, default_value = "text", value_name = "FORM")]
+    /// Format of --compare
+    #[arg(long, value_enum, default_value = "text", value_name = "FORMAT")]
     form: Shown,
 
     /// KVM's device
@@ -45,11 +45,11 @@ pub(super) struct Args {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Shown {
-    /// For a terminal
+    /// Table for a terminal
     Text,
-    /// A table for a document
+    /// Table for a document
     Markdown,
-    /// A bar chart
+    /// Bar chart
     Svg,
 }
 

@@ -11,36 +11,37 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// The options of the subcommand.
+/// Options of `hwvmm report`.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// A profile that `hwvmm run --profile-out` wrote
     profile: PathBuf,
 
-    /// A second one: what changed from the first to it
+    /// A second profile: print the changes from the first to this one
     other: Option<PathBuf>,
 
-    /// The form; of two profiles text or json
-    #[arg(short, long, default_value = "text", value_name = "FORM")]
+    /// Format of the output; text or json for two profiles
+    #[arg(short, long, default_value = "text", value_name = "FORMAT")]
     format: Format,
 
-    /// Write to this file, not to stdout
+    /// Write to this file instead of stdout
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
 
-    /// Rows of a table
+    /// Largest number of rows of a table
     #[arg(long, default_value_t = 25, value_name = "N")]
     rows: usize,
 
-    /// At most so many exits, as in `hwvmm run --budget`: else status 39
+    /// Largest numbers of exits: NAME=COUNT,... or a file with such lines, as for `hwvmm run --budget`; more end with
+    /// status 39
     #[arg(long, value_name = "LIMITS", value_parser = parse_budget)]
     budget: Option<Budget>,
 
-    /// At most as many exits of each kind as in this profile, but for the host's interrupts
+    /// Take the counts of this profile as limits for each kind of exit, except for the host's interrupts
     #[arg(long, value_name = "FILE")]
     budget_from: Option<PathBuf>,
 
-    /// How much more than in --budget-from there may be
+    /// By how much the counts of --budget-from may be exceeded
     #[arg(long, default_value = "2%", value_name = "PERCENT", value_parser = Slack::parse)]
     slack: Slack,
 }

@@ -19,10 +19,10 @@ use std::io::{self, IsTerminal, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Options.
+/// Options of `hwvmm run`.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Read options from a TOML file; what is given here as well wins
+    /// Read options from a TOML file; the command line overrides them
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// The options of the subcommand.
+/// Options of `hwvmm unpack`.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// The bzImage (vmlinuz)

@@ -304,6 +304,15 @@ mod tests {
     }
 
     #[test]
+    fn the_example_in_the_readme_is_right() {
+        let readme = include_str!("../README.md");
+        let example = readme.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).expect("an example");
+        let config = read(example).into_config().expect("valid");
+        assert_eq!((config.disk.len(), config.net.len()), (1, 1));
+        assert!(config.disk[0].read_only && !config.tune.wants(Lever::BusyPoll));
+    }
+
+    #[test]
     fn errors_name_option_value_and_remedy() {
         assert!(matches!(RunOptions::default().into_config(), Err(ConfigError::NoKernel)));
         for (text, words) in [

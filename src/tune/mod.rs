@@ -166,7 +166,10 @@ pub fn measured_on() -> &'static str {
 /// The text of `--tune help`: all levers.
 #[must_use]
 pub fn help() -> String {
-    let mut text = String::from("Levers (--tune NAME=on|off|auto,...; all=off is the naive VMM):\n");
+    let mut text = String::from(
+        "Levers: --tune NAME=on|off|auto,...\nA lever that the host does not support is left out, with a message. all=off turns \
+         all levers off.\n",
+    );
     let mut group = None;
     for lever in Lever::ALL {
         if group.replace(lever.group()) != Some(lever.group()) {
@@ -180,10 +183,29 @@ pub fn help() -> String {
             None => String::new(),
         };
         let _ = writeln!(text, "  {:<18} [{default}{effect}]", lever.name());
-        let _ = writeln!(text, "      {}.\n      Else: {}.", lever.what(), lever.without());
+        wrap(&mut text, &format!("{}.", lever.what()));
+        wrap(&mut text, &format!("Without it {}.", lever.without()));
     }
-    let _ = writeln!(text, "\nMeasured with scripts/ablation: {}.", measured_on());
+    let _ = writeln!(text, "\nExits of a Linux boot, measured by scripts/ablation:\n{}.", measured_on());
     text
+}
+
+/// Adds a paragraph in lines of at most 100 columns.
+fn wrap(text: &mut String, paragraph: &str) {
+    const INDENT: &str = "      ";
+    const COLUMNS: usize = 100;
+    let mut line = String::from(INDENT);
+    for word in paragraph.split_whitespace() {
+        if line.len() + word.len() >= COLUMNS {
+            text.push_str(line.trim_end());
+            text.push('\n');
+            INDENT.clone_into(&mut line);
+        }
+        line.push_str(word);
+        line.push(' ');
+    }
+    text.push_str(line.trim_end());
+    text.push('\n');
 }
 
 #[cfg(test)]
@@ -196,6 +218,15 @@ mod tests {
             assert_eq!(Lever::by_name(lever.name()), Some(lever), "{}", lever.name());
             assert!(lever.name() != "all" && lever.name() != "help");
             assert!(help().contains(lever.name()));
+        }
+    }
+
+    #[test]
+    fn the_help_fits_a_terminal_and_has_whole_sentences() {
+        assert!(help().lines().all(|line| line.chars().count() <= 100));
+        for lever in Lever::ALL {
+            let (what, without) = (lever.what(), lever.without());
+            assert!(!what.ends_with('.') && !without.ends_with('.'), "{}", lever.name());
         }
     }
 

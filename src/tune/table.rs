@@ -11,8 +11,8 @@ pub enum Group {
     Interrupts,
     /// Kicks and interrupts of virtio devices.
     Devices,
-    /// Output on serial ports.
-    Console,
+    /// Writes that KVM queues.
+    Coalescing,
     /// CPUID, MSRs and idle instructions.
     Cpu,
 }
@@ -26,7 +26,7 @@ impl Group {
             Self::Probing => "Hardware probing",
             Self::Interrupts => "Interrupts and timers",
             Self::Devices => "Virtio devices",
-            Self::Console => "Console",
+            Self::Coalescing => "Coalesced I/O",
             Self::Cpu => "Processor",
         }
     }
@@ -49,9 +49,10 @@ struct Row {
     without: &'static str,
 }
 
+/// Defines the levers. A row is `Variant: "name", Group, on by default, "what it does", "what happens without it";`.
 macro_rules! levers {
     ($($variant:ident: $name:literal, $group:ident, $on:literal, $what:literal, $without:literal;)*) => {
-        /// The name of a lever; see [`Lever::what`].
+        /// A switch that makes the guest exit less.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Lever {
             $(#[doc = $what] $variant,)*
@@ -70,100 +71,105 @@ macro_rules! levers {
 
 levers! {
     HugePages: "huge-pages", Memory, true,
-        "Guest memory at multiples of 2 MiB on both sides, transparent huge pages asked for (-m hugepages= wins)",
-        "pages of 4 KiB, a fault for each";
+        "Guest memory is aligned to 2 MiB in the host and in the guest, and the kernel is asked for transparent huge pages \
+         (-m SIZE,hugepages=... overrides it)",
+        "memory is mapped in pages of 4 KiB, with a nested page fault for each";
     Prefault: "prefault", Memory, false,
-        "All guest memory filled before the guest runs, in parallel, and mapped by KVM_PRE_FAULT_MEMORY where there is one: no \
-         first-touch faults, for time and memory at the start",
-        "each page on its first touch";
+        "All guest memory is allocated before the guest runs, by several threads, and mapped with KVM_PRE_FAULT_MEMORY where \
+         the host has it. Off by default: it takes time and memory at the start",
+        "each page is allocated and mapped when the guest first touches it";
     FreePages: "free-pages", Memory, true,
-        "With --balloon the guest reports its free pages, which go back to the host",
-        "the host keeps pages that the guest has free";
+        "With --balloon, the guest reports its free pages (VIRTIO_BALLOON_F_REPORTING) and the host takes them back",
+        "the host keeps the pages that the guest has freed";
     HostUnpack: "host-unpack", Memory, true,
-        "Kernel and initrd are unpacked on the host, once, and kept (--unpack wins)",
-        "the guest unpacks them in every boot";
+        "hwvmm unpacks the kernel and the initrd, and keeps the unpacked kernel for the next run (--unpack overrides it)",
+        "the guest unpacks them in each boot";
     LegacyFree: "legacy-free", Probing, true,
-        "ACPI says that there is no keyboard controller, no CMOS clock, no VGA",
-        "the guest probes for them";
+        "The ACPI tables (FADT) say that there is no keyboard controller, no CMOS clock and no VGA",
+        "the guest probes for these devices";
     UartCount: "uart-count", Probing, true,
-        "8250.nr_uarts=N in the default command line: Linux probes for no other UARTs than those that exist",
-        "Linux probes for four";
+        "The default command line has 8250.nr_uarts=N, with the number of UARTs of the machine",
+        "Linux probes for four UARTs";
     PciProbing: "pci-probing", Probing, true,
-        "pci=conf1,noearly in the default command line of a machine without PCI devices (ACPI cannot say it): Linux tries the \
-         ports, scans no bus, and prints no error, as with pci=off; pci=noearly with PCI devices: no scan for bridges that \
-         need early quirks",
-        "Linux makes 300 accesses to find nothing";
+        "Without PCI devices the default command line has pci=conf1,noearly: Linux checks for PCI configuration ports and scans \
+         no bus. With PCI devices it has pci=noearly: Linux does not scan for chipsets that need early quirks",
+        "Linux scans PCI buses, which takes about 300 accesses without any device";
     AcpiReset: "acpi-reset", Probing, true,
-        "reboot=f in the default command line of a guest of one vCPU: Linux resets by ACPI at once, and does not first take the \
-         I/O APIC apart and try a PC's CMOS (with more vCPUs it would leave the others running after a halt)",
-        "40 accesses at the end of a run";
+        "The default command line of a guest with one vCPU has reboot=f: Linux resets by the ACPI reset register at once, \
+         without first disabling the I/O APIC and writing to CMOS. Not with more vCPUs: Linux would halt without stopping them",
+        "Linux makes about 40 accesses before it resets";
     SplitIrqchip: "split-irqchip", Interrupts, true,
-        "Split irqchip, for Linux guests: an I/O APIC in hwvmm with as many pins as are connected, or none at all",
-        "KVM's I/O APIC, whose 24 pins the guest programs three times";
+        "KVM emulates the local APICs only (KVM_CAP_SPLIT_IRQCHIP). The I/O APIC is hwvmm's, with as many pins as there are \
+         interrupt lines, and is left out if there are none. Not for multiboot kernels",
+        "KVM emulates the PIC and the I/O APIC as well, and Linux programs each of the 24 pins of the I/O APIC three times";
     X2Apic: "x2apic", Interrupts, true,
-        "x2APIC: the local APIC's registers are MSRs",
-        "they are memory, and each access is emulated";
+        "The guest uses x2APIC, whose registers are MSRs",
+        "the guest uses xAPIC, whose registers are memory-mapped: KVM decodes and emulates an instruction for each access";
     TscDeadline: "tsc-deadline", Interrupts, true,
-        "The APIC timer's TSC-deadline mode: one write for each timer",
-        "the timer's counter registers, whose rate the guest calibrates";
+        "The local APIC timer has TSC-deadline mode: one MSR write arms it",
+        "the guest calibrates the timer's frequency and programs its count registers";
     PvEoi: "pv-eoi", Interrupts, true,
-        "KVM's paravirtual end of interrupt: a bit in memory",
-        "a write to the APIC (an exit without APICv or AVIC)";
+        "KVM_FEATURE_PV_EOI: the guest ends an interrupt by clearing a bit in memory",
+        "the guest writes the EOI register, a VM exit unless the processor has APICv or AVIC";
     PvIpi: "pv-ipi", Interrupts, true,
-        "KVM's hypercall for interrupts to many vCPUs",
-        "an APIC write for each";
+        "KVM_FEATURE_PV_SEND_IPI: one hypercall sends an interrupt to many vCPUs",
+        "the guest writes the APIC's command register once for each vCPU";
     PvTlbFlush: "pv-tlb-flush", Interrupts, true,
-        "The TLB of a vCPU that does not run is flushed when it runs next",
-        "an IPI to each";
+        "KVM_FEATURE_PV_TLB_FLUSH: the TLB of a vCPU that is not running is flushed when it runs next",
+        "the guest sends an interrupt to each vCPU and waits for it";
     PvSchedYield: "pv-sched-yield", Interrupts, true,
-        "A vCPU that waits for another yields its processor to it",
-        "it spins";
+        "KVM_FEATURE_PV_SCHED_YIELD: a vCPU that waits for another one yields the processor to it",
+        "the vCPU spins";
     PvUnhalt: "pv-unhalt", Interrupts, true,
-        "Spinning vCPUs halt until they are kicked",
-        "they spin, and exit by PAUSE";
+        "KVM_FEATURE_PV_UNHALT: a vCPU that waits for a spinlock halts until the owner wakes it",
+        "the vCPU spins, and exits by PAUSE";
     Ioeventfd: "ioeventfd", Devices, true,
-        "KVM signals a queue's kick to the device thread (ioeventfd), without an exit to user space",
-        "a userspace exit for each kick";
+        "A queue notification signals an eventfd in the kernel (KVM_IOEVENTFD)",
+        "each notification is a userspace exit";
     ReadonlyRegisters: "readonly-registers", Devices, true,
-        "virtio-mmio registers and PCI configuration space are mapped read-only into the guest (KVM_MEM_READONLY); the PCI bus is \
-         in segment 1, because Linux accesses segment 0 by ports",
-        "a userspace exit for each read";
+        "virtio-mmio registers and PCI configuration space are mapped read-only into the guest (KVM_MEM_READONLY), so that \
+         reads do not exit. PCI devices are in segment 1, because Linux reads segment 0 through ports",
+        "each read of a register is a userspace exit";
     EventIdx: "event-idx", Devices, true,
-        "VIRTIO_F_EVENT_IDX: each side says from which ring entry on it wants to be notified",
-        "flags, which often come too late";
+        "VIRTIO_F_EVENT_IDX: driver and device each say from which ring entry on they want notifications",
+        "driver and device use flags to suppress notifications, which take effect later";
     BusyPoll: "busy-poll", Devices, true,
-        "After a request the device polls for the next one, for as long as requests have taken to arrive, at most this many \
-         microseconds (200); auto: where the host has more processors than the guest",
-        "a kick for each request";
+        "After a request the device polls the queue for the next one, for as long as requests took to arrive lately, at most \
+         the given number of microseconds (on: 200; auto: on if the host has more processors than the guest)",
+        "the driver notifies the device of each request";
     NotifyCoalescing: "notify-coalescing", Devices, true,
-        "With many requests in flight an interrupt is delayed for a moment, so that it reports several",
-        "an interrupt as soon as one is done";
-    CoalescedIo: "coalesced-io", Console, true,
-        "KVM coalesces bytes for a UART, entries of the I/O APIC, virtio-mmio's queue addresses and writes to unmapped ports until \
-         the next exit, at most for 100 ms (KVM_CAP_COALESCED_PIO, KVM_CAP_COALESCED_MMIO)",
-        "a userspace exit for each write";
+        "While many requests are in flight, the device delays an interrupt for a moment so that it covers more of them",
+        "the device interrupts the driver as soon as one request is done";
+    CoalescedIo: "coalesced-io", Coalescing, true,
+        "KVM queues writes to UARTs, I/O APIC entries, virtio-mmio queue addresses and unmapped ports until the next userspace \
+         exit, at most 100 ms (KVM_CAP_COALESCED_PIO, KVM_CAP_COALESCED_MMIO)",
+        "each of these writes is a userspace exit";
     CpuidTsc: "cpuid-tsc", Cpu, true,
-        "CPUID reports the frequencies of TSC and APIC timer",
-        "the guest takes kvmclock's, or calibrates them";
+        "CPUID has the frequencies of the TSC and of the APIC timer (leaf 0x40000010, and 0x15 on Intel)",
+        "the guest takes the frequency from kvmclock, or calibrates";
     MceBanks: "mce-banks", Cpu, true,
-        "One bank of machine-check registers: hwvmm injects no machine checks, so that no more are ever used",
-        "KVM's 32, each of which the guest reads and writes";
+        "The vCPU has one bank of machine-check registers. hwvmm injects no machine checks, so no bank is ever used",
+        "the vCPU has KVM's 32 banks, and the guest reads and writes the registers of each";
     HideMtrr: "hide-mtrr", Cpu, false,
-        "CPUID reports no MTRRs, so that the guest does not read 40 of them. Off by default: Linux then disables PAT too, and \
+        "CPUID has no MTRRs, so the guest does not read about 40 MSRs. Off by default: Linux then disables PAT as well, and \
          write-combining mappings (graphics) become slow",
-        "the guest reads and sets them up, without effect";
+        "the guest reads and writes the MTRRs, which have no effect on a virtual machine's RAM";
     HaltPoll: "halt-poll", Cpu, false,
-        "The host polls for this many microseconds (on: 200) before a halted vCPU sleeps: it wakes faster, and takes host time",
-        "as the host's KVM is set";
+        "KVM polls for the given number of microseconds (on: 200) before it puts a halted vCPU to sleep (KVM_CAP_HALT_POLL). \
+         Off by default: the vCPU wakes up sooner, but polling takes host processor time",
+        "KVM polls as its module parameter halt_poll_ns says";
     DisableHlt: "disable-hlt", Cpu, false,
-        "HLT does not exit. Off by default: an idle guest takes a whole host processor, and the host cannot see that it is idle",
-        "HLT exits";
+        "HLT does not exit (KVM_CAP_X86_DISABLE_EXITS). Off by default: an idle guest takes a whole host processor, and the host \
+         cannot see that it is idle",
+        "each HLT is a VM exit";
     DisablePause: "disable-pause", Cpu, false,
-        "PAUSE does not exit. Off by default: a vCPU that spins for one that does not run takes the host processor from it",
-        "loops of PAUSE exit";
+        "PAUSE does not exit (KVM_CAP_X86_DISABLE_EXITS). Off by default: a vCPU that spins for one that is not running takes \
+         its whole time slice",
+        "loops of PAUSE exit, and KVM runs another vCPU";
     DisableMwait: "disable-mwait", Cpu, false,
-        "MWAIT does not exit. Off by default: as disable-hlt, and it puts the host processor to sleep",
-        "MWAIT is an invalid instruction to the guest";
+        "MWAIT does not exit (KVM_CAP_X86_DISABLE_EXITS). Off by default: as for disable-hlt; besides, the guest can put the host \
+         processor into deep sleep states",
+        "MWAIT is an invalid instruction for the guest";
 }
 
 impl Lever {
@@ -207,13 +213,13 @@ impl Lever {
         if matches!(self, Self::HaltPoll | Self::BusyPoll) { ValueKind::Time } else { ValueKind::Switch }
     }
 
-    /// What the lever does, in a sentence for people.
+    /// What the lever does, in sentences without the last full stop.
     #[must_use]
     pub fn what(self) -> &'static str {
         self.row().what
     }
 
-    /// What happens without the lever, for people.
+    /// What happens without the lever, as a clause without capital and full stop.
     #[must_use]
     pub fn without(self) -> &'static str {
         self.row().without
