@@ -151,7 +151,7 @@ fn userspace_exits(record: &RunRecord) -> UserspaceExits {
         }
         match &vcpu.measured {
             Measured::HandlerTime(times) => {
-                times.iter().for_each(|(reason, ns)| exits.reason(*reason).handler_ns += ns)
+                times.iter().for_each(|(reason, ns)| exits.reason(*reason).handler_ns += ns);
             }
             Measured::Profile(profile) => {
                 profile.causes.iter().for_each(|one| exits.reason(one.cause.reason).handler_ns += one.handler_ns);
