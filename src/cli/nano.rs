@@ -1,7 +1,7 @@
 //! The subcommand `hwvmm bench nano`: runs and compares the nanobenchmarks.
 
 use crate::kvm::System;
-use crate::nano::{Column, Form, OPERATIONS, compare, elf, measure, parse};
+use crate::nano::{Column, Form, OPERATIONS, Paging, compare, elf, measure, parse};
 use crate::probe::{Host, Mmu};
 use std::error::Error;
 use std::fmt::Write as _;
@@ -54,14 +54,14 @@ enum Shown {
 }
 
 /// What is known of this host, for a column.
-fn column(args: &Args, label: &str, mmu: &str) -> Column {
+fn column(args: &Args, label: &str, mmu: Paging) -> Column {
     let host = Host::at(Path::new("/"));
     Column {
         label: args.label.clone().unwrap_or_else(|| label.to_owned()),
         hwvmm: env!("CARGO_PKG_VERSION").into(),
         kernel: host.kernel(),
         cpu: host.cpu(),
-        mmu: mmu.into(),
+        mmu,
         commit: args.commit.clone(),
         results: std::collections::BTreeMap::new(),
     }
@@ -91,15 +91,15 @@ fn bench(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
     let column = if let Some(path) = &args.parse {
         let bytes = std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
         let results = parse(&String::from_utf8_lossy(&bytes))?;
-        Column { results, ..column(args, "elsewhere", "none") }
+        Column { results, ..column(args, "elsewhere", Paging::None) }
     } else {
-        let (name, label) = match Host::at(Path::new("/")).mmu() {
-            Mmu::Nested => ("nested", "hwvmm, nested"),
-            Mmu::Shadow => ("shadow", "hwvmm, shadow"),
-            Mmu::Unknown => ("unknown", "hwvmm"),
+        let (paging, label) = match Host::at(Path::new("/")).mmu() {
+            Mmu::Nested => (Paging::Nested, "hwvmm, nested"),
+            Mmu::Shadow => (Paging::Shadow, "hwvmm, shadow"),
+            Mmu::Unknown => (Paging::Unknown, "hwvmm"),
         };
         let system = System::open(&args.kvm)?;
-        measure(&system, column(args, label, name))?
+        measure(&system, column(args, label, paging))?
     };
     let text = if args.json { format!("{}\n", serde_json::to_string(&column)?) } else { to_text(&column) };
     Ok(super::print_all(text.as_bytes()))

@@ -54,7 +54,7 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
     let host = Host::at(Path::new("/"));
     super::mmu::check(config.mmu, &host)?;
     let system = System::open(&config.kvm)?;
-    if boot::is_linux(&config.kernel) {
+    if !host.has_hardware_kvm() && boot::is_linux(&config.kernel) {
         check_linux(&system, &host)?;
     }
     let expects = expect.is_some();

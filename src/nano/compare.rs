@@ -1,6 +1,6 @@
 //! A comparison of columns of nanobenchmarks: as text, as Markdown, as a chart.
 
-use super::{Column, OPERATIONS, Operation};
+use super::{Column, OPERATIONS, Operation, Paging, PaperCycles};
 use std::fmt::Write as _;
 
 /// The format of a comparison.
@@ -41,15 +41,14 @@ fn cells(columns: &[Column], operation: &Operation) -> Vec<String> {
         if let Some(first) = columns.first().filter(|_| index > 0) {
             cells.push(ratio(column, first, operation).map_or("-".into(), |ratio| format!("{ratio:.2}")));
         }
-        if column.mmu != "none" {
+        if column.mmu != Paging::None {
             let exits = column.results.get(operation.name).and_then(|measured| measured.exits);
             cells.push(exits.map_or("-".into(), |exits| format!("{exits:.2}")));
         }
     }
-    let [native, software, hardware] = operation.paper.unwrap_or([f64::NAN; 3]);
-    for of in [software, hardware] {
-        let times = of / native;
-        cells.push(if times.is_finite() { format!("{times:.2}") } else { String::new() });
+    for vmm in [|paper: PaperCycles| paper.software, |paper: PaperCycles| paper.hardware] {
+        let ratio = operation.paper.map(|paper| vmm(paper) / paper.native).filter(|ratio| ratio.is_finite());
+        cells.push(ratio.map_or(String::new(), |ratio| format!("{ratio:.2}")));
     }
     cells
 }
@@ -61,7 +60,7 @@ fn heads(columns: &[Column]) -> Vec<String> {
         if index > 0 {
             heads.push("ratio".into());
         }
-        if column.mmu != "none" {
+        if column.mmu != Paging::None {
             heads.push("exits".into());
         }
     }
@@ -193,15 +192,15 @@ mod tests {
     use super::*;
     use crate::nano::Measured;
 
-    fn column(label: &str, mmu: &str, cycles: f64) -> Column {
-        let measured = Measured { cycles, exits: (mmu != "none").then_some(1.0), ..Measured::default() };
+    fn column(label: &str, mmu: Paging, cycles: f64) -> Column {
+        let measured = Measured { cycles, exits: (mmu != Paging::None).then_some(1.0), ..Measured::default() };
         let results = [("in".to_owned(), measured)].into();
-        Column { label: label.into(), mmu: mmu.into(), results, ..Column::default() }
+        Column { label: label.into(), mmu, results, ..Column::default() }
     }
 
     #[test]
     fn ratios_are_to_the_first_column_and_the_papers_to_its_native() {
-        let columns = [column("native", "none", 10.0), column("npt", "nested", 2500.0)];
+        let columns = [column("native", Paging::None, 10.0), column("npt", Paging::Nested, 2500.0)];
         let table = compare(&columns, Form::Text);
         let row: Vec<&str> =
             table.lines().find(|line| line.starts_with("in ")).expect("a row").split_whitespace().collect();
@@ -215,7 +214,7 @@ mod tests {
 
     #[test]
     fn the_chart_has_a_bar_for_each_figure_and_escapes_labels() {
-        let chart = compare(&[column("<a>", "none", 10.0), column("b", "nested", 1e9)], Form::Svg);
+        let chart = compare(&[column("<a>", Paging::None, 10.0), column("b", Paging::Nested, 1e9)], Form::Svg);
         assert!(chart.contains("&lt;a&gt;") && !chart.contains("<a>"));
         assert_eq!(chart.matches(&format!("width=\"{DECADE:.1}\"")).count(), 1);
         assert_eq!(chart.matches(&format!("width=\"{WIDTH:.1}\"")).count(), 1, "no bar leaves the chart");

@@ -20,17 +20,29 @@ pub struct Operation {
     pub name: &'static str,
     /// What one operation does, for people.
     pub what: &'static str,
-    /// The paper's figures, where it has this operation: cycles of a Pentium 4, native, with a software VMM and with a hardware
-    /// VMM.
-    pub paper: Option<[f64; 3]>,
+    /// The paper's figures; `None` where it does not have this operation.
+    pub paper: Option<PaperCycles>,
+}
+
+/// What the paper measured of one operation, in cycles of a Pentium 4; NaN where it gives no figure.
+#[derive(Clone, Copy, Debug)]
+pub struct PaperCycles {
+    /// Without virtualization.
+    pub native: f64,
+    /// With a software VMM (binary translation).
+    pub software: f64,
+    /// With a hardware VMM (VT-x without nested paging).
+    pub hardware: f64,
 }
 
 const fn op(name: &'static str, what: &'static str) -> Operation {
     Operation { name, what, paper: None }
 }
 
-const fn paper(name: &'static str, what: &'static str, paper: [f64; 3]) -> Operation {
-    Operation { name, what, paper: Some(paper) }
+/// `cycles` are native, with a software VMM, with a hardware VMM.
+const fn paper(name: &'static str, what: &'static str, cycles: [f64; 3]) -> Operation {
+    let [native, software, hardware] = cycles;
+    Operation { name, what, paper: Some(PaperCycles { native, software, hardware }) }
 }
 
 /// All operations, in the guest's order, which is the number in its marks. The first is the empty loop around each of them. The
@@ -65,6 +77,21 @@ pub const OPERATIONS: [Operation; 27] = [
     op("ipi", "an IPI to a vCPU in HLT, and one back that ends this one's HLT"),
 ];
 
+/// How a measured machine translates guest addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Paging {
+    /// A guest of hwvmm's, on nested page tables.
+    Nested,
+    /// A guest of hwvmm's, on shadow page tables.
+    Shadow,
+    /// A guest of hwvmm's, on a KVM that does not report its MMU.
+    #[default]
+    Unknown,
+    /// A bare machine, or another VMM: its exits are not counted.
+    None,
+}
+
 /// The results of one machine: a column of the table.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Column {
@@ -76,8 +103,8 @@ pub struct Column {
     pub kernel: String,
     /// The model name of the host's processor.
     pub cpu: String,
-    /// KVM's MMU: "nested", "shadow", or "none" for a machine that is not hwvmm's.
-    pub mmu: String,
+    /// KVM's MMU.
+    pub mmu: Paging,
     /// The commit that hwvmm was built from, where it is known (`--commit`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,

@@ -102,7 +102,7 @@ impl Kind {
     }
 
     /// Instructions before the loop, and the loop's body.
-    fn code(self, amd: bool) -> (Vec<u8>, Vec<u8>) {
+    fn code(self, extension: Extension) -> (Vec<u8>, Vec<u8>) {
         let one = |body: &[u8]| (Vec::new(), body.to_vec());
         match self {
             Self::Cpuid => one(&[0x31, 0xc0, 0x0f, 0xa2]), // xor %eax,%eax; cpuid
@@ -113,7 +113,9 @@ impl Kind {
             Self::Mmio => (vec![0xbb, 0, 0, 0xc0, 0xfe], vec![0x8b, 0x03]),
             Self::UserMmio => (vec![0xbb, 0, 0, 0, 0xd0], vec![0x8b, 0x03]),
             // mov $1,%eax (KVM_HC_VAPIC_POLL_IRQ: does nothing); vmmcall or vmcall
-            Self::Hypercall => one(&[0xb8, 1, 0, 0, 0, 0x0f, 0x01, if amd { 0xd9 } else { 0xc1 }]),
+            Self::Hypercall => {
+                one(&[0xb8, 1, 0, 0, 0, 0x0f, 0x01, if extension == Extension::Svm { 0xd9 } else { 0xc1 }])
+            }
             // mov $0x200000,%edi (memory that is untouched until then); then mov %al,(%rdi); add $0x1000,%rdi
             Self::PageFault => (vec![0xbf, 0, 0, 0x20, 0], vec![0x88, 0x07, 0x48, 0x81, 0xc7, 0, 0x10, 0, 0]),
             // out %al,$0x12; sti; hlt; cli
@@ -149,6 +151,15 @@ const HLT_HANDLER: &[u8] = &[
     0x5a, 0x59, 0x58, 0x48, 0xcf, // pop %rdx, %rcx, %rax; iretq
 ];
 
+/// The processor's virtualization extension, which decides the instruction of a hypercall.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extension {
+    /// AMD's: VMMCALL.
+    Svm,
+    /// Intel's: VMCALL.
+    Vmx,
+}
+
 /// The measured cost of a kind.
 #[derive(Debug)]
 pub struct Cost {
@@ -168,8 +179,8 @@ pub struct Price {
 }
 
 /// The guest's code and how often it runs the body: a mark, the body in a loop, a mark, HLT.
-fn program(kind: Option<Kind>, amd: bool) -> (Vec<u8>, u32) {
-    let (setup, body) = kind.map_or((Vec::new(), vec![0x90]), |kind| kind.code(amd));
+fn program(kind: Option<Kind>, extension: Extension) -> (Vec<u8>, u32) {
+    let (setup, body) = kind.map_or((Vec::new(), vec![0x90]), |kind| kind.code(extension));
     let count = kind.map_or(10_000, Kind::count);
     let mut code = setup;
     code.extend([0xe6, 0x10]); // out %al,$0x10
@@ -280,8 +291,8 @@ fn price(time: Duration, cycles: u64, wakes: &mut [Duration]) -> Price {
 }
 
 /// The best of [`ROUNDS`], each on a machine of its own. Without a kind, that of the empty loop.
-fn best(system: &System, kind: Option<Kind>, amd: bool) -> Result<Price, ProbeError> {
-    let (code, count) = program(kind, amd);
+fn best(system: &System, kind: Option<Kind>, extension: Extension) -> Result<Price, ProbeError> {
+    let (code, count) = program(kind, extension);
     let mut best: Option<Price> = None;
     for _ in 0..ROUNDS {
         let mut guest = Guest::new(system, &code)?;
@@ -297,13 +308,14 @@ fn best(system: &System, kind: Option<Kind>, amd: bool) -> Result<Price, ProbeEr
 #[must_use]
 pub fn costs(system: &System, mut progress: impl FnMut(Kind)) -> Vec<Cost> {
     let amd = std::path::Path::new("/sys/module/kvm_amd").exists();
+    let extension = if amd { Extension::Svm } else { Extension::Vmx };
     // What the loop itself takes.
-    let empty = kick::guarded(TIMEOUT, || best(system, None, amd))
+    let empty = kick::guarded(TIMEOUT, || best(system, None, extension))
         .and_then(Result::ok)
         .unwrap_or(Price { ns: 0.0, cycles: 0.0 });
     let one = |kind: Kind| {
         progress(kind);
-        let result = kick::guarded(TIMEOUT, || best(system, Some(kind), amd)).unwrap_or(Err(ProbeError::Thread));
+        let result = kick::guarded(TIMEOUT, || best(system, Some(kind), extension)).unwrap_or(Err(ProbeError::Thread));
         let less =
             |all: Price| Price { ns: (all.ns - empty.ns).max(0.0), cycles: (all.cycles - empty.cycles).max(0.0) };
         Cost { kind, result: result.map(less) }
@@ -318,8 +330,8 @@ mod tests {
     #[test]
     fn every_kinds_loop_goes_back_to_its_body() {
         for kind in Kind::ALL {
-            let (setup, body) = kind.code(true);
-            let (code, count) = program(Some(kind), true);
+            let (setup, body) = kind.code(Extension::Svm);
+            let (code, count) = program(Some(kind), Extension::Svm);
             // The jump's own end, less what it jumps back.
             let jump = code.len() - 3;
             let target = i64::try_from(jump).expect("small") + i64::from(i8::from_le_bytes([code[jump - 1]]));
