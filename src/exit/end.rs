@@ -8,13 +8,13 @@ use std::time::Duration;
 pub mod status {
     /// The guest shut down, `--expect` was seen, or `hwvmm ctl SOCKET stop` ended the run.
     pub const OK: u8 = 0;
-    /// hwvmm failed.
+    /// hwvmm itself failed, such as at a file that cannot be read.
     pub const ERROR: u8 = 1;
     /// The command line is wrong.
     pub const USAGE: u8 = 2;
     /// The guest reset itself.
     pub const RESET: u8 = 32;
-    /// Triple fault.
+    /// The guest made a triple fault.
     pub const TRIPLE_FAULT: u8 = 33;
     /// The guest kernel panicked.
     pub const PANIC: u8 = 34;
@@ -28,7 +28,7 @@ pub mod status {
     pub const NOT_SEEN: u8 = 38;
     /// The guest ended well, and made more exits than its budget allows.
     pub const OVER_BUDGET: u8 = 39;
-    /// `--timeout`.
+    /// The time of `--timeout` passed.
     pub const TIMEOUT: u8 = 124;
     /// The user left with Ctrl-A x.
     pub const QUIT: u8 = 130;
@@ -39,7 +39,7 @@ pub mod status {
 pub enum Signal {
     /// SIGHUP: the terminal is gone.
     Hup,
-    /// SIGINT: Ctrl-C.
+    /// SIGINT, which Ctrl-C sends.
     Int,
     /// SIGQUIT: prints the flight recorder as well.
     Quit,
@@ -48,7 +48,7 @@ pub enum Signal {
 }
 
 impl Signal {
-    /// All of them.
+    /// All signals that end a run.
     pub const ALL: [Self; 4] = [Self::Hup, Self::Int, Self::Quit, Self::Term];
 
     /// Number of the signal (signal(7), x86).
@@ -104,13 +104,13 @@ pub enum EndReason {
     Watchdog,
     /// KVM cannot go on: an exit that cannot be handled, with its data.
     Kvm(String),
-    /// `--expect` matched this.
+    /// The text that `--expect` matched.
     Seen(String),
     /// The guest ended, cleanly, without `--expect`'s pattern.
     NotSeen(Box<EndReason>),
-    /// `--timeout`.
+    /// The time of `--timeout` passed: its length.
     TimedOut(Duration),
-    /// Ctrl-A x.
+    /// The user pressed Ctrl-A x.
     Quit,
     /// `hwvmm ctl SOCKET stop`.
     Stopped,
@@ -121,7 +121,7 @@ pub enum EndReason {
 }
 
 impl EndReason {
-    /// The exit status.
+    /// The exit status of hwvmm for this end (see [`status`]).
     #[must_use]
     pub fn status(&self) -> u8 {
         match self {
@@ -141,7 +141,7 @@ impl EndReason {
         }
     }
 
-    /// Whether the guest or the user meant it: then nobody needs the last exits.
+    /// Returns true if the guest or the user ended the run on purpose. The last exits are then not shown.
     #[must_use]
     pub fn is_clean(&self) -> bool {
         match self {

@@ -15,7 +15,7 @@ const HYPERCALL_UNKNOWN: u64 = (-1000_i64).cast_unsigned();
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BusKind {
-    /// I/O ports.
+    /// The bus of the I/O ports.
     Pio,
     /// Guest physical addresses outside of memory.
     Mmio,
@@ -49,9 +49,9 @@ pub enum Outcome {
 /// An exit that has been answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Handled {
-    /// Who answered.
+    /// The device or register that the exit went to.
     pub route: Route,
-    /// What follows.
+    /// How the run goes on.
     pub outcome: Outcome,
 }
 
@@ -67,9 +67,9 @@ impl Handled {
 
 /// The exit handler of a machine; all vCPUs share it.
 pub struct Handler {
-    /// Ports.
+    /// The devices on I/O ports.
     pub pio: Bus,
-    /// Device memory.
+    /// The devices at guest physical addresses.
     pub mmio: Bus,
     /// The ring of coalesced writes, where writes are coalesced.
     pub ring: Option<CoalescedRing>,

@@ -39,59 +39,59 @@ use thiserror::Error;
 use virtio::{BusLayout, VirtioBuilder, VirtioHandle};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// A machine cannot be made.
+/// Why a machine cannot be made.
 #[derive(Debug, Error)]
 pub enum MachineError {
-    /// KVM refuses.
+    /// An ioctl of KVM failed.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// Memory.
+    /// Guest memory cannot be made.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// Kernel, initrd, command line.
+    /// The kernel, the initrd or the command line cannot be loaded.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// Two devices at one address.
+    /// Two devices overlap on a bus.
     #[error(transparent)]
     Bus(#[from] BusError),
     /// More vCPUs than the host's KVM has.
     #[error("this host's KVM runs at most {max} vCPUs in a machine, not {asked}: give the guest fewer with -c")]
     TooManyVcpus {
-        /// Asked for.
+        /// The number of vCPUs that was asked for.
         asked: u32,
-        /// There are.
+        /// The largest number of vCPUs that KVM allows.
         max: usize,
     },
-    /// The processor told by KVM lacks something.
+    /// KVM does not have a capability that an option needs.
     #[error("this host's KVM does not have {0}, which --{1} needs")]
     Missing(&'static str, &'static str),
-    /// A file for a UART's output.
+    /// The file for a console's output cannot be created.
     #[error("cannot open {} for the serial port's output", .0.display())]
     SerialFile(PathBuf, #[source] io::Error),
-    /// A disk.
+    /// A disk image cannot be opened.
     #[error(transparent)]
     Disk(#[from] hwvmm_devices::virtio::block::ImageError),
-    /// A tap interface.
+    /// A tap interface cannot be opened.
     #[error(transparent)]
     Tap(#[from] hwvmm_devices::virtio::net::TapError),
-    /// A shared folder.
+    /// A shared folder cannot be opened.
     #[error(transparent)]
     Share(#[from] hwvmm_devices::virtio::fs::ShareError),
-    /// The guest's sockets.
+    /// The socket of the vsock device cannot be made.
     #[error(transparent)]
     Vsock(#[from] hwvmm_devices::virtio::vsock::VsockError),
-    /// The control socket.
+    /// The control socket cannot be made.
     #[error(transparent)]
     Api(#[from] crate::control::ListenError),
-    /// The kernel's side of a network card.
+    /// The vhost-net device of the host cannot be used.
     #[error("vhost=on needs /dev/vhost-net: is the module loaded (modprobe vhost_net), and may you open it?")]
     Vhost(#[source] hwvmm_devices::virtio::net::VhostNetError),
-    /// The kernel's side of the guest's sockets.
+    /// The vhost-vsock device of the host cannot be used.
     #[error(
         "vsock with vhost=on needs /dev/vhost-vsock (modprobe vhost_vsock, and may you open it?) and a cid of its own"
     )]
     VhostVsock(#[source] hwvmm_devices::virtio::vsock::KernelVsockError),
-    /// passt, for user-mode networking.
+    /// The program passt, for user-mode networking, cannot be started.
     #[error("--net user needs the program passt{}", Self::passt_remedy(.0))]
     Passt(#[source] io::Error),
     /// A virtio device cannot be put on its transport.
@@ -100,24 +100,24 @@ pub enum MachineError {
     /// The pages with PCI configuration spaces cannot be mapped.
     #[error(transparent)]
     Page(#[from] hwvmm_devices::page::PageError),
-    /// More devices than places.
+    /// There are more devices than the bus takes.
     #[error("{asked} virtio devices are too many: {bus} takes {max}")]
     TooManyDevices {
-        /// Asked for.
+        /// The number of devices that was asked for.
         asked: usize,
-        /// There are.
+        /// The largest number of devices on the bus.
         max: usize,
-        /// Of what.
+        /// The name of the bus.
         bus: &'static str,
     },
-    /// File descriptors.
+    /// A file descriptor cannot be made.
     #[error("cannot get a file descriptor")]
     Fd(#[from] io::Error),
 }
 
 /// A machine that is ready to run.
 pub struct Machine {
-    /// vCPUs first: they hold on to guest memory by themselves, and are gone before the machine is.
+    /// Dropped first: vCPUs keep guest memory mapped, and are closed before the machine.
     vcpus: Vec<Vcpu>,
     vm: Arc<Vm>,
     virtio: Vec<VirtioHandle>,
@@ -125,7 +125,7 @@ pub struct Machine {
     handler: Arc<Handler>,
     control: Arc<Control>,
     input: Option<Input>,
-    /// The console that must learn of the terminal's new size.
+    /// The virtio console that reports the size of the terminal to the guest.
     resized: Option<Arc<Port>>,
     watchdog: Option<Arc<Watchdog>>,
     ram: GuestRam,
@@ -134,15 +134,15 @@ pub struct Machine {
 
 /// What is the same in every start of a machine.
 pub struct Setup<'a> {
-    /// The configuration.
+    /// The configuration of the machine.
     pub config: &'a RunConfig,
     /// The pattern of `--expect`.
     pub expect: Option<regex::bytes::Regex>,
     /// What the guest's kernel has announced on its consoles.
     pub announcements: Announcements,
-    /// Whether stdin is a terminal in raw mode.
+    /// True if stdin is a terminal in raw mode.
     pub terminal: bool,
-    /// Told about what takes long.
+    /// Called with a message before anything that takes long.
     pub progress: &'a dyn Fn(&str),
 }
 
@@ -157,47 +157,28 @@ impl Machine {
             Topology { sockets: config.cpus.sockets, cores: config.cpus.cores, threads: config.cpus.threads };
         let apic_ids: Vec<u32> = (0..topology.cpus()).map(|index| topology.apic_id(index)).collect();
         check_vcpus(system, &apic_ids)?;
-
         let ram = GuestRam::new(&ram_banks(config.memory.bytes), backing(config))?;
-        let uarts: Vec<Uart> =
-            UARTS.iter().zip(&config.serial).filter(|(_, port)| port.is_some()).map(|(uart, _)| *uart).collect();
+        let uarts = uarts(config);
         let mut layout = BusLayout::new(config)?;
         let (vm, irqchip) = create_vm(config, system, &ram)?;
-        let vm = Arc::new(vm);
         let pins = match irqchip {
             Irqchip::Split => layout.pack_pins(uarts.iter().map(|uart| uart.gsi)),
             Irqchip::Kernel => Some(IoApicPins { first_gsi: 0, count: Vm::FIRST_MESSAGE_GSI }),
         };
-        let cache = config.kernel_cache.as_deref().map(Cache::new);
-        let loaded = boot::load(
-            &boot::Request {
-                kernel: &config.kernel,
-                initrd: config.initrd.as_deref(),
-                modules: &config.module,
-                cmdline: &config.kernel_cmdline(),
-                arguments: &config.multiboot_cmdline(),
-                memory_bytes: config.memory.bytes,
-                unpack: config.unpack,
-                boot: config.boot,
-                cache: cache.as_ref(),
-                platform: &Platform {
-                    apic_ids: &apic_ids,
-                    uarts: &uarts,
-                    legacy_free: config.tune.wants(Lever::LegacyFree),
-                    pins,
-                    pci: layout.pci.then_some(u8::from(layout.pages)),
-                    virtio_mmio: &layout.mmio,
-                },
-                progress: setup.progress,
-            },
-            &ram,
-        )?;
+        let platform = Platform {
+            apic_ids: &apic_ids,
+            uarts: &uarts,
+            legacy_free: config.tune.wants(Lever::LegacyFree),
+            pins,
+            pci: layout.pci.then_some(u8::from(layout.pages)),
+            virtio_mmio: &layout.mmio,
+        };
+        let loaded = load(setup, &platform, &ram)?;
         let control = Arc::new(Control::new()?);
         let mut devices = Devices::new(setup, &vm, &control)?;
         let mut mmio = BusBuilder::default();
-        if let Some(pins) = pins.filter(|_| irqchip == Irqchip::Split) {
-            let io_apic = IoApic::new(pins.first_gsi, pins.count, Arc::new(virtio::Router(Arc::clone(&vm))));
-            mmio.insert(IOAPIC.into(), IoApic::BYTES, "I/O APIC", Arc::new(io_apic))?;
+        if irqchip == Irqchip::Split {
+            add_io_apic(&vm, pins, &mut mmio)?;
         }
         if config.testdev {
             testdev::add(config, &vm, &ram, &mut devices.pio, &mut mmio)?;
@@ -206,11 +187,8 @@ impl Machine {
         builder.add_configured(config)?;
         devices.add_virtio_console(setup, &control, &mut builder)?;
         let balloon = builder.balloon.take();
-        let api = config
-            .api
-            .as_deref()
-            .map(|path| crate::control::Server::new(path, balloon, Arc::clone(&control)))
-            .transpose()?;
+        let serve = |path| crate::control::Server::new(path, balloon, Arc::clone(&control));
+        let api = config.api.as_deref().map(serve).transpose()?;
         let (virtio, pages) = builder.finish(&mut devices.pio)?;
         let vcpus = create_vcpus(system, &vm, topology, &apic_ids, &loaded, &config.tune)?;
         if config.memory.prefault || config.tune.wants(Lever::Prefault) {
@@ -235,6 +213,38 @@ impl Machine {
     }
 }
 
+/// Adds hwvmm's I/O APIC with `pins`; none where no pin is connected.
+fn add_io_apic(vm: &Arc<Vm>, pins: Option<IoApicPins>, mmio: &mut BusBuilder) -> Result<(), BusError> {
+    let Some(pins) = pins else { return Ok(()) };
+    let io_apic = IoApic::new(pins.first_gsi, pins.count, Arc::new(virtio::Router(Arc::clone(vm))));
+    mmio.insert(IOAPIC.into(), IoApic::BYTES, "I/O APIC", Arc::new(io_apic))
+}
+
+/// The UARTs that the configuration has.
+fn uarts(config: &RunConfig) -> Vec<Uart> {
+    UARTS.iter().zip(&config.serial).filter(|(_, port)| port.is_some()).map(|(uart, _)| *uart).collect()
+}
+
+/// Loads the configured kernel for a machine with the hardware of `platform`.
+fn load(setup: &Setup<'_>, platform: &Platform<'_>, ram: &GuestRam) -> Result<Loaded, KernelError> {
+    let config = setup.config;
+    let cache = config.kernel_cache.as_deref().map(Cache::new);
+    let request = boot::Request {
+        kernel: &config.kernel,
+        initrd: config.initrd.as_deref(),
+        modules: &config.module,
+        cmdline: &config.kernel_cmdline(),
+        arguments: &config.multiboot_cmdline(),
+        memory_bytes: config.memory.bytes,
+        unpack: config.unpack,
+        boot: config.boot,
+        cache: cache.as_ref(),
+        platform,
+        progress: setup.progress,
+    };
+    boot::load(&request, ram)
+}
+
 fn backing(config: &RunConfig) -> Backing {
     let pages = config.memory.pages;
     match pages.huge_bytes() {
@@ -255,7 +265,7 @@ fn check_vcpus(system: &System, apic_ids: &[u32]) -> Result<(), MachineError> {
 }
 
 /// Creates the VM with its memory and interrupt controllers.
-fn create_vm(config: &RunConfig, system: &System, ram: &GuestRam) -> Result<(Vm, Irqchip), MachineError> {
+fn create_vm(config: &RunConfig, system: &System, ram: &GuestRam) -> Result<(Arc<Vm>, Irqchip), MachineError> {
     let mut vm = system.create_vm()?;
     vm.set_real_mode_pages(KVM_TSS, KVM_IDENTITY_MAP)?;
     vm.set_memory(ram.clone())?;
@@ -264,7 +274,7 @@ fn create_vm(config: &RunConfig, system: &System, ram: &GuestRam) -> Result<(Vm,
     if config.trap_msrs {
         vm.trap_unknown_msrs().map_err(|_| MachineError::Missing("X86_USER_SPACE_MSR (Linux 5.10)", "trap-msrs"))?;
     }
-    Ok((vm, irqchip))
+    Ok((Arc::new(vm), irqchip))
 }
 
 fn create_vcpus(
@@ -324,7 +334,7 @@ fn prefault(ram: &GuestRam, vcpus: &[Vcpu], memory_bytes: u64) -> Result<(), Mac
 struct Devices {
     pio: BusBuilder,
     input: Option<Input>,
-    /// The console that must learn of the terminal's new size.
+    /// The virtio console that reports the size of the terminal to the guest.
     resized: Option<Arc<Port>>,
     watchdog: Option<Arc<Watchdog>>,
 }

@@ -34,7 +34,7 @@ pub(super) struct BusLayout {
     pub(super) pci: bool,
     /// The virtio-mmio devices, in the order in which they are added.
     pub(super) mmio: Vec<VirtioMmio>,
-    /// Whether the guest reads registers by itself. Test kernels want the whole PC, ports and all.
+    /// If true, the guest reads registers from read-only pages, without exits. Multiboot kernels use the PCI ports instead.
     pub(super) pages: bool,
 }
 
@@ -101,7 +101,7 @@ impl VirtioHandle {
     }
 }
 
-/// MSI by KVM.
+/// Sets MSI routes in KVM (KVM_SET_GSI_ROUTING).
 pub(super) struct Router(pub(super) Arc<Vm>);
 
 impl MsiRouter for Router {
@@ -127,7 +127,7 @@ pub(super) struct VirtioBuilder<'a> {
     root: PciRoot,
     next_message: u32,
     handles: Vec<VirtioHandle>,
-    /// Whether all devices' registers so far are memory to the guest's reads.
+    /// True while the registers of all devices so far could be mapped as read-only pages.
     pages: bool,
     /// The balloon's handle, once there is one.
     pub(super) balloon: Option<Arc<BalloonControl>>,

@@ -13,9 +13,9 @@ const MAX_ADDRESSES: usize = 1024;
 /// Numbers of accesses by the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Accesses {
-    /// Exits for reads.
+    /// The number of exits for reads.
     pub reads: u64,
-    /// Exits for writes.
+    /// The number of exits for writes.
     pub writes: u64,
 }
 
@@ -39,11 +39,11 @@ impl Accesses {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AccessSpace {
-    /// I/O ports.
+    /// The I/O ports.
     Pio,
     /// Guest physical addresses outside of memory.
     Mmio,
-    /// Model-specific registers.
+    /// The model-specific registers (MSRs).
     Msr,
 }
 
@@ -71,15 +71,15 @@ impl From<BusKind> for AccessSpace {
 /// Exits for one device, one unmapped address, or one MSR.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceCount {
-    /// The address space.
+    /// The address space of the access.
     pub bus: AccessSpace,
     /// First port or gpa of the device, the unmapped port or gpa itself, or the MSR's index (ECX).
     pub address: u64,
     /// Name of the device; `None` for an unmapped address and for an MSR.
     pub device: Option<String>,
-    /// Exits for reads.
+    /// The number of exits for reads.
     pub reads: u64,
-    /// Exits for writes.
+    /// The number of exits for writes.
     pub writes: u64,
 }
 
@@ -128,7 +128,7 @@ impl Counters {
         }
     }
 
-    /// Counts one exit.
+    /// Counts one exit by its reason and its route.
     pub fn record(&mut self, reason: ExitReason, route: Route) {
         self.reasons[reason.index()] += 1;
         let accesses = match route {

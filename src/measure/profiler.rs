@@ -6,7 +6,7 @@ use crate::exit::{ExitReason, Route};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-/// Measures exits.
+/// A profiler: it measures the exits of one vCPU.
 pub trait Profiler {
     /// What is noted before an exit is handled.
     type Stamp: Copy;
@@ -22,11 +22,11 @@ pub trait Profiler {
     /// Called before each KVM_RUN.
     fn enter(&mut self);
 
-    /// Ends the measurement.
+    /// Ends the measurement and returns its result.
     fn finish(self) -> Self::Measured;
 }
 
-/// Measures nothing.
+/// The profiler that measures nothing. It has no size, and its calls compile to nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoProfile;
 

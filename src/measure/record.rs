@@ -23,7 +23,7 @@ pub const VERSION: u32 = 1;
 /// What a run leaves behind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunRecord {
-    /// [`VERSION`].
+    /// The version of the format: [`VERSION`].
     pub version: u32,
     /// The end of the run.
     pub end: RunEnd,
@@ -33,7 +33,7 @@ pub struct RunRecord {
     pub startup_cpu_ns: u64,
     /// How long the guest ran, in nanoseconds of wall-clock time.
     pub ran_ns: u64,
-    /// By vCPU.
+    /// The record of each vCPU, in vCPU order.
     pub vcpus: Vec<VcpuRecord>,
     /// Every range of the two buses; in the order of [`Route::Slot`](crate::exit::Route) for each bus.
     pub devices: Vec<DeviceRange>,
@@ -54,7 +54,7 @@ pub struct RunRecord {
 /// What a vCPU's thread leaves behind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VcpuRecord {
-    /// Userspace exits.
+    /// The counts of its userspace exits.
     pub counts: ExitCounts,
     /// The last userspace exits, oldest first.
     pub flight_recorder: Vec<FlightEntry>,
@@ -72,11 +72,11 @@ pub struct VcpuRecord {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Measured {
-    /// Nothing was measured.
+    /// Nothing was measured besides the counts.
     Nothing,
     /// Nanoseconds in hwvmm's exit handler, by reason.
     HandlerTime(BTreeMap<ExitReason, u64>),
-    /// Every cause.
+    /// The exits by cause, with times (`--profile`).
     Profile(Box<UserRecord>),
 }
 
@@ -101,7 +101,7 @@ impl From<UserRecord> for Measured {
 /// The range of a bus that a device claims.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceRange {
-    /// The bus.
+    /// The bus of the device.
     pub bus: BusKind,
     /// First port or guest physical address.
     pub first: u64,
@@ -129,7 +129,7 @@ pub struct VirtioQueue {
     pub kicks: u64,
     /// Used buffer notifications to the driver.
     pub interrupts: u64,
-    /// Descriptor chains used.
+    /// The number of descriptor chains that were used.
     pub requests: u64,
 }
 

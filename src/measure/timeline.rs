@@ -61,9 +61,9 @@ impl<K: Ord> TryFrom<Steps<K>> for Timeline<K> {
 pub struct TimelineCount<K> {
     /// Index of the step.
     pub step: u64,
-    /// What was counted.
+    /// What was counted, such as an exit reason.
     pub key: K,
-    /// Number of events.
+    /// The number of events in the step.
     pub count: u64,
 }
 

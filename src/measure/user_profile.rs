@@ -118,7 +118,7 @@ impl TryFrom<String> for MarkKind {
 /// A moment of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {
-    /// What happened.
+    /// What the mark is for.
     pub name: MarkKind,
     /// Time since the run's start, in nanoseconds.
     pub at_ns: u64,
@@ -127,7 +127,7 @@ pub struct Mark {
 /// The exits of one [`UserCause`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserCauseRecord {
-    /// The cause.
+    /// The cause of the exits.
     pub cause: UserCause,
     /// Number, and times from the return of KVM_RUN until it is called again.
     pub outside: TallyRecord,
@@ -140,7 +140,7 @@ pub struct UserCauseRecord {
 pub struct UserRecord {
     /// By cause, in the order of [`UserCause`].
     pub causes: Vec<UserCauseRecord>,
-    /// Exits over time.
+    /// The number of exits over time, by reason.
     pub timeline: Timeline<ExitReason>,
     /// Moments of the run, earliest first.
     pub marks: Vec<Mark>,

@@ -13,7 +13,7 @@ const RULES: &str = include_str!("advice.toml");
 /// One piece of advice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Advice {
-    /// The rule's name.
+    /// The name of the rule in advice.toml.
     pub rule: &'static str,
     /// What was found, and what to do.
     pub text: String,

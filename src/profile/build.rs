@@ -32,7 +32,7 @@ struct Names<'a> {
 
 /// What is known of whose code an instruction is.
 enum Evidence {
-    /// The privilege level.
+    /// The privilege level, where it is known.
     Level(Option<u8>),
     /// True if the kernel has not run in its half of the address space yet.
     Early(bool),

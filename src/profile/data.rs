@@ -26,56 +26,56 @@ const MAX_BYTES: u64 = 256 << 20;
 /// A profile cannot be read.
 #[derive(Debug, Error)]
 pub enum ProfileError {
-    /// The file.
+    /// The file cannot be read.
     #[error("cannot read the profile {}", .0.display())]
     Read(PathBuf, #[source] std::io::Error),
-    /// Something else.
+    /// The file is not a profile of hwvmm.
     #[error("{} is no profile of hwvmm's: {why}; make one with `hwvmm run --profile-out FILE`", .path.display())]
     Not {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// Why.
+        /// Why it is no profile, for people.
         why: String,
     },
-    /// Another version.
+    /// The profile has another version of the format.
     #[error(
         "{} is a profile of version {found}, and this hwvmm reads version {VERSION}: use the hwvmm that wrote it (it says {by})",
         .path.display()
     )]
     Version {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// Its version.
+        /// The version of the file.
         found: u64,
-        /// Who wrote it.
+        /// The version of hwvmm that wrote the file.
         by: String,
     },
     /// Counts that contradict each other.
     #[error("{} is damaged: {why}", .path.display())]
     Damaged {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// What is wrong.
+        /// What is wrong with it, for people.
         why: String,
     },
 }
 
-/// A whole profile.
+/// A profile: what a run did, and what its exits cost.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Profile {
-    /// [`FORMAT`].
+    /// The name of the format: [`FORMAT`].
     pub format: String,
-    /// [`VERSION`].
+    /// The version of the format: [`VERSION`].
     pub version: u32,
     /// The version of hwvmm that wrote it.
     pub hwvmm: String,
     /// How the run ended, in words.
     pub end: String,
-    /// The exit status.
+    /// The exit status of the run.
     pub status: u8,
-    /// The guest.
+    /// The guest that ran.
     pub guest: Guest,
-    /// The host.
+    /// The host that it ran on.
     pub host: Host,
     /// How often the guest was started (--on-reboot=restart); all else is of the last start.
     pub starts: u32,
@@ -85,7 +85,7 @@ pub struct Profile {
     pub startup_cpu_ns: u64,
     /// Parts of the run, in order; the first ends at 0, when the guest first ran.
     pub phases: Vec<Phase>,
-    /// Moments.
+    /// The marks on the timeline, in order.
     pub marks: Vec<Mark>,
     /// VM exits: the hardware's, by KVM's tracepoints. `None`: they were not traced.
     pub vm_exits: Option<Exits>,
@@ -107,15 +107,15 @@ pub struct Profile {
 /// The guest of a profile.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Guest {
-    /// The kernel's file.
+    /// The path of the kernel.
     pub kernel: String,
-    /// Its command line.
+    /// The command line of the kernel.
     pub cmdline: String,
     /// How it was loaded and entered.
     pub boot: String,
-    /// vCPUs.
+    /// The number of vCPUs.
     pub vcpus: usize,
-    /// Memory.
+    /// The size of guest memory in bytes.
     pub memory_bytes: u64,
     /// Where the names of functions come from.
     pub symbols: Option<String>,
@@ -154,19 +154,19 @@ impl Phase {
 /// Exits of one of the two sorts.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Exits {
-    /// All of them.
+    /// The number of exits of all reasons.
     pub total: u64,
     /// Records that were lost: so many exits more there were at most.
     pub lost: u64,
     /// Exits that KVM answered without a trace.
     pub untraced: u64,
-    /// By reason.
+    /// The number of exits by reason.
     pub by_reason: BTreeMap<String, u64>,
-    /// By vCPU.
+    /// The number of exits of each vCPU, in vCPU order.
     pub by_vcpu: Vec<u64>,
-    /// Most time first.
+    /// The exits by cause, in descending order of time.
     pub causes: Vec<Cause>,
-    /// Over time.
+    /// The number of exits over time.
     pub timeline: Timeline,
 }
 
@@ -183,7 +183,7 @@ pub struct Cause {
     pub address: Option<u64>,
     /// Bytes of an item, for ports and memory.
     pub size: Option<u8>,
-    /// Whether the guest wrote.
+    /// True for a write, false for a read, `None` where there is no direction.
     pub write: Option<bool>,
     /// The device, or the register's name.
     pub device: Option<String>,
@@ -197,11 +197,11 @@ pub struct Cause {
     pub mode: CodeMode,
     /// Exits by index of the vCPU.
     pub by_vcpu: BTreeMap<usize, u64>,
-    /// How often.
+    /// The number of exits.
     pub count: u64,
     /// From the exit until the guest was entered again, together. For HLT this is sleep.
     pub time_ns: u64,
-    /// The longest.
+    /// The longest time of one exit, in nanoseconds.
     pub max_ns: u64,
     /// Of the time, what hwvmm's handler took (userspace exits).
     pub handler_ns: u64,
@@ -209,7 +209,7 @@ pub struct Cause {
     pub histogram: Vec<Bucket>,
 }
 
-/// Counts over time.
+/// Counts of exits over time.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timeline {
     /// Length of a step in nanoseconds.
@@ -226,7 +226,7 @@ pub struct TimelineStep {
     pub step: u64,
     /// Reason of userspace exits, class of VM exits.
     pub key: String,
-    /// Number of exits.
+    /// The number of exits in the step.
     pub count: u64,
 }
 

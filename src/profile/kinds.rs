@@ -38,11 +38,11 @@ named! {
         Mmio "mmio",
         /// An access to an MSR.
         Msr "msr",
-        /// CPUID.
+        /// The CPUID instruction.
         Cpuid "cpuid",
         /// A nested page fault (APM vol. 2, 15.25.6), or an EPT violation or misconfiguration (SDM vol. 3, 29.3.3).
         NestedPageFault "npf",
-        /// HLT.
+        /// The HLT instruction.
         Hlt "hlt",
         /// An interrupt for the host, or a window for one of the guest's.
         Interrupt "intr",
@@ -52,13 +52,13 @@ named! {
         Exception "exception",
         /// PAUSE, MWAIT or MONITOR.
         Pause "pause",
-        /// VMCALL or VMMCALL.
+        /// A hypercall: VMCALL or VMMCALL.
         Hypercall "hypercall",
         /// An access to the local APIC that the processor helps with (AVIC, APICv).
         Apic "apic",
         /// A signal to the vCPU's thread.
         Kick "kick",
-        /// Any other exit.
+        /// Any other VM exit.
         #[default]
         Other "other",
     }
@@ -86,13 +86,13 @@ impl From<Class> for ExitClass {
 named! {
     /// What the address of an exit is a number of.
     AddressSpace {
-        /// I/O port.
+        /// The address is an I/O port.
         Port "port",
-        /// Guest physical address.
+        /// The address is a guest physical address.
         Gpa "gpa",
         /// Index of a model-specific register (ECX).
         Msr "msr",
-        /// CPUID leaf (EAX).
+        /// The address is a CPUID leaf (EAX).
         Leaf "leaf",
         /// Number of a hypercall.
         Hypercall "hypercall",
@@ -105,7 +105,7 @@ named! {
     CodeMode {
         /// The kernel's, in its half of the address space.
         Kernel "kernel",
-        /// A program's.
+        /// The instruction is a program's (CPL 3).
         User "user",
         /// That of the boot, before the kernel runs in its half of the address space.
         Boot "boot",
@@ -124,7 +124,7 @@ named! {
         Load "load",
         /// The guest decompresses its kernel.
         Decompress "decompress",
-        /// The kernel starts.
+        /// The guest's kernel executed its first instruction.
         Kernel "kernel",
         /// Programs run, from the first exit of a program on.
         Init "init",

@@ -4,8 +4,8 @@
 use super::units::number;
 use std::collections::BTreeMap;
 
-/// Whether these are a machine's on shadow paging: only that sees the guest's own faults, and keeps tables that can be out of
-/// step.
+/// Returns true if the counters are those of a machine on shadow paging: only there KVM sees the guest's own page faults, and
+/// keeps shadow tables that can be out of sync.
 #[must_use]
 pub(super) fn is_shadow(kvm: &BTreeMap<String, u64>) -> bool {
     ["pf_guest", "mmu_unsync", "invlpg"].iter().any(|name| kvm.get(*name).is_some_and(|count| *count > 0))

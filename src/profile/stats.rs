@@ -14,7 +14,7 @@ pub(super) const SCHEMA: u32 = 1;
 /// One userspace exit reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ReasonCount {
-    /// How often.
+    /// The number of exits.
     pub count: u64,
     /// Nanoseconds in hwvmm's handler, together.
     pub handler_ns: u64,
@@ -23,7 +23,7 @@ pub struct ReasonCount {
 /// The userspace exits of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct UserspaceExits {
-    /// All.
+    /// The number of exits of all reasons.
     pub total: u64,
     /// By reason; those that occurred.
     pub by_reason: BTreeMap<ExitReason, ReasonCount>,
@@ -33,20 +33,20 @@ pub struct UserspaceExits {
     pub beyond: u64,
 }
 
-/// What `--stats` shows.
+/// The statistics that `--stats` and `--stats-out` write.
 #[derive(Clone, Debug, Serialize)]
 pub struct RunStats {
-    /// [`SCHEMA`].
+    /// The version of the format.
     pub schema: u32,
     /// How the run ended, in words.
     pub end: String,
-    /// The exit status.
+    /// The exit status of the run.
     pub status: u8,
     /// How the kernel was loaded and entered.
     pub boot: String,
     /// How often the guest was started: more than once with --on-reboot=restart.
     pub starts: u32,
-    /// vCPUs.
+    /// The number of vCPUs.
     pub vcpus: usize,
     /// Nanoseconds that the guest ran, on the clock.
     pub ran_ns: u64,

@@ -63,7 +63,7 @@ impl Control {
         &self.event
     }
 
-    /// Whether everybody should stop what they are doing.
+    /// Returns true if the run ends and every thread should stop.
     #[must_use]
     pub fn is_stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
@@ -73,7 +73,7 @@ impl Control {
 /// What is to be measured at exits.
 #[derive(Clone)]
 pub enum Measure {
-    /// Nothing.
+    /// Nothing but the counts.
     Nothing,
     /// Time in the handler.
     Times,
@@ -116,7 +116,7 @@ impl Inspector {
         self.shared.iter().for_each(|shared| shared.kick());
     }
 
-    /// Whether all vCPUs have answered the last question.
+    /// Returns true if all vCPUs have answered the last request for a report.
     #[must_use]
     pub fn all_answered(&self) -> bool {
         let asked = self.control.inspection.load(Ordering::Acquire);
@@ -199,7 +199,7 @@ impl Threads {
         Inspector { shared, control: Arc::clone(&self.control) }
     }
 
-    /// Whether all vCPUs have answered the last question, and none of them will ever run again.
+    /// Returns true if all vCPUs have answered the last request for a report, and none can run again without a reset.
     #[must_use]
     pub fn all_halted(&self) -> bool {
         let asked = self.control.inspection.load(Ordering::Acquire);

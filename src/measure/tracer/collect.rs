@@ -29,11 +29,11 @@ pub enum VmDetail {
         /// True for OUT, false for IN.
         write: bool,
     },
-    /// RDMSR or WRMSR.
+    /// Access to an MSR: RDMSR or WRMSR.
     Msr {
         /// Index of the MSR (ECX); `None` where KVM did not trace it.
         index: Option<u32>,
-        /// True for WRMSR.
+        /// True for WRMSR, false for RDMSR.
         write: bool,
     },
     /// CPUID, with its leaf (EAX).
@@ -45,7 +45,7 @@ pub enum VmDetail {
     },
     /// A nested page fault outside of guest memory.
     Device {
-        /// Guest physical address.
+        /// The guest physical address of the fault.
         gpa: u64,
         /// True for a write by the guest.
         write: bool,
@@ -71,7 +71,7 @@ pub struct VmCause {
 /// The exits of one [`VmCause`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmCauseRecord {
-    /// The cause.
+    /// The cause of the exits.
     pub cause: VmCause,
     /// Number, and times from the exit until the guest was entered again.
     pub outside: TallyRecord,
@@ -82,7 +82,7 @@ pub struct VmCauseRecord {
 pub struct VmRecord {
     /// By cause, in the order of [`VmCause`].
     pub causes: Vec<VmCauseRecord>,
-    /// Exits over time.
+    /// The number of exits over time, by class.
     pub timeline: Timeline<Class>,
     /// Records that perf dropped because the ring was full.
     pub lost: u64,

@@ -21,7 +21,7 @@ impl Field {
     }
 }
 
-/// A tracepoint.
+/// The format of a tracepoint: its id and its fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Format {
     /// Its number, which is also the first field (`common_type`) of its records.

@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 const RING_BYTES: [usize; 4] = [8 << 20, 2 << 20, 512 << 10, 64 << 10];
 /// What the rings of all vCPUs may take together, where that leaves each the smallest.
 const ALL_RINGS_BYTES: usize = 64 << 20;
-/// Record types (perf_event_open(2)).
+/// The type of a record that counts lost records (perf_event_open(2)).
 const PERF_RECORD_LOST: u32 = 2;
 const PERF_RECORD_SAMPLE: u32 = 9;
 
@@ -32,17 +32,17 @@ pub enum Unavailable {
     Tracefs {
         /// Where they should be.
         path: PathBuf,
-        /// The system's words.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// perf_event_open refuses.
+    /// perf_event_open(2) failed.
     #[error(
         "perf_event_open does not allow KVM's tracepoints: {source}; run as root, or give hwvmm CAP_PERFMON, or set the \
          sysctl kernel.perf_event_paranoid to -1{}",
         paranoid()
     )]
     Perf {
-        /// The system's words.
+        /// The error of the system call.
         source: io::Error,
     },
 }

@@ -11,17 +11,17 @@ use std::fmt::Write as _;
 /// A cause in two profiles.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Change {
-    /// "vm" or "userspace".
+    /// The sort of exits: "vm" or "userspace".
     pub sort: &'static str,
-    /// The reason.
+    /// The exit reason.
     pub reason: String,
-    /// Device or register.
+    /// The device or the register.
     pub what: String,
-    /// The function.
+    /// The function that made the exits.
     pub function: String,
     /// In the first profile.
     pub before: u64,
-    /// In the second.
+    /// The number of exits in the second profile.
     pub after: u64,
 }
 

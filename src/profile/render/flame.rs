@@ -42,7 +42,7 @@ pub(super) fn folded(profile: &Profile) -> String {
     })
 }
 
-/// The graph itself.
+/// Renders the flame graph as SVG.
 pub(super) fn svg(profile: &Profile) -> Result<String, String> {
     let folded = folded(profile);
     if folded.is_empty() {

@@ -21,7 +21,7 @@ const LABELS: f64 = 34.0;
 const COLOURS: [&str; 10] =
     ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f", "#332288", "#88ccee"];
 
-/// Text in HTML.
+/// Escapes text for HTML.
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -91,9 +91,8 @@ fn columns(exits: &Exits, ran_ns: u64) -> (BTreeMap<u64, BTreeMap<&str, u64>>, u
     (columns, wide.saturating_mul(step_ns))
 }
 
-/// Exits in each column, stacked by reason, with the phases marked.
-fn timeline(profile: &Profile, exits: &Exits, id: &str) -> String {
-    let (columns, column_ns) = columns(exits, profile.ran_ns);
+/// The reasons in all columns, the most frequent first.
+fn keys_by_count<'a>(columns: &BTreeMap<u64, BTreeMap<&'a str, u64>>) -> Vec<(&'a str, u64)> {
     let mut sums: BTreeMap<&str, u64> = BTreeMap::new();
     for (key, count) in columns.values().flatten() {
         let sum = sums.entry(key).or_default();
@@ -101,6 +100,13 @@ fn timeline(profile: &Profile, exits: &Exits, id: &str) -> String {
     }
     let mut keys: Vec<(&str, u64)> = sums.into_iter().collect();
     keys.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    keys
+}
+
+/// Exits in each column, stacked by reason, with the phases marked.
+fn timeline(profile: &Profile, exits: &Exits, id: &str) -> String {
+    let (columns, column_ns) = columns(exits, profile.ran_ns);
+    let keys = keys_by_count(&columns);
     let highest =
         columns.values().map(|counts| counts.values().fold(0_u64, |a, b| a.saturating_add(*b))).max().unwrap_or(0);
     let scale = HEIGHT / float(highest.max(1));
@@ -188,7 +194,7 @@ fn head(profile: &Profile) -> String {
     out
 }
 
-/// The page.
+/// Renders the page.
 pub(super) fn render(profile: &Profile, advice: &[Advice]) -> Result<String, String> {
     let mut out = format!(
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\

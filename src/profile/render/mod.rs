@@ -18,16 +18,16 @@ use super::data::Profile;
 /// The forms of a report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// Tables for people.
+    /// Tables for a terminal.
     #[default]
     Text,
-    /// The profile itself.
+    /// The profile in its own format.
     Json,
     /// One line a cause.
     Csv,
     /// Folded stacks, for flame graph tools.
     Folded,
-    /// A flame graph.
+    /// A flame graph (SVG).
     Svg,
     /// One page with everything.
     Html,
@@ -63,7 +63,7 @@ mod tests {
     use clap::ValueEnum;
     use proptest::prelude::*;
 
-    /// Numbers that hurt.
+    /// Numbers at the limits, where arithmetic can overflow.
     fn number() -> impl Strategy<Value = u64> {
         prop_oneof![Just(0), Just(1), Just(u64::MAX), Just(u64::MAX - 1), Just(1 << 63), any::<u64>(), 0_u64..5000]
     }

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 /// Rows by device and function; what is beyond is in the totals.
 const ROWS: usize = 100;
 
-/// A label's value.
+/// Escapes the value of a label.
 fn label(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }

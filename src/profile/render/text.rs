@@ -11,7 +11,7 @@ use std::fmt::Write as _;
 /// How text is written.
 #[derive(Clone, Copy, Debug)]
 pub struct Style {
-    /// With colour.
+    /// If true, the text has colour escapes.
     pub colour: bool,
     /// Rows of a table before the rest is summed up.
     pub rows: usize,
@@ -159,7 +159,7 @@ fn cost(profile: &Profile) -> Option<String> {
     Some(format!("by what one exit costs on this host (hwvmm bench exits), about {} of this run", time(all)))
 }
 
-/// The whole report.
+/// Renders the report.
 pub(super) fn render(profile: &Profile, advice: &[Advice], style: Style) -> String {
     let mut out = String::new();
     head(&mut out, profile, style);

@@ -30,7 +30,7 @@ const SAMPLE: usize = 48;
 /// Where kernels are linked to.
 const KERNEL_BASE: u64 = 0xffff_8000_0000_0000;
 
-/// The decoded tables.
+/// The decoded tables of kallsyms.
 pub(super) struct Kallsyms {
     tokens: Vec<Vec<u8>>,
     names: Vec<u8>,
@@ -289,7 +289,7 @@ impl Kallsyms {
         None
     }
 
-    /// Whether a compressed name is `wanted`, without expanding it.
+    /// Returns true if the compressed name is `wanted`; it is compared without being expanded.
     fn is(&self, name: &[u8], wanted: &[u8]) -> bool {
         let mut left = wanted;
         for (number, token) in name.iter().enumerate() {

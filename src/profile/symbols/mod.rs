@@ -20,7 +20,7 @@ const REACH: u64 = 4 << 20;
 /// KASLR moves a kernel by whole steps of this.
 const KASLR_STEP: u64 = 2 << 20;
 const KASLR_MOST: u64 = 1 << 30;
-/// Where LSTAR points.
+/// The names of the functions that the MSR LSTAR can point to.
 const SYSCALL_ENTRIES: [&str; 3] = ["entry_SYSCALL_64", "system_call", "entry_SYSCALL_64_trampoline"];
 /// More than any System.map has.
 const MAX_MAP_BYTES: u64 = 64 << 20;
@@ -28,10 +28,10 @@ const MAX_MAP_BYTES: u64 = 64 << 20;
 /// There are no symbols.
 #[derive(Debug, Error)]
 pub enum SymbolsError {
-    /// The kernel.
+    /// The kernel cannot be read or unpacked.
     #[error(transparent)]
     Kernel(#[from] boot::KernelError),
-    /// A file.
+    /// A file of symbols cannot be read.
     #[error("cannot read {}", .0.display())]
     Read(PathBuf, #[source] std::io::Error),
     /// Neither symbol table nor kallsyms.
@@ -47,7 +47,7 @@ enum Source {
     Kallsyms(Kallsyms),
 }
 
-/// A kernel's symbols.
+/// The symbols of a kernel.
 pub struct Symbols {
     source: Source,
     /// By how much the running kernel was moved.
@@ -57,7 +57,7 @@ pub struct Symbols {
 /// A place in the guest's kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// The function.
+    /// The name of the function.
     pub function: String,
     /// Bytes from its start.
     pub offset: u64,

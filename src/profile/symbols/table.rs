@@ -3,7 +3,7 @@
 use object::{Object, ObjectSymbol, ReadCache, SymbolKind};
 use std::fs::File;
 
-/// Symbols by address.
+/// A table of symbols, sorted by address.
 pub(super) struct Table {
     symbols: Vec<(u64, String)>,
     origin: &'static str,
