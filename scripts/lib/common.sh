@@ -1,5 +1,5 @@
-# Shared by the scripts: where things are kept, what must be installed, the guest and its kernel.
-# Source it; it sets -euo pipefail and defines functions only (plus the variables below).
+# Shared by the scripts: where things are kept, what ends with a script, what must be installed, the guest's kernel.
+# Source it; it sets -euo pipefail and an EXIT trap, and defines functions and the variables below.
 # shellcheck shell=bash
 set -euo pipefail
 
@@ -7,9 +7,96 @@ HWVMM_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # Everything that is downloaded or made lives here; deleting it is always safe.
 HWVMM_LAB=${HWVMM_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/hwvmm-lab}
 HWVMM_BIN=${HWVMM_BIN:-${CARGO_TARGET_DIR:-$HWVMM_ROOT/target}/release/hwvmm}
+# The scripts that wait for this one, then this one: a lab ends when one of them is gone (see scripts/lab).
+[[ " ${HWVMM_OWNERS-} " = *" $$ "* ]] || export HWVMM_OWNERS="${HWVMM_OWNERS:+$HWVMM_OWNERS }$$"
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "${0##*/}: $*"; exit 125; }
+
+# plan WHAT TIME DISK: says what the script is about to do. Only in the script that a person started.
+plan() {
+    [ "$HWVMM_OWNERS" != "$$" ] || say "${0##*/}: $1. Time: $2. Disk: $3."
+}
+
+# For loops over arguments: need_value "$@" checks that the option $1 has a value, refuse "$1" ends with the usage on stderr.
+need_value() { [ $# -ge 2 ] || die "$1 takes a value (see --help)"; }
+refuse() {
+    usage >&2
+    die "unknown argument '$1'"
+}
+# one_of OPTION VALUE ALLOWED...: checks that VALUE is one of the others.
+one_of() {
+    local option=$1 value=$2 allowed
+    shift 2
+    for allowed in "$@"; do [ "$value" != "$allowed" ] || return 0; done
+    die "$option takes one of: $*; not '$value'"
+}
+# whole_number OPTION VALUE: checks that it is one.
+whole_number() { case $2 in '' | *[!0-9]*) die "$1 takes a whole number, not '$2'" ;; esac; }
+
+# What ends with the script, however it ends (the EXIT trap runs for SIGINT, SIGTERM and SIGHUP too).
+hwvmm_folders=() hwvmm_children=()
+hwvmm_terminal=$(stty -g 2>/dev/null) || hwvmm_terminal=''
+finish() {
+    local status=$? child
+    trap - EXIT
+    trap '' INT TERM HUP
+    for child in ${hwvmm_children[@]+"${hwvmm_children[@]}"}; do end_tree "$child"; done
+    for child in ${hwvmm_children[@]+"${hwvmm_children[@]}"}; do wait "$child" || true; done
+    [ -z "$hwvmm_terminal" ] || stty "$hwvmm_terminal" 2>/dev/null || true
+    [ ${#hwvmm_folders[@]} = 0 ] || rm -rf "${hwvmm_folders[@]}"
+    exit "$status"
+}
+trap finish EXIT
+
+# make_work PREFIX: makes a folder PREFIX.XXXXXX, removed when the script ends, and sets $work to it.
+make_work() {
+    mkdir -p "${1%/*}"
+    work=$(mktemp -d "$1.XXXXXX")
+    hwvmm_folders+=("$work")
+}
+
+# end_tree PID: sends SIGTERM to a process and to all that it started.
+end_tree() {
+    local child children
+    children=$(cat "/proc/$1/task/$1/children" 2>/dev/null) || true
+    kill "$1" 2>/dev/null || true
+    for child in $children; do end_tree "$child"; done
+}
+
+# wait_for PID: waits for a child that is in hwvmm_children, takes it out of there, and returns its status.
+wait_for() {
+    local status=0 child left=()
+    wait "$1" || status=$?
+    for child in "${hwvmm_children[@]}"; do [ "$child" = "$1" ] || left+=("$child"); done
+    hwvmm_children=(${left[@]+"${left[@]}"})
+    return "$status"
+}
+
+# interruptible COMMAND...: runs a program or a function so that a signal ends this script, and the command with it, at once. A shell
+# that waits for a foreground command handles a signal only after that.
+interruptible() {
+    if [ "$(type -t "$1")" = function ]; then "$@" <&0 &
+    else env --default-signal=INT,QUIT "$@" <&0 &
+    fi
+    local child=$!
+    hwvmm_children+=("$child")
+    wait_for "$child"
+}
+
+# run_lab ARGUMENT...: scripts/lab, ended with this script.
+run_lab() { interruptible "$HWVMM_ROOT/scripts/lab" "$@"; }
+
+# locked NAME COMMAND...: runs it while no other script runs one of this NAME.
+locked() {
+    local lock=$HWVMM_LAB/work/$1.lock
+    shift
+    mkdir -p "${lock%/*}"
+    (
+        flock 9
+        "$@"
+    ) 9>"$lock"
+}
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"
@@ -68,12 +155,18 @@ HWVMM_KERNEL_DIR=$HWVMM_LAB/kernel${HWVMM_GUEST_KERNEL:+-$HWVMM_GUEST_KERNEL}
 
 # guest_kernel: fetches Debian's kernel (no install) into $HWVMM_KERNEL_DIR: vmlinuz, modules/, version.
 guest_kernel() {
-    local dir=$HWVMM_KERNEL_DIR meta=linux-image-${HWVMM_GUEST_KERNEL:+$HWVMM_GUEST_KERNEL-}amd64
-    [ -s "$dir/version" ] && [ -s "$dir/modules/modules.dep" ] && return 0
+    if have_kernel; then return 0; fi
     need_packages kmod
-    mkdir -p "$HWVMM_LAB/work"
-    local work; work=$(mktemp -d "$HWVMM_LAB/work/kernel.XXXXXX")
-    local package
+    locked kernel fetch_kernel
+}
+
+have_kernel() { [ -s "$HWVMM_KERNEL_DIR/version" ] && [ -s "$HWVMM_KERNEL_DIR/modules/modules.dep" ]; }
+
+fetch_kernel() {
+    # By another script, while this one waited.
+    if have_kernel; then return 0; fi
+    local work package dir=$HWVMM_KERNEL_DIR meta=linux-image-${HWVMM_GUEST_KERNEL:+$HWVMM_GUEST_KERNEL-}amd64
+    work=$(mktemp -d "$HWVMM_LAB/work/kernel.XXXXXX")
     package=$(apt-cache depends "$meta" 2>/dev/null | awk '/Depends: linux-image/ {print $2; exit}')
     if [ -z "$package" ]; then
         as_root apt-get -qq update
@@ -95,38 +188,14 @@ guest_kernel() {
     rm -rf "$work"
 }
 
-# make_cpio DIR OUT: packs DIR as a newc archive whose bytes depend on its contents only.
-make_cpio() {
-    (cd "$1" && find . -print0 | LC_ALL=C sort -z |
-        cpio --null --quiet --create --format=newc --reproducible --owner=0:0) >"$2"
-}
-
-# guest_initramfs: makes $HWVMM_LAB/guest/initramfs.cpio.gz, a busybox guest (scripts/in-guest/init).
-guest_initramfs() {
-    local out=$HWVMM_LAB/guest/initramfs.cpio.gz
-    [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/in-guest/init" ] && return 0
-    mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
-    local work; work=$(mktemp -d "$HWVMM_LAB/work/guest.XXXXXX")
-    mkdir -p "$work"/{bin,dev,proc,sys,tmp,etc,root}
-    cp "$(command -v busybox)" "$work/bin/busybox"
-    local applet
-    for applet in $(busybox --list); do
-        [ "$applet" = busybox ] || ln -sf busybox "$work/bin/$applet"
-    done
-    cp "$HWVMM_ROOT/scripts/in-guest/init" "$work/init"
-    chmod 755 "$work/init"
-    make_cpio "$work" "$work.cpio"
-    gzip -9n <"$work.cpio" >"$out.new"
-    mv "$out.new" "$out"
-    rm -rf "$work" "$work.cpio"
-}
-
-# guest_vmlinux: makes $HWVMM_LAB/kernel/vmlinux, the kernel of guest_kernel unpacked. Needs $HWVMM_BIN.
+# guest_vmlinux: unpacks $HWVMM_LAB/kernel/vmlinux, the ELF file in Debian's vmlinuz. Needs $HWVMM_BIN.
 guest_vmlinux() {
-    local out=$HWVMM_LAB/kernel/vmlinux
-    [ -s "$out" ] && return 0
-    "$HWVMM_BIN" unpack "$HWVMM_LAB/kernel/vmlinuz" -o "$out.$$" >&2
-    mv "$out.$$" "$out"
+    local out=$HWVMM_LAB/kernel/vmlinux new
+    [ ! -s "$out" ] || return 0
+    new=$(mktemp "$out.XXXXXX")
+    "$HWVMM_BIN" unpack "$HWVMM_LAB/kernel/vmlinuz" -o "$new" >&2
+    chmod 644 "$new"
+    mv "$new" "$out"
 }
 
 # guest_folder: makes $HWVMM_LAB/guest, with the names that README.md uses: vmlinuz, vmlinux, initramfs.cpio.gz.
@@ -137,75 +206,14 @@ guest_folder() {
     ln -sf ../kernel/vmlinuz ../kernel/vmlinux "$HWVMM_LAB/guest/"
 }
 
-# build_hwvmm: builds the release binary where it is not given by HWVMM_BIN.
+# build_hwvmm: builds the release binary, unless HWVMM_BIN names another one.
 build_hwvmm() {
+    [ "$HWVMM_BIN" = "${CARGO_TARGET_DIR:-$HWVMM_ROOT/target}/release/hwvmm" ] || return 0
+    [ -x "$HWVMM_BIN" ] || say "building hwvmm (about two minutes)"
     (cd "$HWVMM_ROOT" && cargo build --release --quiet)
 }
 
-# add_modules ROOT MODULE...: puts kernel modules and all that they need into ROOT/modules, in the order to load them.
-add_modules() {
-    local root=$1 module path line
-    shift
-    mkdir -p "$root/modules"
-    for module in "$@"; do
-        line=$(grep -E "(^|/)${module}\.ko(\.xz|\.zst)?:" "$HWVMM_KERNEL_DIR/modules/modules.dep" | head -n 1 || true)
-        # Built in, then.
-        [ -n "$line" ] || continue
-        # The file itself, then what it needs; the last must be loaded first.
-        for path in $(printf '%s\n' "${line/:/}" | tr ' ' '\n' | tac); do
-            [ -e "$root/modules/${path##*/}" ] && continue
-            cp "$HWVMM_KERNEL_DIR/modules/$path" "$root/modules/"
-            echo "${path##*/}" >>"$root/modules/order"
-        done
-    done
-}
-
-# guest_root_initramfs: makes $HWVMM_LAB/guest/root.cpio.gz (scripts/in-guest/root-init).
-guest_root_initramfs() {
-    local out=$HWVMM_LAB/guest/root.cpio.gz
-    [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/in-guest/root-init" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/lib/common.sh" ] && return 0
-    guest_kernel
-    mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
-    local work; work=$(mktemp -d "$HWVMM_LAB/work/root.XXXXXX")
-    mkdir -p "$work"/{bin,dev,proc,sys}
-    cp "$(command -v busybox)" "$work/bin/busybox"
-    local applet
-    for applet in sh mount umount insmod sleep mkdir switch_root poweroff cat echo; do ln -s busybox "$work/bin/$applet"; done
-    add_modules "$work" virtio_pci virtio_mmio virtio_console virtio_blk virtio_rng crc32c_generic crc32c-intel ext4
-    cp "$HWVMM_ROOT/scripts/in-guest/root-init" "$work/init"
-    chmod 755 "$work/init"
-    make_cpio "$work" "$work.cpio"
-    gzip -9n <"$work.cpio" >"$out.new"
-    mv "$out.new" "$out"
-    rm -rf "$work" "$work.cpio"
-}
-
-# guest_console_initramfs: makes $HWVMM_LAB/guest/console.cpio.gz: the busybox guest with a driver for hvc0.
-guest_console_initramfs() {
-    local out=$HWVMM_LAB/guest/console${HWVMM_GUEST_KERNEL:+-$HWVMM_GUEST_KERNEL}.cpio.gz
-    [ -s "$out" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/in-guest/init" ] && [ "$out" -nt "$HWVMM_ROOT/scripts/lib/common.sh" ] && return 0
-    guest_kernel
-    mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
-    local work; work=$(mktemp -d "$HWVMM_LAB/work/console.XXXXXX")
-    mkdir -p "$work/modules"
-    : >"$work/modules/order"
-    mkdir -p "$work"/{bin,dev,proc,sys,tmp,etc,root}
-    cp "$(command -v busybox)" "$work/bin/busybox"
-    local applet
-    for applet in sh mount insmod sleep poweroff reboot halt echo cat; do ln -s busybox "$work/bin/$applet"; done
-    add_modules "$work" virtio_pci virtio_mmio virtio_console
-    {
-        printf '#!/bin/sh\nmount -t devtmpfs dev /dev\n'
-        while read -r module; do printf 'insmod /modules/%s\n' "$module"; done <"$work/modules/order"
-        printf 'exec </dev/console >/dev/console 2>&1\nexec /guest-init\n'
-    } >"$work/init"
-    cp "$HWVMM_ROOT/scripts/in-guest/init" "$work/guest-init"
-    chmod 755 "$work/init" "$work/guest-init"
-    make_cpio "$work" "$work.cpio"
-    gzip -9n <"$work.cpio" >"$out.new"
-    mv "$out.new" "$out"
-    rm -rf "$work" "$work.cpio"
-}
-
-# shellcheck source=scripts/lib/guest-image.sh
+# shellcheck source=initramfs.sh
+source "$HWVMM_ROOT/scripts/lib/initramfs.sh"
+# shellcheck source=guest-image.sh
 source "$HWVMM_ROOT/scripts/lib/guest-image.sh"
