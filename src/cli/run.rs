@@ -152,7 +152,7 @@ fn start_until_done(setup: &mut Setup<'_>, system: &System) -> Result<(RunRecord
     }
 }
 
-/// A timeout is told with the time that was given, not with what the last start had left of it.
+/// The end by timeout is reported with the whole time of `--timeout`, not with what the last start had left of it.
 fn with_whole_timeout(mut record: RunRecord, config: &RunConfig) -> RunRecord {
     if let (EndReason::TimedOut(after), Some(timeout)) = (&mut record.end.reason, config.timeout) {
         *after = timeout;

@@ -16,7 +16,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 use thiserror::Error;
 
-/// Connections at once. One more closes the oldest, so that clients that never send a line keep nobody out.
+/// The largest number of connections. One more closes the oldest, so that clients that never send a line do not block others.
 const MAX_CLIENTS: usize = 16;
 
 /// The socket cannot be made.
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_that_send_nothing_keep_nobody_out() {
+    fn clients_that_send_nothing_do_not_block_others() {
         with_server(|path, _| {
             let _silent: Vec<UnixStream> =
                 (0..2 * MAX_CLIENTS).map(|_| UnixStream::connect(path).expect("connected")).collect();

@@ -165,8 +165,7 @@ impl EndReason {
         }
     }
 
-    /// What the end means where `--expect` was given and not seen: only a guest that thinks all is well is told
-    /// otherwise.
+    /// The end of a run whose output did not match `--expect`: a clean end becomes [`EndReason::NotSeen`].
     #[must_use]
     pub fn without_the_expected(self) -> Self {
         match self {

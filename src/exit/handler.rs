@@ -8,7 +8,7 @@ use hwvmm_devices::bus::{Action, Bus};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use serde::{Deserialize, Serialize};
 
-/// What KVM gives for a hypercall that nobody knows (-KVM_ENOSYS).
+/// The result of an unknown hypercall (-KVM_ENOSYS).
 const HYPERCALL_UNKNOWN: u64 = (-1000_i64).cast_unsigned();
 
 /// One of the two buses.
@@ -140,7 +140,7 @@ impl Handler {
     }
 }
 
-/// Reads `data.len() / size` items from one address. Where nobody answers, a bus reads all ones.
+/// Reads `data.len() / size` items from one address. An unmapped address reads as all ones.
 fn read(bus: &Bus, kind: BusKind, address: u64, size: usize, data: &mut [u8]) -> Handled {
     data.fill(0xff);
     let Some(found) = bus.find(address) else { return Handled::go_on(Route::Unmapped(kind, address)) };
@@ -150,7 +150,7 @@ fn read(bus: &Bus, kind: BusKind, address: u64, size: usize, data: &mut [u8]) ->
     Handled::go_on(Route::Slot(kind, found.slot))
 }
 
-/// Writes `data.len() / size` items to one address. Where nobody is, they are dropped.
+/// Writes `data.len() / size` items to one address. Writes to an unmapped address are dropped.
 fn write(bus: &Bus, kind: BusKind, address: u64, size: usize, data: &[u8]) -> Handled {
     let Some(found) = bus.find(address) else { return Handled::go_on(Route::Unmapped(kind, address)) };
     let action = if data.len() > size {
@@ -188,7 +188,7 @@ fn describe(exit: &Exit<'_>) -> String {
         Exit::MemoryFault { flags, gpa, size } => {
             format!("KVM_EXIT_MEMORY_FAULT: {size} bytes at gpa {gpa:#x}, flags {flags:#x}")
         }
-        Exit::Debug { pc } => format!("KVM_EXIT_DEBUG at {pc:#x}, though nobody debugs"),
+        Exit::Debug { pc } => format!("KVM_EXIT_DEBUG at {pc:#x}, though no debugger is attached"),
         Exit::Foreign(number) | Exit::Unsupported(number) => {
             format!("KVM_EXIT_{} ({number}), which cannot be handled", kvm_exit_name(*number))
         }
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_reads_all_ones_and_is_named() {
+    fn unmapped_addresses_read_as_all_ones_and_are_counted() {
         let (handler, _) = handler();
         let mut data = [0; 4];
         let handled = handler.handle(&mut Exit::MmioRead { gpa: 0xd000_0000, data: &mut data });

@@ -80,7 +80,7 @@ fn attend(mut child: Child) {
     let mut last: Vec<String> = Vec::new();
     if let Some(stderr) = child.stderr.take() {
         for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-            // Its syslog is not there for everybody; nobody misses it.
+            // passt logs to syslog, which may be missing; the message about that is dropped.
             if line.starts_with("Failed to send ") {
                 continue;
             }

@@ -128,7 +128,7 @@ pub struct Guest {
 pub struct Host {
     /// The host kernel's release.
     pub kernel: String,
-    /// "svm" or "vmx", where VM exits told it.
+    /// "svm" or "vmx", where VM exits were traced.
     pub isa: Option<String>,
 }
 

@@ -29,7 +29,7 @@ pub struct UserspaceExits {
     pub by_reason: BTreeMap<ExitReason, ReasonCount>,
     /// By device, most first.
     pub by_device: Vec<DeviceCount>,
-    /// Accesses to addresses beyond those that were told apart.
+    /// The number of accesses to further addresses, which are counted together.
     pub beyond: u64,
 }
 

@@ -7,7 +7,7 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Decompressor {
-    /// Nobody: the file is an uncompressed ELF.
+    /// The file is an uncompressed ELF; nothing is unpacked.
     None,
     /// The VMM, before the guest runs.
     Host,

@@ -210,7 +210,7 @@ pub(super) struct Collector {
     /// perf's clock when the run started.
     start_ns: u64,
     pending: Option<(u64, VmCause)>,
-    /// An MSR that was told before its exit: KVM's fast path does so.
+    /// An MSR that was traced before its exit, as KVM's fast path does.
     early_msr: Option<u32>,
     /// Before the first exit, entries say nothing.
     begun: bool,

@@ -198,7 +198,7 @@ impl Tracer {
     }
 }
 
-/// Reads rings as they fill, until told to stop.
+/// Reads the rings as they fill, until it is stopped.
 fn read(shared: &Shared) {
     let mut ready = vec![EpollEvent::default(); 16];
     loop {

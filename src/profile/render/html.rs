@@ -17,7 +17,7 @@ const ROWS: usize = 2000;
 const COLUMNS: u64 = 1000;
 const HEIGHT: f64 = 220.0;
 const LABELS: f64 = 34.0;
-/// Colours that are told apart by most eyes (after Okabe and Ito), again from the start where there are more reasons.
+/// Colours that most people can distinguish (after Okabe and Ito). They are used again where there are more reasons.
 const COLOURS: [&str; 10] =
     ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f", "#332288", "#88ccee"];
 
