@@ -9,7 +9,7 @@ use crate::exit::end::status;
 use crate::kvm::System;
 use crate::machine::{self, Machine, Setup};
 use crate::measure::RunRecord;
-use crate::probe::{Host, check_linux};
+use crate::probe::{ANY_KVM, Host, check_linux};
 use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
 use crate::profile::{self, Profile, RunStats};
@@ -54,7 +54,8 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
     let host = Host::at(Path::new("/"));
     super::mmu::check(config.mmu, &host)?;
     let system = System::open(&config.kvm)?;
-    if !host.has_hardware_kvm() && boot::is_linux(&config.kernel) {
+    let any_kvm = std::env::var_os(ANY_KVM).is_some_and(|value| value == "1");
+    if !any_kvm && !host.has_hardware_kvm() && boot::is_linux(&config.kernel) {
         check_linux(&system, &host)?;
     }
     let expects = expect.is_some();

@@ -8,7 +8,7 @@ mod trial;
 pub use cost::{Cost, Kind as CostKind, Price, costs};
 pub use host::{Host, HugePages, Mmu};
 pub use mmu::{Holder, MmuChange, MmuError, MmuState, ModprobeError, command_for};
-pub use trial::{CannotRunLinux, STEPS, Trial, check_linux, run as run_trial, without_exits};
+pub use trial::{ANY_KVM, CannotRunLinux, STEPS, Trial, check_linux, run as run_trial, without_exits};
 
 use crate::exit::ExitReason;
 use crate::kvm::KvmError;

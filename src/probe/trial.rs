@@ -58,11 +58,14 @@ pub struct Trial {
     pub failure: Option<ProbeError>,
 }
 
+/// Environment variable: with the value 1, `hwvmm run` starts a Linux kernel without [`check_linux`].
+pub const ANY_KVM: &str = "HWVMM_ANY_KVM";
+
 /// This host's KVM fails at something that every Linux kernel does.
 #[derive(Debug, Error)]
 #[error(
     "this host's KVM{} cannot run Linux: a vCPU failed at {step} ({}); `hwvmm doctor` shows what works, and scripts/lab runs \
-     hwvmm on an emulated processor", .module.map(|name| format!(" ({name})")).unwrap_or_default(), chain(.failure)
+     hwvmm on an emulated processor ({ANY_KVM}=1 starts the kernel all the same)", .module.map(|name| format!(" ({name})")).unwrap_or_default(), chain(.failure)
 )]
 pub struct CannotRunLinux {
     /// KVM's vendor module, where it is known.

@@ -58,6 +58,10 @@ fn linux_is_refused_where_kvm_cannot_run_it() -> Outcome {
         let arguments = ["run", "--timeout", "60s", path.to_str().expect("UTF-8")];
         refused(&arguments, 1, &["cannot run Linux", "vCPU failed at", "hwvmm doctor", "scripts/lab"]);
         assert!(start.elapsed() < Duration::from_secs(10), "said at once");
+        let out =
+            hwvmm().env("HWVMM_ANY_KVM", "1").args(["run", "--timeout", "1s"]).arg(&path).output().expect("started");
+        let errors = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!errors.contains("cannot run Linux"), "{errors}");
     }
     Outcome::Passed
 }
