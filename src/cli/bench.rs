@@ -1,5 +1,6 @@
 //! The subcommand `hwvmm bench`: measures what exits cost on this host.
 
+use super::output::{fail, print_all, say};
 use super::report;
 use crate::config::cache_folder;
 use crate::error::chain;
@@ -83,7 +84,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
     };
     match bench(exits) {
         Ok(code) => code,
-        Err(error) => super::fail(error.as_ref()),
+        Err(error) => fail(error.as_ref()),
     }
 }
 
@@ -117,7 +118,7 @@ fn bench(args: &Exits) -> Result<ExitCode, Box<dyn Error>> {
     let talks = std::io::stderr().is_terminal();
     let costs = costs(&system, |kind| {
         if talks {
-            super::say(&format!("measuring: {}", kind.what()));
+            say(&format!("measuring: {}", kind.what()));
         }
     });
     let value = to_json(&costs);
@@ -130,7 +131,7 @@ fn bench(args: &Exits) -> Result<ExitCode, Box<dyn Error>> {
         report::write(&path, &format!("{value}\n"))?;
     }
     let text = if args.json { format!("{value}\n") } else { to_text(&costs) };
-    let printed = super::print_all(text.as_bytes());
+    let printed = print_all(text.as_bytes());
     // A host where nothing can be measured has no answer to give.
     if costs.iter().all(|cost| cost.result.is_err()) {
         return Err("no kind of exit could be measured here; `hwvmm doctor` says why".into());

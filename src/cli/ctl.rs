@@ -1,5 +1,6 @@
 //! The subcommand `hwvmm ctl`: sends commands to the control socket of a running machine.
 
+use super::output::{fail, print_all};
 use crate::control::{Request, request};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,10 +19,10 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> ExitCode {
     let response = match request(&args.socket, args.request) {
         Ok(response) => response,
-        Err(error) => return super::fail(&error),
+        Err(error) => return fail(&error),
     };
     match serde_json::to_string(&response) {
-        Ok(json) => super::print_all(format!("{json}\n").as_bytes()),
-        Err(error) => super::fail(&error),
+        Ok(json) => print_all(format!("{json}\n").as_bytes()),
+        Err(error) => fail(&error),
     }
 }

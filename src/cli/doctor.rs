@@ -1,5 +1,6 @@
 //! The subcommand `hwvmm doctor`: finds out if this host can run Linux guests, and what is missing.
 
+use super::output::{fail, print_all};
 use crate::error::chain;
 use crate::kvm::caps::{Capability, KernelVersion, Need, USED};
 use crate::kvm::system::DEFAULT_PATH;
@@ -75,12 +76,12 @@ pub(super) fn run(args: &Args) -> ExitCode {
     let text = if args.json {
         match serde_json::to_string(&report) {
             Ok(json) => json + "\n",
-            Err(error) => return super::fail(&error),
+            Err(error) => return fail(&error),
         }
     } else {
         render(&report, if io::stdout().is_terminal() { Colours::Ansi } else { Colours::None })
     };
-    let printed = super::print_all(text.as_bytes());
+    let printed = print_all(text.as_bytes());
     if report.can_run_linux { printed } else { ExitCode::from(crate::exit::end::status::ERROR) }
 }
 

@@ -1,5 +1,6 @@
 //! `hwvmm mmu`: nested or shadow paging on this host.
 
+use super::output::{fail, print_all, say};
 use crate::config::MmuChoice;
 use crate::probe::{Host, Mmu, MmuChange, MmuState, command_for};
 use serde_json::json;
@@ -113,15 +114,15 @@ pub(super) fn run(args: &Args) -> ExitCode {
     if let Some(What::Set { mmu }) = &args.what {
         match host.set_mmu((*mmu).into()) {
             Ok(MmuChange::Loaded) => {
-                super::say(&format!("{} was loaded again", host.vendor_module().unwrap_or("the module")));
+                say(&format!("{} was loaded again", host.vendor_module().unwrap_or("the module")));
             }
-            Ok(MmuChange::None) => super::say("KVM uses that MMU already: nothing was changed"),
-            Err(error) => return super::fail(&error),
+            Ok(MmuChange::None) => say("KVM uses that MMU already: nothing was changed"),
+            Err(error) => return fail(&error),
         }
     }
     let state = host.mmu_state();
     let text = if args.json { format!("{}\n", to_json(&state)) } else { to_text(&state) };
-    super::print_all(text.as_bytes())
+    print_all(text.as_bytes())
 }
 
 fn to_json(state: &MmuState) -> serde_json::Value {

@@ -5,16 +5,16 @@ mod ctl;
 mod doctor;
 mod mmu;
 mod nano;
+mod output;
 mod report;
 mod run;
 mod top;
 mod unpack;
 
 use crate::console::fresh_line;
-use crate::error::chain;
 use clap::{CommandFactory, Parser, Subcommand};
-use std::error::Error;
-use std::io::{self, Write};
+use output::{fail, print_all, say};
+use std::io::Write;
 use std::process::ExitCode;
 
 const RUN_EXAMPLES: &str = "\
@@ -123,16 +123,6 @@ enum Command {
     },
 }
 
-/// Prints a line of hwvmm's own on stderr, at the beginning of a line. A stderr that takes nothing is no error.
-fn say(text: &str) {
-    let _ = writeln!(io::stderr(), "{}hwvmm: {text}", fresh_line());
-}
-
-fn fail(error: &dyn Error) -> ExitCode {
-    say(&chain(error));
-    ExitCode::from(crate::exit::end::status::ERROR)
-}
-
 fn start_logging(verbose: u8) {
     let level = match verbose {
         0 => log::LevelFilter::Warn,
@@ -191,15 +181,6 @@ fn man(subcommand: Option<&str>) -> ExitCode {
     let mut text = Vec::new();
     match clap_mangen::Man::new(page).render(&mut text) {
         Ok(()) => print_all(&text),
-        Err(error) => fail(&error),
-    }
-}
-
-/// Prints on stdout. A reader that has seen enough is no error.
-fn print_all(bytes: &[u8]) -> ExitCode {
-    match io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => fail(&error),
     }
 }

@@ -1,5 +1,6 @@
 //! The subcommand `hwvmm bench nano`: runs and compares the nanobenchmarks.
 
+use super::output::{fail, print_all};
 use crate::kvm::System;
 use crate::nano::{Column, Form, OPERATIONS, Paging, compare, elf, measure, parse};
 use crate::probe::{Host, Mmu};
@@ -70,7 +71,7 @@ fn column(args: &Args, label: &str, mmu: Paging) -> Column {
 pub(super) fn run(args: &Args) -> ExitCode {
     match bench(args) {
         Ok(code) => code,
-        Err(error) => super::fail(error.as_ref()),
+        Err(error) => fail(error.as_ref()),
     }
 }
 
@@ -86,7 +87,7 @@ fn bench(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             Shown::Markdown => Form::Markdown,
             Shown::Svg => Form::Svg,
         };
-        return Ok(super::print_all(compare(&columns, form).as_bytes()));
+        return Ok(print_all(compare(&columns, form).as_bytes()));
     }
     let column = if let Some(path) = &args.parse {
         let bytes = std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
@@ -102,7 +103,7 @@ fn bench(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
         measure(&system, column(args, label, paging))?
     };
     let text = if args.json { format!("{}\n", serde_json::to_string(&column)?) } else { to_text(&column) };
-    Ok(super::print_all(text.as_bytes()))
+    Ok(print_all(text.as_bytes()))
 }
 
 fn read(path: &Path) -> Result<Column, Box<dyn Error>> {

@@ -1,5 +1,6 @@
 //! The subcommand `hwvmm report`: renders and compares profiles.
 
+use super::output::{fail, print_all, say};
 use crate::config::{Budget, BudgetError, Slack};
 use crate::exit::ExitReason;
 use crate::exit::end::status;
@@ -69,7 +70,7 @@ pub(super) fn budget(given: Option<&Budget>, from: Option<&Path>, slack: Slack) 
 /// Prints each check. Returns true if all limits were held.
 pub(super) fn show_checks(checks: &[Check]) -> bool {
     for check in checks {
-        super::say(&check.to_string());
+        say(&check.to_string());
     }
     checks.iter().all(Check::is_held)
 }
@@ -77,7 +78,7 @@ pub(super) fn show_checks(checks: &[Check]) -> bool {
 pub(super) fn run(args: &Args) -> ExitCode {
     match report(args) {
         Ok(code) => code,
-        Err(error) => super::fail(error.as_ref()),
+        Err(error) => fail(error.as_ref()),
     }
 }
 
@@ -100,7 +101,7 @@ fn report(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
     match &args.output {
         Some(path) => write(path, &text)?,
         None => {
-            let printed = super::print_all(text.as_bytes());
+            let printed = print_all(text.as_bytes());
             if printed != ExitCode::SUCCESS {
                 return Ok(printed);
             }

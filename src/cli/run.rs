@@ -1,5 +1,6 @@
 //! `hwvmm run`.
 
+use super::output::{fail, say};
 use super::report;
 use crate::boot;
 use crate::config::{Budget, OnReboot, RunConfig, RunOptions, StatsFormat, read_file};
@@ -33,7 +34,7 @@ pub(super) struct Args {
 pub(super) fn run(args: Args) -> ExitCode {
     match try_run(args) {
         Ok(status) => ExitCode::from(status),
-        Err(error) => super::fail(error.as_ref()),
+        Err(error) => fail(error.as_ref()),
     }
 }
 
@@ -45,7 +46,7 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
     let config = match configuration(args) {
         Ok(config) => config,
         Err(error) => {
-            super::fail(error.as_ref());
+            fail(error.as_ref());
             return Ok(status::USAGE);
         }
     };
@@ -65,14 +66,14 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
         if quiet {
             log::info!("{what}");
         } else {
-            super::say(what);
+            say(what);
         }
     };
     let mut setup =
         Setup { config: &config, expect, announcements: Announcements::default(), terminal, progress: &progress };
     let (record, stats) = start_until_done(&mut setup, &system)?;
     let end = if expects { record.end.reason.clone().without_the_expected() } else { record.end.reason.clone() };
-    super::say(&describe(&record, &end));
+    say(&describe(&record, &end));
     if !end.is_clean() {
         let symbols = profile::symbols_of(&config, &record, &mut Vec::new());
         eprint!("{}", profile::flight_recorder(&record, symbols.as_ref()));

@@ -1,5 +1,6 @@
 //! `hwvmm top`: what a running machine exits for, right now.
 
+use super::output::{fail, print_all};
 use crate::control::protocol::{Bus, LiveExits};
 use crate::control::{ClientError, Request, RequestError, Response, request};
 use crate::exit::ExitReason;
@@ -181,7 +182,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
     let result = if args.once || !stdout().is_terminal() { once(args) } else { live(args) };
     match result {
         Ok(code) => code,
-        Err(error) => super::fail(error.as_ref()),
+        Err(error) => fail(error.as_ref()),
     }
 }
 
@@ -189,7 +190,7 @@ fn once(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
     let before = fetch(args)?;
     std::thread::sleep(args.interval);
     let rates = Rates::new(&before, &fetch(args)?);
-    Ok(super::print_all(rates.text().as_bytes()))
+    Ok(print_all(rates.text().as_bytes()))
 }
 
 fn draw(frame: &mut Frame<'_>, rates: &Rates) {

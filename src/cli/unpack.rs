@@ -1,5 +1,6 @@
 //! The subcommand `hwvmm unpack`: writes the kernel in a bzImage as an ELF file.
 
+use super::output::fail;
 use crate::boot::{self, FileRole, KernelFormat};
 use std::fs::File;
 use std::path::PathBuf;
@@ -26,7 +27,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
         });
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => super::fail(&error),
+        Err(error) => fail(&error),
     }
 }
 

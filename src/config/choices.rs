@@ -1,8 +1,7 @@
 //! Options that are one of a few words.
 
 use super::error::ValueError;
-use super::spec::Items;
-use super::value::{Digits, Value, choices, utf8};
+use super::value::{Digits, Items, Value, choices, utf8};
 use crate::tune::Tune;
 use std::ffi::OsStr;
 use std::path::PathBuf;

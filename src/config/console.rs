@@ -1,8 +1,8 @@
 //! Consoles: UARTs, the virtio console, and the pattern that is looked for on them.
 
 use super::error::{ConfigError, ValueError};
-use super::spec::{Items, device_spec};
-use super::value::{Value, utf8};
+use super::spec::device_spec;
+use super::value::{Items, Value, utf8};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;

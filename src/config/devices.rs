@@ -1,8 +1,8 @@
 //! Virtio devices, shared folders and multiboot modules: one struct for each, read from the command line and from TOML.
 
 use super::error::ValueError;
-use super::spec::{Items, device_spec};
-use super::value::{Value, choices, utf8};
+use super::spec::device_spec;
+use super::value::{Items, Value, choices, utf8};
 use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;

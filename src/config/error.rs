@@ -1,9 +1,47 @@
 //! What can be wrong with an option.
 
-use super::budget::BudgetError;
-use super::machine::{MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
+use super::limits::{MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
 use crate::tune::TuneError;
+use hwvmm_arch::exit_code::Class;
+use std::path::PathBuf;
 use thiserror::Error;
+
+/// A budget or a slack that cannot be read.
+#[derive(Debug, Error)]
+pub enum BudgetError {
+    /// The name of a limit is not known.
+    #[error(
+        "unknown budget '{name}'; known are: total, userspace, {}, userspace.REASON (as in userspace.pio_out), and port.N, \
+         gpa.N, msr.N, leaf.N for one port, address, MSR or CPUID leaf",
+        Class::ALL.map(Class::name).join(", ")
+    )]
+    Name {
+        /// The name given.
+        name: String,
+    },
+    /// The value of a limit is not a whole number.
+    #[error("budget {name}={value}: not a whole number")]
+    Value {
+        /// Name of the limit.
+        name: String,
+        /// The value given for it.
+        value: String,
+    },
+    /// The text or the file has no limits.
+    #[error("the budget '{0}' has no limits: give NAME=COUNT,..., or a file with such lines")]
+    Empty(String),
+    /// The file with the limits cannot be read.
+    #[error("cannot read the budget {}: {error}", .path.display())]
+    Read {
+        /// Path of the file.
+        path: PathBuf,
+        /// Why it cannot be read.
+        error: std::io::Error,
+    },
+    /// The slack is not a percentage from 0 to 1000.
+    #[error("'{0}' is not a percentage from 0% to 1000%, such as 2% or 0.5%")]
+    Slack(String),
+}
 
 /// A value that an option or one of its keys does not take.
 ///

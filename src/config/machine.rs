@@ -1,16 +1,11 @@
 //! Guest memory and vCPUs.
 
 use super::error::ValueError;
-use super::spec::{Items, device_spec};
-use super::value::{Value, choices};
+use super::limits::{MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
+use super::spec::device_spec;
+use super::value::{Items, Value, choices};
 use std::ffi::OsStr;
 
-/// The smallest guest memory, in bytes.
-pub(super) const MIN_MEMORY_BYTES: u64 = 16 << 20;
-/// The largest guest memory, in bytes.
-pub(super) const MAX_MEMORY_BYTES: u64 = 1 << 42;
-/// The largest number of vCPUs: APIC IDs of one byte, less those of the I/O APIC and of broadcasts.
-pub(super) const MAX_CPUS: u32 = 254;
 const PAGE_BYTES: u64 = 4096;
 
 /// Pages of the host that back guest memory.

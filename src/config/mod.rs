@@ -9,12 +9,14 @@ mod console;
 mod devices;
 mod error;
 mod file;
+mod given;
+mod limits;
 mod machine;
 mod options;
 mod spec;
 mod value;
 
-pub use budget::{AddressKind, Budget, BudgetError, Counter, Limit, Slack};
+pub use budget::{AddressKind, Budget, Counter, Limit, Slack};
 pub use choices::{
     BootProtocol, KernelCache, Levers, MmuChoice, OnReboot, ProfileLevel, StatsFormat, Unpack, cache_folder,
 };
@@ -23,7 +25,7 @@ pub use devices::{
     BalloonConfig, DiskConfig, DiskFormat, DiskIo, Forward, MacAddress, ModuleConfig, NetBackend, NetConfig, Protocol,
     RngConfig, ShareConfig, Toggle, Transport, VsockBackend, VsockConfig, WriteError,
 };
-pub use error::{ConfigError, ValueError};
+pub use error::{BudgetError, ConfigError, ValueError};
 pub use file::{FileError, read as read_file};
 pub use machine::{Cpus, Memory, Pages};
 pub use options::{RunConfig, RunOptions};

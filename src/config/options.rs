@@ -8,8 +8,9 @@ use super::devices::{
     BalloonConfig, DiskConfig, ModuleConfig, NetConfig, RngConfig, ShareConfig, Toggle, Transport, VsockConfig,
 };
 use super::error::ConfigError;
+use super::given::{Given, from_toml};
 use super::machine::{Cpus, Memory};
-use super::value::{Given, Value, from_toml};
+use super::value::Value;
 use crate::tune::{Lever, Tune};
 use std::ffi::OsStr;
 use std::path::PathBuf;

@@ -2,12 +2,10 @@
 //! `key=value` lists of other options, and from TOML.
 
 use super::error::ValueError;
-use super::spec::Items;
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
-use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use std::ffi::{OsStr, OsString};
-use std::fmt;
-use std::marker::PhantomData;
+use std::ops::RangeInclusive;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -79,137 +77,150 @@ impl Scalar {
     }
 }
 
-/// The value of a key in a table of TOML.
-#[derive(serde::Deserialize)]
-#[serde(untagged)]
-enum Entry {
-    One(Scalar),
-    Many(Vec<Scalar>),
+/// How a key is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum KeyKind {
+    /// The first value of a list may be given without the key.
+    First,
+    /// The key must be given.
+    Required,
+    /// The key may be given once.
+    Optional,
+    /// The key may be given more than once; in TOML it has a list of values.
+    Repeated,
+    /// The key may be given without a value, which means `on`.
+    Switch,
 }
 
-/// Reads a [`Value`] from TOML.
-struct FromToml<T>(T);
+/// A key of a value.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Key {
+    /// Name, the same on the command line and in TOML.
+    pub(super) name: &'static str,
+    /// Form of its values, for help texts and messages.
+    pub(super) form: &'static str,
+    /// How it is given.
+    pub(super) kind: KeyKind,
+}
 
-impl<'de, T: Value> Deserialize<'de> for FromToml<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(OneVisitor(PhantomData)).map(Self)
+/// Returns the form of a whole list, such as `PATH[,readonly=on|off]`.
+pub(super) fn usage(keys: &[Key]) -> String {
+    let mut text = String::new();
+    for Key { name, form, kind } in keys {
+        let comma = if text.is_empty() { "" } else { "," };
+        text += &match kind {
+            KeyKind::First => (*form).to_owned(),
+            KeyKind::Required => format!("{comma}{name}={form}"),
+            KeyKind::Optional | KeyKind::Switch => format!("[{comma}{name}={form}]"),
+            KeyKind::Repeated => format!("[{comma}{name}={form}]..."),
+        };
     }
+    text
 }
 
-struct OneVisitor<T>(PhantomData<T>);
-
-impl<'de, T: Value> Visitor<'de> for OneVisitor<T> {
-    type Value = T;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a string")?;
-        if T::NUMBER {
-            f.write_str(", a number")?;
+/// Splits a list at its commas; two commas in a row are one comma of a value.
+fn split(text: &OsStr) -> Vec<OsString> {
+    let mut items = vec![Vec::new()];
+    let mut bytes = text.as_bytes().iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        if byte == b',' && bytes.next_if_eq(&b',').is_none() {
+            items.push(Vec::new());
+        } else if let Some(item) = items.last_mut() {
+            item.push(byte);
         }
-        if T::BOOLEAN {
-            f.write_str(", true or false")?;
+    }
+    items.into_iter().map(OsString::from_vec).collect()
+}
+
+/// Keys and values as given, in order.
+#[derive(Default)]
+pub struct Items(Vec<(String, Scalar)>);
+
+impl Items {
+    /// Splits the text of the command line.
+    pub(super) fn from_text(text: &OsStr, keys: &[Key]) -> Result<Self, ValueError> {
+        let first = keys.iter().find(|key| key.kind == KeyKind::First);
+        let mut items = Self::default();
+        for (index, item) in split(text).into_iter().enumerate() {
+            let (key, value) = match (item.as_bytes().iter().position(|byte| *byte == b'='), first) {
+                (Some(at), _) => {
+                    let (key, value) = item.as_bytes().split_at(at);
+                    (utf8(OsStr::from_bytes(key))?.to_owned(), OsStr::from_bytes(&value[1..]).to_owned())
+                }
+                (None, Some(first)) if index == 0 => (first.name.to_owned(), item),
+                (None, _) => {
+                    let name = utf8(&item)?;
+                    match keys.iter().find(|key| key.name == name) {
+                        Some(Key { kind: KeyKind::Switch, .. }) => (name.to_owned(), "on".into()),
+                        Some(_) => return Err(ValueError::NoValue(name.to_owned())),
+                        None => return Err(unknown(name, keys)),
+                    }
+                }
+            };
+            items.push(key, Scalar::Text(value));
         }
-        if T::usage().is_some() {
-            f.write_str(", a table")?;
+        Ok(items)
+    }
+
+    /// Adds a key with its value.
+    pub(super) fn push(&mut self, key: String, value: Scalar) {
+        self.0.push((key, value));
+    }
+
+    /// Returns an error if there is a key that is not in `keys`, or one more often than it may be.
+    pub(super) fn check(&self, keys: &[Key]) -> Result<(), ValueError> {
+        for (index, (name, _)) in self.0.iter().enumerate() {
+            let key = keys.iter().find(|key| key.name == name).ok_or_else(|| unknown(name, keys))?;
+            let again = self.0.iter().take(index).any(|(earlier, _)| earlier == name);
+            if again && key.kind != KeyKind::Repeated {
+                return Err(ValueError::Twice(key.name));
+            }
         }
         Ok(())
     }
 
-    fn visit_str<E: Error>(self, text: &str) -> Result<T, E> {
-        T::parse(OsStr::new(text)).map_err(E::custom)
+    /// Takes all keys and values, each value read as `T`.
+    pub(super) fn into_pairs<T: Value>(self) -> Result<Vec<(String, T)>, ValueError> {
+        self.0.into_iter().map(|(key, value)| Ok((key, value.read()?))).collect()
     }
 
-    fn visit_bool<E: Error>(self, value: bool) -> Result<T, E> {
-        Scalar::Boolean(value).read().map_err(E::custom)
+    /// Takes all values of `key`.
+    pub(super) fn repeated<T: Value>(&mut self, key: &'static str) -> Result<Vec<T>, ValueError> {
+        let of_key = self.0.extract_if(.., |(name, _)| name == key);
+        of_key.map(|(_, value)| value.read()).collect::<Result<_, _>>().map_err(in_key(key))
     }
 
-    fn visit_i64<E: Error>(self, value: i64) -> Result<T, E> {
-        Scalar::Integer(value).read().map_err(E::custom)
+    /// Takes the value of `key`, if it is given.
+    pub(super) fn optional<T: Value>(&mut self, key: &'static str) -> Result<Option<T>, ValueError> {
+        self.repeated(key).map(|mut values| values.pop())
     }
 
-    fn visit_f64<E: Error>(self, value: f64) -> Result<T, E> {
-        Scalar::Float(value).read().map_err(E::custom)
+    /// Takes the value of `key`, a size in bytes, if it is given.
+    pub(super) fn bytes(&mut self, key: &'static str) -> Result<Option<u64>, ValueError> {
+        self.optional::<Bytes>(key).map(|size| size.map(|Bytes(bytes)| bytes))
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<T, A::Error> {
-        let mut items = Items::default();
-        while let Some((key, entry)) = map.next_entry::<String, Entry>()? {
-            match entry {
-                Entry::One(value) => items.push(key, value),
-                Entry::Many(values) => values.into_iter().for_each(|value| items.push(key.clone(), value)),
-            }
+    /// Takes the value of `key`, a number in `range`, if it is given.
+    pub(super) fn number<N>(&mut self, key: &'static str, range: RangeInclusive<N>) -> Result<Option<N>, ValueError>
+    where
+        N: Copy + PartialOrd + std::str::FromStr + Into<u64>,
+    {
+        let Some(Digits(text)) = self.optional(key)? else { return Ok(None) };
+        let (min, max) = ((*range.start()).into(), (*range.end()).into());
+        match text.parse().ok().filter(|number| range.contains(number)) {
+            Some(number) => Ok(Some(number)),
+            None => Err(in_key(key)(ValueError::Number { value: text, min, max })),
         }
-        T::from_items(items).map_err(A::Error::custom)
     }
 }
 
-struct ListVisitor<T>(PhantomData<T>);
-
-impl<'de, T: Value> Visitor<'de> for ListVisitor<T> {
-    type Value = Vec<T>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a list, or ")?;
-        OneVisitor::<T>(PhantomData).expecting(f)
-    }
-
-    fn visit_str<E: Error>(self, text: &str) -> Result<Vec<T>, E> {
-        OneVisitor(PhantomData).visit_str(text).map(|value| vec![value])
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Vec<T>, A::Error> {
-        OneVisitor(PhantomData).visit_map(map).map(|value| vec![value])
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
-        let mut values = Vec::new();
-        while let Some(FromToml(value)) = list.next_element()? {
-            values.push(value);
-        }
-        Ok(values)
-    }
+fn in_key(key: &'static str) -> impl Fn(ValueError) -> ValueError {
+    move |reason| ValueError::Key { key, reason: Box::new(reason) }
 }
 
-/// An option as given: `Option<T>` if it is given once at most, `Vec<T>` if it may be given again.
-pub(super) trait Given: Sized {
-    /// True if it may be given again.
-    const REPEATS: bool;
-
-    /// Joins what the command line has with what the file has. One value of the command line replaces that of the file;
-    /// a list of the command line comes behind that of the file.
-    fn merge(command_line: Self, file: Self) -> Self;
-
-    /// Reads TOML.
-    fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error>;
-}
-
-impl<T: Value> Given for Option<T> {
-    const REPEATS: bool = false;
-
-    fn merge(command_line: Self, file: Self) -> Self {
-        command_line.or(file)
-    }
-
-    fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(OneVisitor(PhantomData)).map(Some)
-    }
-}
-
-impl<T: Value> Given for Vec<T> {
-    const REPEATS: bool = true;
-
-    fn merge(command_line: Self, file: Self) -> Self {
-        file.into_iter().chain(command_line).collect()
-    }
-
-    fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(ListVisitor(PhantomData))
-    }
-}
-
-/// For serde's `deserialize_with`.
-pub(super) fn from_toml<'de, D: Deserializer<'de>, G: Given>(deserializer: D) -> Result<G, D::Error> {
-    G::read(deserializer)
+fn unknown(key: &str, keys: &[Key]) -> ValueError {
+    let known: Vec<String> = keys.iter().map(|key| format!("{}={}", key.name, key.form)).collect();
+    ValueError::UnknownKey { key: key.to_owned(), known: known.join(", ") }
 }
 
 impl Value for String {

@@ -1,10 +1,10 @@
 //! Network cards: from the configuration to a device with its backend.
 
-use super::MachineError;
+use super::error::MachineError;
 use crate::config::{Forward, NetBackend, NetConfig, Protocol};
 use hwvmm_devices::virtio::VirtioDevice;
 use hwvmm_devices::virtio::net::{Backend, Net, Stream, Tap};
-use std::io::{self, BufRead, BufReader};
+use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -97,13 +97,6 @@ fn attend(mut child: Child) {
         }
         Ok(_) => {}
         Err(error) => log::error!("passt: {error}"),
-    }
-}
-
-impl MachineError {
-    /// What mends it when passt cannot be started.
-    pub(super) fn passt_remedy(error: &io::Error) -> &'static str {
-        if error.kind() == io::ErrorKind::NotFound { ": it is not installed (apt install passt)" } else { "" }
     }
 }
 

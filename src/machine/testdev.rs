@@ -1,6 +1,6 @@
 //! The devices of `--testdev`, for kvm-unit-tests.
 
-use super::MachineError;
+use super::error::MachineError;
 use crate::config::RunConfig;
 use crate::kvm::Vm;
 use crate::memory::GuestRam;

@@ -1,6 +1,6 @@
 //! Virtio devices: made from the configuration, put on their transport, connected to KVM.
 
-use super::MachineError;
+use super::error::MachineError;
 use super::levers::options;
 use crate::boot::is_multiboot;
 use crate::config::{DiskConfig, DiskFormat, DiskIo, RunConfig, Transport, VsockBackend, WriteError};
