@@ -256,6 +256,8 @@ fn a_running_machine() -> Outcome {
         };
         assert_eq!(vm.wait().unwrap().code(), Some(131), "{errors}");
         assert!(errors.contains("the last ") && errors.contains("interrupted"), "{errors}");
+        let (last, reason) = (errors.find("the last "), errors.find("ended by SIGQUIT"));
+        assert!(last.is_some() && last < reason, "the reason comes last: {errors}");
         let out = hwvmm(&["top", "--once", &socket]);
         assert!(
             out.status.code() == Some(1) && text(&out.stderr).contains("no machine answers"),

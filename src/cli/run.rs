@@ -4,7 +4,7 @@ use super::output::{fail, say};
 use super::report;
 use crate::boot;
 use crate::config::{Budget, OnReboot, RunConfig, RunOptions, StatsFormat, read_file};
-use crate::console::{Announcements, RawTerminal};
+use crate::console::{Announcements, RawTerminal, fresh_line};
 use crate::exit::EndReason;
 use crate::exit::end::status;
 use crate::kvm::System;
@@ -73,11 +73,11 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
         Setup { config: &config, expect, announcements: Announcements::default(), terminal, progress: &progress };
     let (record, stats) = start_until_done(&mut setup, &system)?;
     let end = if expects { record.end.reason.clone().without_the_expected() } else { record.end.reason.clone() };
-    say(&describe(&record, &end));
     if !end.is_clean() {
-        let symbols = profile::symbols_of(&config, &record, &mut Vec::new());
-        eprint!("{}", profile::flight_recorder(&record, symbols.as_ref()));
+        show_flight_recorder(&config, &record);
     }
+    // After the flight recorder: this is the line that must stay on the screen.
+    say(&describe(&record, &end));
     let starts = stats.as_ref().map_or(1, |stats| stats.starts);
     if let Some(mut stats) = stats {
         (stats.end, stats.status) = (end.to_string(), end.status());
@@ -101,6 +101,15 @@ fn configuration(args: Args) -> Result<RunConfig, Box<dyn Error>> {
         report::check_reasons(budget)?;
     }
     Ok(config)
+}
+
+/// Prints the last exits of each vCPU: some on a terminal, all with -v or into a file.
+fn show_flight_recorder(config: &RunConfig, record: &RunRecord) {
+    let symbols = profile::symbols_of(config, record, &mut Vec::new());
+    let all = !io::stderr().is_terminal() || log::max_level() >= log::LevelFilter::Info;
+    let extent = if all { profile::Extent::All } else { profile::Extent::LastLines };
+    let text = profile::flight_recorder(record, symbols.as_ref(), extent);
+    let _ = write!(io::stderr(), "{}{text}", fresh_line());
 }
 
 /// Prints and writes the profile. Returns true if it is within the budget.

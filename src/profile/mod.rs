@@ -17,5 +17,5 @@ mod units;
 pub use advice::Advice;
 pub use build::symbols as symbols_of;
 pub use data::{Profile, ProfileError};
-pub use recorder::flight_recorder;
+pub use recorder::{Extent, flight_recorder};
 pub use stats::RunStats;
