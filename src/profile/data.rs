@@ -30,12 +30,12 @@ pub enum ProfileError {
     #[error("cannot read the profile {}", .0.display())]
     Read(PathBuf, #[source] std::io::Error),
     /// The file is not a profile of hwvmm.
-    #[error("{} is no profile of hwvmm's: {why}; make one with `hwvmm run --profile-out FILE`", .path.display())]
+    #[error("{} is no profile of hwvmm's: {reason}; make one with `hwvmm run --profile-out FILE`", .path.display())]
     Not {
         /// The path of the file.
         path: PathBuf,
-        /// Why it is no profile, for people.
-        why: String,
+        /// Why it is none.
+        reason: NotProfile,
     },
     /// The profile has another version of the format.
     #[error(
@@ -51,13 +51,44 @@ pub enum ProfileError {
         by: String,
     },
     /// Counts that contradict each other.
-    #[error("{} is damaged: {why}", .path.display())]
+    #[error("{} is damaged: {mismatch}", .path.display())]
     Damaged {
         /// The path of the file.
         path: PathBuf,
-        /// What is wrong with it, for people.
-        why: String,
+        /// The counts.
+        mismatch: CountMismatch,
     },
+}
+
+/// Why a file is no profile.
+#[derive(Debug, Error)]
+pub enum NotProfile {
+    /// The path is a folder.
+    #[error("it is a folder")]
+    Folder,
+    /// The file is larger than any profile.
+    #[error("it has {0} bytes")]
+    TooLarge(u64),
+    /// The file is not JSON, or lacks a field of a profile.
+    #[error("{0}")]
+    Json(serde_json::Error),
+    /// The JSON does not say that it is a profile.
+    #[error("it has no \"format\": \"{FORMAT}\"")]
+    Format,
+}
+
+/// Two ways of counting the exits of a profile give different sums.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("it has {total} {exits} in all, and {} {how}", .counted.map_or("too many to add up".into(), |count| count.to_string()))]
+pub struct CountMismatch {
+    /// The sort of exits.
+    exits: &'static str,
+    /// The total that the profile has.
+    total: u64,
+    /// The way of counting.
+    how: &'static str,
+    /// The sum; `None` where it is more than 64 bits hold.
+    counted: Option<u64>,
 }
 
 /// A profile: what a run did, and what its exits cost.
@@ -296,12 +327,12 @@ impl Exits {
             .fold(0, |sum, cause| sum.saturating_add(cause.time_ns))
     }
 
-    fn check(&self, what: &str) -> Result<(), String> {
+    fn check(&self, exits: &'static str) -> Result<(), CountMismatch> {
         let by_cause = self.causes.iter().try_fold(0_u64, |sum, cause| sum.checked_add(cause.count));
         let by_reason = self.by_reason.values().try_fold(0_u64, |sum, count| sum.checked_add(*count));
         for (how, counted) in [("by cause", by_cause), ("by reason", by_reason)] {
             if counted != Some(self.total) {
-                return Err(format!("it has {} {what} in all, and {counted:?} {how}", self.total));
+                return Err(CountMismatch { exits, total: self.total, how, counted });
             }
         }
         Ok(())
@@ -315,13 +346,13 @@ impl Profile {
     /// [`ProfileError`].
     pub fn read(path: &Path) -> Result<Self, ProfileError> {
         let failed = |source| ProfileError::Read(path.to_owned(), source);
-        let not = |why: String| ProfileError::Not { path: path.to_owned(), why };
+        let not = |reason| ProfileError::Not { path: path.to_owned(), reason };
         let metadata = std::fs::metadata(path).map_err(failed)?;
         if metadata.is_dir() {
-            return Err(not("it is a folder".into()));
+            return Err(not(NotProfile::Folder));
         }
         if metadata.len() > MAX_BYTES {
-            return Err(not(format!("it has {} bytes", metadata.len())));
+            return Err(not(NotProfile::TooLarge(metadata.len())));
         }
         let bytes = std::fs::read(path).map_err(failed)?;
         Self::from_json(&bytes, path)
@@ -332,22 +363,22 @@ impl Profile {
     /// # Errors
     /// [`ProfileError`].
     pub fn from_json(bytes: &[u8], path: &Path) -> Result<Self, ProfileError> {
-        let not = |why: String| ProfileError::Not { path: path.to_owned(), why };
-        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| not(error.to_string()))?;
+        let not = |reason| ProfileError::Not { path: path.to_owned(), reason };
+        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| not(NotProfile::Json(error)))?;
         if value.get("format").and_then(|format| format.as_str()) != Some(FORMAT) {
-            return Err(not(format!("it has no \"format\": \"{FORMAT}\"")));
+            return Err(not(NotProfile::Format));
         }
         let found = value.get("version").and_then(serde_json::Value::as_u64).unwrap_or(0);
         if found != u64::from(VERSION) {
             let by = value.get("hwvmm").and_then(|by| by.as_str()).unwrap_or("not which").to_owned();
             return Err(ProfileError::Version { path: path.to_owned(), found, by });
         }
-        let profile: Self = serde_json::from_value(value).map_err(|error| not(error.to_string()))?;
+        let profile: Self = serde_json::from_value(value).map_err(|error| not(NotProfile::Json(error)))?;
         let checked = profile.userspace_exits.check("userspace exits").and_then(|()| match &profile.vm_exits {
             Some(exits) => exits.check("VM exits"),
             None => Ok(()),
         });
-        checked.map_err(|why| ProfileError::Damaged { path: path.to_owned(), why })?;
+        checked.map_err(|mismatch| ProfileError::Damaged { path: path.to_owned(), mismatch })?;
         Ok(profile)
     }
 }

@@ -82,7 +82,7 @@ fn tokens(text: &str) -> Vec<Token> {
             let word: String = chars[start..i].iter().collect();
             if matches!(word.as_str(), "r" | "br" | "cr") && matches!(at(i), '"' | '#') && is_raw_string(&chars, i) {
                 i = after_raw_string(&chars, i);
-            } else if !word.starts_with(|c: char| c.is_ascii_digit()) && !(word == "b" && matches!(at(i), '"' | '\'')) {
+            } else if !word.starts_with(|c: char| c.is_ascii_digit()) && (word != "b" || !matches!(at(i), '"' | '\'')) {
                 found.push(Token::Word(word));
             }
         } else if c == ':' && at(i + 1) == ':' {

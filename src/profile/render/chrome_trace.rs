@@ -1,5 +1,6 @@
 //! The Trace Event Format, for chrome://tracing and Perfetto: phases, marks, and exits per millisecond as counters.
 
+use super::error::RenderError;
 use crate::profile::data::{Exits, Profile};
 use crate::profile::kinds::PhaseName;
 use crate::profile::units::microseconds;
@@ -29,7 +30,7 @@ fn counters(name: &str, exits: &Exits, events: &mut Vec<Value>) {
     }
 }
 
-pub(super) fn render(profile: &Profile) -> Result<String, String> {
+pub(super) fn render(profile: &Profile) -> Result<String, RenderError> {
     let mut events = vec![json!({"name": "process_name", "ph": "M", "pid": 1, "args": {"name": profile.guest.kernel}})];
     // "load" has a clock of its own, before the guest's.
     for phase in profile.phases.iter().filter(|phase| phase.name != PhaseName::Load) {
@@ -46,7 +47,7 @@ pub(super) fn render(profile: &Profile) -> Result<String, String> {
     }
     counters("userspace exits", &profile.userspace_exits, &mut events);
     let trace = json!({"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"end": profile.end}});
-    serde_json::to_string(&trace).map(|text| text + "\n").map_err(|error| error.to_string())
+    Ok(serde_json::to_string(&trace)? + "\n")
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Flame graphs: sort of exit, reason, device or register, function, instruction.
 
+use super::error::RenderError;
 use crate::profile::data::{Cause, Profile};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -43,10 +44,10 @@ pub(super) fn folded(profile: &Profile) -> String {
 }
 
 /// Renders the flame graph as SVG.
-pub(super) fn svg(profile: &Profile) -> Result<String, String> {
+pub(super) fn svg(profile: &Profile) -> Result<String, RenderError> {
     let folded = folded(profile);
     if folded.is_empty() {
-        return Err("this profile has no exits: there is nothing to draw".into());
+        return Err(RenderError::NoExits);
     }
     let mut options = inferno::flamegraph::Options::default();
     options.title = "Exits: reason, device or register, function, instruction".into();
@@ -55,8 +56,10 @@ pub(super) fn svg(profile: &Profile) -> Result<String, String> {
     options.text_truncate_direction = inferno::flamegraph::TextTruncateDirection::Right;
     options.colors = inferno::flamegraph::color::Palette::Basic(inferno::flamegraph::color::BasicPalette::Hot);
     let mut svg = Vec::new();
-    inferno::flamegraph::from_lines(&mut options, folded.lines(), &mut svg).map_err(|error| error.to_string())?;
-    String::from_utf8(svg).map_err(|error| error.to_string())
+    inferno::flamegraph::from_lines(&mut options, folded.lines(), &mut svg)
+        .map_err(std::io::Error::other)
+        .map_err(RenderError::Flame)?;
+    Ok(String::from_utf8_lossy(&svg).into_owned())
 }
 
 #[cfg(test)]

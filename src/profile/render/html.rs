@@ -195,7 +195,7 @@ fn head(profile: &Profile) -> String {
 }
 
 /// Renders the page.
-pub(super) fn render(profile: &Profile, advice: &[Advice]) -> Result<String, String> {
+pub(super) fn render(profile: &Profile, advice: &[Advice]) -> String {
     let mut out = format!(
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\
          <title>hwvmm: exits of {}</title>\n<style>\n{STYLE}</style></head><body>\n",
@@ -238,7 +238,7 @@ pub(super) fn render(profile: &Profile, advice: &[Advice]) -> Result<String, Str
     out.push_str("<h2>Userspace exits</h2><p class=note>KVM_RUN came back to hwvmm.\n");
     out.push_str(&table(&profile.userspace_exits, "user"));
     let _ = writeln!(out, "<script>\n{SCRIPT}</script></body></html>");
-    Ok(out)
+    out
 }
 
 #[cfg(test)]
@@ -254,7 +254,7 @@ mod tests {
         profile.userspace_exits.timeline.counts.push((u64::MAX, "\"><b>".to_owned(), u64::MAX).into());
         profile.phases.push(Phase { name: PhaseName::Init, start_ns: u64::MAX, end_ns: 0 });
         profile.guest.boot = "<i>".into();
-        let page = render(&profile, &Advice::of(&profile)).expect("a page");
+        let page = render(&profile, &Advice::of(&profile));
         for part in [
             "id=vm-line",
             "id=user-line",

@@ -3,6 +3,7 @@
 mod chrome_trace;
 mod csv;
 mod diff;
+mod error;
 mod flame;
 mod html;
 mod prometheus;
@@ -10,6 +11,7 @@ mod rows;
 mod text;
 
 pub use diff::{Difference, diff};
+pub use error::RenderError;
 pub use text::Style;
 
 use super::advice::Advice;
@@ -40,15 +42,15 @@ pub enum Format {
 /// Renders a profile.
 ///
 /// # Errors
-/// Where the flame graph cannot be drawn.
-pub fn render(profile: &Profile, format: Format, style: Style) -> Result<String, String> {
+/// [`RenderError`]: for a flame graph where there are no exits.
+pub fn render(profile: &Profile, format: Format, style: Style) -> Result<String, RenderError> {
     Ok(match format {
         Format::Text => text::render(profile, &Advice::of(profile), style),
-        Format::Json => serde_json::to_string(profile).map_err(|error| error.to_string())? + "\n",
+        Format::Json => serde_json::to_string(profile)? + "\n",
         Format::Csv => csv::render(profile),
         Format::Folded => flame::folded(profile),
         Format::Svg => flame::svg(profile)?,
-        Format::Html => html::render(profile, &Advice::of(profile))?,
+        Format::Html => html::render(profile, &Advice::of(profile)),
         Format::ChromeTrace => chrome_trace::render(profile)?,
         Format::Prometheus => prometheus::render(profile),
     })
