@@ -10,6 +10,9 @@ use thiserror::Error;
 
 /// Size in bytes of the receive buffer for data of the guest, per connection (`buf_alloc`).
 pub(super) const BUFFER_BYTES: u32 = 256 << 10;
+/// The most bytes that a device keeps for host programs that do not read, over all its connections. Without it, the receive
+/// buffers of all connections would add up to 256 MiB.
+pub(super) const MAX_UNSENT_BYTES: usize = 16 << 20;
 
 /// A connection must be reset.
 #[derive(Debug, Error)]
@@ -23,6 +26,11 @@ pub(super) enum ConnectionError {
         /// Bytes beyond the end of the buffer.
         bytes: usize,
     },
+    /// The host programs of all connections together have left too much unread.
+    #[error(
+        "host programs leave more than {MAX_UNSENT_BYTES} bytes of the guest unread, the most that is kept for them"
+    )]
+    TooMuchUnsent,
     /// The packet is shorter than its header says.
     #[error("a packet has {found} bytes of data, its header says {expected}")]
     ShortPacket {
@@ -130,11 +138,16 @@ impl Connection {
         Ok(count)
     }
 
-    /// Writes data of the guest to the socket, or keeps what the socket does not accept.
+    /// Returns how many bytes of the guest are kept for the host program.
+    pub(super) fn unsent_bytes(&self) -> usize {
+        self.unsent.len()
+    }
+
+    /// Writes data of the guest to the socket, or keeps what the socket does not accept, at most `room` bytes more than now.
     ///
     /// # Errors
-    /// Returns an error where the guest must not send the data, or where the socket fails.
-    pub(super) fn send(&mut self, data: &mut Buffers<'_>) -> Result<(), ConnectionError> {
+    /// Returns an error where the guest must not send the data, where it does not fit, or where the socket fails.
+    pub(super) fn send(&mut self, data: &mut Buffers<'_>, room: usize) -> Result<(), ConnectionError> {
         if self.peer_shutdown & SHUTDOWN_SEND != 0 {
             return Err(ConnectionError::SendAfterShutdown);
         }
@@ -142,8 +155,12 @@ impl Connection {
         if let Some(bytes) = total.checked_sub(BUFFER_BYTES as usize).filter(|bytes| *bytes > 0) {
             return Err(ConnectionError::BufferOverrun { bytes });
         }
+        let before = self.unsent.len();
         self.unsent.extend(data.to_vec());
         self.flush()?;
+        if self.unsent.len() > before.saturating_add(room) {
+            return Err(ConnectionError::TooMuchUnsent);
+        }
         Ok(())
     }
 
@@ -195,6 +212,9 @@ impl Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Memory;
+    use std::sync::Arc;
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     #[test]
     fn counters_wrap_and_invalid_ones_give_no_credit() {
@@ -208,5 +228,24 @@ mod tests {
         // A guest that claims to have received more than was sent.
         connection.update_credit(100, 1000);
         assert_eq!(connection.credit(), 0);
+    }
+
+    #[test]
+    fn what_does_not_fit_for_all_connections_ends_the_connection() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8192)]).expect("memory");
+        let memory = Memory::new(memory, Arc::new(()));
+        let (ours, _theirs) = UnixStream::pair().expect("a pair");
+        ours.set_nonblocking(true).expect("non-blocking");
+        let mut connection = Connection::new(ours, State::Established);
+        let mut send = |room| {
+            let mut data = Buffers::default();
+            data.push(&memory, GuestAddress(0), 4096).expect("in memory");
+            (connection.send(&mut data, room), connection.unsent_bytes())
+        };
+        // Until the socket is full, nothing is kept, and no room is needed.
+        let full = (0..4096).map(|_| send(4096)).find(|(_, unsent)| *unsent > 0).expect("a full socket");
+        assert!(full.0.is_ok());
+        assert!(send(4096).0.is_ok());
+        assert!(matches!(send(4095).0, Err(ConnectionError::TooMuchUnsent)));
     }
 }

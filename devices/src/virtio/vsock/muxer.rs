@@ -1,6 +1,6 @@
 //! The worker of the socket device, which handles all connections of a guest.
 
-use super::connection::{BUFFER_BYTES, Connection, ConnectionError, State};
+use super::connection::{BUFFER_BYTES, Connection, ConnectionError, MAX_UNSENT_BYTES, State};
 use super::packet::{
     HEADER_BYTES, Header, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN,
     SHUTDOWN_SEND, TYPE_STREAM,
@@ -47,6 +47,8 @@ pub(super) struct Muxer {
     next_local: u32,
     /// Connections that may have data for the guest, in the order in which they send.
     send_queue: VecDeque<Key>,
+    /// Bytes of the guest that all connections keep for host programs, at most [`MAX_UNSENT_BYTES`].
+    unsent_bytes: usize,
     /// Connections of host programs may wait in the backlog, as there were [`MAX_CONNECTIONS`].
     accept_paused: bool,
 }
@@ -70,6 +72,7 @@ impl Muxer {
             control_packets: VecDeque::new(),
             next_local: FIRST_LOCAL_PORT,
             send_queue: VecDeque::new(),
+            unsent_bytes: 0,
             accept_paused: false,
         }
     }
@@ -114,6 +117,11 @@ impl Muxer {
     fn remove(&mut self, key: Key, ops: &mut EventOps<'_>) {
         if let Some(connection) = self.connections.remove(&key) {
             self.by_fd.remove(&connection.stream.as_raw_fd());
+            self.unsent_bytes = self.unsent_bytes.saturating_sub(connection.unsent_bytes());
+            if connection.queued {
+                // A guest that connects and resets over and over would fill the queue with keys of connections that are gone.
+                self.send_queue.retain(|queued| *queued != key);
+            }
             if let Err(error) = ops.remove(Events::new(&connection.stream, EventSet::IN)) {
                 log::debug!("vsock: cannot remove a socket from the event loop: {error}");
             }
@@ -235,7 +243,10 @@ impl Muxer {
             OP_RST => return self.remove(key, ops),
             OP_CREDIT_REQUEST => self.send_control(key, OP_CREDIT_UPDATE),
             _ => {
-                if let Err(error) = handle_packet(connection, key, header, data) {
+                let (before, room) = (connection.unsent_bytes(), MAX_UNSENT_BYTES.saturating_sub(self.unsent_bytes));
+                let handled = handle_packet(connection, key, header, data, room);
+                self.unsent_bytes = (self.unsent_bytes + connection.unsent_bytes()).saturating_sub(before);
+                if let Err(error) = handled {
                     log::debug!("vsock: {key:?} is reset: {}", error_chain(&error));
                     return self.reset(key, ops);
                 }
@@ -344,19 +355,24 @@ impl Muxer {
         if set.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::READ_HANG_UP | EventSet::ERROR) {
             connection.readable = true;
         }
-        if connection.flush().is_err() {
+        let before = connection.unsent_bytes();
+        let flushed = connection.flush();
+        self.unsent_bytes = (self.unsent_bytes + connection.unsent_bytes()).saturating_sub(before);
+        if flushed.is_err() {
             return self.reset(key, ops);
         }
         self.queue_send(key);
     }
 }
 
-/// Handles a packet of the guest for a connection, other than a reset and a credit request.
+/// Handles a packet of the guest for a connection, other than a reset and a credit request. `room` is how many bytes more
+/// may be kept for its host program.
 fn handle_packet(
     connection: &mut Connection,
     key: Key,
     header: &Header,
     data: &mut Buffers<'_>,
+    room: usize,
 ) -> Result<(), ConnectionError> {
     match (header.op, connection.state) {
         (OP_RESPONSE, State::Requested) => {
@@ -370,7 +386,7 @@ fn handle_packet(
             if data.len() < expected {
                 return Err(ConnectionError::ShortPacket { expected, found: data.len() });
             }
-            connection.send(&mut data)
+            connection.send(&mut data, room)
         }
         (OP_SHUTDOWN, _) => {
             connection.shut_down(header.flags);
