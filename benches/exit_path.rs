@@ -7,7 +7,7 @@
 use hwvmm::exit::{ExitReason, Handler};
 use hwvmm::kvm::{Direction, Exit, clock};
 use hwvmm::measure::flight_recorder::Detail;
-use hwvmm::measure::{Counters, ExitRecord, FlightRecorder, HandlerTime, NoProfile, Profiler, UserProfile};
+use hwvmm::measure::{Counters, ExitRecord, FlightRecorders, HandlerTime, NoProfile, Profiler, UserProfile};
 use hwvmm_devices::BusBuilder;
 use hwvmm_devices::legacy::PostPort;
 use std::hint::black_box;
@@ -32,7 +32,7 @@ fn exit(data: &mut [u8; 1]) -> Exit<'_> {
 macro_rules! run_loop {
     ($exits:ident, [$($enter:tt)*] [$($stamp:tt)*] [$exit:ident, $handled:ident, $($record:tt)*] [$($finish:tt)*]) => {
         let handler = handler();
-        let mut flight_recorder = FlightRecorder::default();
+        let flight_recorder = FlightRecorders::new(1).expect("memory").of_vcpu(0).expect("a recorder");
         let mut counters = Counters::new(&handler.pio, &handler.mmio);
         for _ in 0..$exits {
             $($enter)*

@@ -11,7 +11,7 @@ pub enum EventLoopError {
     /// The epoll file descriptor cannot be made.
     #[error("cannot start the event loop")]
     Start(#[source] event_manager::Error),
-    /// epoll_wait(2) failed.
+    /// The call of epoll_wait(2) that waits for events failed.
     #[error("cannot wait for events")]
     Wait(#[source] event_manager::Error),
 }
@@ -42,7 +42,8 @@ impl<T: AsRawFd, F: FnMut(&T)> MutEventSubscriber for OnReadable<T, F> {
     }
 }
 
-/// The event loop.
+/// An epoll loop that calls its subscribers when their file descriptors are ready. It runs in the thread that calls
+/// [`EventLoop::wait`].
 pub struct EventLoop {
     manager: EventManager<Box<dyn MutEventSubscriber>>,
 }
@@ -56,7 +57,7 @@ impl EventLoop {
         EventManager::new().map(|manager| Self { manager }).map_err(EventLoopError::Start)
     }
 
-    /// Adds a subscriber.
+    /// Registers `subscriber`, whose `init` adds the file descriptors that it waits for.
     pub fn add(&mut self, subscriber: Box<dyn MutEventSubscriber>) {
         self.manager.add_subscriber(subscriber);
     }

@@ -3,10 +3,32 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may fail where it stands")]
 
+#[path = "command/confined.rs"]
+mod confined;
+#[path = "command/expect.rs"]
+mod expect;
 mod guests;
 mod harness;
+#[path = "command/hostile.rs"]
+mod hostile;
+#[path = "command/inherited.rs"]
+mod inherited;
+#[path = "command/input.rs"]
+mod input;
+#[path = "command/parser.rs"]
+mod parser;
+#[path = "command/paths.rs"]
+mod paths;
+#[path = "command/process.rs"]
+mod process;
 #[path = "command/refused.rs"]
 mod refused;
+#[path = "command/restart.rs"]
+mod restart;
+#[path = "command/results.rs"]
+mod results;
+#[path = "command/words.rs"]
+mod words;
 
 use harness::{Outcome, Test};
 use std::collections::BTreeSet;
@@ -188,7 +210,7 @@ fn a_disk_has_at_most_one_writer() -> Outcome {
         fs::write(&disk, [0; 4096]).expect("written");
         let disk = disk.to_str().expect("UTF-8");
         let out = run("disks", guests::power_off(), &["--disk", disk, "--disk", disk]);
-        assert!(text(&out.stderr).contains("in use by another process"), "{}", text(&out.stderr));
+        assert!(text(&out.stderr).contains("is in use: another process writes to it"), "{}", text(&out.stderr));
         let shared = format!("{disk},readonly=on");
         let out = run("disks", guests::power_off(), &["--disk", &shared, "--disk", &shared]);
         assert!(out.status.success(), "{}", text(&out.stderr));
@@ -214,31 +236,12 @@ fn messages_start_on_a_fresh_line() -> Outcome {
     })
 }
 
-fn input_from_a_pipe_is_complete() -> Outcome {
-    when_it_runs(|| {
-        let path = kernel("echo", guests::echo());
-        let sent = format!("{}.", "the quick brown fox ".repeat(40));
-        let mut child = hwvmm()
-            .args(["run", "-m", "16M", "--timeout", "30s"])
-            .arg(path)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("started");
-        child.stdin.take().expect("stdin").write_all(sent.as_bytes()).expect("written");
-        let out = child.wait_with_output().expect("ended");
-        assert_eq!(text(&out.stdout), sent, "{}", text(&out.stderr));
-        // The same input from a regular file, which epoll cannot wait for.
-        let input = fs::File::open(file("input.txt", sent.as_bytes())).expect("opened");
-        let path = kernel("echo", guests::echo());
-        let out =
-            hwvmm().args(["run", "-m", "16M", "--timeout", "30s"]).arg(path).stdin(input).output().expect("started");
-        assert_eq!(text(&out.stdout), sent, "{}", text(&out.stderr));
-    })
+fn spawn(code: &[u8], options: &[&str]) -> Child {
+    start(code, options, Stdio::null())
 }
 
-fn spawn(code: &[u8], options: &[&str]) -> Child {
+/// Starts a guest with an hwvmm whose stdout and stderr are pipes.
+fn start(code: &[u8], options: &[&str], stdin: Stdio) -> Child {
     // Each machine has a kernel file of its own, so that none reads a file that is being written for the next.
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let path = kernel(&format!("spawned{}", NUMBER.fetch_add(1, Ordering::Relaxed)), code);
@@ -246,10 +249,21 @@ fn spawn(code: &[u8], options: &[&str]) -> Child {
         .args(["run", "-m", "16M", "--timeout", "30s"])
         .args(options)
         .arg(path)
+        .stdin(stdin)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("started")
+}
+
+/// Runs a guest that gets `input` on its stdin.
+fn run_with_input(code: &[u8], options: &[&str], input: Vec<u8>) -> Output {
+    let mut child = start(code, options, Stdio::piped());
+    let mut stdin = child.stdin.take().expect("stdin");
+    let writer = std::thread::spawn(move || stdin.write_all(&input));
+    let out = child.wait_with_output().expect("ended");
+    writer.join().expect("no panic").expect("all was taken");
+    out
 }
 
 fn a_slow_reader_gets_every_byte() -> Outcome {
@@ -280,11 +294,25 @@ fn a_full_disk_is_reported() -> Outcome {
         let path = kernel("full", guests::spin());
         let full = fs::File::options().write(true).open("/dev/full").expect("/dev/full");
         let out = hwvmm().args(["run", "-m", "16M", "--timeout", "20s"]).arg(path).stdout(full).output().expect("ran");
-        assert_eq!(out.status.code(), Some(1), "{}", text(&out.stderr));
+        assert_eq!(out.status.code(), Some(42), "{}", text(&out.stderr));
         assert!(text(&out.stderr).contains("No space left"), "{}", text(&out.stderr));
         let out = run("full2", guests::power_off(), &["--stats-out", "/dev/full"]);
-        assert_eq!(out.status.code(), Some(1));
+        assert_eq!(out.status.code(), Some(42));
         assert!(text(&out.stderr).contains("cannot write the statistics"));
+        // The profile and the budget are not lost with the statistics.
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let profile = folder.path().join("profile.json");
+        let more = ["--stats-out", "/dev/full", "--budget", "userspace=0", "--profile-out"];
+        let out = run("full3", guests::power_off(), &[&more[..], &[profile.to_str().expect("UTF-8")]].concat());
+        assert_eq!(out.status.code(), Some(42), "{}", text(&out.stderr));
+        assert!(text(&out.stderr).contains("budget userspace: "), "{}", text(&out.stderr));
+        assert!(fs::read_to_string(profile).expect("written").contains("hwvmm-profile"));
+        // What cannot be written is said before the guest runs.
+        for option in ["--stats-out", "--profile-out"] {
+            let out = run("nowhere", guests::power_off(), &[option, "/no/such/folder/file"]);
+            assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
+            assert!(out.stdout.is_empty() && text(&out.stderr).contains("cannot write /no/such/folder/file"));
+        }
     })
 }
 
@@ -313,19 +341,6 @@ fn a_closed_stdin_is_accepted() -> Outcome {
             format!("exec '{}' run -m 16M --timeout 20s '{}' <&-", hwvmm().get_program().display(), path.display());
         let out = Command::new("sh").args(["-c", &line]).output().expect("sh");
         assert_eq!((out.status.code(), text(&out.stdout).as_str()), (Some(0), "hello\n"), "{}", text(&out.stderr));
-    })
-}
-
-fn restart_counts_every_start() -> Outcome {
-    when_it_runs(|| {
-        let stats = folder().join("restart.json");
-        let options = ["--on-reboot=restart", "--timeout", "2s", "--stats-out", stats.to_str().expect("UTF-8")];
-        let out = run("restart", guests::reset(), &options);
-        assert_eq!(out.status.code(), Some(124), "{}", text(&out.stderr));
-        let starts = text(&out.stdout).matches("hello\n").count() as u64;
-        let json: serde_json::Value = serde_json::from_slice(&fs::read(&stats).expect("written")).expect("JSON");
-        assert!(starts >= 2, "{starts}");
-        assert!(json["starts"].as_u64().expect("a number") >= starts);
     })
 }
 
@@ -435,17 +450,9 @@ const TESTS: &[Test] = &[
     ("reset_by_keyboard_controller_is_32", || ends("i8042", guests::reset_i8042(), &[], 32, "reset itself")),
     ("triple_fault_is_33", || ends("triple", guests::triple_fault(), &[], 33, "triple fault")),
     ("pvpanic_is_34", || ends("pvpanic", guests::pvpanic(), &[], 34, "panicked")),
-    ("a_reset_after_a_panic_message_is_34", || {
-        ends("panic", guests::panic_line(), &["--on-reboot=restart"], 34, "panicked: out of luck")
-    }),
     ("halt_for_good_is_35", || ends("halt", guests::halt(), &[], 35, "interrupts off")),
     ("an_expired_watchdog_is_36", || ends("dog", guests::expired_watchdog(), &["--watchdog"], 36, "watchdog ran out")),
     ("timeout_is_124", || ends("spin", guests::spin(), &["--timeout", "500ms"], 124, "timed out after 0.5 s")),
-    ("expect_seen_is_0", || ends("seen", guests::spin(), &["--expect", "^he.lo"], 0, "seen: hello")),
-    ("expect_not_seen_is_38", || ends("unseen", guests::power_off(), &["--expect", "bye"], 38, "not seen")),
-    ("expect_does_not_hide_a_triple_fault", || {
-        ends("fault2", guests::triple_fault(), &["--expect", "bye"], 33, "triple fault")
-    }),
     ("debug_exit_chooses_the_status", || ends("debug", guests::debug_exit(), &["--debug-exit"], 77, "status 77")),
     ("statistics_count_every_exit", statistics_count_every_exit),
     ("a_multiboot_kernel_gets_command_line_and_modules", a_multiboot_kernel_gets_command_line_and_modules),
@@ -454,13 +461,11 @@ const TESTS: &[Test] = &[
     ("device_errors_name_the_cause", device_errors_name_the_cause),
     ("a_disk_has_at_most_one_writer", a_disk_has_at_most_one_writer),
     ("messages_start_on_a_fresh_line", messages_start_on_a_fresh_line),
-    ("input_from_a_pipe_is_complete", input_from_a_pipe_is_complete),
     ("a_slow_reader_gets_every_byte", a_slow_reader_gets_every_byte),
     ("the_timeout_ends_a_run_whose_output_is_not_read", the_timeout_ends_a_run_whose_output_is_not_read),
     ("a_full_disk_is_reported", a_full_disk_is_reported),
     ("sigterm_ends_the_run_and_prints_statistics", sigterm_ends_the_run_and_prints_statistics),
     ("a_closed_stdin_is_accepted", a_closed_stdin_is_accepted),
-    ("restart_counts_every_start", restart_counts_every_start),
     ("flags_override_the_configuration_file", flags_override_the_configuration_file),
     ("terminal_settings_are_restored", terminal_settings_are_restored),
     ("a_machine_has_64_vcpus", a_machine_has_64_vcpus),
@@ -470,5 +475,20 @@ const TESTS: &[Test] = &[
 ];
 
 fn main() -> ExitCode {
-    harness::run("command", &[TESTS, refused::TESTS].concat())
+    let all = [
+        TESTS,
+        confined::TESTS,
+        expect::TESTS,
+        hostile::TESTS,
+        inherited::TESTS,
+        input::TESTS,
+        parser::TESTS,
+        paths::TESTS,
+        process::TESTS,
+        refused::TESTS,
+        restart::TESTS,
+        results::TESTS,
+        words::TESTS,
+    ];
+    harness::run("command", &all.concat())
 }

@@ -127,13 +127,16 @@ fn stop_before_the_expected_is_38() -> Outcome {
 }
 
 fn responses() -> Outcome {
-    with_machine("responses", &["--balloon"], |machine| {
+    with_machine("responses", &["--balloon", "-m", "32M"], |machine| {
         let deadline = Instant::now() + Duration::from_secs(20);
         while machine.answer(&["status"])["state"] != "running" {
             assert!(Instant::now() < deadline);
         }
         let balloon = machine.answer(&["balloon", "4M"]);
         assert_eq!((&balloon["response"], balloon["target_bytes"].as_u64()), (&"balloon".into(), Some(4 << 20)));
+        assert_eq!(machine.answer(&["balloon", "100"])["target_bytes"], 4096, "whole pages");
+        let out = machine.ctl(&["balloon", "4T"]);
+        assert!(out.status.code() == Some(1) && text(&out.stderr).contains("the most for this guest"), "{out:?}");
         let exits = machine.answer(&["exits"]);
         let vcpus = exits["vcpus"].as_array().expect("vCPUs");
         assert_eq!((&exits["response"], vcpus.len()), (&"exits".into(), 1));

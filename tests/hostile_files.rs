@@ -1,13 +1,15 @@
 //! Hostile kernel files, profiles and symbols: the corpus of the fuzz targets and thousands of mutations of it must be loaded or
 //! refused, and never make hwvmm panic, hang or write outside of guest memory.
 
-use hwvmm::boot::unpack::unpack;
-use hwvmm::boot::{KernelError, Loaded, Request, load};
-use hwvmm::config::{BootProtocol, Unpack};
+use hwvmm::boot::initramfs::{Driver, IndexError, IndexFiles, ModuleIndex};
+use hwvmm::boot::unpack::{Limits, unpack, unpack_parts};
+use hwvmm::boot::{KernelError, KernelFile, Loaded, Request, UnpackOptions, Wanted, load, prepare};
+use hwvmm::config::{BootProtocol, Unpack, parse_file};
 use hwvmm::memory::{Backing, GuestRam};
 use hwvmm::profile::Profile;
 use hwvmm::profile::render::{Format, Style, render};
 use hwvmm::profile::symbols::Symbols;
+use hwvmm::sandbox::Isolation;
 use hwvmm_arch::acpi::{IoApicPins, Platform};
 use hwvmm_arch::boot::{BootMethod, Decompressor, EntryProtocol};
 use hwvmm_arch::layout::{GpaRange, UARTS};
@@ -41,20 +43,46 @@ fn load_bytes(bytes: &[u8], unpack: Unpack) -> Result<Loaded, KernelError> {
         pci: Some(1),
         virtio_mmio: &[],
     };
+    let kernel = KernelFile::open(file.path())?;
+    let boot = BootProtocol::Auto;
+    let how = UnpackOptions { cache: None, isolation: Isolation::None, progress: &|_| {} };
+    let wanted = Wanted { initrd: None, memory_bytes: MEMORY, unpack, boot, how };
+    let prepared = prepare(&kernel, &wanted)?;
     let request = Request {
-        kernel: file.path(),
-        initrd: None,
+        kernel: &kernel,
+        prepared: &prepared,
         modules: &[],
         cmdline: "console=ttyS0",
         arguments: "",
         memory_bytes: MEMORY,
-        unpack,
-        boot: BootProtocol::Auto,
-        cache: None,
+        boot,
         platform: &platform,
-        progress: &|_| {},
     };
     load(&request, &ram)
+}
+
+/// All drivers' modules by a file of the corpus: modules.dep, modules.builtin and modules.softdep, with NUL between them.
+fn resolve(text: &str) -> Result<Vec<&str>, IndexError> {
+    let mut parts = text.splitn(3, '\0');
+    let mut part = || parts.next().unwrap_or_default();
+    let index = ModuleIndex::parse(IndexFiles { dependencies: part(), builtin: part(), soft: part() });
+    index.resolve(&[Driver::VirtioMmio, Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs, Driver::Overlay])
+}
+
+#[test]
+fn module_indexes_of_the_corpus_are_resolved_or_refused() {
+    for (name, bytes) in corpus("module_index") {
+        let text = String::from_utf8(bytes).expect("text");
+        let found = resolve(&text).map(|paths| paths.len());
+        let expected = match name.as_str() {
+            "debian-6.1" => Ok(12),
+            "debian-6.12" => Ok(5),
+            "circle" => Ok(2),
+            "outside" => Err(IndexError::Outside("../virtio_mmio.ko".to_owned())),
+            _ => panic!("{name} has no expected result"),
+        };
+        assert_eq!(found, expected, "{name}");
+    }
 }
 
 #[test]
@@ -86,6 +114,21 @@ fn profiles_and_symbols_of_the_corpus_are_read() {
         std::io::Write::write_all(&mut file, &bytes).expect("written");
         let symbols = Symbols::read(&file).expect("readable").unwrap_or_else(|| panic!("{name} has no symbols"));
         assert_eq!(symbols.resolve(0xffff_ffff_8100_0100).map(|place| place.offset), Some(0), "{name}");
+    }
+}
+
+#[test]
+fn archives_and_configurations_of_the_corpus_are_read() {
+    for (name, bytes) in corpus("unpack_parts") {
+        let out = tempfile::tempfile().expect("a temporary file");
+        let unpacked =
+            unpack_parts(&bytes, &out, &Limits::of(MEMORY)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(unpacked > 0, "{name}");
+    }
+    for (name, bytes) in corpus("config_file") {
+        let text = String::from_utf8(bytes).expect("text");
+        let options = parse_file(Path::new(&name), &text).unwrap_or_else(|error| panic!("{error:?}"));
+        options.into_config().unwrap_or_else(|error| panic!("{name}: {error}"));
     }
 }
 
@@ -144,10 +187,18 @@ proptest! {
     }
 
     #[test]
+    fn changed_module_indexes_lead_nowhere_else(bytes in changed("module_index", 12)) {
+        let text = String::from_utf8_lossy(&bytes);
+        if let Ok(paths) = resolve(&text) {
+            prop_assert!(paths.iter().all(|path| !path.starts_with('/') && path.split('/').all(|part| part != "..")));
+        }
+    }
+
+    #[test]
     fn changed_symbols_are_read_or_refused(bytes in changed("symbols", 12)) {
         let mut file = tempfile::tempfile().expect("a temporary file");
         std::io::Write::write_all(&mut file, &bytes).expect("written");
-        if let Some(mut symbols) = Symbols::read(&file).expect("readable") {
+        if let Ok(Some(mut symbols)) = Symbols::read(&file) {
             let _ = symbols.locate(0xffff_ffff_8100_0000);
             for rip in (0xffff_ffff_8100_0000..0xffff_ffff_8102_0000_u64).step_by(4096).chain([0, u64::MAX]) {
                 let _ = (symbols.resolve(rip), symbols.resolve_unmapped(rip));
@@ -158,6 +209,23 @@ proptest! {
     #[test]
     fn changed_payloads_are_unpacked_or_refused(bytes in changed("unpack", 20)) {
         let out = tempfile::tempfile().expect("a temporary file");
-        let _ = unpack(&bytes, &out);
+        let _ = unpack(&bytes, &out, &Limits::of(MEMORY));
+        prop_assert!(out.metadata().expect("metadata").len() <= MEMORY);
+    }
+
+    #[test]
+    fn changed_archives_are_unpacked_or_refused(bytes in changed("unpack_parts", 20)) {
+        let out = tempfile::tempfile().expect("a temporary file");
+        let limits = Limits::of(1 << 20);
+        let _ = unpack_parts(&bytes, &out, &limits);
+        prop_assert!(out.metadata().expect("metadata").len() <= limits.output_bytes);
+    }
+
+    #[test]
+    fn changed_configurations_are_used_or_refused(bytes in changed("config_file", 8)) {
+        match parse_file(Path::new("changed"), &String::from_utf8_lossy(&bytes)) {
+            Ok(options) => drop(options.into_config()),
+            Err(error) => prop_assert!(!error.to_string().is_empty()),
+        }
     }
 }

@@ -12,9 +12,10 @@ use hwvmm::exit::{EndReason, ExitReason, Handler};
 use hwvmm::kvm::{System, kick};
 use hwvmm::measure::tracer::{Tracer, VmCauseRecord, VmDetail, VmRecord};
 use hwvmm::measure::user_profile::UserRecord;
-use hwvmm::measure::{Counters, FlightRecorder, Measured, NoProfile};
+use hwvmm::measure::{Counters, FlightRecorders, Measured, NoProfile};
 use hwvmm::memory::{Backing, GuestRam};
-use hwvmm::vcpu::{Control, Measure, Records, Stop, Threads};
+use hwvmm::sandbox::{Sandbox, ThreadRole};
+use hwvmm::vcpu::{Confinement, Control, Measure, Records, Stop, Threads};
 use hwvmm_arch::exit_code::Class;
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_arch::regs::Entry;
@@ -83,6 +84,10 @@ impl Mode {
             Self::Long => Entry::Linux64 { rip: CODE },
         }
     }
+}
+
+fn flight_recorders(vcpus: usize) -> FlightRecorders {
+    FlightRecorders::new(vcpus).expect("memory")
 }
 
 fn system() -> Result<System, String> {
@@ -160,12 +165,13 @@ fn run_with(code: &[u8], mode: Mode, set_up: impl FnOnce(&Machine) -> Result<(),
 fn run_machine(system: &System, machine: Machine, mode: Mode) -> Result<Ran, String> {
     let mut vcpu = vcpu(system, &machine, mode);
     let counters = Counters::new(&machine.handler.pio, &machine.handler.mmio);
-    let mut records = Records { counters, flight_recorder: FlightRecorder::default(), profiler: NoProfile };
+    let mut records =
+        Records { counters, flight_recorder: flight_recorders(1).of_vcpu(0).expect("a recorder"), profiler: NoProfile };
     let guard = Guard::start();
     let stop = hwvmm::vcpu::run(&mut vcpu.enter(), &machine.handler, &mut records, |_, _| true).expect("KVM_RUN");
     drop(guard);
     let Stop::End(end) = stop else { return Err("this host's KVM never comes back from it".into()) };
-    let last = records.flight_recorder.iter().last().copied();
+    let last = records.flight_recorder.iter().last();
     match end {
         EndReason::Kvm(why) => Err(format!("this host's KVM: {why}")),
         end => Ok(Ran { end, counters: records.counters, latch: machine.latch, last }),
@@ -306,6 +312,10 @@ fn msr(code: &'static [u8], reason: ExitReason) -> Outcome {
     outcome(body())
 }
 
+fn unconfined() -> Confinement {
+    Confinement { sandbox: Arc::new(Sandbox::off()), role: ThreadRole::Vcpu }
+}
+
 /// Runs a guest on a vCPU thread. Returns true if it is found halted for good within 3 s, and the number of kicks.
 fn halts_for_good(code: &[u8]) -> Result<(bool, u64), String> {
     let system = system()?;
@@ -313,7 +323,9 @@ fn halts_for_good(code: &[u8]) -> Result<(bool, u64), String> {
     let vcpu = vcpu(&system, &machine, Mode::Long);
     let control = Arc::new(Control::new().expect("control"));
     let handler = Arc::new(machine.handler);
-    let threads = Threads::start(vec![vcpu], &handler, &control, &Measure::Nothing).expect("a thread");
+    let threads =
+        Threads::start(vec![vcpu], &handler, &control, &Measure::Nothing, &flight_recorders(1), &unconfined())
+            .expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(3);
     let mut halted = false;
     while !halted && control.ended().is_none() && Instant::now() < deadline {
@@ -341,10 +353,14 @@ fn profiled() -> Result<(Box<UserRecord>, Result<VmRecord, String>), String> {
     let vcpu = vcpu(&system, &machine, Mode::Long);
     let control = Arc::new(Control::new().expect("control"));
     let handler = Arc::new(machine.handler);
-    let tracer = Tracer::new(vec![RAM], 1, 0).map_err(|error| error.to_string());
+    let mut tracer = Tracer::new(vec![RAM], 1, 0).map_err(|error| error.to_string());
+    if let Ok(tracer) = &mut tracer {
+        tracer.start(&Arc::new(Sandbox::off())).expect("a thread");
+    }
     let handle = tracer.as_ref().ok().map(Tracer::handle);
     let measure = Measure::Profile { start: Instant::now(), tracer: handle };
-    let threads = Threads::start(vec![vcpu], &handler, &control, &measure).expect("a thread");
+    let threads = Threads::start(vec![vcpu], &handler, &control, &measure, &flight_recorders(1), &unconfined())
+        .expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(10);
     while control.ended().is_none() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));

@@ -19,6 +19,9 @@ const KVM_SIGNATURE_LEAF: u32 = 0x4000_0000;
 const KVM_FEATURES_LEAF: u32 = 0x4000_0001;
 const TIMING_LEAF: u32 = 0x4000_0010;
 const AMD_TOPOLOGY_LEAF: u32 = 0x8000_001e;
+const ADDRESS_SIZES_LEAF: u32 = 0x8000_0008;
+/// The bits of a physical address where no leaf says how many there are (SDM vol. 3A §4.1.4).
+const DEFAULT_ADDRESS_BITS: u32 = 36;
 const TOPOLOGY_LEAVES: [u32; 2] = [0xb, 0x1f];
 
 /// What the leaves depend on, besides the leaves that KVM supports.
@@ -46,7 +49,7 @@ pub struct CpuidOptions {
 /// The vendor of the processor, whose rules the leaves follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vendor {
-    /// Intel: "GenuineIntel".
+    /// Intel: the vendor string of leaf 0 is "GenuineIntel".
     Intel,
     /// AMD or Hygon: "AuthenticAMD" or "HygonGenuine".
     Amd,
@@ -66,6 +69,15 @@ pub fn vendor(leaves: &[kvm_cpuid_entry2]) -> Vendor {
     }
 }
 
+/// The number of bits of the guest physical addresses that a guest can use: the smaller of MAXPHYADDR (leaf 0x8000_0008 EAX
+/// bits 7:0) and GuestPhysAddrSize (bits 23:16), which KVM fills in since Linux 6.10 where its nested paging reaches less far.
+#[must_use]
+pub fn address_bits(leaves: &[kvm_cpuid_entry2]) -> u32 {
+    let sizes = leaves.iter().find(|leaf| leaf.function == ADDRESS_SIZES_LEAF).map_or(0, |leaf| leaf.eax);
+    let known = [sizes & 0xff, sizes >> 16 & 0xff].into_iter().filter(|bits| *bits != 0);
+    known.min().unwrap_or(DEFAULT_ADDRESS_BITS)
+}
+
 /// The leaves for one vCPU, from what KVM supports.
 #[must_use]
 pub fn for_vcpu(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Vec<kvm_cpuid_entry2> {
@@ -78,7 +90,7 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Vec<k
             0x15 if vendor == Vendor::Intel && options.tsc_frequency => leaf_15(leaf, options),
             KVM_FEATURES_LEAF => leaf.eax &= !options.hidden_features,
             0x8000_0001 if vendor == Vendor::Amd => amd_features(leaf, options),
-            0x8000_0008 if vendor == Vendor::Amd => amd_sizes(leaf, &options.topology),
+            ADDRESS_SIZES_LEAF if vendor == Vendor::Amd => amd_sizes(leaf, &options.topology),
             0x8000_001d => cache_sharing(leaf, &options.topology, CacheLeaf::Amd),
             AMD_TOPOLOGY_LEAF => amd_topology(leaf, options),
             _ => {}
@@ -110,9 +122,9 @@ fn leaf_1(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
 /// The leaf that describes a cache.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum CacheLeaf {
-    /// Leaf 4.
+    /// Deterministic cache parameters, leaf 4 of Intel (SDM vol. 2A, CPUID).
     Intel,
-    /// Leaf 0x8000_001d.
+    /// Cache properties, leaf 0x8000_001d of AMD (APM vol. 3, appendix E).
     Amd,
 }
 
@@ -238,6 +250,15 @@ mod tests {
         let amd = kvm_cpuid_entry2 { eax: 0x1f, ebx: 0x6874_7541, edx: 0x6974_6e65, ecx: 0x444d_4163, ..leaf(0) };
         let signature = kvm_cpuid_entry2 { eax: 0x4000_0001, ..leaf(0x4000_0000) };
         vec![amd, leaf(1), leaf(0xb), signature, leaf(0x8000_0000), leaf(0x8000_0001), leaf(0x8000_0008)]
+    }
+
+    #[test]
+    fn the_smaller_of_two_address_sizes_counts() {
+        let sizes = |eax| kvm_cpuid_entry2 { eax, ..leaf(ADDRESS_SIZES_LEAF) };
+        assert_eq!(address_bits(&[leaf(0), sizes(0x3028)]), 40);
+        assert_eq!(address_bits(&[sizes(0x0030_3934), leaf(1)]), 48, "nested paging of 4 levels");
+        assert_eq!(address_bits(&[sizes(0x0034_3030)]), 48);
+        assert_eq!((address_bits(&[]), address_bits(&[sizes(0)])), (36, 36));
     }
 
     fn find(leaves: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {

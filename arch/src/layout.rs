@@ -36,13 +36,13 @@ pub const HOLE_END: u64 = 0x1_0000_0000;
 
 /// The start of the window for the BARs of PCI devices.
 pub const PCI_WINDOW: u32 = 0xc000_0000;
-/// Bytes of [`PCI_WINDOW`].
+/// The length of the window at [`PCI_WINDOW`] in bytes.
 pub const PCI_WINDOW_BYTES: u32 = 0x1000_0000;
 /// The registers of the first virtio-mmio device; the other devices follow.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 /// The memory-mapped PCI configuration space (ECAM) of one bus.
 pub const PCI_ECAM: u64 = 0xe000_0000;
-/// Bytes of [`PCI_ECAM`].
+/// The length of the window at [`PCI_ECAM`] in bytes: 32 devices of 8 functions, with 4 KiB of registers each.
 pub const PCI_ECAM_BYTES: u64 = 1 << 20;
 /// The GSIs for virtio-mmio devices, in the order in which they are given out: first those that no ISA device uses.
 pub const VIRTIO_MMIO_GSIS: [u32; 17] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 13, 14, 15];
@@ -108,7 +108,7 @@ pub const UARTS: [Uart; 4] = [
 /// A range of guest physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GpaRange {
-    /// The first gpa.
+    /// The first gpa of the range.
     pub start: u64,
     /// The length in bytes.
     pub bytes: u64,
@@ -155,6 +155,12 @@ pub fn ram_banks(memory_bytes: u64) -> Vec<GpaRange> {
     vec![GpaRange { start: 0, bytes: HOLE_START }, GpaRange { start: HOLE_END, bytes: memory_bytes - HOLE_START }]
 }
 
+/// Returns the most guest memory, in bytes, of which all banks end at or below gpa `end`.
+#[must_use]
+pub fn memory_below(end: u64) -> u64 {
+    end.min(HOLE_START) + end.saturating_sub(HOLE_END)
+}
+
 /// The memory map for a guest with `memory_bytes` of RAM: low RAM, the firmware area, RAM from 1 MiB, PCI configuration space
 /// (Linux uses ECAM only where the memory map reserves it), RAM from 4 GiB.
 #[must_use]
@@ -185,6 +191,17 @@ mod tests {
         let low = GpaRange { start: 0, bytes: HOLE_START };
         assert_eq!(ram_banks(HOLE_START), [low]);
         assert_eq!(ram_banks(5 << 30), [low, GpaRange { start: HOLE_END, bytes: (5 << 30) - HOLE_START }]);
+    }
+
+    #[test]
+    fn the_most_memory_fills_the_address_space() {
+        assert_eq!(memory_below(1 << 30), 1 << 30);
+        for end in [HOLE_START, HOLE_END, 1 << 36, 1 << 40, 1 << 52] {
+            let most = memory_below(end);
+            assert!(ram_banks(most).iter().all(|bank| bank.end() <= end), "{end:#x}");
+            assert!(ram_banks(most + 4096).iter().any(|bank| bank.end() > end), "{end:#x}");
+        }
+        assert_eq!(memory_below(1 << 40), (1 << 40) - (1 << 30));
     }
 
     #[test]

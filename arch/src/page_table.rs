@@ -14,7 +14,7 @@ const DIRECTORIES: u64 = 4;
 pub struct Entry {
     /// The gpa of the entry, a multiple of 8.
     pub gpa: u64,
-    /// The entry's value.
+    /// The 64-bit value of the entry: the gpa it maps or of the next table, and its flags.
     pub value: u64,
 }
 

@@ -9,7 +9,7 @@ use thiserror::Error;
 pub enum Action {
     /// Nothing: the guest continues.
     None,
-    /// Reset the machine.
+    /// Reset the machine, as the guest asked for.
     Reset,
     /// Power the machine off.
     PowerOff,
@@ -124,9 +124,9 @@ pub struct Found<'a> {
 /// A range of a bus and the name of the device that claims it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot<'a> {
-    /// First address.
+    /// First address of the range.
     pub base: u64,
-    /// Last address.
+    /// Last address of the range, which belongs to it.
     pub last: u64,
     /// Name that the device was inserted under.
     pub name: &'a str,

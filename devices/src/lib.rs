@@ -1,6 +1,9 @@
 //! Device models: the devices that a guest accesses through ports and memory-mapped registers. They depend on the bus, on
 //! interrupt lines and on files of the host, and not on KVM or the processor.
 
+// They panic where stdout or stderr takes nothing (a pipe without a reader).
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod bus;
 pub mod console;
 pub mod error;
@@ -9,6 +12,7 @@ pub mod irq;
 pub mod legacy;
 pub mod memory;
 pub mod page;
+pub mod path_text;
 pub mod pci;
 pub mod socket;
 pub mod virtio;

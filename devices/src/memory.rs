@@ -41,7 +41,7 @@ pub enum BufferError {
     Discard {
         /// Length of the range in bytes.
         len: usize,
-        /// The host's error.
+        /// The error of madvise(2).
         source: io::Error,
     },
 }
@@ -74,7 +74,10 @@ impl Deref for Memory {
 }
 
 /// A list of buffers in guest memory, consumed from the front like a stream of bytes.
-#[derive(Clone, Default)]
+///
+/// Not `Clone`: what was read is consumed, so that no byte is read twice. The guest could change it between a check and
+/// its use.
+#[derive(Default)]
 pub struct Buffers<'m> {
     pieces: Vec<VolatileSlice<'m>>,
     /// Index of the first piece that is not consumed.
@@ -250,12 +253,21 @@ impl<'m> Buffers<'m> {
 }
 
 /// [`Buffers`] that keep guest memory mapped, for I/O in flight.
-#[derive(Clone)]
 pub struct OwnedBuffers {
     // The lifetime is not really 'static: the pieces are valid as long as `_memory`, which is dropped last. They are only
     // accessible in `with`, and no borrow of them outlives that call.
     buffers: Buffers<'static>,
     _memory: Memory,
+}
+
+/// A second handle to the data of a block request, which is transferred again where the host had no space. No decision
+/// depends on the content of that data.
+impl Clone for OwnedBuffers {
+    fn clone(&self) -> Self {
+        let Buffers { pieces, next, len } = &self.buffers;
+        let buffers = Buffers { pieces: pieces.clone(), next: *next, len: *len };
+        Self { buffers, _memory: self._memory.clone() }
+    }
 }
 
 // SAFETY: `Buffers` is not Send because of the addresses in it. They are of guest memory, which any thread may access.

@@ -10,12 +10,25 @@ guest_image_recipe() {
 # guest_image FORCE: makes $HWVMM_LAB/guest/debian.img, a Debian 12 root file system (ext4, 2 GiB, sparse), and debian.key, a key for
 # ssh that root in it accepts. FORCE (yes or no): also where they are up to date.
 guest_image() {
-    local out=$HWVMM_LAB/guest/debian.img recipe
     guest_kernel
-    recipe=$(guest_image_recipe)
-    [ "$1" = no ] && [ -s "$out" ] && [ "$(cat "$out.recipe" 2>/dev/null)" = "$recipe" ] && return 0
+    [ "$1" = no ] && have_guest_image && return 0
     need_packages mmdebstrap e2fsprogs openssh-client
+    locked debian-image make_guest_image "$1"
+}
+
+have_guest_image() {
+    local out=$HWVMM_LAB/guest/debian.img
+    [ -s "$out" ] && [ "$(cat "$out.recipe" 2>/dev/null)" = "$(guest_image_recipe)" ]
+}
+
+make_guest_image() {
+    # By another script, while this one waited.
+    if [ "$1" = no ] && have_guest_image; then return 0; fi
+    local out=$HWVMM_LAB/guest/debian.img recipe
+    recipe=$(guest_image_recipe)
     mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
+    # What a killed script has left. The lock is held: nobody else makes an image.
+    as_root rm -rf "$HWVMM_LAB/work/image."*
     local work; work=$(mktemp -d "$HWVMM_LAB/work/image.XXXXXX")
     say "making a Debian 12 system: about 2 minutes and 1 GB of disk, once"
     say "  1/3 downloading and installing its packages (about 100 MB)"
@@ -24,7 +37,7 @@ guest_image() {
     as_root mmdebstrap --quiet --variant=minbase --include="$packages" \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' --aptopt='APT::Install-Recommends "false"' \
-        bookworm "$work/root" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2; die "mmdebstrap failed"; }
+        bookworm "$work/root" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2; as_root rm -rf "$work"; die "mmdebstrap failed"; }
     say "  2/3 the kernel's modules, units and the key for ssh"
     as_root cp -R "$HWVMM_ROOT/scripts/in-guest/files/." "$work/root/"
     guest_image_modules "$work/root"

@@ -5,6 +5,7 @@ use hwvmm_arch::acpi::AcpiTooLarge;
 use hwvmm_arch::boot::bzimage::BzImageError;
 use hwvmm_arch::boot::elf::ElfError;
 use hwvmm_arch::boot::multiboot::MultibootError;
+use hwvmm_devices::path_text::PathText as _;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -18,7 +19,7 @@ pub enum FileRole {
     Kernel,
     /// The initial RAM disk.
     Initrd,
-    /// A multiboot module.
+    /// A module for a multiboot kernel (`--module`).
     Module,
     /// The ELF file that `hwvmm unpack` writes.
     UnpackedKernel,
@@ -39,7 +40,7 @@ impl fmt::Display for FileRole {
 #[derive(Debug, Error)]
 pub enum KernelError {
     /// A file cannot be opened or read.
-    #[error("cannot read the {role} {}{}", .path.display(), remedy(.source))]
+    #[error("cannot read the {role} {}{}", .path.shown(), remedy(.source))]
     Read {
         /// What the file is for.
         role: FileRole,
@@ -49,7 +50,7 @@ pub enum KernelError {
         source: io::Error,
     },
     /// A file cannot be written.
-    #[error("cannot write the {role} {}", .path.display())]
+    #[error("cannot write the {role} {}", .path.shown())]
     WriteFile {
         /// What the file is for.
         role: FileRole,
@@ -59,57 +60,57 @@ pub enum KernelError {
         source: io::Error,
     },
     /// The path leads to a directory, a device or a FIFO.
-    #[error("the {role} {} is not a file", .path.display())]
+    #[error("the {role} {} is not a regular file", .path.shown())]
     NotFile {
         /// What the file is for.
         role: FileRole,
         /// The path as it was given.
         path: PathBuf,
     },
-    /// The file is of no format that hwvmm boots.
-    #[error("{} is not a kernel that hwvmm can boot: {what}; it takes a bzImage (vmlinuz), an x86 ELF (vmlinux) or a multiboot ELF", .path.display())]
+    /// The file has a format that hwvmm does not boot.
+    #[error("{} is not a kernel that hwvmm can boot: {what}; it takes a bzImage (vmlinuz), an x86 ELF (vmlinux) or a multiboot ELF", .path.shown())]
     NotKernel {
-        /// The kernel's path.
+        /// The path of the kernel as it was given.
         path: PathBuf,
         /// What was found instead, for people.
         what: String,
     },
     /// The bzImage's setup header is damaged.
-    #[error("{}", .path.display())]
+    #[error("{}", .path.shown())]
     BzImage {
-        /// The kernel's path.
+        /// The path of the kernel as it was given.
         path: PathBuf,
         /// What is wrong with it.
         source: BzImageError,
     },
     /// The ELF file's headers are damaged, or it is for another machine.
-    #[error("{}", .path.display())]
+    #[error("{}", .path.shown())]
     Elf {
-        /// The kernel's path.
+        /// The path of the kernel as it was given.
         path: PathBuf,
         /// What is wrong with it.
         source: ElfError,
     },
     /// The multiboot kernel asks for what hwvmm does not have.
-    #[error("{}", .path.display())]
+    #[error("{}", .path.shown())]
     Multiboot {
-        /// The kernel's path.
+        /// The path of the kernel as it was given.
         path: PathBuf,
         /// What is wrong with it.
         source: MultibootError,
     },
     /// The compressed kernel in a bzImage cannot be unpacked.
-    #[error("the kernel in {} cannot be unpacked", .path.display())]
+    #[error("the kernel in {} cannot be unpacked", .path.shown())]
     Unpack {
-        /// The kernel's path.
+        /// The path of the kernel as it was given.
         path: PathBuf,
         /// What is wrong with the payload.
         source: UnpackError,
     },
     /// The kernel does not have the boot protocol that `--boot` asks for.
-    #[error("--boot {asked}: {} {why}", .path.display())]
+    #[error("--boot {asked}: {} {why}", .path.shown())]
     Protocol {
-        /// The kernel's path.
+        /// The path of the kernel as it was given.
         path: PathBuf,
         /// The value of `--boot`.
         asked: &'static str,
@@ -143,9 +144,9 @@ pub enum KernelError {
         room: u64,
     },
     /// The kernel's load address is among hwvmm's own boot data.
-    #[error("{} wants to be loaded at gpa {start:#x}, where hwvmm keeps page tables and boot data (below {limit:#x})", .path.display())]
+    #[error("{} is to be loaded at gpa {start:#x}, where hwvmm keeps page tables and boot data (below {limit:#x})", .path.shown())]
     LowAddress {
-        /// The kernel's path.
+        /// The path of the kernel as it was given.
         path: PathBuf,
         /// The first gpa that the kernel asks for.
         start: u64,
@@ -175,7 +176,7 @@ pub enum KernelError {
         source: GuestMemoryError,
     },
     /// A file's bytes cannot be read into guest memory.
-    #[error("cannot load the {role} {} into guest memory", .path.display())]
+    #[error("cannot load the {role} {} into guest memory", .path.shown())]
     Load {
         /// What the file is for.
         role: FileRole,

@@ -1,6 +1,7 @@
 //! Reading the files that a guest is made of.
 
 use super::error::{FileRole, KernelError};
+use crate::bounded_read::{OpenError, open_regular};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -11,12 +12,10 @@ use std::path::Path;
 /// # Errors
 /// [`KernelError::Read`], and [`KernelError::NotFile`] for a directory, a device or a FIFO.
 pub(crate) fn open(role: FileRole, path: &Path) -> Result<File, KernelError> {
-    let read = |source| KernelError::Read { role, path: path.to_owned(), source };
-    // The type is checked before the file is opened: opening a FIFO waits for its writer.
-    if !std::fs::metadata(path).map_err(read)?.is_file() {
-        return Err(KernelError::NotFile { role, path: path.to_owned() });
-    }
-    File::open(path).map_err(read)
+    open_regular(path).map_err(|error| match error {
+        OpenError::Io(source) => KernelError::Read { role, path: path.to_owned(), source },
+        OpenError::Kind => KernelError::NotFile { role, path: path.to_owned() },
+    })
 }
 
 /// Reads the start of `file` into `buffer`. Returns the number of bytes, which is less than the buffer's size only where

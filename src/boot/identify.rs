@@ -1,4 +1,4 @@
-//! Which format a kernel file has.
+//! A kernel file, and which format it has.
 
 use super::error::{FileRole, KernelError};
 use super::file::{open, read_start};
@@ -6,7 +6,7 @@ use hwvmm_arch::boot::bzimage::{BzImage, Compression};
 use hwvmm_arch::boot::elf::{ElfClass, ElfImage};
 use hwvmm_arch::boot::multiboot;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The format of a kernel file, with its parsed headers.
 pub enum KernelFormat {
@@ -14,7 +14,7 @@ pub enum KernelFormat {
     Elf(ElfImage),
     /// A 32-bit ELF file with a Multiboot 1 header.
     Multiboot(ElfImage),
-    /// A Linux bzImage.
+    /// A Linux bzImage, with its setup header.
     BzImage(Box<BzImage>),
 }
 
@@ -23,7 +23,7 @@ pub enum KernelFormat {
 /// # Errors
 /// [`KernelError::NotKernel`] for any other format; [`KernelError::Elf`], [`KernelError::Multiboot`] and
 /// [`KernelError::BzImage`] for a kernel that cannot be used.
-pub fn identify(path: &Path, file: &File) -> Result<KernelFormat, KernelError> {
+fn identify(path: &Path, file: &File) -> Result<KernelFormat, KernelError> {
     let mut start = [0_u8; 0x290];
     let count = read_start(file, &mut start).map_err(|source| KernelError::Read {
         role: FileRole::Kernel,
@@ -50,19 +50,52 @@ pub fn identify(path: &Path, file: &File) -> Result<KernelFormat, KernelError> {
     Err(KernelError::NotKernel { path: path.to_owned(), what })
 }
 
-/// Returns true if the file at `path` is a multiboot kernel. A file that cannot be read or identified is none; the error
-/// is reported when it is loaded.
-#[must_use]
-pub fn is_multiboot(path: &Path) -> bool {
-    open(FileRole::Kernel, path)
-        .and_then(|file| identify(path, &file))
-        .is_ok_and(|kind| matches!(kind, KernelFormat::Multiboot(_)))
+/// A kernel file, opened and identified once for a start of the guest.
+pub struct KernelFile {
+    pub(super) path: PathBuf,
+    pub(super) file: File,
+    pub(super) format: KernelFormat,
 }
 
-/// Returns true if the file at `path` is entered by the boot protocols of Linux: a bzImage, or an ELF file without a
-/// Multiboot header. A file that cannot be read or identified is not; the error is reported when it is loaded.
-#[must_use]
-pub fn is_linux(path: &Path) -> bool {
-    let format = open(FileRole::Kernel, path).and_then(|file| identify(path, &file));
-    format.is_ok_and(|format| matches!(format, KernelFormat::BzImage(_) | KernelFormat::Elf(_)))
+impl KernelFile {
+    /// Opens the file at `path`, and reads its headers.
+    ///
+    /// # Errors
+    /// [`KernelError::Read`] and [`KernelError::NotFile`]; [`KernelError::NotKernel`] for a file of another format;
+    /// [`KernelError::Elf`], [`KernelError::Multiboot`] and [`KernelError::BzImage`] for a kernel that cannot be used.
+    pub fn open(path: &Path) -> Result<Self, KernelError> {
+        let file = open(FileRole::Kernel, path)?;
+        let format = identify(path, &file)?;
+        Ok(Self { path: path.to_owned(), file, format })
+    }
+
+    /// Returns the path as it was given.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns the open file.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Returns the format with its parsed headers.
+    #[must_use]
+    pub fn format(&self) -> &KernelFormat {
+        &self.format
+    }
+
+    /// Returns true if it is a multiboot kernel.
+    #[must_use]
+    pub fn is_multiboot(&self) -> bool {
+        matches!(self.format, KernelFormat::Multiboot(_))
+    }
+
+    /// Returns true if it is entered by the boot protocols of Linux: a bzImage, or an ELF file without a Multiboot header.
+    #[must_use]
+    pub fn is_linux(&self) -> bool {
+        !self.is_multiboot()
+    }
 }

@@ -1,11 +1,11 @@
 //! Loads a kernel, its initrd or modules, and the structures of its boot protocol into guest memory.
 
-use super::cache::Cache;
 use super::error::{FileRole, KernelError};
 use super::file::open;
-use super::identify::{KernelFormat, identify};
-use super::prepare::{unpack_bzimage, unpack_initrd};
-use crate::config::{BootProtocol, ModuleConfig, Unpack};
+use super::identify::{KernelFile, KernelFormat};
+use super::placement::{Placement, low_end};
+use super::prepare::Prepared;
+use crate::config::{BootProtocol, ModuleConfig};
 use crate::memory::GuestRam;
 use hwvmm_arch::boot::FileRange;
 use hwvmm_arch::boot::bzimage::{BzImage, ENTRY_64_OFFSET};
@@ -19,23 +19,21 @@ use hwvmm_arch::{acpi, page_table};
 use rustix::fs::SeekFrom;
 use std::fs::File;
 use std::io::{self, Seek};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use vm_memory::{Bytes, GuestAddress};
 
-/// The highest gpa of an initrd for a kernel whose header does not say (boot.rst, `initrd_addr_max`).
-const INITRD_LIMIT: u64 = 0x7fff_ffff;
-/// An unpacked initrd may take at most one part in this many of the guest's free memory.
-const INITRD_SHARE: u64 = 4;
 const PAGE: u64 = 4096;
 /// The lowest gpa of a multiboot kernel: below it are the structures that hwvmm writes for it.
 const MULTIBOOT_LOW: u64 = 0x8000;
 
 /// What is to be loaded, and how.
 pub struct Request<'a> {
-    /// The path of the kernel.
-    pub kernel: &'a Path,
-    /// The path of the initial RAM disk. For a multiboot kernel it is the first module.
-    pub initrd: Option<&'a Path>,
+    /// The kernel file, which is open and whose format is known.
+    pub kernel: &'a KernelFile,
+    /// What was unpacked of it, and its initrd.
+    pub prepared: &'a Prepared,
     /// The multiboot modules: the path and the arguments of each.
     pub modules: &'a [ModuleConfig],
     /// The command line for Linux.
@@ -44,19 +42,13 @@ pub struct Request<'a> {
     pub arguments: &'a str,
     /// The size of guest memory in bytes.
     pub memory_bytes: u64,
-    /// Who unpacks a bzImage: hwvmm, or the guest by the decompressor in it.
-    pub unpack: Unpack,
-    /// The boot protocol.
+    /// The boot protocol asked for; with `Auto`, the kernel's format decides.
     pub boot: BootProtocol,
-    /// The cache of unpacked kernels and initrds.
-    pub cache: Option<&'a Cache>,
     /// The hardware that the ACPI tables describe.
     pub platform: &'a acpi::Platform<'a>,
-    /// Called with a message before anything that takes long.
-    pub progress: &'a dyn Fn(&str),
 }
 
-/// What was loaded.
+/// How a kernel was loaded into guest memory, and how the guest enters it.
 #[derive(Clone, Debug)]
 pub struct Loaded {
     /// How the bootstrap processor (BSP) enters the guest.
@@ -74,11 +66,12 @@ pub fn load(request: &Request<'_>, ram: &GuestRam) -> Result<Loaded, KernelError
     if request.cmdline.contains('\0') {
         return Err(KernelError::CmdlineNul);
     }
-    let file = open(FileRole::Kernel, request.kernel)?;
-    let loaded = match identify(request.kernel, &file)? {
-        KernelFormat::Multiboot(elf) => loader.multiboot(&file, &elf)?,
-        KernelFormat::Elf(elf) => loader.elf(&file, &elf, None)?,
-        KernelFormat::BzImage(image) => loader.bzimage(&file, &image)?,
+    let file = request.kernel.file();
+    let loaded = match (request.kernel.format(), &request.prepared.unpacked) {
+        (KernelFormat::Multiboot(elf), _) => loader.multiboot(file, elf)?,
+        (KernelFormat::Elf(elf), _) => loader.elf(file, elf, None)?,
+        (KernelFormat::BzImage(image), Some(vmlinux)) => loader.elf(&vmlinux.file, &vmlinux.elf, Some(image))?,
+        (KernelFormat::BzImage(image), None) => loader.bzimage_in_guest(file, image)?,
     };
     loader.tables(&loaded.entry)?;
     Ok(loaded)
@@ -90,36 +83,18 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    /// The gpa behind the last byte of memory below the hole.
     fn low_end(&self) -> u64 {
-        layout::ram_banks(self.request.memory_bytes).first().map_or(0, |bank| bank.end())
+        low_end(self.request.memory_bytes)
     }
 
     /// The kernel's path, for errors.
     fn path(&self) -> PathBuf {
-        self.request.kernel.to_owned()
+        self.request.kernel.path().to_owned()
     }
 
     /// The kernel's bytes in `file`: the file itself, or what was unpacked from it.
     fn kernel<'f>(&'f self, file: &'f File) -> Source<'f> {
-        Source { role: FileRole::Kernel, path: self.request.kernel, file }
-    }
-
-    fn bzimage(&self, file: &File, image: &BzImage) -> Result<Loaded, KernelError> {
-        if self.request.unpack == Unpack::Guest {
-            return self.bzimage_in_guest(file, image);
-        }
-        let unpacked = unpack_bzimage(file, image, self.request.cache, self.request.progress);
-        let unpacked = unpacked
-            .map_err(|error| error.to_string())
-            .and_then(|vmlinux| ElfImage::parse(&vmlinux).map(|elf| (vmlinux, elf)).map_err(|error| error.to_string()));
-        match unpacked {
-            Ok((vmlinux, elf)) => self.elf(&vmlinux, &elf, Some(image)),
-            Err(why) => {
-                log::warn!("{} cannot be unpacked here ({why}): the guest unpacks it itself", self.path().display());
-                self.bzimage_in_guest(file, image)
-            }
-        }
+        Source { role: FileRole::Kernel, path: self.request.kernel.path(), file }
     }
 
     /// Loads the protected-mode code of a bzImage; the decompressor in it unpacks the kernel.
@@ -132,11 +107,10 @@ impl Loader<'_> {
             let why = "is unpacked by the guest, whose decompressor has the 64-bit entry only";
             return Err(KernelError::Protocol { path: self.path(), asked: "pvh", why });
         }
-        let work = image.guest_unpack_range();
-        let end = work.end().max(BZIMAGE_LOAD + image.code.bytes);
-        self.check_room(work.start.min(BZIMAGE_LOAD), end)?;
+        let placement = Placement::of_guest_unpacked(image);
+        self.check_room(image.guest_unpack_range().start.min(BZIMAGE_LOAD), placement.kernel_end)?;
         self.read(&self.kernel(file), image.code, BZIMAGE_LOAD)?;
-        self.linux64(end, Some(image))?;
+        self.linux64(placement, Some(image))?;
         let entry = Entry::Linux64 { rip: BZIMAGE_LOAD + ENTRY_64_OFFSET };
         let method = BootMethod { decompressor: Decompressor::Guest, protocol: EntryProtocol::Linux64 };
         Ok(Loaded { entry, method })
@@ -144,52 +118,57 @@ impl Loader<'_> {
 
     fn elf(&self, file: &File, elf: &ElfImage, image: Option<&BzImage>) -> Result<Loaded, KernelError> {
         self.segments(file, elf, HIGH_RAM_START)?;
+        let placement = Placement::of_elf(elf, image, self.request.boot);
         let decompressor = if image.is_some() { Decompressor::Host } else { Decompressor::None };
-        if let Some(entry) = self.pvh_entry(elf, image)? {
-            let method = BootMethod { decompressor, protocol: EntryProtocol::Pvh };
-            return Ok(Loaded { entry: self.pvh(entry, elf)?, method });
-        }
-        if elf.class == ElfClass::Elf32 {
-            let what = "a 32-bit ELF with neither a multiboot header nor a PVH note".to_owned();
-            return Err(KernelError::NotKernel { path: self.path(), what });
-        }
-        self.check_entry(elf.entry, elf)?;
-        self.linux64(elf.end(), image)?;
-        let method = BootMethod { decompressor, protocol: EntryProtocol::Linux64 };
-        Ok(Loaded { entry: Entry::Linux64 { rip: elf.entry }, method })
-    }
-
-    /// The PVH entry point, or `None` where the kernel is entered by the 64-bit boot protocol. `image` is the bzImage that an
-    /// unpacked kernel comes from.
-    fn pvh_entry(&self, elf: &ElfImage, image: Option<&BzImage>) -> Result<Option<u64>, KernelError> {
-        let entry = elf.pvh_entry.map(u64::from);
-        match self.request.boot {
-            BootProtocol::Linux64 => Ok(None),
-            // A bzImage's setup header has fields that PVH lacks, and the PVH entry of Linux searches for Xen: 256 CPUIDs.
-            BootProtocol::Auto => Ok(entry.filter(|_| image.is_none())),
-            BootProtocol::Pvh if entry.is_some() => Ok(entry),
-            BootProtocol::Pvh => {
-                let why = "has no PVH note (CONFIG_PVH)";
-                Err(KernelError::Protocol { path: self.path(), asked: "pvh", why })
+        match self.way_in(elf, image)? {
+            WayIn::Pvh(entry) => {
+                let method = BootMethod { decompressor, protocol: EntryProtocol::Pvh };
+                Ok(Loaded { entry: self.pvh(entry, elf, placement)?, method })
+            }
+            WayIn::Linux64 => {
+                self.check_entry(elf.entry, elf)?;
+                self.linux64(placement, image)?;
+                let method = BootMethod { decompressor, protocol: EntryProtocol::Linux64 };
+                Ok(Loaded { entry: Entry::Linux64 { rip: elf.entry }, method })
             }
         }
     }
 
-    fn pvh(&self, entry: u64, elf: &ElfImage) -> Result<Entry, KernelError> {
+    /// Finds how an ELF kernel is entered. `image` is the bzImage that an unpacked kernel comes from.
+    fn way_in(&self, elf: &ElfImage, image: Option<&BzImage>) -> Result<WayIn, KernelError> {
+        let pvh = elf.notes.pvh_entry.map(|entry| WayIn::Pvh(entry.into()));
+        let protocol = |asked, why| KernelError::Protocol { path: self.path(), asked, why };
+        match (self.request.boot, elf.class) {
+            (BootProtocol::Pvh, _) => pvh.ok_or_else(|| protocol("pvh", "has no PVH note (CONFIG_PVH)")),
+            (BootProtocol::Linux64, ElfClass::Elf64) => Ok(WayIn::Linux64),
+            (BootProtocol::Linux64, ElfClass::Elf32) => Err(protocol("linux64", "is a 32-bit kernel")),
+            (BootProtocol::Auto, ElfClass::Elf64) => {
+                // The PVH entry of Linux searches for Xen by 256 CPUIDs. Where other kernels have one, it is the one that they
+                // are made for.
+                let is_linux = image.is_some() || elf.notes.is_linux && elf.contains(elf.entry);
+                Ok(pvh.filter(|_| !is_linux).unwrap_or(WayIn::Linux64))
+            }
+            (BootProtocol::Auto, ElfClass::Elf32) => pvh.ok_or_else(|| {
+                let what = match image {
+                    Some(_) => "a 32-bit kernel without a PVH note (CONFIG_PVH)",
+                    None => "a 32-bit ELF with neither a multiboot header nor a PVH note",
+                };
+                KernelError::NotKernel { path: self.path(), what: what.into() }
+            }),
+        }
+    }
+
+    fn pvh(&self, entry: u64, elf: &ElfImage, placement: Placement) -> Result<Entry, KernelError> {
         self.check_entry(entry, elf)?;
-        let initrd = self.initrd(elf.end(), INITRD_LIMIT)?;
+        let initrd = self.initrd(placement)?;
         self.cmdline(zero_page::CMDLINE_MAX_BYTES)?;
         let map = layout::memory_map(self.request.memory_bytes);
         self.write("the start info", layout::PVH_START_INFO, &pvh::start_info(&map, CMDLINE, initrd))?;
         Ok(Entry::Pvh { rip: entry, start_info: layout::PVH_START_INFO })
     }
 
-    fn linux64(&self, end: u64, image: Option<&BzImage>) -> Result<(), KernelError> {
-        let limit = image.map_or(INITRD_LIMIT, |image| match image.header.initrd_addr_max {
-            0 => INITRD_LIMIT,
-            limit => u64::from(limit).min(INITRD_LIMIT),
-        });
-        let initrd = self.initrd(end, limit)?;
+    fn linux64(&self, placement: Placement, image: Option<&BzImage>) -> Result<(), KernelError> {
+        let initrd = self.initrd(placement)?;
         let cmdline_limit = image.map_or(zero_page::CMDLINE_MAX_BYTES, BzImage::cmdline_max_bytes);
         self.cmdline(cmdline_limit)?;
         let map = layout::memory_map(self.request.memory_bytes);
@@ -203,18 +182,23 @@ impl Loader<'_> {
         self.check_entry(elf.entry, elf)?;
         let mut modules = Vec::new();
         let mut next = elf.end().max(HIGH_RAM_START);
-        let initrd = self.request.initrd.map(|path| ModuleConfig { path: path.to_owned(), arguments: String::new() });
-        for ModuleConfig { path, arguments } in initrd.iter().chain(self.request.modules) {
+        let mut add = |path: &Path, file: &File, arguments: &str| {
             let start = next.next_multiple_of(PAGE);
-            let bytes = self.module(path, start)?;
-            let name = format!("{} {arguments}", path.display());
-            modules.push(Module { start, end: start + bytes, name: name.trim_end().to_owned() });
+            let bytes = self.module(path, file, start)?;
+            modules.push(Module { start, end: start + bytes, name: with_arguments(path, arguments) });
             next = start + bytes;
+            Ok::<_, KernelError>(())
+        };
+        if let Some(initrd) = &self.request.prepared.initrd {
+            add(&initrd.path, &initrd.file, "")?;
+        }
+        for ModuleConfig { path, arguments } in self.request.modules {
+            add(path, &open(FileRole::Module, path)?, arguments)?;
         }
         // By custom the first word is the program's name.
-        let cmdline = format!("{} {}", self.request.kernel.display(), self.request.arguments);
+        let cmdline = with_arguments(self.request.kernel.path(), self.request.arguments);
         let map = layout::memory_map(self.request.memory_bytes);
-        let info = multiboot::info(self.request.memory_bytes, &map, cmdline.trim_end(), &modules)
+        let info = multiboot::info(self.request.memory_bytes, &map, &cmdline, &modules)
             .map_err(|source| KernelError::Multiboot { path: self.path(), source })?;
         self.write("the multiboot information", layout::MULTIBOOT_INFO, &info)?;
         let entry = Entry::Multiboot { rip: elf.entry, info: layout::MULTIBOOT_INFO };
@@ -258,35 +242,25 @@ impl Loader<'_> {
         Ok(())
     }
 
-    /// Loads the initrd as high as the kernel's end and `limit`, the highest gpa that the kernel takes, let it.
-    fn initrd(&self, kernel_end: u64, limit: u64) -> Result<Option<GpaRange>, KernelError> {
-        let Some(path) = self.request.initrd else { return Ok(None) };
+    /// Loads the initrd as high as `placement` lets it.
+    fn initrd(&self, placement: Placement) -> Result<Option<GpaRange>, KernelError> {
+        let Some(initrd) = &self.request.prepared.initrd else { return Ok(None) };
         let role = FileRole::Initrd;
-        let end = self.low_end().min(limit + 1);
-        let floor = kernel_end.next_multiple_of(PAGE);
-        let mut file = open(role, path)?;
-        let room = end.saturating_sub(floor);
-        // The guest holds the archive and its files at the same time while it unpacks it, hence the smaller limit.
-        if self.request.unpack == Unpack::Host
-            && let Some(unpacked) = unpack_initrd(&file, self.request.cache, room / INITRD_SHARE)
-        {
-            file = unpacked;
-        }
-        let source = Source { role, path, file: &file };
+        let room = placement.initrd_room(self.request.memory_bytes);
+        let source = Source { role, path: &initrd.path, file: &initrd.file };
         let bytes = source.size()?;
-        let start = end.checked_sub(bytes).map(|start| start & !(PAGE - 1)).filter(|start| *start >= floor);
+        let start = room.end().checked_sub(bytes).map(|start| start & !(PAGE - 1)).filter(|start| *start >= room.start);
         let Some(start) = start else {
-            return Err(KernelError::TooLarge { role, bytes, room });
+            return Err(KernelError::TooLarge { role, bytes, room: room.bytes });
         };
         self.read(&source, FileRange { offset: 0, bytes }, start)?;
         Ok(Some(GpaRange { start, bytes }))
     }
 
     /// Loads a multiboot module at gpa `start`. Returns its size in bytes.
-    fn module(&self, path: &Path, start: u64) -> Result<u64, KernelError> {
+    fn module(&self, path: &Path, file: &File, start: u64) -> Result<u64, KernelError> {
         let role = FileRole::Module;
-        let file = open(role, path)?;
-        let source = Source { role, path, file: &file };
+        let source = Source { role, path, file };
         let bytes = source.size()?;
         let room = self.low_end().saturating_sub(start);
         if bytes > room {
@@ -332,10 +306,18 @@ impl Loader<'_> {
 
     /// Reads `range` of a file into guest memory from `gpa` on.
     fn read(&self, source: &Source<'_>, range: FileRange, gpa: u64) -> Result<(), KernelError> {
-        let (mut file, count) = source.at(range).map_err(|error| source.error(error))?;
-        let result = self.ram.get().read_exact_volatile_from(GuestAddress(gpa), &mut file, count);
+        let count = source.seek(range).map_err(|error| source.error(error))?;
+        let result = self.ram.get().read_exact_volatile_from(GuestAddress(gpa), &mut source.file.as_fd(), count);
         result.map_err(|error| KernelError::Load { role: source.role, path: source.path.to_owned(), source: error })
     }
+}
+
+/// How an ELF kernel is entered.
+enum WayIn {
+    /// At `e_entry`, by Linux' 64-bit boot protocol.
+    Linux64,
+    /// At this gpa, by PVH.
+    Pvh(u64),
 }
 
 /// A file whose bytes go into guest memory.
@@ -356,12 +338,11 @@ impl Source<'_> {
         Ok(self.file.metadata().map_err(|error| self.error(error))?.len())
     }
 
-    /// A handle of the file positioned at the start of `range`, and the range's length.
-    fn at(&self, range: FileRange) -> io::Result<(File, usize)> {
-        let mut file = self.file.try_clone()?;
+    /// Moves the position of the file to the start of `range`. Returns the range's length.
+    fn seek(&self, range: FileRange) -> io::Result<usize> {
+        let mut file = self.file;
         file.seek(io::SeekFrom::Start(range.offset))?;
-        let count = usize::try_from(range.bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        Ok((file, count))
+        usize::try_from(range.bytes).map_err(|_| io::ErrorKind::FileTooLarge.into())
     }
 }
 
@@ -375,4 +356,9 @@ fn next_data(file: &File, at: u64, end: u64) -> FileRange {
     };
     let stop = rustix::fs::seek(file, SeekFrom::Hole(start)).unwrap_or(end).clamp(start, end);
     FileRange { offset: start, bytes: stop - start }
+}
+/// Returns the command line of a multiboot kernel or module: its path, and behind a space its arguments.
+fn with_arguments(path: &Path, arguments: &str) -> Vec<u8> {
+    let path = path.as_os_str().as_bytes();
+    [path, b" ", arguments.as_bytes()].concat().trim_ascii_end().to_vec()
 }

@@ -1,17 +1,30 @@
-//! Unpacking of compressed kernels and initrds, with a library for each compression.
+//! Unpacking of compressed kernels and initrds, with a library for each compression. What it takes is limited ([`Limits`]).
 
+mod blocks;
+mod limits;
+mod process;
+
+pub use limits::{Budget, Exceeded, Limits};
+
+use crate::sandbox::ConfinedError;
+use blocks::{Blocks, Lz4Legacy, Lzop};
+use hwvmm_arch::boot::FileRange;
 use hwvmm_arch::boot::bzimage::Compression;
+use limits::{Meter, Pieces};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use thiserror::Error;
+use zstd::zstd_safe::zstd_sys::ZSTD_ErrorCode::ZSTD_error_frameParameter_windowTooLarge;
 
-/// The largest unpacked kernel or initrd, in bytes. More is taken for a decompression bomb.
-const MAX_UNPACKED_BYTES: u64 = 1 << 30;
-/// The granularity of holes, in bytes: a block of zeros is not written.
+/// The granularity of holes, in bytes.
 const BLOCK: usize = 4096;
+/// The smallest hole, in bytes. To find a hole takes three system calls when the file is loaded, as long as reading this many zeros.
+const HOLE: usize = 64 << 10;
 /// The size of the buffer between decompressor and file, in bytes.
 const BUFFER: usize = 256 << 10;
+/// The smallest and the largest limit that the decoder of zstd takes (`ZSTD_d_windowLogMax`), as powers of two.
+const ZSTD_WINDOW_LOGS: (u32, u32) = (10, 31);
 
 /// Why a payload cannot be unpacked.
 #[derive(Debug, Error)]
@@ -31,9 +44,12 @@ pub enum UnpackError {
     /// The unpacked data cannot be written: the host's disk or memory is full.
     #[error("what it unpacks to cannot be written")]
     Write(#[source] io::Error),
-    /// The unpacked data would be too large.
-    #[error("it unpacks to more than {MAX_UNPACKED_BYTES} bytes")]
-    TooLarge,
+    /// A limit was reached.
+    #[error(transparent)]
+    Limit(#[from] Exceeded),
+    /// The process that unpacks did not end as it should.
+    #[error("the process that unpacks it failed")]
+    Process(#[source] ConfinedError),
 }
 
 impl From<io::Error> for UnpackError {
@@ -42,22 +58,94 @@ impl From<io::Error> for UnpackError {
     }
 }
 
-/// Writes to a file, leaving holes for blocks of zeros: kernels have megabytes of them, and holes are not read when the file
-/// is loaded.
+/// Writes to a file, leaving holes for zeros: kernels have megabytes of them, and holes are not read when the file is
+/// loaded.
 struct SparseWriter<'a> {
     file: &'a File,
+    /// What was written and skipped, in bytes.
     position: u64,
+    /// The zeros before `position` that are not written yet.
+    zeros: usize,
 }
 
-impl SparseWriter<'_> {
+impl<'a> SparseWriter<'a> {
+    fn new(file: &'a File) -> Self {
+        Self { file, position: 0, zeros: 0 }
+    }
+
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        for block in bytes.chunks(BLOCK) {
-            if block.iter().any(|byte| *byte != 0) {
-                self.file.write_all_at(block, self.position)?;
+        let is_zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let zero = is_zero(&rest[..BLOCK.min(rest.len())]);
+            let run = rest.chunks(BLOCK).take_while(|block| is_zero(block) == zero).map(<[u8]>::len).sum();
+            let (front, back) = rest.split_at(run);
+            if zero {
+                self.skip(run);
+            } else {
+                self.data(front)?;
             }
-            self.position += block.len() as u64;
+            rest = back;
         }
         Ok(())
+    }
+
+    /// Moves the position by `bytes` zeros, which are not written if the run of zeros is at least [`HOLE`] long.
+    fn skip(&mut self, bytes: usize) {
+        self.position += bytes as u64;
+        self.zeros += bytes;
+    }
+
+    fn data(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.zeros < HOLE {
+            self.file.write_all_at(&[0; HOLE][..self.zeros], self.position - self.zeros as u64)?;
+        }
+        self.file.write_all_at(bytes, self.position)?;
+        self.zeros = 0;
+        self.position += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+/// What a packed range of a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// One compressed stream: the payload of a bzImage.
+    Stream,
+    /// Compressed streams in a row: an initrd.
+    Parts,
+}
+
+/// What is to be unpacked, as plain data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Job {
+    /// The packed range of the file.
+    pub range: FileRange,
+    /// Says if the range is one compressed stream or several in a row.
+    pub content: Content,
+    /// What unpacking may take.
+    pub limits: Limits,
+}
+
+impl Job {
+    /// Returns an error if the packed range is larger than its limit.
+    pub(super) fn check_packed(&self) -> Result<(), Exceeded> {
+        let limit = self.limits.packed_bytes;
+        if self.range.bytes > limit { Err(Exceeded { budget: Budget::Packed, limit }) } else { Ok(()) }
+    }
+
+    /// Unpacks the range of `packed` into the empty file `out`. Returns the unpacked size in bytes.
+    ///
+    /// # Errors
+    /// [`UnpackError`].
+    pub fn run(&self, packed: &File, out: &File) -> Result<u64, UnpackError> {
+        self.check_packed()?;
+        let mut bytes = vec![0; usize::try_from(self.range.bytes).unwrap_or(usize::MAX)];
+        packed.read_exact_at(&mut bytes, self.range.offset).map_err(UnpackError::Read)?;
+        match self.content {
+            Content::Stream => unpack(&bytes, out, &self.limits),
+            Content::Parts => unpack_parts(&bytes, out, &self.limits),
+        }
     }
 }
 
@@ -65,11 +153,8 @@ impl SparseWriter<'_> {
 ///
 /// # Errors
 /// [`UnpackError`].
-pub fn unpack(mut payload: &[u8], out: &File) -> Result<u64, UnpackError> {
-    let mut writer = SparseWriter { file: out, position: 0 };
-    unpack_one(&mut payload, &mut writer)?;
-    out.set_len(writer.position).map_err(UnpackError::Write)?;
-    Ok(writer.position)
+pub fn unpack(payload: &[u8], out: &File, limits: &Limits) -> Result<u64, UnpackError> {
+    Unpacker::new(payload, out, limits).stream()
 }
 
 /// Unpacks all parts of `archive` into the empty file `out`: compressed streams in a row, with zeros between them, as Linux
@@ -78,34 +163,80 @@ pub fn unpack(mut payload: &[u8], out: &File) -> Result<u64, UnpackError> {
 ///
 /// # Errors
 /// [`UnpackError`]; a part that is not compressed is [`UnpackError::Unknown`].
-pub fn unpack_parts(mut archive: &[u8], out: &File) -> Result<u64, UnpackError> {
-    let mut writer = SparseWriter { file: out, position: 0 };
-    while !archive.is_empty() {
-        unpack_one(&mut archive, &mut writer)?;
-        writer.position = writer.position.next_multiple_of(4);
-        let zeros = archive.iter().take_while(|byte| **byte == 0).count();
-        archive = &archive[zeros..];
-    }
-    out.set_len(writer.position).map_err(UnpackError::Write)?;
-    Ok(writer.position)
+pub fn unpack_parts(archive: &[u8], out: &File, limits: &Limits) -> Result<u64, UnpackError> {
+    Unpacker::new(archive, out, limits).parts()
 }
 
-/// Unpacks the stream at the front of `rest`, and moves `rest` behind it.
-fn unpack_one(rest: &mut &[u8], writer: &mut SparseWriter<'_>) -> Result<(), UnpackError> {
-    let start = rest.get(..16.min(rest.len())).unwrap_or_default();
-    let kind = Compression::detect(start).ok_or_else(|| UnpackError::Unknown(start.to_vec()))?;
-    let mut reader = reader(kind, rest).map_err(|error| UnpackError::Data(kind, error))?;
-    let mut buffer = vec![0; BUFFER];
-    loop {
-        let filled = fill(&mut *reader, &mut buffer).map_err(|error| UnpackError::Data(kind, error))?;
-        writer.write(&buffer[..filled]).map_err(UnpackError::Write)?;
-        if writer.position > MAX_UNPACKED_BYTES {
-            return Err(UnpackError::TooLarge);
+struct Unpacker<'a, 'b> {
+    /// What is not unpacked yet.
+    rest: &'b [u8],
+    writer: SparseWriter<'a>,
+    meter: Meter,
+    buffer: Vec<u8>,
+}
+
+impl<'a, 'b> Unpacker<'a, 'b> {
+    fn new(rest: &'b [u8], file: &'a File, limits: &Limits) -> Self {
+        Self { rest, writer: SparseWriter::new(file), meter: Meter::new(limits), buffer: vec![0; BUFFER] }
+    }
+
+    fn stream(mut self) -> Result<u64, UnpackError> {
+        self.one()?;
+        self.end()
+    }
+
+    fn parts(mut self) -> Result<u64, UnpackError> {
+        while !self.rest.is_empty() {
+            self.meter.count_part()?;
+            self.one()?;
+            while !self.writer.position.is_multiple_of(4) {
+                self.writer.skip(1);
+            }
+            let zeros = self.rest.iter().take_while(|byte| **byte == 0).count();
+            self.rest = &self.rest[zeros..];
         }
-        if filled < buffer.len() {
-            return Ok(());
+        self.end()
+    }
+
+    fn end(self) -> Result<u64, UnpackError> {
+        let bytes = self.writer.position;
+        self.meter.check_output(bytes)?;
+        self.writer.file.set_len(bytes).map_err(UnpackError::Write)?;
+        Ok(bytes)
+    }
+
+    /// Unpacks the stream at the front of `rest`, and moves `rest` behind it.
+    fn one(&mut self) -> Result<(), UnpackError> {
+        let start = self.rest.get(..16.min(self.rest.len())).unwrap_or_default();
+        let kind = Compression::detect(start).ok_or_else(|| UnpackError::Unknown(start.to_vec()))?;
+        let failed = |error| why(kind, error, &self.meter.limits);
+        let mut reader = reader(kind, &mut self.rest, &self.meter).map_err(failed)?;
+        loop {
+            let filled = fill(&mut *reader, &mut self.buffer).map_err(failed)?;
+            self.meter.check_output(self.writer.position.saturating_add(filled as u64))?;
+            self.meter.check_cpu()?;
+            self.writer.write(&self.buffer[..filled]).map_err(UnpackError::Write)?;
+            if filled < self.buffer.len() {
+                return Ok(());
+            }
         }
     }
+}
+
+/// What an error of a decompressor means: that a limit was reached, or that the data are damaged.
+fn why(kind: Compression, error: io::Error, limits: &Limits) -> UnpackError {
+    let cause = error.get_ref();
+    if let Some(exceeded) = cause.and_then(|cause| cause.downcast_ref::<Exceeded>()) {
+        return UnpackError::Limit(*exceeded);
+    }
+    let xz = cause.and_then(|cause| cause.downcast_ref::<liblzma::stream::Error>());
+    let zstd = cause.and_then(|cause| cause.downcast_ref::<zstd::Error>());
+    if xz == Some(&liblzma::stream::Error::MemLimit)
+        || zstd.is_some_and(|error| error.is(ZSTD_error_frameParameter_windowTooLarge))
+    {
+        return Exceeded { budget: Budget::Decoder, limit: limits.decoder_bytes }.into();
+    }
+    UnpackError::Data(kind, error)
 }
 
 /// Reads until `buffer` is full or the stream ends. Returns the number of bytes.
@@ -124,179 +255,32 @@ fn fill(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
 
 /// A reader of the unpacked bytes of the first stream in `payload`. It stops at the end of that stream: the kernel's build
 /// appends the unpacked size (4 bytes) to most payloads (scripts/Makefile.lib, `size_append`).
-fn reader<'a, 'b: 'a>(kind: Compression, payload: &'a mut &'b [u8]) -> io::Result<Box<dyn Read + 'a>> {
+fn reader<'a, 'b: 'a>(
+    kind: Compression,
+    payload: &'a mut &'b [u8],
+    meter: &'a Meter,
+) -> io::Result<Box<dyn Read + 'a>> {
+    let memory = meter.limits.decoder_bytes;
     Ok(match kind {
-        Compression::Gzip => Box::new(flate2::bufread::GzDecoder::new(payload)),
-        Compression::Xz => Box::new(liblzma::bufread::XzDecoder::new(payload)),
-        Compression::Lzma => {
-            let stream = liblzma::stream::Stream::new_lzma_decoder(u64::MAX)?;
-            Box::new(liblzma::bufread::XzDecoder::new_stream(payload, stream))
+        Compression::Gzip => Box::new(flate2::bufread::GzDecoder::new(Pieces::new(payload, meter))),
+        Compression::Xz => {
+            let stream = liblzma::stream::Stream::new_stream_decoder(memory, 0)?;
+            Box::new(liblzma::bufread::XzDecoder::new_stream(Pieces::new(payload, meter), stream))
         }
-        Compression::Zstd => Box::new(zstd::stream::read::Decoder::with_buffer(payload)?.single_frame()),
-        Compression::Bzip2 => Box::new(bzip2::bufread::BzDecoder::new(payload)),
-        Compression::Lz4 => Box::new(Blocks::new(Lz4Legacy::new(payload))),
-        Compression::Lzo => Box::new(Blocks::new(Lzop::new(payload)?)),
+        Compression::Lzma => {
+            let stream = liblzma::stream::Stream::new_lzma_decoder(memory)?;
+            Box::new(liblzma::bufread::XzDecoder::new_stream(Pieces::new(payload, meter), stream))
+        }
+        Compression::Zstd => {
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(Pieces::new(payload, meter))?;
+            decoder.window_log_max(memory.max(1).ilog2().clamp(ZSTD_WINDOW_LOGS.0, ZSTD_WINDOW_LOGS.1))?;
+            Box::new(decoder.single_frame())
+        }
+        Compression::Bzip2 => Box::new(bzip2::bufread::BzDecoder::new(Pieces::new(payload, meter))),
+        Compression::Lz4 => Box::new(Blocks::new(Lz4Legacy::new(payload), meter)),
+        Compression::Lzo => Box::new(Blocks::new(Lzop::new(payload)?, meter)),
         Compression::None => Box::new(std::mem::take(payload)),
     })
-}
-
-/// A container of separately compressed blocks.
-trait BlockSource {
-    /// Unpacks the next block into `out`. Returns false at the end of the container.
-    fn next_block(&mut self, out: &mut Vec<u8>) -> io::Result<bool>;
-}
-
-/// Reads a container as one stream.
-struct Blocks<S> {
-    source: S,
-    block: Vec<u8>,
-    taken: usize,
-}
-
-impl<S: BlockSource> Blocks<S> {
-    fn new(source: S) -> Self {
-        Self { source, block: Vec::new(), taken: 0 }
-    }
-}
-
-impl<S: BlockSource> Read for Blocks<S> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.taken == self.block.len() {
-            self.block.clear();
-            self.taken = 0;
-            if !self.source.next_block(&mut self.block)? {
-                return Ok(0);
-            }
-        }
-        let count = (self.block.len() - self.taken).min(buffer.len());
-        buffer[..count].copy_from_slice(&self.block[self.taken..self.taken + count]);
-        self.taken += count;
-        Ok(count)
-    }
-}
-
-fn damaged(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
-}
-
-/// Splits `count` bytes off the front of `rest`.
-fn take<'a>(rest: &mut &'a [u8], count: usize) -> io::Result<&'a [u8]> {
-    let (front, back) = rest.split_at_checked(count).ok_or(io::ErrorKind::UnexpectedEof)?;
-    *rest = back;
-    Ok(front)
-}
-
-/// The legacy LZ4 frame (lz4_Frame_format.md, "Legacy frame"): blocks of at most 8 MiB unpacked, each behind its compressed
-/// size.
-struct Lz4Legacy<'a, 'b> {
-    rest: &'a mut &'b [u8],
-}
-
-impl<'a, 'b> Lz4Legacy<'a, 'b> {
-    fn new(rest: &'a mut &'b [u8]) -> Self {
-        *rest = rest.get(4..).unwrap_or_default();
-        Self { rest }
-    }
-}
-
-/// The largest unpacked size of a block of the legacy LZ4 frame, in bytes.
-const LZ4_BLOCK: usize = 8 << 20;
-
-impl BlockSource for Lz4Legacy<'_, '_> {
-    fn next_block(&mut self, out: &mut Vec<u8>) -> io::Result<bool> {
-        // Behind the last block is nothing, or the unpacked size that the kernel's build appends.
-        let Ok(size) = take(self.rest, 4) else { return Ok(false) };
-        let size = u32::from_le_bytes(size.try_into().unwrap_or_default()) as usize;
-        // Zeros are the padding between two parts of an initrd.
-        if self.rest.is_empty() || size == 0 {
-            return Ok(false);
-        }
-        let packed = take(self.rest, size)?;
-        out.resize(LZ4_BLOCK, 0);
-        let count = lz4_flex::block::decompress_into(packed, out).map_err(|error| damaged(&error.to_string()))?;
-        out.truncate(count);
-        Ok(true)
-    }
-}
-
-/// The file format of lzop, as Linux' lib/decompress_unlzo.c reads it. All numbers are big-endian.
-struct Lzop<'a, 'b> {
-    rest: &'a mut &'b [u8],
-    flags: u32,
-}
-
-const LZOP_ADLER32_UNPACKED: u32 = 1;
-const LZOP_ADLER32_PACKED: u32 = 1 << 1;
-const LZOP_CRC32_UNPACKED: u32 = 1 << 8;
-const LZOP_CRC32_PACKED: u32 = 1 << 9;
-const LZOP_FILTER: u32 = 1 << 11;
-/// The largest accepted unpacked size of a block of lzop, in bytes.
-const LZOP_BLOCK_MAX: usize = 64 << 20;
-
-impl<'a, 'b> Lzop<'a, 'b> {
-    fn new(payload: &'a mut &'b [u8]) -> io::Result<Self> {
-        let mut rest = payload.get(9..).unwrap_or_default();
-        let version = u16::from_be_bytes(take(&mut rest, 2)?.try_into().unwrap_or_default());
-        take(&mut rest, 2)?; // library version
-        let method = if version >= 0x940 {
-            take(&mut rest, 2)?; // version needed
-            take(&mut rest, 2)?[0] // method, level
-        } else {
-            take(&mut rest, 1)?[0]
-        };
-        if !(1..=3).contains(&method) {
-            return Err(damaged("an unknown LZO method"));
-        }
-        let flags = be32(&mut rest)?;
-        if flags & LZOP_FILTER != 0 {
-            be32(&mut rest)?;
-        }
-        // Mode, time, and with newer versions the upper half of the time.
-        take(&mut rest, if version >= 0x940 { 12 } else { 8 })?;
-        let name = usize::from(take(&mut rest, 1)?[0]);
-        take(&mut rest, name + 4)?; // name, checksum of the header
-        *payload = rest;
-        Ok(Self { rest: payload, flags })
-    }
-
-    /// The size in bytes of the checksums that `flags` says a block has.
-    fn checksum_bytes(&self, flags: [u32; 2]) -> usize {
-        flags.into_iter().filter(|flag| self.flags & flag != 0).count() * 4
-    }
-}
-
-fn be32(rest: &mut &[u8]) -> io::Result<u32> {
-    Ok(u32::from_be_bytes(take(rest, 4)?.try_into().unwrap_or_default()))
-}
-
-impl BlockSource for Lzop<'_, '_> {
-    fn next_block(&mut self, out: &mut Vec<u8>) -> io::Result<bool> {
-        let unpacked = be32(self.rest)? as usize;
-        if unpacked == 0 {
-            return Ok(false);
-        }
-        let packed = be32(self.rest)? as usize;
-        if unpacked > LZOP_BLOCK_MAX || packed > unpacked {
-            return Err(damaged("a block of an impossible size"));
-        }
-        let mut checksums = self.checksum_bytes([LZOP_ADLER32_UNPACKED, LZOP_CRC32_UNPACKED]);
-        // A block that is stored uncompressed has no checksums of compressed data.
-        if packed < unpacked {
-            checksums += self.checksum_bytes([LZOP_ADLER32_PACKED, LZOP_CRC32_PACKED]);
-        }
-        take(self.rest, checksums)?;
-        let data = take(self.rest, packed)?;
-        if packed == unpacked {
-            out.extend_from_slice(data);
-            return Ok(true);
-        }
-        out.resize(unpacked, 0);
-        let count = lzokay::decompress::decompress(data, out).map_err(|error| damaged(&format!("{error:?}")))?;
-        if count != unpacked {
-            return Err(damaged("a block shorter than it says"));
-        }
-        Ok(true)
-    }
 }
 
 #[cfg(test)]

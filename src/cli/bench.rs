@@ -1,7 +1,8 @@
 //! The subcommand `hwvmm bench`: measures what exits cost on this host.
 
-use super::output::{fail, print_all, say};
+use super::output::{fail, print_json, print_text, say};
 use super::report;
+use crate::bounded_read;
 use crate::config::cache_folder;
 use crate::error::chain;
 use crate::kvm::System;
@@ -14,7 +15,6 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Options of `hwvmm bench`.
 #[derive(clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -55,6 +55,9 @@ struct Exits {
     kvm: PathBuf,
 }
 
+/// The largest file of costs, in bytes. It has two numbers for each kind of exit.
+const MAX_SAVED_BYTES: u64 = 1 << 16;
+
 /// Where the costs are kept.
 fn saved() -> Option<PathBuf> {
     cache_folder().map(|folder| folder.join("exit-costs.json"))
@@ -67,7 +70,7 @@ fn host() -> String {
 /// The costs that an earlier `hwvmm bench exits` found on this host's kernel; empty where there are none.
 pub(super) fn saved_costs() -> BTreeMap<String, f64> {
     let read = || {
-        let value: Value = serde_json::from_str(&std::fs::read_to_string(saved()?).ok()?).ok()?;
+        let value: Value = serde_json::from_slice(&bounded_read::read(&saved()?, MAX_SAVED_BYTES).ok()?).ok()?;
         let same = value.get("host_kernel")?.as_str()? == host();
         let costs = value.get("ns")?.as_object()?;
         let cost =
@@ -126,12 +129,11 @@ fn bench(args: &Exits) -> Result<ExitCode, Box<dyn Error>> {
         && let Some(path) = saved()
     {
         if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
+            crate::boot::cache::make_folder(folder)?;
         }
         report::write(&path, &format!("{value}\n"))?;
     }
-    let text = if args.json { format!("{value}\n") } else { to_text(&costs) };
-    let printed = print_all(text.as_bytes());
+    let printed = if args.json { print_json(&value) } else { print_text(&to_text(&costs)) };
     // A host where nothing can be measured has no answer to give.
     if costs.iter().all(|cost| cost.result.is_err()) {
         return Err("no kind of exit could be measured here; `hwvmm doctor` says why".into());

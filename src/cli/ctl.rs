@@ -1,12 +1,12 @@
 //! The subcommand `hwvmm ctl`: sends commands to the control socket of a running machine.
 
-use super::output::{fail, print_all};
+use super::output::{fail, print_json};
 use crate::control::{Request, request};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Options of `hwvmm ctl`.
 #[derive(clap::Args)]
+#[command(about = "Control a running machine: show its state and its exits, set its balloon, end it")]
 pub(super) struct Args {
     /// Control socket that the machine was started with (--api)
     socket: PathBuf,
@@ -17,12 +17,8 @@ pub(super) struct Args {
 
 /// Prints the response as one line of JSON on stdout, or the error on stderr.
 pub(super) fn run(args: &Args) -> ExitCode {
-    let response = match request(&args.socket, args.request) {
-        Ok(response) => response,
-        Err(error) => return fail(&error),
-    };
-    match serde_json::to_string(&response) {
-        Ok(json) => print_all(format!("{json}\n").as_bytes()),
+    match request(&args.socket, args.request) {
+        Ok(response) => print_json(&response),
         Err(error) => fail(&error),
     }
 }

@@ -1,18 +1,19 @@
 //! The subcommand `hwvmm doctor`: finds out if this host can run Linux guests, and what is missing.
 
-use super::output::{fail, print_all};
+use super::output::{print_all, print_json};
 use crate::error::chain;
 use crate::kvm::caps::{Capability, KernelVersion, Need, USED};
 use crate::kvm::system::DEFAULT_PATH;
 use crate::kvm::{OpenError, System};
 use crate::probe::{Host, HugePages, Mmu, STEPS, run_trial};
+use crate::sandbox::{OwnView, Support, ViewError};
+use hwvmm_devices::path_text::PathText as _;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Options of `hwvmm doctor`.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Print one JSON object
@@ -31,7 +32,7 @@ enum Verdict {
     Ok,
     /// Linux runs all the same, at a cost.
     Note,
-    /// Linux cannot run.
+    /// Linux cannot run as a guest on this host.
     Fault,
 }
 
@@ -60,7 +61,7 @@ impl Check {
     }
 }
 
-/// What `--json` prints.
+/// The JSON object that `hwvmm doctor --json` prints.
 #[derive(Debug, Serialize)]
 struct Report {
     schema: u32,
@@ -72,25 +73,24 @@ struct Report {
 }
 
 pub(super) fn run(args: &Args) -> ExitCode {
-    let report = examine(&args.kvm, &Host::at(Path::new("/")));
-    let text = if args.json {
-        match serde_json::to_string(&report) {
-            Ok(json) => json + "\n",
-            Err(error) => return fail(&error),
-        }
+    // KVM has threads.
+    let own_view = OwnView::try_out();
+    let report = examine(&args.kvm, &Host::at(Path::new("/")), &own_view);
+    let printed = if args.json {
+        print_json(&report)
     } else {
-        render(&report, if io::stdout().is_terminal() { Colours::Ansi } else { Colours::None })
+        let colours = if io::stdout().is_terminal() { Colours::Ansi } else { Colours::None };
+        print_all(render(&report, colours).as_bytes())
     };
-    let printed = print_all(text.as_bytes());
-    if report.can_run_linux { printed } else { ExitCode::from(crate::exit::end::status::ERROR) }
+    if report.can_run_linux { printed } else { ExitCode::from(crate::exit::end::status::FAILURE) }
 }
 
-fn examine(kvm: &Path, host: &Host) -> Report {
+fn examine(kvm: &Path, host: &Host, own_view: &Result<OwnView, ViewError>) -> Report {
     let mut checks = vec![Check::ok("kernel", host.kernel())];
     checks.push(module_check(host));
     let can_run_linux = match System::open(kvm) {
         Ok(system) => {
-            checks.push(Check::ok(kvm.display().to_string(), "opens, API version 12"));
+            checks.push(Check::ok(kvm.shown().to_string(), "opens, API version 12"));
             let trial = trial_checks(&system, host);
             let works = trial.iter().all(|check| check.verdict != Verdict::Fault);
             checks.extend(trial);
@@ -105,6 +105,8 @@ fn examine(kvm: &Path, host: &Host) -> Report {
         }
     };
     checks.extend(page_checks(host));
+    checks.extend(sandbox_checks(&Support::of_this_kernel()));
+    checks.push(view_check(own_view));
     Report {
         schema: 1,
         can_run_linux,
@@ -133,7 +135,7 @@ fn module_check(host: &Host) -> Check {
         Some(name @ "kvm_pvm") => Check::note(
             "module",
             format!("{name}: software virtualization, {}; {nested}", host.mmu().name()),
-            Some("fit for tiny guests; for Linux use a host with kvm_intel or kvm_amd, or scripts/lab"),
+            Some("for Linux use a host with kvm_intel or kvm_amd, or scripts/lab (tiny guests run here)"),
         ),
         Some(name) => match host.mmu() {
             Mmu::Shadow => Check::note(
@@ -157,7 +159,7 @@ fn open_fault(kvm: &Path, error: &OpenError, host: &Host) -> Check {
         OpenError::Permission(_) => "sudo usermod -aG kvm $USER, then log in again",
         OpenError::Other(..) | OpenError::Version(..) => "see `ls -l` and `dmesg | grep -i kvm`",
     };
-    Check::fault(kvm.display().to_string(), chain(error), remedy)
+    Check::fault(kvm.shown().to_string(), chain(error), remedy)
 }
 
 /// The trial's steps: those that worked, the one that failed, those not reached.
@@ -174,7 +176,7 @@ fn trial_checks(system: &System, host: &Host) -> Vec<Check> {
     if let (Some(failure), Some(step)) = (&trial.failure, STEPS.get(trial.done)) {
         checks.push(Check::fault(format!("vCPU: {step}"), chain(failure), remedy));
         let not_reached = STEPS.iter().skip(trial.done + 1);
-        checks.extend(not_reached.map(|step| Check::note(format!("vCPU: {step}"), "not reached", None)));
+        checks.extend(not_reached.map(|step| Check::note(format!("vCPU: {step}"), "not tried", None)));
     }
     checks
 }
@@ -182,7 +184,7 @@ fn trial_checks(system: &System, host: &Host) -> Vec<Check> {
 fn capability_checks(system: &System, kernel: Option<KernelVersion>) -> Vec<Check> {
     let check = |capability: &Capability| {
         if system.capability(capability.number) > 0 {
-            return Check::ok(capability.name, "there");
+            return Check::ok(capability.name, "available");
         }
         missing_capability(capability, kernel)
     };
@@ -224,12 +226,55 @@ fn page_checks(host: &Host) -> Vec<Check> {
     std::iter::once(transparent).chain(pages).collect()
 }
 
+/// What the kernel has for the sandbox (`hwvmm run --sandbox`).
+fn sandbox_checks(support: &Support) -> [Check; 2] {
+    let landlock = match &support.landlock_abi {
+        Ok(abi @ 6..) => Check::ok("Landlock", format!("ABI {abi}")),
+        Ok(abi) => {
+            let found =
+                format!("ABI {abi}: 4 (Linux 6.7) confines TCP too, 6 (Linux 6.12) abstract sockets and signals");
+            Check::note("Landlock", found, Some("use a newer kernel on the host"))
+        }
+        Err(error) => {
+            let found = format!("none ({error}): what a run opens is not confined to its own files");
+            Check::note("Landlock", found, Some("add landlock to lsm= on the kernel's command line (Linux 5.13)"))
+        }
+    };
+    let lost = "system calls of a run are not confined";
+    let seccomp = match &support.seccomp_actions {
+        Ok(actions) if support.has_seccomp("trap") => Check::ok("seccomp", actions.join(", ")),
+        Ok(actions) => Check::note("seccomp", format!("without trap ({}): {lost}", actions.join(", ")), None),
+        Err(error) => {
+            Check::note("seccomp", format!("unknown ({error}): {lost}"), Some("CONFIG_SECCOMP_FILTER, Linux 4.14"))
+        }
+    };
+    [landlock, seccomp]
+}
+
+/// What a run gets of a mount namespace of its own.
+fn view_check(own_view: &Result<OwnView, ViewError>) -> Check {
+    const NAME: &str = "mount namespace";
+    match own_view {
+        Ok(OwnView { right, shares: Ok(()) }) => Check::ok(NAME, format!("by {right}")),
+        Ok(OwnView { right, shares: Err(why) }) => {
+            let found = format!("by {right}, but {}", chain(why));
+            Check::note(NAME, found, Some("a newer kernel; in a container, permit open_tree and mount_setattr"))
+        }
+        Err(why) => {
+            let setting = OwnView::refusing_setting().map(|setting| format!("; {setting}")).unwrap_or_default();
+            let lost = "with --share, chmod and touch can reach files outside of the shared folders";
+            let found = format!("none ({}{setting}): {lost}", chain(why));
+            Check::note(NAME, found, Some("permit user namespaces to users, or run hwvmm as root"))
+        }
+    }
+}
+
 /// How verdicts are coloured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Colours {
     /// With the escape sequences of terminals (ECMA-48).
     Ansi,
-    /// Not at all.
+    /// Plain text, without escape sequences.
     None,
 }
 
@@ -261,11 +306,12 @@ fn render(report: &Report, colours: Colours) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::ViewRight;
 
     #[test]
     fn without_kvm_every_fault_has_a_remedy() {
         let root = tempfile::tempdir().expect("a temporary folder");
-        let report = examine(Path::new("/no/such/kvm"), &Host::at(root.path()));
+        let report = examine(Path::new("/no/such/kvm"), &Host::at(root.path()), &Err(ViewError::Trial("why")));
         assert!(!report.can_run_linux);
         let faults: Vec<_> = report.checks.iter().filter(|check| check.verdict == Verdict::Fault).collect();
         assert!(faults.len() >= 2 && faults.iter().all(|check| check.remedy.is_some()), "{faults:?}");
@@ -273,6 +319,30 @@ mod tests {
         assert!(text.contains("FAULT") && text.contains("fix:") && !text.contains('\x1b'));
         assert!(serde_json::to_string(&report).expect("JSON").contains("\"can_run_linux\":false"));
     }
+
+    #[test]
+    fn what_a_kernel_lacks_for_the_sandbox_is_said() {
+        let none = || io::Error::from(io::ErrorKind::Unsupported);
+        let words = |actions: &str| Ok(actions.split(' ').map(str::to_owned).collect());
+        let there = Support { landlock_abi: Ok(7), seccomp_actions: words("kill trap") };
+        let [landlock, seccomp] = sandbox_checks(&there);
+        assert_eq!((landlock.verdict, landlock.found.as_str()), (Verdict::Ok, "ABI 7"));
+        assert_eq!((seccomp.verdict, seccomp.found.as_str()), (Verdict::Ok, "kill, trap"));
+        for support in [
+            Support { landlock_abi: Ok(3), seccomp_actions: words("kill") },
+            Support { landlock_abi: Err(none()), seccomp_actions: Err(none()) },
+        ] {
+            let checks = sandbox_checks(&support);
+            assert!(checks.iter().all(|check| check.verdict == Verdict::Note), "{checks:?}");
+        }
+        let refused = || ViewError::Step { what: "write".into(), source: none() };
+        let view = |shares| view_check(&Ok(OwnView { right: ViewRight::Own, shares }));
+        assert_eq!((view(Ok(())).verdict, view(Ok(())).found.as_str()), (Verdict::Ok, "by CAP_SYS_ADMIN"));
+        for check in [view(Err(refused())), view_check(&Err(refused()))] {
+            assert!(check.verdict == Verdict::Note && check.found.contains("cannot write: unsupported"), "{check:?}");
+        }
+    }
+
     #[test]
     fn a_missing_capability_is_not_blamed_on_a_kernel_that_has_it() {
         let capability = USED.iter().find(|capability| capability.name == "PRE_FAULT_MEMORY").expect("it is used");

@@ -1,7 +1,8 @@
 //! `hwvmm mmu`: nested or shadow paging on this host.
 
-use super::output::{fail, print_all, say};
+use super::output::{fail, print_json, print_text, say};
 use crate::config::MmuChoice;
+use crate::escape::{GUEST_BYTES, escape};
 use crate::probe::{Host, Mmu, MmuChange, MmuState, command_for};
 use serde_json::json;
 use std::fmt::Write as _;
@@ -9,7 +10,6 @@ use std::path::Path;
 use std::process::ExitCode;
 use thiserror::Error;
 
-/// Options of `hwvmm mmu`.
 #[derive(clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -121,8 +121,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
         }
     }
     let state = host.mmu_state();
-    let text = if args.json { format!("{}\n", to_json(&state)) } else { to_text(&state) };
-    print_all(text.as_bytes())
+    if args.json { print_json(&to_json(&state)) } else { print_text(&to_text(&state)) }
 }
 
 fn to_json(state: &MmuState) -> serde_json::Value {
@@ -147,7 +146,8 @@ fn to_text(state: &MmuState) -> String {
     let references = state.references.map_or_else(|| "built in, or unknown".to_owned(), |count| count.to_string());
     let _ = writeln!(text, "{:<34} {references}", "references to the module");
     for holder in &state.holders {
-        let _ = writeln!(text, "{:<34} {} ({})", "used by", holder.name, holder.pid);
+        // A process chooses its name: a line feed in it must not begin a line of this table.
+        let _ = writeln!(text, "{:<34} {} ({})", "used by", escape(&holder.name, GUEST_BYTES), holder.pid);
     }
     text
 }
@@ -155,6 +155,17 @@ fn to_text(state: &MmuState) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::probe::Holder;
+
+    #[test]
+    fn the_name_of_a_process_is_one_line_without_escape_sequences() {
+        let holder = Holder { pid: 7, name: "\x1b]0;x\x07\nmodule\u{9b}2J".into() };
+        let state =
+            MmuState { module: None, mmu: Mmu::Unknown, parameters: vec![], references: None, holders: vec![holder] };
+        let text = to_text(&state);
+        assert_eq!(text.lines().count(), 4, "{text}");
+        assert!(text.ends_with("\\x1b]0;x\\x07\\nmodule\\u{9b}2J (7)\n"), "{text}");
+    }
 
     #[test]
     fn the_other_mmu_is_an_error_with_the_command_that_changes_it() {

@@ -7,14 +7,14 @@ mod mmu;
 mod nano;
 mod output;
 mod report;
+mod result_file;
 mod run;
 mod top;
 mod unpack;
 
-use crate::console::fresh_line;
+use crate::logging;
 use clap::{CommandFactory, Parser, Subcommand};
 use output::{fail, print_all, say};
-use std::io::Write;
 use std::process::ExitCode;
 
 const RUN_EXAMPLES: &str = "\
@@ -37,20 +37,24 @@ The file has the long names of the options, and a table for each device:
   path = \"debian.img\"
   readonly = true
 
-A comma in a path is written twice: --disk a,,b.img.
+A comma in a value of a list is written twice: --disk a,,b.img; behind another comma there must be a key.
+An = is written as it is: --disk path=a=b.img.
+In the file, { escaped = '/tmp/a\\xff' } is a path that is not UTF-8.
 
 On a terminal, Ctrl-A x ends the run; Ctrl-A Ctrl-A sends one Ctrl-A.
 
 Exit status:
   0    the guest powered off or halted, or a line matched --expect, or `hwvmm ctl SOCKET stop`
-  1    hwvmm failed                     2    wrong option or --config file
+  2    wrong option or --config file
   32   the guest reset itself           33   triple fault
   34   the guest panicked               35   all vCPUs halted with interrupts off
   36   the guest's watchdog ran out     37   KVM cannot run the guest further
   38   --expect matched no line         39   more exits than --budget allows
+  40   the machine's process crashed    42   hwvmm failed
   124  --timeout                        130  Ctrl-A x
   128+N  ended by signal N
-  With --debug-exit, a write of V to port 0xf4 ends with status V*2+1 (its low 8 bits).
+  With --debug-exit, a write of V to port 0xf4 ends with status V*2+1 (its low 8 bits), an odd one:
+  2, 40, 42 and 124 are never the guest's.
 After a failure of the guest, and on SIGQUIT, the last exits of each vCPU are printed.";
 
 const REPORT_EXAMPLES: &str = "\
@@ -60,8 +64,7 @@ Examples:
   hwvmm report yesterday.json today.json
   hwvmm report today.json --budget-from yesterday.json --slack 2%
 
-Exit status: 0; 1 if a file cannot be read or written; 2 for a wrong option; 39 if there are more exits
-than a budget allows.";
+Exit status: 0; 1 if a file cannot be read or written; 2 for a wrong option; 39 if a budget is exceeded.";
 
 /// Boots Linux guests under KVM, and shows what causes their VM exits
 #[derive(Parser)]
@@ -75,7 +78,10 @@ struct Cli {
     command: Command,
 }
 
+// The options of a subcommand are only made where it is called, which takes a third of the time of a start. A doc comment on
+// their struct, or on one within it, then replaces the one here in its help, unless it says `about`.
 #[derive(Subcommand)]
+#[command(defer = true)]
 enum Command {
     /// Boot a guest
     #[command(after_help = RUN_EXAMPLES, args_override_self = true)]
@@ -123,31 +129,21 @@ enum Command {
     },
 }
 
-fn start_logging(verbose: u8) {
-    let level = match verbose {
+fn log_level(verbose: u8) -> log::LevelFilter {
+    match verbose {
         0 => log::LevelFilter::Warn,
         1 => log::LevelFilter::Info,
         2 => log::LevelFilter::Debug,
         _ => log::LevelFilter::Trace,
-    };
-    env_logger::Builder::new()
-        .filter_level(level)
-        .format(|out, record| {
-            let level = match record.level() {
-                log::Level::Error => "error: ",
-                log::Level::Warn => "warning: ",
-                log::Level::Info | log::Level::Debug | log::Level::Trace => "",
-            };
-            writeln!(out, "{}hwvmm: {level}{}", fresh_line(), record.args())
-        })
-        .init();
+    }
 }
 
 /// Parses the command line and does what it says.
 #[must_use]
 pub fn main() -> ExitCode {
+    crate::sandbox::note_inherited_files();
     let cli = Cli::parse();
-    start_logging(cli.verbose);
+    let _flush = logging::init(log_level(cli.verbose), logging::Sink::Stderr);
     match cli.command {
         Command::Run(args) => run::run(*args),
         Command::Ctl(args) => ctl::run(&args),
@@ -192,6 +188,18 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_subcommand_is_described_in_its_own_help_as_in_the_list() {
+        let abouts = |command: &clap::Command| -> Vec<_> {
+            command.get_subcommands().map(|each| (each.get_name().to_owned(), each.get_about().cloned())).collect()
+        };
+        let mut command = Cli::command();
+        let listed = abouts(&command);
+        command.build();
+        assert!(listed.iter().all(|(_, about)| about.is_some()), "{listed:?}");
+        assert_eq!(abouts(&command)[..listed.len()], listed[..]);
     }
 
     #[test]

@@ -1,13 +1,18 @@
 //! The subcommand `hwvmm bench nano`: runs and compares the nanobenchmarks.
 
-use super::output::{fail, print_all};
+use super::output::{fail, print_json, print_text};
+use crate::bounded_read;
 use crate::kvm::System;
 use crate::nano::{Column, Form, OPERATIONS, Paging, compare, elf, measure, parse};
 use crate::probe::{Host, Mmu};
+use hwvmm_devices::path_text::PathText as _;
 use std::error::Error;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+/// The largest column, or output of the guest with what firmware and boot loader print before it, in bytes.
+const MAX_FILE_BYTES: u64 = 1 << 20;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -77,7 +82,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
 
 fn bench(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
     if let Some(path) = &args.image {
-        std::fs::write(path, elf()).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        std::fs::write(path, elf()).map_err(|error| format!("cannot write {}: {error}", path.shown()))?;
         return Ok(ExitCode::SUCCESS);
     }
     if !args.compare.is_empty() {
@@ -87,10 +92,10 @@ fn bench(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             Shown::Markdown => Form::Markdown,
             Shown::Svg => Form::Svg,
         };
-        return Ok(print_all(compare(&columns, form).as_bytes()));
+        return Ok(print_text(&compare(&columns, form)));
     }
     let column = if let Some(path) = &args.parse {
-        let bytes = std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+        let bytes = read_file(path)?;
         let results = parse(&String::from_utf8_lossy(&bytes))?;
         Column { results, ..column(args, "elsewhere", Paging::None) }
     } else {
@@ -102,14 +107,16 @@ fn bench(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
         let system = System::open(&args.kvm)?;
         measure(&system, column(args, label, paging))?
     };
-    let text = if args.json { format!("{}\n", serde_json::to_string(&column)?) } else { to_text(&column) };
-    Ok(print_all(text.as_bytes()))
+    Ok(if args.json { print_json(&column) } else { print_text(&to_text(&column)) })
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>, Box<dyn Error>> {
+    bounded_read::read(path, MAX_FILE_BYTES).map_err(|error| format!("cannot read {}: {error}", path.shown()).into())
 }
 
 fn read(path: &Path) -> Result<Column, Box<dyn Error>> {
-    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
-    let column = serde_json::from_str(&text);
-    column.map_err(|error| format!("{} is no column of `hwvmm bench nano --json`: {error}", path.display()).into())
+    let column = serde_json::from_slice(&read_file(path)?);
+    column.map_err(|error| format!("{} is not a column of `hwvmm bench nano --json`: {error}", path.shown()).into())
 }
 
 fn to_text(column: &Column) -> String {

@@ -1,24 +1,36 @@
-//! What subcommands print, and the exit status of a failure.
+//! What subcommands print, and the exit status of a failure. The room `logging` writes to stderr.
 
-use crate::console::fresh_line;
 use crate::error::chain;
+use crate::escape::{escape_json, escape_text};
 use crate::exit::end::status;
+use serde::Serialize;
 use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-/// Prints a line of hwvmm's own on stderr, at the beginning of a line. A stderr that takes nothing is no error.
-pub(super) fn say(text: &str) {
-    let _ = writeln!(io::stderr(), "{}hwvmm: {text}", fresh_line());
-}
+pub(super) use crate::logging::{print as print_stderr, say};
 
-/// Prints an error with its sources. Returns the exit status of a failure.
+/// Prints an error with its sources. Returns the exit status of a failure, which that of `run` replaces.
 pub(super) fn fail(error: &dyn Error) -> ExitCode {
     say(&chain(error));
-    ExitCode::from(status::ERROR)
+    ExitCode::from(status::FAILURE)
 }
 
-/// Prints on stdout. A reader that has seen enough is no error.
+/// Prints text on stdout, without control characters: parts of it come from the host's other users, from a guest, or
+/// from a file.
+pub(super) fn print_text(text: &str) -> ExitCode {
+    print_all(escape_text(text).as_bytes())
+}
+
+/// Prints JSON on stdout, on one line. Control characters are JSON's escapes.
+pub(super) fn print_json(value: &impl Serialize) -> ExitCode {
+    match serde_json::to_string(value) {
+        Ok(json) => print_all(format!("{}\n", escape_json(&json)).as_bytes()),
+        Err(error) => fail(&error),
+    }
+}
+
+/// Prints bytes on stdout as they are. A reader that has seen enough is no error.
 pub(super) fn print_all(bytes: &[u8]) -> ExitCode {
     match io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()) {
         Ok(()) => ExitCode::SUCCESS,

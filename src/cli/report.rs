@@ -2,17 +2,18 @@
 
 use super::output::{fail, print_all, say};
 use crate::config::{Budget, BudgetError, Slack};
+use crate::escape::escape_json;
 use crate::exit::ExitReason;
 use crate::exit::end::status;
 use crate::profile::Profile;
 use crate::profile::budget::{Check, check, from_profile};
 use crate::profile::render::{Format, Style, diff, render};
+use hwvmm_devices::path_text::PathText as _;
 use std::error::Error;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Options of `hwvmm report`.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// A profile that `hwvmm run --profile-out` wrote
@@ -38,7 +39,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "LIMITS", value_parser = parse_budget)]
     budget: Option<Budget>,
 
-    /// Take the counts of this profile as limits for each kind of exit, except for the host's interrupts
+    /// Take the counts of this profile as limits for each kind of exit, except for those that come with time: the host's
+    /// interrupts, the guest's timer, and windows for its interrupts
     #[arg(long, value_name = "FILE")]
     budget_from: Option<PathBuf>,
 
@@ -86,13 +88,15 @@ fn report(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
     let profile = Profile::read(&args.profile)?;
     let colour = args.output.is_none() && std::io::stdout().is_terminal();
     let style = Style { colour, rows: args.rows };
-    let text = match &args.other {
+    // Read once: the file may be a pipe, or change.
+    let other = args.other.as_deref().map(Profile::read).transpose()?;
+    let text = match &other {
         None => render(&profile, args.format, style)?,
         Some(other) => {
-            let difference = diff(&profile, &Profile::read(other)?);
+            let difference = diff(&profile, other);
             match args.format {
                 Format::Text => difference.text(style),
-                Format::Json => serde_json::to_string(&difference)? + "\n",
+                Format::Json => escape_json(&serde_json::to_string(&difference)?) + "\n",
                 _ => return Err("the difference of two profiles is text or json (--format)".into()),
             }
         }
@@ -108,15 +112,11 @@ fn report(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
         }
     }
     // Of two profiles, the second is the news.
-    let judged = match &args.other {
-        Some(other) => Profile::read(other)?,
-        None => profile,
-    };
-    let held = show_checks(&check(&budget, &judged));
+    let held = show_checks(&check(&budget, other.as_ref().unwrap_or(&profile)));
     Ok(ExitCode::from(if held { status::OK } else { status::OVER_BUDGET }))
 }
 
 /// Writes a file, or says why not.
 pub(super) fn write(path: &Path, text: &str) -> Result<(), Box<dyn Error>> {
-    std::fs::write(path, text).map_err(|error| format!("cannot write {}: {error}", path.display()).into())
+    std::fs::write(path, text).map_err(|error| format!("cannot write {}: {error}", path.shown()).into())
 }

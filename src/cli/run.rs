@@ -1,27 +1,32 @@
 //! `hwvmm run`.
 
-use super::output::{fail, say};
+use super::output::{fail, print_stderr, say};
 use super::report;
-use crate::boot;
+use super::result_file::ResultFile;
 use crate::config::{Budget, OnReboot, RunConfig, RunOptions, StatsFormat, read_file};
-use crate::console::{Announcements, RawTerminal, fresh_line};
-use crate::exit::EndReason;
+use crate::console::{RawTerminal, StreamFlags, discard_input};
+use crate::error::chain;
+use crate::escape::{escape_json, escape_text};
 use crate::exit::end::status;
-use crate::kvm::System;
-use crate::machine::{self, Machine, Setup};
+use crate::exit::{EndReason, RunEnd};
+use crate::machine::{Ran, Start, Stdin, detect_disk_formats};
 use crate::measure::RunRecord;
 use crate::probe::{ANY_KVM, Host, check_linux};
 use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
-use crate::profile::{self, Profile, RunStats};
+use crate::profile::{self, Profile, RunStats, RunSymbols};
+use crate::supervise::{self, Plan, Signals};
+use hwvmm_devices::path_text::PathText as _;
+use std::cell::OnceCell;
 use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Instant;
 
-/// Options of `hwvmm run`.
 #[derive(clap::Args)]
+#[command(about = "Boot a guest")]
 pub(super) struct Args {
     /// Read options from a TOML file; the command line overrides them
     #[arg(long, value_name = "FILE")]
@@ -34,7 +39,10 @@ pub(super) struct Args {
 pub(super) fn run(args: Args) -> ExitCode {
     match try_run(args) {
         Ok(status) => ExitCode::from(status),
-        Err(error) => fail(error.as_ref()),
+        Err(error) => {
+            fail(error.as_ref());
+            ExitCode::from(status::ERROR)
+        }
     }
 }
 
@@ -43,54 +51,58 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
         io::stdout().write_all(crate::tune::help().as_bytes())?;
         return Ok(status::OK);
     }
-    let config = match configuration(args) {
+    let mut config = match configuration(args) {
         Ok(config) => config,
         Err(error) => {
             fail(error.as_ref());
             return Ok(status::USAGE);
         }
     };
-    let expect = config.expect.as_ref().map(|pattern| pattern.0.clone());
+    if let Err(error) = supervise::check_writable_shares(&config) {
+        fail(&error);
+        return Ok(status::USAGE);
+    }
+    let files = match ResultFiles::open(&config) {
+        Ok(files) => files,
+        Err(error) => {
+            fail(error.as_ref());
+            return Ok(status::USAGE);
+        }
+    };
+    detect_disk_formats(&mut config)?;
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     let host = Host::at(Path::new("/"));
     super::mmu::check(config.mmu, &host)?;
-    let system = System::open(&config.kvm)?;
     let any_kvm = std::env::var_os(ANY_KVM).is_some_and(|value| value == "1");
-    if !any_kvm && !host.has_hardware_kvm() && boot::is_linux(&config.kernel) {
-        check_linux(&system, &host)?;
-    }
-    let expects = expect.is_some();
-    let terminal = uses_stdin(&config) && io::stdin().is_terminal();
+    let may_not_run_linux = !any_kvm && !host.has_hardware_kvm();
     let quiet = !io::stderr().is_terminal();
-    let progress = move |what: &str| {
-        if quiet {
-            log::info!("{what}");
-        } else {
-            say(what);
-        }
+    let plan = Plan {
+        config: &config,
+        expect: config.expect.as_ref().map(|pattern| pattern.0.clone()),
+        stdin: if uses_stdin(&config) && io::stdin().is_terminal() { Stdin::Terminal } else { Stdin::Bytes },
+        // No deadline where the clock does not reach it.
+        deadline: config.timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
+        check: &|system, kernel| {
+            if may_not_run_linux && kernel.is_linux() { check_linux(system, &host).map_err(Into::into) } else { Ok(()) }
+        },
+        progress: &|what| if quiet { log::info!("{what}") } else { say(what) },
     };
-    let mut setup =
-        Setup { config: &config, expect, announcements: Announcements::default(), terminal, progress: &progress };
-    let (record, stats) = start_until_done(&mut setup, &system)?;
+    let (record, stats) = start_until_done(&plan)?;
+    crate::logging::report_suppressed();
+    let expects = plan.expect.is_some();
     let end = if expects { record.end.reason.clone().without_the_expected() } else { record.end.reason.clone() };
-    if !end.is_clean() {
-        show_flight_recorder(&config, &record);
-    }
-    // After the flight recorder: this is the line that must stay on the screen.
-    say(&describe(&record, &end));
-    let starts = stats.as_ref().map_or(1, |stats| stats.starts);
-    if let Some(mut stats) = stats {
-        (stats.end, stats.status) = (end.to_string(), end.status());
-        show(&config, &stats)?;
-    }
-    if config.profile.is_none() {
-        return Ok(end.status());
-    }
-    let mut profile = Profile::new(&config, &record);
-    profile.costs = super::bench::saved_costs();
-    (profile.end, profile.status, profile.starts) = (end.to_string(), end.status(), starts);
-    let within = show_profile(&config, &profile, &budget)?;
-    Ok(if within || end.status() != status::OK { end.status() } else { status::OVER_BUDGET })
+    let results = Results { config: &config, files: &files, record: &record, end: &end, budget: &budget };
+    let (within, failed) = results.show(stats);
+    Ok(match (end.status(), failed) {
+        // What the guest ended with is what the caller wants to know.
+        (status::OK, Some(error)) => return Err(error),
+        (status, Some(error)) => {
+            fail(error.as_ref());
+            status
+        }
+        (status::OK, None) if within == Within::No => status::OVER_BUDGET,
+        (status, None) => status,
+    })
 }
 
 /// Reads the options of the command line and of the file, and checks them.
@@ -103,23 +115,100 @@ fn configuration(args: Args) -> Result<RunConfig, Box<dyn Error>> {
     Ok(config)
 }
 
-/// Prints the last exits of each vCPU: some on a terminal, all with -v or into a file.
-fn show_flight_recorder(config: &RunConfig, record: &RunRecord) {
-    let symbols = profile::symbols_of(config, record, &mut Vec::new());
-    let all = !io::stderr().is_terminal() || log::max_level() >= log::LevelFilter::Info;
-    let extent = if all { profile::Extent::All } else { profile::Extent::LastLines };
-    let text = profile::flight_recorder(record, symbols.as_ref(), extent);
-    let _ = write!(io::stderr(), "{}{text}", fresh_line());
+/// Whether a run kept to its budget.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Within {
+    Yes,
+    No,
 }
 
-/// Prints and writes the profile. Returns true if it is within the budget.
-fn show_profile(config: &RunConfig, profile: &Profile, budget: &Budget) -> Result<bool, Box<dyn Error>> {
-    let style = Style { colour: io::stderr().is_terminal(), ..Style::default() };
-    eprint!("{}", render(profile, Format::Text, style)?);
-    if let Some(path) = &config.profile_out {
-        report::write(path, &render(profile, Format::Json, style)?)?;
+/// The files that a run writes at its end.
+struct ResultFiles {
+    stats: Option<ResultFile>,
+    profile: Option<ResultFile>,
+}
+
+impl ResultFiles {
+    fn open(config: &RunConfig) -> Result<Self, Box<dyn Error>> {
+        let open = |path: &Option<PathBuf>| path.as_deref().map(ResultFile::open).transpose();
+        Ok(Self { stats: open(&config.stats_out)?, profile: open(&config.profile_out)? })
     }
-    Ok(report::show_checks(&check(budget, profile)))
+}
+
+/// What is known after a run.
+struct Results<'a> {
+    config: &'a RunConfig,
+    files: &'a ResultFiles,
+    /// Of the last start.
+    record: &'a RunRecord,
+    /// The end as the exit status has it.
+    end: &'a EndReason,
+    budget: &'a Budget,
+}
+
+impl Results<'_> {
+    /// Prints and writes all of it; `stats` are of all starts. A file that cannot be written is no reason to lose what else is known: the
+    /// first such error is returned.
+    fn show(&self, stats: Option<RunStats>) -> (Within, Option<Box<dyn Error>>) {
+        let Self { config, record, end, .. } = self;
+        let starts = stats.as_ref().map_or(1, |stats| stats.starts);
+        let stats = stats.map(|stats| RunStats { end: end.to_string(), status: end.status(), ..stats });
+        let stats =
+            stats.as_ref().and_then(|stats| Some((stats_text(config.stats?, stats), self.files.stats.as_ref())));
+        let mut failed: Option<Box<dyn Error>> = None;
+        // Before anything that can take long: symbols, a stderr that is not read, a FIFO without a reader.
+        if let Some((text, Some(file))) = &stats
+            && !file.can_wait()
+        {
+            failed = write_stats(text, file).err();
+        }
+        let symbols = OnceCell::new();
+        let symbols = || symbols.get_or_init(|| RunSymbols::load(config, record));
+        let profile = config.profile.map(|_| {
+            let mut profile = Profile::new(config, record, symbols());
+            profile.costs = super::bench::saved_costs();
+            (profile.end, profile.status, profile.starts) = (end.to_string(), end.status(), starts);
+            profile
+        });
+        if let (Some(profile), Some(file)) = (&profile, &self.files.profile)
+            && !file.can_wait()
+        {
+            failed = failed.or(write_profile(profile, file).err());
+        }
+        if !end.is_clean() {
+            show_flight_recorder(record, symbols());
+        }
+        // After the flight recorder: this is the line that must stay on the screen.
+        say(&describe(record, end));
+        match &stats {
+            Some((Ok(text), None)) => print_stderr(&escape_text(text)),
+            Some((text, Some(file))) if file.can_wait() => failed = failed.or(write_stats(text, file).err()),
+            _ => {}
+        }
+        let Some(profile) = profile else { return (Within::Yes, failed) };
+        let style = Style { colour: io::stderr().is_terminal(), ..Style::default() };
+        match render(&profile, Format::Text, style) {
+            Ok(text) => print_stderr(&text),
+            Err(error) => failed = failed.or(Some(error.into())),
+        }
+        if let Some(file) = self.files.profile.as_ref().filter(|file| file.can_wait()) {
+            failed = failed.or(write_profile(&profile, file).err());
+        }
+        let within = if report::show_checks(&check(self.budget, &profile)) { Within::Yes } else { Within::No };
+        (within, failed)
+    }
+}
+
+fn write_profile(profile: &Profile, file: &ResultFile) -> Result<(), Box<dyn Error>> {
+    let text = render(profile, Format::Json, Style::default())?;
+    file.write(&text).map_err(|error| format!("cannot write {}: {error}", file.path().shown()).into())
+}
+
+/// Prints the last exits of each vCPU: some on a terminal, all with -v or into a file.
+fn show_flight_recorder(record: &RunRecord, symbols: &RunSymbols) {
+    let all = !io::stderr().is_terminal() || log::max_level() >= log::LevelFilter::Info;
+    let extent = if all { profile::Extent::All } else { profile::Extent::LastLines };
+    print_stderr(&escape_text(&profile::flight_recorder(record, symbols.get(), extent)));
 }
 
 fn uses_stdin(config: &RunConfig) -> bool {
@@ -128,47 +217,49 @@ fn uses_stdin(config: &RunConfig) -> bool {
 }
 
 /// Starts the guest, and again as often as it resets itself, where that is wanted.
-fn start_until_done(setup: &mut Setup<'_>, system: &System) -> Result<(RunRecord, Option<RunStats>), Box<dyn Error>> {
+fn start_until_done(plan: &Plan<'_>) -> Result<(RunRecord, Option<RunStats>), Box<dyn Error>> {
+    let config = plan.config;
+    let mut signals = Signals::catch().map_err(|error| format!("cannot catch signals: {error}"))?;
     let mut stats: Option<RunStats> = None;
-    let deadline = setup.config.timeout.map(|timeout| std::time::Instant::now() + timeout);
-    let mut config = setup.config.clone();
+    let mut start = Start::First;
+    let mut last: Option<RunRecord> = None;
+    let _flags = StreamFlags::save();
+    // Over all starts: what is typed between two of them is for the guest.
+    let _raw = if plan.stdin == Stdin::Terminal { RawTerminal::enter() } else { None };
     loop {
-        setup.announcements = Announcements::default();
-        // What is left of the time, over all starts.
-        config.timeout = deadline.map(|at| at.saturating_duration_since(std::time::Instant::now()));
-        let record = {
-            let this = Setup {
-                config: &config,
-                expect: setup.expect.clone(),
-                announcements: setup.announcements.clone(),
-                terminal: setup.terminal,
-                progress: setup.progress,
-            };
-            let machine = Machine::new(&this, system)?;
-            let _raw = if setup.terminal { RawTerminal::enter() } else { None };
-            machine::run(machine, &this)?
+        let Ran { record, unread } = match (supervise::run(plan, &start, &mut signals), last.take()) {
+            (Ok(ran), _) => ran,
+            // What is known of the starts before is not lost.
+            (Err(error), Some(last)) => {
+                let reason = EndReason::Failed(format!("the guest could not be started again: {}", chain(&error)));
+                discard_input();
+                // Its registers and last exits are those of an end that was none.
+                let mut record = RunRecord { end: RunEnd { reason, vcpu: None }, ..last };
+                for vcpu in &mut record.vcpus {
+                    (vcpu.rip, vcpu.flight_recorder) = (None, Vec::new());
+                }
+                return Ok((record, stats));
+            }
+            (Err(error), None) => return Err(error.into()),
         };
-        if setup.config.stats.is_some() || setup.config.profile.is_some() {
+        if config.stats.is_some() || config.profile.is_some() {
             let new = RunStats::new(&record);
             match &mut stats {
                 Some(sum) => sum.add_start(new),
                 none => *none = Some(new),
             }
         }
-        let restart = setup.config.on_reboot == OnReboot::Restart && record.end.reason == EndReason::Reset;
+        let restart = config.on_reboot == OnReboot::Restart && record.end.reason == EndReason::Reset;
         if !restart {
-            return Ok((with_whole_timeout(record, setup.config), stats));
+            if matches!(record.end.reason, EndReason::Crashed(_) | EndReason::Failed(_)) {
+                discard_input();
+            }
+            return Ok((record, stats));
         }
         log::info!("the guest reset itself: it is started again");
+        last = Some(record);
+        start = Start::Again { unread };
     }
-}
-
-/// The end by timeout is reported with the whole time of `--timeout`, not with what the last start had left of it.
-fn with_whole_timeout(mut record: RunRecord, config: &RunConfig) -> RunRecord {
-    if let (EndReason::TimedOut(after), Some(timeout)) = (&mut record.end.reason, config.timeout) {
-        *after = timeout;
-    }
-    record
 }
 
 /// One line: why and where.
@@ -185,15 +276,14 @@ fn describe(record: &RunRecord, end: &EndReason) -> String {
     text
 }
 
-fn show(config: &RunConfig, stats: &RunStats) -> Result<(), Box<dyn Error>> {
-    let text = match config.stats {
-        None => return Ok(()),
-        Some(StatsFormat::Text) => format!("{stats}\n"),
-        Some(StatsFormat::Json) => format!("{}\n", serde_json::to_string(stats)?),
-    };
-    match &config.stats_out {
-        Some(path) => std::fs::write(path, text)
-            .map_err(|error| format!("cannot write the statistics to {}: {error}", path.display()).into()),
-        None => Ok(io::stderr().write_all(text.as_bytes())?),
-    }
+fn stats_text(format: StatsFormat, stats: &RunStats) -> Result<String, serde_json::Error> {
+    Ok(match format {
+        StatsFormat::Text => format!("{stats}\n"),
+        StatsFormat::Json => format!("{}\n", escape_json(&serde_json::to_string(stats)?)),
+    })
+}
+
+fn write_stats(text: &Result<String, serde_json::Error>, file: &ResultFile) -> Result<(), Box<dyn Error>> {
+    let text = text.as_ref().map_err(|error| format!("cannot write the statistics: {error}"))?;
+    file.write(text).map_err(|error| format!("cannot write the statistics to {}: {error}", file.path().shown()).into())
 }

@@ -1,14 +1,15 @@
 //! `hwvmm top`: what a running machine exits for, right now.
 
-use super::output::{fail, print_all};
-use crate::control::protocol::{Bus, LiveExits};
+use super::output::{fail, print_text};
+use crate::control::protocol::{AccessSpace, LiveExits};
 use crate::control::{ClientError, Request, RequestError, Response, request};
+use crate::escape::plain;
 use crate::exit::ExitReason;
 use ratatui::Frame;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use ratatui::layout::{Constraint, Layout};
 use ratatui::style::{Style, Stylize};
-use ratatui::widgets::{Paragraph, Row, Table};
+use ratatui::widgets::{self, Paragraph, Row};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt::Write as _;
@@ -21,7 +22,6 @@ use thiserror::Error;
 /// How long a machine may take from its control socket to its first instruction.
 const STARTUP: Duration = Duration::from_secs(1);
 
-/// Options of `hwvmm top`.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Control socket that the machine was started with (--api)
@@ -46,23 +46,35 @@ fn interval(text: &str) -> Result<Duration, IntervalError> {
     if (0.1..=3600.0).contains(&seconds) { Ok(Duration::from_secs_f64(seconds)) } else { Err(IntervalError) }
 }
 
-/// Counts of a machine at one moment, by cause. Each cause has one count a vCPU.
+/// Rows of a table at most. A guest can exit for thousands of addresses on each of 254 vCPUs.
+const MAX_ROWS: usize = 1000;
+
+/// The vCPUs that have exited for a cause, in ascending order of their indices, with their counts. It takes no more memory than the
+/// response that it is made from.
+type VcpuCounts = Vec<(usize, u64)>;
+
+/// Counts of a machine at one moment, by cause.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Counts {
     /// Time since the vCPUs were started, in nanoseconds.
     at_ns: u64,
-    /// Userspace exits.
-    userspace: BTreeMap<String, Vec<u64>>,
+    /// The number of vCPUs.
+    vcpus: usize,
+    /// Userspace exits by cause: reason, or device and direction of the access.
+    userspace: BTreeMap<String, VcpuCounts>,
     /// KVM's own counters, by the kernel's name.
-    kvm: BTreeMap<String, Vec<u64>>,
+    kvm: BTreeMap<String, VcpuCounts>,
 }
 
-/// Adds a vCPU's count to a cause.
-fn add(causes: &mut BTreeMap<String, Vec<u64>>, vcpus: usize, cause: String, vcpu: usize, count: u64) {
-    if count > 0
-        && let Some(sum) = causes.entry(cause).or_insert_with(|| vec![0; vcpus]).get_mut(vcpu)
-    {
-        *sum += count;
+/// Adds a vCPU's count to a cause. The vCPUs come in ascending order.
+fn add(causes: &mut BTreeMap<String, VcpuCounts>, cause: &str, vcpu: usize, count: u64) {
+    if count == 0 {
+        return;
+    }
+    let counts = causes.entry(plain(cause)).or_default();
+    match counts.last_mut() {
+        Some((last, sum)) if *last == vcpu => *sum = sum.saturating_add(count),
+        _ => counts.push((vcpu, count)),
     }
 }
 
@@ -81,22 +93,23 @@ impl From<LiveExits> for Counts {
             for device in exits.by_device {
                 let name = match (&device.device, device.bus) {
                     (Some(name), _) => format!(" {name}"),
-                    (None, Bus::Msr) => String::new(),
-                    (None, Bus::Pio | Bus::Mmio) => " (unmapped)".to_owned(),
+                    (None, AccessSpace::Msr) => String::new(),
+                    (None, AccessSpace::Pio | AccessSpace::Mmio) => " (unmapped)".to_owned(),
                 };
                 for (count, access) in [(device.reads, "read"), (device.writes, "write")] {
                     let cause = format!("{} {:#x}{name} {access}", device.bus.name(), device.address);
-                    add(&mut userspace, vcpus, cause, index, count);
+                    add(&mut userspace, &cause, index, count);
                 }
             }
+            add(&mut userspace, "other addresses", index, exits.beyond);
             for (reason, count) in exits.by_reason.into_iter().filter(|(reason, _)| !is_access(*reason)) {
-                add(&mut userspace, vcpus, reason.name().to_owned(), index, count);
+                add(&mut userspace, reason.name(), index, count);
             }
             for (name, count) in vcpu.kvm {
-                add(&mut kvm, vcpus, name, index, count);
+                add(&mut kvm, &name, index, count);
             }
         }
-        Self { at_ns: live.at_ns, userspace, kvm }
+        Self { at_ns: live.at_ns, vcpus, userspace, kvm }
     }
 }
 
@@ -104,59 +117,92 @@ impl From<LiveExits> for Counts {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Rate {
     name: String,
-    /// By vCPU.
+    /// Exits a second of each vCPU, by its index.
     each: Vec<u64>,
-    /// Of all vCPUs.
+    /// Exits a second of all vCPUs together.
     sum: u64,
 }
 
-/// Rates between two readings, highest first.
+/// Rates of one sort, highest first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Rates {
-    userspace: Vec<Rate>,
-    kvm: Vec<Rate>,
+struct Table {
+    /// The first [`MAX_ROWS`].
+    rows: Vec<Rate>,
+    /// The number of causes that are left out.
+    more: usize,
+    /// Exits a second of all causes.
+    sum: u64,
 }
 
-fn rates(before: &BTreeMap<String, Vec<u64>>, after: &BTreeMap<String, Vec<u64>>, ns: u64) -> Vec<Rate> {
-    let rate = |(name, counts): (&String, &Vec<u64>)| {
-        let old = before.get(name);
-        let of = |(vcpu, count): (usize, &u64)| {
-            let more = count.saturating_sub(old.and_then(|old| old.get(vcpu)).copied().unwrap_or(0));
-            u64::try_from(u128::from(more) * 1_000_000_000 / u128::from(ns.max(1))).unwrap_or(u64::MAX)
+/// Rates between two readings.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Rates {
+    userspace: Table,
+    kvm: Table,
+}
+
+/// The rates of all causes. `ns` is the time between the readings in nanoseconds.
+fn rates(before: &BTreeMap<String, VcpuCounts>, after: &BTreeMap<String, VcpuCounts>, vcpus: usize, ns: u64) -> Table {
+    let per_second =
+        |more: u64| u64::try_from(u128::from(more) * 1_000_000_000 / u128::from(ns.max(1))).unwrap_or(u64::MAX);
+    let rate = |(name, counts)| -> (&String, u64, VcpuCounts) {
+        let counts: &VcpuCounts = counts;
+        let old: &[(usize, u64)] = before.get(name).map_or(&[], |counts: &VcpuCounts| counts);
+        let old = |vcpu| old.binary_search_by_key(&vcpu, |(vcpu, _)| *vcpu).ok().and_then(|at| old.get(at));
+        let of = |(vcpu, count): &(usize, u64)| {
+            (*vcpu, per_second(count.saturating_sub(old(*vcpu).map_or(0, |(_, count)| *count))))
         };
-        let each: Vec<u64> = counts.iter().enumerate().map(of).collect();
-        Rate { name: name.clone(), sum: each.iter().fold(0, |sum, rate| sum.saturating_add(*rate)), each }
+        let each: VcpuCounts = counts.iter().map(of).collect();
+        (name, each.iter().fold(0_u64, |sum, (_, rate)| sum.saturating_add(*rate)), each)
     };
-    let mut rates: Vec<Rate> = after.iter().map(rate).filter(|rate| rate.sum > 0).collect();
-    rates.sort_by(|a, b| b.sum.cmp(&a.sum).then_with(|| a.name.cmp(&b.name)));
-    rates
+    let mut all: Vec<(&String, u64, VcpuCounts)> = after.iter().map(rate).filter(|(_, sum, _)| *sum > 0).collect();
+    all.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(b.0)));
+    let row = |(name, sum, counts): &(&String, u64, VcpuCounts)| {
+        let mut each = vec![0; vcpus];
+        for (vcpu, rate) in counts {
+            if let Some(place) = each.get_mut(*vcpu) {
+                *place = *rate;
+            }
+        }
+        Rate { name: (*name).clone(), each, sum: *sum }
+    };
+    Table {
+        rows: all.iter().take(MAX_ROWS).map(row).collect(),
+        more: all.len().saturating_sub(MAX_ROWS),
+        sum: all.iter().fold(0, |sum, (_, rate, _)| sum.saturating_add(*rate)),
+    }
 }
 
 impl Rates {
     fn new(before: &Counts, after: &Counts) -> Self {
         let ns = after.at_ns.saturating_sub(before.at_ns);
-        Self { userspace: rates(&before.userspace, &after.userspace, ns), kvm: rates(&before.kvm, &after.kvm, ns) }
+        Self {
+            userspace: rates(&before.userspace, &after.userspace, after.vcpus, ns),
+            kvm: rates(&before.kvm, &after.kvm, after.vcpus, ns),
+        }
     }
 
     /// VM exits a second; `None` where KVM has no statistics, or none occurred.
     fn vm_exits(&self) -> Option<u64> {
-        self.kvm.iter().find(|rate| rate.name == "exits").map(|rate| rate.sum)
+        self.kvm.rows.iter().find(|rate| rate.name == "exits").map(|rate| rate.sum)
     }
 
     fn title(&self) -> String {
-        let all = self.userspace.iter().fold(0_u64, |sum, rate| sum.saturating_add(rate.sum));
+        let all = self.userspace.sum;
         let vm = self.vm_exits().map_or_else(|| "unknown".to_owned(), |exits| exits.to_string());
         format!("exits a second: VM exits {vm}, userspace exits {all} (each reading causes one a vCPU)")
     }
 
     fn text(&self) -> String {
         let mut text = self.title() + "\n";
-        for (head, rates) in [("userspace exits", &self.userspace), ("KVM's own figures", &self.kvm)] {
+        for (head, table) in [("userspace exits", &self.userspace), ("KVM's statistics", &self.kvm)] {
             let _ = writeln!(text, "{head:<44} {:>10}  by vCPU", "a second");
-            for rate in rates {
+            for rate in &table.rows {
                 let each: Vec<String> = rate.each.iter().map(ToString::to_string).collect();
-                let name: String = rate.name.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
-                let _ = writeln!(text, "  {name:<42} {:>10}  {}", rate.sum, each.join(" "));
+                let _ = writeln!(text, "  {:<42} {:>10}  {}", rate.name, rate.sum, each.join(" "));
+            }
+            if table.more > 0 {
+                let _ = writeln!(text, "  and {} causes with fewer", table.more);
             }
         }
         text
@@ -190,24 +236,24 @@ fn once(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
     let before = fetch(args)?;
     std::thread::sleep(args.interval);
     let rates = Rates::new(&before, &fetch(args)?);
-    Ok(print_all(rates.text().as_bytes()))
+    Ok(print_text(&rates.text()))
 }
 
 fn draw(frame: &mut Frame<'_>, rates: &Rates) {
     let [title, top, bottom] =
         Layout::vertical([Constraint::Length(2), Constraint::Percentage(60), Constraint::Fill(1)]).areas(frame.area());
     frame.render_widget(Paragraph::new(rates.title() + "   q ends").bold(), title);
-    let table = |head: &'static str, rates: &[Rate]| {
+    let table = |head: &'static str, rates: &Table| {
         let row = |rate: &Rate| {
             let each: Vec<String> = rate.each.iter().map(ToString::to_string).collect();
             Row::new([rate.name.clone(), rate.sum.to_string(), each.join(" ")])
         };
         let widths = [Constraint::Min(40), Constraint::Length(12), Constraint::Fill(1)];
-        Table::new(rates.iter().map(row), widths)
+        widgets::Table::new(rates.rows.iter().map(row), widths)
             .header(Row::new([head, "a second", "by vCPU"]).style(Style::new().reversed()))
     };
     frame.render_widget(table("userspace exits", &rates.userspace), top);
-    frame.render_widget(table("KVM's own figures", &rates.kvm), bottom);
+    frame.render_widget(table("KVM's statistics", &rates.kvm), bottom);
 }
 
 fn live(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
@@ -228,17 +274,28 @@ fn live(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
                 rates = Rates::new(&before, &now);
                 before = now;
             }
-            // The run has ended: so does this, without an error.
-            Err(_) => break Ok(ExitCode::SUCCESS),
+            Err(error) if is_end(&error) => break Ok(ExitCode::SUCCESS),
+            Err(error) => break Err(error.into()),
         }
     };
     ratatui::restore();
     result
 }
 
+/// Returns true if `error` says that the run has ended: nothing listens any more, or the connection was closed on the way.
+fn is_end(error: &ClientError) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound};
+    match error {
+        ClientError::Closed { .. } => true,
+        ClientError::Connect { source, .. } => matches!(source.kind(), NotFound | ConnectionRefused),
+        ClientError::Io { source, .. } => matches!(source.kind(), BrokenPipe | ConnectionReset),
+        _ => false,
+    }
+}
+
 /// What the user does until the next reading.
 enum Wait {
-    /// Nothing that matters.
+    /// The interval has passed.
     Elapsed,
     /// The key that ends the program.
     Quit,
@@ -261,10 +318,10 @@ fn wait(interval: Duration) -> std::io::Result<Wait> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::protocol::{DeviceExits, UserspaceExits, VcpuExits};
+    use crate::control::protocol::{DeviceCount, UserspaceExits, VcpuExits};
 
     fn counts(at_ns: u64, writes: u64, exits: u64) -> Counts {
-        let device = |bus, address, device: Option<&str>, reads, writes| DeviceExits {
+        let device = |bus, address, device: Option<&str>, reads, writes| DeviceCount {
             bus,
             address,
             device: device.map(str::to_owned),
@@ -275,10 +332,11 @@ mod tests {
             total: writes + 2,
             by_reason: BTreeMap::from([(ExitReason::PioOut, writes), (ExitReason::Interrupted, 2)]),
             by_device: vec![
-                device(Bus::Pio, 0x3f8, Some("UART 1"), 0, writes),
-                device(Bus::Mmio, 0xd000_0000, None, 1, 0),
-                device(Bus::Msr, 0x1b, None, 1, 0),
+                device(AccessSpace::Pio, 0x3f8, Some("UART 1"), 0, writes),
+                device(AccessSpace::Mmio, 0xd000_0000, None, 1, 0),
+                device(AccessSpace::Msr, 0x1b, None, 1, 0),
             ],
+            beyond: 0,
         };
         let kvm = BTreeMap::from([("exits".to_owned(), exits)]);
         let vcpus = vec![VcpuExits { userspace_exits: Some(userspace), kvm }, VcpuExits::default()];
@@ -298,9 +356,49 @@ mod tests {
         let after = counts(1_500_000_000, 30, 600);
         let rates = Rates::new(&before, &after);
         let expected = Rate { name: "pio 0x3f8 UART 1 write".into(), each: vec![40, 0], sum: 40 };
-        assert_eq!(rates.userspace, [expected]);
+        assert_eq!((&rates.userspace.rows[..], rates.userspace.sum), (&[expected][..], 40));
         assert_eq!(rates.vm_exits(), Some(1000));
         assert!(rates.text().contains("VM exits 1000, userspace exits 40"), "{}", rates.text());
+    }
+
+    #[test]
+    fn a_large_response_takes_no_more_memory_than_it_has() {
+        // As of a machine that the guest has taken over: causes of one vCPU's, among many vCPUs.
+        let live = |count: u64| {
+            let kvm = (0..200_000).map(|number| (format!("\x1b{number}"), count)).collect();
+            let full = VcpuExits { userspace_exits: None, kvm };
+            let mut vcpus = vec![VcpuExits::default(); 253];
+            vcpus.push(full);
+            Counts::from(LiveExits { at_ns: count, vcpus })
+        };
+        let (before, after) = (live(1), live(u64::MAX));
+        assert_eq!(after.kvm.values().map(Vec::len).sum::<usize>(), 200_000);
+        let rates = Rates::new(&before, &after);
+        assert_eq!((rates.kvm.rows.len(), rates.kvm.more, rates.kvm.sum), (1000, 199_000, 200_000 * 1_000_000_000));
+        assert!(rates.kvm.rows.iter().all(|rate| rate.each.len() == 254));
+        assert!(!rates.text().contains('\x1b') && rates.text().contains("and 199000 causes with fewer"));
+    }
+
+    #[test]
+    fn counts_of_one_cause_do_not_wrap() {
+        let other = |device| DeviceCount { bus: AccessSpace::Pio, address: 1, device, reads: u64::MAX, writes: 0 };
+        let by_device = vec![other(Some("a".into())), other(Some("a".into()))];
+        let userspace = UserspaceExits { by_device, ..UserspaceExits::default() };
+        let vcpus = vec![VcpuExits { userspace_exits: Some(userspace), ..VcpuExits::default() }];
+        let counts = Counts::from(LiveExits { at_ns: 1, vcpus });
+        assert_eq!(counts.userspace["pio 0x1 a read"], [(0, u64::MAX)]);
+    }
+
+    #[test]
+    fn only_the_end_of_the_run_ends_without_an_error() {
+        let path = || PathBuf::from("/tmp/vm.sock");
+        let connect = |kind: std::io::ErrorKind| ClientError::Connect { path: path(), source: kind.into() };
+        use std::io::ErrorKind;
+        assert!(is_end(&ClientError::Closed { path: path() }));
+        assert!(is_end(&connect(ErrorKind::NotFound)) && is_end(&connect(ErrorKind::ConnectionRefused)));
+        assert!(!is_end(&connect(ErrorKind::WouldBlock)) && !is_end(&connect(ErrorKind::PermissionDenied)));
+        assert!(!is_end(&ClientError::TimedOut { path: path(), timeout: STARTUP }));
+        assert!(!is_end(&ClientError::TooLong { path: path(), max_bytes: 1 }));
     }
 
     #[test]

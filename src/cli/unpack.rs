@@ -1,12 +1,13 @@
 //! The subcommand `hwvmm unpack`: writes the kernel in a bzImage as an ELF file.
 
 use super::output::fail;
-use crate::boot::{self, FileRole, KernelFormat};
+use crate::boot::unpack::Limits;
+use crate::boot::{self, FileRole, KernelFile, KernelFormat};
+use crate::sandbox::{Isolation, Mode};
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Options of `hwvmm unpack`.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// The bzImage (vmlinuz)
@@ -17,14 +18,13 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> ExitCode {
-    let result =
-        boot::open(FileRole::Kernel, &args.kernel).and_then(|file| match boot::identify(&args.kernel, &file)? {
-            KernelFormat::BzImage(image) => unpack(args, &file, &image),
-            KernelFormat::Elf(_) | KernelFormat::Multiboot(_) => Err(boot::KernelError::NotKernel {
-                path: args.kernel.clone(),
-                what: "it is an ELF file: there is nothing to unpack".into(),
-            }),
-        });
+    let result = KernelFile::open(&args.kernel).and_then(|kernel| match kernel.format() {
+        KernelFormat::BzImage(image) => unpack(args, kernel.file(), image),
+        KernelFormat::Elf(_) | KernelFormat::Multiboot(_) => Err(boot::KernelError::NotKernel {
+            path: args.kernel.clone(),
+            what: "it is an ELF file: there is nothing to unpack".into(),
+        }),
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
@@ -33,7 +33,8 @@ pub(super) fn run(args: &Args) -> ExitCode {
 
 fn unpack(args: &Args, file: &File, image: &hwvmm_arch::boot::bzimage::BzImage) -> Result<(), boot::KernelError> {
     let error = |source| boot::KernelError::Unpack { path: args.kernel.clone(), source };
-    let unpacked = boot::unpack_bzimage(file, image, None, &|_| {}).map_err(error)?;
+    let how = boot::UnpackOptions { cache: None, isolation: Isolation::Process(Mode::On), progress: &|_| {} };
+    let unpacked = boot::unpack_bzimage(file, image, Limits::of(u64::MAX), &how).map_err(error)?;
     let write =
         |source| boot::KernelError::WriteFile { role: FileRole::UnpackedKernel, path: args.output.clone(), source };
     let mut out = File::create(&args.output).map_err(write)?;

@@ -2,52 +2,73 @@
 
 use super::error::{BudgetError, ValueError};
 use super::value::{Digits, Items, Value, utf8};
+use crate::bounded_read;
 use hwvmm_arch::exit_code::Class;
 use std::ffi::OsStr;
 use std::fmt;
 use std::path::Path;
 
-/// The kind of number that a limit of one address is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AddressKind {
-    /// I/O port.
-    Port,
-    /// Guest physical address.
-    Gpa,
-    /// Index of a model-specific register.
-    Msr,
-    /// CPUID leaf (EAX).
-    Leaf,
+/// The largest file of limits, in bytes.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+macro_rules! address_spaces {
+    ($($(#[$doc:meta])* $variant:ident $name:literal,)*) => {
+        /// What the address of an exit is a number of.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+        pub enum AddressSpace {
+            $($(#[$doc])* #[serde(rename = $name)] $variant,)*
+        }
+
+        impl AddressSpace {
+            const ALL: &'static [Self] = &[$(Self::$variant),*];
+
+            /// The name in budgets, in tables and in JSON.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+        }
+    };
 }
 
-impl AddressKind {
-    const ALL: [Self; 4] = [Self::Port, Self::Gpa, Self::Msr, Self::Leaf];
+address_spaces! {
+    /// I/O port by its number.
+    Port "port",
+    /// Guest physical address (gpa) of an access to device memory.
+    Gpa "gpa",
+    /// Index of a model-specific register (ECX).
+    Msr "msr",
+    /// CPUID leaf: the value of EAX.
+    Leaf "leaf",
+    /// Number of a hypercall.
+    Hypercall "hypercall",
+    /// Vector of an exception or interrupt.
+    Vector "vector",
+    /// Number of a control register.
+    ControlRegister "cr",
+    /// Number of a debug register.
+    DebugRegister "dr",
+}
 
-    /// The name in budgets and profiles.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Port => "port",
-            Self::Gpa => "gpa",
-            Self::Msr => "msr",
-            Self::Leaf => "leaf",
-        }
+impl fmt::Display for AddressSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
 /// The count that a limit applies to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Counter {
-    /// All VM exits.
+    /// All VM exits of the run, whether KVM or hwvmm handled them.
     Total,
-    /// All userspace exits.
+    /// All userspace exits of the run: exits that KVM passed on to hwvmm.
     Userspace,
     /// VM exits of one class.
     Class(Class),
     /// Userspace exits of one reason, by its name. [`Budget::check_reasons`] finds names that do not exist.
     Reason(String),
     /// Exits for one port, address, MSR or CPUID leaf.
-    Address(AddressKind, u64),
+    Address(AddressSpace, u64),
 }
 
 impl Counter {
@@ -56,7 +77,7 @@ impl Counter {
             if space == "userspace" {
                 return (!number.is_empty()).then(|| Self::Reason(number.to_owned()));
             }
-            let kind = AddressKind::ALL.into_iter().find(|kind| kind.name() == space)?;
+            let kind = AddressSpace::ALL.iter().copied().find(|kind| kind.name() == space)?;
             return Some(Self::Address(kind, parse_number(number)?));
         }
         match name {
@@ -82,7 +103,7 @@ impl fmt::Display for Counter {
 /// The largest number of exits that one counter may reach.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limit {
-    /// What is counted.
+    /// The counter that is limited.
     pub counter: Counter,
     /// The largest count allowed.
     pub max_exits: u64,
@@ -96,19 +117,25 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// Reads `NAME=COUNT,...`; a text without `=` is the path of a file with such lines, in which `#` begins a comment.
+    /// Reads `NAME=COUNT,...`; a text without `=`, or with a `/` before it, is the path of a file with such lines, in which `#`
+    /// begins a comment.
     ///
     /// # Errors
     /// Returns an error if a name is unknown, a count is no number, there are no limits, or the file cannot be read.
     pub fn parse(text: &str) -> Result<Self, BudgetError> {
-        if text.contains('=') {
+        Self::parse_os(OsStr::new(text))
+    }
+
+    fn parse_os(text: &OsStr) -> Result<Self, BudgetError> {
+        let is_list = |text: &&str| text.split_once('=').is_some_and(|(name, _)| !name.contains('/'));
+        if let Some(text) = text.to_str().filter(is_list) {
             return Self::parse_list(text, text.split(','));
         }
         let path = Path::new(text);
-        let contents =
-            std::fs::read_to_string(path).map_err(|error| BudgetError::Read { path: path.to_owned(), error })?;
+        let contents = bounded_read::read_text(path, MAX_FILE_BYTES)
+            .map_err(|error| BudgetError::Read { path: path.to_owned(), error })?;
         let lines = contents.lines().map(|line| line.split('#').next().unwrap_or_default());
-        Self::parse_list(text, lines.flat_map(|line| line.split(',')))
+        Self::parse_list(&text.to_string_lossy(), lines.flat_map(|line| line.split(',')))
     }
 
     fn parse_list<'a>(whole: &str, items: impl Iterator<Item = &'a str>) -> Result<Self, BudgetError> {
@@ -145,7 +172,7 @@ impl Budget {
 /// In TOML also a table: `[budget] total = 4500`.
 impl Value for Budget {
     fn parse(text: &OsStr) -> Result<Self, ValueError> {
-        Self::parse(utf8(text)?).map_err(ValueError::Budget)
+        Self::parse_os(text).map_err(ValueError::Budget)
     }
 
     fn from_items(items: Items) -> Result<Self, ValueError> {
@@ -209,6 +236,7 @@ impl Slack {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::ffi::OsStrExt;
 
     #[test]
     fn limits_are_read() {
@@ -231,9 +259,17 @@ mod tests {
             ("pio=many", "budget pio=many"),
             (",=,", "unknown budget ''"),
             ("/nowhere/file", "/nowhere/file"),
+            ("total", "or give NAME=COUNT,..."),
+            ("/dev/zero", "more than 1048576 bytes"),
         ] {
             let error = Budget::parse(text).expect_err("wrong").to_string();
             assert!(error.contains(words), "{error}");
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        for name in [&b"a=b,c"[..], b"\xff=1"] {
+            let path = folder.path().join(OsStr::from_bytes(name));
+            std::fs::write(&path, "total=1").expect("written");
+            assert_eq!(Budget::parse_os(path.as_os_str()).expect("a budget").limits.len(), 1);
         }
         let file = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(file.path(), "# limits\ntotal = 10\npio=1, npf=2 # two\n").expect("written");

@@ -19,7 +19,7 @@ pub enum Unpack {
 /// How a kernel is entered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum BootProtocol {
-    /// PVH for an ELF kernel that has a PVH note, else the 64-bit protocol of Linux.
+    /// The 64-bit protocol for a 64-bit Linux; PVH for a 32-bit kernel, or another ELF kernel, that has a PVH note.
     #[default]
     Auto,
     /// PVH (Xen's x86/HVM direct boot ABI).
@@ -37,8 +37,20 @@ pub enum MmuChoice {
     /// Nested paging: NPT on AMD, EPT on Intel.
     #[value(name = "npt", alias = "ept")]
     Nested,
-    /// Shadow paging.
+    /// Shadow paging: KVM itself translates guest virtual addresses (`ept=0` or `npt=0` of its module).
     Shadow,
+}
+
+/// How the machine's process is confined while the guest runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum SandboxMode {
+    /// A system call that is not permitted ends the run.
+    #[default]
+    On,
+    /// System calls that are not permitted are printed, and allowed.
+    Log,
+    /// The process is not confined.
+    Off,
 }
 
 /// What a reset by the guest does.
@@ -69,7 +81,7 @@ pub enum StatsFormat {
     Json,
 }
 
-choices!(Unpack, BootProtocol, MmuChoice, OnReboot, ProfileLevel, StatsFormat);
+choices!(Unpack, BootProtocol, MmuChoice, SandboxMode, OnReboot, ProfileLevel, StatsFormat);
 
 /// Where unpacked kernels are kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -77,9 +89,9 @@ pub enum KernelCache {
     /// In the user's cache folder.
     #[default]
     User,
-    /// In this folder.
+    /// In this folder, which is made if it does not exist.
     Folder(PathBuf),
-    /// Nowhere.
+    /// Unpacked kernels are not kept.
     Off,
 }
 

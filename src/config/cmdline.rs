@@ -1,7 +1,8 @@
 //! The kernel command line.
 
-use super::{RunConfig, Transport};
+use super::{RunConfig, Transport, VsockBackend};
 use crate::tune::Lever;
+use std::path::{Path, PathBuf};
 
 impl RunConfig {
     /// Returns the number of virtio devices.
@@ -10,6 +11,20 @@ impl RunConfig {
         let lists = self.disk.len() + self.net.len() + self.share.len();
         let single = [self.rng.is_some(), self.console.is_some(), self.vsock.is_some(), self.balloon.is_some()];
         lists + single.iter().filter(|there| **there).count()
+    }
+
+    /// Returns the path of the vsock device's Unix sockets; `None` where there is no such device.
+    #[must_use]
+    pub fn vsock_path(&self) -> Option<&Path> {
+        match &self.vsock.as_ref()?.backend {
+            VsockBackend::Unix(path) => Some(path),
+            VsockBackend::Vhost => None,
+        }
+    }
+
+    /// Returns the paths at which the machine listens on Unix sockets.
+    pub fn socket_paths(&self) -> impl Iterator<Item = &Path> {
+        self.api.iter().map(PathBuf::as_path).chain(self.vsock_path())
     }
 
     /// Returns the command line of a Linux kernel: the one given, else the default, and the words added.

@@ -3,7 +3,8 @@
 use super::error::{ConfigError, ValueError};
 use super::spec::device_spec;
 use super::value::{Items, Value, utf8};
-use std::ffi::OsStr;
+use hwvmm_devices::path_text::PathText as _;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
@@ -17,7 +18,7 @@ pub enum ConsoleTarget {
     Stdio,
     /// A file that its output is written to.
     File(PathBuf),
-    /// Nothing.
+    /// Output is discarded, and there is no input.
     Null,
 }
 
@@ -44,9 +45,9 @@ fn split_at_equals(text: &OsStr) -> Option<(&OsStr, &OsStr)> {
 /// The console of the guest as asked for (`--console`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConsoleChoice {
-    /// The first UART.
+    /// The UART at COM1 (`ttyS0` in Linux).
     Serial,
-    /// A virtio console.
+    /// A virtio console (`hvc0` in Linux), connected to this target.
     Virtio(ConsoleTarget),
 }
 
@@ -63,7 +64,7 @@ impl ConsoleChoice {
 
 impl Value for ConsoleChoice {
     fn parse(text: &OsStr) -> Result<Self, ValueError> {
-        let error = || ValueError::Console(text.to_string_lossy().into_owned());
+        let error = || ValueError::Console(text.shown().to_string());
         match (text.as_bytes(), split_at_equals(text)) {
             (b"serial", _) => Ok(Self::Serial),
             (b"virtio", _) => Ok(Self::Virtio(ConsoleTarget::Stdio)),
@@ -80,7 +81,7 @@ device_spec! {
     #[derive(Clone)]
     struct UartSpec {
         port: u8 = "port" "N", number (1..=4, 1);
-        target: String = "target" "stdio|file:PATH|null", or ("stdio".into());
+        target: OsString = "target" "stdio|file:PATH|null", or ("stdio".into());
     }
 }
 
@@ -109,12 +110,14 @@ impl Value for SerialChoice {
             let index = number.checked_sub(1).filter(|index| *index < UARTS)?;
             Some(Self::Port { index, target: ConsoleTarget::parse(target)? })
         };
-        port().ok_or_else(|| ValueError::Serial(text.to_string_lossy().into_owned()))
+        port().ok_or_else(|| ValueError::Serial(text.shown().to_string()))
     }
 
     fn from_items(items: Items) -> Result<Self, ValueError> {
         let UartSpec { port, target } = UartSpec::from_items(items)?;
-        Self::parse(OsStr::new(&format!("{port}={target}")))
+        let mut text = OsString::from(format!("{port}="));
+        text.push(target);
+        Self::parse(&text)
     }
 
     fn usage() -> Option<String> {

@@ -1,6 +1,7 @@
 //! Virtio devices, shared folders and multiboot modules: one struct for each, read from the command line and from TOML.
 
 use super::error::ValueError;
+use super::quote::split_once;
 use super::spec::device_spec;
 use super::value::{Items, Value, choices, utf8};
 use std::ffi::OsStr;
@@ -32,8 +33,14 @@ pub enum DiskFormat {
     Auto,
     /// The sectors of the disk, one after the other.
     Raw,
-    /// qcow2, with its backing files.
+    /// qcow2, with the backing files that its header names.
     Qcow2,
+    /// What `Auto` has become: raw, and the guest cannot make it an image of another format.
+    #[value(skip)]
+    DetectedRaw,
+    /// What `Auto` has become: qcow2, without any other file.
+    #[value(skip)]
+    DetectedQcow2,
 }
 
 /// What happens when the host's disk is full (QEMU's `werror`).
@@ -59,18 +66,20 @@ pub enum DiskIo {
 choices!(Transport, DiskFormat, WriteError, DiskIo);
 
 device_spec! {
-    /// A disk (`--disk`).
+    /// A virtio disk and its image (`--disk`).
     #[derive(Clone, Debug, PartialEq, Eq)]
     pub struct DiskConfig {
         /// Path of the image file or block device.
         path: PathBuf = "path" "PATH", first required ("path=FILE");
         /// Format of the image.
         format: DiskFormat = "format" "auto|raw|qcow2", or (DiskFormat::Auto);
+        /// Path of the data file of a qcow2 image that has one.
+        data_file: Option<PathBuf> = "data-file" "PATH", optional;
         /// True if the guest cannot write it.
         read_only: bool = "readonly" "on|off", switch;
         /// True if the host's page cache is not used (O_DIRECT).
         direct: bool = "direct" "on|off", switch;
-        /// Number of virtqueues.
+        /// Number of request queues (virtio 1.3 section 5.2.2), each with a thread of its own.
         queues: u16 = "queues" "N", number (1..=MAX_QUEUES, 1);
         /// Serial number that the guest sees; by default the `id`, or empty.
         serial: String = "serial" "S", or (String::new());
@@ -82,6 +91,9 @@ device_spec! {
         io: DiskIo = "io" "auto|plain", or (DiskIo::Auto);
     }
     check |disk| {
+        if disk.data_file.is_some() && disk.format != DiskFormat::Qcow2 {
+            return Err(ValueError::Needs("format=qcow2 for data-file"));
+        }
         let serial = if disk.serial.is_empty() { disk.id.clone().unwrap_or_default() } else { disk.serial };
         Ok(Self { serial, ..disk })
     }
@@ -90,9 +102,9 @@ device_spec! {
 /// Protocol of a forwarded port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
-    /// TCP.
+    /// TCP connections are forwarded.
     Tcp,
-    /// UDP.
+    /// UDP datagrams are forwarded.
     Udp,
 }
 
@@ -230,7 +242,7 @@ device_spec! {
         /// The largest number of bytes a second; `None`: no limit.
         bytes_per_second: Option<u64> = "rate" "RATE", first bytes;
     }
-    check |rng| Ok(Self { bytes_per_second: rng.bytes_per_second.filter(|rate| *rate > 0) })
+    check |rng| if rng.bytes_per_second == Some(0) { Err(ValueError::NoRate) } else { Ok(rng) }
 }
 
 device_spec! {
@@ -247,7 +259,7 @@ device_spec! {
 pub enum Toggle<T> {
     /// There is no such device.
     Off,
-    /// There is one.
+    /// There is the device, with this configuration.
     On(T),
 }
 
@@ -348,6 +360,8 @@ device_spec! {
         path: PathBuf = "path" "DIR", required ("tag=NAME and path=DIR");
         /// True if the guest cannot change it.
         read_only: bool = "readonly" "on|off", switch;
+        /// True if the guest can make device nodes, and files with a set-user-ID or set-group-ID bit.
+        privileged_files: bool = "privileged-files" "on|off", switch;
     }
 }
 
@@ -370,12 +384,11 @@ pub struct ModuleConfig {
 }
 
 impl Value for ModuleConfig {
-    /// All behind the first comma is arguments, with commas and `=` as they are.
+    /// All behind the first comma that is not written twice is arguments, with commas and `=` as they are.
     fn parse(text: &OsStr) -> Result<Self, ValueError> {
-        let at = text.as_bytes().iter().position(|byte| *byte == b',');
-        let (path, arguments) = text.as_bytes().split_at(at.unwrap_or(text.len()));
-        let arguments = String::parse(OsStr::from_bytes(arguments.strip_prefix(b",").unwrap_or_default()))?;
-        Ok(Self { path: PathBuf::parse(OsStr::from_bytes(path))?, arguments })
+        let (path, arguments) = split_once(text);
+        let path = path.as_bytes().strip_prefix(b"path=").unwrap_or(path.as_bytes());
+        Ok(Self { path: PathBuf::parse(OsStr::from_bytes(path))?, arguments: String::parse(arguments)? })
     }
 
     fn from_items(items: Items) -> Result<Self, ValueError> {
@@ -384,7 +397,7 @@ impl Value for ModuleConfig {
     }
 
     fn usage() -> Option<String> {
-        Some("FILE[,ARGUMENTS]".into())
+        Some("[path=]FILE[,ARGUMENTS]".into())
     }
 }
 
@@ -406,7 +419,16 @@ mod tests {
         assert!(disk.read_only && disk.direct);
         assert_eq!((disk.write_error, disk.io), (WriteError::Stop, DiskIo::Plain));
         assert_eq!((disk.queues, disk.serial.as_str(), disk.format), (4, "root", DiskFormat::Qcow2));
-        for bad in ["", "readonly=on", "a,queues=0", "a,queues=17", "a,format=vmdk", "a,werror=x", "a,cache=none"] {
+        for bad in [
+            "",
+            "readonly=on",
+            "a,queues=0",
+            "a,queues=17",
+            "a,format=vmdk",
+            "a,format=detected-raw",
+            "a,werror=x",
+            "a,cache=none",
+        ] {
             assert!(parse::<DiskConfig>(bad).is_err(), "{bad}");
         }
     }
@@ -442,7 +464,8 @@ mod tests {
         assert_eq!((vsock.cid, vsock.backend), (7, VsockBackend::Unix("/tmp/v".into())));
         assert_eq!(parse::<VsockConfig>("vhost").expect("vhost").backend, VsockBackend::Vhost);
         let share = parse::<ShareConfig>("tag=src,path=.,readonly=on").expect("all");
-        assert_eq!((share.tag.as_str(), share.read_only), ("src", true));
+        assert_eq!((share.tag.as_str(), share.read_only, share.privileged_files), ("src", true, false));
+        assert!(parse::<ShareConfig>("tag=a,path=b,privileged-files=on").expect("all").privileged_files);
         let balloon =
             |text: &str| parse::<Toggle<BalloonConfig>>(text).map(|balloon| balloon.device().map(|it| it.bytes));
         assert_eq!(balloon("1G").expect("a size"), Some(1 << 30));

@@ -1,8 +1,10 @@
 //! What can be wrong with an option.
 
 use super::limits::{MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
+use crate::bounded_read::ReadError;
 use crate::tune::TuneError;
 use hwvmm_arch::exit_code::Class;
+use hwvmm_devices::path_text::PathText as _;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -12,11 +14,11 @@ pub enum BudgetError {
     /// The name of a limit is not known.
     #[error(
         "unknown budget '{name}'; known are: total, userspace, {}, userspace.REASON (as in userspace.pio_out), and port.N, \
-         gpa.N, msr.N, leaf.N for one port, address, MSR or CPUID leaf",
+         gpa.N, msr.N, leaf.N, hypercall.N, vector.N, cr.N, dr.N for one port, address, MSR, CPUID leaf, hypercall, vector or register",
         Class::ALL.map(Class::name).join(", ")
     )]
     Name {
-        /// The name given.
+        /// The name that was given, which is none of the known ones.
         name: String,
     },
     /// The value of a limit is not a whole number.
@@ -31,12 +33,12 @@ pub enum BudgetError {
     #[error("the budget '{0}' has no limits: give NAME=COUNT,..., or a file with such lines")]
     Empty(String),
     /// The file with the limits cannot be read.
-    #[error("cannot read the budget {}: {error}", .path.display())]
+    #[error("cannot read the budget {}: {error} (or give NAME=COUNT,...)", .path.shown())]
     Read {
         /// Path of the file.
         path: PathBuf,
         /// Why it cannot be read.
-        error: std::io::Error,
+        error: ReadError,
     },
     /// The slack is not a percentage from 0 to 1000.
     #[error("'{0}' is not a percentage from 0% to 1000%, such as 2% or 0.5%")]
@@ -57,12 +59,22 @@ pub enum ValueError {
         reason: Box<ValueError>,
     },
     /// There is no such key.
-    #[error("unknown key '{key}'; the keys are {known}")]
+    #[error("unknown key '{key}'; the keys are {known}; a comma that belongs to a value is written twice")]
     UnknownKey {
-        /// The key given.
+        /// The key that was given.
         key: String,
         /// All keys of the option.
         known: String,
+    },
+    /// The first item of a list has a key that does not exist, or is a path with an `=`.
+    #[error("unknown key '{key}'; the keys are {known}; a path with = is given as {remedy}")]
+    KeyOrPath {
+        /// The key that was given.
+        key: String,
+        /// All keys of the option.
+        known: String,
+        /// The item as the path that it would be.
+        remedy: String,
     },
     /// A key without a value.
     #[error("'{0}' is not key=value")]
@@ -74,8 +86,11 @@ pub enum ValueError {
     #[error("it needs {0}")]
     Needs(&'static str),
     /// TOML has a table where the option takes a single value.
-    #[error("a table: this option takes a single value")]
+    #[error("a table: this option takes a single value, or {{ escaped = \"...\" }}")]
     Table,
+    /// The text of `{ escaped = "..." }` in TOML has an escape that does not exist.
+    #[error("'{0}' has a backslash that is neither \\xNN, a byte in hexadecimal, nor \\\\, a backslash")]
+    Escape(String),
     /// TOML has a number or a boolean where the option takes a string.
     #[error("{0} is not a string: write it in quotes")]
     NotText(String),
@@ -88,7 +103,7 @@ pub enum ValueError {
     /// The value is none of the words that the key takes.
     #[error("'{value}' is not one of {choices}")]
     Choice {
-        /// The value given.
+        /// The value that was given, which is none of the words.
         value: String,
         /// All words, with commas between.
         choices: String,
@@ -99,7 +114,7 @@ pub enum ValueError {
     /// The value is no whole number, or too small or too large.
     #[error("'{value}' is not a whole number from {min} to {max}")]
     Number {
-        /// The value given.
+        /// The value as it was given.
         value: String,
         /// The smallest value allowed.
         min: u64,
@@ -114,9 +129,10 @@ pub enum ValueError {
     Time(String),
     /// The size of guest memory is out of bounds.
     #[error(
-        "guest memory must be {}M to {}T in whole pages of 4K, and {bytes} bytes is not",
+        "guest memory must be {}M to {}T in whole pages of 4K, and {bytes} bytes is not{}",
         MIN_MEMORY_BYTES >> 20,
-        MAX_MEMORY_BYTES >> 40
+        MAX_MEMORY_BYTES >> 40,
+        hint_of_unit(*bytes)
     )]
     MemorySize {
         /// The size given, in bytes.
@@ -134,9 +150,12 @@ pub enum ValueError {
         cores: u32,
         /// Threads of a core.
         threads: u32,
-        /// vCPUs asked for.
+        /// The number of vCPUs that was asked for (`--cpus`).
         cpus: u32,
     },
+    /// A device that may pass on nothing.
+    #[error("a rate of 0 is not valid: leave it out for no limit")]
+    NoRate,
     /// The value is not the MAC address of one card.
     #[error("'{0}' is not a MAC address of one card, such as 52:54:00:12:34:56")]
     Mac(String),
@@ -177,7 +196,34 @@ pub enum ConfigError {
         "--serial: port {0} cannot be stdio: the virtio console is; give that a file, as in --console virtio=file:PATH"
     )]
     ConsoleTaken(usize),
+    /// Two devices, sockets or files have the same name, and one of them would not be found.
+    #[error("{what} '{name}' is given twice: {remedy}")]
+    Same {
+        /// What has the name.
+        what: &'static str,
+        /// The name that is given twice.
+        name: String,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// The balloon would leave the guest less than any guest needs.
+    #[error(
+        "--balloon: {bytes} bytes are more than {max_bytes}, the guest's memory without the {}M that it needs",
+        MIN_MEMORY_BYTES >> 20
+    )]
+    Balloon {
+        /// The size given, in bytes.
+        bytes: u64,
+        /// The largest size for this guest, in bytes.
+        max_bytes: u64,
+    },
     /// The default of an option cannot be read.
     #[error("the default of an option is wrong: {0}")]
     Default(#[from] ValueError),
+}
+
+/// For those who are used to options in MiB: what they meant, if `bytes` is a plausible number of MiB.
+fn hint_of_unit(bytes: u64) -> String {
+    let plausible = (MIN_MEMORY_BYTES >> 20)..1 << 20;
+    if plausible.contains(&bytes) { format!("; {bytes} MiB are written {bytes}M") } else { String::new() }
 }

@@ -106,7 +106,7 @@ pub(super) trait Given: Sized {
     /// a list of the command line comes behind that of the file.
     fn merge(command_line: Self, file: Self) -> Self;
 
-    /// Reads TOML.
+    /// Deserializes the option from TOML: one value, or for an option that may be given again a value or a list.
     fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error>;
 }
 
@@ -134,7 +134,7 @@ impl<T: Value> Given for Vec<T> {
     }
 }
 
-/// For serde's `deserialize_with`.
+/// Deserializes an option from TOML, as a function for serde's `deserialize_with`.
 pub(super) fn from_toml<'de, D: Deserializer<'de>, G: Given>(deserializer: D) -> Result<G, D::Error> {
     G::read(deserializer)
 }

@@ -41,7 +41,7 @@ impl Pages {
 }
 
 device_spec! {
-    /// Guest memory (`--memory`).
+    /// Size of guest memory, and the pages of the host that back it (`--memory`).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Memory {
         /// Size in bytes, a multiple of 4096.
@@ -60,6 +60,14 @@ device_spec! {
     }
 }
 
+impl Memory {
+    /// Returns the largest size of a balloon in it, in bytes: the smallest guest memory is left to the guest.
+    #[must_use]
+    pub fn max_balloon_bytes(&self) -> u64 {
+        self.bytes.saturating_sub(MIN_MEMORY_BYTES)
+    }
+}
+
 device_spec! {
     /// vCPUs as asked for; what is not given follows from the rest.
     #[derive(Clone, Copy)]
@@ -74,7 +82,7 @@ device_spec! {
 /// vCPUs and their topology (`--cpus`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cpus {
-    /// Number of sockets.
+    /// Number of processor sockets of the machine.
     pub sockets: u32,
     /// Number of cores of a socket.
     pub cores: u32,
@@ -156,6 +164,7 @@ mod tests {
         );
         for (bad, words) in [
             ("1M", "16M to 4T"),
+            ("512", "16M to 4T in whole pages of 4K, and 512 bytes is not; 512 MiB are written 512M"),
             ("16777217", "whole pages"),
             ("1G,hugepages=4M", "'4M' is not one of thp, off, 2M, 1G"),
             ("1G,huge=on", "hugepages="),

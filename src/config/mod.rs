@@ -6,6 +6,7 @@ mod budget;
 mod choices;
 mod cmdline;
 mod console;
+mod contradictions;
 mod devices;
 mod error;
 mod file;
@@ -13,12 +14,14 @@ mod given;
 mod limits;
 mod machine;
 mod options;
+mod quote;
 mod spec;
 mod value;
 
-pub use budget::{AddressKind, Budget, Counter, Limit, Slack};
+pub use budget::{AddressSpace, Budget, Counter, Limit, Slack};
 pub use choices::{
-    BootProtocol, KernelCache, Levers, MmuChoice, OnReboot, ProfileLevel, StatsFormat, Unpack, cache_folder,
+    BootProtocol, KernelCache, Levers, MmuChoice, OnReboot, ProfileLevel, SandboxMode, StatsFormat, Unpack,
+    cache_folder,
 };
 pub use console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice};
 pub use devices::{
@@ -26,7 +29,8 @@ pub use devices::{
     RngConfig, ShareConfig, Toggle, Transport, VsockBackend, VsockConfig, WriteError,
 };
 pub use error::{BudgetError, ConfigError, ValueError};
-pub use file::{FileError, read as read_file};
+pub use file::{FileError, parse as parse_file, read as read_file};
 pub use machine::{Cpus, Memory, Pages};
 pub use options::{RunConfig, RunOptions};
+pub use quote::{list_item, toml_escaped};
 pub use value::{Value, parse_duration, parse_size};

@@ -2,8 +2,11 @@
 //! from TOML, its default, and the field of [`RunConfig`] that it becomes.
 
 use super::budget::{Budget, Slack};
-use super::choices::{BootProtocol, KernelCache, Levers, MmuChoice, OnReboot, ProfileLevel, StatsFormat, Unpack};
+use super::choices::{
+    BootProtocol, KernelCache, Levers, MmuChoice, OnReboot, ProfileLevel, SandboxMode, StatsFormat, Unpack,
+};
 use super::console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice, UARTS, uarts};
+use super::contradictions::{Related, check};
 use super::devices::{
     BalloonConfig, DiskConfig, ModuleConfig, NetConfig, RngConfig, ShareConfig, Toggle, Transport, VsockConfig,
 };
@@ -90,9 +93,20 @@ macro_rules! options {
             /// Returns an error if there is no kernel, or if options contradict each other.
             pub fn into_config(self) -> Result<RunConfig, ConfigError> {
                 let $given = &self;
-                Ok(RunConfig {
+                let config = RunConfig {
                     $($($name: options!(@value $given.$name, $type $(, default $default)? $(, becomes $expression)?),)*)*
-                })
+                };
+                check(&Related {
+                    share: &config.share,
+                    disk: &config.disk,
+                    vsock: config.vsock.as_ref(),
+                    api: config.api.as_deref(),
+                    stats_out: config.stats_out.as_deref(),
+                    profile_out: config.profile_out.as_deref(),
+                    balloon: config.balloon,
+                    memory: config.memory,
+                })?;
+                Ok(config)
             }
         }
     };
@@ -156,6 +170,9 @@ options! {
         testdev: Option<bool>, [long] "on|off" or "on" default "off";
         /// Unix socket by which `hwvmm ctl` and `hwvmm top` reach the running machine
         api: Option<PathBuf>, [long] "PATH";
+        /// Confine the process that runs the guest to the files and system calls that it needs (seccomp, Landlock, an empty
+        /// root folder, no capabilities). A system call that is not permitted ends the run (on), or is printed and allowed (log)
+        sandbox: Option<SandboxMode>, [long] "MODE" default "on";
         /// KVM's device
         kvm: Option<PathBuf>, [long] "PATH" default "/dev/kvm";
     }
@@ -190,7 +207,10 @@ options! {
     "End of the run" {
         /// End the run after this time with status 124: 30s, 500ms, 2m
         timeout: Option<Duration>, [long] "TIME";
-        /// End the run with status 0 when a line of a console matches; with status 38 if the guest ends before
+        /// End the run with status 0 when a line of a console matches; with status 38 if the guest ends before. A line is
+        /// matched whole, when it has ended (LF, CR LF or CR), without escape sequences, NUL and BEL; only the first
+        /// 64 KiB of a longer one. A line without an end, such as a prompt, is matched when no console has had output for 200 ms, and
+        /// when the guest has shut down, halted or reset itself
         expect: Option<Pattern>, [long] "REGEX";
         /// What a reset by the guest does
         on_reboot: Option<OnReboot>, [long] "ACTION" default "exit";
@@ -211,7 +231,8 @@ options! {
         /// Largest numbers of exits; a run with more ends with status 39. NAME is as in
         /// total=4500,userspace=100,pio=50,npf=100,port.0x3f8=0 (implies --profile)
         budget: Option<Budget>, [long] "LIMITS";
-        /// Take the counts of this profile as limits for each kind of exit, except for the host's interrupts
+        /// Take the counts of this profile as limits for each kind of exit, except for those that come with time: the
+        /// host's interrupts, the guest's timer, and windows for its interrupts
         budget_from: Option<PathBuf>, [long] "FILE";
         /// By how much the counts of --budget-from may be exceeded
         slack: Option<Slack>, [long] "PERCENT" default "2%";
@@ -219,7 +240,7 @@ options! {
         symbols: Option<PathBuf>, [long] "FILE";
         /// Let accesses to MSRs that KVM does not know exit to hwvmm, so that they are counted
         trap_msrs: Option<bool>, [long] "on|off" or "on" default "off";
-        /// Levers against exits; "all=off" turns all off, "help" lists them and what each saves
+        /// Levers that avoid exits; "all=off" turns all off, "help" lists them and what each saves
         tune: Vec<Levers>, [long] "LIST" becomes Tune = given.levers()?;
     }
 }
@@ -311,6 +332,29 @@ mod tests {
         let config = read(example).into_config().expect("valid");
         assert_eq!((config.disk.len(), config.net.len()), (1, 1));
         assert!(config.disk[0].read_only && !config.tune.wants(Lever::BusyPoll));
+    }
+
+    #[test]
+    fn what_contradicts_is_refused_with_the_name() {
+        for (text, words) in [
+            ("share = ['tag=a,path=x', 'tag=a,path=y']", "the tag 'a'"),
+            ("disk = ['a,id=x', 'b,id=x']", "the id 'x'"),
+            ("disk = ['a', 'b,id=disk0']", "the id 'disk0'"),
+            ("api = 's'\nvsock = 'cid=3,uds=s'", "the socket 's'"),
+            ("stats-out = 'f'\nprofile-out = 'f'", "the file 'f'"),
+            ("memory = '64M'\nballoon = '49M'", "51380224 bytes are more than 50331648"),
+        ] {
+            let error = read(&format!("kernel = 'k'\n{text}")).into_config().expect_err("refused").to_string();
+            assert!(error.contains(words), "{error}");
+        }
+        for text in [
+            "share = ['tag=a,path=x', 'tag=b,path=x']\ndisk = ['a', 'a,id=x']\nmemory = '64M'\nballoon = '48M'",
+            "api = 's'\nvsock = 'cid=3,uds=t'\nstats-out = '/dev/null'\nprofile-out = '/dev/null'",
+        ] {
+            config(text);
+        }
+        let error = toml::from_str::<RunOptions>("rng = 0").expect_err("refused").to_string();
+        assert!(error.contains("a rate of 0 is not valid"), "{error}");
     }
 
     #[test]

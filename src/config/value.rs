@@ -2,10 +2,13 @@
 //! `key=value` lists of other options, and from TOML.
 
 use super::error::ValueError;
+use super::quote::{list_item, split, unescape};
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
+use hwvmm_devices::path_text::PathText as _;
 use std::ffi::{OsStr, OsString};
 use std::ops::RangeInclusive;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -25,9 +28,9 @@ pub trait Value: Clone + Send + Sync + 'static {
     /// Reads a table of TOML.
     ///
     /// # Errors
-    /// Returns an error if the type has no keys, or not those of the table.
-    fn from_items(_items: Items) -> Result<Self, ValueError> {
-        Err(ValueError::Table)
+    /// Returns an error if the type has no keys, or not those of the table. A type without keys takes `{ escaped = "..." }`.
+    fn from_items(items: Items) -> Result<Self, ValueError> {
+        Self::parse(&items.escaped()?)
     }
 
     /// Returns the keys that the value takes, for help texts; `None` if it has none.
@@ -45,7 +48,7 @@ pub trait Value: Clone + Send + Sync + 'static {
 
 /// Returns `text` if it is UTF-8.
 pub(super) fn utf8(text: &OsStr) -> Result<&str, ValueError> {
-    text.to_str().ok_or_else(|| ValueError::NotUtf8(text.to_string_lossy().into_owned()))
+    text.to_str().ok_or_else(|| ValueError::NotUtf8(text.shown().to_string()))
 }
 
 /// A value of TOML that is neither a table nor a list.
@@ -58,6 +61,14 @@ pub(super) enum Scalar {
     #[serde(skip)]
     Text(OsString),
     String(String),
+    Escaped(Escaped),
+}
+
+/// Text with escapes for bytes that are not UTF-8 (see [`unescape`]).
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Escaped {
+    escaped: String,
 }
 
 impl Scalar {
@@ -69,6 +80,7 @@ impl Scalar {
         match self {
             Self::Text(text) => T::parse(&text),
             Self::String(text) => T::parse(OsStr::new(&text)),
+            Self::Escaped(Escaped { escaped }) => T::parse(&unescape(&escaped)?),
             Self::Integer(value) => number(value.to_string()),
             Self::Float(value) => number(value.to_string()),
             Self::Boolean(value) if T::BOOLEAN => T::parse(OsStr::new(if value { "true" } else { "false" })),
@@ -103,6 +115,24 @@ pub(super) struct Key {
     pub(super) kind: KeyKind,
 }
 
+impl Key {
+    /// Returns true if its values are paths.
+    fn is_path(&self) -> bool {
+        matches!(self.form, "PATH" | "DIR" | "FILE")
+    }
+}
+
+/// Returns true if `name`, which is no key of the option, is no key that was mistyped either: no key has a slash.
+fn is_of_path(name: &OsStr) -> bool {
+    name.as_bytes().contains(&b'/')
+}
+
+/// Returns true if `path` is a file, a disk or a folder. A socket is not: an earlier run can have made it by the same mistake.
+fn exists(path: &OsStr) -> bool {
+    let kind = std::fs::metadata(path).map(|metadata| metadata.file_type());
+    kind.is_ok_and(|kind| kind.is_file() || kind.is_dir() || kind.is_block_device())
+}
+
 /// Returns the form of a whole list, such as `PATH[,readonly=on|off]`.
 pub(super) fn usage(keys: &[Key]) -> String {
     let mut text = String::new();
@@ -118,48 +148,60 @@ pub(super) fn usage(keys: &[Key]) -> String {
     text
 }
 
-/// Splits a list at its commas; two commas in a row are one comma of a value.
-fn split(text: &OsStr) -> Vec<OsString> {
-    let mut items = vec![Vec::new()];
-    let mut bytes = text.as_bytes().iter().copied().peekable();
-    while let Some(byte) = bytes.next() {
-        if byte == b',' && bytes.next_if_eq(&b',').is_none() {
-            items.push(Vec::new());
-        } else if let Some(item) = items.last_mut() {
-            item.push(byte);
-        }
-    }
-    items.into_iter().map(OsString::from_vec).collect()
-}
-
 /// Keys and values as given, in order.
 #[derive(Default)]
 pub struct Items(Vec<(String, Scalar)>);
 
 impl Items {
-    /// Splits the text of the command line.
+    /// Splits the text of the command line. Every comma that is not written twice ends a value, and a key follows. An item whose
+    /// key is not known belongs to the path before it in two cases: if there is a slash where the key should be, and if the path
+    /// exists with it. All other unknown keys are refused.
+    ///
+    /// # Errors
+    /// Returns [`ValueError::UnknownKey`], [`ValueError::KeyOrPath`] or [`ValueError::NoValue`].
     pub(super) fn from_text(text: &OsStr, keys: &[Key]) -> Result<Self, ValueError> {
-        let first = keys.iter().find(|key| key.kind == KeyKind::First);
         let mut items = Self::default();
         for (index, item) in split(text).into_iter().enumerate() {
-            let (key, value) = match (item.as_bytes().iter().position(|byte| *byte == b'='), first) {
-                (Some(at), _) => {
-                    let (key, value) = item.as_bytes().split_at(at);
-                    (utf8(OsStr::from_bytes(key))?.to_owned(), OsStr::from_bytes(&value[1..]).to_owned())
+            let first = keys.iter().find(|key| index == 0 && key.kind == KeyKind::First);
+            let (name, value) = match item.as_bytes().iter().position(|byte| *byte == b'=') {
+                Some(at) => {
+                    let (name, value) = item.as_bytes().split_at(at);
+                    (OsStr::from_bytes(name), Some(OsStr::from_bytes(&value[1..])))
                 }
-                (None, Some(first)) if index == 0 => (first.name.to_owned(), item),
-                (None, _) => {
-                    let name = utf8(&item)?;
-                    match keys.iter().find(|key| key.name == name) {
-                        Some(Key { kind: KeyKind::Switch, .. }) => (name.to_owned(), "on".into()),
-                        Some(_) => return Err(ValueError::NoValue(name.to_owned())),
-                        None => return Err(unknown(name, keys)),
-                    }
-                }
+                None => (&*item, None),
             };
-            items.push(key, Scalar::Text(value));
+            let key = keys.iter().find(|key| name == key.name);
+            match (key, value, first) {
+                (Some(key), Some(value), _) => items.push(key.name.to_owned(), Scalar::Text(value.to_owned())),
+                (_, None, Some(first)) => items.push(first.name.to_owned(), Scalar::Text(item)),
+                (Some(Key { name, kind: KeyKind::Switch, .. }), None, None) => {
+                    items.push((*name).to_owned(), Scalar::Text("on".into()));
+                }
+                (Some(key), None, None) => return Err(ValueError::NoValue(key.name.to_owned())),
+                (None, Some(_), Some(first)) if first.is_path() => {
+                    if !is_of_path(name) {
+                        return Err(key_or_path(name, first, &item, keys));
+                    }
+                    items.push(first.name.to_owned(), Scalar::Text(item));
+                }
+                (None, ..) => {
+                    let whole = |path: &OsString| [path, &item].map(OsString::as_os_str).join(OsStr::new(","));
+                    let path = items.last_path(keys).ok_or_else(|| unknown(name, keys))?;
+                    let joined = whole(path);
+                    if !(is_of_path(name) || exists(&joined)) {
+                        return Err(unknown(name, keys));
+                    }
+                    *path = joined;
+                }
+            }
         }
         Ok(items)
+    }
+
+    /// Returns the last value where it is a path: what follows a comma behind it can be a part of it.
+    fn last_path(&mut self, keys: &[Key]) -> Option<&mut OsString> {
+        let (name, Scalar::Text(value)) = self.0.last_mut()? else { return None };
+        keys.iter().any(|key| key.name == name && key.is_path()).then_some(value)
     }
 
     /// Adds a key with its value.
@@ -170,13 +212,21 @@ impl Items {
     /// Returns an error if there is a key that is not in `keys`, or one more often than it may be.
     pub(super) fn check(&self, keys: &[Key]) -> Result<(), ValueError> {
         for (index, (name, _)) in self.0.iter().enumerate() {
-            let key = keys.iter().find(|key| key.name == name).ok_or_else(|| unknown(name, keys))?;
+            let key = keys.iter().find(|key| key.name == name).ok_or_else(|| unknown(OsStr::new(name), keys))?;
             let again = self.0.iter().take(index).any(|(earlier, _)| earlier == name);
             if again && key.kind != KeyKind::Repeated {
                 return Err(ValueError::Twice(key.name));
             }
         }
         Ok(())
+    }
+
+    /// Takes the text of `{ escaped = "..." }`.
+    fn escaped(self) -> Result<OsString, ValueError> {
+        match <[_; 1]>::try_from(self.0) {
+            Ok([(key, Scalar::String(text))]) if key == "escaped" => unescape(&text),
+            _ => Err(ValueError::Table),
+        }
     }
 
     /// Takes all keys and values, each value read as `T`.
@@ -218,9 +268,22 @@ fn in_key(key: &'static str) -> impl Fn(ValueError) -> ValueError {
     move |reason| ValueError::Key { key, reason: Box::new(reason) }
 }
 
-fn unknown(key: &str, keys: &[Key]) -> ValueError {
+fn known(keys: &[Key]) -> String {
     let known: Vec<String> = keys.iter().map(|key| format!("{}={}", key.name, key.form)).collect();
-    ValueError::UnknownKey { key: key.to_owned(), known: known.join(", ") }
+    known.join(", ")
+}
+
+fn unknown(key: &OsStr, keys: &[Key]) -> ValueError {
+    ValueError::UnknownKey { key: key.shown().to_string(), known: known(keys) }
+}
+
+/// The first item of a list, which may be a path without its key, has an unknown key, or is a path with an `=`.
+fn key_or_path(key: &OsStr, first: &Key, item: &OsStr, keys: &[Key]) -> ValueError {
+    ValueError::KeyOrPath {
+        key: key.shown().to_string(),
+        known: known(keys),
+        remedy: list_item(first.name, item).shown().to_string(),
+    }
 }
 
 impl Value for String {
@@ -230,6 +293,12 @@ impl Value for String {
 
     fn parser() -> ValueParser {
         ValueParser::string()
+    }
+}
+
+impl Value for OsString {
+    fn parse(text: &OsStr) -> Result<Self, ValueError> {
+        Ok(text.to_owned())
     }
 }
 

@@ -1,6 +1,7 @@
 //! Lines of hwvmm's own among a guest's output: they start at the beginning of a line.
 
 use rustix::stdio::{stderr, stdout};
+use serde::{Deserialize, Serialize};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,6 +13,26 @@ pub(super) fn written(bytes: &[u8]) {
     if let Some(last) = bytes.last() {
         MID_LINE.store(*last != b'\n', Ordering::Relaxed);
     }
+}
+
+/// Where a console's output has left stdout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LineState {
+    /// At the beginning of a line.
+    Start,
+    /// In the middle of a line.
+    Middle,
+}
+
+/// Returns where the consoles of this process have left stdout.
+#[must_use]
+pub fn line_state() -> LineState {
+    if MID_LINE.load(Ordering::Relaxed) { LineState::Middle } else { LineState::Start }
+}
+
+/// Records where another process has left stdout.
+pub fn set_line_state(state: LineState) {
+    MID_LINE.store(state == LineState::Middle, Ordering::Relaxed);
 }
 
 fn is_same_file(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> bool {

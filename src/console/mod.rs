@@ -3,12 +3,14 @@
 
 mod input;
 mod line;
+mod lines;
 mod output;
+mod pattern;
 mod terminal;
 mod watch;
 
-pub use input::{Input, Keys};
-pub use line::fresh_line;
+pub use input::{Input, Keys, Unread, UnreadInput};
+pub use line::{LineState, fresh_line, line_state, set_line_state};
 pub use output::{Output, Sink};
-pub use terminal::{RawTerminal, terminal_size};
-pub use watch::{Announcements, Watch};
+pub use terminal::{RawTerminal, StreamFlags, discard_input, leave_terminal_to_parent, terminal_size};
+pub use watch::{Announcements, Fed, Look, QUIET, Watch, Writing};

@@ -1,7 +1,7 @@
 //! Output of a console: every byte is written before the guest goes on.
 
 use super::line;
-use super::watch::Watch;
+use super::watch::{Fed, Watch};
 use crate::exit::EndReason;
 use crate::vcpu::Control;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,7 +13,7 @@ use std::sync::Arc;
 /// How long to wait for room in a pipe or terminal before checking whether the run has ended.
 const CHECK_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// How many [`CHECK_INTERVAL`]s after the end of the run the final output may take. The rest is dropped.
-const FINAL_OUTPUT_CHECKS: u32 = 20;
+const FINAL_OUTPUT_CHECKS: u32 = 10;
 
 /// Where a console's output goes.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ pub enum Sink {
     Stdout(File),
     /// To another file, terminal or pipe.
     File(File),
-    /// Nowhere.
+    /// To nowhere: output is discarded.
     Null,
 }
 
@@ -52,7 +52,7 @@ impl Output {
     }
 
     /// Prepares it for a thread that no signal interrupts: it never blocks in `write`, and drops what has not been taken
-    /// 2 s after the end of the run.
+    /// 1 s after the end of the run.
     #[must_use]
     pub fn on_a_device_thread(self) -> Self {
         Self { on_a_device_thread: true, ..self }
@@ -105,6 +105,8 @@ impl Output {
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let watch = self.watch.clone();
+        let _writing = watch.writing();
         let count = self.write_some(bytes).inspect_err(|error| {
             let what = format!("cannot write the console's output: {error}");
             self.control.end(EndReason::Failed(what), None);
@@ -112,8 +114,10 @@ impl Write for Output {
         if matches!(self.sink, Sink::Stdout(_)) {
             line::written(&bytes[..count]);
         }
-        if let Some(end) = self.watch.feed(&bytes[..count]) {
-            self.control.end(end, None);
+        match watch.feed(&bytes[..count]) {
+            Fed::Nothing => {}
+            Fed::LineBegan => self.control.wake(),
+            Fed::End(end) => self.control.end(end, None),
         }
         Ok(count)
     }

@@ -1,7 +1,9 @@
 //! The client's end of the control socket.
 
-use super::protocol::{MAX_RESPONSE_BYTES, Request, RequestError, Response};
+use super::protocol::{MAX_RESPONSE_BYTES, MAX_VCPUS, Request, RequestError, Response};
+use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::socket::connect_nonblocking;
+use rustix::process::Uid;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -15,55 +17,73 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, Error)]
 pub enum ClientError {
     /// Nothing listens on the socket, or the file is missing.
-    #[error("no machine answers at {}: is it running, with --api?", .path.display())]
+    #[error("no machine answers at {}: is it running, with --api?", .path.shown())]
     Connect {
-        /// The socket's path.
+        /// The path of the control socket.
         path: PathBuf,
-        /// The system's error.
+        /// The error of connect(2).
         source: io::Error,
     },
-    /// The connection broke.
-    #[error("the connection to the machine at {} failed", .path.display())]
+    /// A read or a write on the connection failed.
+    #[error("the connection to the machine at {} failed", .path.shown())]
     Io {
-        /// The socket's path.
+        /// The path of the control socket.
         path: PathBuf,
-        /// The system's error.
+        /// The error of the read or the write.
         source: io::Error,
     },
     /// There is no whole response within the time.
-    #[error("the machine at {} did not answer within {} s", .path.display(), .timeout.as_secs_f64())]
+    #[error("the machine at {} did not answer within {} s", .path.shown(), .timeout.as_secs_f64())]
     TimedOut {
-        /// The socket's path.
+        /// The path of the control socket.
         path: PathBuf,
         /// The time that it had.
         timeout: Duration,
     },
     /// The machine closed the connection before it had sent a line.
-    #[error("the machine at {} closed the connection without a response: has its run ended?", .path.display())]
+    #[error("the machine at {} closed the connection without a response: has its run ended?", .path.shown())]
     Closed {
-        /// The socket's path.
+        /// The path of the control socket.
         path: PathBuf,
     },
     /// The response has no newline within [`MAX_RESPONSE_BYTES`].
-    #[error("the response of {} has more than {max_bytes} bytes, the most that hwvmm reads: is this a control socket of hwvmm?", .path.display())]
+    #[error("the response of {} has more than {max_bytes} bytes, the most that hwvmm reads: is this a control socket of hwvmm?", .path.shown())]
     TooLong {
-        /// The socket's path.
+        /// The path of the control socket.
         path: PathBuf,
         /// The limit in bytes.
         max_bytes: usize,
     },
     /// The response is no response of this protocol.
-    #[error("the response of {} is not of this version's protocol", .path.display())]
+    #[error("the response of {} is not of this version's protocol", .path.shown())]
     Malformed {
-        /// The socket's path.
+        /// The path of the control socket.
         path: PathBuf,
-        /// The parser's error.
+        /// The error of the JSON parser.
         source: serde_json::Error,
     },
+    /// The response has more vCPUs than a machine has.
+    #[error("the response of {} has {vcpus} vCPUs, and a machine has at most {MAX_VCPUS}: is this a control socket of hwvmm?", .path.shown())]
+    TooManyVcpus {
+        /// The path of the control socket.
+        path: PathBuf,
+        /// The number of vCPUs in the response.
+        vcpus: usize,
+    },
+    /// A process of another user listens on the socket.
+    #[error("user {uid} listens on {}, and not this user ({user}): run hwvmm as the user whose machine it is", .path.shown())]
+    Peer {
+        /// The path of the control socket.
+        path: PathBuf,
+        /// The user that listens.
+        uid: u32,
+        /// The user that this process runs as.
+        user: u32,
+    },
     /// The response is valid, and belongs to another request.
-    #[error("the machine at {} answered another request", .path.display())]
+    #[error("the machine at {} answered another request", .path.shown())]
     Mismatch {
-        /// The socket's path.
+        /// The path of the control socket.
         path: PathBuf,
     },
     /// The machine refused the request.
@@ -85,6 +105,9 @@ fn exchange(path: &Path, request: Request, timeout: Duration) -> Result<Response
     let io_error = |source| ClientError::Io { path: path.to_owned(), source };
     let mut socket =
         connect_nonblocking(path).map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
+    // Where the machine has ended, any user may have made a socket of the same name.
+    let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(|error| io_error(error.into()))?.uid;
+    check_peer(path, peer, rustix::process::geteuid())?;
     socket.set_nonblocking(false).map_err(io_error)?;
     let mut line = serde_json::to_vec(&request).map_err(|error| io_error(error.into()))?;
     line.push(b'\n');
@@ -105,9 +128,20 @@ fn exchange(path: &Path, request: Request, timeout: Duration) -> Result<Response
     }
     match serde_json::from_slice(&line) {
         Ok(Response::Error(error)) => Err(error.into()),
+        Ok(Response::Exits(live)) if live.vcpus.len() > MAX_VCPUS => {
+            Err(ClientError::TooManyVcpus { path: path.to_owned(), vcpus: live.vcpus.len() })
+        }
         Ok(response) => Ok(response),
         Err(source) => Err(ClientError::Malformed { path: path.to_owned(), source }),
     }
+}
+
+/// Returns an error unless the process that listens runs as `user` or as root.
+fn check_peer(path: &Path, peer: Uid, user: Uid) -> Result<(), ClientError> {
+    if peer == user || peer.is_root() {
+        return Ok(());
+    }
+    Err(ClientError::Peer { path: path.to_owned(), uid: peer.as_raw(), user: user.as_raw() })
 }
 
 /// Reads until a newline, the end of the stream, or more than [`MAX_RESPONSE_BYTES`]. The error is `TimedOut` or
@@ -169,7 +203,18 @@ mod tests {
     fn an_endless_response_is_cut_off_with_the_limit_named() {
         let error = error_of(Duration::from_secs(20), |peer| while peer.write_all(&[b'x'; 4096]).is_ok() {});
         assert!(matches!(error, ClientError::TooLong { .. }), "{error:?}");
-        assert!(error.to_string().contains("4194304"), "{error}");
+        assert!(error.to_string().contains("8388608"), "{error}");
+    }
+
+    #[test]
+    fn only_this_user_and_root_are_believed() {
+        let (root, alice, mallory) = (Uid::ROOT, Uid::from_raw(1000), Uid::from_raw(1001));
+        let check = |peer, user| check_peer(Path::new("/tmp/vm.sock"), peer, user);
+        assert!(check(alice, alice).is_ok() && check(root, alice).is_ok());
+        for user in [alice, root] {
+            let error = check(mallory, user).expect_err("refused").to_string();
+            assert!(error.contains("user 1001 listens on /tmp/vm.sock"), "{error}");
+        }
     }
 
     #[test]
@@ -181,6 +226,12 @@ mod tests {
         let refusal = b"{\"response\":\"error\",\"error\":\"no-balloon\"}\n";
         let error = error_of(second, |peer| peer.write_all(refusal).expect("written"));
         assert!(matches!(error, ClientError::Refused(RequestError::NoBalloon)), "{error:?}");
+        let many = format!(
+            "{{\"response\":\"exits\",\"at_ns\":1,\"vcpus\":[{}{{\"kvm\":{{}}}}]}}\n",
+            "{\"kvm\":{}},".repeat(254)
+        );
+        let error = error_of(second, |peer| peer.write_all(many.as_bytes()).expect("written"));
+        assert!(matches!(error, ClientError::TooManyVcpus { vcpus: 255, .. }), "{error:?}");
         let missing = request(Path::new("/no/such/socket"), Request::Stop);
         assert!(matches!(missing, Err(ClientError::Connect { .. })));
     }

@@ -13,6 +13,7 @@
 
 use crate::config::{ValueError, parse_size};
 use crate::exit::ExitReason;
+pub use crate::measure::counters::{AccessSpace, DeviceCount};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -21,8 +22,15 @@ use thiserror::Error;
 /// Longest request line in bytes, its newline included.
 pub const MAX_REQUEST_BYTES: usize = 256;
 
-/// Longest response line that a client reads, in bytes. 254 vCPUs with all their figures take about 1 MiB.
-pub const MAX_RESPONSE_BYTES: usize = 4 << 20;
+/// Longest response line that a client reads, in bytes. 254 vCPUs with a hundred devices and [`MAX_ADDRESSES`] of both
+/// sorts take less than 6 MiB.
+pub const MAX_RESPONSE_BYTES: usize = 8 << 20;
+
+/// The largest number of vCPUs in a response.
+pub const MAX_VCPUS: usize = 254;
+
+/// Unmapped addresses of a vCPU, and MSRs, that a response tells apart: those with the most exits.
+pub const MAX_ADDRESSES: usize = 32;
 
 /// A question or an order to a running machine; also the subcommands of `hwvmm ctl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::Subcommand)]
@@ -76,9 +84,9 @@ impl FromStr for Request {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "response", rename_all = "kebab-case")]
 pub enum Response {
-    /// To [`Request::Status`].
+    /// To [`Request::Status`]: the state of the machine.
     Status(Status),
-    /// To [`Request::Exits`].
+    /// To [`Request::Exits`]: the exits so far.
     Exits(LiveExits),
     /// To [`Request::Balloon`]: the balloon with its new target. The guest needs time to reach it.
     Balloon(BalloonStatus),
@@ -95,8 +103,16 @@ pub enum RequestError {
     /// A balloon request to a machine without one.
     #[error("this machine has no balloon: start it with --balloon")]
     NoBalloon,
+    /// A balloon that would leave the guest too little memory.
+    #[error("a balloon of {target_bytes} bytes is larger than {max_bytes}, the most for this guest")]
+    BalloonTooLarge {
+        /// The size that was asked for, in bytes.
+        target_bytes: u64,
+        /// The largest size, in bytes.
+        max_bytes: u64,
+    },
     /// There are no vCPUs to look at before the guest runs.
-    #[error("the guest does not run yet: ask again")]
+    #[error("the guest does not run yet: try again")]
     NotRunning,
     /// No request of this protocol.
     #[error("unknown request '{line}'; the requests are: status, exits, balloon SIZE, stop")]
@@ -133,7 +149,7 @@ pub struct Status {
 pub enum RunState {
     /// The machine is made, and its vCPUs do not run yet.
     Starting,
-    /// The vCPUs run.
+    /// The vCPUs run the guest.
     Running,
     /// The run has ended, and the machine is being taken down.
     Stopping,
@@ -157,7 +173,7 @@ pub struct BalloonStatus {
 pub struct LiveExits {
     /// Time since the vCPUs were started, in nanoseconds.
     pub at_ns: u64,
-    /// By vCPU index.
+    /// The exits of each vCPU, by its index.
     pub vcpus: Vec<VcpuExits>,
 }
 
@@ -173,51 +189,16 @@ pub struct VcpuExits {
 /// Userspace exits of one vCPU: how often KVM_RUN has returned.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserspaceExits {
-    /// All of them.
+    /// The number of all userspace exits.
     pub total: u64,
     /// By reason; reasons that have not occurred are left out.
     pub by_reason: BTreeMap<ExitReason, u64>,
-    /// By address; addresses that have not been accessed are left out.
-    pub by_device: Vec<DeviceExits>,
-}
-
-/// Userspace exits for one address.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DeviceExits {
-    /// What `address` is a number of.
-    pub bus: Bus,
-    /// First port or gpa of the device, the unmapped port or gpa itself, or the MSR's index.
-    pub address: u64,
-    /// Name of the device; `None` for an unmapped address and for an MSR.
-    pub device: Option<String>,
-    /// Reads by the guest.
-    pub reads: u64,
-    /// Writes by the guest.
-    pub writes: u64,
-}
-
-/// An address space of the processor that can exit to user space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Bus {
-    /// I/O ports.
-    Pio,
-    /// Guest physical addresses outside of memory.
-    Mmio,
-    /// Model-specific registers.
-    Msr,
-}
-
-impl Bus {
-    /// The name in tables and in JSON.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Pio => "pio",
-            Self::Mmio => "mmio",
-            Self::Msr => "msr",
-        }
-    }
+    /// By address; addresses that have not been accessed are left out. At most [`MAX_ADDRESSES`] unmapped addresses and as
+    /// many MSRs.
+    pub by_device: Vec<DeviceCount>,
+    /// The number of exits for other unmapped addresses and MSRs.
+    #[serde(default)]
+    pub beyond: u64,
 }
 
 #[cfg(test)]
@@ -245,13 +226,14 @@ mod tests {
         let exits = UserspaceExits {
             total: 3,
             by_reason: BTreeMap::from([(ExitReason::PioOut, 2), (ExitReason::Interrupted, 1)]),
-            by_device: vec![DeviceExits {
-                bus: Bus::Pio,
+            by_device: vec![DeviceCount {
+                bus: AccessSpace::Pio,
                 address: 0x3f8,
                 device: Some("UART 1".into()),
                 reads: 0,
                 writes: 2,
             }],
+            beyond: 7,
         };
         let kvm = BTreeMap::from([("exits".to_owned(), 9)]);
         let vcpus = vec![VcpuExits { userspace_exits: Some(exits), kvm }, VcpuExits::default()];

@@ -5,6 +5,7 @@ use super::protocol::{BalloonStatus, MAX_REQUEST_BYTES, Request, RequestError, R
 use crate::exit::EndReason;
 use crate::vcpu::Control;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::socket::Listener;
 use hwvmm_devices::virtio::balloon::{BalloonControl, STAT_NAMES};
 use std::collections::HashMap;
@@ -19,9 +20,12 @@ use thiserror::Error;
 /// The largest number of connections. One more closes the oldest, so that clients that never send a line do not block others.
 const MAX_CLIENTS: usize = 16;
 
+/// Bytes of a page of the balloon (virtio 1.3, section 5.5.6).
+const PAGE_BYTES: u64 = 4096;
+
 /// The socket cannot be made.
 #[derive(Debug, Error)]
-#[error("cannot listen on the control socket {}{}", .path.display(), Listener::remedy(.source))]
+#[error("cannot listen on the control socket {}{}", .path.shown(), Listener::remedy(.source))]
 pub struct ListenError {
     path: PathBuf,
     source: io::Error,
@@ -96,18 +100,25 @@ pub struct Server {
     listener: Listener,
     clients: HashMap<RawFd, Client>,
     balloon: Option<Arc<BalloonControl>>,
+    /// The largest size that the balloon is set to, in bytes.
+    max_balloon_bytes: u64,
     control: Arc<Control>,
     live: Arc<OnceLock<Live>>,
 }
 
 impl Server {
-    /// Listens at `path`. Only the user that runs hwvmm can connect (mode 0600).
+    /// Listens at `path`. The balloon is set to `max_balloon_bytes` at most. Only the user that runs hwvmm can connect (mode 0600).
     ///
     /// # Errors
     /// [`ListenError`], with the path.
-    pub fn new(path: &Path, balloon: Option<Arc<BalloonControl>>, control: Arc<Control>) -> Result<Self, ListenError> {
+    pub fn new(
+        path: &Path,
+        balloon: Option<Arc<BalloonControl>>,
+        max_balloon_bytes: u64,
+        control: Arc<Control>,
+    ) -> Result<Self, ListenError> {
         let listener = Listener::new(path).map_err(|source| ListenError { path: path.to_owned(), source })?;
-        Ok(Self { listener, clients: HashMap::new(), balloon, control, live: Arc::default() })
+        Ok(Self { listener, clients: HashMap::new(), balloon, max_balloon_bytes, control, live: Arc::default() })
     }
 
     /// The place for the reader of the vCPUs' counters, which is set once the vCPUs run.
@@ -124,7 +135,11 @@ impl Server {
                 Ok(Response::Exits(live.exits()))
             }
             Request::Balloon { target_bytes } => {
-                self.balloon.as_ref().ok_or(RequestError::NoBalloon)?.set_target(target_bytes);
+                let balloon = self.balloon.as_ref().ok_or(RequestError::NoBalloon)?;
+                if target_bytes > self.max_balloon_bytes {
+                    return Err(RequestError::BalloonTooLarge { target_bytes, max_bytes: self.max_balloon_bytes });
+                }
+                balloon.set_target(target_bytes.next_multiple_of(PAGE_BYTES));
                 self.balloon().map(Response::Balloon).ok_or(RequestError::NoBalloon)
             }
             Request::Stop => {
@@ -155,13 +170,30 @@ impl Server {
         })
     }
 
+    /// Closes the connection that was accepted first, if there is one.
+    fn close_oldest(&mut self, ops: &mut EventOps<'_>) -> Option<()> {
+        let oldest = self.clients.iter().min_by_key(|(_, client)| client.accepted).map(|(fd, _)| *fd)?;
+        let client = self.clients.remove(&oldest)?;
+        forget(&client.stream, ops);
+        Some(())
+    }
+
+    /// Accepts all connections that wait: the listener is edge-triggered, so that one that is left is not looked at again before
+    /// the next client.
     fn accept(&mut self, ops: &mut EventOps<'_>) {
-        while let Ok((stream, _)) = self.listener.socket().accept() {
-            if self.clients.len() >= MAX_CLIENTS
-                && let Some(oldest) = self.clients.iter().min_by_key(|(_, client)| client.accepted).map(|(fd, _)| *fd)
-                && let Some(client) = self.clients.remove(&oldest)
-            {
-                forget(&client.stream, ops);
+        loop {
+            let stream = match self.listener.socket().accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => continue,
+                    io::ErrorKind::WouldBlock => return,
+                    // No file descriptor is left, as a rule. That of the oldest client is used, as where there are too many.
+                    _ if self.close_oldest(ops).is_some() => continue,
+                    _ => return log::warn!("control socket: a client cannot be accepted: {error}"),
+                },
+            };
+            if self.clients.len() >= MAX_CLIENTS {
+                self.close_oldest(ops);
             }
             if stream.set_nonblocking(true).is_ok() && ops.add(Events::new(&stream, EventSet::IN)).is_ok() {
                 let client = Client { stream, accepted: Instant::now(), progress: Progress::Receiving(Vec::new()) };
@@ -241,7 +273,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("control");
         let control = Arc::new(Control::new().expect("a control"));
-        let server = Server::new(&path, None, Arc::clone(&control)).expect("listening");
+        let server = Server::new(&path, None, 0, Arc::clone(&control)).expect("listening");
         let done = AtomicBool::new(false);
         let done = &done;
         std::thread::scope(|scope| {

@@ -1,15 +1,22 @@
 //! How a run ends, and the exit status that says so.
 
+use crate::escape::{GUEST_BYTES, escape};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 
-/// Exit statuses of `hwvmm run`; also in its `--help`.
+/// The most that is shown of an error, in bytes.
+const MAX_BYTES: usize = 4096;
+
+/// Exit statuses of `hwvmm run`; also in its `--help`. A guest chooses an odd one by isa-debug-exit.
 pub mod status {
     /// The guest shut down, `--expect` was seen, or `hwvmm ctl SOCKET stop` ended the run.
     pub const OK: u8 = 0;
-    /// hwvmm itself failed, such as at a file that cannot be read.
-    pub const ERROR: u8 = 1;
+    /// Another subcommand than `run` failed.
+    pub const FAILURE: u8 = 1;
+    /// hwvmm itself failed, such as at a file that cannot be read. An even number, so that no guest's isa-debug-exit has it: 1 is what
+    /// a test of kvm-unit-tests ends with that passed.
+    pub const ERROR: u8 = 42;
     /// The command line is wrong.
     pub const USAGE: u8 = 2;
     /// The guest reset itself.
@@ -28,6 +35,8 @@ pub mod status {
     pub const NOT_SEEN: u8 = 38;
     /// The guest ended well, and made more exits than its budget allows.
     pub const OVER_BUDGET: u8 = 39;
+    /// The machine's process crashed: a panic, an abort, a forbidden system call.
+    pub const CRASHED: u8 = 40;
     /// The time of `--timeout` passed.
     pub const TIMEOUT: u8 = 124;
     /// The user left with Ctrl-A x.
@@ -74,6 +83,33 @@ impl Signal {
     }
 }
 
+/// How the machine's process ended when it should not have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Crash {
+    /// The number of the signal that killed it (signal(7)).
+    Signal(i32),
+    /// Its sandbox ended it: what it tried.
+    Refused(String),
+    /// Its code panicked; the message was printed on stderr.
+    Panicked,
+    /// It exited with this status before its record was complete.
+    Exited(i32),
+}
+
+impl fmt::Display for Crash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Signal(number) => {
+                write!(f, "signal {number}")?;
+                signal_hook::low_level::signal_name(*number).map_or(Ok(()), |name| write!(f, ", {name}"))
+            }
+            Self::Refused(what) => f.write_str(&escape(what, GUEST_BYTES)),
+            Self::Panicked => f.write_str("a panic"),
+            Self::Exited(status) => write!(f, "exit status {status}"),
+        }
+    }
+}
+
 /// The end of a run: its reason, and the vCPU that it happened on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunEnd {
@@ -88,7 +124,7 @@ pub struct RunEnd {
 pub enum EndReason {
     /// The guest turned itself off.
     PowerOff,
-    /// The guest halted for good after its kernel said that it would.
+    /// The guest halted permanently after its kernel said that it would.
     SystemHalted,
     /// The guest reset itself.
     Reset,
@@ -118,6 +154,8 @@ pub enum EndReason {
     Signal(Signal),
     /// hwvmm itself cannot go on.
     Failed(String),
+    /// The machine's process ended before it had sent its record.
+    Crashed(Crash),
 }
 
 impl EndReason {
@@ -138,6 +176,7 @@ impl EndReason {
             Self::Quit => status::QUIT,
             Self::Signal(signal) => 128 + signal.number(),
             Self::Failed(_) => status::ERROR,
+            Self::Crashed(_) => status::CRASHED,
         }
     }
 
@@ -161,7 +200,8 @@ impl EndReason {
             | Self::Watchdog
             | Self::Kvm(_)
             | Self::TimedOut(_)
-            | Self::Failed(_) => false,
+            | Self::Failed(_)
+            | Self::Crashed(_) => false,
         }
     }
 
@@ -183,18 +223,26 @@ impl fmt::Display for EndReason {
             Self::Reset => f.write_str("the guest reset itself"),
             Self::TripleFault => f.write_str("triple fault: the guest's processor shut down"),
             Self::Panicked(None) => f.write_str("the guest panicked"),
-            Self::Panicked(Some(words)) => write!(f, "the guest panicked: {words}"),
+            Self::Panicked(Some(words)) => write!(f, "the guest panicked: {}", escape(words, GUEST_BYTES)),
             Self::Halted => f.write_str("every vCPU is halted with interrupts off: nothing can wake the guest"),
             Self::DebugExit(status) => write!(f, "the guest ended the run with status {status}"),
             Self::Watchdog => f.write_str("the guest's watchdog ran out"),
-            Self::Kvm(what) => write!(f, "KVM cannot run the guest further: {what}"),
-            Self::Seen(what) => write!(f, "seen: {what}"),
+            Self::Kvm(what) => write!(f, "KVM cannot run the guest further: {}", escape(what, MAX_BYTES)),
+            Self::Seen(what) => write!(f, "seen: {}", escape(what, GUEST_BYTES)),
             Self::NotSeen(end) => write!(f, "{end}, and --expect was not seen"),
             Self::TimedOut(after) => write!(f, "timed out after {} s", after.as_secs_f64()),
             Self::Quit => f.write_str("ended by the user"),
             Self::Stopped => f.write_str("stopped through the control socket"),
             Self::Signal(signal) => write!(f, "ended by {}", signal.name()),
-            Self::Failed(what) => f.write_str(what),
+            Self::Failed(what) => f.write_str(&escape(what, MAX_BYTES)),
+            Self::Crashed(Crash::Refused(what)) => {
+                write!(
+                    f,
+                    "the sandbox ended the machine's process: {}; the guest has taken it over, or this is a bug in hwvmm",
+                    escape(what, GUEST_BYTES)
+                )
+            }
+            Self::Crashed(crash) => write!(f, "the machine's process crashed ({crash}): this is a bug in hwvmm"),
         }
     }
 }
@@ -218,9 +266,17 @@ mod tests {
             EndReason::TimedOut(Duration::from_secs(1)),
             EndReason::Quit,
             EndReason::Failed(String::new()),
+            EndReason::Crashed(Crash::Panicked),
         ];
         let by_status: HashMap<u8, &EndReason> = ends.iter().map(|end| (end.status(), end)).collect();
         assert_eq!(by_status.len(), ends.len());
+    }
+
+    #[test]
+    fn no_test_ends_with_the_status_of_a_failure_of_hwvmm() {
+        let chosen = (0..=u8::MAX).map(|value| EndReason::DebugExit(value << 1 | 1).status());
+        let failures = [status::ERROR, status::USAGE, status::CRASHED];
+        assert!(chosen.into_iter().all(|status| !failures.contains(&status)));
     }
 
     #[test]

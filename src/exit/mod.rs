@@ -4,6 +4,6 @@ pub mod end;
 pub mod handler;
 pub mod reason;
 
-pub use end::{EndReason, RunEnd, Signal};
+pub use end::{Crash, EndReason, RunEnd, Signal};
 pub use handler::{Handler, Outcome, Route};
 pub use reason::ExitReason;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 macro_rules! exit_reasons {
     ($($variant:ident $name:literal $what:literal,)*) => {
-        /// Why KVM_RUN came back to user space.
+        /// Why KVM_RUN returned to user space.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
         #[repr(u8)]
         pub enum ExitReason {
@@ -45,11 +45,11 @@ macro_rules! exit_reasons {
 exit_reasons! {
     PioIn "pio_in" "The guest read a port.",
     PioOut "pio_out" "The guest wrote a port.",
-    MmioRead "mmio_read" "The guest read memory that is a device's.",
-    MmioWrite "mmio_write" "The guest wrote memory that is a device's.",
+    MmioRead "mmio_read" "The guest read memory of a device.",
+    MmioWrite "mmio_write" "The guest wrote memory of a device.",
     MsrRead "msr_read" "The guest read an MSR that KVM does not know.",
     MsrWrite "msr_write" "The guest wrote an MSR that KVM does not know.",
-    Hypercall "hypercall" "The guest made a hypercall that KVM left to us.",
+    Hypercall "hypercall" "The guest made a hypercall that KVM passes to user space.",
     Hlt "hlt" "The guest halted (only without an APIC in the kernel).",
     Interrupted "interrupted" "A signal interrupted KVM_RUN: a kick.",
     Again "again" "A vCPU got the start-up message that it waited for.",
@@ -61,14 +61,14 @@ exit_reasons! {
     Debug "debug" "A guest-debug event.",
     Exception "exception" "An exception.",
     IrqWindowOpen "irq_window_open" "The guest can take an interrupt.",
-    Intr "intr" "An interrupt of the host's.",
+    Intr "intr" "An interrupt of the host.",
     SetTpr "set_tpr" "The task priority changed.",
     TprAccess "tpr_access" "The task priority was accessed.",
     Nmi "nmi" "A non-maskable interrupt.",
     IoapicEoi "ioapic_eoi" "An interrupt was acknowledged at the I/O APIC in user space.",
     Hyperv "hyperv" "Hyper-V emulation.",
     Foreign "foreign" "A reason of another architecture.",
-    Unknown "unknown" "The hardware left for a reason that KVM does not know.",
+    Unknown "unknown" "The hardware exited for a reason that KVM does not know.",
     Unsupported "unsupported" "A reason that this hwvmm does not know.",
 }
 

@@ -43,7 +43,7 @@ pub enum Need {
 /// A capability of KVM's (KVM API 4.4).
 #[derive(Clone, Copy, Debug)]
 pub struct Capability {
-    /// KVM_CAP_*.
+    /// The number of the capability (KVM_CAP_*), as KVM_CHECK_EXTENSION takes it.
     pub number: u32,
     /// The name without KVM_CAP_.
     pub name: &'static str,
@@ -80,8 +80,8 @@ pub const USED: &[Capability] = &[
     useful(kvm::KVM_CAP_TSC_DEADLINE_TIMER, "TSC_DEADLINE_TIMER", "timers cost two exits instead of one"),
     useful(kvm::KVM_CAP_GET_TSC_KHZ, "GET_TSC_KHZ", "guests without kvmclock calibrate the TSC themselves"),
     useful(kvm::KVM_CAP_IOEVENTFD, "IOEVENTFD", "each doorbell goes through user space"),
-    useful(kvm::KVM_CAP_BINARY_STATS_FD, "BINARY_STATS_FD", "--stats has no figures of the kernel's").since(5, 14),
-    useful(kvm::KVM_CAP_X86_USER_SPACE_MSR, "X86_USER_SPACE_MSR", "--trap-msrs is not there").since(5, 10),
+    useful(kvm::KVM_CAP_BINARY_STATS_FD, "BINARY_STATS_FD", "--stats has no statistics of KVM").since(5, 14),
+    useful(kvm::KVM_CAP_X86_USER_SPACE_MSR, "X86_USER_SPACE_MSR", "--trap-msrs is not available").since(5, 10),
     useful(kvm::KVM_CAP_PRE_FAULT_MEMORY, "PRE_FAULT_MEMORY", "prefault=on fills the host's pages only").since(6, 11),
     useful(kvm::KVM_CAP_X86_DISABLE_EXITS, "X86_DISABLE_EXITS", "HLT and PAUSE always exit").since(4, 17),
 ];

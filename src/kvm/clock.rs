@@ -18,10 +18,16 @@ pub struct Anchor {
 }
 
 impl Anchor {
-    /// The current moment.
+    /// Reads the TSC and the monotonic clock, one right after the other.
     #[must_use]
     pub fn now() -> Self {
         Self { tsc: tsc(), at: Instant::now() }
+    }
+
+    /// Nanoseconds from this moment to `later`, by the monotonic clock.
+    #[must_use]
+    pub fn ns_between(&self, later: &Self) -> u64 {
+        u64::try_from(later.at.saturating_duration_since(self.at).as_nanos()).unwrap_or(u64::MAX)
     }
 
     /// Nanoseconds from this moment to the TSC value `tsc`, at the rate of both clocks between this moment and `end`. Returns 0

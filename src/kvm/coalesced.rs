@@ -17,7 +17,7 @@ const ENTRIES: u32 = 170;
 /// What a coalesced write was made to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CoalescedAddress {
-    /// A port.
+    /// The number of an I/O port.
     Pio(u16),
     /// A guest physical address.
     Mmio(u64),

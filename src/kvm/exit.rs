@@ -21,7 +21,7 @@ pub enum Direction {
     Out,
 }
 
-/// Data of KVM_EXIT_INTERNAL_ERROR.
+/// What KVM reports with KVM_EXIT_INTERNAL_ERROR (`kvm_run.internal`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InternalError {
     /// The kind of error: KVM_INTERNAL_ERROR_*.
@@ -104,7 +104,7 @@ pub enum Exit<'a> {
     InternalError(InternalError),
     /// The guest asked for a system event, such as a reset, by a paravirtual interface.
     SystemEvent {
-        /// The event: KVM_SYSTEM_EVENT_*.
+        /// The type of the event: KVM_SYSTEM_EVENT_*.
         kind: u32,
     },
     /// An access that KVM cannot resolve by the memslots (KVM_EXIT_MEMORY_FAULT).

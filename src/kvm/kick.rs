@@ -24,7 +24,7 @@ extern "C" fn on_kick(_signal: i32) {
     if !flag.is_null() {
         // SAFETY: the pointer is into the mapped kvm_run of the vCPU that this very thread runs, set by `Kickable::new`
         // and cleared before the vCPU can go away (`Drop`). Volatile, because KVM reads it from the kernel; a signal
-        // handler may do no more than this store.
+        // handler may do only this store.
         unsafe { flag.write_volatile(1) };
     }
 }
@@ -72,7 +72,7 @@ pub struct KickTarget {
 }
 
 impl KickTarget {
-    /// The calling thread.
+    /// Returns the calling thread as a target for kicks.
     #[must_use]
     pub fn current() -> Self {
         // SAFETY: neither call takes arguments or can fail.

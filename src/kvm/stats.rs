@@ -53,7 +53,7 @@ pub enum StatsError {
 pub enum Kind {
     /// A count since the start of the machine, which only grows.
     Cumulative,
-    /// The momentary value.
+    /// The value at the time of reading, which grows and shrinks.
     Instant,
     /// The largest value so far.
     Peak,

@@ -2,6 +2,7 @@
 
 use super::error::{KvmError, Named};
 use super::vm::Vm;
+use hwvmm_devices::path_text::PathText as _;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 use std::ffi::CString;
@@ -18,20 +19,20 @@ pub enum OpenError {
     /// There is no such device.
     #[error(
         "there is no {}: load KVM (`modprobe kvm_intel` or `modprobe kvm_amd`), or turn virtualization on in the firmware, \
-         or (in a virtual machine or container) have the device passed in; `scripts/lab` runs hwvmm without it", .0.display()
+         or (in a virtual machine or container) have the device passed in; `scripts/lab` runs hwvmm without it", .0.shown()
     )]
     Missing(PathBuf),
     /// The user has no permission to open the device.
     #[error(
         "no permission to open {}: add yourself to its group (`sudo usermod -aG kvm $USER`, then log in again) or run as \
-         root", .0.display()
+         root", .0.shown()
     )]
     Permission(PathBuf),
     /// Any other error of open(2).
-    #[error("cannot open {}", .0.display())]
+    #[error("cannot open {}", .0.shown())]
     Other(PathBuf, #[source] io::Error),
     /// The device answers KVM_GET_API_VERSION with another number than 12: it is not KVM.
-    #[error("{path} speaks KVM API version {version}, hwvmm needs {KVM_API_VERSION}: is it KVM?", path = .0.display(), version = .1)]
+    #[error("{path} has KVM API version {version}, hwvmm needs {KVM_API_VERSION}: is it KVM?", path = .0.shown(), version = .1)]
     Version(PathBuf, i32),
 }
 

@@ -105,7 +105,7 @@ impl Vcpu {
         for entry in entries {
             let Ok(one) = Msrs::from_entries(std::slice::from_ref(entry)) else { continue };
             if self.fd.set_msrs(&one).named("KVM_SET_MSRS")? == 0 {
-                log::debug!("vCPU {}: KVM does not take MSR {:#x}", self.id, entry.index);
+                log::debug!("vCPU {}: KVM refuses MSR {:#x}", self.id, entry.index);
             }
         }
         Ok(())
@@ -285,7 +285,7 @@ impl Running<'_> {
         result
     }
 
-    /// The vCPU.
+    /// Returns the vCPU that this thread runs.
     #[must_use]
     pub fn vcpu(&self) -> &Vcpu {
         self.vcpu

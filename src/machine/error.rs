@@ -4,6 +4,7 @@ use crate::boot::KernelError;
 use crate::kvm::KvmError;
 use crate::memory::MemoryError;
 use hwvmm_devices::BusError;
+use hwvmm_devices::path_text::PathText as _;
 use std::io;
 use std::path::PathBuf;
 use thiserror::Error;
@@ -31,11 +32,29 @@ pub enum MachineError {
         /// The largest number of vCPUs that KVM allows.
         max: usize,
     },
+    /// More memory than the guest's processor, which has the host's physical addresses, can address.
+    #[error(
+        "physical addresses have {address_bits} bits on this host (CPUID 0x80000008, as its KVM gives it to guests), which is too \
+         few for {asked} bytes of guest memory and the hole below 4 GiB: -m {most_mib}M is the most"
+    )]
+    TooMuchMemory {
+        /// The size that was asked for, in bytes.
+        asked: u64,
+        /// The number of bits of a physical address.
+        address_bits: u32,
+        /// The largest size that fits, in MiB.
+        most_mib: u64,
+    },
     /// KVM does not have a capability that an option needs.
-    #[error("this host's KVM does not have {0}, which --{1} needs")]
-    Missing(&'static str, &'static str),
+    #[error("this host's KVM does not have {capability}, which --{option} needs")]
+    Missing {
+        /// Name of the capability (KVM_CAP_*), and the first Linux that has it.
+        capability: &'static str,
+        /// Name of the option.
+        option: &'static str,
+    },
     /// The file for a console's output cannot be created.
-    #[error("cannot open {} for the serial port's output", .0.display())]
+    #[error("cannot open {} for the serial port's output", .0.shown())]
     SerialFile(PathBuf, #[source] io::Error),
     /// A disk image cannot be opened.
     #[error(transparent)]
@@ -53,11 +72,14 @@ pub enum MachineError {
     #[error(transparent)]
     Api(#[from] crate::control::ListenError),
     /// The vhost-net device of the host cannot be used.
-    #[error("vhost=on needs /dev/vhost-net: is the module loaded (modprobe vhost_net), and may you open it?")]
+    #[error("vhost=on needs /dev/vhost-net: load the module (modprobe vhost_net), and check its permissions")]
     Vhost(#[source] hwvmm_devices::virtio::net::VhostNetError),
+    /// The vsock device has no process that connects to sockets of the host.
+    #[error("the vsock device has no process that connects for it; this is a bug in hwvmm")]
+    NoConnector,
     /// The vhost-vsock device of the host cannot be used.
     #[error(
-        "vsock with vhost=on needs /dev/vhost-vsock (modprobe vhost_vsock, and may you open it?) and a cid of its own"
+        "vsock with vhost=on needs /dev/vhost-vsock (modprobe vhost_vsock; check its permissions) and a cid of its own"
     )]
     VhostVsock(#[source] hwvmm_devices::virtio::vsock::KernelVsockError),
     /// The program passt, for user-mode networking, cannot be started.
@@ -85,7 +107,7 @@ pub enum MachineError {
 }
 
 impl MachineError {
-    /// What mends it when passt cannot be started.
+    /// What the user can do when passt cannot be started.
     fn passt_remedy(error: &io::Error) -> &'static str {
         if error.kind() == io::ErrorKind::NotFound { ": it is not installed (apt install passt)" } else { "" }
     }

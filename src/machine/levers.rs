@@ -1,6 +1,6 @@
 //! Levers that are settings of KVM's, and what a host can do of them.
 
-use crate::boot::is_multiboot;
+use crate::boot::KernelFile;
 use crate::config::RunConfig;
 use crate::error::chain;
 use crate::kvm::{CoalescedRing, KvmError, System, Vcpu, Vm};
@@ -48,9 +48,9 @@ pub(super) enum Irqchip {
 ///
 /// # Errors
 /// Where KVM can do neither.
-pub(super) fn create_irqchip(vm: &Vm, config: &RunConfig) -> Result<Irqchip, KvmError> {
+pub(super) fn create_irqchip(vm: &Vm, config: &RunConfig, kernel: &KernelFile) -> Result<Irqchip, KvmError> {
     // Test kernels want the whole PC.
-    if config.tune.wants(Lever::SplitIrqchip) && !config.testdev && !is_multiboot(&config.kernel) {
+    if config.tune.wants(Lever::SplitIrqchip) && !config.testdev && !kernel.is_multiboot() {
         match vm.split_irqchip() {
             Ok(()) => return Ok(Irqchip::Split),
             Err(error) => config.tune.cannot(Lever::SplitIrqchip, &format!("{error}: {}", error.source)),

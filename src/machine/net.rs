@@ -2,13 +2,17 @@
 
 use super::error::MachineError;
 use crate::config::{Forward, NetBackend, NetConfig, Protocol};
+use crate::error::chain;
+use crate::sandbox::{Sandbox, ThreadRole};
+use hwvmm_devices::memory::Memory;
 use hwvmm_devices::virtio::VirtioDevice;
 use hwvmm_devices::virtio::net::{Backend, Net, Stream, Tap};
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 
 /// What the guest gets by DHCP, and where it finds the host: as in other VMMs' user mode.
 const GUEST_ADDRESS: &str = "10.0.2.15";
@@ -17,20 +21,36 @@ const NETMASK: &str = "255.255.255.0";
 /// Lines of passt's that are shown when it fails.
 const LAST_LINES: usize = 5;
 
-/// A card for `net`.
-pub(super) fn card(net: &NetConfig) -> Result<Box<dyn VirtioDevice>, MachineError> {
+/// The longest line of passt's that is kept, in bytes. A longer one becomes several.
+const LINE_BYTES: u64 = 1024;
+
+/// A virtio network device, with the host's process that its backend needs.
+pub(super) struct Card {
+    pub(super) device: Box<dyn VirtioDevice>,
+    /// The process behind it, where there is one.
+    pub(super) passt: Option<Passt>,
+}
+
+/// A card for `net`, whose queues are in `memory`.
+pub(super) fn card(net: &NetConfig, memory: &Memory) -> Result<Card, MachineError> {
+    let mut passt = None;
     let (name, backends): (&str, Vec<Box<dyn Backend>>) = match &net.backend {
         NetBackend::Tap { name, .. } => {
             let queues = Tap::open(name, net.queues)?;
             (name, queues.into_iter().map(|tap| Box::new(tap) as Box<dyn Backend>).collect())
         }
-        NetBackend::User(forwards) => ("user", vec![Box::new(Stream::new(start_passt(forwards)?)?)]),
+        NetBackend::User(forwards) => {
+            let (socket, process) = start_passt(forwards)?;
+            passt = Some(process);
+            ("user", vec![Box::new(Stream::new(socket)?)])
+        }
     };
-    let card = Net::new(net.mac.unwrap_or_else(|| stable_mac(name)), backends);
-    match net.backend {
-        NetBackend::Tap { vhost: true, .. } => Ok(Box::new(card.with_vhost().map_err(MachineError::Vhost)?)),
-        NetBackend::Tap { .. } | NetBackend::User(_) => Ok(Box::new(card)),
-    }
+    let card = Net::new(net.mac.unwrap_or_else(|| stable_mac(name)), backends)?;
+    let device: Box<dyn VirtioDevice> = match net.backend {
+        NetBackend::Tap { vhost: true, .. } => Box::new(card.with_vhost(memory).map_err(MachineError::Vhost)?),
+        NetBackend::Tap { .. } | NetBackend::User(_) => Box::new(card),
+    };
+    Ok(Card { device, passt })
 }
 
 /// An address that is the same in every run: locally administered, the rest from the backend's name (FNV-1a).
@@ -53,7 +73,7 @@ fn port_spec(forward: &Forward) -> String {
 }
 
 /// Starts passt on one end of a socket; it ends when the other end, which is returned, closes.
-fn start_passt(forwards: &[Forward]) -> Result<UnixStream, MachineError> {
+fn start_passt(forwards: &[Forward]) -> Result<(UnixStream, Passt), MachineError> {
     let (ours, theirs) = UnixStream::pair()?;
     let mut command = Command::new("passt");
     command
@@ -71,15 +91,37 @@ fn start_passt(forwards: &[Forward]) -> Result<UnixStream, MachineError> {
             .arg(port_spec(forward));
     }
     let child = command.spawn().map_err(MachineError::Passt)?;
-    std::thread::Builder::new().name("passt".into()).spawn(move || attend(child))?;
-    Ok(ours)
+    Ok((ours, Passt(child)))
 }
 
-/// Listens to what passt says, and says it where passt fails.
+/// A process of passt. Its own sandbox confines it.
+pub(super) struct Passt(Child);
+
+impl Passt {
+    /// Starts a thread in `sandbox` that reads what passt prints, and logs it where passt fails.
+    pub(super) fn attend(self, sandbox: &Arc<Sandbox>) -> io::Result<()> {
+        let sandbox = Arc::clone(sandbox);
+        let work = move || match sandbox.enter(ThreadRole::Passt, "passt") {
+            Ok(()) => attend(self.0),
+            Err(error) => log::error!("the output of passt cannot be read: {}", chain(&error)),
+        };
+        std::thread::Builder::new().name("passt".into()).spawn(work).map(|_| ())
+    }
+}
+
+/// The lines of `from`, whatever bytes are in them.
+fn lines(mut from: impl BufRead) -> impl Iterator<Item = String> {
+    std::iter::from_fn(move || {
+        let mut line = Vec::new();
+        let count = from.by_ref().take(LINE_BYTES).read_until(b'\n', &mut line).ok()?;
+        (count > 0).then(|| String::from_utf8_lossy(&line).trim_end().to_owned())
+    })
+}
+
 fn attend(mut child: Child) {
     let mut last: Vec<String> = Vec::new();
     if let Some(stderr) = child.stderr.take() {
-        for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+        for line in lines(BufReader::new(stderr)) {
             // passt logs to syslog, which may be missing; the message about that is dropped.
             if line.starts_with("Failed to send ") {
                 continue;
@@ -103,6 +145,14 @@ fn attend(mut child: Child) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_of_passt_are_bounded_and_all_are_read() {
+        let text = [&b"a\n\xff\n\n"[..], &[b'x'; 2500], b"\nb"].concat();
+        let x = |count| "x".repeat(count);
+        let expected = ["a".to_owned(), "\u{fffd}".into(), String::new(), x(1024), x(1024), x(452), "b".into()];
+        assert_eq!(lines(&text[..]).collect::<Vec<_>>(), expected);
+    }
 
     #[test]
     fn addresses_stay_and_differ() {

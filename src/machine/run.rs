@@ -1,24 +1,30 @@
 //! Running a machine to its end: vCPU threads, the event loop, and what ends a run from outside.
 
+use super::confine::{self, device_threads, reach};
+use super::request::requests;
 use super::virtio::VirtioHandle;
-use super::{Machine, Setup};
+use super::{Event, Machine, Setup};
 use crate::config::ProfileLevel;
-use crate::console::terminal_size;
+use crate::console::{Input, Look, UnreadInput, Watch, terminal_size};
 use crate::control::Live;
+use crate::error::chain;
 use crate::event_loop::{EventLoop, EventLoopError, OnReadable};
 use crate::exit::handler::BusKind;
-use crate::exit::{EndReason, Handler, Outcome, RunEnd, Signal};
+use crate::exit::{EndReason, Handler, Outcome, RunEnd};
 use crate::kvm::stats::Reader;
 use crate::kvm::{CoalescedRing, Vcpu};
-use crate::measure::MemoryUse;
 use crate::measure::record::{DeviceRange, RunRecord, VERSION};
 use crate::measure::tracer::Tracer;
+use crate::measure::{MemoryUse, cpu_time_ns};
 use crate::memory::{GuestRam, give_back_startup};
+use crate::sandbox::{Sandbox, SandboxError, ThreadRole};
 use crate::vcpu::{Control, Measure, Threads};
 use event_manager::MutEventSubscriber;
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_devices::legacy::Watchdog;
+use hwvmm_devices::virtio::TransportError;
 use hwvmm_devices::virtio::console::{ConsoleSize, Port};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -33,6 +39,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// Without KVM's statistics one cannot see that a guest does something; asking costs an exit.
 const BLIND_TICKS: u32 = 10;
 
+/// How long the devices' threads may take to end: longer than a console waits for a reader of the guest's final output.
+const DEVICES_END: Duration = Duration::from_millis(1250);
+
 /// A run could not be carried out.
 #[derive(Debug, Error)]
 pub enum RunError {
@@ -42,21 +51,12 @@ pub enum RunError {
     /// The event loop failed.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),
-}
-
-/// Ends the run on the signals that end programs, so that the terminal is put back and the counts are shown.
-fn add_signals(event_loop: &mut EventLoop, control: &Arc<Control>) -> io::Result<Vec<signal_hook::SigId>> {
-    let mut ids = Vec::new();
-    for signal in Signal::ALL {
-        let (receiver, sender) = UnixStream::pair()?;
-        ids.push(signal_hook::low_level::pipe::register(signal.number().into(), sender)?);
-        let control = Arc::clone(control);
-        event_loop.add(Box::new(OnReadable::new(receiver, move |receiver: &UnixStream| {
-            let _ = rustix::io::read(receiver.as_fd(), &mut [0; 16]);
-            control.end(EndReason::Signal(signal), None);
-        })));
-    }
-    Ok(ids)
+    /// The process cannot be confined.
+    #[error("cannot confine the machine's process; --sandbox=off runs it without")]
+    Sandbox(#[from] SandboxError),
+    /// A thread of a device cannot be started.
+    #[error(transparent)]
+    Device(#[from] TransportError),
 }
 
 /// Tells the console when the terminal's size changes.
@@ -71,7 +71,7 @@ fn watch_size(event_loop: &mut EventLoop, port: Arc<Port>) -> io::Result<()> {
     Ok(())
 }
 
-/// Sees when all vCPUs rest for good.
+/// Detects that all vCPUs are halted permanently.
 struct HaltDetector {
     readers: Vec<Option<Reader>>,
     exits: Vec<u64>,
@@ -118,19 +118,13 @@ impl HaltDetector {
     }
 }
 
-fn cpu_time() -> Duration {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-    Duration::new(seconds, u32::try_from(now.tv_nsec).unwrap_or(0))
-}
-
 /// CLOCK_MONOTONIC, in nanoseconds: perf's records are on it.
 fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
-/// What is measured, and the tracer of VM exits. What cannot be had is said, and the run goes on without.
+/// What is measured, and the tracer of VM exits. What is not available is logged, and the run goes on without it.
 fn measure(setup: &Setup<'_>, ram: &GuestRam, vcpus: usize, start: Instant) -> (Measure, Option<Tracer>, Vec<String>) {
     let Some(level) = setup.config.profile else {
         let measure = if setup.config.stats.is_some() { Measure::Times } else { Measure::Nothing };
@@ -143,19 +137,19 @@ fn measure(setup: &Setup<'_>, ram: &GuestRam, vcpus: usize, start: Instant) -> (
     match Tracer::new(banks, vcpus, monotonic_ns()) {
         Ok(tracer) => (Measure::Profile { start, tracer: Some(tracer.handle()) }, Some(tracer), Vec::new()),
         Err(error) => {
-            let missing = format!("VM exits are not told apart: {error}");
+            let missing = format!("VM exits are counted in total only: {error}");
             log::warn!("{missing}");
             (Measure::Profile { start, tracer: None }, None, vec![missing])
         }
     }
 }
 
-/// The event loop with everybody who waits outside of the guest, and the signals that it has taken over.
+/// The event loop with everybody who waits outside of the guest.
 fn listen(
     control: &Arc<Control>,
     subscribers: impl IntoIterator<Item = Box<dyn MutEventSubscriber>>,
     resized: Option<Arc<Port>>,
-) -> Result<(EventLoop, Vec<signal_hook::SigId>), RunError> {
+) -> Result<EventLoop, RunError> {
     let mut event_loop = EventLoop::new()?;
     let event = control.event().try_clone().map_err(|error| RunError::Io("copy an eventfd", error))?;
     event_loop.add(Box::new(OnReadable::new(event, |event: &vmm_sys_util::eventfd::EventFd| {
@@ -165,8 +159,7 @@ fn listen(
     if let Some(port) = resized {
         watch_size(&mut event_loop, port).map_err(|error| RunError::Io("watch the terminal's size", error))?;
     }
-    let signals = add_signals(&mut event_loop, control).map_err(|error| RunError::Io("catch signals", error))?;
-    Ok((event_loop, signals))
+    Ok(event_loop)
 }
 
 /// How long writes wait in the kernel at most. Each look costs the guest some time where it has no processor to spare.
@@ -180,14 +173,17 @@ struct Drain {
 
 impl Drain {
     /// `None` where nothing ever waits.
-    fn start(handler: &Arc<Handler>, control: &Arc<Control>) -> io::Result<Option<Self>> {
+    fn start(handler: &Arc<Handler>, control: &Arc<Control>, sandbox: &Arc<Sandbox>) -> io::Result<Option<Self>> {
         if handler.ring.is_none() {
             return Ok(None);
         }
-        let (handler, control) = (Arc::clone(handler), Arc::clone(control));
+        let (handler, control, sandbox) = (Arc::clone(handler), Arc::clone(control), Arc::clone(sandbox));
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = Arc::clone(&stop);
         let work = move || {
+            if let Err(error) = sandbox.enter(ThreadRole::Drain, "drain") {
+                return control.end(EndReason::Failed(chain(&error)), None);
+            }
             while !stopping.load(Ordering::Acquire) {
                 std::thread::park_timeout(DRAIN);
                 if let Outcome::End(end) = handler.drain_coalesced() {
@@ -203,30 +199,41 @@ impl Drain {
         self.stop.store(true, Ordering::Release);
         self.thread.thread().unpark();
         if self.thread.join().is_err() {
-            log::error!("the thread that takes waiting writes panicked: this is a bug in hwvmm");
+            log::error!("the thread that takes coalesced writes panicked: this is a bug in hwvmm");
         }
     }
 }
 
-/// What ends a run besides the guest.
+/// Ends of a run that no exit shows.
 struct Limits<'a> {
     control: &'a Control,
     watchdog: Option<Arc<Watchdog>>,
-    /// When, and after how long.
-    timeout: Option<(Instant, Duration)>,
     halt_detector: HaltDetector,
+    watches: &'a [Watch],
 }
 
 impl Limits<'_> {
+    /// Looks for lines that do not go on. Returns when to look again.
+    fn look_at_consoles(&self, now: Instant) -> Option<Instant> {
+        let looks = self.watches.iter().map(|watch| watch.look(now));
+        let again = looks.filter_map(|look| match look {
+            Look::NoLine => None,
+            Look::Again(at) => Some(at),
+            Look::End(end) => {
+                self.control.end(end, None);
+                None
+            }
+        });
+        again.min()
+    }
+
     /// Handles events until the run has ended.
     fn wait(&mut self, event_loop: &mut EventLoop, threads: &Threads) -> Result<(), RunError> {
         let mut next_tick = Instant::now() + TICK;
         while self.control.ended().is_none() {
             let now = Instant::now();
             let dog = self.watchdog.as_ref().and_then(|watchdog| watchdog.deadline());
-            if let Some((_, timeout)) = self.timeout.filter(|(at, _)| *at <= now) {
-                self.control.end(EndReason::TimedOut(timeout), None);
-            } else if dog.is_some_and(|at| at <= now) {
+            if dog.is_some_and(|at| at <= now) {
                 self.control.end(EndReason::Watchdog, None);
             } else if next_tick <= now {
                 next_tick = now + TICK;
@@ -234,72 +241,116 @@ impl Limits<'_> {
                     self.control.end(EndReason::Halted, None);
                 }
             }
-            let moments = [Some(next_tick), dog, self.timeout.map(|(at, _)| at)];
-            let next = moments.into_iter().flatten().min().unwrap_or(next_tick);
+            let console = self.look_at_consoles(now);
+            let next = dog.into_iter().chain(console).fold(next_tick, Instant::min);
             event_loop.wait(next.saturating_duration_since(now))?;
         }
         Ok(())
     }
 }
 
+/// What a run leaves.
+pub struct Ran {
+    /// What was counted and measured, and how the run ended.
+    pub record: RunRecord,
+    /// Input that the guest has not read.
+    pub unread: UnreadInput,
+}
+
 /// Runs a machine until the run ends.
 ///
 /// # Errors
-/// Where threads or the event loop cannot be had.
-pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<RunRecord, RunError> {
-    let Machine { vcpus, vm, virtio, api, handler, control, input, resized, watchdog, ram, loaded } = machine;
+/// Where threads or the event loop cannot be created.
+pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
+    let Machine { vcpus, vm, virtio, api, handler, control, input, watches, resized, watchdog, ram, loaded, passt } =
+        machine;
     let live = api.as_ref().map(crate::control::Server::live);
+    let unread = input.as_ref().map(Input::unread);
     let input = input.map(|input| Box::new(input) as Box<dyn MutEventSubscriber>);
     let api = api.map(|api| Box::new(api) as Box<dyn MutEventSubscriber>);
-    let (mut event_loop, signals) = listen(&control, input.into_iter().chain(api), resized)?;
+    let requests = setup.requests.map(|socket| requests(socket, &control)).transpose();
+    let requests = requests.map_err(|error| RunError::Io("wait for requests to end the run", error))?;
+    let mut event_loop = listen(&control, input.into_iter().chain(api).chain(requests), resized)?;
     let halt_detector = HaltDetector::new(&vcpus);
     let readers = if live.is_some() { stats_readers(&vcpus) } else { Vec::new() };
     if let Err(error) = give_back_startup() {
-        log::debug!("start-up's memory stays: {error}");
+        log::debug!("memory used at the start is kept: {error}");
     }
 
-    let startup_cpu = cpu_time();
+    let wants_memory = setup.config.stats.is_some() || setup.config.profile.is_some();
+    let smaps = if wants_memory { File::open(MemoryUse::FILE).ok() } else { None };
     let start = Instant::now();
-    log::debug!("{}: {:.1} ms of CPU time before the guest runs", loaded.method, startup_cpu.as_secs_f64() * 1e3);
-    let timeout = setup.config.timeout.map(|timeout| (start + timeout, timeout));
-    let (measure, tracer, missing) = measure(setup, &ram, vcpus.len(), start);
-    let threads = Threads::start(vcpus, &handler, &control, &measure)
+    let (measure, mut tracer, missing) = measure(setup, &ram, vcpus.len(), start);
+    // Everything is open. From here on threads are started, which inherit what this one is confined to.
+    let sandbox = &setup.sandbox;
+    sandbox.confine_process(&reach(setup.config))?;
+    for process in passt {
+        process.attend(sandbox).map_err(|error| RunError::Io("start a thread", error))?;
+    }
+    let thread_start = device_threads(sandbox);
+    virtio.iter().try_for_each(|device| device.start_threads(&thread_start))?;
+    if let Some(tracer) = &mut tracer {
+        tracer.start(sandbox).map_err(|error| RunError::Io("start a thread", error))?;
+    }
+
+    let startup_cpu_ns = cpu_time_ns();
+    log::debug!(
+        "{}: {:.1} ms of CPU time before the guest runs",
+        loaded.method,
+        Duration::from_nanos(startup_cpu_ns).as_secs_f64() * 1e3
+    );
+    (setup.on_event)(Event::Started { boot: loaded.method, startup_cpu_ns });
+    let confinement = confine::vcpus(setup.config, sandbox);
+    let threads = Threads::start(vcpus, &handler, &control, &measure, setup.flight_recorders, &confinement)
         .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
     if let Some(live) = live {
         let _ = live.set(Live::new(threads.inspector(), Arc::clone(&handler), readers));
     }
-    let drain = Drain::start(&handler, &control).map_err(|error| RunError::Io("start a thread", error))?;
-    let result = Limits { control: &control, watchdog, timeout, halt_detector }.wait(&mut event_loop, &threads);
+    let drain = Drain::start(&handler, &control, sandbox).map_err(|error| RunError::Io("start a thread", error))?;
+    sandbox.enter(ThreadRole::Main, "main")?;
+    let result =
+        Limits { control: &control, watchdog, halt_detector, watches: &watches }.wait(&mut event_loop, &threads);
     let ran = start.elapsed();
+    // Before what only the end needs is in memory: the code of the record, the record.
+    let memory = smaps.and_then(|smaps| MemoryUse::read(&smaps, &ram.host_ranges().collect::<Vec<_>>()).ok());
+    let ended = |control: &Control| control.ended().map(|end| explained(setup, end));
+    if let Some(end) = ended(&control) {
+        (setup.on_event)(Event::Ended(&end));
+    }
     let vcpus = threads.stop();
     // The guest's final output.
     drain.into_iter().for_each(Drain::stop);
     handler.drain_coalesced();
     let trace = tracer.map(Tracer::finish);
-    virtio.iter().for_each(VirtioHandle::stop);
-    for id in signals {
-        signal_hook::low_level::unregister(id);
-    }
+    VirtioHandle::stop_all(&virtio, Instant::now() + DEVICES_END);
     result?;
-    let end = control
-        .ended()
+    if let Some(end) = control.ended() {
+        watches.iter().for_each(|watch| watch.finish(&end.reason));
+    }
+    // Again: what the guest wrote last may explain the end.
+    let end = ended(&control)
         .unwrap_or(RunEnd { reason: EndReason::Failed("the run ended without a reason".into()), vcpu: None });
-    let wants_memory = setup.config.stats.is_some() || setup.config.profile.is_some();
-    Ok(RunRecord {
+    let record = RunRecord {
         version: VERSION,
-        end: RunEnd { reason: setup.announcements.explain(end.reason), vcpu: end.vcpu },
-        boot: loaded.method,
-        startup_cpu_ns: nanoseconds(startup_cpu),
+        end,
+        boot: Some(loaded.method),
+        startup_cpu_ns,
         ran_ns: nanoseconds(ran),
         vcpus,
         devices: devices(&handler),
         coalesced_writes: handler.ring.as_ref().map_or(0, CoalescedRing::drained),
         vm_stats: vm.stats_fd().ok().and_then(|file| Reader::new(file).ok()?.read().ok()),
         virtio: virtio.iter().flat_map(VirtioHandle::queues).collect(),
-        memory: wants_memory.then(|| MemoryUse::now(&ram.host_ranges().collect::<Vec<_>>()).ok()).flatten(),
+        memory,
         trace,
         missing,
-    })
+    };
+    Ok(Ran { record, unread: unread.map(|unread| unread.take()).unwrap_or_default() })
+}
+
+/// The end with what the guest's kernel has announced.
+fn explained(setup: &Setup<'_>, end: RunEnd) -> RunEnd {
+    RunEnd { reason: setup.announcements.explain(end.reason), vcpu: end.vcpu }
 }
 
 fn devices(handler: &Handler) -> Vec<DeviceRange> {

@@ -1,28 +1,36 @@
 //! Virtio devices: made from the configuration, put on their transport, connected to KVM.
 
+use super::confine;
+use super::disks::Disks;
 use super::error::MachineError;
 use super::levers::options;
-use crate::boot::is_multiboot;
-use crate::config::{DiskConfig, DiskFormat, DiskIo, RunConfig, Transport, VsockBackend, WriteError};
+use super::net::{Card, Passt, card};
+use crate::boot::KernelFile;
+use crate::config::{DiskConfig, DiskIo, RunConfig, Transport, VsockBackend, WriteError};
 use crate::kvm::Vm;
 use crate::measure::record::VirtioQueue;
 use crate::memory::GuestRam;
+use crate::sandbox::Sandbox;
 use crate::tune::{Lever, Tune};
 use hwvmm_arch::acpi::{IoApicPins, VirtioMmio};
 use hwvmm_arch::layout::{GpaRange, PCI_ECAM, PCI_WINDOW, PCI_WINDOW_BYTES, VIRTIO_MMIO, VIRTIO_MMIO_GSIS};
 use hwvmm_devices::memory::Memory;
 use hwvmm_devices::pci::{ConfigPorts, ECAM_BUS_BYTES, Ecam, MsiMessage, MsiRouter, MsiVector, PciRoot, RouteError};
 use hwvmm_devices::virtio::balloon::{Balloon, BalloonControl, FreePageReporting};
-use hwvmm_devices::virtio::block::{Block, BlockOptions, Format, Image, ImageOptions, IoEngine, WhenFull};
+use hwvmm_devices::virtio::block::{Block, BlockOptions, Image, IoEngine, WhenFull};
 use hwvmm_devices::virtio::fs::{Fs, FsOptions};
 use hwvmm_devices::virtio::mmio::{MmioDevice, REGION_BYTES};
 use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
 use hwvmm_devices::virtio::rng::{Rate, Rng};
-use hwvmm_devices::virtio::vsock::{KernelVsock, Vsock};
-use hwvmm_devices::virtio::{Doorbell, QueueCounts, TransportOptions, VirtioDevice, VirtioTransport};
+use hwvmm_devices::virtio::vsock::{Connector, KernelVsock, Vsock};
+use hwvmm_devices::virtio::{
+    Doorbell, QueueCounts, ThreadStart, TransportError, TransportOptions, VirtioDevice, VirtioTransport,
+};
 use hwvmm_devices::{BusBuilder, BusDevice, RegisterPage};
+use std::cell::OnceCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The pin behind those of the UARTs.
@@ -41,9 +49,9 @@ pub(super) struct BusLayout {
 impl BusLayout {
     /// # Errors
     /// Where there are more devices than places.
-    pub(super) fn new(config: &RunConfig) -> Result<Self, MachineError> {
+    pub(super) fn new(config: &RunConfig, kernel: &KernelFile) -> Result<Self, MachineError> {
         let count = config.virtio_devices();
-        let pages = config.tune.wants(Lever::ReadonlyRegisters) && !is_multiboot(&config.kernel);
+        let pages = config.tune.wants(Lever::ReadonlyRegisters) && !kernel.is_multiboot();
         match config.transport {
             Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new(), pages }),
             Transport::Mmio if count > VIRTIO_MMIO_GSIS.len() => {
@@ -84,9 +92,19 @@ pub(super) struct VirtioHandle {
 }
 
 impl VirtioHandle {
-    /// Ends the device's threads, after they have completed the requests that are available. The vCPUs must have stopped.
-    pub(super) fn stop(&self) {
-        self.transport.stop();
+    /// Starts the device's threads, which call `start` first. The vCPUs must not have started.
+    ///
+    /// # Errors
+    /// Where a thread cannot be started.
+    pub(super) fn start_threads(&self, start: &ThreadStart) -> Result<(), TransportError> {
+        self.transport.start_threads(start)
+    }
+
+    /// Ends the threads of all `devices`, after they have completed the requests that are available, by `deadline`. The vCPUs
+    /// must have stopped.
+    pub(super) fn stop_all(devices: &[Self], deadline: Instant) {
+        devices.iter().for_each(|device| device.transport.request_stop());
+        devices.iter().for_each(|device| device.transport.wait_stopped(deadline));
     }
 
     /// Returns the counts of the queues so far.
@@ -121,7 +139,9 @@ pub(super) struct VirtioBuilder<'a> {
     memory: Memory,
     layout: &'a BusLayout,
     tune: Tune,
-    options: TransportOptions,
+    vcpus: u32,
+    /// Made for the first device: to count the host's processors takes a dozen system calls.
+    options: OnceCell<TransportOptions>,
     mmio: &'a mut BusBuilder,
     router: Arc<dyn MsiRouter>,
     root: PciRoot,
@@ -131,6 +151,8 @@ pub(super) struct VirtioBuilder<'a> {
     pages: bool,
     /// The balloon's handle, once there is one.
     pub(super) balloon: Option<Arc<BalloonControl>>,
+    /// The processes behind network cards.
+    pub(super) passt: Vec<Passt>,
 }
 
 impl<'a> VirtioBuilder<'a> {
@@ -150,7 +172,8 @@ impl<'a> VirtioBuilder<'a> {
             memory,
             layout,
             tune,
-            options: options(&tune, config.cpus.count()),
+            vcpus: config.cpus.count(),
+            options: OnceCell::new(),
             mmio,
             router,
             root: PciRoot::default(),
@@ -158,32 +181,55 @@ impl<'a> VirtioBuilder<'a> {
             handles: Vec::new(),
             pages: layout.pages,
             balloon: None,
+            passt: Vec::new(),
         }
     }
 
     /// The devices that need nothing else of the machine.
-    pub(super) fn add_configured(&mut self, config: &RunConfig) -> Result<(), MachineError> {
-        for (index, disk) in config.disk.iter().enumerate() {
+    pub(super) fn add_configured(
+        &mut self,
+        config: &RunConfig,
+        connector: Option<&Arc<Connector>>,
+        sandbox: &Sandbox,
+        disks: Disks,
+    ) -> Result<(), MachineError> {
+        for (index, (disk, image)) in config.disk.iter().zip(disks.0).enumerate() {
             let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
-            self.add(name, Box::new(block(disk)?))?;
+            self.add(name, Box::new(block(disk, image)?))?;
         }
         for (index, net) in config.net.iter().enumerate() {
-            self.add(format!("net{index}"), super::net::card(net)?)?;
+            let Card { device, passt } = card(net, &self.memory)?;
+            self.passt.extend(passt);
+            self.add(format!("net{index}"), device)?;
         }
         if let Some(rng) = &config.rng {
             let rate = rng.bytes_per_second.map(|bytes_per_second| Rate { bytes_per_second });
-            self.add("rng".into(), Box::new(Rng::new(rate)))?;
+            self.add("rng".into(), Box::new(Rng::new(rate)?))?;
         }
         if let Some(vsock) = &config.vsock {
             let device: Box<dyn VirtioDevice> = match &vsock.backend {
-                VsockBackend::Unix(path) => Box::new(Vsock::new(vsock.cid, path)?),
-                VsockBackend::Vhost => Box::new(KernelVsock::new(vsock.cid).map_err(MachineError::VhostVsock)?),
+                VsockBackend::Unix(path) => {
+                    let connector = connector.ok_or(MachineError::NoConnector)?;
+                    Box::new(Vsock::new(vsock.cid, path, Arc::clone(connector))?)
+                }
+                VsockBackend::Vhost => {
+                    let device = KernelVsock::new(vsock.cid, &self.memory).map_err(MachineError::VhostVsock)?;
+                    Box::new(device)
+                }
             };
             self.add("vsock".into(), device)?;
         }
         for share in &config.share {
-            let (tag, directory) = (share.tag.clone(), share.path.clone());
-            let device = Fs::new(FsOptions { tag, directory, read_only: share.read_only })?;
+            let options = FsOptions {
+                tag: share.tag.clone(),
+                directory: share.path.clone(),
+                read_only: share.read_only,
+                privileged_files: share.privileged_files,
+            };
+            let device = match sandbox.mount_of(&confine::folder(share)) {
+                Some(mount) => Fs::of_mount(options, mount)?,
+                None => Fs::new(options)?,
+            };
             self.add(format!("share {}", share.tag), Box::new(device))?;
         }
         if let Some(balloon) = &config.balloon {
@@ -220,7 +266,7 @@ impl<'a> VirtioBuilder<'a> {
                 (u64::from(bar), u64::from(BAR_BYTES), made as Arc<dyn VirtioTransport>, bells)
             }
         };
-        transport.set_options(self.options);
+        transport.set_options(*self.options.get_or_init(|| options(&self.tune, self.vcpus)));
         if self.tune.wants(Lever::Ioeventfd) {
             for Doorbell { gpa, datamatch, event } in bells {
                 self.vm.register_ioeventfd(&event, gpa, datamatch)?;
@@ -275,14 +321,7 @@ impl<'a> VirtioBuilder<'a> {
     }
 }
 
-fn block(disk: &DiskConfig) -> Result<Block, MachineError> {
-    let format = match disk.format {
-        DiskFormat::Auto => Format::Auto,
-        DiskFormat::Raw => Format::Raw,
-        DiskFormat::Qcow2 => Format::Qcow2,
-    };
-    let options = ImageOptions { path: disk.path.clone(), format, read_only: disk.read_only, direct: disk.direct };
-    let image = Image::open(&options)?;
+fn block(disk: &DiskConfig, image: Image) -> Result<Block, MachineError> {
     let when_full = match disk.write_error {
         WriteError::Report => WhenFull::Report,
         WriteError::Stop => WhenFull::Stop,
@@ -291,5 +330,6 @@ fn block(disk: &DiskConfig) -> Result<Block, MachineError> {
         DiskIo::Auto => IoEngine::Async,
         DiskIo::Plain => IoEngine::Sync,
     };
-    Ok(Block::new(image, BlockOptions { queues: disk.queues, serial: disk.serial.clone(), when_full, io_engine }))
+    let options = BlockOptions { queues: disk.queues, serial: disk.serial.clone(), when_full, io_engine };
+    Ok(Block::new(image, options)?)
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Unmapped addresses, and MSRs, that are counted one by one. Accesses to more are counted together.
-const MAX_ADDRESSES: usize = 1024;
+pub(super) const MAX_ADDRESSES: usize = 1024;
 
 /// Numbers of accesses by the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,7 +23,7 @@ impl Accesses {
     /// Returns the sum of both.
     #[must_use]
     pub fn total(self) -> u64 {
-        self.reads + self.writes
+        self.reads.saturating_add(self.writes)
     }
 
     fn add(&mut self, reason: ExitReason) {
@@ -39,7 +39,7 @@ impl Accesses {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AccessSpace {
-    /// The I/O ports.
+    /// The I/O ports: IN, OUT and their string forms.
     Pio,
     /// Guest physical addresses outside of memory.
     Mmio,
@@ -144,7 +144,7 @@ impl Counters {
     /// Returns the number of all exits.
     #[must_use]
     pub fn total(&self) -> u64 {
-        self.reasons.iter().sum()
+        self.reasons.iter().fold(0, |sum, count| sum.saturating_add(*count))
     }
 
     /// Returns the number of exits of one reason.

@@ -3,8 +3,11 @@
 use crate::exit::ExitReason;
 use crate::kvm::Exit;
 use crate::kvm::clock::Anchor;
+use crate::memory::SharedWords;
 use serde::{Deserialize, Serialize};
-use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::{fmt, io};
 
 /// The access that an exit was for; all zero where it was for none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,49 +107,121 @@ impl fmt::Display for FlightEntry {
     }
 }
 
-/// Exits that are kept.
+/// Exits that are kept of each vCPU.
 pub const KEPT: usize = 256;
 
-/// The last [`KEPT`] exits.
-#[derive(Clone, Debug)]
-pub struct FlightRecorder {
-    ring: Vec<ExitRecord>,
-    next: usize,
+/// Words of one exit.
+const ENTRY_WORDS: usize = 6;
+/// Words of a vCPU: the number of exits so far, then the exits.
+const VCPU_WORDS: usize = 1 + KEPT * ENTRY_WORDS;
+/// In place of a privilege level that is not known.
+const NO_CPL: u8 = 0xff;
+
+/// The flight recorders of all vCPUs, in memory that is shared with forked processes: the parent of a machine's process reads
+/// them when that process was killed.
+#[derive(Clone)]
+pub struct FlightRecorders(Arc<SharedWords>);
+
+impl FlightRecorders {
+    /// Makes empty recorders for `vcpus` vCPUs, 12 KiB each once they are full.
+    ///
+    /// # Errors
+    /// Returns an error if the memory cannot be mapped.
+    pub fn new(vcpus: usize) -> io::Result<Self> {
+        SharedWords::new(vcpus.saturating_mul(VCPU_WORDS)).map(|shared| Self(Arc::new(shared)))
+    }
+
+    /// Returns the recorder of a vCPU; `None` where there is no vCPU with this index.
+    #[must_use]
+    pub fn of_vcpu(&self, index: usize) -> Option<FlightRecorder> {
+        let first = index.checked_mul(VCPU_WORDS)?;
+        self.0.words().get(first..first.checked_add(VCPU_WORDS)?)?;
+        Some(FlightRecorder { shared: Arc::clone(&self.0), first })
+    }
+
+    /// Returns the recorders of all vCPUs.
+    pub fn iter(&self) -> impl Iterator<Item = FlightRecorder> {
+        (0..self.0.words().len() / VCPU_WORDS).filter_map(|index| self.of_vcpu(index))
+    }
 }
 
-impl Default for FlightRecorder {
-    fn default() -> Self {
-        Self { ring: Vec::with_capacity(KEPT), next: 0 }
-    }
+/// The last [`KEPT`] exits of a vCPU.
+pub struct FlightRecorder {
+    shared: Arc<SharedWords>,
+    /// Index of the first word.
+    first: usize,
 }
 
 impl FlightRecorder {
-    /// Adds an exit; overwrites the oldest where [`KEPT`] are there.
-    pub fn push(&mut self, record: ExitRecord) {
-        match self.ring.get_mut(self.next) {
-            Some(slot) => *slot = record,
-            None => self.ring.push(record),
-        }
-        self.next = (self.next + 1) % KEPT;
+    fn words(&self) -> &[AtomicU64] {
+        self.shared.words().get(self.first..self.first + VCPU_WORDS).unwrap_or_default()
     }
 
-    /// The exits, oldest first.
-    pub fn iter(&self) -> impl Iterator<Item = &ExitRecord> {
-        // Until the ring is full, nothing is overwritten: the next place is behind the last one filled.
-        let (newer, older) = self.ring.split_at(self.next.min(self.ring.len()));
-        older.iter().chain(newer)
+    /// Adds an exit; overwrites the oldest where [`KEPT`] are there. Only the thread of the vCPU may call it.
+    pub fn push(&self, record: ExitRecord) {
+        let Some((pushed, entries)) = self.words().split_first() else { return };
+        let count = pushed.load(Ordering::Relaxed);
+        let first = place(count);
+        let Some(entry) = entries.get(first..first + ENTRY_WORDS) else { return };
+        for (word, value) in entry.iter().zip(encode(&record)) {
+            word.store(value, Ordering::Relaxed);
+        }
+        pushed.store(count.wrapping_add(1), Ordering::Release);
+    }
+
+    /// Returns the exits, oldest first. What a process that writes at the same time leaves half-written is left out where it is
+    /// no exit, and wrong where it is one.
+    pub fn iter(&self) -> impl Iterator<Item = ExitRecord> {
+        let words = self.words();
+        let pushed = words.first().map_or(0, |word| word.load(Ordering::Acquire));
+        let kept = pushed.min(KEPT as u64);
+        (pushed - kept..pushed).filter_map(|count| {
+            let first = 1 + place(count);
+            let mut values = [0; ENTRY_WORDS];
+            for (value, word) in values.iter_mut().zip(words.get(first..first + ENTRY_WORDS)?) {
+                *value = word.load(Ordering::Relaxed);
+            }
+            decode(values)
+        })
     }
 
     /// Returns the exits with their times, oldest first. The time-stamp counter is converted by what both clocks did between
     /// `start`, from which times count, and `end`.
     #[must_use]
     pub fn resolve(&self, start: &Anchor, end: &Anchor) -> Vec<FlightEntry> {
-        let entry = |record: &ExitRecord| {
-            let ExitRecord { reason, detail, rip, cpl, tsc } = *record;
+        let entry = |record: ExitRecord| {
+            let ExitRecord { reason, detail, rip, cpl, tsc } = record;
             FlightEntry { at_ns: start.ns_until(tsc, end), reason, detail, rip, cpl }
         };
         self.iter().map(entry).collect()
     }
+}
+
+/// Index of the first word of the exit before which there were `count`, among the words behind the number of exits.
+fn place(count: u64) -> usize {
+    usize::try_from(count % KEPT as u64).unwrap_or(0) * ENTRY_WORDS
+}
+
+/// The words of an exit. Word 0: the reason in byte 0, the privilege level in byte 1, 1 in byte 2 where RIP is known. Word 1: the
+/// size of an item in the upper half, their number in the lower.
+fn encode(record: &ExitRecord) -> [u64; ENTRY_WORDS] {
+    let ExitRecord { reason, detail, rip, cpl, tsc } = *record;
+    let has_rip = u8::from(rip.is_some());
+    let head = u64::from_le_bytes([reason as u8, cpl.unwrap_or(NO_CPL), has_rip, 0, 0, 0, 0, 0]);
+    let half = |value: usize| u64::from(u32::try_from(value).unwrap_or(u32::MAX));
+    let items = half(detail.size) << 32 | half(detail.count);
+    [head, items, detail.address, detail.data, rip.unwrap_or(0), tsc]
+}
+
+/// `None` where the words are no exit.
+fn decode([head, items, address, data, rip, tsc]: [u64; ENTRY_WORDS]) -> Option<ExitRecord> {
+    let [reason, cpl, has_rip, ..] = head.to_le_bytes();
+    let reason = *ExitReason::ALL.get(usize::from(reason))?;
+    let half = |value: u64| usize::try_from(value & u64::from(u32::MAX)).unwrap_or(0);
+    let (size, count) = (half(items >> 32), half(items));
+    let cpl = (cpl != NO_CPL).then_some(cpl);
+    let detail = Detail { address, data, size, count };
+    Some(ExitRecord { reason, detail, rip: (has_rip == 1).then_some(rip), cpl, tsc })
 }
 
 #[cfg(test)]
@@ -158,9 +233,40 @@ mod tests {
         ExitRecord { reason: ExitReason::PioOut, detail, rip: Some(0x1000), cpl: None, tsc: 0 }
     }
 
+    fn recorder() -> FlightRecorder {
+        FlightRecorders::new(2).expect("memory").of_vcpu(1).expect("the second of two")
+    }
+
+    #[test]
+    fn every_exit_is_read_as_it_was_written() {
+        let recorders = FlightRecorders::new(2).expect("memory");
+        let recorder = recorders.of_vcpu(1).expect("the second of two");
+        assert!(recorders.of_vcpu(2).is_none());
+        let detail = Detail { address: u64::MAX, data: u64::MAX, size: 8, count: 4096 };
+        let records: Vec<ExitRecord> = ExitReason::ALL
+            .iter()
+            .flat_map(|reason| {
+                let all = ExitRecord { reason: *reason, detail, rip: Some(u64::MAX), cpl: Some(3), tsc: u64::MAX };
+                [all, ExitRecord { detail: Detail::default(), rip: None, cpl: None, tsc: 0, ..all }]
+            })
+            .collect();
+        records.iter().for_each(|record| recorder.push(*record));
+        assert_eq!(recorder.iter().collect::<Vec<_>>(), records);
+        assert_eq!(recorders.iter().map(|one| one.iter().count()).collect::<Vec<_>>(), [0, records.len()]);
+    }
+
+    #[test]
+    fn words_that_are_no_exit_are_left_out() {
+        let recorder = recorder();
+        recorder.push(record(1));
+        recorder.words()[0].store(u64::MAX, Ordering::Relaxed);
+        recorder.words()[1].store(u64::MAX, Ordering::Relaxed);
+        assert!(recorder.iter().count() < KEPT);
+    }
+
     #[test]
     fn the_oldest_go_first() {
-        let mut flight_recorder = FlightRecorder::default();
+        let flight_recorder = recorder();
         let kept =
             |flight_recorder: &FlightRecorder| flight_recorder.iter().map(|s| s.detail.address).collect::<Vec<u64>>();
         (0..20).for_each(|address| flight_recorder.push(record(address)));
@@ -171,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_line_has_what_one_looks_for() {
-        let mut flight_recorder = FlightRecorder::default();
+        let flight_recorder = recorder();
         let start = Anchor::now();
         flight_recorder.push(ExitRecord { tsc: crate::kvm::clock::tsc(), ..record(0x3f8) });
         flight_recorder.push(record(0x3f8));

@@ -2,7 +2,8 @@
 
 use crate::memory::HvaRange;
 use serde::{Deserialize, Serialize};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 
 /// Resident memory of this process, in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,7 +22,26 @@ impl MemoryUse {
     /// # Errors
     /// Returns an error if /proc/self/smaps cannot be read.
     pub fn now(guest: &[HvaRange]) -> io::Result<Self> {
-        Ok(Self::parse(&std::fs::read_to_string("/proc/self/smaps")?, guest))
+        Self::read(&File::open(Self::FILE)?, guest)
+    }
+
+    /// The file that [`MemoryUse::read`] takes. A process that is confined opens it before.
+    pub const FILE: &str = "/proc/self/smaps";
+
+    /// As [`MemoryUse::now`], with [`MemoryUse::FILE`] open at its start.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be read.
+    pub fn read(mut smaps: &File, guest: &[HvaRange]) -> io::Result<Self> {
+        let mut text = String::new();
+        smaps.read_to_string(&mut text)?;
+        Ok(Self::parse(&text, guest))
+    }
+
+    /// Adds what another process of hwvmm takes for itself. Pages that both share are counted already.
+    pub fn add_process(&mut self, other: &Self) {
+        self.vmm_kib = self.vmm_kib.saturating_add(other.vmm_private_kib);
+        self.vmm_private_kib = self.vmm_private_kib.saturating_add(other.vmm_private_kib);
     }
 
     fn parse(smaps: &str, guest: &[HvaRange]) -> Self {

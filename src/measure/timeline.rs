@@ -28,9 +28,9 @@ struct Steps<K> {
 /// A timeline that no [`Timeline`] makes.
 #[derive(Debug, Error)]
 enum TimelineError {
-    #[error("a timeline with steps of {0} ns: a millisecond, doubled some times, is valid")]
+    #[error("a timeline with steps of {0} ns: a step is a millisecond times a power of two")]
     StepLength(u64),
-    #[error("a timeline with step {0}: the last is {last}", last = MAX_STEPS - 1)]
+    #[error("a timeline with step {0}: the last valid one is {last}", last = MAX_STEPS - 1)]
     Step(u64),
 }
 
@@ -143,7 +143,7 @@ mod tests {
         for (json, words) in [
             (r#"{"step_ns":0,"counts":[]}"#, "steps of 0 ns"),
             (r#"{"step_ns":3000000,"counts":[]}"#, "steps of 3000000 ns"),
-            (r#"{"step_ns":18446744073709551615,"counts":[]}"#, "doubled"),
+            (r#"{"step_ns":18446744073709551615,"counts":[]}"#, "a power of two"),
             (r#"{"step_ns":1000000,"counts":[[4096,"a",1]]}"#, "step 4096"),
         ] {
             let error = serde_json::from_str::<Timeline<char>>(json).expect_err("refused").to_string();

@@ -16,8 +16,10 @@ use thiserror::Error;
 
 /// Causes that are counted one by one. Exits of more causes are counted without their instruction, then without their address.
 const MAX_CAUSES: usize = 8192;
+/// Causes of a record at most: as many again without their place, and a few without more.
+pub(super) const MAX_RECORDED_CAUSES: usize = 2 * MAX_CAUSES + 1024;
 /// Marks that are kept, the first ones.
-const MAX_MARKS: usize = 1024;
+pub(super) const MAX_MARKS: usize = 1024;
 /// Where Linux' half of the address space starts.
 const HIGH_HALF: u64 = 1 << 63;
 

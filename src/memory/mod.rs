@@ -1,8 +1,10 @@
 //! Guest memory: anonymous mappings, aligned so that a huge page of the host backs a huge page of the guest.
 
 mod own;
+mod shared;
 
 pub use own::give_back_startup;
+pub use shared::SharedWords;
 
 use hwvmm_arch::layout::GpaRange;
 use std::io;
@@ -72,7 +74,7 @@ pub enum MemoryError {
         source: MmapRegionError,
     },
     /// vm-memory refuses the banks together.
-    #[error("the banks of guest memory do not go together")]
+    #[error("the banks of guest memory overlap or are not in order")]
     Banks(#[source] GuestRegionCollectionError),
     /// There is no memory at the gpa.
     #[error("there is no guest memory at gpa {gpa:#x}")]
@@ -105,7 +107,7 @@ fn remedy(page: Option<u64>) -> String {
         None => ": give the guest less with -m, or see `ulimit -v` and vm.overcommit_memory".into(),
         Some(bytes) => format!(
             ": reserve huge pages first (echo NUMBER > /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages), or \
-             leave hugepages= away",
+             leave out hugepages=",
             bytes >> 10
         ),
     }

@@ -1,6 +1,7 @@
 //! A comparison of columns of nanobenchmarks: as text, as Markdown, as a chart.
 
 use super::{Column, OPERATIONS, Operation, Paging, PaperCycles};
+use crate::escape::plain;
 use std::fmt::Write as _;
 
 /// The format of a comparison.
@@ -56,7 +57,7 @@ fn cells(columns: &[Column], operation: &Operation) -> Vec<String> {
 fn heads(columns: &[Column]) -> Vec<String> {
     let mut heads = vec!["operation".to_owned()];
     for (index, column) in columns.iter().enumerate() {
-        heads.push(column.label.clone());
+        heads.push(plain(&column.label));
         if index > 0 {
             heads.push("ratio".into());
         }
@@ -97,7 +98,8 @@ fn text(heads: &[String], rows: &[Vec<String>]) -> String {
 }
 
 fn markdown(heads: &[String], rows: &[Vec<String>]) -> String {
-    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+    let cell = |text: &String| text.replace('\\', "\\\\").replace('|', "\\|");
+    let line = |cells: &[String]| format!("| {} |\n", cells.iter().map(cell).collect::<Vec<_>>().join(" | "));
     let mut out = line(heads);
     let rule: Vec<String> = (0..heads.len()).map(|index| if index == 0 { "---" } else { "---:" }.into()).collect();
     out.push_str(&line(&rule));
@@ -120,7 +122,7 @@ const DECADE: f64 = WIDTH / 6.0;
 const COLOURS: [&str; 6] = ["#555", "#2a78d6", "#d9662b", "#2e9e62", "#8a56c2", "#c23b6e"];
 
 fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+    plain(text).replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 /// From one cycle to a million, to the right.
@@ -210,6 +212,15 @@ mod tests {
         assert!(
             markdown.lines().take(27).filter(|line| line.starts_with('|')).all(|line| line.matches('|').count() == 8)
         );
+    }
+
+    #[test]
+    fn labels_of_a_file_change_neither_terminal_nor_table() {
+        let columns = [column("a|b\x1b]0;x\x07\n", Paging::None, 1.0)];
+        for form in [Form::Text, Form::Markdown, Form::Svg] {
+            assert!(!compare(&columns, form).chars().any(|c| c != '\n' && crate::escape::is_active(c)), "{form:?}");
+        }
+        assert!(compare(&columns, Form::Markdown).starts_with("| operation | a\\|b?]0;x?? |"));
     }
 
     #[test]

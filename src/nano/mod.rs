@@ -27,7 +27,7 @@ pub struct Operation {
 /// What the paper measured of one operation, in cycles of a Pentium 4; NaN where it gives no figure.
 #[derive(Clone, Copy, Debug)]
 pub struct PaperCycles {
-    /// Without virtualization.
+    /// On the bare processor, without virtualization.
     pub native: f64,
     /// With a software VMM (binary translation).
     pub software: f64,
@@ -103,7 +103,7 @@ pub struct Column {
     pub kernel: String,
     /// The model name of the host's processor.
     pub cpu: String,
-    /// KVM's MMU.
+    /// The kind of paging that KVM's MMU used: nested or shadow.
     pub mmu: Paging,
     /// The commit that hwvmm was built from, where it is known (`--commit`).
     #[serde(default, skip_serializing_if = "Option::is_none")]

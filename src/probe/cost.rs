@@ -37,7 +37,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 pub enum Kind {
     /// CPUID: the shortest exit, and its re-entry.
     Cpuid,
-    /// RDMSR of IA32_APIC_BASE.
+    /// RDMSR of IA32_APIC_BASE, which KVM answers itself.
     Msr,
     /// IN from a port that KVM answers itself.
     Pio,
@@ -56,7 +56,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All kinds.
+    /// All kinds, in the order in which they are measured.
     pub const ALL: [Self; 9] = [
         Self::Cpuid,
         Self::Msr,
@@ -85,7 +85,7 @@ impl Kind {
         }
     }
 
-    /// Description for tables.
+    /// Returns what the guest does to cause the exit, and where it is handled, for tables.
     #[must_use]
     pub fn what(self) -> &'static str {
         match self {
@@ -154,9 +154,9 @@ const HLT_HANDLER: &[u8] = &[
 /// The processor's virtualization extension, which decides the instruction of a hypercall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Extension {
-    /// AMD's: VMMCALL.
+    /// AMD SVM, where the instruction is VMMCALL.
     Svm,
-    /// Intel's: VMCALL.
+    /// Intel VMX, where the instruction is VMCALL.
     Vmx,
 }
 

@@ -2,6 +2,7 @@
 //! load the module again.
 
 use super::host::{Host, Mmu};
+use crate::escape::{GUEST_BYTES, escape};
 use std::fs;
 use std::io;
 use std::path::PathBuf;
@@ -35,7 +36,7 @@ pub enum MmuError {
     /// The user is not root. The field is the argument of `hwvmm mmu set`.
     #[error("loading a module needs root: try sudo hwvmm mmu set {0}")]
     NotRoot(&'static str),
-    /// Virtual machines run.
+    /// The module is in use, so that it cannot be unloaded: virtual machines run.
     #[error("{module} is in use{}: end that first", holders_text(.holders))]
     Busy {
         /// Name of the module.
@@ -57,15 +58,15 @@ pub enum ModprobeError {
     /// The program cannot be started.
     #[error("cannot run modprobe {arguments}")]
     Start {
-        /// Its arguments.
+        /// The arguments that modprobe would have had, with spaces between.
         arguments: String,
-        /// The system's error.
+        /// The error of starting the process.
         source: io::Error,
     },
-    /// The program failed.
+    /// The program ended with a failure status.
     #[error("modprobe {arguments} failed: {message}")]
     Failed {
-        /// Its arguments.
+        /// The arguments that modprobe had, with spaces between.
         arguments: String,
         /// The first line of its stderr.
         message: String,
@@ -93,14 +94,15 @@ fn holders_text(holders: &[Holder]) -> String {
     if holders.is_empty() {
         return " (only root can see by which processes)".into();
     }
-    let list: Vec<String> = holders.iter().map(|holder| format!("{} ({})", holder.name, holder.pid)).collect();
+    let list: Vec<String> =
+        holders.iter().map(|holder| format!("{} ({})", escape(&holder.name, GUEST_BYTES), holder.pid)).collect();
     format!(" by {}", list.join(", "))
 }
 
 /// A process that has KVM open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
-    /// Process number.
+    /// The ID of the process (PID).
     pub pid: u32,
     /// Name of the program, cut to 15 bytes by the kernel.
     pub name: String,
@@ -184,14 +186,24 @@ impl Host {
             .flatten()
             .filter_map(|entry| {
                 let pid = entry.file_name().to_str()?.parse().ok().filter(|pid| *pid != std::process::id())?;
-                holds(&entry.path())?.then(|| {
-                    let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-                    Holder { pid, name: name.trim().to_owned() }
-                })
+                holds(&entry.path())?.then(|| self.holder(pid))
             })
             .collect();
         holders.sort_by_key(|holder| holder.pid);
+        holders.dedup();
         holders
+    }
+
+    /// The process to end so that process `pid` ends: itself, or for a machine of hwvmm's the process that has started it.
+    fn holder(&self, pid: u32) -> Holder {
+        let name = |pid: u32| self.read(&format!("proc/{pid}/comm")).unwrap_or_default();
+        let own = name(pid);
+        let status = self.read(&format!("proc/{pid}/status")).unwrap_or_default();
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok());
+        match parent.filter(|parent| own == "hwvmm" && name(*parent) == own) {
+            Some(parent) => Holder { pid: parent, name: own },
+            None => Holder { pid, name: own },
+        }
     }
 
     /// Makes KVM use `wanted` from now on, by loading its module again where it uses the other MMU.
@@ -270,9 +282,13 @@ mod tests {
             ("sys/module/kvm/parameters/tdp_mmu", "Y\n"),
             ("proc/12/comm", "qemu\n"),
             ("proc/13/comm", "sh\n"),
+            ("proc/13/status", "Name:\tsh\nPPid:\t1\n"),
+            ("proc/14/comm", "hwvmm\n"),
+            ("proc/15/comm", "hwvmm\n"),
+            ("proc/15/status", "Name:\thwvmm\nPPid:\t14\n"),
             ("proc/self/comm", "x\n"),
         ]);
-        for (pid, target) in [(12, "anon_inode:kvm-vm"), (13, "/dev/null")] {
+        for (pid, target) in [(12, "anon_inode:kvm-vm"), (13, "/dev/null"), (15, "anon_inode:kvm-vm")] {
             fs::create_dir_all(root.path().join(format!("proc/{pid}/fd"))).expect("made");
             std::os::unix::fs::symlink(target, root.path().join(format!("proc/{pid}/fd/3"))).expect("made");
         }
@@ -280,7 +296,8 @@ mod tests {
         assert_eq!((state.module, state.mmu, state.references), (Some("kvm_amd"), Mmu::Nested, Some(2)));
         let parameters = [("kvm_amd.npt", "1"), ("kvm.tdp_mmu", "Y")].map(|(a, b)| (a.to_owned(), b.to_owned()));
         assert_eq!(state.parameters, parameters);
-        assert_eq!(state.holders, [Holder { pid: 12, name: "qemu".into() }]);
+        let machine = Holder { pid: 14, name: "hwvmm".into() };
+        assert_eq!(state.holders, [Holder { pid: 12, name: "qemu".into() }, machine]);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use vm_memory::GuestMemoryError;
 /// A probe's guest could not be made, or did not do what it should.
 #[derive(Debug, Error)]
 pub enum ProbeError {
-    /// An ioctl failed.
+    /// An ioctl on KVM, the virtual machine or the vCPU failed.
     #[error(transparent)]
     Kvm(#[from] KvmError),
     /// The host has no memory for the guest.
@@ -29,7 +29,7 @@ pub enum ProbeError {
     /// The guest's memory cannot be written.
     #[error("cannot write the guest's memory")]
     Write(#[from] GuestMemoryError),
-    /// No eventfd.
+    /// The eventfd that signals an interrupt to the guest cannot be created.
     #[error("cannot make an eventfd")]
     EventFd(#[source] io::Error),
     /// The vCPU left the guest for a reason that ends the probe.

@@ -70,9 +70,9 @@ pub const ANY_KVM: &str = "HWVMM_ANY_KVM";
 pub struct CannotRunLinux {
     /// KVM's vendor module, where it is known.
     pub module: Option<&'static str>,
-    /// One of [`STEPS`].
+    /// The step that failed: one of [`STEPS`].
     pub step: &'static str,
-    /// What happened instead.
+    /// Why the step failed.
     pub failure: ProbeError,
 }
 

@@ -6,6 +6,7 @@ use super::kinds::{AddressSpace, CodeMode, ExitClass, PhaseName};
 use super::stats::{add_kvm, used_queues};
 use super::symbols::Symbols;
 use crate::config::RunConfig;
+use crate::error::chain;
 use crate::exit::handler::BusKind;
 use crate::exit::{ExitReason, Route};
 use crate::measure::record::DeviceRange;
@@ -14,8 +15,10 @@ use crate::measure::timeline;
 use crate::measure::tracer::{VmCause, VmDetail, VmRecord};
 use crate::measure::user_profile::{MarkKind, UserCause, UserRecord};
 use crate::measure::{Measured, RunRecord};
-use hwvmm_arch::exit_code::Class;
+use hwvmm_arch::boot::BootMethod;
+use hwvmm_arch::exit_code::{AccessKind, Class, Register, RegisterAccess};
 use hwvmm_arch::{layout, msr_name::msr_name};
+use hwvmm_devices::path_text::PathText as _;
 use std::collections::BTreeMap;
 
 const HIGH_HALF: u64 = 1 << 63;
@@ -120,10 +123,9 @@ impl Names<'_> {
     }
 
     fn vm(&self, cause: &VmCause) -> Cause {
-        let class = cause.isa.class(cause.code);
         let mut named = Cause {
             reason: cause.isa.reason(cause.code),
-            class: class.into(),
+            class: cause.class().into(),
             rip: (cause.rip != 0).then_some(cause.rip),
             ..Cause::default()
         };
@@ -142,6 +144,25 @@ impl Names<'_> {
             }
             VmDetail::Msr { index: None, write } => named.write = Some(write),
             VmDetail::Leaf(leaf) => about(AddressSpace::Leaf, leaf.into(), None, None),
+            VmDetail::Event(event) => {
+                about(AddressSpace::Vector, event.vector.into(), None, event.name().map(Into::into));
+            }
+            VmDetail::Register(RegisterAccess { register: Register::Control(number), kind }) => {
+                about(
+                    AddressSpace::ControlRegister,
+                    number.into(),
+                    Some(kind == AccessKind::Write),
+                    Some(format!("CR{number}")),
+                );
+            }
+            VmDetail::Register(RegisterAccess { register: Register::Debug(number), kind }) => {
+                about(
+                    AddressSpace::DebugRegister,
+                    number.into(),
+                    Some(kind == AccessKind::Write),
+                    Some(format!("DR{number}")),
+                );
+            }
             VmDetail::Memory { write } => {
                 (named.device, named.write) = (Some("guest memory".into()), Some(write));
             }
@@ -242,7 +263,7 @@ fn phases(record: &RunRecord, marks: &[Mark], vm: &[Option<VmRecord>]) -> Vec<Ph
             end_ns: end_ns.min(ran_ns).max(start_ns.min(ran_ns)),
         });
     };
-    let kernel_start = if record.boot.is_decompressed_by_guest() {
+    let kernel_start = if is_decompressed_by_guest(record) {
         add(PhaseName::Decompress, 0, kernel.unwrap_or(ran_ns));
         kernel.unwrap_or(ran_ns)
     } else {
@@ -255,26 +276,36 @@ fn phases(record: &RunRecord, marks: &[Mark], vm: &[Option<VmRecord>]) -> Vec<Ph
     phases
 }
 
-/// Loads the symbols of a run's kernel and moves them to where it lay. Adds to `missing` why there are none.
-pub fn symbols(config: &RunConfig, record: &RunRecord, missing: &mut Vec<String>) -> Option<Symbols> {
-    let mut symbols = match Symbols::load(config) {
-        Ok(symbols) => symbols,
-        Err(error) => {
-            missing.push(format!("no names of functions: {error}"));
-            return None;
+/// The symbols of a run's kernel, or why there are none.
+#[derive(Default)]
+pub struct RunSymbols {
+    symbols: Option<Symbols>,
+    missing: Option<String>,
+}
+
+impl RunSymbols {
+    /// Loads the symbols of a run's kernel and moves them to where it lay. It can take as long as reading a file of symbols may.
+    #[must_use]
+    pub fn load(config: &RunConfig, record: &RunRecord) -> Self {
+        let none = |why: String| Self { symbols: None, missing: Some(format!("no names of functions: {why}")) };
+        let mut symbols = match Symbols::load(config) {
+            Ok(symbols) => symbols,
+            Err(error) => return none(chain(&error)),
+        };
+        match record.vcpus.iter().find_map(|vcpu| vcpu.lstar) {
+            Some(lstar) if !symbols.locate(lstar) => {
+                none(format!("the symbols are not those of the kernel that ran (LSTAR {lstar:#x})"))
+            }
+            // The guest's decompressor may have moved the kernel, which did not run until it set LSTAR.
+            None if is_decompressed_by_guest(record) => Self::default(),
+            _ => Self { symbols: Some(symbols), missing: None },
         }
-    };
-    let lstar = record.vcpus.iter().find_map(|vcpu| vcpu.lstar);
-    match lstar {
-        Some(lstar) if !symbols.locate(lstar) => {
-            missing.push(format!(
-                "no names of functions: the symbols are not those of the kernel that ran (LSTAR {lstar:#x})"
-            ));
-            None
-        }
-        // The guest's decompressor may have moved the kernel, which did not run until it set LSTAR.
-        None if record.boot.is_decompressed_by_guest() => None,
-        _ => Some(symbols),
+    }
+
+    /// The symbols, if there are any.
+    #[must_use]
+    pub fn get(&self) -> Option<&Symbols> {
+        self.symbols.as_ref()
     }
 }
 
@@ -294,10 +325,11 @@ fn kvm_statistics(record: &RunRecord) -> BTreeMap<String, u64> {
 impl Profile {
     /// Makes the profile of one start of a machine.
     #[must_use]
-    pub fn new(config: &RunConfig, record: &RunRecord) -> Self {
+    pub fn new(config: &RunConfig, record: &RunRecord, symbols: &RunSymbols) -> Self {
         let mut missing: Vec<String> = record.trace.iter().flat_map(|trace| trace.missing.clone()).collect();
         missing.extend(record.missing.iter().cloned());
-        let symbols = symbols(config, record, &mut missing);
+        missing.extend(symbols.missing.clone());
+        let symbols = symbols.get();
         let users: Vec<&UserRecord> = record
             .vcpus
             .iter()
@@ -308,8 +340,8 @@ impl Profile {
             .collect();
         let vm: &[Option<VmRecord>] = record.trace.as_ref().map_or(&[], |trace| &trace.vcpus);
         let marks = marks(&users);
-        let in_place = !record.boot.is_decompressed_by_guest();
-        let names = Names { symbols: symbols.as_ref(), devices: &record.devices, in_place };
+        let in_place = !is_decompressed_by_guest(record);
+        let names = Names { symbols, devices: &record.devices, in_place };
         let isa = vm.iter().flatten().find_map(|vm| vm.causes.first()).map(|one| one.cause.isa.name().to_owned());
         Self {
             format: FORMAT.into(),
@@ -318,13 +350,13 @@ impl Profile {
             end: record.end.reason.to_string(),
             status: record.end.reason.status(),
             guest: Guest {
-                kernel: config.kernel.display().to_string(),
+                kernel: config.kernel.shown().to_string(),
                 cmdline: config.kernel_cmdline(),
-                boot: record.boot.to_string(),
+                boot: record.boot_text(),
                 vcpus: record.vcpus.len(),
                 memory_bytes: layout::ram_banks(config.memory.bytes).iter().map(|bank| bank.bytes).sum(),
-                symbols: symbols.as_ref().map(Symbols::description),
-                slide: symbols.as_ref().map_or(0, Symbols::slide),
+                symbols: symbols.map(Symbols::description),
+                slide: symbols.map_or(0, Symbols::slide),
             },
             host: Host { kernel: host_kernel(), isa },
             starts: 1,
@@ -345,4 +377,9 @@ impl Profile {
 
 fn host_kernel() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+/// Returns true if the guest decompressed its kernel itself.
+fn is_decompressed_by_guest(record: &RunRecord) -> bool {
+    record.boot.is_some_and(BootMethod::is_decompressed_by_guest)
 }

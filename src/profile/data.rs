@@ -11,8 +11,6 @@ use crate::measure::tally::Bucket;
 pub use crate::measure::user_profile::Mark;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use thiserror::Error;
 
 /// What the file says it is.
 pub const FORMAT: &str = "hwvmm-profile";
@@ -20,76 +18,6 @@ pub const FORMAT: &str = "hwvmm-profile";
 pub const VERSION: u32 = 1;
 /// Where Linux puts modules (Documentation/arch/x86/x86_64/mm.rst), whose symbols are not in the kernel's image.
 const MODULES: u64 = 0xffff_ffff_c000_0000;
-/// Larger files are no profiles.
-const MAX_BYTES: u64 = 256 << 20;
-
-/// A profile cannot be read.
-#[derive(Debug, Error)]
-pub enum ProfileError {
-    /// The file cannot be read.
-    #[error("cannot read the profile {}", .0.display())]
-    Read(PathBuf, #[source] std::io::Error),
-    /// The file is not a profile of hwvmm.
-    #[error("{} is no profile of hwvmm's: {reason}; make one with `hwvmm run --profile-out FILE`", .path.display())]
-    Not {
-        /// The path of the file.
-        path: PathBuf,
-        /// Why it is none.
-        reason: NotProfile,
-    },
-    /// The profile has another version of the format.
-    #[error(
-        "{} is a profile of version {found}, and this hwvmm reads version {VERSION}: use the hwvmm that wrote it (it says {by})",
-        .path.display()
-    )]
-    Version {
-        /// The path of the file.
-        path: PathBuf,
-        /// The version of the file.
-        found: u64,
-        /// The version of hwvmm that wrote the file.
-        by: String,
-    },
-    /// Counts that contradict each other.
-    #[error("{} is damaged: {mismatch}", .path.display())]
-    Damaged {
-        /// The path of the file.
-        path: PathBuf,
-        /// The counts.
-        mismatch: CountMismatch,
-    },
-}
-
-/// Why a file is no profile.
-#[derive(Debug, Error)]
-pub enum NotProfile {
-    /// The path is a folder.
-    #[error("it is a folder")]
-    Folder,
-    /// The file is larger than any profile.
-    #[error("it has {0} bytes")]
-    TooLarge(u64),
-    /// The file is not JSON, or lacks a field of a profile.
-    #[error("{0}")]
-    Json(serde_json::Error),
-    /// The JSON does not say that it is a profile.
-    #[error("it has no \"format\": \"{FORMAT}\"")]
-    Format,
-}
-
-/// Two ways of counting the exits of a profile give different sums.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("it has {total} {exits} in all, and {} {how}", .counted.map_or("too many to add up".into(), |count| count.to_string()))]
-pub struct CountMismatch {
-    /// The sort of exits.
-    exits: &'static str,
-    /// The total that the profile has.
-    total: u64,
-    /// The way of counting.
-    how: &'static str,
-    /// The sum; `None` where it is more than 64 bits hold.
-    counted: Option<u64>,
-}
 
 /// A profile: what a run did, and what its exits cost.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -122,13 +50,13 @@ pub struct Profile {
     pub vm_exits: Option<Exits>,
     /// Userspace exits: KVM_RUN returned to hwvmm.
     pub userspace_exits: Exits,
-    /// KVM's own figures, of the machine and all vCPUs together.
+    /// KVM's statistics, of the machine and all vCPUs together.
     pub kvm: BTreeMap<String, u64>,
     /// Queues of virtio devices.
     pub virtio: Vec<VirtioQueue>,
     /// Memory at the end.
     pub memory: Option<MemoryUse>,
-    /// What could not be had, and how to have it.
+    /// Data that could not be collected, and how to get it.
     pub missing: Vec<String>,
     /// What exits of each kind cost on this host, by `hwvmm bench exits`, where it was measured.
     #[serde(default)]
@@ -283,6 +211,13 @@ impl Cause {
             None => "",
         };
         match (&self.device, self.space, self.address) {
+            (
+                Some(name),
+                Some(AddressSpace::Vector | AddressSpace::ControlRegister | AddressSpace::DebugRegister),
+                _,
+            ) => {
+                format!("{name}{direction}")
+            }
             (Some(device), Some(_), Some(address)) => format!("{device} {address:#x}{direction}"),
             (Some(device), ..) => format!("{device}{direction}"),
             (None, Some(AddressSpace::Port | AddressSpace::Gpa), Some(address)) => {
@@ -325,61 +260,6 @@ impl Exits {
             .iter()
             .filter(|cause| cause.class != ExitClass::Hlt)
             .fold(0, |sum, cause| sum.saturating_add(cause.time_ns))
-    }
-
-    fn check(&self, exits: &'static str) -> Result<(), CountMismatch> {
-        let by_cause = self.causes.iter().try_fold(0_u64, |sum, cause| sum.checked_add(cause.count));
-        let by_reason = self.by_reason.values().try_fold(0_u64, |sum, count| sum.checked_add(*count));
-        for (how, counted) in [("by cause", by_cause), ("by reason", by_reason)] {
-            if counted != Some(self.total) {
-                return Err(CountMismatch { exits, total: self.total, how, counted });
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Profile {
-    /// Reads and checks a profile.
-    ///
-    /// # Errors
-    /// [`ProfileError`].
-    pub fn read(path: &Path) -> Result<Self, ProfileError> {
-        let failed = |source| ProfileError::Read(path.to_owned(), source);
-        let not = |reason| ProfileError::Not { path: path.to_owned(), reason };
-        let metadata = std::fs::metadata(path).map_err(failed)?;
-        if metadata.is_dir() {
-            return Err(not(NotProfile::Folder));
-        }
-        if metadata.len() > MAX_BYTES {
-            return Err(not(NotProfile::TooLarge(metadata.len())));
-        }
-        let bytes = std::fs::read(path).map_err(failed)?;
-        Self::from_json(&bytes, path)
-    }
-
-    /// Checks what was read from `path`.
-    ///
-    /// # Errors
-    /// [`ProfileError`].
-    pub fn from_json(bytes: &[u8], path: &Path) -> Result<Self, ProfileError> {
-        let not = |reason| ProfileError::Not { path: path.to_owned(), reason };
-        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| not(NotProfile::Json(error)))?;
-        if value.get("format").and_then(|format| format.as_str()) != Some(FORMAT) {
-            return Err(not(NotProfile::Format));
-        }
-        let found = value.get("version").and_then(serde_json::Value::as_u64).unwrap_or(0);
-        if found != u64::from(VERSION) {
-            let by = value.get("hwvmm").and_then(|by| by.as_str()).unwrap_or("not which").to_owned();
-            return Err(ProfileError::Version { path: path.to_owned(), found, by });
-        }
-        let profile: Self = serde_json::from_value(value).map_err(|error| not(NotProfile::Json(error)))?;
-        let checked = profile.userspace_exits.check("userspace exits").and_then(|()| match &profile.vm_exits {
-            Some(exits) => exits.check("VM exits"),
-            None => Ok(()),
-        });
-        checked.map_err(|mismatch| ProfileError::Damaged { path: path.to_owned(), mismatch })?;
-        Ok(profile)
     }
 }
 
@@ -448,36 +328,5 @@ pub(super) mod tests {
             userspace_exits: exits(cause),
             ..Profile::default()
         }
-    }
-
-    fn parse(text: &str) -> Result<Profile, ProfileError> {
-        Profile::from_json(text.as_bytes(), Path::new("p.json"))
-    }
-
-    #[test]
-    fn a_profile_survives_the_file() {
-        let text = serde_json::to_string(&sample()).expect("JSON");
-        assert_eq!(parse(&text).expect("a profile"), sample());
-    }
-
-    #[test]
-    fn what_is_no_profile_is_told() {
-        for (text, words) in [
-            ("", "no profile of hwvmm's"),
-            ("[]", "\"format\""),
-            (
-                "{\"format\":\"hwvmm-profile\",\"version\":9,\"hwvmm\":\"7.0\"}",
-                "version 9, and this hwvmm reads version 1",
-            ),
-            ("{\"format\":\"hwvmm-profile\",\"version\":1}", "missing field"),
-        ] {
-            let error = parse(text).expect_err("no profile").to_string();
-            assert!(error.contains(words) && error.contains("p.json"), "{error}");
-        }
-        let mut damaged = sample();
-        damaged.userspace_exits.causes[0].count = u64::MAX;
-        damaged.userspace_exits.causes.push(damaged.userspace_exits.causes[0].clone());
-        let error = parse(&serde_json::to_string(&damaged).expect("JSON")).expect_err("damaged").to_string();
-        assert!(error.contains("is damaged") && error.contains("by cause"), "{error}");
     }
 }

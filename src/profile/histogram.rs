@@ -3,14 +3,31 @@
 use crate::measure::tally::Bucket;
 use std::collections::BTreeMap;
 
+/// A sum of histograms.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Sum(BTreeMap<u64, u64>);
+
+impl Sum {
+    /// Adds the counts of a histogram, in time that does not depend on the number of buckets that are there.
+    pub(super) fn add(&mut self, histogram: &[Bucket]) {
+        for bucket in histogram {
+            let place = self.0.entry(bucket.up_to_ns).or_default();
+            *place = place.saturating_add(bucket.count);
+        }
+    }
+
+    /// Returns the sum as buckets, shortest time first.
+    pub(super) fn buckets(&self) -> Vec<Bucket> {
+        self.0.iter().map(|(up_to_ns, count)| Bucket::from((*up_to_ns, *count))).collect()
+    }
+}
+
 /// Adds the counts of `other` to `into`.
 pub(super) fn merge(into: &mut Vec<Bucket>, other: &[Bucket]) {
-    let mut sum: BTreeMap<u64, u64> = into.iter().map(|bucket| (bucket.up_to_ns, bucket.count)).collect();
-    for bucket in other {
-        let place = sum.entry(bucket.up_to_ns).or_default();
-        *place = place.saturating_add(bucket.count);
-    }
-    *into = sum.into_iter().map(Bucket::from).collect();
+    let mut sum = Sum::default();
+    sum.add(into);
+    sum.add(other);
+    *into = sum.buckets();
 }
 
 /// Returns the upper end, in nanoseconds, of the first bucket at which `per_cent` of all times are counted; 0 for an empty

@@ -1,5 +1,6 @@
 //! The kinds of things that a profile names. Each has a name that tables and the profile's JSON share.
 
+pub use crate::config::AddressSpace;
 use hwvmm_arch::exit_code::Class;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -38,14 +39,18 @@ named! {
         Mmio "mmio",
         /// An access to an MSR.
         Msr "msr",
-        /// The CPUID instruction.
+        /// An execution of the CPUID instruction.
         Cpuid "cpuid",
         /// A nested page fault (APM vol. 2, 15.25.6), or an EPT violation or misconfiguration (SDM vol. 3, 29.3.3).
         NestedPageFault "npf",
-        /// The HLT instruction.
+        /// An execution of HLT: the vCPU waits for an interrupt.
         Hlt "hlt",
-        /// An interrupt for the host, or a window for one of the guest's.
+        /// An interrupt, NMI or SMI for the host.
         Interrupt "intr",
+        /// A window for an interrupt or NMI of the guest's: it can take one now.
+        Window "window",
+        /// The guest's timer: it arms the timer, or the timer's time has come.
+        Timer "timer",
         /// An access to a control or debug register.
         ControlRegister "cr",
         /// An exception: with shadow paging, page faults.
@@ -73,6 +78,8 @@ impl From<Class> for ExitClass {
             Class::NestedPageFault => Self::NestedPageFault,
             Class::Hlt => Self::Hlt,
             Class::Interrupt => Self::Interrupt,
+            Class::Window => Self::Window,
+            Class::Timer => Self::Timer,
             Class::ControlRegister => Self::ControlRegister,
             Class::Exception => Self::Exception,
             Class::Pause => Self::Pause,
@@ -80,22 +87,6 @@ impl From<Class> for ExitClass {
             Class::Apic => Self::Apic,
             Class::Other => Self::Other,
         }
-    }
-}
-
-named! {
-    /// What the address of an exit is a number of.
-    AddressSpace {
-        /// The address is an I/O port.
-        Port "port",
-        /// The address is a guest physical address.
-        Gpa "gpa",
-        /// Index of a model-specific register (ECX).
-        Msr "msr",
-        /// The address is a CPUID leaf (EAX).
-        Leaf "leaf",
-        /// Number of a hypercall.
-        Hypercall "hypercall",
     }
 }
 

@@ -11,7 +11,7 @@ pub(super) fn is_shadow(kvm: &BTreeMap<String, u64>) -> bool {
     ["pf_guest", "mmu_unsync", "invlpg"].iter().any(|name| kvm.get(*name).is_some_and(|count| *count > 0))
 }
 
-/// One sentence from KVM's own figures; `None` where they show no such work.
+/// One sentence from KVM's statistics; `None` where they show no such work.
 #[must_use]
 pub(super) fn describe(kvm: &BTreeMap<String, u64>) -> Option<String> {
     let of = |name: &str| kvm.get(name).copied().unwrap_or(0);
@@ -33,16 +33,16 @@ pub(super) fn describe(kvm: &BTreeMap<String, u64>) -> Option<String> {
         return (taken > 0).then(|| format!("nested page tables: {}", parts.join(", ")));
     }
     part(guests, "true page faults (the guest's own)");
-    part(taken.saturating_sub(guests), "hidden ones (KVM's tables were behind)");
-    part(traced, "traces (writes to page tables that KVM follows)");
+    part(taken.saturating_sub(guests), "hidden page faults (KVM's tables were not up to date)");
+    part(traced, "traces (writes to page tables that KVM write-protects)");
     part(of("invlpg"), "INVLPGs");
     part(of("tlb_flush"), "TLB flushes");
-    part(of("kvmmmu:kvm_mmu_get_page"), "shadow pages looked up or made");
-    part(of("kvmmmu:kvm_mmu_unsync_page"), "tables let out of step");
-    part(of("kvmmmu:kvm_mmu_sync_page"), "brought in step again");
+    part(of("kvmmmu:kvm_mmu_get_page"), "shadow pages looked up or created");
+    part(of("kvmmmu:kvm_mmu_unsync_page"), "tables left unsynchronized");
+    part(of("kvmmmu:kvm_mmu_sync_page"), "synchronized again");
     part(of("mmu_shadow_zapped"), "shadow pages zapped");
     part(of("mmu_flooded"), "flooded with writes");
-    part(of("mmu_unsync"), "out of step just now");
+    part(of("mmu_unsync"), "unsynchronized at the end");
     Some(format!("shadow page tables: {}", parts.join(", ")))
 }
 
@@ -60,7 +60,7 @@ mod tests {
         assert!(text.starts_with("shadow page tables: 9,000 true"), "{text}");
         assert!(text.contains("45,001 hidden") && text.contains("7 traces"), "{text}");
         let text = describe(&kvm(&[("pf_guest", 9), ("kvmmmu:kvm_mmu_unsync_page", 4)])).expect("work");
-        assert!(text.ends_with("4 tables let out of step"), "{text}");
+        assert!(text.ends_with("4 tables left unsynchronized"), "{text}");
         let text = describe(&kvm(&[("pf_taken", 48), ("pf_emulate", 2), ("mmu_pte_write", 9)])).expect("work");
         assert_eq!(text, "nested page tables: 48 faults of the nested tables, 2 of them accesses to emulate");
         let text = describe(&kvm(&[("pf_taken", 48), ("pages_2m", 40), ("pages_4k", 3)])).expect("work");

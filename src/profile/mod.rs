@@ -4,6 +4,7 @@ mod advice;
 pub mod budget;
 mod build;
 pub mod data;
+pub mod file;
 mod histogram;
 pub mod kinds;
 mod mmu_work;
@@ -15,7 +16,8 @@ mod text;
 mod units;
 
 pub use advice::Advice;
-pub use build::symbols as symbols_of;
-pub use data::{Profile, ProfileError};
+pub use build::RunSymbols;
+pub use data::Profile;
+pub use file::ProfileError;
 pub use recorder::{Extent, flight_recorder};
 pub use stats::RunStats;

@@ -58,10 +58,19 @@ pub struct RunStats {
     pub coalesced_writes: u64,
     /// Queues of virtio devices on which something happened.
     pub virtio: Vec<VirtioQueue>,
-    /// KVM's own figures, of the machine and of all vCPUs together; not userspace exits. `None`: KVM has none.
+    /// KVM's statistics, of the machine and of all vCPUs together; not userspace exits. `None`: KVM has none.
     pub kvm: Option<BTreeMap<String, u64>>,
     /// Memory at the end.
     pub memory: Option<MemoryUse>,
+}
+
+/// The most names that are summed up over the starts of a guest, of each kind: its machine has the same ones each time, but a process
+/// that the guest has taken over may send others.
+const MAX_SUMS: usize = 8192;
+
+/// Counts come from the machine's process, which may send any: sums saturate.
+fn add(sum: &mut u64, more: u64) {
+    *sum = sum.saturating_add(more);
 }
 
 impl RunStats {
@@ -79,7 +88,7 @@ impl RunStats {
             schema: SCHEMA,
             end: record.end.reason.to_string(),
             status: record.end.reason.status(),
-            boot: record.boot.to_string(),
+            boot: record.boot_text(),
             starts: 1,
             vcpus: record.vcpus.len(),
             ran_ns: record.ran_ns,
@@ -94,28 +103,40 @@ impl RunStats {
 
     /// Adds the counts of a later start of the same guest.
     pub fn add_start(&mut self, later: Self) {
-        self.starts += later.starts;
-        self.coalesced_writes += later.coalesced_writes;
-        self.ran_ns += later.ran_ns;
+        self.starts = self.starts.saturating_add(later.starts);
+        add(&mut self.coalesced_writes, later.coalesced_writes);
+        add(&mut self.ran_ns, later.ran_ns);
         (self.end, self.status, self.memory) = (later.end, later.status, later.memory);
         self.userspace_exits.merge(later.userspace_exits);
-        for theirs in later.virtio {
-            match self.virtio.iter_mut().find(|mine| mine.device == theirs.device && mine.queue == theirs.queue) {
-                Some(mine) => {
-                    mine.kicks += theirs.kicks;
-                    mine.interrupts += theirs.interrupts;
-                    mine.requests += theirs.requests;
-                }
-                None => self.virtio.push(theirs),
-            }
-        }
+        self.add_queues(later.virtio);
         match (&mut self.kvm, later.kvm) {
             (Some(mine), Some(theirs)) => {
                 for (name, value) in theirs {
-                    *mine.entry(name).or_default() += value;
+                    let has_room = mine.len() < MAX_SUMS;
+                    match mine.get_mut(&name) {
+                        Some(sum) => add(sum, value),
+                        None if has_room => _ = mine.insert(name, value),
+                        None => {}
+                    }
                 }
             }
             (mine, _) => *mine = None,
+        }
+    }
+
+    fn add_queues(&mut self, later: Vec<VirtioQueue>) {
+        let key = |queue: &VirtioQueue| (queue.device.clone(), queue.queue);
+        let mut places: BTreeMap<_, _> = self.virtio.iter().enumerate().map(|(place, one)| (key(one), place)).collect();
+        for theirs in later {
+            if let Some(place) = places.get(&key(&theirs)) {
+                let mine = &mut self.virtio[*place];
+                add(&mut mine.kicks, theirs.kicks);
+                add(&mut mine.interrupts, theirs.interrupts);
+                add(&mut mine.requests, theirs.requests);
+            } else if self.virtio.len() < MAX_SUMS {
+                places.insert(key(&theirs), self.virtio.len());
+                self.virtio.push(theirs);
+            }
         }
     }
 }
@@ -142,7 +163,7 @@ fn userspace_exits(record: &RunRecord) -> UserspaceExits {
         exits.total = exits.total.saturating_add(counts.total());
         exits.beyond = exits.beyond.saturating_add(counts.beyond.reads).saturating_add(counts.beyond.writes);
         for (reason, count) in &counts.by_reason {
-            exits.reason(*reason).count += count;
+            add(&mut exits.reason(*reason).count, *count);
         }
         for DeviceCount { bus, address, device, reads, writes } in &counts.by_device {
             let sum = devices.entry((*bus, *address, device.clone())).or_default();
@@ -151,10 +172,11 @@ fn userspace_exits(record: &RunRecord) -> UserspaceExits {
         }
         match &vcpu.measured {
             Measured::HandlerTime(times) => {
-                times.iter().for_each(|(reason, ns)| exits.reason(*reason).handler_ns += ns);
+                times.iter().for_each(|(reason, ns)| add(&mut exits.reason(*reason).handler_ns, *ns));
             }
             Measured::Profile(profile) => {
-                profile.causes.iter().for_each(|one| exits.reason(one.cause.reason).handler_ns += one.handler_ns);
+                let causes = profile.causes.iter();
+                causes.for_each(|one| add(&mut exits.reason(one.cause.reason).handler_ns, one.handler_ns));
             }
             Measured::Nothing => {}
         }
@@ -177,26 +199,31 @@ impl UserspaceExits {
     }
 
     fn sort(&mut self) {
-        self.by_device.sort_by_key(|device| (std::cmp::Reverse(device.reads + device.writes), device.address));
+        self.by_device
+            .sort_by_key(|device| (std::cmp::Reverse(device.reads.saturating_add(device.writes)), device.address));
     }
 
     fn merge(&mut self, other: Self) {
-        self.total += other.total;
-        self.beyond += other.beyond;
+        add(&mut self.total, other.total);
+        add(&mut self.beyond, other.beyond);
         for (reason, theirs) in other.by_reason {
             let mine = self.reason(reason);
-            mine.count += theirs.count;
-            mine.handler_ns += theirs.handler_ns;
+            add(&mut mine.count, theirs.count);
+            add(&mut mine.handler_ns, theirs.handler_ns);
         }
+        let key = |count: &DeviceCount| (count.bus, count.address, count.device.clone());
+        let mut places: BTreeMap<_, _> =
+            self.by_device.iter().enumerate().map(|(place, one)| (key(one), place)).collect();
         for theirs in other.by_device {
-            let same =
-                |d: &&mut DeviceCount| (d.bus, d.address, &d.device) == (theirs.bus, theirs.address, &theirs.device);
-            match self.by_device.iter_mut().find(same) {
-                Some(mine) => {
-                    mine.reads += theirs.reads;
-                    mine.writes += theirs.writes;
-                }
-                None => self.by_device.push(theirs),
+            if let Some(place) = places.get(&key(&theirs)) {
+                let mine = &mut self.by_device[*place];
+                add(&mut mine.reads, theirs.reads);
+                add(&mut mine.writes, theirs.writes);
+            } else if self.by_device.len() < MAX_SUMS {
+                places.insert(key(&theirs), self.by_device.len());
+                self.by_device.push(theirs);
+            } else {
+                add(&mut self.beyond, theirs.reads.saturating_add(theirs.writes));
             }
         }
         self.sort();
@@ -230,6 +257,19 @@ mod tests {
         assert_eq!(sum.total, 7);
         assert_eq!(sum.by_reason[&ExitReason::PioIn], ReasonCount { count: 5, handler_ns: 10 });
         assert_eq!((sum.by_device.len(), sum.by_device[0].reads, sum.by_device[0].writes), (1, 5, 2));
+    }
+
+    #[test]
+    fn names_that_change_with_each_start_take_bounded_memory() {
+        let named = |start: u64| {
+            let of = |number: u64| DeviceCount { address: start << 32 | number, ..exits(1).by_device[0].clone() };
+            UserspaceExits { by_device: (0..6000).map(of).collect(), ..exits(1) }
+        };
+        let mut sum = named(0);
+        (1..10).for_each(|start| sum.merge(named(start)));
+        assert_eq!(sum.by_device.len(), MAX_SUMS);
+        let counted: u64 = sum.by_device.iter().map(|count| count.reads + count.writes).sum();
+        assert_eq!(counted + sum.beyond, 10 * 6000 * 2, "no access is lost");
     }
 
     #[test]

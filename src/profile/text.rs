@@ -26,7 +26,7 @@ const DEVICE_ROWS: usize = 24;
 impl fmt::Display for RunStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let exits = &self.userspace_exits;
-        writeln!(f, "userspace exits: {} (KVM_RUN came back to hwvmm)", exits.total)?;
+        writeln!(f, "userspace exits: {} (KVM_RUN returned to hwvmm)", exits.total)?;
         if self.coalesced_writes > 0 {
             writeln!(f, "  and {} coalesced writes (drained at the next exit)", self.coalesced_writes)?;
         }
@@ -44,13 +44,14 @@ impl fmt::Display for RunStats {
             writeln!(f, "  {:<18} {:<12} {:>10} {:>10} {:>8}", "device", "address", "reads", "writes", "share")?;
         }
         for device in exits.by_device.iter().take(DEVICE_ROWS) {
-            let part = share(device.reads + device.writes, exits.total);
+            let part = share(device.reads.saturating_add(device.writes), exits.total);
             let (name, address) = (device_name(device), format!("{} {:#x}", device.bus.name(), device.address));
             writeln!(f, "  {name:<18} {address:<12} {:>10} {:>10} {part:>8}", device.reads, device.writes)?;
         }
-        let rest: u64 = exits.by_device.iter().skip(DEVICE_ROWS).map(|d| d.reads + d.writes).sum();
-        if rest + exits.beyond > 0 {
-            writeln!(f, "  and {} more at other addresses", rest + exits.beyond)?;
+        let more = exits.by_device.iter().skip(DEVICE_ROWS).flat_map(|device| [device.reads, device.writes]);
+        let rest = more.fold(exits.beyond, u64::saturating_add);
+        if rest > 0 {
+            writeln!(f, "  and {rest} more at other addresses")?;
         }
         self.virtio(f)?;
         self.kvm(f)?;
@@ -98,9 +99,9 @@ impl RunStats {
 
     fn kvm(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(kvm) = &self.kvm else {
-            return writeln!(f, "KVM's own figures: none (KVM_GET_STATS_FD needs Linux 5.14)");
+            return writeln!(f, "KVM's statistics: none (KVM_GET_STATS_FD needs Linux 5.14)");
         };
-        writeln!(f, "KVM's own figures (VM exits are the hardware's; most never reach hwvmm):")?;
+        writeln!(f, "KVM's statistics (VM exits are by the processor; KVM handles most of them):")?;
         let mut names: Vec<&str> = FIRST.into_iter().filter(|name| kvm.contains_key(*name)).collect();
         names.extend(kvm.iter().filter(|(n, v)| **v > 0 && !FIRST.contains(&n.as_str())).map(|(n, _)| n.as_str()));
         for row in names.chunks(3) {

@@ -12,7 +12,7 @@ use thiserror::Error;
 /// The setting of a lever.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
-    /// The lever's default.
+    /// The lever is used if it is on by default and this host supports it ([`Lever::is_default_on`]).
     #[default]
     Auto,
     /// The lever is used; a warning is logged where this host does not support it.
@@ -145,7 +145,7 @@ const MEASURED: &str = include_str!("measured.csv");
 pub struct SavedExits {
     /// VM exits, without host interrupts and timer writes.
     pub vm: i64,
-    /// Userspace exits.
+    /// Userspace exits: those that KVM passes on to hwvmm.
     pub userspace: i64,
 }
 

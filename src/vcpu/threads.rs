@@ -1,6 +1,7 @@
 //! One thread a vCPU: started together, kicked, asked whether they rest, stopped and joined.
 
 use super::run_loop::{Records, Stop, run};
+use crate::error::chain;
 use crate::exit::{EndReason, Handler, RunEnd};
 use crate::kvm::clock::Anchor;
 use crate::kvm::kick::{self, KickTarget};
@@ -8,7 +9,10 @@ use crate::kvm::stats::Reader;
 use crate::kvm::vcpu::{Running, VcpuActivity};
 use crate::kvm::{KvmError, Vcpu};
 use crate::measure::tracer;
-use crate::measure::{Counters, FlightRecorder, HandlerTime, Measured, NoProfile, Profiler, UserProfile, VcpuRecord};
+use crate::measure::{
+    Counters, FlightRecorder, FlightRecorders, HandlerTime, Measured, NoProfile, Profiler, UserProfile, VcpuRecord,
+};
+use crate::sandbox::{Sandbox, SandboxError, ThreadRole};
 use hwvmm_arch::msr::IA32_LSTAR;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -19,6 +23,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// How often a vCPU that does not come out is kicked again: it may just have entered a system call.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
+
+/// How long the vCPUs may take to stop. An access to a device takes up to a second where the device is being reset.
+const STOP: Duration = Duration::from_millis(1500);
 
 /// Shared by all that can end a run: the first end counts.
 pub struct Control {
@@ -33,7 +40,7 @@ impl Control {
     /// A run that has not ended.
     ///
     /// # Errors
-    /// Where no eventfd can be had.
+    /// Where no eventfd can be created.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             ended: Mutex::new(None),
@@ -46,6 +53,11 @@ impl Control {
     /// Ends the run, unless it has ended already.
     pub fn end(&self, reason: EndReason, vcpu: Option<usize>) {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(RunEnd { reason, vcpu });
+        self.wake();
+    }
+
+    /// Has the event loop look at its deadlines again.
+    pub fn wake(&self) {
         if let Err(error) = self.event.write(1) {
             log::error!("cannot wake the event loop: {error}");
         }
@@ -57,7 +69,7 @@ impl Control {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Readable once the run has ended.
+    /// Readable once the run has ended, and after [`Self::wake`].
     #[must_use]
     pub fn event(&self) -> &EventFd {
         &self.event
@@ -84,6 +96,15 @@ pub enum Measure {
         /// The tracer of VM exits.
         tracer: Option<tracer::Handle>,
     },
+}
+
+/// What the threads of vCPUs may do on the host.
+#[derive(Clone)]
+pub struct Confinement {
+    /// The sandbox that each thread enters before it runs the guest.
+    pub sandbox: Arc<Sandbox>,
+    /// The role in which it does.
+    pub role: ThreadRole,
 }
 
 /// What a thread shows to the outside.
@@ -150,17 +171,23 @@ impl Threads {
     /// Starts all vCPUs.
     ///
     /// # Errors
-    /// Where a thread cannot be started; those that run already are stopped.
+    /// Where a thread cannot be started, or there is no flight recorder for a vCPU; those that run already are stopped.
     pub fn start(
         vcpus: Vec<Vcpu>,
         handler: &Arc<Handler>,
         control: &Arc<Control>,
         measure: &Measure,
+        flight_recorders: &FlightRecorders,
+        confinement: &Confinement,
     ) -> io::Result<Self> {
         kick::install()?;
         let start = Anchor::now();
         let mut threads = Self { threads: Vec::new(), control: Arc::clone(control) };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let Some(flight_recorder) = flight_recorders.of_vcpu(index) else {
+                threads.stop();
+                return Err(io::ErrorKind::InvalidInput.into());
+            };
             let shared = Arc::new(VcpuShared {
                 target: Mutex::new(None),
                 inspected: AtomicU64::new(0),
@@ -173,9 +200,10 @@ impl Threads {
                 shared: Arc::clone(&shared),
                 handler: Arc::clone(handler),
                 control: Arc::clone(control),
+                confinement: confinement.clone(),
             };
             let measure = measure.clone();
-            let body = move || work.start(vcpu, measure);
+            let body = move || work.start(vcpu, measure, flight_recorder);
             match std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(256 << 10).spawn(body) {
                 Ok(handle) => threads.threads.push(Thread { shared, handle }),
                 Err(error) => {
@@ -212,16 +240,22 @@ impl Threads {
             && self.threads.iter().any(|thread| state(thread) == Some(HALTED))
     }
 
-    /// Stops all vCPUs and takes what they leave.
+    /// Stops all vCPUs and takes what they leave. A vCPU that does not stop within `STOP`, as its thread waits for the host,
+    /// leaves nothing.
     pub fn stop(self) -> Vec<VcpuRecord> {
         self.control.stop.store(true, Ordering::Release);
+        let deadline = Instant::now() + STOP;
         // All of them, again and again: one may wait for a lock that another holds while it writes to a full pipe.
-        while self.threads.iter().any(|thread| !thread.handle.is_finished()) {
+        while self.threads.iter().any(|thread| !thread.handle.is_finished()) && Instant::now() < deadline {
             self.threads.iter().filter(|thread| !thread.handle.is_finished()).for_each(|thread| thread.shared.kick());
             std::thread::sleep(KICK_AGAIN);
         }
         let mut finished = Vec::new();
-        for thread in self.threads {
+        for (index, thread) in self.threads.into_iter().enumerate() {
+            if !thread.handle.is_finished() {
+                log::error!("the thread of vCPU {index} does not end within {STOP:?}: it waits for the host");
+                continue;
+            }
             match thread.handle.join() {
                 Ok(result) => finished.push(result),
                 Err(_) => log::error!("a vCPU's thread panicked: this is a bug in hwvmm"),
@@ -251,39 +285,40 @@ struct Work {
     shared: Arc<VcpuShared>,
     handler: Arc<Handler>,
     control: Arc<Control>,
+    confinement: Confinement,
 }
 
 impl Work {
-    fn start(self, mut vcpu: Vcpu, measure: Measure) -> VcpuRecord {
+    fn start(self, mut vcpu: Vcpu, measure: Measure, flight_recorder: FlightRecorder) -> VcpuRecord {
         match measure {
-            Measure::Nothing => self.run(vcpu, NoProfile),
-            Measure::Times => self.run(vcpu, HandlerTime::default()),
+            Measure::Nothing => self.run(vcpu, NoProfile, flight_recorder),
+            Measure::Times => self.run(vcpu, HandlerTime::default(), flight_recorder),
             Measure::Profile { start, tracer } => {
                 vcpu.sync_cpl();
                 if let Some(tracer) = tracer {
                     tracer.attach(self.index);
                 }
-                self.run(vcpu, UserProfile::new(start))
+                self.run(vcpu, UserProfile::new(start), flight_recorder)
             }
         }
     }
 
-    fn run<P: Profiler>(self, mut vcpu: Vcpu, profiler: P) -> VcpuRecord
+    fn run<P: Profiler>(self, mut vcpu: Vcpu, profiler: P, flight_recorder: FlightRecorder) -> VcpuRecord
     where
         Measured: From<P::Measured>,
     {
         *self.shared.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(KickTarget::current());
         let counters = Counters::new(&self.handler.pio, &self.handler.mmio);
         let _guard = EndOnPanic(&self);
-        let mut records = Records { counters, flight_recorder: FlightRecorder::default(), profiler };
+        let mut records = Records { counters, flight_recorder, profiler };
         let rip = {
             let mut running = vcpu.enter();
-            let stopped = if self.control.is_stopping() {
-                Ok(Stop::Asked)
-            } else {
-                run(&mut running, &self.handler, &mut records, |running, records| {
+            let stopped = match self.confine() {
+                Err(error) => Ok(Stop::End(EndReason::Failed(chain(&error)))),
+                Ok(()) if self.control.is_stopping() => Ok(Stop::Asked),
+                Ok(()) => run(&mut running, &self.handler, &mut records, |running, records| {
                     self.kicked(running, &records.counters)
-                })
+                }),
             };
             match stopped {
                 Ok(Stop::Asked) => {}
@@ -303,6 +338,11 @@ impl Work {
             rip,
             lstar: vcpu.msr(IA32_LSTAR).filter(|address| *address != 0),
         }
+    }
+
+    /// Enters the sandbox with the role of this vCPU; the thread is named after its index.
+    fn confine(&self) -> Result<(), SandboxError> {
+        self.confinement.sandbox.enter(self.confinement.role, &format!("vcpu{}", self.index))
     }
 
     /// After a kick: publishes whether the vCPU rests and what it has counted, where asked; whether to stop.

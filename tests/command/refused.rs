@@ -2,7 +2,7 @@
 
 use crate::guests;
 use crate::harness::{Outcome, Test};
-use crate::{file, folder, hwvmm, text};
+use crate::{file, folder, hwvmm, run, text, when_it_runs};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -21,12 +21,12 @@ fn refused(arguments: &[&str], status: i32, words: &[&str]) -> Outcome {
     Outcome::Passed
 }
 
-/// As [`refused`] with status 1, for what is found out after KVM was opened.
+/// As [`refused`] with status 42, for what is found out after KVM was opened.
 fn refused_with_kvm(arguments: &[&str], words: &[&str]) -> Outcome {
     if !Path::new("/dev/kvm").exists() {
         return Outcome::Skipped("no /dev/kvm".into());
     }
-    refused(arguments, 1, words)
+    refused(arguments, 42, words)
 }
 
 /// Runs a file that is not a usable kernel; see [`refused`].
@@ -37,7 +37,38 @@ fn refused_kernel(name: &str, content: &[u8], options: &[&str], words: &[&str]) 
     let path = file(name, content);
     let mut arguments = vec!["run", path.to_str().expect("UTF-8")];
     arguments.extend(options);
-    refused(&arguments, 1, words)
+    refused(&arguments, 42, words)
+}
+
+/// A guest that can write to a folder must not choose what hwvmm opens, connects to or removes there.
+fn paths_in_a_writable_share_are_refused() -> Outcome {
+    let shared = folder().join("writable-share");
+    fs::create_dir_all(&shared).expect("made");
+    let link = folder().join("link-to-share");
+    let _ = fs::remove_file(&link);
+    std::os::unix::fs::symlink(&shared, &link).expect("linked");
+    let share = format!("tag=a,path={}", shared.display());
+    let inside = link.join("x").display().to_string();
+    let (uds, serial) = (format!("cid=3,uds={inside}"), format!("1=file:{inside}"));
+    for options in [
+        ["--vsock", &uds, ""],
+        ["--api", &inside, ""],
+        ["--serial", &serial, "--on-reboot=restart"],
+        ["--disk", &inside, "--on-reboot=restart"],
+    ] {
+        let mut arguments = vec!["run", "--share", &share];
+        arguments.extend(options.iter().filter(|option| !option.is_empty()));
+        arguments.push("kernel");
+        refused(&arguments, 2, &[options[0], &inside, "--share tag=a", "outside of the share", "readonly=on"]);
+    }
+    // These files are opened before the guest runs.
+    when_it_runs(|| {
+        for (share, option, value) in [(&share, "--serial", &serial), (&share, "--stats-out", &inside)] {
+            let out = run("of-share", guests::power_off(), &["--share", share, option, value]);
+            assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+            fs::remove_file(shared.join("x")).expect("it was written");
+        }
+    })
 }
 
 /// A KVM that emulates instructions may run the tiny guests of these tests, and hangs in a Linux kernel.
@@ -56,7 +87,7 @@ fn linux_is_refused_where_kvm_cannot_run_it() -> Outcome {
         let start = Instant::now();
         let path = corpus.join(kernel);
         let arguments = ["run", "--timeout", "60s", path.to_str().expect("UTF-8")];
-        refused(&arguments, 1, &["cannot run Linux", "vCPU failed at", "hwvmm doctor", "scripts/lab"]);
+        refused(&arguments, 42, &["cannot run Linux", "vCPU failed at", "hwvmm doctor", "scripts/lab"]);
         assert!(start.elapsed() < Duration::from_secs(10), "said at once");
         let out =
             hwvmm().env("HWVMM_ANY_KVM", "1").args(["run", "--timeout", "1s"]).arg(&path).output().expect("started");
@@ -68,19 +99,20 @@ fn linux_is_refused_where_kvm_cannot_run_it() -> Outcome {
 
 pub(crate) const TESTS: &[Test] = &[
     ("linux_is_refused_where_kvm_cannot_run_it", linux_is_refused_where_kvm_cannot_run_it),
+    ("paths_in_a_writable_share_are_refused", paths_in_a_writable_share_are_refused),
     ("a_missing_kvm_device_is_refused", || {
-        refused(&["run", "--kvm", "/no/such/kvm", "k"], 1, &["/no/such/kvm", "modprobe"])
+        refused(&["run", "--kvm", "/no/such/kvm", "k"], 42, &["/no/such/kvm", "modprobe"])
     }),
-    ("a_device_other_than_kvm_is_refused", || refused(&["run", "--kvm", "/dev/null", "k"], 1, &["/dev/null"])),
+    ("a_device_other_than_kvm_is_refused", || refused(&["run", "--kvm", "/dev/null", "k"], 42, &["/dev/null"])),
     ("a_run_without_a_kernel_is_refused", || refused(&["run"], 2, &["no kernel given"])),
     ("a_missing_kernel_is_refused", || {
         refused_with_kvm(&["run", "/no/such/kernel"], &["/no/such/kernel", "check the path"])
     }),
-    ("a_directory_as_kernel_is_refused", || refused_with_kvm(&["run", "/tmp"], &["/tmp is not a file"])),
+    ("a_directory_as_kernel_is_refused", || refused_with_kvm(&["run", "/tmp"], &["/tmp is not a regular file"])),
     ("a_fifo_as_kernel_is_refused", || {
         let path = folder().join("fifo");
         assert!(Command::new("mkfifo").arg(&path).status().expect("mkfifo").success());
-        refused_with_kvm(&["run", path.to_str().expect("UTF-8")], &["is not a file"])
+        refused_with_kvm(&["run", path.to_str().expect("UTF-8")], &["is not a regular file"])
     }),
     ("an_empty_kernel_is_refused", || refused_kernel("empty", b"", &[], &["it is empty"])),
     ("a_text_as_kernel_is_refused", || refused_kernel("text", b"#!/bin/sh\n", &[], &["not a kernel"])),

@@ -35,8 +35,10 @@ macro_rules! payload {
     };
 }
 
+mod hostile;
 mod programs;
 
+pub(crate) use hostile::*;
 pub(crate) use programs::*;
 
 // Port I/O of each width: port 0x10 returns what was written last. Ends by isa-debug-exit with status 3, or 5 where a

@@ -1,16 +1,23 @@
 //! Multiboot programs for whole runs.
 
-// Multiboot programs (32-bit) for whole runs: they print "hello\n" on the first UART, then each ends in another way.
-macro_rules! program {
-    ($name:ident, $($line:literal),* $(,)?) => {
+// Multiboot programs (32-bit) for whole runs: they print a text on the first UART, then go on at 4. The text ends with a zero.
+macro_rules! printer {
+    ($name:ident, [$($text:literal),* $(,)?], $($line:literal),* $(,)?) => {
         payload!(
             $name, ".code32",
-            "mov $0x80000,%esp", "mov $0x3f8,%edx", "call 2f", ".ascii \"hello\\n\\0\"",
+            "mov $0x80000,%esp", "mov $0x3f8,%edx", "call 2f", $($text,)*
             "2: pop %esi",
             "3: lodsb", "test %al,%al", "jz 4f", "out %al,%dx", "jmp 3b",
             "4:",
             $($line),*
         );
+    };
+}
+
+// They print "hello\n", then each ends in another way.
+macro_rules! program {
+    ($name:ident, $($line:literal),* $(,)?) => {
+        printer!($name, [".ascii \"hello\\n\\0\""], $($line),*);
     };
 }
 
@@ -23,37 +30,60 @@ program!(halt, "5: cli", "hlt", "jmp 5b");
 program!(spin, "5: jmp 5b");
 program!(debug_exit, "mov $38,%eax", "out %eax,$0xf4", "hlt");
 program!(expired_watchdog, "mov $0x443,%dx", "mov $0xf,%al", "out %al,%dx", "5: jmp 5b");
-// A prompt: text without a newline, then nothing.
-payload!(
-    prompt,
-    ".code32",
-    "mov $0x3f8,%edx",
-    "mov $0x80000,%esp",
-    "call 2f",
-    ".ascii \"login: \\0\"",
-    "2: pop %esi",
-    "3: lodsb",
-    "test %al,%al",
-    "jz 4f",
+// Two lines that end in CR LF, the first with colours, and one without an end; then it powers off.
+printer!(
+    three_lines,
+    [".ascii \"tests: fail=123\\r\\n\\033[32mall done\\033[0m\\r\\ngood bye\\0\""],
+    "mov $0x600,%dx",
+    "mov $0x34,%al",
     "out %al,%dx",
-    "jmp 3b",
-    "4: jmp 4b",
+    "hlt",
+);
+// A prompt: text without a newline, then nothing.
+printer!(prompt, [".ascii \"login: \\0\""], "5: jmp 5b");
+// A panic with escape sequences (they name and clear the terminal) and a backspace in its message, then its last line.
+printer!(
+    panic_with_escapes,
+    [
+        ".ascii \"Kernel panic - not syncing: \\033]0;owned\\007\\033[2J\\010x\\r\\n\"",
+        ".ascii \"---[ end Kernel panic - not syncing: x ]---\\n\\0\""
+    ],
+    "5: jmp 5b",
+);
+// Moves BAR 0 of the first PCI device again and again, by the ports of configuration mechanism 1. Each write is a warning.
+payload!(
+    bar_flood,
+    ".code32",
+    "mov $0xcf8,%dx",
+    "mov $0x80000810,%eax",
+    "out %eax,%dx",
+    "mov $0xcfc,%dx",
+    "mov $0xd0000000,%eax",
+    "2: out %eax,%dx",
+    "jmp 2b",
+);
+// As [`bar_flood`], 50 writes; then a reset.
+payload!(
+    bar_flood_and_reset,
+    ".code32",
+    "mov $0xcf8,%dx",
+    "mov $0x80000810,%eax",
+    "out %eax,%dx",
+    "mov $0xcfc,%dx",
+    "mov $0xd0000000,%eax",
+    "mov $50,%ecx",
+    "2: out %eax,%dx",
+    "loop 2b",
+    "mov $0x602,%dx",
+    "mov $1,%al",
+    "out %al,%dx",
+    "hlt",
 );
 // The last line of a Linux panic, then a reset.
-payload!(
+printer!(
     panic_line,
-    ".code32",
-    "mov $0x3f8,%edx",
-    "mov $0x80000,%esp",
-    "call 2f",
-    ".ascii \"[    0.5] Kernel panic - not syncing: out of luck\\r\\n\\0\"",
-    "2: pop %esi",
-    "3: lodsb",
-    "test %al,%al",
-    "jz 4f",
-    "out %al,%dx",
-    "jmp 3b",
-    "4: mov $0x602,%dx",
+    [".ascii \"[    0.5] Kernel panic - not syncing: out of luck\\r\\n\\0\""],
+    "mov $0x602,%dx",
     "mov $1,%al",
     "out %al,%dx",
     "hlt",
@@ -102,6 +132,33 @@ payload!(
     "jne 5b",
     "mov $0x600,%dx",
     "mov $0x34,%al",
+    "out %al,%dx",
+    "hlt",
+);
+// Echoes each byte that it reads from the first UART: resets itself after a '!', powers off after a '.'.
+payload!(
+    echo_and_reset,
+    ".code32",
+    "mov $0x3f9,%edx",
+    "mov $1,%al",
+    "out %al,%dx",
+    "5: mov $0x3fd,%edx",
+    "in %dx,%al",
+    "test $1,%al",
+    "jz 5b",
+    "mov $0x3f8,%edx",
+    "in %dx,%al",
+    "out %al,%dx",
+    "cmp $0x21,%al",
+    "je 6f",
+    "cmp $0x2e,%al",
+    "jne 5b",
+    "mov $0x600,%dx",
+    "mov $0x34,%al",
+    "out %al,%dx",
+    "hlt",
+    "6: mov $0x602,%dx",
+    "mov $1,%al",
     "out %al,%dx",
     "hlt",
 );
@@ -188,4 +245,124 @@ payload!(
     "out %al,%dx",
     "pop %edx",
     "ret",
+);
+
+// Reads its first UART by interrupts (vector 0x40, by the I/O APIC), and prints a hash of all bytes: h = h * 33 + byte. The handler
+// counts them in ESI, has the hash in EBP, and goes on at 8, or at 5 where it has all.
+macro_rules! uart_reader {
+    ($name:ident, $($handler:literal),* $(,)?) => {
+        payload!(
+            $name,
+            ".code32",
+            "mov $0x80000,%esp",
+            "call 1f",
+            // The interrupt handler of the program.
+            $($handler,)*
+            // In place of IRET, which some hosts' KVM cannot emulate.
+            "8: movl $0,0xfee000b0",
+            "mov $0x80000,%esp",
+            "jmp 2f",
+            // The hash in hexadecimal.
+            "5: mov $0x3f8,%edx",
+            "mov $8,%ecx",
+            "6: rol $4,%ebp",
+            "mov %ebp,%eax",
+            "and $15,%al",
+            "cmp $10,%al",
+            "sbb $0x69,%al",
+            "das",
+            "out %al,%dx",
+            "loop 6b",
+            "mov $10,%al",
+            "out %al,%dx",
+            "mov $0x600,%dx",
+            "mov $0x34,%al",
+            "out %al,%dx",
+            "hlt",
+            // The segments, the interrupt descriptor table, the local APIC, and entry 4 of the I/O APIC.
+            "1: pop %eax",
+            "movl $0xffff,0x91008",
+            "movl $0xcf9a00,0x9100c",
+            "movw $0xf,0x8ffe0",
+            "movl $0x91000,0x8ffe2",
+            "lgdt 0x8ffe0",
+            "push $8",
+            "call 3f",
+            "jmp 4f",
+            "3: lret",
+            "4: mov %ax,0x90200",
+            "movw $8,0x90202",
+            "movw $0x8e00,0x90204",
+            "shr $16,%eax",
+            "mov %ax,0x90206",
+            "movw $0x7ff,0x8fff0",
+            "movl $0x90000,0x8fff2",
+            "lidt 0x8fff0",
+            "movl $0x1ff,0xfee000f0",
+            "movl $0x19,0xfec00000",
+            "movl $0,0xfec00010",
+            "movl $0x18,0xfec00000",
+            "movl $0x40,0xfec00010",
+            "xor %esi,%esi",
+            "xor %ebp,%ebp",
+            // The PIC has its interrupts masked.
+            "mov $0xff,%al",
+            "out %al,$0x21",
+            "out %al,$0xa1",
+            // FIFO on, interrupts for received data.
+            "mov $0x3fa,%edx",
+            "mov $0x87,%al",
+            "out %al,%dx",
+            "mov $0x3f9,%edx",
+            "mov $1,%al",
+            "out %al,%dx",
+            "2: sti",
+            "hlt",
+            "jmp 2b",
+        );
+    };
+}
+
+// 1 MiB: the 8 bytes that the interrupt identification promises, by a string instruction, or one after a time-out.
+uart_reader!(
+    read_in_bursts,
+    "mov $0x3fa,%edx",
+    "in %dx,%al",
+    "mov $0x3f8,%edx",
+    "mov $1,%ecx",
+    "and $15,%al",
+    "cmp $12,%al",
+    "je 6f",
+    "mov $8,%ecx",
+    "cmp $4,%al",
+    "jne 8f",
+    "6: mov $0x8f000,%edi",
+    "mov %edi,%ebx",
+    "add %ecx,%esi",
+    "cld",
+    "rep insb",
+    "6: movzbl (%ebx),%eax",
+    "imul $33,%ebp,%ebp",
+    "add %eax,%ebp",
+    "inc %ebx",
+    "cmp %edi,%ebx",
+    "jb 6b",
+    "cmp $1048576,%esi",
+    "je 5f",
+);
+// 16 KiB: one for each interrupt.
+uart_reader!(
+    read_by_the_byte,
+    "mov $0x3fd,%edx",
+    "in %dx,%al",
+    "test $1,%al",
+    "jz 8f",
+    "mov $0x3f8,%edx",
+    "xor %eax,%eax",
+    "in %dx,%al",
+    "imul $33,%ebp,%ebp",
+    "add %eax,%ebp",
+    "inc %esi",
+    "cmp $16384,%esi",
+    "je 5f",
 );

@@ -22,7 +22,7 @@ pub struct IoApicPins {
 /// Where a virtio-mmio device is (virtio 1.3 §4.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VirtioMmio {
-    /// The registers.
+    /// The guest physical addresses of its registers.
     pub range: GpaRange,
     /// The GSI that it raises, edge-triggered.
     pub gsi: u32,
@@ -42,7 +42,7 @@ pub struct Platform<'a> {
     /// The segment of the PCI bus, where there is one. Linux accesses the configuration space of segment 0 by ports where
     /// they respond, and that of every other segment by ECAM.
     pub pci: Option<u8>,
-    /// The virtio-mmio devices.
+    /// The virtio-mmio devices, each of which gets a device node in the DSDT.
     pub virtio_mmio: &'a [VirtioMmio],
 }
 

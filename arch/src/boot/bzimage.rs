@@ -4,6 +4,7 @@
 use super::read::{FileRange, ReadAt, u16_at, u32_at};
 use crate::layout::GpaRange;
 use linux_loader::loader::bootparam::setup_header;
+use serde::{Deserialize, Serialize};
 use std::io;
 use thiserror::Error;
 use vm_memory::ByteValued;
@@ -40,19 +41,19 @@ pub enum BzImageError {
 }
 
 /// The compression of a kernel or an initrd (Linux' usr/Kconfig and init/Kconfig list them).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Compression {
     /// The gzip format (RFC 1952).
     Gzip,
     /// The .xz format of XZ Utils.
     Xz,
-    /// Zstandard (RFC 8878).
+    /// The Zstandard format (RFC 8878).
     Zstd,
     /// The legacy LZ4 frame (lz4_Frame_format.md, "Legacy frame").
     Lz4,
     /// The .lzma format ("LZMA alone").
     Lzma,
-    /// The .bz2 format.
+    /// The .bz2 format of bzip2.
     Bzip2,
     /// The file format of lzop.
     Lzo,

@@ -1,5 +1,5 @@
-//! 32- and 64-bit ELF kernels: their segments and their PVH note (System V ABI, chapters 4 and 5; Xen's
-//! public/elfnote.h).
+//! 32- and 64-bit ELF kernels: their segments and their notes (System V ABI, chapters 4 and 5; Xen's public/elfnote.h;
+//! Linux' include/linux/elfnote-lto.h and build-salt.h).
 
 use super::read::{ReadAt, u16_at, u32_at, u64_at};
 use std::io;
@@ -21,6 +21,11 @@ const MAX_PROGRAM_HEADERS: u16 = 256;
 const MAX_NOTE_BYTES: u64 = 1 << 20;
 /// The type of the note that holds the PVH entry point: XEN_ELFNOTE_PHYS32_ENTRY.
 const XEN_PHYS32_ENTRY: u32 = 18;
+/// The type of the note that names the operating system: XEN_ELFNOTE_GUEST_OS. Linux has it with CONFIG_XEN.
+const XEN_GUEST_OS: u32 = 6;
+/// The types of the notes that every Linux since 4.18 has: LINUX_ELFNOTE_BUILD_SALT and LINUX_ELFNOTE_LTO_INFO. Type 0 is
+/// left out: programs for Linux have it, too.
+const LINUX_NOTES: [u32; 2] = [0x100, 0x101];
 
 /// Why an ELF file cannot be used.
 #[derive(Debug, Error)]
@@ -67,8 +72,17 @@ pub struct ElfImage {
     pub entry: u64,
     /// The segments to load, in the order of the file, none of them empty.
     pub segments: Vec<Segment>,
+    /// What the notes say.
+    pub notes: Notes,
+}
+
+/// What the notes of a kernel say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Notes {
     /// The gpa of the PVH entry point, where a note gives it.
     pub pvh_entry: Option<u32>,
+    /// True if a note says that the kernel is Linux. Each Linux with a PVH entry has such a note.
+    pub is_linux: bool,
 }
 
 /// The fields of a program header that are used here.
@@ -120,13 +134,11 @@ impl ElfImage {
         };
         let table = HeaderTable { class, offset, entry_bytes, count };
         let headers = program_headers(image, &table, file_bytes)?;
-        let mut parsed = Self { class, entry, segments: Vec::new(), pvh_entry: None };
+        let mut parsed = Self { class, entry, segments: Vec::new(), notes: Notes::default() };
         for header in headers {
             match header.kind {
                 PT_LOAD if header.segment.memory_bytes > 0 => parsed.segments.push(header.segment),
-                PT_NOTE if parsed.pvh_entry.is_none() => {
-                    parsed.pvh_entry = find_pvh_entry(image, &header.segment)?;
-                }
+                PT_NOTE => parsed.notes.add(image, &header.segment)?,
                 _ => {}
             }
         }
@@ -225,29 +237,35 @@ fn program_header(entry: &[u8], class: ElfClass, file_bytes: u64) -> Result<Prog
     Ok(ProgramHeader { kind, segment })
 }
 
-/// Returns the PVH entry point from the notes. A note is: name size, description size, type, name, description, the last
-/// two padded to 4 bytes (System V ABI, chapter 5, "Note Section").
-fn find_pvh_entry<R: ReadAt + ?Sized>(image: &R, notes: &Segment) -> Result<Option<u32>, ElfError> {
-    if notes.file_bytes > MAX_NOTE_BYTES {
-        return Err(ElfError::Damaged(format!("a note segment of {} bytes", notes.file_bytes)));
-    }
-    let mut data = vec![0_u8; usize::try_from(notes.file_bytes).unwrap_or(0)];
-    image.read_exact_at(&mut data, notes.offset)?;
-    let mut at = 0_usize;
-    while let (Some(name_bytes), Some(bytes), Some(kind)) =
-        (u32_at(&data, at), u32_at(&data, at + 4), u32_at(&data, at + 8))
-    {
-        let name = at + 12;
-        let padded = |bytes: u32| (bytes as usize).checked_next_multiple_of(4);
-        let Some(description) = padded(name_bytes).and_then(|n| n.checked_add(name)) else { break };
-        let is_xen = data.get(name..name + 4).is_some_and(|n| n == b"Xen\0") && name_bytes == 4;
-        if is_xen && kind == XEN_PHYS32_ENTRY && bytes >= 4 {
-            return Ok(u32_at(&data, description));
+impl Notes {
+    /// Adds what the notes of a segment say; of several PVH entries the first counts. A note is: name size, description size,
+    /// type, name, description, the last two padded to 4 bytes (System V ABI, chapter 5, "Note Section").
+    fn add<R: ReadAt + ?Sized>(&mut self, image: &R, segment: &Segment) -> Result<(), ElfError> {
+        if segment.file_bytes > MAX_NOTE_BYTES {
+            return Err(ElfError::Damaged(format!("a note segment of {} bytes", segment.file_bytes)));
         }
-        let Some(next) = padded(bytes).and_then(|n| n.checked_add(description)) else { break };
-        at = next;
+        let mut data = vec![0_u8; usize::try_from(segment.file_bytes).unwrap_or(0)];
+        image.read_exact_at(&mut data, segment.offset)?;
+        let mut at = 0_usize;
+        while let (Some(name_bytes), Some(bytes), Some(kind)) =
+            (u32_at(&data, at), u32_at(&data, at + 4), u32_at(&data, at + 8))
+        {
+            let part = |start: usize, bytes: u32| {
+                let end = start.checked_add(bytes as usize)?;
+                Some((data.get(start..end)?, end.checked_next_multiple_of(4)?))
+            };
+            let Some((name, description_at)) = part(at + 12, name_bytes) else { break };
+            let Some((description, next)) = part(description_at, bytes) else { break };
+            match (name, kind) {
+                (b"Xen\0", XEN_PHYS32_ENTRY) if self.pvh_entry.is_none() => self.pvh_entry = u32_at(description, 0),
+                (b"Xen\0", XEN_GUEST_OS) => self.is_linux |= description.strip_suffix(b"\0") == Some(b"linux"),
+                (b"Linux\0", kind) => self.is_linux |= LINUX_NOTES.contains(&kind),
+                _ => {}
+            }
+            at = next;
+        }
+        Ok(())
     }
-    Ok(None)
 }
 
 #[cfg(test)]

@@ -83,7 +83,7 @@ pub struct Module {
     /// The gpa behind the last byte.
     pub end: u64,
     /// The module's command line: its path and arguments.
-    pub name: String,
+    pub name: Vec<u8>,
 }
 
 /// Returns the bytes for guest memory from [`MULTIBOOT_INFO`] on: the information structure (§3.3), then the strings, the
@@ -94,7 +94,7 @@ pub struct Module {
 pub fn info(
     memory_bytes: u64,
     memory_map: &[MemoryRange],
-    cmdline: &str,
+    cmdline: &[u8],
     modules: &[Module],
 ) -> Result<Vec<u8>, MultibootError> {
     let mut area = Area { bytes: vec![0_u8; INFO_BYTES.next_multiple_of(16)] };
@@ -104,7 +104,7 @@ pub fn info(
     area.put(8, kib(low.saturating_sub(1 << 20)));
     let cmdline = area.string(cmdline);
     area.put(16, cmdline);
-    let loader = area.string(concat!("hwvmm ", env!("CARGO_PKG_VERSION")));
+    let loader = area.string(concat!("hwvmm ", env!("CARGO_PKG_VERSION")).as_bytes());
     area.put(64, loader);
 
     let names: Vec<u32> = modules.iter().map(|module| area.string(&module.name)).collect();
@@ -160,9 +160,9 @@ impl Area {
     }
 
     /// Appends a NUL-terminated string, padded to 4 bytes. Returns its gpa.
-    fn string(&mut self, text: &str) -> u32 {
+    fn string(&mut self, text: &[u8]) -> u32 {
         let at = self.here();
-        self.bytes.extend_from_slice(text.as_bytes());
+        self.bytes.extend_from_slice(text);
         self.bytes.push(0);
         let padded = self.bytes.len().next_multiple_of(4);
         self.bytes.resize(padded, 0);
@@ -196,9 +196,9 @@ mod tests {
 
     #[test]
     fn the_information_has_command_line_modules_and_map() {
-        let module = Module { start: 0x200_0000, end: 0x200_0010, name: "env".into() };
+        let module = Module { start: 0x200_0000, end: 0x200_0010, name: b"env".to_vec() };
         let map = memory_map(128 << 20);
-        let bytes = info(128 << 20, &map, "test a b", &[module]).expect("fits");
+        let bytes = info(128 << 20, &map, b"test a b", &[module]).expect("fits");
         let at = |gpa: u32| usize::try_from(u64::from(gpa) - MULTIBOOT_INFO).expect("near");
         let cmdline = at(u32_at(&bytes, 16).expect("cmdline"));
         assert_eq!(&bytes[cmdline..cmdline + 9], b"test a b\0");
@@ -213,6 +213,6 @@ mod tests {
     #[test]
     fn information_that_does_not_fit_is_an_error() {
         let long = "x".repeat(0x1_0000);
-        assert!(matches!(info(1 << 27, &[], &long, &[]), Err(MultibootError::TooLarge { .. })));
+        assert!(matches!(info(1 << 27, &[], long.as_bytes(), &[]), Err(MultibootError::TooLarge { .. })));
     }
 }

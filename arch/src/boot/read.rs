@@ -7,7 +7,7 @@ use std::io;
 pub struct FileRange {
     /// Offset of the first byte from the start of the file.
     pub offset: u64,
-    /// Length in bytes.
+    /// The length of the range in bytes.
     pub bytes: u64,
 }
 

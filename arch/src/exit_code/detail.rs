@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Isa {
-    /// Intel VMX (VT-x).
+    /// Intel's virtual-machine extensions (VMX, VT-x).
     Vmx,
-    /// AMD SVM (AMD-V).
+    /// AMD's secure virtual machine (SVM, AMD-V).
     Svm,
 }
 
@@ -19,24 +19,28 @@ pub enum Isa {
 pub enum Class {
     /// Port I/O: IN, OUT, INS, OUTS.
     Pio,
-    /// Access to an MSR: RDMSR, WRMSR.
+    /// Access to an MSR: RDMSR, WRMSR, and their forms for lists, for programs and with an immediate operand.
     Msr,
-    /// The CPUID instruction.
+    /// An execution of the CPUID instruction.
     Cpuid,
     /// A nested page fault (NPT) or an EPT violation: the memory is not mapped yet, or a device is there.
     #[serde(rename = "npf")]
     NestedPageFault,
-    /// The HLT instruction.
+    /// An execution of HLT: the vCPU waits for an interrupt.
     Hlt,
-    /// An interrupt for the host, or an interrupt window for the guest.
+    /// An interrupt, NMI or SMI for the host.
     #[serde(rename = "intr")]
     Interrupt,
+    /// A window for an interrupt or NMI of the guest's: it can take one now.
+    Window,
+    /// The guest's timer: it arms the timer, or the timer's time has come.
+    Timer,
     /// Access to a control or debug register.
     #[serde(rename = "cr")]
     ControlRegister,
     /// An exception; with shadow paging these are mostly page faults.
     Exception,
-    /// The instructions PAUSE, MONITOR and MWAIT.
+    /// The instructions PAUSE, MONITOR, MWAIT, UMWAIT and TPAUSE.
     Pause,
     /// A hypercall: VMCALL, VMMCALL.
     Hypercall,
@@ -48,13 +52,15 @@ pub enum Class {
 
 impl Class {
     /// All classes, in the order in which tables list them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Pio,
         Self::Msr,
         Self::Cpuid,
         Self::NestedPageFault,
         Self::Hlt,
         Self::Interrupt,
+        Self::Window,
+        Self::Timer,
         Self::ControlRegister,
         Self::Exception,
         Self::Pause,
@@ -73,6 +79,8 @@ impl Class {
             Self::NestedPageFault => "npf",
             Self::Hlt => "hlt",
             Self::Interrupt => "intr",
+            Self::Window => "window",
+            Self::Timer => "timer",
             Self::ControlRegister => "cr",
             Self::Exception => "exception",
             Self::Pause => "pause",
@@ -91,6 +99,15 @@ pub struct IoAccess {
     /// The size of an item in bytes: 1, 2 or 4.
     pub size: u8,
     /// True for OUT and OUTS, false for IN and INS.
+    pub write: bool,
+}
+
+/// An access to a register of the local APIC, decoded from the information fields of its VM exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ApicAccess {
+    /// The register's offset in the APIC's page, in bytes: below 4096.
+    pub offset: u16,
+    /// True where the guest wrote the register.
     pub write: bool,
 }
 
@@ -138,7 +155,9 @@ impl Isa {
                 0x72 => Class::Cpuid,
                 0x400 => Class::NestedPageFault,
                 0x78 | 0xa6 => Class::Hlt,
-                0x60..=0x64 => Class::Interrupt,
+                0x60..=0x63 => Class::Interrupt,
+                // KVM intercepts IRET to learn that the guest can take an NMI.
+                0x64 | 0x74 => Class::Window,
                 0x00..=0x3f | 0x65 | 0x8f..=0x9f => Class::ControlRegister,
                 0x40..=0x5f => Class::Exception,
                 0x77 | 0x8a..=0x8c => Class::Pause,
@@ -148,14 +167,16 @@ impl Isa {
             },
             Self::Vmx => match code & 0xffff {
                 30 => Class::Pio,
-                31 | 32 => Class::Msr,
+                31 | 32 | 78..=81 | 84 | 85 => Class::Msr,
                 10 => Class::Cpuid,
                 48 | 49 => Class::NestedPageFault,
                 12 => Class::Hlt,
-                1 | 7 | 8 | 52 => Class::Interrupt,
+                1 | 3 | 5 | 6 => Class::Interrupt,
+                7 | 8 => Class::Window,
+                52 => Class::Timer,
                 28 | 29 => Class::ControlRegister,
                 0 => Class::Exception,
-                36 | 39 | 40 => Class::Pause,
+                36 | 39 | 40 | 67 | 68 => Class::Pause,
                 18 => Class::Hypercall,
                 43..=45 | 56 => Class::Apic,
                 _ => Class::Other,
@@ -179,12 +200,35 @@ impl Isa {
         }
     }
 
+    /// Decodes an exit of class [`Class::Apic`] that has the register: on VMX the APIC-access and the APIC-write exit (SDM vol. 3C
+    /// §28.2.1, table 28-6; §30.4.3.3), on SVM the unaccelerated access (APM vol. 2 §15.29.9.2, EXITINFO1).
+    #[must_use]
+    pub fn apic(self, code: u64, info1: u64) -> Option<ApicAccess> {
+        let write = match (self, code & 0xffff) {
+            (Self::Svm, 0x402) => info1 >> 32 & 1 == 1,
+            // Linear accesses: 0 is a read, 1 a write. Other kinds have no offset, or are no access of an instruction's to data.
+            (Self::Vmx, 44) => match info1 >> 12 & 15 {
+                0 => false,
+                1 => true,
+                _ => return None,
+            },
+            (Self::Vmx, 56) => true,
+            _ => return None,
+        };
+        let mask = match self {
+            // Bits 3:0 are reserved.
+            Self::Svm => 0xff0,
+            Self::Vmx => 0xfff,
+        };
+        u16::try_from(info1 & mask).ok().map(|offset| ApicAccess { offset, write })
+    }
+
     /// Returns true if an exit of class [`Class::Msr`] is a write. SVM has that in EXITINFO1, VMX in the exit reason.
     #[must_use]
     pub fn is_msr_write(self, code: u64, info1: u64) -> bool {
         match self {
             Self::Svm => info1 & 1 == 1,
-            Self::Vmx => code & 0xffff == 32,
+            Self::Vmx => matches!(code & 0xffff, 32 | 79 | 81 | 85),
         }
     }
 
@@ -216,12 +260,48 @@ mod tests {
     }
 
     #[test]
+    fn apic_accesses_are_decoded_alike_on_vmx_and_svm() {
+        let access = |offset, write| Some(ApicAccess { offset, write });
+        assert_eq!(Isa::Vmx.apic(44, 1 << 12 | 0x380), access(0x380, true));
+        assert_eq!(Isa::Vmx.apic(44, 0x390), access(0x390, false));
+        assert_eq!(
+            (Isa::Vmx.apic(44, 10 << 12 | 0x380), Isa::Vmx.apic(44, 2 << 12)),
+            (None, None),
+            "no access to data"
+        );
+        assert_eq!(Isa::Vmx.apic(56, 0x380), access(0x380, true));
+        assert_eq!(Isa::Svm.apic(0x402, 1 << 32 | 0x380), access(0x380, true));
+        assert_eq!(Isa::Svm.apic(0x402, 0x390), access(0x390, false));
+        assert_eq!((Isa::Vmx.apic(45, 0x380), Isa::Svm.apic(0x401, 0x380)), (None, None), "a vector, and an ICR");
+    }
+
+    #[test]
     fn classes_agree_on_vmx_and_svm() {
-        let pairs = [(0x7b, 30), (0x72, 10), (0x400, 48), (0x78, 12), (0x60, 1), (0x81, 18), (0x10, 28)];
+        let pairs = [
+            (0x64, 7),
+            (0x74, 8),
+            (0x62, 6),
+            (0x63, 3),
+            (0x7b, 30),
+            (0x72, 10),
+            (0x400, 48),
+            (0x78, 12),
+            (0x60, 1),
+            (0x81, 18),
+            (0x10, 28),
+            (0x7c, 84),
+            (0x7c, 85),
+            (0x8b, 67),
+            (0x77, 68),
+            (0x402, 44),
+            (0x402, 56),
+        ];
         for (svm, vmx) in pairs {
             assert_eq!(Isa::Svm.class(svm), Isa::Vmx.class(vmx));
         }
+        assert_eq!((Isa::Vmx.class(7), Isa::Vmx.class(52)), (Class::Window, Class::Timer), "not the host's");
         assert!(Isa::Svm.is_msr_write(0x7c, 1) && Isa::Vmx.is_msr_write(32, 0) && !Isa::Vmx.is_msr_write(31, 1));
+        assert!(Isa::Vmx.is_msr_write(85, 0) && !Isa::Vmx.is_msr_write(84, 0));
         assert_eq!((Isa::Svm.reason(0x72), Isa::Vmx.reason(10)), ("CPUID".into(), "CPUID".into()));
         assert_eq!(Isa::Svm.reason(0x3fe), "0x3fe");
     }

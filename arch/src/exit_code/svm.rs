@@ -3,10 +3,12 @@
 /// Exit codes with names of their own.
 const NAMES: &[(u64, &str)] = &[
     (0x00, "CR0_READ"),
+    (0x02, "CR2_READ"),
     (0x03, "CR3_READ"),
     (0x04, "CR4_READ"),
     (0x08, "CR8_READ"),
     (0x10, "CR0_WRITE"),
+    (0x12, "CR2_WRITE"),
     (0x13, "CR3_WRITE"),
     (0x14, "CR4_WRITE"),
     (0x18, "CR8_WRITE"),
@@ -66,7 +68,11 @@ const NAMES: &[(u64, &str)] = &[
     (0x8d, "XSETBV"),
     (0x8e, "RDPRU"),
     (0x8f, "EFER_WRITE_TRAP"),
+    (0xa0, "INVLPGB"),
+    (0xa1, "INVLPGB_ILLEGAL"),
     (0xa2, "INVPCID"),
+    (0xa3, "MCOMMIT"),
+    (0xa4, "TLBSYNC"),
     (0xa5, "BUSLOCK"),
     (0xa6, "IDLE_HLT"),
     (0x400, "NPF"),
@@ -80,11 +86,17 @@ const NAMES: &[(u64, &str)] = &[
 pub fn name(code: u64) -> Option<&'static str> {
     let own = NAMES.iter().find(|(known, _)| *known == code).map(|(_, name)| *name);
     own.or(match code {
+        0x00..=0x0f => Some("CR_READ"),
+        0x10..=0x1f => Some("CR_WRITE"),
         0x20..=0x2f => Some("DR_READ"),
         0x30..=0x3f => Some("DR_WRITE"),
         0x40..=0x5f => Some("EXCP"),
         0x90..=0x9f => Some("CR_WRITE_TRAP"),
+        // -1 to -4, of which the tracepoint kvm_exit has the lower 32 bits.
         0xffff_ffff | u64::MAX => Some("INVALID"),
+        0xffff_fffe | 0xffff_ffff_ffff_fffe => Some("BUSY"),
+        0xffff_fffd | 0xffff_ffff_ffff_fffd => Some("IDLE_REQUIRED"),
+        0xffff_fffc | 0xffff_ffff_ffff_fffc => Some("INVALID_PMC"),
         _ => None,
     })
 }
@@ -102,9 +114,22 @@ mod tests {
             (0x2f, "DR_READ"),
             (0x4e, "EXCP_PF"),
             (0x4f, "EXCP"),
+            (0x12, "CR2_WRITE"),
+            (0x05, "CR_READ"),
+            (0xa4, "TLBSYNC"),
+            (0xa6, "IDLE_HLT"),
+            (0xffff_fffe, "BUSY"),
+            (u64::MAX, "INVALID"),
         ] {
             assert_eq!(super::name(code), Some(name));
         }
         assert_eq!(super::name(0x3ff), None);
+    }
+
+    /// The numbers of SVM_EXIT_* in Linux 6.18, arch/x86/include/uapi/asm/svm.h, without those of the GHCB protocol.
+    #[test]
+    fn all_that_linux_knows_have_names() {
+        let linux = (0x00..=0x9f).chain([0xa2, 0xa5, 0xa6]).chain(0x400..=0x403).chain([u64::MAX]);
+        assert!(linux.into_iter().all(|code| super::name(code).is_some()));
     }
 }

@@ -3,7 +3,7 @@
 /// Bit 31 of an exit reason: the VM entry failed (SDM vol. 3C §28.8).
 pub const ENTRY_FAILURE: u64 = 1 << 31;
 
-const NAMES: [&str; 78] = [
+const NAMES: [&str; 86] = [
     "EXCEPTION_NMI",
     "EXTERNAL_INTERRUPT",
     "TRIPLE_FAULT",
@@ -82,6 +82,14 @@ const NAMES: [&str; 78] = [
     "NOTIFY",
     "SEAMCALL",
     "TDCALL",
+    "RDMSRLIST",
+    "WRMSRLIST",
+    "URDMSR",
+    "UWRMSR",
+    "",
+    "",
+    "MSR_READ_IMM",
+    "MSR_WRITE_IMM",
 ];
 
 /// The name of an exit reason's basic part (bits 15:0).
@@ -95,10 +103,26 @@ pub fn name(reason: u64) -> Option<&'static str> {
 mod tests {
     #[test]
     fn names_are_at_their_exit_reasons() {
-        for (reason, name) in [(10, "CPUID"), (30, "IO_INSTRUCTION"), (48, "EPT_VIOLATION"), (75, "NOTIFY")] {
+        for (reason, name) in [
+            (10, "CPUID"),
+            (30, "IO_INSTRUCTION"),
+            (48, "EPT_VIOLATION"),
+            (67, "UMWAIT"),
+            (75, "NOTIFY"),
+            (77, "TDCALL"),
+            (84, "MSR_READ_IMM"),
+            (85, "MSR_WRITE_IMM"),
+        ] {
             assert_eq!(super::name(reason), Some(name));
         }
         assert_eq!(super::name(super::ENTRY_FAILURE | 0x21), Some("INVALID_GUEST_STATE"));
-        assert_eq!(super::name(35), None);
+        assert_eq!((super::name(35), super::name(86)), (None, None));
+    }
+
+    /// The numbers of EXIT_REASON_* in Linux 6.18, arch/x86/include/uapi/asm/vmx.h.
+    #[test]
+    fn all_that_linux_knows_have_names() {
+        let linux = (0..=85).filter(|reason| !matches!(reason, 35 | 38 | 42 | 71 | 82 | 83));
+        assert!(linux.into_iter().all(|reason| super::name(reason).is_some()));
     }
 }

@@ -28,7 +28,7 @@ pub struct FwCfg {
 }
 
 impl FwCfg {
-    /// The first port.
+    /// The selector port, the first port of the device.
     pub const BASE: u16 = 0x510;
     /// The number of ports.
     pub const LEN: u64 = 2;

@@ -7,9 +7,9 @@ use crate::half::Half;
 use crate::pci::{MsiMessage, MsiRouter};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Offset of IOREGSEL.
+/// Offset in bytes of IOREGSEL, which selects a register.
 const SELECT: u64 = 0x00;
-/// Offset of IOWIN.
+/// Offset in bytes of IOWIN, which accesses the selected register.
 const WINDOW: u64 = 0x10;
 const REG_ID: u8 = 0;
 const REG_VERSION: u8 = 1;

@@ -1,32 +1,38 @@
-//! The 16550 UART (vm-superio's model) on the bus. Input waits until the guest's driver is ready for it.
+//! The 16550 UART on the bus: vm-superio's model of its registers and its transmitter, and a receiver of our own.
+//! Input waits until the guest's driver is ready for it.
+
+mod receiver;
+#[cfg(test)]
+mod tests;
 
 use crate::bus::{Action, BusDevice};
 use crate::console::{ConsoleInput, InputError};
 use crate::irq::IrqLine;
+use receiver::{Ready, Receiver, Reminder};
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use vm_superio::Serial;
-use vm_superio::serial::{Error as UartError, SerialEvents};
+use std::time::{Duration, Instant};
+use vm_superio::serial::{Error as UartError, NoEvents};
+use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-// Registers and bits (PC16550D data sheet §8): interrupt enable register, modem control register.
-const IER_OFFSET: u8 = 1;
-const IER_RECEIVED: u8 = 1;
-const IER_ALL: u8 = 0xf;
+// Registers (PC16550D data sheet §8) and their bits.
+const DATA: u8 = 0;
+const INTERRUPT_ENABLE: u8 = 1;
+/// Interrupt identification when read, FIFO control when written.
+const INTERRUPT_IDENTIFICATION: u8 = 2;
+const FIFO_CONTROL: u8 = 2;
+const LINE_CONTROL: u8 = 3;
+const MODEM_CONTROL: u8 = 4;
+const LINE_STATUS: u8 = 5;
+/// Registers 0 and 1 are the divisor of the bit rate.
+const LCR_DIVISOR: u8 = 1 << 7;
 const MCR_LOOP: u8 = 1 << 4;
+const LSR_DATA_READY: u8 = 1;
 
-/// Wakes the event loop when the guest has read all input.
-struct InputTaken(Arc<EventFd>);
-
-impl SerialEvents for InputTaken {
-    fn buffer_read(&self) {}
-    fn out_byte(&self) {}
-    fn tx_lost_byte(&self) {}
-    fn in_buffer_empty(&self) {
-        wake(&self.0);
-    }
-}
+/// When [`SerialPort::remind`] is to be called again where a vCPU holds the lock.
+const BUSY: Duration = Duration::from_millis(10);
 
 fn wake(event: &EventFd) {
     if let Err(error) = event.write(1) {
@@ -51,15 +57,85 @@ impl Write for Collected {
 }
 
 struct Inner {
-    uart: Serial<IrqLine, InputTaken, Collected>,
+    uart: Serial<IrqLine, NoEvents, Collected>,
+    irq: IrqLine,
+    receiver: Receiver,
     output: Box<dyn Write + Send>,
+    /// The guest took input at the last look.
+    wanted: bool,
+    /// The last access was a byte of output.
+    in_output: bool,
     /// An output error was logged.
     failed: bool,
 }
 
 impl Inner {
+    fn has_divisor(&mut self) -> bool {
+        self.uart.read(LINE_CONTROL) & LCR_DIVISOR != 0
+    }
+
+    fn is_loopback(&mut self) -> bool {
+        self.uart.read(MODEM_CONTROL) & MCR_LOOP != 0
+    }
+
+    /// Returns true if the model has a byte that was sent in loopback mode.
+    fn has_looped(&mut self) -> bool {
+        self.uart.read(LINE_STATUS) & LSR_DATA_READY != 0
+    }
+
+    /// In loopback mode the guest reads what it has written; the host's input waits.
+    fn ready(&mut self) -> Ready {
+        let ready = self.has_looped() || !self.receiver.is_empty() && !self.is_loopback();
+        if ready { Ready::Yes } else { Ready::No }
+    }
+
+    fn read_register(&mut self, register: u8) -> u8 {
+        self.in_output = false;
+        match register {
+            DATA if !self.has_divisor() => {
+                let looped = self.has_looped() || self.is_loopback();
+                let value = if looped { None } else { self.receiver.take() };
+                let value = value.unwrap_or_else(|| self.uart.read(DATA));
+                let ready = self.ready();
+                self.receiver.note_read(ready);
+                value
+            }
+            INTERRUPT_ENABLE if !self.has_divisor() => self.receiver.interrupt_enable(),
+            INTERRUPT_IDENTIFICATION => {
+                let ready = self.ready();
+                self.receiver.identification(ready, || self.uart.read(INTERRUPT_IDENTIFICATION))
+            }
+            LINE_STATUS => {
+                let ready = self.ready();
+                self.receiver.note_line_status(ready);
+                let input = if ready == Ready::Yes { LSR_DATA_READY } else { 0 };
+                self.uart.read(LINE_STATUS) | input
+            }
+            _ => self.uart.read(register),
+        }
+    }
+
     fn write_register(&mut self, register: u8, value: u8) {
-        if let Err(error) = self.uart.write(register, value) {
+        let mut for_model = value;
+        match register {
+            INTERRUPT_ENABLE if !self.has_divisor() => {
+                self.receiver.set_interrupt_enable(value);
+                for_model = self.receiver.interrupt_enable_of_model();
+            }
+            DATA if !self.has_divisor() => {
+                self.receiver.note_output();
+                // Output takes the transmitter's interrupt back, and brings it again, also for a driver that does not identify it.
+                // The model wants that. One interrupt for each burst of bytes is enough.
+                if !self.in_output && !self.is_loopback() {
+                    self.uart.read(INTERRUPT_IDENTIFICATION);
+                }
+            }
+            FIFO_CONTROL => self.receiver.set_fifo_control(value),
+            LINE_CONTROL | MODEM_CONTROL => self.receiver.note_set_up(),
+            _ => {}
+        }
+        self.in_output = register == DATA;
+        if let Err(error) = self.uart.write(register, for_model) {
             self.log_once(&error);
         }
     }
@@ -67,7 +143,7 @@ impl Inner {
     fn log_once(&mut self, error: &UartError<io::Error>) {
         // A closed pipe fails at every byte.
         if !std::mem::replace(&mut self.failed, true) {
-            log::error!("UART: cannot write the output: {error}");
+            log::error!("UART: cannot write the output, or interrupt the guest: {error}");
         }
     }
 
@@ -85,12 +161,31 @@ impl Inner {
         self.uart.writer_mut().bytes = bytes;
     }
 
-    /// Returns true if the guest's driver reads input. All interrupt enable bits at once, or loopback, mean that a driver
-    /// probes the type of the UART.
-    fn accepts_input(&self) -> bool {
-        let state = self.uart.state();
-        let enabled = state.interrupt_enable & IER_ALL;
-        enabled & IER_RECEIVED != 0 && enabled != IER_ALL && state.modem_control & MCR_LOOP == 0
+    fn accepts_input(&mut self) -> bool {
+        self.receiver.is_wanted() && !self.is_loopback()
+    }
+
+    /// Raises the line where input interrupts the guest now. Returns true if it does.
+    fn update_line(&mut self) -> bool {
+        let ready = self.ready();
+        let raise = self.receiver.update_line(ready);
+        if raise {
+            self.raise_line();
+        }
+        raise
+    }
+
+    fn raise_line(&mut self) {
+        if let Err(error) = self.irq.trigger() {
+            self.log_once(&UartError::Trigger(error));
+        }
+    }
+
+    /// Must be called after each access of the guest. Returns true if the UART takes more input than before.
+    fn finish_access(&mut self, was_empty: bool) -> bool {
+        let wanted = self.accepts_input();
+        let wanted_before = std::mem::replace(&mut self.wanted, wanted);
+        wanted && (!wanted_before || !was_empty && self.receiver.is_empty())
     }
 }
 
@@ -107,10 +202,10 @@ impl SerialPort {
     /// Makes a UART that raises `irq`, writes to `output`, and writes to `input_wanted` when it can take more input.
     #[must_use]
     pub fn new(irq: IrqLine, output: Box<dyn Write + Send>, input_wanted: Arc<EventFd>) -> Self {
-        let events = InputTaken(Arc::clone(&input_wanted));
-        let uart = Serial::with_events(irq, events, Collected { bytes: Vec::new() });
+        let uart = Serial::new(irq.clone(), Collected { bytes: Vec::new() });
+        let receiver = Receiver::new();
         Self {
-            inner: Mutex::new(Inner { uart, output, failed: false }),
+            inner: Mutex::new(Inner { uart, irq, receiver, output, wanted: false, in_output: false, failed: false }),
             input_wanted,
             input_missed: AtomicBool::new(false),
         }
@@ -128,9 +223,9 @@ impl SerialPort {
         }
     }
 
-    /// Must be called after the lock was released. Requests input again that could not be passed on meanwhile.
-    fn request_missed_input(&self) {
-        if self.input_missed.swap(false, Ordering::AcqRel) {
+    /// Must be called after the lock was released. Requests input where it is `wanted`, or could not be passed on meanwhile.
+    fn request_input(&self, wanted: bool) {
+        if self.input_missed.swap(false, Ordering::AcqRel) || wanted {
             wake(&self.input_wanted);
         }
     }
@@ -149,20 +244,48 @@ impl ConsoleInput for SerialPort {
         if !inner.accepts_input() {
             return Ok(0);
         }
-        let count = input.len().min(inner.uart.fifo_capacity());
-        match inner.uart.enqueue_raw_bytes(&input[..count]) {
-            Ok(taken) => Ok(taken),
-            Err(UartError::Trigger(error)) => Err(InputError::Signal(error)),
-            Err(UartError::FullFifo | UartError::IOError(_)) => Ok(0),
+        let count = inner.receiver.add(input);
+        inner.update_line();
+        Ok(count)
+    }
+
+    /// Raises the line again where the guest has left input in the FIFO.
+    fn remind(&self) -> Option<Duration> {
+        let Some(mut inner) = self.try_lock() else { return Some(BUSY) };
+        let ready = inner.ready();
+        match inner.receiver.remind(ready, Instant::now()) {
+            Reminder::Nothing => None,
+            Reminder::Later(after) => Some(after),
+            Reminder::Raise(after) => {
+                inner.raise_line();
+                Some(after)
+            }
+            Reminder::Ready => {
+                drop(inner);
+                wake(&self.input_wanted);
+                None
+            }
         }
+    }
+
+    fn unread(&self) -> Vec<u8> {
+        self.lock().receiver.unread()
     }
 }
 
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let (Ok(register), [value]) = (u8::try_from(offset), data) else { return };
-        *value = self.lock().uart.read(register);
-        self.request_missed_input();
+        let mut inner = self.lock();
+        let was_empty = inner.receiver.is_empty();
+        if register != INTERRUPT_ENABLE {
+            inner.receiver.note_access();
+        }
+        *value = inner.read_register(register);
+        inner.update_line();
+        let wanted = inner.finish_access(was_empty);
+        drop(inner);
+        self.request_input(wanted);
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Action {
@@ -172,116 +295,19 @@ impl BusDevice for SerialPort {
     fn write_string(&self, offset: u64, size: usize, data: &[u8]) -> Action {
         let Ok(register) = u8::try_from(offset) else { return Action::None };
         let mut inner = self.lock();
+        if register != INTERRUPT_ENABLE {
+            inner.receiver.note_access();
+        }
         for value in data.iter().step_by(size.max(1)) {
             inner.write_register(register, *value);
         }
         inner.flush();
-        let ready = register == IER_OFFSET && inner.accepts_input();
+        let was_empty = inner.receiver.is_empty();
+        // The event loop has to watch that this interrupt is seen, or for the end of the probe.
+        let watch = inner.update_line() || register == INTERRUPT_ENABLE && inner.receiver.is_probed();
+        let wanted = inner.finish_access(was_empty) || watch;
         drop(inner);
-        if ready {
-            wake(&self.input_wanted);
-        }
-        self.request_missed_input();
+        self.request_input(wanted);
         Action::None
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::mpsc::{Receiver, Sender, channel};
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
-
-    struct Sink(Sender<Vec<u8>>);
-    impl Write for Sink {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.send(bytes.to_vec()).map_err(io::Error::other)?;
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    fn port() -> (SerialPort, Receiver<Vec<u8>>, Arc<EventFd>) {
-        let event = || Arc::new(EventFd::new(EFD_NONBLOCK).expect("eventfd"));
-        let (wanted, (sender, receiver)) = (event(), channel());
-        let port = SerialPort::new(IrqLine::new(event()), Box::new(Sink(sender)), Arc::clone(&wanted));
-        (port, receiver, wanted)
-    }
-
-    #[test]
-    fn a_string_is_one_write_and_loses_nothing() {
-        let (port, output, _) = port();
-        port.write_string(0, 1, b"hello");
-        assert_eq!(output.try_recv().expect("one write"), b"hello");
-        assert!(output.try_recv().is_err());
-        // Items of two bytes: the port is one byte wide, so that only the low byte is written.
-        port.write_string(0, 2, b"a-b-");
-        assert_eq!(output.try_recv().expect("one write"), b"ab");
-    }
-
-    /// Output that blocks until the test allows it to continue.
-    struct Stuck(Receiver<()>, Sender<()>);
-    impl Write for Stuck {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.1.send(()).map_err(io::Error::other)?;
-            self.0.recv().map_err(io::Error::other)?;
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn input_does_not_wait_for_stuck_output() {
-        let event = || Arc::new(EventFd::new(EFD_NONBLOCK).expect("eventfd"));
-        let wanted = event();
-        let ((go, wait), (inside, entered)) = (channel(), channel());
-        let output = Box::new(Stuck(wait, inside));
-        let port = Arc::new(SerialPort::new(IrqLine::new(event()), output, Arc::clone(&wanted)));
-        port.write(1, &[5]);
-        wanted.read().expect("woken by the driver");
-        let vcpu = {
-            let port = Arc::clone(&port);
-            std::thread::spawn(move || port.write(0, b"x"))
-        };
-        entered.recv().expect("the vCPU writes");
-        assert_eq!(port.enqueue(b"typed").expect("no interrupt"), 0);
-        go.send(()).expect("the output goes on");
-        vcpu.join().expect("written");
-        wanted.read().expect("woken to try again");
-        assert_eq!(port.enqueue(b"typed").expect("enqueued"), 5);
-    }
-
-    #[test]
-    fn the_transmitter_is_always_ready() {
-        let (port, _output, _) = port();
-        let mut status = [0xff];
-        port.read(5, &mut status);
-        assert_eq!(status, [0x60]);
-        let mut wide = [0xff; 4];
-        port.read(5, &mut wide);
-        assert_eq!(wide, [0xff; 4]);
-    }
-
-    #[test]
-    fn input_waits_for_the_guest() {
-        let (port, _output, wanted) = port();
-        assert_eq!(port.enqueue(b"early").expect("no interrupt"), 0);
-        port.write(1, &[0xf]);
-        assert_eq!(port.enqueue(b"probe").expect("no interrupt"), 0, "the driver is probing");
-        assert!(wanted.read().is_err());
-        port.write(1, &[0x5]);
-        wanted.read().expect("the event loop is woken");
-        let long = [b'x'; 100];
-        assert_eq!(port.enqueue(&long).expect("enqueued"), 64);
-        assert_eq!(port.enqueue(&long).expect("full"), 0);
-        for _ in 0..64 {
-            port.read(0, &mut [0]);
-        }
-        wanted.read().expect("woken again when empty");
-        assert_eq!(port.enqueue(b"y").expect("enqueued"), 1);
     }
 }

@@ -15,7 +15,7 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// The first port.
+    /// The port that stops the timer, the first one of the device.
     pub const BASE: u64 = 0x441;
     /// The number of ports.
     pub const LEN: u64 = 3;

@@ -22,17 +22,17 @@ const COMMAND_INTX_OFF: u8 = 1 << 2;
 /// The identification registers of a function (PCI Local Bus 3.0 §6.2.1).
 #[derive(Clone, Copy, Debug)]
 pub struct Identity {
-    /// Vendor ID.
+    /// Vendor ID, at offset 0 of the configuration space.
     pub vendor: u16,
-    /// Device ID.
+    /// Device ID, as the vendor assigned it.
     pub device: u16,
-    /// Revision ID.
+    /// Revision ID of the device.
     pub revision: u8,
     /// Class code: base class in the upper byte, subclass in the lower one.
     pub class: u16,
-    /// Subsystem vendor ID.
+    /// Subsystem Vendor ID: the vendor of the card.
     pub subsystem_vendor: u16,
-    /// Subsystem ID.
+    /// Subsystem ID, as the subsystem's vendor assigned it.
     pub subsystem_device: u16,
 }
 

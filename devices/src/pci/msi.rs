@@ -18,9 +18,9 @@ pub struct MsiMessage {
 #[derive(Debug, Error)]
 #[error("cannot change the route of GSI {gsi}")]
 pub struct RouteError {
-    /// The GSI.
+    /// The global system interrupt (GSI) whose route was to be changed.
     pub gsi: u32,
-    /// The router's error.
+    /// The error of the router: with KVM, of `KVM_SET_GSI_ROUTING`.
     pub source: Box<dyn StdError + Send + Sync>,
 }
 

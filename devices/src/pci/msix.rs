@@ -34,7 +34,7 @@ impl Entry {
 /// The writable bits of the MSI-X message control.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MsixControl {
-    /// MSI-X Enable.
+    /// MSI-X Enable: the function may send its vectors.
     pub enabled: bool,
     /// Function Mask: all vectors are masked, whatever their own mask bits.
     pub function_masked: bool,

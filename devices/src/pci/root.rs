@@ -195,7 +195,7 @@ pub struct ConfigPorts {
 }
 
 impl ConfigPorts {
-    /// The first port.
+    /// The port of `CONFIG_ADDRESS`, the first one of the device.
     pub const BASE: u16 = 0xcf8;
     /// The number of ports.
     pub const LEN: u64 = 8;

@@ -11,7 +11,7 @@ const WINDOW_GAPS: u32 = 4;
 /// Learns how soon a request follows the last used buffer notification.
 #[derive(Debug)]
 pub(super) struct BusyPoller {
-    /// The longest poll.
+    /// The longest time that one poll may take.
     limit: Duration,
     /// The average time from a notification to the next request; `None` where it is above `limit` or not known yet.
     average_gap: Option<Duration>,

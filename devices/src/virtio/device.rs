@@ -1,13 +1,19 @@
 //! A virtio device as its transport sees it (virtio 1.3 §2): type, features, queues, configuration, activation, reset.
 
+use super::device_thread::{DeviceThread, ThreadPreparation};
 use super::interrupt::DeviceInterrupt;
 use super::queue::{RingAddresses, Virtqueue};
+use super::ring_area::RingArea;
 use super::worker::{Worker, WorkerError};
 use crate::memory::Memory;
 use std::error::Error as StdError;
 use std::io;
 use std::sync::Arc;
 use thiserror::Error;
+
+/// The most bytes of a chain for a device that does not say otherwise: 1 MiB of data, the longest request of a FUSE file
+/// system, and as much again for headers and what else a driver adds.
+pub const DEFAULT_MAX_CHAIN_BYTES: u32 = 2 << 20;
 
 /// The type of a device (virtio 1.3 §5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +40,26 @@ pub trait VirtioDevice: Send {
     /// Returns the maximum size of each queue, in descriptors: a power of two, at most 32768 (virtio 1.3 §2.7).
     fn queue_max_sizes(&self) -> Vec<u16>;
 
+    /// Returns the most bytes that the buffers of a descriptor chain may have together. A longer chain breaks its queue, and
+    /// the driver sees `DEVICE_NEEDS_RESET`. It bounds the work of one request, so it is well above what drivers send.
+    fn max_chain_bytes(&self) -> u32 {
+        DEFAULT_MAX_CHAIN_BYTES
+    }
+
+    /// Returns what the device's threads are for.
+    fn thread_role(&self) -> DeviceThread;
+
+    /// Returns the number of the device's threads: the most workers that [`VirtioDevice::activate`] returns. They start before
+    /// the guest runs.
+    fn thread_count(&self) -> usize {
+        1
+    }
+
+    /// Returns what each of the device's threads does first when it starts. Most have nothing to do.
+    fn thread_preparation(&self) -> ThreadPreparation {
+        Arc::new(|| Ok(()))
+    }
+
     /// Copies the device configuration from byte `offset` on to `data`. Bytes of `data` beyond its end are not changed.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let _ = (offset, data);
@@ -49,14 +75,15 @@ pub trait VirtioDevice: Send {
         );
     }
 
-    /// Starts the device, as the driver has set `DRIVER_OK`. The transport runs each of the returned workers on a thread of
-    /// its own.
+    /// Starts the device, as the driver has set `DRIVER_OK`. The transport runs each of the returned workers on one of the
+    /// device's threads. This is called on a vCPU's thread, which may make few system calls: what needs others is done before,
+    /// when the device is made, or in the workers' `init`.
     ///
     /// # Errors
     /// Returns an error where the device cannot start; the driver then sees `DEVICE_NEEDS_RESET`.
     fn activate(&mut self, activation: Activation) -> Result<Vec<Worker>, ActivateError>;
 
-    /// Returns the device to its state before [`VirtioDevice::activate`]. Its workers have ended when this is called.
+    /// Returns the device to its state before [`VirtioDevice::activate`]. Its workers were dropped when this is called.
     fn reset(&mut self) {}
 }
 
@@ -64,9 +91,9 @@ pub trait VirtioDevice: Send {
 pub struct Activation {
     /// The negotiated feature bits.
     pub features: u64,
-    /// Guest memory.
+    /// The guest's memory, which holds the rings and the buffers of the queues.
     pub memory: Memory,
-    /// Notifies the driver.
+    /// Sends used buffer and configuration change notifications to the driver.
     pub interrupt: Arc<DeviceInterrupt>,
     /// The queues by index; `None` where the driver did not enable one.
     pub queues: Vec<Option<Virtqueue>>,
@@ -99,7 +126,7 @@ pub enum ActivateError {
     InvalidQueue {
         /// Index of the queue.
         index: u16,
-        /// What is invalid.
+        /// The size or address that virtio-queue refuses.
         source: virtio_queue::Error,
     },
     /// The rings of a queue are not, or not all, in guest memory.
@@ -110,12 +137,20 @@ pub enum ActivateError {
         /// Where the driver put the rings.
         rings: RingAddresses,
     },
+    /// Two areas of the device's queues overlap.
+    #[error("{first} and {second} overlap")]
+    OverlappingRings {
+        /// The area that starts first.
+        first: RingArea,
+        /// The area that starts in it.
+        second: RingArea,
+    },
     /// A host resource is missing.
     #[error("cannot {action}")]
     Io {
         /// What was to be done, such as "create a timer".
         action: &'static str,
-        /// The host's error.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The vhost backend in the host's kernel refused a request.
@@ -123,13 +158,13 @@ pub enum ActivateError {
     Vhost {
         /// What was to be done, such as "set the owner of the vhost backend".
         action: &'static str,
-        /// The backend's error.
+        /// The error of the request to the backend.
         source: vhost::Error,
     },
     /// The device failed in a way of its own.
     #[error(transparent)]
     Device(Box<dyn StdError + Send + Sync>),
-    /// A worker's thread could not be started.
+    /// A worker's thread cannot be used.
     #[error(transparent)]
     Worker(#[from] WorkerError),
 }

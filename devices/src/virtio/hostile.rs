@@ -1,6 +1,16 @@
 //! A hostile driver for the fuzz target and for a bounded test: its input bytes decide on register writes, descriptors, ring
 //! indices, requests and resets.
 
+mod frames;
+mod packets;
+mod pci;
+mod rings;
+
+pub use frames::receive_frames;
+pub use packets::send_packets;
+pub use pci::drive_pci;
+pub use rings::{drive_concurrently, place_rings};
+
 use super::balloon::{Balloon, FreePageReporting};
 use super::block::{Block, BlockOptions, Format, Image, ImageOptions, IoEngine, WhenFull};
 use super::console::{Console, ConsoleSize};
@@ -10,7 +20,7 @@ use super::fs::{Fs, FsOptions};
 use super::mock::{Descriptor, Driver, MEMORY_BYTES};
 use super::net::{Net, Stream};
 use super::rng::Rng;
-use super::vsock::Vsock;
+use super::vsock;
 use std::error::Error;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -49,17 +59,17 @@ impl Source<'_> {
     }
 }
 
-fn device(kind: u8, folder: &Path) -> Result<Box<dyn VirtioDevice>, Box<dyn Error>> {
+pub(super) fn device(kind: u8, folder: &Path) -> Result<Box<dyn VirtioDevice>, Box<dyn Error>> {
     Ok(match kind % DEVICES {
-        0 => Box::new(Rng::new(None)),
+        0 => Box::new(Rng::new(None)?),
         1 | 2 => {
             let path = folder.join("disk");
             std::fs::File::create(&path)?.set_len(1 << 20)?;
-            let options = ImageOptions { path, format: Format::Raw, read_only: false, direct: false };
+            let options = ImageOptions { path, format: Format::Raw, read_only: false, direct: false, data_file: None };
             let image = Image::open(&options)?;
             let io_engine = if kind.is_multiple_of(2) { IoEngine::Sync } else { IoEngine::Async };
             let (serial, when_full) = (String::new(), WhenFull::Report);
-            Box::new(Block::new(image, BlockOptions { queues: 2, serial, when_full, io_engine }))
+            Box::new(Block::new(image, BlockOptions { queues: 2, serial, when_full, io_engine })?)
         }
         3 => {
             let size = ConsoleSize { columns: 1, rows: 1 };
@@ -69,15 +79,20 @@ fn device(kind: u8, folder: &Path) -> Result<Box<dyn VirtioDevice>, Box<dyn Erro
             let (ours, mut theirs) = UnixStream::pair()?;
             io::Write::write_all(&mut theirs, &[0, 0, 0, 4, 1, 2, 3, 4, 0, 0, 2])?;
             theirs.set_nonblocking(true)?;
-            Box::new(Net::new([2; 6], vec![Box::new(Stream::new(ours)?)]))
+            Box::new(Net::new([2; 6], vec![Box::new(Stream::new(ours)?)])?)
         }
-        5 => Box::new(Vsock::new(3, &folder.join("vsock"))?),
+        5 => Box::new(vsock::mock::device(3, &folder.join("vsock"))?),
         6 => Box::new(Balloon::new(1 << 20, FreePageReporting::On)?),
         _ => {
             let shared = folder.join("shared");
             std::fs::create_dir_all(&shared)?;
             std::fs::write(shared.join("file"), "content")?;
-            Box::new(Fs::new(FsOptions { tag: "tag".into(), directory: shared, read_only: false })?)
+            Box::new(Fs::new(FsOptions {
+                tag: "tag".into(),
+                directory: shared,
+                read_only: false,
+                privileged_files: false,
+            })?)
         }
     })
 }
@@ -147,16 +162,17 @@ fn step(driver: &mut Driver, source: &mut Source<'_>) {
 mod tests {
     use super::*;
 
-    /// Runs the corpus of the fuzz target, and generated input.
-    #[test]
-    fn devices_survive_a_hostile_driver() {
+    type Target = fn(&[u8], &Path) -> Result<(), Box<dyn Error>>;
+
+    /// Runs the corpus of a fuzz target, and generated input.
+    fn survives(name: &str, target: Target, rounds: u32) {
         let folder = tempfile::tempdir().expect("a folder");
-        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus/virtio");
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus").join(name);
         for entry in std::fs::read_dir(corpus).expect("the corpus").flatten() {
-            drive(&std::fs::read(entry.path()).expect("readable"), folder.path()).expect("a device");
+            target(&std::fs::read(entry.path()).expect("readable"), folder.path()).expect("a device");
         }
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        for round in 0..240_u32 {
+        for round in 0..rounds {
             let mut bytes = vec![u8::try_from(round % u32::from(DEVICES)).expect("small")];
             for _ in 0..400 {
                 state ^= state << 13;
@@ -164,7 +180,37 @@ mod tests {
                 state ^= state << 17;
                 bytes.push(state.to_le_bytes()[3]);
             }
-            drive(&bytes, folder.path()).expect("a device");
+            target(&bytes, folder.path()).expect("a device");
         }
+    }
+
+    #[test]
+    fn devices_survive_a_hostile_driver() {
+        survives("virtio", drive, 240);
+    }
+
+    #[test]
+    fn the_pci_transport_survives_a_hostile_driver() {
+        survives("virtio_pci", drive_pci, 240);
+    }
+
+    #[test]
+    fn devices_survive_rings_that_lie_anywhere() {
+        survives("virtio_rings", place_rings, 160);
+    }
+
+    #[test]
+    fn devices_survive_memory_that_changes_during_a_request() {
+        survives("virtio_concurrent", drive_concurrently, 80);
+    }
+
+    #[test]
+    fn a_stream_survives_a_hostile_peer() {
+        survives("passt_frames", receive_frames, 240);
+    }
+
+    #[test]
+    fn vsock_survives_hostile_packets_and_programs() {
+        survives("vsock_packets", send_packets, 120);
     }
 }

@@ -20,6 +20,13 @@ pub trait VirtioInterrupt: Send + Sync {
     /// # Errors
     /// Returns the error of the write to the eventfd behind the interrupt.
     fn trigger(&self, source: InterruptSource) -> io::Result<()>;
+
+    /// Clears the transport's interrupt status, at the end of a reset.
+    fn clear(&self);
+
+    /// Called on a device's thread when a reset has ended that the driver's write of the device status did not wait for. A
+    /// transport whose driver sees the status without an access updates it.
+    fn reset_ended(&self) {}
 }
 
 /// What a running device notifies its driver of. Shared by the transport and the device's workers.
@@ -53,6 +60,11 @@ impl DeviceInterrupt {
         }
     }
 
+    /// Says that a reset has ended that the driver's write of the device status did not wait for.
+    pub(crate) fn reset_ended(&self) {
+        self.interrupt.reset_ended();
+    }
+
     pub(crate) fn config_generation(&self) -> u32 {
         self.config_generation.load(Ordering::Acquire)
     }
@@ -61,9 +73,10 @@ impl DeviceInterrupt {
         self.needs_reset.load(Ordering::Acquire)
     }
 
-    /// Clears `DEVICE_NEEDS_RESET`; a reset of the device does.
-    pub(crate) fn clear_needs_reset(&self) {
+    /// Clears `DEVICE_NEEDS_RESET` and what interrupts were for, at the end of a reset: no worker can raise one any more.
+    pub(crate) fn clear(&self) {
         self.needs_reset.store(false, Ordering::Release);
+        self.interrupt.clear();
     }
 
     fn trigger(&self, source: InterruptSource) {

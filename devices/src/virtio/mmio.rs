@@ -3,10 +3,12 @@
 //! [`MmioDevice::page`]).
 
 use super::device::VirtioDevice;
+use super::device_thread::ThreadStart;
 use super::interrupt::{InterruptSource, VirtioInterrupt};
 use super::queue::QueueCounts;
+use super::ring_area::QueueArea;
 use super::transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
-use super::transport_state::{QueueArea, TransportState};
+use super::transport_state::TransportState;
 use crate::bus::{Action, BusDevice};
 use crate::half::Half;
 use crate::memory::Memory;
@@ -14,6 +16,7 @@ use crate::page::RegisterPage;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
+use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Size in bytes of a device's register region, device configuration included.
@@ -68,6 +71,9 @@ const READABLE: [u64; 12] = [
 const USED_BUFFER: u32 = 1;
 const CONFIG_CHANGED: u32 = 2;
 
+/// How often a device's thread tries to show the end of a reset, once a millisecond.
+const LATE_RESET_TRIES: u32 = 100;
+
 /// A range of registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegisterRange {
@@ -106,6 +112,16 @@ impl VirtioInterrupt for InterruptLine {
                 }
                 self.raise(CONFIG_CHANGED)
             }
+        }
+    }
+
+    fn clear(&self) {
+        self.page.write_register(page_offset(INTERRUPT_STATUS), 0);
+    }
+
+    fn reset_ended(&self) {
+        if let Some(device) = self.device.get().and_then(Weak::upgrade) {
+            device.show_late_reset();
         }
     }
 }
@@ -182,6 +198,22 @@ impl MmioDevice {
         self.page_outdated.store(true, Ordering::SeqCst);
         if let Some(state) = self.try_state() {
             self.update_page(&state);
+            drop(state);
+            self.update_outdated_page();
+        }
+    }
+
+    /// Updates the page after a reset that ended late. An access of the driver at this moment has the lock, for a moment only.
+    fn show_late_reset(&self) {
+        for _ in 0..LATE_RESET_TRIES {
+            if let Some(mut state) = self.try_state() {
+                state.continue_reset();
+                self.update_page(&state);
+                drop(state);
+                self.update_outdated_page();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -222,7 +254,16 @@ impl MmioDevice {
     }
 
     fn state(&self) -> MutexGuard<'_, TransportState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.continue_reset();
+        state
+    }
+
+    /// Calls `call` with the lock held, and updates the page afterwards where it became outdated meanwhile.
+    fn with_state<T>(&self, call: impl FnOnce(&mut TransportState) -> T) -> T {
+        let result = call(&mut self.state());
+        self.update_outdated_page();
+        result
     }
 
     fn register(&self, state: &TransportState, offset: u64) -> u32 {
@@ -260,9 +301,6 @@ impl MmioDevice {
                 if let Ok(status) = u8::try_from(value) {
                     state.set_status(status);
                 }
-                if value == 0 {
-                    self.page.write_register(page_offset(INTERRUPT_STATUS), 0);
-                }
             }
             QUEUE_DESC_LOW => state.set_queue_address(QueueArea::Descriptor, Half::Low, value),
             QUEUE_DESC_HIGH => state.set_queue_address(QueueArea::Descriptor, Half::High, value),
@@ -277,15 +315,23 @@ impl MmioDevice {
 
 impl VirtioTransport for MmioDevice {
     fn counts(&self) -> Vec<Arc<QueueCounts>> {
-        self.state().counts()
+        self.with_state(|state| state.counts())
     }
 
     fn set_options(&self, options: TransportOptions) {
-        self.state().set_options(options);
+        self.with_state(|state| state.set_options(options));
     }
 
-    fn stop(&self) {
-        self.state().stop();
+    fn start_threads(&self, start: &ThreadStart) -> Result<(), TransportError> {
+        Ok(self.with_state(|state| state.start_threads(start))?)
+    }
+
+    fn request_stop(&self) {
+        self.with_state(|state| state.request_stop());
+    }
+
+    fn wait_stopped(&self, deadline: Instant) {
+        self.with_state(|state| state.wait_stopped(deadline));
     }
 }
 

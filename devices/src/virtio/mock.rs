@@ -1,6 +1,7 @@
 //! A driver for tests. It follows the specification, or violates it where a test asks for that.
 
 use super::device::VirtioDevice;
+use super::device_thread::ThreadStart;
 use super::features::F_VERSION_1;
 use super::mmio::MmioDevice;
 use super::transport::VirtioTransport;
@@ -45,7 +46,7 @@ struct Ring {
 /// A device on the MMIO transport, and its driver.
 pub struct Driver {
     device: Arc<MmioDevice>,
-    /// Guest memory.
+    /// Guest memory, which holds the rings and the buffers.
     pub memory: Memory,
     interrupt: Arc<EventFd>,
     rings: Vec<Ring>,
@@ -64,9 +65,9 @@ pub struct Used {
 /// A buffer in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestBuffer {
-    /// Guest physical address.
+    /// Guest physical address of the first byte.
     pub gpa: u64,
-    /// Length in bytes.
+    /// Length of the buffer in bytes.
     pub len: u32,
 }
 
@@ -77,7 +78,7 @@ pub struct Descriptor {
     pub gpa: u64,
     /// Length of the buffer in bytes.
     pub len: u32,
-    /// [`NEXT`], [`WRITE`], [`INDIRECT`].
+    /// Flags of the descriptor: [`NEXT`], [`WRITE`] and [`INDIRECT`].
     pub flags: u16,
     /// Index of the next descriptor.
     pub next: u16,
@@ -100,7 +101,7 @@ impl Descriptor {
 pub struct Submitted {
     /// Index of the first descriptor.
     pub head: u16,
-    /// The device-writable buffers.
+    /// The device-writable buffers of the chain, which hold the answer once it is used.
     pub writable: Vec<GuestBuffer>,
 }
 
@@ -115,6 +116,7 @@ impl Driver {
         let memory = Memory::new(memory, Arc::new(()));
         let interrupt = Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
         let device = MmioDevice::new("mock", device, memory.clone(), Arc::clone(&interrupt)).expect("a device");
+        device.start_threads(&(Arc::new(|_| Ok(())) as ThreadStart)).expect("threads");
         Self { device, memory, interrupt, rings: vec![Ring::default(); queues], next_buffer: BUFFERS }
     }
 
@@ -146,7 +148,7 @@ impl Driver {
         u32::from_le(self.device.page().register(offset).load(std::sync::atomic::Ordering::Acquire))
     }
 
-    /// Writes a register.
+    /// Writes a 32-bit register of the MMIO transport at byte offset `register` (virtio 1.3 §4.2.2).
     pub fn write(&self, register: u64, value: u32) {
         self.device.write(register, &value.to_le_bytes());
     }
@@ -191,6 +193,11 @@ impl Driver {
 
     /// Negotiates as [`Driver::negotiate`], enables all queues, and sets `DRIVER_OK`.
     pub fn start(&mut self, features: u64) {
+        self.start_sized(features, 256);
+    }
+
+    /// As [`Driver::start`], with queues of up to `most` descriptors, at most 512.
+    pub fn start_sized(&mut self, features: u64, most: u32) {
         self.negotiate(features);
         self.next_buffer = BUFFERS;
         let zeroes = vec![0; usize::try_from(RING_BYTES).expect("small")];
@@ -198,7 +205,7 @@ impl Driver {
             let base = index as u64 * RING_BYTES;
             self.memory.write_slice(&zeroes, GuestAddress(base)).expect("memory");
             self.write(0x30, u32::try_from(index).expect("few"));
-            let size = self.read(0x34).min(256);
+            let size = self.read(0x34).min(most);
             self.write(0x38, size);
             for (register, offset) in [(0x80, 0), (0x90, AVAILABLE), (0xa0, USED)] {
                 self.write(register, u32::try_from(base + offset).expect("low"));
@@ -243,7 +250,7 @@ impl Driver {
         self.memory.write_obj(index, GuestAddress(at)).expect("memory");
     }
 
-    /// Kicks a queue.
+    /// Kicks a queue: writes its index to `QueueNotify` (virtio 1.3 §4.2.2).
     pub fn kick(&self, queue: usize) {
         self.write(0x50, u32::try_from(queue).expect("few"));
     }
@@ -289,6 +296,12 @@ impl Driver {
         ring.used = ring.used.wrapping_add(1);
         let head = self.memory.read_obj(GuestAddress(at)).expect("memory");
         Some(Used { head, len: self.memory.read_obj(GuestAddress(at + 4)).expect("memory") })
+    }
+
+    /// Returns the index of the used ring: the number of chains that the device has used.
+    #[must_use]
+    pub fn used_index(&self, queue: usize) -> u16 {
+        self.memory.read_obj(GuestAddress(queue as u64 * RING_BYTES + USED + 2)).expect("memory")
     }
 
     /// Waits for the next entry of the used ring.

@@ -6,32 +6,49 @@
 pub mod balloon;
 pub mod block;
 mod busy_poll;
+mod chain;
 pub mod console;
 mod device;
+mod device_thread;
 mod features;
 pub mod fs;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod hostile;
 mod interrupt;
+#[cfg(test)]
+mod late_tests;
 pub mod mmio;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod mock;
 pub mod net;
 mod notify_coalescer;
+#[cfg(test)]
+mod notify_tests;
 pub mod pci;
 mod queue;
+mod ring_area;
+#[cfg(test)]
+mod ring_tests;
 pub mod rng;
+mod round;
+mod slot;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod thread_tests;
 mod transport;
 mod transport_state;
 mod vhost;
 pub mod vsock;
 mod worker;
+mod worker_thread;
 
-pub use device::{ActivateError, Activation, DeviceKind, VirtioDevice};
+pub use chain::Chain;
+pub use device::{ActivateError, Activation, DEFAULT_MAX_CHAIN_BYTES, DeviceKind, VirtioDevice};
+pub use device_thread::{DeviceThread, ThreadPreparation, ThreadStart};
 pub use features::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 pub use interrupt::{DeviceInterrupt, InterruptSource, VirtioInterrupt};
-pub use queue::{Chain, QueueCounts, RingAddresses, Virtqueue};
+pub use queue::{QueueCounts, RingAddresses, Virtqueue};
+pub use ring_area::{QueueArea, RingArea};
 pub use transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
-pub use worker::{Worker, WorkerError, WorkerThread};
+pub use worker::{Worker, WorkerError};

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 /// The most rounds between two tries to wait.
 const MAX_SKIP: u32 = 64;
-/// The longest wait.
-const MAX_WAIT: Duration = Duration::from_millis(3);
+/// The longest time that a used buffer notification is delayed.
+pub(super) const MAX_WAIT: Duration = Duration::from_millis(3);
 /// The longest gap between a notification and a kick that counts as one burst of requests.
 const MAX_GAP: Duration = Duration::from_millis(5);
 /// Waits shorter than this yield the processor instead of sleeping, as a sleep takes about this long at least.
@@ -52,13 +52,14 @@ impl NotifyCoalescer {
         self.average_gap = (self.average_gap * 7 + gap) / 8;
     }
 
-    /// Waits until `is_available` returns true, where waiting has paid lately. Returns true if a request is available.
-    pub(super) fn wait(&mut self, mut is_available: impl FnMut() -> bool) -> bool {
+    /// Waits until `is_available` returns true, for no longer than `limit`, where waiting has paid lately. Returns true if a
+    /// request is available.
+    pub(super) fn wait(&mut self, limit: Duration, mut is_available: impl FnMut() -> bool) -> bool {
         if self.skip > 0 {
             self.skip -= 1;
             return false;
         }
-        let window = (self.average_gap * 2).min(MAX_WAIT);
+        let window = (self.average_gap * 2).min(limit);
         let start = Instant::now();
         while start.elapsed() < window {
             // On a busy processor the vCPU runs meanwhile and can make requests available.
@@ -90,7 +91,7 @@ mod tests {
         let mut tries = 0;
         for _ in 0..1000 {
             let mut waited = false;
-            assert!(!coalescer.wait(|| {
+            assert!(!coalescer.wait(MAX_WAIT, || {
                 waited = true;
                 false
             }));
@@ -99,7 +100,7 @@ mod tests {
         assert!(tries < 30, "{tries}");
         let mut paid = 0;
         for _ in 0..200 {
-            paid += u32::from(coalescer.wait(|| true));
+            paid += u32::from(coalescer.wait(MAX_WAIT, || true));
         }
         assert!(paid >= 200 - MAX_SKIP, "{paid}");
     }

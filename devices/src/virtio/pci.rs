@@ -1,10 +1,12 @@
 //! The PCI transport (virtio 1.3 §4.1), without the legacy interface: one BAR, MSI-X, no INTx.
 
 use super::device::VirtioDevice;
+use super::device_thread::ThreadStart;
 use super::interrupt::{InterruptSource, VirtioInterrupt};
 use super::queue::QueueCounts;
+use super::ring_area::QueueArea;
 use super::transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
-use super::transport_state::{QueueArea, TransportState};
+use super::transport_state::TransportState;
 use crate::bus::{Action, BusDevice};
 use crate::half::Half;
 use crate::memory::Memory;
@@ -15,6 +17,7 @@ use crate::pci::{
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Size of a device's BAR in bytes.
@@ -81,6 +84,10 @@ impl VirtioInterrupt for PciInterrupt {
             Some(vector) if vector != NO_VECTOR => self.msix.trigger(vector),
             _ => Ok(()),
         }
+    }
+
+    fn clear(&self) {
+        self.isr_status.store(0, Ordering::Release);
     }
 }
 
@@ -170,7 +177,9 @@ impl PciDevice {
     }
 
     fn state(&self) -> MutexGuard<'_, TransportState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.continue_reset();
+        state
     }
 
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
@@ -403,8 +412,16 @@ impl VirtioTransport for PciDevice {
         self.state().set_options(options);
     }
 
-    fn stop(&self) {
-        self.state().stop();
+    fn start_threads(&self, start: &ThreadStart) -> Result<(), TransportError> {
+        Ok(self.state().start_threads(start)?)
+    }
+
+    fn request_stop(&self) {
+        self.state().request_stop();
+    }
+
+    fn wait_stopped(&self, deadline: Instant) {
+        self.state().wait_stopped(deadline);
     }
 }
 

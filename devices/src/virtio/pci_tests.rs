@@ -1,11 +1,13 @@
 //! The PCI transport as a driver sees it: capabilities, the BAR, MSI-X messages.
 
-use super::{BAR_BYTES, COMMON, DEVICE_CONFIG, MSIX_TABLE, NOTIFY, PciDevice};
+use super::{BAR_BYTES, COMMON, DEVICE_CONFIG, ISR, MSIX_TABLE, NOTIFY, PciDevice};
 use crate::bus::BusDevice;
 use crate::memory::Memory;
 use crate::pci::{MsiMessage, MsiRouter, MsiVector, PciFunction, RouteError};
 use crate::virtio::device::VirtioDevice;
+use crate::virtio::late_tests::{Handle, Late};
 use crate::virtio::rng::Rng;
+use crate::virtio::{ThreadStart, VirtioTransport};
 use proptest::prelude::*;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -34,15 +36,20 @@ struct Function {
 }
 
 fn function() -> Function {
-    let rng: Box<dyn VirtioDevice> = Box::new(Rng::new(None));
+    function_of(Box::new(Rng::new(None).expect("a device")))
+}
+
+/// Returns a device with one queue.
+fn function_of(device: Box<dyn VirtioDevice>) -> Function {
     let events: Vec<_> = (0..2).map(|_| Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"))).collect();
     let vectors = (24..).zip(&events).map(|(gsi, event)| MsiVector { gsi, event: Arc::clone(event) }).collect();
-    assert_eq!(PciDevice::vector_count(rng.as_ref()), 2);
+    assert_eq!(PciDevice::vector_count(device.as_ref()), 2);
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory");
     let memory = Memory::new(memory, Arc::new(()));
     let routes = Arc::new(Routes::default());
     let router: Arc<dyn MsiRouter> = Arc::clone(&routes) as Arc<dyn MsiRouter>;
-    let device = PciDevice::new("rng", rng, memory.clone(), BAR, vectors, router).expect("a device");
+    let device = PciDevice::new("rng", device, memory.clone(), BAR, vectors, router).expect("a device");
+    device.start_threads(&(Arc::new(|_| Ok(())) as ThreadStart)).expect("threads");
     Function { device, routes, events, memory }
 }
 
@@ -138,6 +145,24 @@ fn a_request_ends_with_its_msix_message() {
     // Vectors that do not exist read back as VIRTIO_MSI_NO_VECTOR.
     function.write(COMMON + 0x1a, 2, 2);
     assert_eq!(function.read(COMMON + 0x1a, 2), 0xffff);
+}
+
+#[test]
+fn a_reset_that_ends_late_leaves_no_isr_status() {
+    let handle = Handle::default();
+    let function = function_of(Box::new(Late(handle.clone())));
+    function.start();
+    function.write(COMMON + 0x14, 0, 1);
+    assert_eq!(function.read(COMMON + 0x14, 1), 15, "the reset has not ended");
+    handle.interrupt().signal_config_changed();
+    handle.interrupt().signal_used_queue(0);
+    handle.end.open();
+    let start = Instant::now();
+    while function.read(COMMON + 0x14, 1) != 0 {
+        assert!(start.elapsed() < Duration::from_secs(10), "the reset does not end");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(function.read(ISR, 1), 0);
 }
 
 #[test]

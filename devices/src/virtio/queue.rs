@@ -1,16 +1,17 @@
-//! Virtqueues (virtio 1.3 §2.7); the only file that uses the crate virtio-queue. A device pops descriptor chains, reads and
+//! Virtqueues (virtio 1.3 §2.7) on top of the crate virtio-queue. A device pops descriptor chains, reads and
 //! writes their buffers and pushes them to the used ring. Both sides are notified only when they have asked for it.
 
 use super::busy_poll::BusyPoller;
+use super::chain::{Chain, ChainLimits, Descriptors, read_chain};
 use super::interrupt::DeviceInterrupt;
-use super::notify_coalescer::NotifyCoalescer;
+use super::notify_coalescer::{MAX_WAIT, NotifyCoalescer};
+use super::round::Round;
 use crate::error::chain as error_chain;
-use crate::memory::{BufferError, Buffers, Memory, read_u16};
+use crate::memory::{BufferError, Memory, read_u16};
 use std::error::Error as StdError;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::time::Duration;
-use thiserror::Error;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::time::{Duration, Instant};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
@@ -35,16 +36,6 @@ impl QueueCounts {
     }
 }
 
-/// A descriptor chain (virtio 1.3 §2.7.5): device-readable buffers, then device-writable ones.
-pub struct Chain<'m> {
-    /// Index of the first descriptor, which identifies the chain in the used ring.
-    pub head: u16,
-    /// The device-readable buffers.
-    pub readable: Buffers<'m>,
-    /// The device-writable buffers.
-    pub writable: Buffers<'m>,
-}
-
 /// Guest physical addresses of a queue's rings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RingAddresses {
@@ -56,15 +47,20 @@ pub struct RingAddresses {
     pub used_ring: u64,
 }
 
-/// A descriptor chain does not follow virtio 1.3 §2.7.
-#[derive(Debug, Error)]
-enum ChainError {
-    #[error("a device-readable descriptor follows a device-writable one")]
-    ReadableAfterWritable,
-    #[error("a descriptor chain has a loop, an index out of range or a nested indirect table")]
-    Unterminated,
-    #[error(transparent)]
-    Buffer(#[from] BufferError),
+/// What a queue is made of.
+pub(super) struct QueueSetup {
+    pub(super) index: u16,
+    pub(super) queue: Queue,
+    pub(super) memory: Memory,
+    pub(super) kick: Arc<EventFd>,
+    pub(super) interrupt: Arc<DeviceInterrupt>,
+    pub(super) counts: Arc<QueueCounts>,
+    /// Name of the device, for log messages.
+    pub(super) name: Arc<str>,
+    /// The most bytes of a chain.
+    pub(super) max_chain_bytes: u32,
+    /// Set when the worker is to do nothing more, as the driver resets the device or the run ends.
+    pub(super) abort: Arc<AtomicBool>,
 }
 
 /// A queue that its driver enabled.
@@ -76,10 +72,13 @@ pub struct Virtqueue {
     interrupt: Arc<DeviceInterrupt>,
     counts: Arc<QueueCounts>,
     name: Arc<str>,
+    limits: ChainLimits,
+    abort: Arc<AtomicBool>,
+    round: Round,
     /// The driver broke the queue; it is not used until a reset.
     broken: bool,
-    /// Chains were used since the last used buffer notification.
-    used_unsignalled: bool,
+    /// When the first chain was used since the last used buffer notification; `None` where there is none.
+    unsignalled_since: Option<Instant>,
     /// `None`: notifications are not coalesced.
     coalescer: Option<NotifyCoalescer>,
     /// `None`: the available ring is not polled.
@@ -87,15 +86,10 @@ pub struct Virtqueue {
 }
 
 impl Virtqueue {
-    pub(super) fn new(
-        index: u16,
-        queue: Queue,
-        memory: Memory,
-        kick: Arc<EventFd>,
-        interrupt: Arc<DeviceInterrupt>,
-        counts: Arc<QueueCounts>,
-        name: Arc<str>,
-    ) -> Self {
+    pub(super) fn new(setup: QueueSetup) -> Self {
+        let QueueSetup { index, queue, memory, kick, interrupt, counts, name, max_chain_bytes, abort } = setup;
+        let limits = ChainLimits { descriptors: queue.size(), bytes: max_chain_bytes };
+        let round = Round::new(queue.size());
         Self {
             index,
             queue,
@@ -104,8 +98,11 @@ impl Virtqueue {
             interrupt,
             counts,
             name,
+            limits,
+            abort,
+            round,
             broken: false,
-            used_unsignalled: false,
+            unsignalled_since: None,
             coalescer: Some(NotifyCoalescer::default()),
             busy_poller: None,
         }
@@ -121,6 +118,12 @@ impl Virtqueue {
     #[must_use]
     pub fn memory(&self) -> Memory {
         self.memory.clone()
+    }
+
+    /// Returns the flag that is set when the worker is to do nothing more, for a device whose work for a chain can take long.
+    #[must_use]
+    pub fn abort_flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.abort)
     }
 
     /// Returns the queue's size in descriptors.
@@ -139,24 +142,26 @@ impl Virtqueue {
         }
     }
 
-    /// Reads the kick eventfd and counts the kicks. Must be called when [`Virtqueue::kick`] is readable, before
-    /// [`Virtqueue::pop`].
+    /// Reads the kick eventfd, counts the kicks, and starts the next round. Must be called when [`Virtqueue::kick`] is readable,
+    /// before [`Virtqueue::pop`].
     pub fn take_kicks(&mut self) {
-        if let Ok(kicks) = self.kick.read() {
-            QueueCounts::add(&self.counts.kicks, kicks);
-            if let Some(coalescer) = &mut self.coalescer {
-                coalescer.kicked();
-            }
-            if let Some(poller) = &mut self.busy_poller {
-                poller.kicked();
-            }
+        let kicks = self.round.restart(self.kick.read().unwrap_or(0));
+        if kicks == 0 {
+            return;
+        }
+        QueueCounts::add(&self.counts.kicks, kicks);
+        if let Some(coalescer) = &mut self.coalescer {
+            coalescer.kicked();
+        }
+        if let Some(poller) = &mut self.busy_poller {
+            poller.kicked();
         }
     }
 
-    /// Returns the next available chain, or `None` where there is none. A malformed ring or chain breaks the queue: the
-    /// driver sees `DEVICE_NEEDS_RESET`.
+    /// Returns the next available chain, or `None` where there is none or where the round has ended: the worker is then woken
+    /// again soon. A malformed ring or chain breaks the queue: the driver sees `DEVICE_NEEDS_RESET`.
     pub fn pop<'m>(&mut self, memory: &'m Memory) -> Option<Chain<'m>> {
-        if self.broken {
+        if self.is_done() {
             return None;
         }
         let descriptors = match self.queue.iter_next(memory) {
@@ -166,7 +171,11 @@ impl Virtqueue {
                 return None;
             }
         };
-        match read_chain(descriptors, memory) {
+        if !self.may_go_on() {
+            self.undo_pop();
+            return None;
+        }
+        match read_chain(descriptors, memory, self.limits) {
             Ok(chain) => Some(chain),
             Err(error) => {
                 self.fail(&error);
@@ -175,28 +184,59 @@ impl Virtqueue {
         }
     }
 
+    /// Returns true if the worker is to do nothing more for the queue now: it is broken, the round has ended, or the device is
+    /// being reset.
+    fn is_done(&self) -> bool {
+        self.broken || self.round.has_ended() || self.abort.load(Ordering::Relaxed)
+    }
+
+    /// Takes a step of the round. Returns false where none is left: the round ends, and the queue kicks itself, so that the
+    /// event loop wakes the worker again.
+    fn may_go_on(&mut self) -> bool {
+        if self.round.step() {
+            return true;
+        }
+        self.round.end();
+        if let Err(error) = self.kick.write(1) {
+            log::debug!("{}: queue {} cannot kick itself: {error}", self.name, self.index);
+        }
+        false
+    }
+
     /// Makes the chain that was popped last available again, as the next one.
     pub fn undo_pop(&mut self) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 
-    /// Adds the chain `head` to the used ring, with `len` bytes written to it. [`Virtqueue::notify`] tells the driver.
+    /// Adds the chain `head` to the used ring, with `len` bytes written to it. [`Virtqueue::notify`] tells the driver; it is
+    /// called here where the driver has waited for `MAX_WAIT`, as the worker may have many more chains to use before.
     pub fn push(&mut self, head: u16, len: u32) {
         if self.broken {
             return;
         }
         QueueCounts::add(&self.counts.requests, 1);
-        self.used_unsignalled = true;
         if let Err(error) = self.queue.add_used(&*self.memory, head, len) {
             self.fail(&error);
+            return;
+        }
+        let since = *self.unsignalled_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= MAX_WAIT {
+            self.notify();
         }
     }
 
-    /// Sends a used buffer notification, where chains were used since the last one and the driver has not disabled it.
+    /// Sends a used buffer notification, where chains were used since the last one and the driver has not disabled it. Where
+    /// the round has ended, that is left to the next one, which follows at once, but for no longer than `MAX_WAIT` since the
+    /// first of these chains was used.
     pub fn notify(&mut self) {
-        if self.broken || !std::mem::take(&mut self.used_unsignalled) {
+        let Some(since) = self.unsignalled_since else { return };
+        if self.broken || self.abort.load(Ordering::Relaxed) {
             return;
         }
+        if self.round.has_ended() && since.elapsed() < MAX_WAIT {
+            return;
+        }
+        self.unsignalled_since = None;
         if let Some(coalescer) = &mut self.coalescer {
             coalescer.signalled();
         }
@@ -236,13 +276,14 @@ impl Virtqueue {
         }
     }
 
-    /// Asks the driver to kick again. Returns true if chains became available meanwhile, without a kick.
+    /// Asks the driver to kick again. Returns true if chains became available meanwhile, without a kick. Where the round has
+    /// ended, that is left to the next one.
     pub fn enable_notification(&mut self) -> bool {
-        if self.broken {
+        if self.is_done() {
             return false;
         }
         match self.queue.enable_notification(&*self.memory) {
-            Ok(available) => available,
+            Ok(available) => available && self.may_go_on(),
             Err(error) => {
                 self.fail(&error);
                 false
@@ -264,14 +305,15 @@ impl Virtqueue {
     /// Polls the available ring for a moment, where that has paid lately. Returns true if chains are available.
     /// Notifications must be disabled ([`Virtqueue::disable_notification`]) and sent ([`Virtqueue::notify`]) before.
     pub fn busy_poll(&mut self) -> bool {
-        if self.broken {
+        if self.is_done() {
             return false;
         }
         let (queue, memory) = (&self.queue, &self.memory);
         let Some(poller) = &mut self.busy_poller else { return false };
-        poller.poll(|| {
+        let found = poller.poll(|| {
             queue.avail_idx(&**memory, Ordering::Acquire).is_ok_and(|available| available.0 != queue.next_avail())
-        })
+        });
+        found && self.may_go_on()
     }
 
     /// Makes [`Virtqueue::wait_for_batch`] never wait, for a peer that takes a delay for packet loss.
@@ -279,17 +321,20 @@ impl Virtqueue {
         self.coalescer = None;
     }
 
-    /// Waits a moment for more chains, where that has paid lately and where a used buffer notification is due. Returns true
-    /// if chains are available. Notifications must be disabled ([`Virtqueue::disable_notification`]).
+    /// Waits a moment for more chains, where that has paid lately and where a used buffer notification is due, which it delays
+    /// by `MAX_WAIT` at most. Returns true if chains are available. Notifications must be disabled ([`Virtqueue::disable_notification`]).
     pub fn wait_for_batch(&mut self) -> bool {
-        if self.broken || !self.used_unsignalled {
+        let Some(since) = self.unsignalled_since else { return false };
+        let left = MAX_WAIT.saturating_sub(since.elapsed());
+        if self.is_done() || left.is_zero() {
             return false;
         }
         let (queue, memory) = (&self.queue, &self.memory);
         let Some(coalescer) = &mut self.coalescer else { return false };
-        coalescer.wait(|| {
+        let found = coalescer.wait(left, || {
             queue.avail_idx(&**memory, Ordering::Acquire).is_ok_and(|available| available.0 != queue.next_avail())
-        })
+        });
+        found && self.may_go_on()
     }
 
     /// As [`Virtqueue::enable_notification`], but for chains beyond those that are available now: for a device that needs more
@@ -344,8 +389,6 @@ impl Virtqueue {
     }
 }
 
-type Descriptors<'m> = virtio_queue::DescriptorChain<&'m vm_memory::GuestMemoryMmap>;
-
 /// Pops one chain, and distinguishes a ring error from an empty ring.
 trait IterNext {
     fn iter_next<'m>(&mut self, memory: &'m Memory) -> Result<Option<Descriptors<'m>>, virtio_queue::Error>;
@@ -357,25 +400,4 @@ impl IterNext for Queue {
         let mut chains = self.iter(&**memory)?;
         Ok(chains.next())
     }
-}
-
-/// Collects the buffers of a chain. virtio-queue ends its iteration without an error at a loop, at an index out of range and
-/// at a nested indirect table; the last descriptor then still has `VIRTQ_DESC_F_NEXT` set.
-fn read_chain<'m>(descriptors: Descriptors<'m>, memory: &'m Memory) -> Result<Chain<'m>, ChainError> {
-    let mut chain =
-        Chain { head: descriptors.head_index(), readable: Buffers::default(), writable: Buffers::default() };
-    let mut ended = false;
-    let mut seen_writable = false;
-    for descriptor in descriptors {
-        ended = !descriptor.has_next();
-        if descriptor.is_write_only() {
-            seen_writable = true;
-            chain.writable.push(memory, descriptor.addr(), descriptor.len())?;
-        } else if seen_writable {
-            return Err(ChainError::ReadableAfterWritable);
-        } else {
-            chain.readable.push(memory, descriptor.addr(), descriptor.len())?;
-        }
-    }
-    if ended { Ok(chain) } else { Err(ChainError::Unterminated) }
 }

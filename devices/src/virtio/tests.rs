@@ -7,7 +7,7 @@ use super::rng::{Rate, Rng};
 use proptest::prelude::*;
 
 fn rng() -> Driver {
-    Driver::running(Box::new(Rng::new(None)))
+    Driver::running(Box::new(Rng::new(None).expect("a device")))
 }
 
 fn descriptor(gpa: u64, len: u32, flags: u16, next: u16) -> Descriptor {
@@ -35,7 +35,7 @@ fn random_bytes_fill_the_whole_buffer() {
 
 #[test]
 fn a_rate_is_kept() {
-    let mut driver = Driver::running(Box::new(Rng::new(Some(Rate { bytes_per_second: 1000 }))));
+    let mut driver = Driver::running(Box::new(Rng::new(Some(Rate { bytes_per_second: 1000 })).expect("a device")));
     let start = std::time::Instant::now();
     let mut given = 0;
     while given < 1200 {
@@ -46,7 +46,7 @@ fn a_rate_is_kept() {
 
 #[test]
 fn negotiation_keeps_to_the_rules() {
-    let mut driver = Driver::new(Box::new(Rng::new(None)));
+    let mut driver = Driver::new(Box::new(Rng::new(None).expect("a device")));
     assert_eq!(driver.read(0x0), 0x7472_6976);
     assert_eq!((driver.read(0x4), driver.read(0x8)), (2, 4));
     // FEATURES_OK is refused without VERSION_1, and for features that were not offered.
@@ -84,7 +84,7 @@ fn negotiation_keeps_to_the_rules() {
 
 #[test]
 fn invalid_sizes_and_addresses_of_queues_are_refused() {
-    let mut driver = Driver::new(Box::new(Rng::new(None)));
+    let mut driver = Driver::new(Box::new(Rng::new(None).expect("a device")));
     driver.negotiate(u64::MAX);
     for size in [0, 3, 128, 0x1_0040] {
         driver.write(0x38, size);
@@ -176,7 +176,7 @@ fn an_indirect_table_is_followed_once() {
 fn interrupts_are_sent_only_where_the_driver_enables_them() {
     use vm_memory::{Bytes, GuestAddress};
     for features in [u64::MAX, !F_EVENT_IDX] {
-        let mut driver = Driver::new(Box::new(Rng::new(None)));
+        let mut driver = Driver::new(Box::new(Rng::new(None).expect("a device")));
         driver.start(features);
         driver.request(0, &[], &[8]);
         std::thread::sleep(std::time::Duration::from_millis(20));
@@ -209,7 +209,8 @@ fn invalid_accesses_change_nothing() {
 fn available_requests_are_handled_before_the_stop() {
     let mut driver = rng();
     driver.submit(0, &[], &[128]);
-    driver.device().stop();
+    driver.device().request_stop();
+    driver.device().wait_stopped(std::time::Instant::now() + std::time::Duration::from_secs(10));
     assert_eq!(driver.poll_used(0).map(|used| used.len), Some(128));
 }
 

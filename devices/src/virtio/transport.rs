@@ -1,11 +1,13 @@
 //! A virtio transport as the machine sees it: the device on its bus, and the addresses to register as ioeventfds.
 
+use super::device_thread::ThreadStart;
 use super::queue::QueueCounts;
+use super::worker::WorkerError;
 use crate::bus::BusDevice;
 use crate::page::PageError;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -17,13 +19,25 @@ pub trait VirtioTransport: BusDevice {
     /// Sets how the transport avoids kicks and interrupts. Must be called before the guest accesses the device.
     fn set_options(&self, options: TransportOptions);
 
-    /// Stops the device's workers once they have handled all buffers that are available. The vCPUs must have stopped.
-    fn stop(&self);
+    /// Starts the device's threads, which call `start` first. Must be called before the guest runs: a device without threads
+    /// cannot be started by its driver.
+    ///
+    /// # Errors
+    /// Returns [`TransportError`] where a thread cannot be started or prepared.
+    fn start_threads(&self, start: &ThreadStart) -> Result<(), TransportError>;
+
+    /// Has the device's threads end once their workers have handled all buffers that are available. The vCPUs must have
+    /// stopped.
+    fn request_stop(&self);
+
+    /// Waits until the device's threads have ended, or until `deadline`. Then the workers handle no more buffers, and threads
+    /// that wait for the host are left to themselves.
+    fn wait_stopped(&self, deadline: Instant);
 }
 
 /// A guest physical address whose write is a kick of one queue. The machine registers an ioeventfd for it.
 pub struct Doorbell {
-    /// Guest physical address.
+    /// Guest physical address of the register that is written.
     pub gpa: u64,
     /// The 32-bit value that the write must have; `None`: any value.
     pub datamatch: Option<u32>,
@@ -34,7 +48,7 @@ pub struct Doorbell {
 /// How a transport and its queues avoid kicks and interrupts.
 #[derive(Clone, Copy, Debug)]
 pub struct TransportOptions {
-    /// Offer `VIRTIO_F_EVENT_IDX`.
+    /// If true, `VIRTIO_F_EVENT_IDX` is offered (virtio 1.3 §6).
     pub event_idx: bool,
     /// Delay used buffer notifications for a moment where a batch of requests is likely to follow.
     pub coalesce_notifications: bool,
@@ -54,6 +68,9 @@ pub enum TransportError {
     /// An eventfd for a queue's kicks could not be created.
     #[error("cannot create an eventfd for a virtqueue")]
     EventFd(#[from] io::Error),
+    /// A thread of the device cannot be started.
+    #[error(transparent)]
+    Thread(#[from] WorkerError),
     /// The page of registers could not be mapped.
     #[error(transparent)]
     Page(#[from] PageError),

@@ -2,19 +2,32 @@
 //! A transport maps its registers to this.
 
 use super::device::{ActivateError, Activation, DeviceKind, VirtioDevice};
+use super::device_thread::ThreadStart;
 use super::features::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use super::interrupt::{DeviceInterrupt, VirtioInterrupt};
-use super::queue::{QueueCounts, RingAddresses, Virtqueue};
-use super::transport::TransportOptions;
-use super::worker::WorkerThread;
+use super::queue::{QueueCounts, QueueSetup, RingAddresses, Virtqueue};
+use super::ring_area::{EventFields, QueueArea, RingArea, areas, overlap};
+use super::transport::{TransportError, TransportOptions};
+use super::worker::WorkerError;
+use super::worker_thread::{StartPlan, WorkerThread};
 use crate::error::chain;
 use crate::half::Half;
 use crate::memory::Memory;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// The longest time that a reset waits for the workers to handle what was available before it. Then they handle no more.
+const RESET_WORK: Duration = Duration::from_millis(500);
+/// The longest time that a reset waits after that. A worker that does not end then either waits for the host, and the device
+/// status shows the end of the reset later (virtio 1.3 §2.4).
+const RESET_WAIT: Duration = Duration::from_millis(500);
+/// The longest time that the threads of a device may take to end when it is dropped.
+const DROP_WAIT: Duration = Duration::from_secs(2);
 
 // Bits of the device status (virtio 1.3 §2.1).
 const ACKNOWLEDGE: u8 = 1;
@@ -23,17 +36,6 @@ const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 const DEVICE_NEEDS_RESET: u8 = 64;
 const FAILED: u8 = 128;
-
-/// An area of a virtqueue (virtio 1.3 §2.6).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum QueueArea {
-    /// The descriptor table.
-    Descriptor,
-    /// The available ring.
-    Driver,
-    /// The used ring.
-    Device,
-}
 
 impl RingAddresses {
     fn area(&self, area: QueueArea) -> u64 {
@@ -80,7 +82,11 @@ pub(super) struct TransportState {
     kicks: Vec<Arc<EventFd>>,
     counts: Vec<Arc<QueueCounts>>,
     queues: Vec<QueueConfig>,
-    workers: Vec<WorkerThread>,
+    threads: Vec<WorkerThread>,
+    /// Set when the present workers are to do nothing more.
+    abort: Arc<AtomicBool>,
+    /// The driver has reset the device, whose workers have not ended.
+    resetting: bool,
     status: u8,
     options: TransportOptions,
     driver_features: u64,
@@ -93,16 +99,18 @@ pub(super) struct TransportState {
 
 impl TransportState {
     /// # Errors
-    /// Returns an error where no eventfd can be created.
+    /// Returns an error where the host is out of file descriptors.
     pub(super) fn new(
         name: &str,
         device: Box<dyn VirtioDevice>,
         memory: Memory,
         interrupt: Arc<dyn VirtioInterrupt>,
-    ) -> io::Result<Self> {
+    ) -> Result<Self, TransportError> {
         let queues: Vec<QueueConfig> = device.queue_max_sizes().into_iter().map(QueueConfig::new).collect();
         let kicks: io::Result<Vec<_>> = queues.iter().map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new)).collect();
+        let threads = (0..device.thread_count()).map(|index| WorkerThread::new(format!("{name}.{index}")));
         Ok(Self {
+            threads: threads.collect::<Result<_, _>>()?,
             device,
             memory,
             name: name.into(),
@@ -110,7 +118,8 @@ impl TransportState {
             kicks: kicks?,
             counts: queues.iter().map(|_| Arc::default()).collect(),
             queues,
-            workers: Vec::new(),
+            abort: Arc::default(),
+            resetting: false,
             status: 0,
             options: TransportOptions::default(),
             driver_features: 0,
@@ -123,6 +132,19 @@ impl TransportState {
     /// Must be called before the guest accesses the device.
     pub(super) fn set_options(&mut self, options: TransportOptions) {
         self.options = options;
+    }
+
+    /// Starts the device's threads.
+    pub(super) fn start_threads(&mut self, start: &ThreadStart) -> Result<(), WorkerError> {
+        let role = self.device.thread_role();
+        let plan = StartPlan {
+            role,
+            preparation: self.device.thread_preparation(),
+            start: Arc::clone(start),
+            interrupt: Arc::clone(&self.interrupt),
+        };
+        self.threads.iter_mut().try_for_each(|thread| thread.start(plan.clone()))?;
+        self.threads.iter().try_for_each(|thread| thread.wait_started(role))
     }
 
     pub(super) fn kind(&self) -> DeviceKind {
@@ -237,6 +259,10 @@ impl TransportState {
             self.reset();
             return;
         }
+        if self.resetting {
+            log::debug!("{}: device status {value:#x} written during a reset: ignored", self.name);
+            return;
+        }
         let known = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
         if value & self.status != self.status || value & !(known | DEVICE_NEEDS_RESET) != 0 {
             log::debug!("{}: device status {value:#x} written after {:#x}: ignored", self.name, self.status);
@@ -251,7 +277,6 @@ impl TransportState {
             self.status |= DRIVER_OK;
             if let Err(error) = self.activate() {
                 log::warn!("{}: the device cannot start and needs a reset: {}", self.name, chain(&error));
-                self.workers.clear();
                 self.interrupt.set_needs_reset();
             }
         }
@@ -273,6 +298,7 @@ impl TransportState {
     }
 
     fn activate(&mut self) -> Result<(), ActivateError> {
+        self.abort = Arc::default();
         let activation = Activation {
             features: self.driver_features,
             memory: self.memory.clone(),
@@ -280,13 +306,16 @@ impl TransportState {
             queues: self.virtqueues()?,
         };
         for (index, worker) in self.device.activate(activation)?.into_iter().enumerate() {
-            self.workers.push(WorkerThread::start(&format!("{}.{index}", self.name), worker)?);
+            self.threads.get(index).ok_or(WorkerError::NoThread(index))?.activate(worker)?;
         }
         Ok(())
     }
 
     /// Makes the queues that the driver enabled; `None` for the others.
     fn virtqueues(&self) -> Result<Vec<Option<Virtqueue>>, ActivateError> {
+        if let Some((first, second)) = overlap(&mut self.ring_areas()) {
+            return Err(ActivateError::OverlappingRings { first, second });
+        }
         let mut virtqueues = Vec::new();
         for (index, (config, (kick, counts))) in
             (0_u16..).zip(self.queues.iter().zip(self.kicks.iter().zip(&self.counts)))
@@ -295,15 +324,17 @@ impl TransportState {
                 virtqueues.push(None);
                 continue;
             }
-            let mut queue = Virtqueue::new(
+            let mut queue = Virtqueue::new(QueueSetup {
                 index,
-                self.ring(index, config)?,
-                self.memory.clone(),
-                Arc::clone(kick),
-                Arc::clone(&self.interrupt),
-                Arc::clone(counts),
-                Arc::clone(&self.name),
-            );
+                queue: self.ring(index, config)?,
+                memory: self.memory.clone(),
+                kick: Arc::clone(kick),
+                interrupt: Arc::clone(&self.interrupt),
+                counts: Arc::clone(counts),
+                name: Arc::clone(&self.name),
+                max_chain_bytes: self.device.max_chain_bytes(),
+                abort: Arc::clone(&self.abort),
+            });
             if !self.options.coalesce_notifications {
                 queue.disable_coalescing();
             }
@@ -313,6 +344,14 @@ impl TransportState {
             virtqueues.push(Some(queue));
         }
         Ok(virtqueues)
+    }
+
+    /// Returns the areas of all queues that the driver enabled.
+    fn ring_areas(&self) -> Vec<RingArea> {
+        let negotiated = self.driver_features & F_EVENT_IDX != 0;
+        let events = if negotiated { EventFields::Present } else { EventFields::Absent };
+        let enabled = (0_u16..).zip(&self.queues).filter(|(_, queue)| queue.ready);
+        enabled.flat_map(|(index, queue)| areas(index, queue.size, queue.rings, events)).collect()
     }
 
     fn ring(&self, index: u16, config: &QueueConfig) -> Result<Queue, ActivateError> {
@@ -331,9 +370,32 @@ impl TransportState {
         Ok(queue)
     }
 
-    /// Resets the device (virtio 1.3 §2.4). The workers have ended when this returns.
+    /// Resets the device (virtio 1.3 §2.4). The workers have ended when this returns, unless they wait for the host for longer
+    /// than [`RESET_WORK`] and [`RESET_WAIT`]; the device status is not 0 until they have.
     fn reset(&mut self) {
-        self.workers.clear();
+        if !self.resetting {
+            self.resetting = true;
+            self.threads.iter().for_each(WorkerThread::request_reset);
+            let deadline = Instant::now() + RESET_WORK;
+            if !self.threads.iter().all(|thread| thread.wait_idle(deadline)) {
+                self.abort.store(true, Ordering::Relaxed);
+                let deadline = Instant::now() + RESET_WAIT;
+                if !self.threads.iter().all(|thread| thread.wait_idle(deadline)) {
+                    log::warn!("{}: the reset of the device waits for the host", self.name);
+                    self.threads.iter().for_each(WorkerThread::note_late_reset);
+                }
+            }
+        }
+        self.continue_reset();
+    }
+
+    /// Completes a reset that waits for workers, where they have ended. To be called before each access of the driver.
+    pub(super) fn continue_reset(&mut self) {
+        let now = Instant::now;
+        if !self.resetting || !self.threads.iter().all(|thread| thread.wait_idle(now())) {
+            return;
+        }
+        self.resetting = false;
         if self.status & DRIVER_OK != 0 {
             self.device.reset();
         }
@@ -349,12 +411,19 @@ impl TransportState {
             // Kicks from before the reset must not reach the next workers.
             let _ = kick.read();
         }
-        self.interrupt.clear_needs_reset();
+        self.interrupt.clear();
     }
 
-    /// Stops the workers once they have handled the available buffers.
-    pub(super) fn stop(&mut self) {
-        self.workers.clear();
+    /// Has the threads end once the workers have handled the available buffers.
+    pub(super) fn request_stop(&self) {
+        self.threads.iter().for_each(WorkerThread::request_stop);
+    }
+
+    /// Waits until the threads have ended, or until `deadline`.
+    pub(super) fn wait_stopped(&mut self, deadline: Instant) {
+        for thread in &mut self.threads {
+            thread.wait_ended(deadline, || self.abort.store(true, Ordering::Relaxed));
+        }
     }
 
     /// Copies the device configuration from byte `offset` on to `data`; zeros beyond its end.
@@ -370,5 +439,12 @@ impl TransportState {
             return;
         }
         self.device.write_config(offset, data);
+    }
+}
+
+impl Drop for TransportState {
+    fn drop(&mut self) {
+        self.request_stop();
+        self.wait_stopped(Instant::now() + DROP_WAIT);
     }
 }

@@ -2,39 +2,51 @@
 //! reach hwvmm. Interrupts do, so that the transport can hold back those that the driver has masked.
 
 use super::device::ActivateError;
+use super::interrupt::DeviceInterrupt;
 use super::queue::Virtqueue;
 use super::worker::watch;
+use crate::error::chain as error_chain;
 use crate::memory::Memory;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// A queue that the backend processes.
-struct VhostQueue {
-    queue: Virtqueue,
-    /// Readable when the backend has used buffers and the driver is to be interrupted (`VHOST_SET_VRING_CALL`).
-    call: EventFd,
-}
+/// Starts the backend with the queues, whose interrupts are to go to the eventfds.
+type Start = Box<dyn FnMut(&[Virtqueue], &[EventFd]) -> Result<(), ActivateError> + Send>;
 
-/// The worker of a vhost device: passes the backend's interrupts on, and stops the backend when it is dropped.
+/// The worker of a vhost device: starts the backend, passes its interrupts on, and stops it when it is dropped.
 pub(super) struct VhostWorker {
+    start: Start,
     stop: Box<dyn FnMut() + Send>,
-    queues: Vec<VhostQueue>,
+    queues: Vec<Virtqueue>,
+    /// For each queue: readable when the backend has used buffers and the driver is to be interrupted (`VHOST_SET_VRING_CALL`).
+    calls: Arc<Vec<EventFd>>,
+    interrupt: Arc<DeviceInterrupt>,
     // The backend accesses guest memory until `stop` returns.
     _memory: Memory,
 }
 
-/// Gives the backend guest memory, the negotiated `features` and `queues`, which become its rings from index 0 on. Returns
-/// the call eventfd of each queue.
+/// Makes the eventfds for the interrupts of `queues` queues.
+///
+/// # Errors
+/// Returns the error of eventfd(2).
+pub(super) fn new_calls(queues: usize) -> io::Result<Arc<Vec<EventFd>>> {
+    (0..queues).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>().map(Arc::new)
+}
+
+/// Gives the backend, which must have an owner, guest memory, the negotiated `features` and `queues`, which become its rings
+/// from index 0 on.
 pub(super) fn connect(
     backend: &impl VhostBackend,
     memory: &Memory,
     features: u64,
     queues: &[Virtqueue],
-) -> Result<Vec<EventFd>, ActivateError> {
-    backend.set_owner().map_err(ActivateError::vhost("set the owner of the vhost backend"))?;
+    calls: &[EventFd],
+) -> Result<(), ActivateError> {
     let known = backend.get_features().map_err(ActivateError::vhost("get the features of the vhost backend"))?;
     backend.set_features(features & known).map_err(ActivateError::vhost("set the features of the vhost backend"))?;
     let regions: Vec<VhostUserMemoryRegionInfo> = memory
@@ -48,8 +60,7 @@ pub(super) fn connect(
         })
         .collect();
     backend.set_mem_table(&regions).map_err(ActivateError::vhost("set the memory table of the vhost backend"))?;
-    let mut calls = Vec::new();
-    for (index, queue) in queues.iter().enumerate() {
+    for (index, (queue, call)) in queues.iter().zip(calls).enumerate() {
         let vring_error = ActivateError::vhost("configure a vring of the vhost backend");
         let rings = queue.rings();
         let config = VringConfigData {
@@ -61,33 +72,32 @@ pub(super) fn connect(
             avail_ring_addr: rings.available_ring,
             log_addr: None,
         };
-        let call = EventFd::new(EFD_NONBLOCK).map_err(ActivateError::io("create an eventfd"))?;
         backend.set_vring_num(index, queue.size()).map_err(vring_error)?;
         backend.set_vring_addr(index, &config).map_err(vring_error)?;
         backend.set_vring_base(index, 0).map_err(vring_error)?;
-        backend.set_vring_call(index, &call).map_err(vring_error)?;
+        backend.set_vring_call(index, call).map_err(vring_error)?;
         backend.set_vring_kick(index, queue.kick()).map_err(vring_error)?;
-        calls.push(call);
     }
-    Ok(calls)
+    Ok(())
 }
 
 impl VhostWorker {
-    /// Makes the worker for `queues`, whose call eventfds are `calls`. `stop` must stop the backend.
+    /// Makes the worker for `queues`, whose interrupts come by `calls`. `stop` must stop the backend.
     pub(super) fn new(
         queues: Vec<Virtqueue>,
-        calls: Vec<EventFd>,
-        memory: Memory,
+        calls: Arc<Vec<EventFd>>,
+        start: impl FnMut(&[Virtqueue], &[EventFd]) -> Result<(), ActivateError> + Send + 'static,
         stop: impl FnMut() + Send + 'static,
+        interrupt: Arc<DeviceInterrupt>,
+        memory: Memory,
     ) -> Self {
-        let queues = queues.into_iter().zip(calls).map(|(queue, call)| VhostQueue { queue, call }).collect();
-        Self { stop: Box::new(stop), queues, _memory: memory }
+        Self { start: Box::new(start), stop: Box::new(stop), queues, calls, interrupt, _memory: memory }
     }
 }
 
 impl MutEventSubscriber for VhostWorker {
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
-        for VhostQueue { queue, call } in &mut self.queues {
+        for (queue, call) in self.queues.iter_mut().zip(self.calls.iter()) {
             if call.as_raw_fd() == events.fd() {
                 let _ = call.read();
                 queue.interrupt();
@@ -96,7 +106,12 @@ impl MutEventSubscriber for VhostWorker {
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        for VhostQueue { call, .. } in &self.queues {
+        if let Err(error) = (self.start)(&self.queues, &self.calls) {
+            log::warn!("the device cannot start and needs a reset: {}", error_chain(&error));
+            self.interrupt.set_needs_reset();
+            return;
+        }
+        for call in self.calls.iter() {
             watch(ops, Events::new(call, EventSet::IN));
         }
     }

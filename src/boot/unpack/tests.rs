@@ -1,5 +1,11 @@
+use super::blocks::{LZ4_BLOCK, LZOP_ADLER32_UNPACKED};
 use super::*;
 use std::io::Seek;
+use std::time::{Duration, Instant};
+
+fn limits() -> Limits {
+    Limits::of(64 << 20)
+}
 
 /// Bytes that compress, with holes in them.
 fn kernel() -> Vec<u8> {
@@ -14,7 +20,7 @@ fn kernel() -> Vec<u8> {
 fn unpacked(mut payload: Vec<u8>, size: usize) -> Vec<u8> {
     payload.extend(u32::try_from(size).expect("small").to_le_bytes());
     let mut file = tempfile::tempfile().expect("a temporary file");
-    assert_eq!(unpack(&payload, &file).expect("unpacks"), size as u64);
+    assert_eq!(unpack(&payload, &file, &limits()).expect("unpacks"), size as u64);
     let mut bytes = Vec::new();
     file.rewind().expect("seek");
     file.read_to_end(&mut bytes).expect("read");
@@ -106,7 +112,7 @@ fn damage_and_truncation_are_errors_not_panics() {
         let whole = packed(kind, &kernel);
         for cut in [5, 20, whole.len() / 2] {
             let out = tempfile::tempfile().expect("a temporary file");
-            let result = unpack(&whole[..cut.min(whole.len())], &out);
+            let result = unpack(&whole[..cut.min(whole.len())], &out, &limits());
             let short = result.as_ref().is_ok_and(|bytes| *bytes < kernel.len() as u64);
             assert!(result.is_err() || short, "{} cut at {cut}", kind.name());
         }
@@ -114,7 +120,7 @@ fn damage_and_truncation_are_errors_not_panics() {
             let mut damaged = whole.clone();
             damaged[at] ^= 0x55;
             let out = tempfile::tempfile().expect("a temporary file");
-            let _ = unpack(&damaged, &out);
+            let _ = unpack(&damaged, &out, &limits());
         }
     }
 }
@@ -122,7 +128,7 @@ fn damage_and_truncation_are_errors_not_panics() {
 #[test]
 fn an_unknown_compression_is_named() {
     let out = tempfile::tempfile().expect("a temporary file");
-    let error = unpack(b"hello, world", &out).expect_err("unknown").to_string();
+    let error = unpack(b"hello, world", &out, &limits()).expect_err("unknown").to_string();
     assert!(error.contains("68, 65") && error.len() < 200, "{error}");
 }
 
@@ -132,16 +138,44 @@ fn zero_blocks_become_holes() {
     let mut data = vec![0; 8 << 20];
     data[0] = 1;
     let file = tempfile::tempfile().expect("a temporary file");
-    unpack(&packed(Compression::Gzip, &data), &file).expect("unpacks");
+    unpack(&packed(Compression::Gzip, &data), &file, &limits()).expect("unpacks");
     let metadata = file.metadata().expect("metadata");
     assert_eq!(metadata.len(), 8 << 20);
     assert!(metadata.blocks() * 512 < 1 << 20, "{} blocks", metadata.blocks());
 }
 
+#[test]
+fn small_holes_are_filled_and_large_ones_are_not() {
+    use rustix::fs::{SeekFrom, seek};
+    let mut data = Vec::new();
+    let mut holes = 0;
+    for blocks in [1, 2, 15, 16, 17, 70, 1, 300, 3] {
+        data.extend([1; BLOCK]);
+        data.resize(data.len() + blocks * BLOCK, 0);
+        holes += usize::from(blocks * BLOCK >= HOLE);
+    }
+    data.extend(b"the end");
+    let file = tempfile::tempfile().expect("a temporary file");
+    unpack(&packed(Compression::Gzip, &data), &file, &limits()).expect("unpacks");
+    let mut content = vec![0; data.len()];
+    file.read_exact_at(&mut content, 0).expect("readable");
+    assert!(content == data);
+    let (mut at, mut found) = (0, 0);
+    while let Ok(hole) = seek(&file, SeekFrom::Hole(at)) {
+        if hole == data.len() as u64 {
+            break;
+        }
+        found += 1;
+        at = seek(&file, SeekFrom::Data(hole)).expect("the end is data");
+    }
+    // A file system without holes says that there are none.
+    assert!(found == holes || found == 0, "{found} holes, not {holes}");
+}
+
 /// What `unpack_parts` makes of `archive`.
 fn parts(archive: &[u8]) -> Result<Vec<u8>, UnpackError> {
     let mut file = tempfile::tempfile().expect("a temporary file");
-    let size = unpack_parts(archive, &file)?;
+    let size = unpack_parts(archive, &file, &limits())?;
     let mut bytes = Vec::new();
     file.rewind().expect("seek");
     file.read_to_end(&mut bytes).expect("read");
@@ -174,4 +208,98 @@ fn an_initrd_of_several_parts_is_unpacked_whole() {
     let mut plain = gzip(&one);
     plain.extend(b"070701");
     assert!(matches!(parts(&plain), Err(UnpackError::Unknown(_))));
+}
+
+/// The limit that unpacking `archive` reaches.
+fn exceeded(archive: &[u8], limits: &Limits) -> Option<Exceeded> {
+    let out = tempfile::tempfile().expect("a temporary file");
+    match unpack_parts(archive, &out, limits) {
+        Err(UnpackError::Limit(exceeded)) => {
+            assert!(out.metadata().expect("metadata").len() <= limits.output_bytes, "checked before it is written");
+            assert!(exceeded.to_string().contains(&exceeded.limit.to_string()), "{exceeded}");
+            Some(exceeded)
+        }
+        result => panic!("{result:?}"),
+    }
+}
+
+#[test]
+fn empty_blocks_take_no_time_and_are_counted() {
+    let mut bomb = lz4_legacy(b"");
+    bomb.extend([1, 0, 0, 0, 0].repeat(2000));
+    let start = Instant::now();
+    assert_eq!(parts(&bomb).expect("unpacks"), b"");
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    let limits = Limits { blocks: 2000, ..limits() };
+    assert_eq!(exceeded(&bomb, &limits), Some(Exceeded { budget: Budget::Blocks, limit: 2000 }));
+    bomb.extend([0; 4]);
+    let more = bomb.repeat(40);
+    assert_eq!(exceeded(&more, &self::limits()).map(|exceeded| exceeded.budget), Some(Budget::Blocks));
+}
+
+#[test]
+fn output_ends_at_its_limit() {
+    let data = vec![7; 1 << 20];
+    for kind in PACKED {
+        let packed = packed(kind, &data);
+        let out = tempfile::tempfile().expect("a temporary file");
+        assert_eq!(unpack(&packed, &out, &Limits::of(1 << 20)).expect("unpacks"), 1 << 20, "{}", kind.name());
+        let limit = (1 << 20) - 1;
+        let exceeded = exceeded(&packed, &Limits { output_bytes: limit, ..limits() });
+        assert_eq!(exceeded, Some(Exceeded { budget: Budget::Output, limit }), "{}", kind.name());
+    }
+}
+
+#[test]
+fn parts_are_counted() {
+    let one = zstd::encode_all(&b""[..], 1).expect("zstd");
+    assert_eq!(parts(&one.repeat(1024)).expect("unpacks"), b"");
+    let limit = 1024;
+    assert_eq!(exceeded(&one.repeat(1025), &limits()), Some(Exceeded { budget: Budget::Parts, limit }));
+}
+
+/// Decoders that ask for more memory than Linux' do: a dictionary of .lzma of 3 GiB, one of .xz of 192 MiB, a window of zstd of 1 GiB.
+#[test]
+fn memory_of_decoders_is_limited() {
+    let mut lzma = b"\x5d\0\0\0\xc0".to_vec();
+    lzma.extend([0xff; 8]);
+    lzma.extend([0; 100]);
+    let mut options = liblzma::stream::LzmaOptions::new_preset(0).expect("preset");
+    let xz_with = |options: &liblzma::stream::LzmaOptions| {
+        let mut filters = liblzma::stream::Filters::new();
+        filters.lzma2(options);
+        let stream = liblzma::stream::Stream::new_stream_encoder(&filters, liblzma::stream::Check::Crc32);
+        let mut out = Vec::new();
+        let encoder = liblzma::read::XzEncoder::new_stream(&b"data"[..], stream.expect("encoder"));
+        { encoder }.read_to_end(&mut out).expect("compresses");
+        out
+    };
+    let xz = xz_with(options.dict_size(192 << 20));
+    // RFC 8878 3.1.1.1: no content size, no single segment; window of 1 << (10 + 20).
+    let mut zstd = b"\x28\xb5\x2f\xfd\0".to_vec();
+    zstd.extend([20 << 3, 1, 0, 0]);
+    for bomb in [&lzma, &xz, &zstd] {
+        let limit = 160 << 20;
+        assert_eq!(exceeded(bomb, &limits()), Some(Exceeded { budget: Budget::Decoder, limit }));
+    }
+    // What kernels are packed with.
+    assert_eq!(parts(&xz_with(options.dict_size(128 << 20))).expect("unpacks"), b"data");
+    zstd[5] = 17 << 3;
+    assert_eq!(parts(&zstd).expect("unpacks"), b"");
+}
+
+#[test]
+fn packed_bytes_and_cpu_time_are_limited() {
+    let packed = tempfile::tempfile().expect("a temporary file");
+    packed.set_len(1 << 40).expect("sparse");
+    let out = tempfile::tempfile().expect("a temporary file");
+    let range = FileRange { offset: 0, bytes: 1 << 40 };
+    let job = Job { range, content: Content::Stream, limits: Limits::of(u64::MAX) };
+    let error = job.run(&packed, &out).expect_err("refused").to_string();
+    assert_eq!(error, "it has more than 536870912 packed bytes");
+    for kind in PACKED {
+        let limits = Limits { cpu: Duration::ZERO, ..limits() };
+        let exceeded = exceeded(&self::packed(kind, &kernel()), &limits);
+        assert_eq!(exceeded, Some(Exceeded { budget: Budget::Cpu, limit: 0 }), "{}", kind.name());
+    }
 }

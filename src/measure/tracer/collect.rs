@@ -1,17 +1,18 @@
 //! VM exits by cause: what the tracepoints of one vCPU say, put together.
 
-use super::format::{Field, Format};
+use super::format::{Field, Format, FormatError};
 use crate::measure::tally::{Tally, TallyRecord};
 use crate::measure::timeline::Timeline;
-use hwvmm_arch::exit_code::{Class, Isa};
-use hwvmm_arch::layout::GpaRange;
+use hwvmm_arch::exit_code::{AccessKind, Class, Event, EventKind, Isa, RegisterAccess};
+use hwvmm_arch::layout::{GpaRange, LAPIC};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
-use std::io;
 use std::path::Path;
 
 /// Causes that are counted one by one. Exits of more causes are counted without their instruction, then without their detail.
 const MAX_CAUSES: usize = 16384;
+/// Causes of a record at most: as many again without their place, and a few without more.
+pub(in crate::measure) const MAX_RECORDED_CAUSES: usize = 2 * MAX_CAUSES + 1024;
 const HIGH_HALF: u64 = 1 << 63;
 
 /// The access that a VM exit was for.
@@ -38,14 +39,18 @@ pub enum VmDetail {
     },
     /// CPUID, with its leaf (EAX).
     Leaf(u32),
+    /// An exception or an interrupt.
+    Event(Event),
+    /// An access to a control or debug register.
+    Register(RegisterAccess),
     /// A nested page fault in guest memory: a first touch, or a page that the host had taken back.
     Memory {
         /// True for a write by the guest.
         write: bool,
     },
-    /// A nested page fault outside of guest memory.
+    /// An access outside of guest memory: a nested page fault, or an exit of the processor's virtual APIC.
     Device {
-        /// The guest physical address of the fault.
+        /// The guest physical address.
         gpa: u64,
         /// True for a write by the guest.
         write: bool,
@@ -66,6 +71,25 @@ pub struct VmCause {
     /// True before the vCPU's first exit from the kernel's half of the address space. Low addresses are boot code until then,
     /// and programs later.
     pub early: bool,
+}
+
+/// The registers by which a guest arms the timer of its local APIC: the MSRs of the deadline and, in x2APIC mode, of the initial
+/// count; and that as memory (SDM vol. 3A §10.5.4), for nested page faults and for the exits of APICv and AVIC.
+const TIMER_MSRS: [u32; 2] = [0x6e0, 0x838];
+const TIMER_GPA: u64 = 0xfee0_0380;
+
+impl VmCause {
+    /// The class of the exits: that of the exit code, or what its detail says better.
+    #[must_use]
+    pub fn class(&self) -> Class {
+        match self.detail {
+            VmDetail::Msr { index: Some(index), write: true } if TIMER_MSRS.contains(&index) => Class::Timer,
+            VmDetail::Device { gpa: TIMER_GPA, write: true } => Class::Timer,
+            // On VMX they share an exit reason with the guest's exceptions.
+            VmDetail::Event(Event { kind: EventKind::Nmi, .. }) => Class::Interrupt,
+            _ => self.isa.class(self.code),
+        }
+    }
 }
 
 /// The exits of one [`VmCause`].
@@ -134,6 +158,8 @@ struct ExitFields {
     isa: Field,
     info1: Field,
     info2: Field,
+    /// `None` where the kernel's tracepoint has no such field: before Linux 5.10.
+    intr_info: Option<Field>,
 }
 
 /// A tracepoint that says more about an exit, and the field that says it.
@@ -158,12 +184,13 @@ pub(super) struct Events {
 const MMU: [&str; 4] = ["kvm_mmu_get_page", "kvm_mmu_unsync_page", "kvm_mmu_sync_page", "kvm_mmu_prepare_zap_page"];
 
 impl Events {
-    /// Reads the formats below the tracefs at `tracefs`.
-    pub(super) fn read(tracefs: &Path) -> io::Result<Self> {
+    /// Reads the formats below the tracefs at `tracefs`. The sysfs at `sysfs` says whose processor it is.
+    ///
+    /// # Errors
+    /// [`FormatError`] where the tracepoints of exits and entries cannot be used.
+    pub(super) fn read(tracefs: &Path, sysfs: &Path) -> Result<Self, FormatError> {
         let exit = Format::read(tracefs, "kvm/kvm_exit")?;
-        let field = |name: &str| {
-            exit.field(name).ok_or_else(|| io::Error::other(format!("this kernel's kvm_exit has no field '{name}'")))
-        };
+        let field = |name: &'static str| exit.field(name).ok_or(FormatError::NoField(name));
         let exit = ExitFields {
             id: exit.id,
             reason: field("exit_reason")?,
@@ -171,12 +198,13 @@ impl Events {
             isa: field("isa")?,
             info1: field("info1")?,
             info2: field("info2")?,
+            intr_info: exit.field("intr_info"),
         };
         let more = |name: &str, what: &str| {
             let format = Format::read(tracefs, name).ok()?;
             Some(More { id: format.id, what: format.field(what)? })
         };
-        let intel = Path::new("/sys/module/kvm_intel").exists();
+        let intel = sysfs.join("module/kvm_intel").exists();
         let faults = [("kvm/kvm_page_fault", "fault_address"), ("kvm/kvm_mmio", "gpa"), ("kvm/kvm_fast_mmio", "gpa")];
         Ok(Self {
             exit,
@@ -258,19 +286,29 @@ impl Collector {
                 let write = isa.is_fault_write(info1);
                 isa.fault_gpa(info2).map_or(VmDetail::Memory { write }, |gpa| fault(&self.ram, gpa, write))
             }
+            Class::Interrupt | Class::Exception => {
+                let intr_info = fields.intr_info.map_or(0, get);
+                isa.event(code, intr_info).map_or(VmDetail::None, VmDetail::Event)
+            }
+            Class::Apic => isa.apic(code, info1).map_or(VmDetail::None, |access| VmDetail::Device {
+                gpa: u64::from(LAPIC) + u64::from(access.offset),
+                write: access.write,
+            }),
+            Class::ControlRegister => isa.register(code, info1).map_or(VmDetail::None, VmDetail::Register),
             _ => VmDetail::None,
         };
         self.early_msr = None;
         self.begun = true;
         let early = rip < HIGH_HALF && self.profile.first_kernel_ns.is_none();
         let at_ns = time_ns.saturating_sub(self.start_ns);
-        self.profile.timeline.add(at_ns, isa.class(code));
+        let cause = VmCause { isa, code, detail, rip, early };
+        self.profile.timeline.add(at_ns, cause.class());
         if rip >= HIGH_HALF {
             self.profile.first_kernel_ns.get_or_insert(at_ns);
         } else if self.profile.first_kernel_ns.is_some() && rip >= 0x40_0000 {
             self.profile.first_user_ns.get_or_insert(at_ns);
         }
-        self.pending = Some((time_ns, VmCause { isa, code, detail, rip, early }));
+        self.pending = Some((time_ns, cause));
     }
 
     fn entry(&mut self, time_ns: u64) {
@@ -326,13 +364,16 @@ fn fault(ram: &[GpaRange], gpa: u64, write: bool) -> VmDetail {
 
 fn is_write(detail: VmDetail) -> bool {
     match detail {
-        VmDetail::None | VmDetail::Leaf(_) => false,
+        VmDetail::None | VmDetail::Leaf(_) | VmDetail::Event(_) => false,
         VmDetail::Port { write, .. }
         | VmDetail::Msr { write, .. }
         | VmDetail::Memory { write }
         | VmDetail::Device { write, .. } => write,
+        VmDetail::Register(access) => access.kind == AccessKind::Write,
     }
 }
 
+#[cfg(test)]
+pub(crate) mod recorded;
 #[cfg(test)]
 mod tests;

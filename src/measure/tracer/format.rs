@@ -1,8 +1,34 @@
 //! Where a tracepoint's fields lie: its `format` file (Linux Documentation/trace/events.rst §2.2).
 
+use hwvmm_devices::path_text::PathText as _;
 use std::collections::HashMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// A tracepoint cannot be read.
+#[derive(Debug, Error)]
+pub enum FormatError {
+    /// Its format file cannot be read.
+    #[error(transparent)]
+    Read(#[from] io::Error),
+    /// The file is not the format of a tracepoint.
+    #[error("{} is not the format of a tracepoint, as Linux 5.10 and newer have it", .0.shown())]
+    Syntax(PathBuf),
+    /// The tracepoint of exits has no such field.
+    #[error("this kernel's kvm_exit has no field '{0}': it is older than Linux 5.10")]
+    NoField(&'static str),
+}
+
+impl FormatError {
+    /// The kind of the host's error, where it is one.
+    pub(super) fn kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            Self::Read(error) => Some(error.kind()),
+            Self::Syntax(_) | Self::NoField(_) => None,
+        }
+    }
+}
 
 /// A field's place in a record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -12,6 +38,12 @@ pub(super) struct Field {
 }
 
 impl Field {
+    /// Writes the field's value into a record.
+    #[cfg(test)]
+    pub(super) fn put(self, raw: &mut [u8], value: u64) {
+        raw[self.offset..self.offset + self.size].copy_from_slice(&value.to_le_bytes()[..self.size]);
+    }
+
     /// The field's value in a record; `None` where the record is too short.
     pub(super) fn get(self, raw: &[u8]) -> Option<u64> {
         let bytes = raw.get(self.offset..self.offset.checked_add(self.size)?)?;
@@ -31,13 +63,16 @@ pub(super) struct Format {
 
 impl Format {
     /// Reads the format of `group/name` below the tracefs at `tracefs`.
-    pub(super) fn read(tracefs: &Path, name: &str) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// [`FormatError`].
+    pub(super) fn read(tracefs: &Path, name: &str) -> Result<Self, FormatError> {
         let path = tracefs.join("events").join(name).join("format");
         let text = std::fs::read_to_string(&path)?;
-        Self::parse(&text).ok_or_else(|| io::Error::other(format!("{} is not understood", path.display())))
+        Self::parse(&text).ok_or(FormatError::Syntax(path))
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    pub(super) fn parse(text: &str) -> Option<Self> {
         let mut format = Self::default();
         for line in text.lines() {
             let line = line.trim();

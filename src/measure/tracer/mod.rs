@@ -6,5 +6,9 @@ mod format;
 mod output;
 mod reader;
 
+pub(super) use collect::MAX_RECORDED_CAUSES;
+#[cfg(test)]
+pub(crate) use collect::recorded;
 pub use collect::{VmCause, VmCauseRecord, VmDetail, VmRecord};
+pub use format::FormatError;
 pub use reader::{Handle, TraceRecord, Tracer, Unavailable};

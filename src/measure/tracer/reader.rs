@@ -1,10 +1,15 @@
 //! Opens the tracepoints on each vCPU's thread and reads what they write, on a thread of its own.
 
 use super::collect::{Collector, Events, VmRecord};
+use super::format::FormatError;
 use super::output::redirect;
+use crate::error::chain;
+use crate::sandbox::{Sandbox, ThreadRole};
 use hwvmm_arch::layout::GpaRange;
+use hwvmm_devices::path_text::PathText as _;
 use perf_event::events::Tracepoint;
 use perf_event::{Builder, Clock, Counter, SampleFlag, Sampler};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io;
@@ -28,14 +33,26 @@ const PERF_RECORD_SAMPLE: u32 = 9;
 #[derive(Debug, Error)]
 pub enum Unavailable {
     /// No tracefs, or not for this user.
-    #[error("KVM's tracepoints cannot be read at {}: {source}; {}", .path.display(), remedy(.source))]
+    #[error("KVM's tracepoints cannot be read at {}: {source}; {}", .path.shown(), remedy(.source))]
     Tracefs {
         /// Where they should be.
         path: PathBuf,
+        /// Why the format of a tracepoint cannot be read.
+        source: FormatError,
+    },
+    /// There is no tracepoint to open.
+    #[error("the kernel has no tracepoint of VM exits")]
+    NoTracepoint,
+    /// No ring of any size was tried.
+    #[error("there are too many vCPUs for a ring buffer for each")]
+    NoRing,
+    /// There are no file descriptors left.
+    #[error("a tracepoint cannot be opened: {source}; raise `ulimit -n`")]
+    Files {
         /// The error of the system call.
         source: io::Error,
     },
-    /// perf_event_open(2) failed.
+    /// perf_event_open(2) does not allow the tracepoints to be read.
     #[error(
         "perf_event_open does not allow KVM's tracepoints: {source}; run as root, or give hwvmm CAP_PERFMON, or set the \
          sysctl kernel.perf_event_paranoid to -1{}",
@@ -47,12 +64,12 @@ pub enum Unavailable {
     },
 }
 
-fn remedy(error: &io::Error) -> &'static str {
+fn remedy(error: &FormatError) -> &'static str {
     match error.kind() {
-        io::ErrorKind::NotFound => {
+        Some(io::ErrorKind::NotFound) => {
             "is tracefs mounted (mount -t tracefs tracefs /sys/kernel/tracing), and does the kernel have KVM's tracepoints?"
         }
-        io::ErrorKind::PermissionDenied => {
+        Some(io::ErrorKind::PermissionDenied) => {
             "run as root, or let this user read them (mount -o remount,mode=755 /sys/kernel/tracing)"
         }
         _ => "VM exits are counted in total only",
@@ -60,7 +77,16 @@ fn remedy(error: &io::Error) -> &'static str {
 }
 
 fn perf(source: io::Error) -> Unavailable {
-    Unavailable::Perf { source }
+    match Errno::from_io_error(&source) {
+        Some(Errno::MFILE | Errno::NFILE) => Unavailable::Files { source },
+        _ => Unavailable::Perf { source },
+    }
+}
+
+impl From<io::Error> for Unavailable {
+    fn from(source: io::Error) -> Self {
+        perf(source)
+    }
 }
 
 fn paranoid() -> String {
@@ -128,7 +154,7 @@ pub struct Handle(Arc<Shared>);
 /// The tracer of a machine.
 pub struct Tracer {
     shared: Arc<Shared>,
-    thread: JoinHandle<()>,
+    thread: Option<JoinHandle<()>>,
 }
 
 fn tracefs() -> PathBuf {
@@ -144,8 +170,8 @@ impl Tracer {
     /// [`Unavailable`], with the remedy.
     pub fn new(ram: Vec<GpaRange>, vcpus: usize, start_ns: u64) -> Result<Self, Unavailable> {
         let path = tracefs();
-        let events =
-            Events::read(&path).map_err(|source| Unavailable::Tracefs { path: path.join("events/kvm"), source })?;
+        let events = Events::read(&path, Path::new("/sys"))
+            .map_err(|source| Unavailable::Tracefs { path: path.join("events/kvm"), source })?;
         // Tried here, so that what is missing is said before the guest runs.
         open(events.ids().first().copied().unwrap_or(0)).map_err(perf)?;
         let epoll = Epoll::new().map_err(perf)?;
@@ -161,9 +187,21 @@ impl Tracer {
             epoll,
             stop,
         });
-        let reader = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("trace".into()).spawn(move || read(&reader));
-        Ok(Self { shared, thread: thread.map_err(perf)? })
+        Ok(Self { shared, thread: None })
+    }
+
+    /// Starts the thread that reads, which enters `sandbox`. To be called before the vCPUs run.
+    ///
+    /// # Errors
+    /// Returns the error of the host where it is out of threads.
+    pub fn start(&mut self, sandbox: &Arc<Sandbox>) -> io::Result<()> {
+        let (reader, sandbox) = (Arc::clone(&self.shared), Arc::clone(sandbox));
+        let work = move || match sandbox.enter(ThreadRole::Trace, "trace") {
+            Ok(()) => read(&reader),
+            Err(error) => log::error!("the tracer's thread does not start: {}", chain(&error)),
+        };
+        self.thread = Some(std::thread::Builder::new().name("trace".into()).spawn(work)?);
+        Ok(())
     }
 
     /// For the vCPU threads.
@@ -179,7 +217,7 @@ impl Tracer {
         if let Err(error) = self.shared.stop.write(1) {
             log::error!("cannot wake the tracer: {error}");
         }
-        if self.thread.join().is_err() {
+        if self.thread.is_some_and(|thread| thread.join().is_err()) {
             log::error!("the tracer's thread panicked: this is a bug in hwvmm");
         }
         let mut traced = TraceRecord { vcpus: vec![None; vcpus], ..TraceRecord::default() };
@@ -245,12 +283,12 @@ fn ring_sizes(vcpus: usize) -> impl Iterator<Item = usize> {
 }
 
 /// The exit's tracepoint, with the largest ring that the system allows.
-fn open_ring(id: u16, vcpus: usize) -> io::Result<Sampler> {
-    let mut last = io::Error::other("no size of ring was tried");
+fn open_ring(id: u16, vcpus: usize) -> Result<Sampler, Unavailable> {
+    let mut last = Unavailable::NoRing;
     for bytes in ring_sizes(vcpus) {
         match builder(id).wakeup_watermark(bytes / 4).build()?.sampled(bytes) {
             Ok(ring) => return Ok(ring),
-            Err(error) => last = error,
+            Err(error) => last = perf(error),
         }
     }
     Err(last)
@@ -260,15 +298,15 @@ impl Handle {
     /// Traces the calling thread as vCPU `vcpu` from here on. What fails is remembered, and the guest runs without.
     pub fn attach(&self, vcpu: usize) {
         if let Err(error) = self.try_attach(vcpu) {
-            let what = format!("vCPU {vcpu}: {}", perf(error));
+            let what = format!("vCPU {vcpu}: {error}");
             self.0.missing.lock().unwrap_or_else(PoisonError::into_inner).push(what);
         }
     }
 
-    fn try_attach(&self, vcpu: usize) -> io::Result<()> {
+    fn try_attach(&self, vcpu: usize) -> Result<(), Unavailable> {
         let shared = &self.0;
         let ids = shared.events.ids();
-        let (first, rest) = ids.split_first().ok_or_else(|| io::Error::other("no tracepoints"))?;
+        let (first, rest) = ids.split_first().ok_or(Unavailable::NoTracepoint)?;
         let mut ring = open_ring(*first, shared.vcpus)?;
         let mut others = Vec::new();
         for id in rest {
@@ -307,7 +345,7 @@ mod tests {
 
     #[test]
     fn what_is_missing_comes_with_its_remedy() {
-        let source = io::Error::from(io::ErrorKind::NotFound);
+        let source = FormatError::from(io::Error::from(io::ErrorKind::NotFound));
         let text = Unavailable::Tracefs { path: "/sys/x".into(), source }.to_string();
         assert!(text.contains("/sys/x") && text.contains("mount -t tracefs"), "{text}");
         let text = perf(io::Error::from(io::ErrorKind::PermissionDenied)).to_string();

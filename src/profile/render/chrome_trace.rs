@@ -1,6 +1,7 @@
 //! The Trace Event Format, for chrome://tracing and Perfetto: phases, marks, and exits per millisecond as counters.
 
 use super::error::RenderError;
+use crate::escape::escape_json;
 use crate::profile::data::{Exits, Profile};
 use crate::profile::kinds::PhaseName;
 use crate::profile::units::microseconds;
@@ -47,7 +48,7 @@ pub(super) fn render(profile: &Profile) -> Result<String, RenderError> {
     }
     counters("userspace exits", &profile.userspace_exits, &mut events);
     let trace = json!({"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"end": profile.end}});
-    Ok(serde_json::to_string(&trace)? + "\n")
+    Ok(escape_json(&serde_json::to_string(&trace)?) + "\n")
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! One line a cause (RFC 4180).
 
+use crate::escape::plain;
 use crate::profile::data::{Cause, Profile};
 use crate::profile::histogram::percentile;
 use crate::profile::kinds::AddressSpace;
@@ -8,11 +9,12 @@ use std::fmt::Write as _;
 const HEAD: &str = "sort,reason,class,space,address,size,direction,device,mode,function,offset,rip,count,time_ns,mean_ns,\
     p99_ns,max_ns,handler_ns";
 
-/// A field, in quotes where it needs them. A spreadsheet takes what starts with one of four signs for a formula: it gets a
-/// quote before it.
+/// A field, in quotes where it needs them. A spreadsheet takes what starts with one of four signs for a formula, also behind
+/// white space: it gets a quote before it.
 fn field(text: &str) -> String {
-    let text = if text.starts_with(['=', '+', '-', '@']) { format!("'{text}") } else { text.to_owned() };
-    if text.contains([',', '"', '\n', '\r']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text }
+    let text = plain(text);
+    let text = if text.trim_start().starts_with(['=', '+', '-', '@']) { format!("'{text}") } else { text };
+    if text.contains([',', '"']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text }
 }
 
 fn hex(value: Option<u64>) -> String {
@@ -63,6 +65,13 @@ pub(super) fn render(profile: &Profile) -> String {
 mod tests {
     use super::*;
     use crate::profile::data::tests::sample;
+
+    #[test]
+    fn fields_are_neither_formulas_nor_escape_sequences() {
+        assert_eq!(field("\t=1+1"), "?=1+1");
+        assert_eq!(field(" \u{a0}@x"), "' \u{a0}@x");
+        assert_eq!(field("\x1b[2J\u{9b}\n"), "?[2J??");
+    }
 
     #[test]
     fn every_line_has_every_field() {

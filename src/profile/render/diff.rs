@@ -13,7 +13,7 @@ use std::fmt::Write as _;
 pub struct Change {
     /// The sort of exits: "vm" or "userspace".
     pub sort: &'static str,
-    /// The exit reason.
+    /// The name of the exit reason.
     pub reason: String,
     /// The device or the register.
     pub what: String,
@@ -25,15 +25,24 @@ pub struct Change {
     pub after: u64,
 }
 
+/// A figure of two profiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Pair {
+    /// In the first profile.
+    pub before: u64,
+    /// In the second profile.
+    pub after: u64,
+}
+
 /// The difference of two profiles.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Difference {
     /// VM exits before and after, where both tell.
-    pub vm_exits: Option<(u64, u64)>,
+    pub vm_exits: Option<Pair>,
     /// Userspace exits before and after.
-    pub userspace_exits: (u64, u64),
+    pub userspace_exits: Pair,
     /// How long the guest ran, in nanoseconds.
-    pub ran_ns: (u64, u64),
+    pub ran_ns: Pair,
     /// What changed, most first; what did not is left out.
     pub changes: Vec<Change>,
 }
@@ -69,9 +78,9 @@ pub fn diff(before: &Profile, after: &Profile) -> Difference {
         b.size().cmp(&a.size()).then_with(|| (a.sort, &a.reason, &a.what).cmp(&(b.sort, &b.reason, &b.what)))
     });
     Difference {
-        vm_exits: both.map(|(before, after)| (before.total, after.total)),
-        userspace_exits: (before.userspace_exits.total, after.userspace_exits.total),
-        ran_ns: (before.ran_ns, after.ran_ns),
+        vm_exits: both.map(|(before, after)| Pair { before: before.total, after: after.total }),
+        userspace_exits: Pair { before: before.userspace_exits.total, after: after.userspace_exits.total },
+        ran_ns: Pair { before: before.ran_ns, after: after.ran_ns },
         changes: all,
     }
 }
@@ -86,17 +95,17 @@ impl Difference {
     #[must_use]
     pub fn text(&self, style: Style) -> String {
         let mut out = String::new();
-        let mut total = |what: &str, before: u64, after: u64| {
+        let mut total = |what: &str, Pair { before, after }: Pair| {
             let _ = writeln!(out, "{what}: {} → {} ({})", number(before), number(after), signed(before, after));
         };
-        if let Some((before, after)) = self.vm_exits {
-            total("VM exits", before, after);
+        if let Some(exits) = self.vm_exits {
+            total("VM exits", exits);
         }
-        total("userspace exits", self.userspace_exits.0, self.userspace_exits.1);
+        total("userspace exits", self.userspace_exits);
         if self.vm_exits.is_none() {
             let _ = writeln!(out, "(VM exits are not in both profiles)");
         }
-        let _ = writeln!(out, "the guest ran {} → {}", time(self.ran_ns.0), time(self.ran_ns.1));
+        let _ = writeln!(out, "the guest ran {} → {}", time(self.ran_ns.before), time(self.ran_ns.after));
         if self.changes.is_empty() {
             let _ = writeln!(out, "no cause changed");
             return out;
@@ -143,6 +152,8 @@ mod tests {
         let difference = diff(&before, &after);
         let found: Vec<_> = difference.changes.iter().map(|c| (c.sort, c.before, c.after)).collect();
         assert_eq!(found, [("vm", 0, 301), ("vm", 300, 0), ("userspace", 300, 10)]);
+        let json = serde_json::to_value(&difference).expect("JSON");
+        assert_eq!(json["userspace_exits"], serde_json::json!({ "before": 300, "after": 10 }));
         let text = difference.text(Style::default());
         assert!(
             text.contains("userspace exits: 300 → 10 (-290)") && text.contains("VM exits: 300 → 301 (+1)"),

@@ -1,13 +1,14 @@
 //! Flame graphs: sort of exit, reason, device or register, function, instruction.
 
 use super::error::RenderError;
+use crate::escape::is_active;
 use crate::profile::data::{Cause, Profile};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 /// A frame's name: what separates frames and counts must not be in it.
 fn frame(text: &str) -> String {
-    text.chars().map(|c| if c == ';' || c.is_control() { '_' } else { c }).collect()
+    text.chars().map(|c| if c == ';' || is_active(c) { '_' } else { c }).collect()
 }
 
 fn stack(sort: &str, cause: &Cause) -> String {
@@ -56,9 +57,7 @@ pub(super) fn svg(profile: &Profile) -> Result<String, RenderError> {
     options.text_truncate_direction = inferno::flamegraph::TextTruncateDirection::Right;
     options.colors = inferno::flamegraph::color::Palette::Basic(inferno::flamegraph::color::BasicPalette::Hot);
     let mut svg = Vec::new();
-    inferno::flamegraph::from_lines(&mut options, folded.lines(), &mut svg)
-        .map_err(std::io::Error::other)
-        .map_err(RenderError::Flame)?;
+    inferno::flamegraph::from_lines(&mut options, folded.lines(), &mut svg).map_err(RenderError::Flame)?;
     Ok(String::from_utf8_lossy(&svg).into_owned())
 }
 

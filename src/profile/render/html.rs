@@ -2,6 +2,7 @@
 
 use super::flame;
 use super::rows::{Row, rows};
+use crate::escape::is_active;
 use crate::profile::advice::Advice;
 use crate::profile::data::{Exits, Profile};
 use crate::profile::kinds::PhaseName;
@@ -31,7 +32,7 @@ fn escape(text: &str) -> String {
             '>' => out.push_str("&gt;"),
             '"' => out.push_str("&quot;"),
             '\'' => out.push_str("&#39;"),
-            c if c.is_control() && c != '\n' && c != '\t' => out.push('\u{fffd}'),
+            c if is_active(c) && c != '\n' && c != '\t' => out.push('\u{fffd}'),
             c => out.push(c),
         }
     }
@@ -194,7 +195,7 @@ fn head(profile: &Profile) -> String {
     out
 }
 
-/// Renders the page.
+/// Renders the profile and the advice as one HTML page, which refers to no other file.
 pub(super) fn render(profile: &Profile, advice: &[Advice]) -> String {
     let mut out = format!(
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\
@@ -232,10 +233,10 @@ pub(super) fn render(profile: &Profile, advice: &[Advice]) -> String {
         );
     }
     if let Some(exits) = &profile.vm_exits {
-        out.push_str("<h2>VM exits</h2><p class=note>The hardware left the guest. A click on a head sorts.\n");
+        out.push_str("<h2>VM exits</h2><p class=note>Exits by the processor. Click a column title to sort.\n");
         out.push_str(&table(exits, "vm"));
     }
-    out.push_str("<h2>Userspace exits</h2><p class=note>KVM_RUN came back to hwvmm.\n");
+    out.push_str("<h2>Userspace exits</h2><p class=note>KVM_RUN returned to hwvmm.\n");
     out.push_str(&table(&profile.userspace_exits, "user"));
     let _ = writeln!(out, "<script>\n{SCRIPT}</script></body></html>");
     out

@@ -16,6 +16,7 @@ pub use text::Style;
 
 use super::advice::Advice;
 use super::data::Profile;
+use crate::escape::escape_json;
 
 /// The forms of a report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -46,7 +47,7 @@ pub enum Format {
 pub fn render(profile: &Profile, format: Format, style: Style) -> Result<String, RenderError> {
     Ok(match format {
         Format::Text => text::render(profile, &Advice::of(profile), style),
-        Format::Json => serde_json::to_string(profile)? + "\n",
+        Format::Json => escape_json(&serde_json::to_string(profile)?) + "\n",
         Format::Csv => csv::render(profile),
         Format::Folded => flame::folded(profile),
         Format::Svg => flame::svg(profile)?,

@@ -1,6 +1,7 @@
 //! Metrics in Prometheus' text format (version 0.0.4), for a node exporter's textfile collector or a push gateway.
 
 use super::rows::rows;
+use crate::escape::plain;
 use crate::profile::data::{Exits, Profile};
 use crate::profile::units::seconds;
 use std::fmt::Write as _;
@@ -8,9 +9,10 @@ use std::fmt::Write as _;
 /// Rows by device and function; what is beyond is in the totals.
 const ROWS: usize = 100;
 
-/// Escapes the value of a label.
+/// Escapes the value of a label. Of the active characters, the format has an escape for the line feed only.
 fn label(text: &str) -> String {
-    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+    let lines: Vec<String> = text.split('\n').map(plain).collect();
+    lines.join("\n").replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 fn metric(out: &mut String, name: &str, kind: &str, help: &str) {
@@ -45,7 +47,7 @@ pub(super) fn render(profile: &Profile) -> String {
         &mut out,
         "hwvmm_outside_guest_seconds_total",
         "counter",
-        "Time outside of the guest, sleep in HLT left out.",
+        "Time outside of the guest, without sleep in HLT.",
     );
     for (sort, exits) in each(profile) {
         let _ = writeln!(out, "hwvmm_outside_guest_seconds_total{{sort=\"{sort}\"}} {}", seconds(exits.busy_ns()));
@@ -74,10 +76,10 @@ mod tests {
     #[test]
     fn every_line_is_a_comment_or_a_sample() {
         let mut profile = sample();
-        profile.userspace_exits.causes[0].function = Some("a\"b\\c\nd".into());
+        profile.userspace_exits.causes[0].function = Some("a\"b\\c\nd\x1b[2J".into());
         let text = render(&profile);
         assert!(text.contains("hwvmm_exits_total{sort=\"vm\",reason=\"CPUID\"} 300"), "{text}");
-        assert!(text.contains("function=\"a\\\"b\\\\c\\nd\"} 300"), "{text}");
+        assert!(text.contains("function=\"a\\\"b\\\\c\\nd?[2J\"} 300") && !text.contains('\x1b'), "{text}");
         for line in text.lines().filter(|line| !line.starts_with('#')) {
             let (name, value) = line.rsplit_once(' ').expect("name and value");
             assert!(name.starts_with("hwvmm_") && value.parse::<f64>().is_ok(), "{line}");

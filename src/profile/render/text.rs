@@ -1,6 +1,7 @@
 //! Tables for people: 100 columns at most, colour where a terminal is.
 
 use super::rows::{Row, rows};
+use crate::escape::plain as clean;
 use crate::profile::advice::Advice;
 use crate::profile::data::{Exits, Profile};
 use crate::profile::kinds::ExitClass;
@@ -46,11 +47,6 @@ fn fit(text: &str, width: usize) -> String {
     }
     let cut: String = text.chars().take(width.saturating_sub(1)).collect();
     format!("{cut}…")
-}
-
-/// What a terminal must not get from a guest or a file: control characters.
-fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 /// Columns side by side.
@@ -159,7 +155,7 @@ fn cost(profile: &Profile) -> Option<String> {
     Some(format!("by what one exit costs on this host (hwvmm bench exits), about {} of this run", time(all)))
 }
 
-/// Renders the report.
+/// Renders the profile and the advice as text for a terminal.
 pub(super) fn render(profile: &Profile, advice: &[Advice], style: Style) -> String {
     let mut out = String::new();
     head(&mut out, profile, style);
@@ -174,15 +170,12 @@ pub(super) fn render(profile: &Profile, advice: &[Advice], style: Style) -> Stri
             let busy = time(exits.busy_ns());
             let _ = writeln!(
                 out,
-                "\n{} (the hardware left the guest{lost}; {busy} outside of it, sleep in HLT left out)",
+                "\n{} (by the processor{lost}; {busy} outside of the guest, without sleep in HLT)",
                 style.bold(&title)
             );
             if exits.untraced > 0 {
-                let _ = writeln!(
-                    out,
-                    "  and {} that KVM answered on its fast path without a trace",
-                    number(exits.untraced)
-                );
+                let _ =
+                    writeln!(out, "  and {} that KVM handled on its fast path without a trace", number(exits.untraced));
             }
             by_reason(&mut out, exits);
             if let Some(cost) = cost(profile) {
@@ -191,9 +184,11 @@ pub(super) fn render(profile: &Profile, advice: &[Advice], style: Style) -> Stri
             table(&mut out, exits, style);
         }
         None => {
-            let total =
-                profile.kvm.get("exits").map_or_else(|| "KVM does not tell how many".into(), |exits| number(*exits));
-            let _ = writeln!(out, "\n{} (not told apart)", style.bold(&format!("VM exits: {total}")));
+            let total = profile
+                .kvm
+                .get("exits")
+                .map_or_else(|| "unknown, without KVM's statistics".into(), |exits| number(*exits));
+            let _ = writeln!(out, "\n{} (counted in total only)", style.bold(&format!("VM exits: {total}")));
         }
     }
     if let Some(work) = mmu_work::describe(&profile.kvm) {
@@ -203,7 +198,7 @@ pub(super) fn render(profile: &Profile, advice: &[Advice], style: Style) -> Stri
     let exits = &profile.userspace_exits;
     let handler = exits.causes.iter().fold(0_u64, |sum, cause| sum.saturating_add(cause.handler_ns));
     let title = format!("userspace exits: {}", number(exits.total));
-    let _ = writeln!(out, "\n{} (KVM_RUN came back to hwvmm; {} in its handler)", style.bold(&title), time(handler));
+    let _ = writeln!(out, "\n{} (KVM_RUN returned to hwvmm; {} in its handler)", style.bold(&title), time(handler));
     by_reason(&mut out, exits);
     table(&mut out, exits, style);
     if !advice.is_empty() {

@@ -1,9 +1,10 @@
 //! Any bytes as a kernel file: its format is identified, it is unpacked and loaded into 16 MiB of guest memory.
 #![no_main]
 
-use hwvmm::boot::{Request, load};
+use hwvmm::boot::{KernelFile, Request, UnpackOptions, Wanted, load, prepare};
 use hwvmm::config::{BootProtocol, Unpack};
 use hwvmm::memory::{Backing, GuestRam};
+use hwvmm::sandbox::Isolation;
 use hwvmm_arch::acpi::{IoApicPins, Platform};
 use hwvmm_arch::layout::{GpaRange, UARTS};
 use libfuzzer_sys::fuzz_target;
@@ -21,18 +22,24 @@ fuzz_target!(|data: &[u8]| {
             pci: Some(1),
             virtio_mmio: &[],
         };
-        let request = Request {
-            kernel: file.path(),
+        let Ok(kernel) = KernelFile::open(file.path()) else { return };
+        let wanted = Wanted {
             initrd: None,
+            memory_bytes: 16 << 20,
+            unpack,
+            boot: BootProtocol::Auto,
+            how: UnpackOptions { cache: None, isolation: Isolation::None, progress: &|_| {} },
+        };
+        let Ok(prepared) = prepare(&kernel, &wanted) else { return };
+        let request = Request {
+            kernel: &kernel,
+            prepared: &prepared,
             modules: &[],
             cmdline: "console=ttyS0",
             arguments: "",
             memory_bytes: 16 << 20,
-            unpack,
             boot: BootProtocol::Auto,
-            cache: None,
             platform: &platform,
-            progress: &|_| {},
         };
         let _ = load(&request, &ram);
     }

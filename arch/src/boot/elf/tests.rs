@@ -43,9 +43,41 @@ fn segments_and_the_pvh_note_are_found() {
     assert_eq!(image.entry, 0x100_0000);
     let segment = Segment { offset: 176, address: 0x100_0000, file_bytes: 16, memory_bytes: 4096 };
     assert_eq!(image.segments, [segment]);
-    assert_eq!(image.pvh_entry, Some(0x100_0040));
+    assert_eq!(image.notes, Notes { pvh_entry: Some(0x100_0040), is_linux: false });
     assert_eq!(image.end(), 0x100_1000);
     assert!(image.contains(0x100_0fff) && !image.contains(0x100_1000));
+}
+
+/// [`kernel`] with one note more.
+fn kernel_with_note(name: &[u8], kind: u32, description: &[u8]) -> Vec<u8> {
+    let mut file = kernel();
+    let lengths = [name.len(), description.len()].map(|length| u32::try_from(length).expect("short"));
+    file.extend([lengths[0], lengths[1], kind].iter().flat_map(|w| w.to_le_bytes()));
+    for part in [name, description] {
+        file.extend(part);
+        file.resize(file.len().next_multiple_of(4), 0);
+    }
+    let note_bytes = (file.len() - 192) as u64;
+    file[64 + 56 + 32..64 + 56 + 40].copy_from_slice(&note_bytes.to_le_bytes());
+    file
+}
+
+#[test]
+fn linux_is_known_by_its_notes() {
+    let cases: [(&[u8], u32, &[u8], bool); 8] = [
+        (b"Linux\0", 0x100, b"\0", true),
+        (b"Linux\0", 0x101, b"\0\0\0\0", true),
+        (b"Xen\0", XEN_GUEST_OS, b"linux\0", true),
+        (b"Linux\0", 0, b"\0\0\0\0", false),
+        (b"Linux", 0x100, b"\0", false),
+        (b"Xen\0", XEN_GUEST_OS, b"FreeBSD\0", false),
+        (b"Xen\0", XEN_GUEST_OS, b"linuxoid\0", false),
+        (b"GNU\0", 0x100, b"linux\0", false),
+    ];
+    for (name, kind, description, is_linux) in cases {
+        let image = ElfImage::parse(kernel_with_note(name, kind, description).as_slice()).expect("a kernel");
+        assert_eq!(image.notes, Notes { pvh_entry: Some(0x100_0040), is_linux }, "{name:?} {kind:#x} {description:?}");
+    }
 }
 
 #[test]

@@ -16,6 +16,14 @@ pub struct BalloonStats {
     pub values: [Option<u64>; 10],
 }
 
+/// One statistic that the guest reports (struct `virtio_balloon_stat`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct StatEntry {
+    /// Index of the value in [`BalloonStats::values`].
+    pub(super) tag: u16,
+    pub(super) value: u64,
+}
+
 /// The names of [`BalloonStats::values`], by tag (virtio 1.3 §5.5.6.4). Values are counts where the name has no unit.
 pub const STAT_NAMES: [&str; 10] = [
     "swap_in_bytes",
@@ -116,8 +124,14 @@ impl BalloonControl {
         self.reported_bytes.fetch_add(bytes, Ordering::AcqRel);
     }
 
-    pub(super) fn update_stats(&self, update: impl FnOnce(&mut BalloonStats)) {
-        update(&mut lock(&self.stats));
+    /// Takes over what the guest reported. Entries with a tag that there is not are ignored.
+    pub(super) fn update_stats(&self, entries: &[StatEntry]) {
+        let mut stats = lock(&self.stats);
+        for StatEntry { tag, value } in entries {
+            if let Some(stat) = stats.values.get_mut(usize::from(*tag)) {
+                *stat = Some(*value);
+            }
+        }
     }
 
     /// Returns the eventfd that is readable when new statistics are requested.

@@ -9,6 +9,7 @@ mod worker;
 pub use control::{BalloonControl, BalloonStats, STAT_NAMES};
 
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device_thread::DeviceThread;
 use crate::virtio::worker::Worker;
 use std::io;
 use std::sync::Arc;
@@ -20,8 +21,11 @@ const F_DEFLATE_ON_OOM: u64 = 1 << 2;
 const F_PAGE_REPORTING: u64 = 1 << 5;
 /// Maximum size of a queue, in descriptors.
 const QUEUE_SIZE: u16 = 128;
+/// The most bytes that one free page report names, which the host discards. Linux reports at most 32 ranges of 4 MiB.
+const MAX_REPORT_BYTES: u32 = 1 << 30;
 
-/// Whether the guest may report free pages, which the host then takes back.
+/// The setting of free page reporting (`VIRTIO_BALLOON_F_PAGE_REPORTING`): the host takes back the pages that the guest
+/// reports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FreePageReporting {
     /// The feature is not offered.
@@ -31,7 +35,7 @@ pub enum FreePageReporting {
     On,
 }
 
-/// The balloon device.
+/// The traditional memory balloon device (virtio 1.3 §5.5).
 pub struct Balloon {
     control: Arc<BalloonControl>,
     reporting: FreePageReporting,
@@ -70,6 +74,18 @@ impl VirtioDevice for Balloon {
 
     fn queue_max_sizes(&self) -> Vec<u16> {
         vec![QUEUE_SIZE; 4]
+    }
+
+    fn thread_role(&self) -> DeviceThread {
+        DeviceThread::Balloon
+    }
+
+    fn thread_count(&self) -> usize {
+        2
+    }
+
+    fn max_chain_bytes(&self) -> u32 {
+        MAX_REPORT_BYTES
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

@@ -2,7 +2,7 @@
 
 use super::control::PAGE_BYTES;
 use super::{Balloon, FreePageReporting};
-use crate::virtio::mock::Driver;
+use crate::virtio::mock::{Descriptor, Driver, NEXT, WRITE};
 use vm_memory::{Bytes, GuestAddress};
 
 #[test]
@@ -58,4 +58,38 @@ fn statistics_are_reported_on_request() {
     }
     assert_eq!(control.stats().values[4..6], [Some(1 << 30), Some(2 << 30)]);
     assert_eq!(submitted.head, 0);
+}
+
+#[test]
+fn a_report_of_more_than_1_gib_is_refused() {
+    let mut driver = Driver::running(Box::new(Balloon::new(0, FreePageReporting::On).expect("a balloon")));
+    for (mib, refused) in [(8, false), (9, true)] {
+        for index in 0..128 {
+            let (flags, next) = if index < 127 { (WRITE | NEXT, index + 1) } else { (WRITE, 0) };
+            driver.put_descriptor(3, index, Descriptor { gpa: 0x40_0000, len: mib << 20, flags, next });
+        }
+        driver.make_available(3, 0);
+        driver.kick(3);
+        if refused {
+            driver.wait_needs_reset();
+        } else {
+            driver.wait_used(3);
+        }
+    }
+}
+
+#[test]
+fn ten_statistics_are_read_at_most() {
+    let device = Balloon::new(0, FreePageReporting::On).expect("a balloon");
+    let control = device.control();
+    let mut driver = Driver::running(Box::new(device));
+    let entry = |tag: u16, value: u64| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat();
+    let stats: Vec<u8> = (0..10).flat_map(|tag| entry(tag, 100)).chain(entry(4, 200)).collect();
+    driver.submit(2, &[&stats], &[]);
+    let start = std::time::Instant::now();
+    while control.stats().values[9].is_none() || driver.poll_used(2).is_none() {
+        assert!(start.elapsed().as_secs() < 10, "no statistics");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert_eq!(control.stats().values, [Some(100); 10]);
 }

@@ -1,6 +1,6 @@
 //! The workers of the balloon.
 
-use super::control::{BalloonControl, PAGE_BYTES};
+use super::control::{BalloonControl, PAGE_BYTES, STAT_NAMES, StatEntry};
 use crate::error::chain as error_chain;
 use crate::memory::{Buffers, Memory, discard};
 use crate::virtio::queue::Virtqueue;
@@ -8,10 +8,13 @@ use crate::virtio::worker::watch;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::GuestAddress;
 
 /// The most page numbers that are read from one request: 1 GiB. Linux sends 256.
 const MAX_PAGES: usize = 1 << 18;
+/// After how many runs of pages the worker looks if the device is being reset.
+const RUNS_BETWEEN_LOOKS: usize = 256;
 /// Size in bytes of struct `virtio_balloon_stat`: tag and value.
 const STAT_BYTES: usize = 10;
 
@@ -34,11 +37,9 @@ impl Pages {
     }
 
     fn inflate(&mut self) {
-        let memory = self.inflate.memory();
+        let (memory, abort) = (self.inflate.memory(), self.inflate.abort_flag());
         self.inflate.serve(|chain| {
-            for run in page_runs(&mut chain.readable) {
-                discard_run(&memory, run);
-            }
+            discard_runs(&memory, &page_runs(&mut chain.readable), &abort);
             Some(0)
         });
     }
@@ -57,12 +58,12 @@ impl Pages {
     }
 }
 
-/// Consecutive balloon pages.
+/// Balloon pages with consecutive page numbers.
 #[derive(Clone, Copy)]
 struct PageRun {
     /// Number of the first page: its guest physical address in units of [`PAGE_BYTES`].
     first: u32,
-    /// Number of pages.
+    /// Length of the run in balloon pages.
     count: u32,
 }
 
@@ -84,6 +85,17 @@ fn page_runs(numbers: &mut Buffers<'_>) -> Vec<PageRun> {
         }
     }
     runs
+}
+
+/// Discards pages, a system call for each run: for as many as a chain can have that takes up to seconds. The rest is left where
+/// the device is being reset.
+fn discard_runs(memory: &Memory, runs: &[PageRun], abort: &AtomicBool) {
+    for part in runs.chunks(RUNS_BETWEEN_LOOKS) {
+        if abort.load(Ordering::Relaxed) {
+            return;
+        }
+        part.iter().for_each(|run| discard_run(memory, *run));
+    }
 }
 
 fn discard_run(memory: &Memory, PageRun { first, count }: PageRun) {
@@ -125,22 +137,25 @@ impl Statistics {
     fn read_statistics(&mut self) {
         let memory = self.queue.memory();
         while let Some(mut chain) = self.queue.pop(&memory) {
-            self.control.update_stats(|stats| {
-                let mut entry = [0; STAT_BYTES];
-                while chain.readable.read(&mut entry) == STAT_BYTES {
-                    let [tag_low, tag_high, value @ ..] = entry;
-                    let tag = u16::from_le_bytes([tag_low, tag_high]);
-                    if let Some(stat) = stats.values.get_mut(usize::from(tag)) {
-                        *stat = Some(u64::from_le_bytes(value));
-                    }
-                }
-            });
+            let entries = read_entries(&mut chain.readable);
+            self.control.update_stats(&entries);
             // A driver that makes a second buffer available gets the first one back.
             if let Some(head) = self.buffer.replace(chain.head) {
                 self.queue.push(head, 0);
             }
         }
     }
+}
+
+/// Reads entries of struct `virtio_balloon_stat`, at most one for each tag that there is.
+fn read_entries(buffer: &mut Buffers<'_>) -> Vec<StatEntry> {
+    let mut entries = Vec::new();
+    let mut entry = [0; STAT_BYTES];
+    while entries.len() < STAT_NAMES.len() && buffer.read(&mut entry) == STAT_BYTES {
+        let [tag_low, tag_high, value @ ..] = entry;
+        entries.push(StatEntry { tag: u16::from_le_bytes([tag_low, tag_high]), value: u64::from_le_bytes(value) });
+    }
+    entries
 }
 
 impl MutEventSubscriber for Statistics {
@@ -166,5 +181,25 @@ impl MutEventSubscriber for Statistics {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         watch(ops, Events::new(self.queue.kick(), EventSet::IN));
         watch(ops, Events::new(self.control.stats_request(), EventSet::IN));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryMmap};
+
+    #[test]
+    fn a_reset_ends_the_discard_of_many_pages() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 << 20)]).expect("memory");
+        let memory = Memory::new(memory, Arc::new(()));
+        let runs: Vec<PageRun> = (0..1024).map(|run| PageRun { first: run * 2, count: 1 }).collect();
+        let pages = || runs.iter().map(|run| GuestAddress(u64::from(run.first) * PAGE_BYTES));
+        let left = || pages().filter(|page| memory.read_obj::<u8>(*page).expect("memory") != 0).count();
+        pages().for_each(|page| memory.write_obj(1_u8, page).expect("memory"));
+        discard_runs(&memory, &runs, &AtomicBool::new(true));
+        assert_eq!(left(), runs.len());
+        discard_runs(&memory, &runs, &AtomicBool::new(false));
+        assert_eq!(left(), 0);
     }
 }

@@ -1,9 +1,10 @@
 //! I/O between guest memory and an image: by io_uring for raw images, where the host has it, otherwise by system calls on the
 //! queue's thread, which may block.
 
-use super::image::{Content, Image, Qcow2Image};
+use super::image::{Content, FirstSector, Image, Qcow2Image};
+use super::magic::{self, ForeignFormat};
 use super::options::{Durability, IoEngine};
-use super::request::Operation;
+use super::request::{Operation, SECTOR_BYTES};
 use super::uring::Ring;
 use crate::memory::{Buffers, OwnedBuffers};
 use std::fs::File;
@@ -11,6 +12,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, PoisonError};
+use thiserror::Error;
 
 /// Size in bytes of the buffer for I/O that cannot access guest memory directly.
 const BOUNCE_BYTES: usize = 256 << 10;
@@ -27,13 +29,30 @@ pub(super) enum Started {
     Pending,
 }
 
-/// Whether data can move between guest memory and the image without a copy.
+/// How data moves between guest memory and the image.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Alignment {
-    /// Guest memory is aligned as the image needs it.
-    Sufficient,
-    /// The data must be copied through an aligned buffer (`O_DIRECT`).
-    NeedsBounce,
+enum Transfer {
+    /// The host accesses guest memory.
+    Direct,
+    /// Through a buffer, as guest memory is not aligned as the image needs it (`O_DIRECT`).
+    Bounced,
+    /// Written through a buffer whose first sector is checked: what was checked is what is written, whatever the guest does to
+    /// its memory meanwhile.
+    Checked,
+}
+
+/// A guest wrote the magic number of another format to a raw disk.
+#[derive(Debug, Error)]
+#[error(
+    "the first sector would make the disk a {0} image, and the disk's format was detected: refused (format=raw permits it)"
+)]
+struct ChangesFormat(ForeignFormat);
+
+/// Files and images of other crates have io::Error for every operation on a disk, and so have the operations here.
+impl From<ChangesFormat> for io::Error {
+    fn from(error: ChangesFormat) -> Self {
+        Self::new(io::ErrorKind::PermissionDenied, error)
+    }
 }
 
 /// The I/O of one queue.
@@ -43,17 +62,35 @@ pub(super) struct Engine {
     durability: Durability,
 }
 
+/// Makes an io_uring for `image`, where it is a raw one and the host has io_uring.
+pub(super) fn new_ring(image: &Image, io_engine: IoEngine) -> Option<Ring> {
+    match (&image.content, io_engine) {
+        (Content::Raw(file, _), IoEngine::Async) => Ring::new(file)
+            .inspect_err(|error| log::info!("block: io_uring is not available, using system calls: {error}"))
+            .ok(),
+        (Content::Raw(..), IoEngine::Sync) | (Content::Qcow2(_), _) => None,
+    }
+}
+
 impl Engine {
-    pub(super) fn new(image: &Arc<Image>, durability: Durability, io_engine: IoEngine) -> Self {
-        let ring = match (&image.content, io_engine) {
-            (Content::Raw(file), IoEngine::Async) => file
-                .try_clone()
-                .and_then(|file| Ring::new(file, durability))
-                .inspect_err(|error| log::info!("block: io_uring is not available, using system calls: {error}"))
-                .ok(),
-            (Content::Raw(_), IoEngine::Sync) | (Content::Qcow2(_), _) => None,
-        };
+    /// Makes the I/O of a queue, by `ring` where there is one.
+    pub(super) fn new(image: &Arc<Image>, mut ring: Option<Ring>, durability: Durability) -> Self {
+        if let Some(ring) = &mut ring {
+            ring.set_durability(durability);
+        }
         Self { image: Arc::clone(image), ring, durability }
+    }
+
+    /// Waits for all operations and returns the io_uring, where there is one that can be used again.
+    pub(super) fn take_ring(&mut self) -> Option<Ring> {
+        let mut ring = self.ring.take()?;
+        match ring.drain() {
+            Ok(_) => Some(ring),
+            Err(error) => {
+                log::error!("block: cannot wait for the operations in flight: {error}");
+                None
+            }
+        }
     }
 
     /// Returns the io_uring, where there is one.
@@ -68,9 +105,8 @@ impl Engine {
         mut data: OwnedBuffers,
         token: usize,
     ) -> Result<Started, OwnedBuffers> {
-        let aligned = !self.image.is_direct() || data.with(|data| data.is_aligned(DIRECT_ALIGNMENT));
-        let alignment = if aligned { Alignment::Sufficient } else { Alignment::NeedsBounce };
-        if let Some(ring) = self.ring.as_mut().filter(|_| aligned) {
+        let transfer = self.transfer(operation, &mut data);
+        if let Some(ring) = self.ring.as_mut().filter(|_| transfer == Transfer::Direct) {
             match operation {
                 Operation::Read { at } => return ring.read(at, data, token).map(|()| Started::Pending),
                 Operation::Write { at } => return ring.write(at, data, token).map(|()| Started::Pending),
@@ -78,14 +114,23 @@ impl Engine {
                 Operation::Id | Operation::Discard { .. } | Operation::WriteZeroes { .. } => {}
             }
         }
-        Ok(Started::Done(data.with(|data| self.run_sync(operation, data, alignment))))
+        Ok(Started::Done(data.with(|data| self.run_sync(operation, data, transfer))))
+    }
+
+    fn transfer(&self, operation: Operation, data: &mut OwnedBuffers) -> Transfer {
+        // A write that has bytes of the first sector begins there, as requests are whole sectors.
+        match (&self.image.content, operation) {
+            (Content::Raw(_, FirstSector::Guarded), Operation::Write { at }) if at < SECTOR_BYTES => Transfer::Checked,
+            _ if self.image.is_direct() && !data.with(|data| data.is_aligned(DIRECT_ALIGNMENT)) => Transfer::Bounced,
+            _ => Transfer::Direct,
+        }
     }
 
     /// Runs an operation to its end.
-    fn run_sync(&self, operation: Operation, data: &mut Buffers<'_>, alignment: Alignment) -> io::Result<()> {
+    fn run_sync(&self, operation: Operation, data: &mut Buffers<'_>, transfer: Transfer) -> io::Result<()> {
         match &self.image.content {
-            Content::Raw(file) => {
-                run_raw(file, operation, data, alignment)?;
+            Content::Raw(file, _) => {
+                run_raw(file, operation, data, transfer)?;
                 let writes = !matches!(operation, Operation::Read { .. } | Operation::Id);
                 if self.durability == Durability::EachWrite && writes { file.sync_data() } else { Ok(()) }
             }
@@ -93,29 +138,34 @@ impl Engine {
         }
     }
 
+    /// Runs an operation on a qcow2 image. No lock is held while guest memory is accessed, which may wait for the host.
     fn run_qcow2(&self, lock: &Qcow2Image, operation: Operation, data: &mut Buffers<'_>) -> io::Result<()> {
-        if let Operation::Discard { at, len } = operation {
-            let mut image = lock.write().unwrap_or_else(PoisonError::into_inner);
-            return unless_unsupported(image.discard_to_any(at, len));
-        }
-        let image = lock.read().unwrap_or_else(PoisonError::into_inner);
+        let image = || lock.read().unwrap_or_else(PoisonError::into_inner);
         match operation {
             Operation::Read { at } => bounce(data, at, |chunk, at, data| {
-                image.read(&mut *chunk, at)?;
+                image().read(&mut *chunk, at)?;
                 data.write(chunk);
                 Ok(())
             })?,
             Operation::Write { at } => bounce(data, at, |chunk, at, data| {
                 data.read(chunk);
-                image.write(&*chunk, at)
+                image().write(&*chunk, at)
             })?,
             // imago writes data and tables before what points to them, so that the image is valid after a crash.
-            Operation::Flush => return image.flush().and_then(|()| image.sync()),
-            Operation::WriteZeroes { at, len, .. } => image.write_zeroes(at, len)?,
-            Operation::Id | Operation::Discard { .. } => {}
+            Operation::Flush => {
+                let image = image();
+                return image.flush().and_then(|()| image.sync());
+            }
+            Operation::WriteZeroes { at, len, .. } => image().write_zeroes(at, len)?,
+            Operation::Discard { at, len } => {
+                let mut image = lock.write().unwrap_or_else(PoisonError::into_inner);
+                return unless_unsupported(image.discard_to_any(at, len));
+            }
+            Operation::Id => {}
         }
         let writes = matches!(operation, Operation::Write { .. } | Operation::WriteZeroes { .. });
         if self.durability == Durability::EachWrite && writes {
+            let image = image();
             image.flush().and_then(|()| image.sync())
         } else {
             Ok(())
@@ -123,17 +173,19 @@ impl Engine {
     }
 }
 
-fn run_raw(file: &File, operation: Operation, data: &mut Buffers<'_>, alignment: Alignment) -> io::Result<()> {
+fn run_raw(file: &File, operation: Operation, data: &mut Buffers<'_>, transfer: Transfer) -> io::Result<()> {
     use rustix::fs::FallocateFlags as Flags;
-    let needs_bounce = alignment == Alignment::NeedsBounce;
     match operation {
-        Operation::Read { at } if needs_bounce => bounce(data, at, |chunk, at, data| {
+        Operation::Read { at } if transfer != Transfer::Direct => bounce(data, at, |chunk, at, data| {
             file.read_exact_at(chunk, at)?;
             data.write(chunk);
             Ok(())
         }),
-        Operation::Write { at } if needs_bounce => bounce(data, at, |chunk, at, data| {
+        Operation::Write { at } if transfer != Transfer::Direct => bounce(data, at, |chunk, at, data| {
             data.read(chunk);
+            if at == 0 && transfer == Transfer::Checked {
+                check_first_sector(chunk)?;
+            }
             file.write_all_at(chunk, at)
         }),
         Operation::Read { at } => repeat(data, at, |data, at| data.read_from(file.as_fd(), Some(at))),
@@ -151,6 +203,14 @@ fn run_raw(file: &File, operation: Operation, data: &mut Buffers<'_>, alignment:
             }
         }
     }
+}
+
+/// # Errors
+/// [`ChangesFormat`] where `written`, the start of a disk, has the magic number of an image format, and an error where it is
+/// shorter than a sector.
+fn check_first_sector(written: &[u8]) -> io::Result<()> {
+    let start = written.first_chunk().ok_or(io::ErrorKind::InvalidInput)?;
+    magic::detect(start).map_or(Ok(()), |format| Err(ChangesFormat(format).into()))
 }
 
 fn allocate(file: &File, flags: rustix::fs::FallocateFlags, at: u64, len: u64) -> io::Result<()> {

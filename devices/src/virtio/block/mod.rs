@@ -1,24 +1,44 @@
 //! The block device (virtio 1.3 §5.2): a raw file, a block device or a qcow2 image of the host.
 
 mod engine;
+mod error;
+mod file;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod hostile;
 mod image;
+mod lock;
+mod magic;
 mod options;
+mod qcow2;
+#[cfg(test)]
+mod qemu_tests;
 mod request;
+#[cfg(test)]
+mod stall_tests;
 #[cfg(test)]
 mod tests;
 mod uring;
 mod worker;
 
-pub use image::{Format, Image, ImageError, ImageOptions};
-pub use options::{BlockOptions, IoEngine, WhenFull};
+pub use error::{FileRole, ImageError};
+pub use image::Image;
+pub use lock::{Conflict, LockConflict};
+pub use magic::ForeignFormat;
+pub use options::{BlockOptions, Format, ImageOptions, IoEngine, WhenFull};
+pub use qcow2::{CheckJob, CheckPlace, FeatureBit, NamedFileError, Qcow2Error, Table};
 
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device_thread::DeviceThread;
+use crate::virtio::slot::Slot;
 use crate::virtio::worker::Worker;
-use engine::Engine;
+use engine::{Engine, new_ring};
 use options::Durability;
 use request::{ID_BYTES, MAX_ERASE_SECTORS, SECTOR_BYTES};
-use std::sync::Arc;
-use worker::QueueWorker;
+use std::io;
+use std::sync::{Arc, Mutex};
+use uring::Ring;
+use vmm_sys_util::timerfd::TimerFd;
+use worker::{QueueWorker, SharedTimer, WorkerSetup};
 
 // Feature bits (virtio 1.3 §5.2.3).
 const F_SEG_MAX: u64 = 1 << 2;
@@ -36,17 +56,32 @@ const QUEUE_SIZE: u16 = 512;
 /// single pages fits.
 const SEG_MAX: u32 = 510;
 
-/// The block device.
+/// The virtio block device (virtio 1.3 §5.2).
 pub struct Block {
     image: Arc<Image>,
     options: BlockOptions,
+    queues: Vec<QueueResources>,
+}
+
+/// What a queue keeps over resets.
+struct QueueResources {
+    /// Empty where requests are handled by system calls.
+    ring: Slot<Ring>,
+    timer: SharedTimer,
 }
 
 impl Block {
     /// Makes a device for `image`.
-    #[must_use]
-    pub fn new(image: Image, options: BlockOptions) -> Self {
-        Self { image: Arc::new(image), options }
+    ///
+    /// # Errors
+    /// Returns the error of timerfd_create(2).
+    pub fn new(image: Image, options: BlockOptions) -> io::Result<Self> {
+        let resources = |_| {
+            let ring = Slot::new(new_ring(&image, options.io_engine));
+            Ok(QueueResources { ring, timer: Arc::new(Mutex::new(TimerFd::new()?)) })
+        };
+        let queues = (0..options.queues).map(resources).collect::<io::Result<_>>()?;
+        Ok(Self { image: Arc::new(image), options, queues })
     }
 
     /// Returns struct virtio_blk_config (virtio 1.3 §5.2.4), up to `write_zeroes_may_unmap`.
@@ -97,6 +132,19 @@ impl VirtioDevice for Block {
         vec![QUEUE_SIZE; usize::from(self.options.queues)]
     }
 
+    fn thread_role(&self) -> DeviceThread {
+        DeviceThread::Block
+    }
+
+    fn thread_count(&self) -> usize {
+        self.queues.len()
+    }
+
+    fn max_chain_bytes(&self) -> u32 {
+        // A request that is too long is answered with an I/O error (see `request::MAX_DATA_BYTES`).
+        u32::MAX
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&self.config(), offset, data);
     }
@@ -105,14 +153,19 @@ impl VirtioDevice for Block {
         let mut workers: Vec<Worker> = Vec::new();
         // A driver without FLUSH expects each write to be durable when it completes (virtio 1.3 §5.2.6.2).
         let durability = if activation.has_feature(F_FLUSH) { Durability::OnFlush } else { Durability::EachWrite };
-        for index in 0..self.options.queues {
+        for (index, QueueResources { ring, timer }) in (0..).zip(&self.queues) {
             // A driver with fewer vCPUs than queues does not enable the last queues.
             let Ok(queue) = activation.take_queue(index) else { continue };
-            let engine = Engine::new(&self.image, durability, self.options.io_engine);
-            let size_watch = (index == 0).then(|| Arc::clone(&activation.interrupt));
-            let worker =
-                QueueWorker::new(queue, Arc::clone(&self.image), engine, self.id(), self.options.when_full, size_watch);
-            workers.push(Box::new(worker.map_err(ActivateError::io("create a timer"))?));
+            workers.push(Box::new(QueueWorker::new(WorkerSetup {
+                queue,
+                image: Arc::clone(&self.image),
+                engine: Engine::new(&self.image, ring.take(), durability),
+                ring: ring.clone(),
+                id: self.id(),
+                when_full: self.options.when_full,
+                size_watch: (index == 0).then(|| Arc::clone(&activation.interrupt)),
+                timer: Arc::clone(timer),
+            })));
         }
         Ok(workers)
     }

@@ -1,5 +1,7 @@
 //! How a block device is made.
 
+use std::path::PathBuf;
+
 /// What a write does when the host's file system is full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WhenFull {
@@ -40,4 +42,36 @@ pub struct BlockOptions {
     pub when_full: WhenFull,
     /// How requests access a raw image.
     pub io_engine: IoEngine,
+}
+
+/// The format of an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// Detected when the image is opened. [`ImageOptions::detect`] gives the result, with which the image can be opened again
+    /// after a guest has written to it.
+    #[default]
+    Auto,
+    /// The bytes of the file are the bytes of the disk.
+    Raw,
+    /// As [`Format::Raw`], by detection. The guest cannot write the magic number of another format to the disk.
+    DetectedRaw,
+    /// qcow2, with backing files.
+    Qcow2,
+    /// qcow2, by detection. As a guest can have written the header to a raw image, no other file is opened for it.
+    DetectedQcow2,
+}
+
+/// How an image is opened.
+#[derive(Clone, Debug)]
+pub struct ImageOptions {
+    /// Path of the file or block device.
+    pub path: PathBuf,
+    /// Format of the image.
+    pub format: Format,
+    /// Open the image for reading only; the guest sees a read-only disk.
+    pub read_only: bool,
+    /// Bypass the host's page cache (`O_DIRECT`).
+    pub direct: bool,
+    /// Path of the data file of a qcow2 image that has one; the name in its header is not used.
+    pub data_file: Option<PathBuf>,
 }

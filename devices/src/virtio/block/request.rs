@@ -1,12 +1,14 @@
 //! Block requests (virtio 1.3 §5.2.6): parsing a descriptor chain and checking it against the disk.
 
 use crate::memory::Buffers;
-use crate::virtio::queue::Chain;
+use crate::virtio::chain::Chain;
 
 /// Size of a sector in bytes, the unit of the protocol whatever the block size.
 pub(super) const SECTOR_BYTES: u64 = 512;
 /// The most sectors of one discard or write zeroes request: 2 GiB.
 pub(super) const MAX_ERASE_SECTORS: u32 = 1 << 22;
+/// The most bytes that one request reads or writes: 64 MiB. Linux sends 4 MiB at most, unless `max_sectors_kb` is raised.
+pub(super) const MAX_DATA_BYTES: u64 = 64 << 20;
 /// Size in bytes of the serial number (virtio 1.3 §5.2.6.1).
 pub(super) const ID_BYTES: usize = 20;
 
@@ -40,7 +42,7 @@ pub(super) enum Operation {
     WriteZeroes { at: u64, len: u64, unmap: bool },
 }
 
-/// A valid request.
+/// A request that passed all checks, and can be started.
 pub(super) struct Request<'m> {
     pub(super) operation: Operation,
     /// The data to write, or the buffers for the data to read.
@@ -49,7 +51,7 @@ pub(super) struct Request<'m> {
     pub(super) status: Buffers<'m>,
 }
 
-/// An invalid request.
+/// A request that is not carried out: the driver gets `status` for it.
 pub(super) struct InvalidRequest<'m> {
     pub(super) status: Status,
     /// The byte for the status; `None` where the chain has no writable byte.
@@ -81,6 +83,12 @@ impl Limits {
         let whole = at.is_multiple_of(self.block_bytes) && len.is_multiple_of(self.block_bytes);
         (end <= self.bytes && whole).then_some(at)
     }
+
+    /// As [`Limits::offset`], for `data` to read or write, at most [`MAX_DATA_BYTES`].
+    fn data(self, sector: u64, data: &Buffers<'_>) -> Option<u64> {
+        let len = data.len() as u64;
+        self.offset(sector, len).filter(|_| len <= MAX_DATA_BYTES)
+    }
 }
 
 /// Splits a chain into header, data and status, and checks the request.
@@ -105,9 +113,9 @@ fn operation(readable: &mut Buffers<'_>, writable: &Buffers<'_>, limits: Limits)
     let header: [u32; 4] = read_words(readable)?;
     let sector = u64::from(header[3]) << 32 | u64::from(header[2]);
     match header[0] {
-        T_IN => limits.offset(sector, writable.len() as u64).map(|at| Operation::Read { at }).ok_or(Status::IoError),
+        T_IN => limits.data(sector, writable).map(|at| Operation::Read { at }).ok_or(Status::IoError),
         T_OUT if limits.read_only => Err(Status::IoError),
-        T_OUT => limits.offset(sector, readable.len() as u64).map(|at| Operation::Write { at }).ok_or(Status::IoError),
+        T_OUT => limits.data(sector, readable).map(|at| Operation::Write { at }).ok_or(Status::IoError),
         T_FLUSH => Ok(Operation::Flush),
         T_GET_ID => Ok(Operation::Id),
         T_DISCARD | T_WRITE_ZEROES if limits.read_only => Err(Status::IoError),

@@ -9,14 +9,15 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use tempfile::TempDir;
+use vm_memory::{Bytes, GuestAddress};
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPPORTED: u8 = 2;
 const DISK_BYTES: u64 = 1 << 20;
 
-fn options(path: &Path) -> ImageOptions {
-    ImageOptions { path: path.to_owned(), format: Format::Auto, read_only: false, direct: false }
+pub(super) fn options(path: &Path) -> ImageOptions {
+    ImageOptions { path: path.to_owned(), format: Format::Auto, read_only: false, direct: false, data_file: None }
 }
 
 fn device(image: Image, queues: u16) -> Box<dyn VirtioDevice> {
@@ -25,7 +26,8 @@ fn device(image: Image, queues: u16) -> Box<dyn VirtioDevice> {
 
 fn with_engine(image: Image, queues: u16, io_engine: IoEngine) -> Box<dyn VirtioDevice> {
     let serial = "a-serial-number-of-more-than-20".into();
-    Box::new(Block::new(image, BlockOptions { queues, serial, when_full: WhenFull::Report, io_engine }))
+    let options = BlockOptions { queues, serial, when_full: WhenFull::Report, io_engine };
+    Box::new(Block::new(image, options).expect("a device"))
 }
 
 fn raw() -> (TempDir, Driver) {
@@ -108,6 +110,31 @@ fn the_configuration_has_size_and_queues() {
     driver.read_bytes(0x100, &mut again);
     assert_eq!(again[..60], config);
     assert!(again[60..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_request_of_more_than_64_mib_fails_and_the_disk_goes_on() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("disk");
+    File::create(&path).expect("a file").set_len(256 << 20).expect("sparse");
+    let mut driver = Driver::running(device(Image::open(&options(&path)).expect("an image"), 1));
+    let header_gpa = driver.buffer(16);
+    driver.memory.write_slice(&header(0, 0), GuestAddress(header_gpa)).expect("memory");
+    for (buffers, expected) in [(8, OK), (9, IOERR)] {
+        driver.put_descriptor(0, 0, Descriptor { gpa: header_gpa, len: 16, flags: NEXT, next: 1 });
+        for index in 1..=buffers {
+            let data = Descriptor { gpa: 0x80_0000, len: 8 << 20, flags: WRITE | NEXT, next: index + 1 };
+            driver.put_descriptor(0, index, data);
+        }
+        let status = driver.buffer(1);
+        driver.memory.write_obj(0xff_u8, GuestAddress(status)).expect("memory");
+        driver.put_descriptor(0, buffers + 1, Descriptor { gpa: status, len: 1, flags: WRITE, next: 0 });
+        driver.make_available(0, 0);
+        driver.kick(0);
+        driver.wait_used(0);
+        assert_eq!(driver.memory.read_obj::<u8>(GuestAddress(status)).expect("memory"), expected, "{buffers} x 8 MiB");
+    }
+    assert_eq!(driver.status(), 15);
 }
 
 #[test]
@@ -317,6 +344,121 @@ fn damaged_qcow2_is_refused() {
         std::fs::write(&path, &bytes).expect("written");
         assert!(matches!(Image::open(&options(&path)), Err(ImageError::Qcow2 { .. })));
     }
+}
+
+/// The first sector of a qcow2 image, and of nothing else.
+fn qcow2_sector() -> [u8; 512] {
+    let mut sector = [0; 512];
+    sector[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    sector
+}
+
+#[test]
+fn a_guest_cannot_make_a_raw_disk_an_image_of_another_format() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("disk");
+    for (format, engine, direct) in [
+        (Format::Auto, IoEngine::Async, false),
+        (Format::DetectedRaw, IoEngine::Async, true),
+        (Format::DetectedRaw, IoEngine::Sync, false),
+    ] {
+        std::fs::write(&path, vec![7; DISK_BYTES as usize]).expect("written");
+        // Not every file system has O_DIRECT.
+        let Ok(image) = Image::open(&ImageOptions { format, direct, ..options(&path) }) else { continue };
+        let mut driver = Driver::running(with_engine(image, 1, engine));
+        let seen = |bytes: usize| std::fs::read(&path).expect("there")[..bytes].to_vec();
+        let block = driver.read(0x100 + 20) as usize;
+        let image_header: Vec<u8> = [&qcow2_sector()[..], &vec![1; block * 9 - 512]].concat();
+        let mut vdi = vec![0; block];
+        vdi[64..68].copy_from_slice(&[0x7f, 0x10, 0xda, 0xbe]);
+        let vhdx: Vec<u8> = [&b"vhdxfile"[..], &vec![0; block - 8]].concat();
+        for refused in [&image_header, &vdi, &vhdx] {
+            assert_eq!(write(&mut driver, 0, refused), IOERR);
+            assert_eq!(seen(512), [7; 512], "nothing is written");
+        }
+        // In pieces of a few bytes, too.
+        let head = header(1, 0);
+        let pieces: Vec<&[u8]> =
+            std::iter::once(&head[..]).chain(image_header[..block].chunks(block / 16 - 3)).collect();
+        let submitted = driver.submit(0, &pieces, &[1]);
+        driver.wait_used(0);
+        assert_eq!(driver.contents(&submitted, u32::MAX), [IOERR]);
+        assert_eq!(seen(512), [7; 512]);
+        // Everything else is written, and the magic number everywhere else.
+        assert_eq!(write(&mut driver, (block / 512) as u64, &image_header), OK);
+        assert_eq!(seen(block + 4)[block..], *b"QFI\xfb");
+        let other = vec![9; block * 2];
+        assert_eq!(write(&mut driver, 0, &other), OK);
+        assert_eq!(seen(block * 2), other);
+        assert_eq!(request(&mut driver, &header(13, 0), &[[0; 8], [8, 0, 0, 0, 0, 0, 0, 0]].concat(), 0).0, OK);
+        assert_eq!(seen(4096), [0; 4096]);
+    }
+    std::fs::write(&path, vec![7; DISK_BYTES as usize]).expect("written");
+    let image = Image::open(&ImageOptions { format: Format::Raw, ..options(&path) }).expect("raw");
+    assert_eq!(write(&mut Driver::running(device(image, 1)), 0, &qcow2_sector()), OK, "format=raw permits it");
+}
+
+#[test]
+fn what_was_checked_is_written_while_the_guest_changes_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("disk");
+    std::fs::write(&path, vec![0; DISK_BYTES as usize]).expect("written");
+    let mut driver = Driver::running(device(Image::open(&options(&path)).expect("an image"), 1));
+    let memory = driver.memory.clone();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let at = std::sync::atomic::AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut odd = false;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let gpa = at.load(std::sync::atomic::Ordering::Relaxed);
+                if gpa != 0 {
+                    let byte = if odd { b'Q' } else { b'x' };
+                    let _ = vm_memory::Bytes::write_obj(&*memory, byte, vm_memory::GuestAddress(gpa));
+                    odd = !odd;
+                }
+            }
+        });
+        let mut changed = false;
+        for _ in 0..2000 {
+            let data = driver.buffer(512);
+            vm_memory::Bytes::write_slice(&*driver.memory, &qcow2_sector(), vm_memory::GuestAddress(data))
+                .expect("fits");
+            at.store(data, std::sync::atomic::Ordering::Relaxed);
+            let head = driver.buffer(17);
+            vm_memory::Bytes::write_slice(&*driver.memory, &header(1, 0), vm_memory::GuestAddress(head)).expect("fits");
+            driver.put_descriptor(0, 0, Descriptor { gpa: head, len: 16, flags: NEXT, next: 1 });
+            driver.put_descriptor(0, 1, Descriptor { gpa: data, len: 512, flags: NEXT, next: 2 });
+            driver.put_descriptor(0, 2, Descriptor { gpa: head + 16, len: 1, flags: WRITE, next: 0 });
+            driver.make_available(0, 0);
+            driver.kick(0);
+            driver.wait_used(0);
+            let mut start = [0; 4];
+            File::open(&path).expect("there").read_exact_at(&mut start, 0).expect("long enough");
+            changed |= &start == b"QFI\xfb";
+        }
+        // Before the assertion, as the scope waits for the thread.
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(!changed, "the disk begins as a qcow2 image");
+    });
+}
+
+#[test]
+fn the_format_is_kept_once_it_is_detected() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("disk");
+    std::fs::write(&path, [0; 4096]).expect("written");
+    let format = options(&path).detect().expect("readable");
+    assert_eq!(format, Format::DetectedRaw);
+    std::fs::write(&path, [&qcow2_sector()[..], &[0; 3584]].concat()).expect("written");
+    assert_eq!(options(&path).detect().expect("readable"), Format::DetectedQcow2);
+    let again = ImageOptions { format, ..options(&path) };
+    assert_eq!(again.detect().expect("known"), format);
+    assert_eq!(Image::open(&again).expect("raw").bytes(), 4096);
+    std::fs::write(&path, [&b"KDMV"[..], &[0; 508]].concat()).expect("written");
+    let error = Image::open(&options(&path)).err().expect("refused").to_string();
+    assert!(error.contains("VMDK") && error.contains("format=raw"), "{error}");
+    assert!(Image::open(&ImageOptions { format: Format::Raw, ..options(&path) }).is_ok());
 }
 
 proptest! {

@@ -2,6 +2,7 @@
 
 use super::options::Durability;
 use crate::memory::OwnedBuffers;
+use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::fs::File;
 use std::io;
@@ -10,6 +11,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The most operations in flight.
 const ENTRIES: u32 = 256;
+
+/// The image in the ring's table of registered files, the only file that operations can name.
+const IMAGE: types::Fixed = types::Fixed(0);
 
 #[derive(Clone, Copy)]
 enum OperationKind {
@@ -41,7 +45,6 @@ pub(super) struct Completion {
 /// An io_uring with its operations in flight.
 pub(super) struct Ring {
     ring: IoUring,
-    file: File,
     event: EventFd,
     slots: Vec<Option<InFlight>>,
     free: Vec<usize>,
@@ -49,22 +52,32 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// Makes an io_uring for `file`.
+    /// Makes an io_uring that can read, write and flush `file` and do nothing else. System calls by way of an io_uring are
+    /// not seen by seccomp, so the ring itself is restricted before it is enabled.
     ///
     /// # Errors
-    /// Returns an error where the host has no io_uring or does not permit it.
-    pub(super) fn new(file: File, durability: Durability) -> io::Result<Self> {
-        let ring = IoUring::new(ENTRIES)?;
+    /// Returns an error where the host has no io_uring with restrictions (Linux 5.10) or does not permit it.
+    pub(super) fn new(file: &File) -> io::Result<Self> {
+        let ring = IoUring::builder().setup_r_disabled().build(ENTRIES)?;
         let event = EventFd::new(EFD_NONBLOCK)?;
-        ring.submitter().register_eventfd(event.as_raw_fd())?;
+        let submitter = ring.submitter();
+        submitter.register_eventfd(event.as_raw_fd())?;
+        submitter.register_files(&[file.as_raw_fd()])?;
+        submitter.register_restrictions(&mut restrictions())?;
+        submitter.register_enable_rings()?;
         let count = ENTRIES as usize;
         let slots = (0..count).map(|_| None).collect();
-        Ok(Self { ring, file, event, slots, free: (0..count).collect(), durability })
+        Ok(Self { ring, event, slots, free: (0..count).collect(), durability: Durability::EachWrite })
     }
 
     /// Returns the eventfd that is readable when operations have completed.
     pub(super) fn event(&self) -> &EventFd {
         &self.event
+    }
+
+    /// Sets when the data of the writes that follow must be on stable storage; at first, with each write.
+    pub(super) fn set_durability(&mut self, durability: Durability) {
+        self.durability = durability;
     }
 
     /// Returns true if no operation is in flight.
@@ -97,15 +110,14 @@ impl Ring {
     }
 
     fn entry(&self, slot: usize, flight: InFlight) -> (squeue::Entry, InFlight) {
-        let fd = types::Fd(self.file.as_raw_fd());
         let len = u32::try_from(flight.iovecs.len().min(1024)).unwrap_or(1);
         let entry = match flight.kind {
-            OperationKind::Read => opcode::Readv::new(fd, flight.iovecs.as_ptr(), len).offset(flight.at).build(),
+            OperationKind::Read => opcode::Readv::new(IMAGE, flight.iovecs.as_ptr(), len).offset(flight.at).build(),
             OperationKind::Write => {
                 let flags = if self.durability == Durability::EachWrite { libc::RWF_DSYNC } else { 0 };
-                opcode::Writev::new(fd, flight.iovecs.as_ptr(), len).offset(flight.at).rw_flags(flags).build()
+                opcode::Writev::new(IMAGE, flight.iovecs.as_ptr(), len).offset(flight.at).rw_flags(flags).build()
             }
-            OperationKind::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            OperationKind::Flush => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
         };
         (entry.user_data(slot as u64), flight)
     }
@@ -161,6 +173,18 @@ impl Ring {
     }
 }
 
+/// What a ring permits: reads, writes and flushes of registered files, and no further registration.
+fn restrictions() -> [Restriction; 4] {
+    // IOSQE_FIXED_FILE (io_uring_enter(2)).
+    const FIXED_FILE: u8 = 1;
+    [
+        Restriction::sqe_op(opcode::Readv::CODE),
+        Restriction::sqe_op(opcode::Writev::CODE),
+        Restriction::sqe_op(opcode::Fsync::CODE),
+        Restriction::sqe_flags_required(FIXED_FILE),
+    ]
+}
+
 /// Returns the result of an operation, or `None` where a part of it is left.
 fn progress(flight: &mut InFlight, result: i32) -> Option<io::Result<()>> {
     let Ok(bytes) = usize::try_from(result) else {
@@ -187,25 +211,114 @@ fn progress(flight: &mut InFlight, result: i32) -> Option<io::Result<()>> {
     }
 }
 
+impl Ring {
+    /// Waits until an operation in flight has completed, and returns as [`Ring::reap`] does.
+    ///
+    /// # Errors
+    /// Returns the error of io_uring_enter(2). The ring must not be used again then.
+    pub(super) fn wait(&mut self) -> io::Result<Vec<Completion>> {
+        if let Err(error) = self.ring.submit_and_wait(1)
+            && error.kind() != io::ErrorKind::Interrupted
+        {
+            // Leaked, as the kernel still uses the memory.
+            std::mem::forget(std::mem::take(&mut self.slots));
+            self.free.clear();
+            return Err(error);
+        }
+        Ok(self.reap())
+    }
+
+    /// Waits until no operation is in flight. Those that completed in part go on to their end. The kernel accesses guest memory
+    /// until then.
+    ///
+    /// # Errors
+    /// Returns the error of io_uring_enter(2). The ring must not be used again then.
+    pub(super) fn drain(&mut self) -> io::Result<Vec<Completion>> {
+        let mut done = Vec::new();
+        while !self.is_idle() {
+            done.extend(self.wait()?);
+        }
+        Ok(done)
+    }
+}
+
 impl Drop for Ring {
     fn drop(&mut self) {
-        // The kernel accesses guest memory until all operations have completed.
-        while !self.is_idle() {
-            if let Err(error) = self.ring.submit_and_wait(1)
-                && error.kind() != io::ErrorKind::Interrupted
-            {
-                log::error!("block: cannot wait for the operations in flight: {error}");
-                // Leaked, as the kernel still uses the memory.
-                std::mem::forget(std::mem::take(&mut self.slots));
-                return;
-            }
-            let slots: Vec<u64> = self.ring.completion().map(|entry| entry.user_data()).collect();
-            for slot in slots {
-                if let Ok(slot) = usize::try_from(slot) {
-                    self.slots[slot] = None;
-                    self.free.push(slot);
-                }
-            }
+        if let Err(error) = self.drain() {
+            log::error!("block: cannot wait for the operations in flight: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Buffers, Memory};
+    use std::ffi::CString;
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    /// Submits one operation of a hostile program that has taken over the ring. Returns its result.
+    fn submit(ring: &mut Ring, entry: &squeue::Entry) -> i32 {
+        // SAFETY: what the entry points to lives until the wait below has returned.
+        unsafe { ring.ring.submission().push(entry) }.expect("room");
+        ring.ring.submit_and_wait(1).expect("submitted");
+        ring.ring.completion().next().expect("a completion").result()
+    }
+
+    fn ring() -> (Ring, File) {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(&[7; 512]).expect("written");
+        (Ring::new(&file).expect("an io_uring"), file)
+    }
+
+    #[test]
+    fn the_ring_reads_its_image_and_nothing_else() {
+        let (mut ring, file) = ring();
+        let mut bytes = [0_u8; 512];
+        let iovec = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        let read = opcode::Readv::new(IMAGE, &raw const iovec, 1).build();
+        assert_eq!(submit(&mut ring, &read), 512);
+        assert_eq!(bytes, [7; 512]);
+        let other = opcode::Readv::new(types::Fd(file.as_raw_fd()), &raw const iovec, 1).build();
+        assert_eq!(submit(&mut ring, &other), -libc::EACCES, "a file that is not registered");
+        let path = CString::new("/etc/passwd").expect("a path");
+        let open = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path.as_ptr()).build();
+        assert_eq!(submit(&mut ring, &open), -libc::EACCES, "another operation");
+    }
+
+    #[test]
+    fn nothing_can_be_registered_later() {
+        let (ring, file) = ring();
+        let submitter = ring.ring.submitter();
+        let denied = |result: io::Result<usize>| result.err().and_then(|error| error.raw_os_error());
+        assert_eq!(denied(submitter.register_files_update(0, &[file.as_raw_fd()])), Some(libc::EACCES));
+        assert_eq!(denied(submitter.register_restrictions(&mut restrictions()).map(|()| 0)), Some(libc::EACCES));
+    }
+
+    /// The kernel takes 1024 buffers at once: a longer operation completes in part, as one does that a signal interrupts.
+    #[test]
+    fn an_operation_that_completed_in_part_goes_on_while_the_ring_is_drained() {
+        const PARTS: u64 = 2500;
+        let (mut ring, file) = ring();
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).expect("memory");
+        let memory = Memory::new(memory, Arc::new(()));
+        let part = |index: u64| [u8::try_from(index % 251).expect("small"); 512];
+        let mut buffers = Buffers::default();
+        for index in 0..PARTS {
+            let gpa = GuestAddress(index * 1024);
+            memory.write_slice(&part(index), gpa).expect("memory");
+            buffers.push(&memory, gpa, 512).expect("in memory");
+        }
+        assert!(ring.write(0, buffers.into_owned(&memory), 7).is_ok());
+        let done = ring.drain().expect("completed");
+        assert!(matches!(done.as_slice(), [Completion { token: 7, result: Ok(()) }]));
+        for index in 0..PARTS {
+            let mut written = [0; 512];
+            file.read_exact_at(&mut written, index * 512).expect("written");
+            assert_eq!(written, part(index), "{index}");
         }
     }
 }

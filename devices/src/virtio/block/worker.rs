@@ -4,14 +4,16 @@ use super::engine::{Engine, Started};
 use super::image::Image;
 use super::options::WhenFull;
 use super::request::{ID_BYTES, InvalidRequest, Limits, Operation, Request, Status, parse};
-use super::uring::Completion;
+use super::uring::{Completion, Ring};
 use crate::memory::{Buffers, Memory, OwnedBuffers};
+use crate::virtio::chain::Chain;
 use crate::virtio::interrupt::DeviceInterrupt;
-use crate::virtio::queue::{Chain, Virtqueue};
+use crate::virtio::queue::Virtqueue;
+use crate::virtio::slot::Slot;
 use crate::virtio::worker::watch;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -34,12 +36,29 @@ struct PendingRequest {
     status: OwnedBuffers,
 }
 
-/// Whether a request could be started.
+/// The result of an attempt to start a request.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Start {
     Started,
     /// The io_uring has no entry left.
     RingFull,
+}
+
+/// The timer of a queue.
+pub(super) type SharedTimer = Arc<Mutex<TimerFd>>;
+
+/// What a worker is made of.
+pub(super) struct WorkerSetup {
+    pub(super) queue: Virtqueue,
+    pub(super) image: Arc<Image>,
+    pub(super) engine: Engine,
+    /// Where the engine's io_uring goes when the worker ends.
+    pub(super) ring: Slot<Ring>,
+    pub(super) id: [u8; ID_BYTES],
+    pub(super) when_full: WhenFull,
+    /// For one of the queues: the driver is notified by it of a change of the image's size.
+    pub(super) size_watch: Option<Arc<DeviceInterrupt>>,
+    pub(super) timer: SharedTimer,
 }
 
 pub(super) struct QueueWorker {
@@ -53,32 +72,22 @@ pub(super) struct QueueWorker {
     free_tokens: Vec<usize>,
     /// Tokens of the requests that wait for space on the host's file system.
     waiting_for_space: Vec<usize>,
-    /// Available chains were left in the queue, as the io_uring was full.
+    /// Available chains may be left in the queue, as too many requests were in flight.
     stalled: bool,
     /// Set for the queue that watches the size of the image: notifies the driver of a change.
     size_watch: Option<Arc<DeviceInterrupt>>,
-    timer: TimerFd,
+    timer: SharedTimer,
+    ring: Slot<Ring>,
 }
 
 impl QueueWorker {
-    /// # Errors
-    /// Returns the error of timerfd_create(2).
-    pub(super) fn new(
-        queue: Virtqueue,
-        image: Arc<Image>,
-        engine: Engine,
-        id: [u8; ID_BYTES],
-        when_full: WhenFull,
-        size_watch: Option<Arc<DeviceInterrupt>>,
-    ) -> io::Result<Self> {
-        let mut timer = TimerFd::new()?;
-        if size_watch.is_some() {
-            timer.reset(TICK, Some(TICK))?;
-        }
-        Ok(Self {
+    pub(super) fn new(setup: WorkerSetup) -> Self {
+        let WorkerSetup { queue, image, engine, ring, id, when_full, size_watch, timer } = setup;
+        Self {
             queue,
             image,
             engine,
+            ring,
             id,
             when_full,
             pending: Vec::new(),
@@ -87,7 +96,18 @@ impl QueueWorker {
             stalled: false,
             size_watch,
             timer,
-        })
+        }
+    }
+
+    fn timer(&self) -> MutexGuard<'_, TimerFd> {
+        self.timer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the timer expire every [`TICK`].
+    fn start_timer(&self) {
+        if let Err(error) = self.timer().reset(TICK, Some(TICK)) {
+            log::error!("block: cannot set the timer that looks at the image and tries requests again: {error}");
+        }
     }
 
     fn limits(&self) -> Limits {
@@ -98,12 +118,24 @@ impl QueueWorker {
         }
     }
 
+    /// Returns the number of requests that have not completed, those that wait for space included.
+    fn in_flight(&self) -> usize {
+        self.pending.len() - self.free_tokens.len()
+    }
+
     fn serve(&mut self) {
         let memory = self.queue.memory();
         self.stalled = false;
         loop {
             self.queue.disable_notification();
-            while let Some(mut chain) = self.queue.pop(&memory) {
+            loop {
+                // A driver has at most this many chains in flight. One that makes a chain available again before it was used
+                // must not fill the memory of the host.
+                if self.in_flight() >= usize::from(self.queue.size()) {
+                    self.stalled = true;
+                    break;
+                }
+                let Some(mut chain) = self.queue.pop(&memory) else { break };
                 if self.handle(&mut chain, &memory) == Start::RingFull {
                     self.queue.undo_pop();
                     self.stalled = true;
@@ -115,12 +147,17 @@ impl QueueWorker {
             }
             // Requests that the host could serve from its page cache have completed by now.
             self.reap();
+            let idle = self.engine.ring().is_none_or(|ring| ring.is_idle());
+            // Where all of them have completed, no completion is left to continue a queue that was stalled by them.
+            if self.stalled && idle && self.in_flight() < usize::from(self.queue.size()) {
+                self.stalled = false;
+                continue;
+            }
             if !self.stalled && self.queue.wait_for_batch() {
                 continue;
             }
             self.queue.notify();
             // Polling would delay the completions of requests in flight.
-            let idle = self.engine.ring().is_none_or(|ring| ring.is_idle());
             if !self.stalled && idle && self.queue.busy_poll() {
                 continue;
             }
@@ -201,9 +238,7 @@ impl QueueWorker {
             log::warn!("block: the host's file system is full: the request waits for space");
             self.pending[token] = Some(request);
             self.waiting_for_space.push(token);
-            if let Err(error) = self.timer.reset(TICK, Some(TICK)) {
-                log::error!("block: cannot set the timer that tries the request again: {error}");
-            }
+            self.start_timer();
             return;
         }
         let status = match result {
@@ -218,8 +253,32 @@ impl QueueWorker {
         self.free_tokens.push(token);
     }
 
+    /// Completes the requests in flight, and those of the chains that wait behind a full io_uring: what the driver made available
+    /// before a reset, or before the end of the run, reaches the disk. The device status is not 0 until then (virtio 1.3 §2.4).
+    /// Where that takes longer than a reset may, the queue gives no more chains out. Requests that wait for space on the host
+    /// are given up, as they were never completed.
+    fn finish(&mut self) {
+        self.queue.take_kicks();
+        while self.engine.ring().is_some_and(|ring| !ring.is_idle()) {
+            let Some(ring) = self.engine.ring() else { return };
+            match ring.wait() {
+                Ok(completions) => {
+                    completions.into_iter().for_each(|done| self.complete(done.token, done.result));
+                }
+                Err(error) => {
+                    log::error!("block: cannot wait for the operations in flight: {error}");
+                    return;
+                }
+            }
+            if self.stalled {
+                self.serve();
+            }
+        }
+        self.queue.notify();
+    }
+
     fn tick(&mut self) {
-        let _ = self.timer.wait();
+        let _ = self.timer().wait();
         if let Some(interrupt) = &self.size_watch
             && self.image.update_size()
         {
@@ -264,9 +323,21 @@ impl MutEventSubscriber for QueueWorker {
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
         watch(ops, Events::with_data(self.queue.kick(), KICK, EventSet::IN));
-        watch(ops, Events::with_data(&self.timer, TIMER, EventSet::IN));
+        if self.size_watch.is_some() {
+            self.start_timer();
+        } else if let Err(error) = self.timer().clear() {
+            log::error!("block: cannot stop the timer: {error}");
+        }
+        watch(ops, Events::with_data(&*self.timer(), TIMER, EventSet::IN));
         if let Some(ring) = self.engine.ring() {
             watch(ops, Events::with_data(ring.event(), COMPLETION, EventSet::IN));
         }
+    }
+}
+
+impl Drop for QueueWorker {
+    fn drop(&mut self) {
+        self.finish();
+        self.ring.put(self.engine.take_ring());
     }
 }

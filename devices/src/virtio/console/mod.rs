@@ -10,9 +10,11 @@ pub use port::{ConsoleSize, Port};
 pub use worker::ConsoleOutput;
 
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device_thread::DeviceThread;
+use crate::virtio::slot::Slot;
 use crate::virtio::worker::Worker;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 use worker::{Receiver, Transmitter};
 
@@ -24,9 +26,9 @@ const QUEUE_SIZE: u16 = 64;
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
 
-/// The console device.
+/// The virtio console device with one port (virtio 1.3 §5.3).
 pub struct Console {
-    output: Arc<Mutex<ConsoleOutput>>,
+    output: Slot<ConsoleOutput>,
     port: Arc<Port>,
 }
 
@@ -38,7 +40,7 @@ impl Console {
     /// Returns an error where no eventfd can be created.
     pub fn new(output: ConsoleOutput, input_wanted: Arc<EventFd>, size: ConsoleSize) -> io::Result<Self> {
         let port = Port::new(input_wanted, size)?;
-        Ok(Self { output: Arc::new(Mutex::new(output)), port: Arc::new(port) })
+        Ok(Self { output: Slot::new(Some(output)), port: Arc::new(port) })
     }
 
     /// Returns the host's side of the console.
@@ -61,6 +63,14 @@ impl VirtioDevice for Console {
         vec![QUEUE_SIZE; 2]
     }
 
+    fn thread_role(&self) -> DeviceThread {
+        DeviceThread::Console
+    }
+
+    fn thread_count(&self) -> usize {
+        2
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let size = self.port.size();
         let mut config = [0; 4];
@@ -71,7 +81,7 @@ impl VirtioDevice for Console {
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
         let receiver = Receiver { queue: activation.take_queue(RECEIVE)?, port: self.port() };
-        let transmitter = Transmitter { queue: activation.take_queue(TRANSMIT)?, output: Arc::clone(&self.output) };
+        let transmitter = Transmitter::new(activation.take_queue(TRANSMIT)?, &self.output);
         // Linux reads the size only after a configuration change notification.
         if self.port.size() != ConsoleSize::default() {
             activation.interrupt.signal_config_changed();

@@ -13,9 +13,9 @@ pub(super) const PENDING_BYTES: usize = 4096;
 /// The size of a terminal in characters. 0 means that a dimension is not known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ConsoleSize {
-    /// Number of columns.
+    /// Width in characters (`cols`, virtio 1.3 §5.3.4).
     pub columns: u16,
-    /// Number of rows.
+    /// Height in characters (`rows`, virtio 1.3 §5.3.4).
     pub rows: u16,
 }
 
@@ -67,9 +67,18 @@ impl Port {
         &self.input_available
     }
 
-    /// Returns the input that waits for receive buffers.
-    pub(super) fn pending(&self) -> MutexGuard<'_, VecDeque<u8>> {
-        lock(&self.pending)
+    /// Takes input that waits for receive buffers, as much as `input` has room for, and returns its length in bytes. `None`
+    /// where no input waits.
+    pub(super) fn take_pending(&self, input: &mut [u8]) -> Option<usize> {
+        let mut pending = lock(&self.pending);
+        if pending.is_empty() {
+            return None;
+        }
+        let count = pending.len().min(input.len());
+        for (to, from) in input.iter_mut().zip(pending.drain(..count)) {
+            *to = from;
+        }
+        Some(count)
     }
 
     /// Signals that the port can take more input.
@@ -90,5 +99,9 @@ impl ConsoleInput for Port {
             self.input_available.write(1).map_err(InputError::Signal)?;
         }
         Ok(count)
+    }
+
+    fn unread(&self) -> Vec<u8> {
+        lock(&self.pending).iter().copied().collect()
     }
 }

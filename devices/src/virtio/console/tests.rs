@@ -4,8 +4,11 @@ use super::port::PENDING_BYTES;
 use super::{Console, ConsoleSize};
 use crate::console::ConsoleInput;
 use crate::virtio::mock::{Driver, Used};
+use proptest::prelude::*;
+use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 #[derive(Clone, Default)]
@@ -73,4 +76,63 @@ fn the_driver_is_notified_of_the_size_and_of_its_changes() {
     assert_eq!(driver.read_page(0xfc), driver.read(0xfc));
     assert_eq!(driver.read_page(0x60), 2, "a change of the configuration");
     assert_eq!(driver.interrupts(), 1);
+}
+
+/// Pastes `bytes` bytes to a guest whose buffers have the lengths `lengths`, one after the other. The guest has up to `posted`
+/// of them available, and posts none for a while after each `pause` bytes.
+fn paste(bytes: usize, lengths: &[u32], posted: usize, pause: usize) {
+    let (port, _sink, wanted, mut driver) = console();
+    let input: Vec<u8> = (0..bytes).map(|at| u8::try_from(at % 251).expect("small")).collect();
+    let (mut passed, mut seen, mut next_pause) = (0, Vec::new(), pause);
+    let (mut waiting, mut lengths) = (VecDeque::new(), lengths.iter().copied().cycle());
+    wanted.write(1).expect("the host has input");
+    let start = Instant::now();
+    while seen.len() < bytes {
+        assert!(start.elapsed() < Duration::from_secs(60), "{} of {bytes} bytes", seen.len());
+        if wanted.read().is_ok() {
+            loop {
+                let count = port.enqueue(&input[passed..]).expect("no error");
+                passed += count;
+                if count == 0 {
+                    break;
+                }
+            }
+        }
+        if seen.len() >= next_pause {
+            next_pause += pause;
+            std::thread::sleep(Duration::from_millis(2));
+        } else {
+            while waiting.len() < posted {
+                waiting.push_back(driver.submit(0, &[], &[lengths.next().expect("without end")]));
+            }
+        }
+        // What the guest has not taken waits on the host.
+        assert!(passed <= seen.len() + PENDING_BYTES + waiting.len() * 5000, "{passed}");
+        while let Some(used) = driver.poll_used(0) {
+            let buffer = waiting.pop_front().expect("posted");
+            assert_eq!(used.head, u32::from(buffer.head), "in order");
+            seen.extend(driver.contents(&buffer, used.len));
+        }
+    }
+    assert!(seen == input);
+}
+
+#[test]
+fn a_long_input_reaches_a_guest_with_buffers_of_any_size() {
+    paste(1 << 20, &[4096], 16, 1 << 18);
+    paste(1 << 20, &[5000, 1, 300], 60, 1 << 18);
+    paste(20_000, &[1], 60, 7000);
+    paste(20_000, &[1], 1, 7000);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn input_is_whole_and_in_order_whatever_the_buffers(
+        lengths in prop::collection::vec(prop_oneof![1_u32..4, 1_u32..5000], 1..20),
+        posted in 1_usize..60,
+        pause in 500_usize..20_000,
+    ) {
+        paste(20_000, &lengths, posted, pause);
+    }
 }

@@ -1,11 +1,12 @@
 //! The workers of the console's two queues.
 
-use super::port::Port;
+use super::port::{PENDING_BYTES, Port};
 use crate::virtio::queue::Virtqueue;
+use crate::virtio::slot::Slot;
 use crate::virtio::worker::watch;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::io::Write;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Where the guest's output goes. `write` may block: the transmit queue then waits, and no byte is lost.
 pub type ConsoleOutput = Box<dyn Write + Send>;
@@ -19,22 +20,18 @@ pub(super) struct Receiver {
 impl MutEventSubscriber for Receiver {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
         let _ = self.port.input_available().read();
-        let mut pending = self.port.pending();
-        let before = pending.len();
+        let port = &self.port;
+        let mut input = [0; PENDING_BYTES];
+        let mut consumed = false;
         self.queue.serve(|chain| {
-            if pending.is_empty() {
-                return None;
-            }
-            let (first, second) = pending.as_slices();
-            let count = chain.writable.write(first);
-            let count = if count == first.len() { count + chain.writable.write(second) } else { count };
-            pending.drain(..count);
-            Some(u32::try_from(count).unwrap_or(0))
+            // The lock is not held while the chain is written: the host's input waits for nothing that the guest does.
+            let wanted = chain.writable.len().min(input.len());
+            let count = port.take_pending(&mut input[..wanted])?;
+            consumed |= count > 0;
+            Some(u32::try_from(chain.writable.write(&input[..count])).unwrap_or(0))
         });
-        let consumed = before > pending.len();
-        drop(pending);
         if consumed {
-            self.port.request_input();
+            port.request_input();
         }
     }
 
@@ -46,13 +43,28 @@ impl MutEventSubscriber for Receiver {
 
 /// Writes transmit buffers to the output.
 pub(super) struct Transmitter {
-    pub(super) queue: Virtqueue,
-    pub(super) output: Arc<Mutex<ConsoleOutput>>,
+    queue: Virtqueue,
+    /// `None` where the worker before this one has not returned it.
+    output: Option<ConsoleOutput>,
+    slot: Slot<ConsoleOutput>,
+}
+
+impl Transmitter {
+    /// Takes the output out of `slot` until the worker is dropped.
+    pub(super) fn new(queue: Virtqueue, slot: &Slot<ConsoleOutput>) -> Self {
+        Self { queue, output: slot.take(), slot: slot.clone() }
+    }
+}
+
+impl Drop for Transmitter {
+    fn drop(&mut self) {
+        self.slot.put(self.output.take());
+    }
 }
 
 impl MutEventSubscriber for Transmitter {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(output) = &mut self.output else { return };
         let mut bytes = [0; 4096];
         self.queue.serve(|chain| {
             loop {

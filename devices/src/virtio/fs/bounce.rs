@@ -2,17 +2,26 @@
 //! chain of older versions of vm-memory and virtio-queue. So each request is copied to a queue of those versions, and the
 //! reply back.
 
+use super::guard::FsServer;
 use crate::memory::Buffers;
-use fuse_backend_rs::api::server::Server;
-use fuse_backend_rs::passthrough::PassthroughFs;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use thiserror::Error;
 use virtio_queue_017::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue_017::{Queue, QueueT};
 use vm_memory_017::{Bytes, GuestAddress, GuestMemoryMmap};
 
+/// Size in bytes of struct `fuse_in_header`: len, opcode, unique, nodeid, uid, gid, pid, padding.
+const HEADER_BYTES: usize = 40;
 /// The longest request or reply in bytes: 1 MiB of data, and headers (FUSE's own limit).
 pub(super) const MAX_BYTES: usize = (1 << 20) + 0x1000;
+/// The opcodes whose requests end with a name: LOOKUP, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, GETXATTR,
+/// REMOVEXATTR, CREATE, RENAME2.
+const NAMED: [u32; 12] = [1, 6, 8, 9, 10, 11, 12, 13, 22, 24, 35, 45];
+/// The opcodes whose requests have data: WRITE, SETXATTR, BATCH_FORGET.
+const WITH_DATA: [u32; 3] = [16, 21, 42];
+/// The longest request without data in bytes: header, arguments, a name, and the target of a symbolic link (Linux:
+/// `PATH_MAX`).
+const MAX_WITHOUT_DATA: usize = 0x2000;
 
 // Addresses in the buffer: descriptor table, available ring, used ring, request, reply.
 const TABLE: u64 = 0;
@@ -31,9 +40,26 @@ pub(super) enum BounceError {
     /// The buffer cannot be allocated.
     #[error("cannot allocate the buffer for requests and replies")]
     Allocate(#[source] vm_memory_017::mmap::FromRangesError),
+    /// The request is shorter than its header.
+    #[error("a request has {0} bytes, fewer than the {HEADER_BYTES} of a header")]
+    TooShort(usize),
     /// The request is longer than FUSE allows.
     #[error("a request has {0} bytes, more than {MAX_BYTES}")]
     TooLong(usize),
+    /// The header gives a length that the request does not have.
+    #[error("the header of a request says {said} bytes, and it has {bytes}")]
+    Length {
+        /// The length in the header.
+        said: u32,
+        /// The bytes that were copied.
+        bytes: usize,
+    },
+    /// The request has no data, and is longer than its arguments and names can be.
+    #[error("a request has {0} bytes, more than {MAX_WITHOUT_DATA} without data")]
+    TooLongWithoutData(usize),
+    /// The name at the end of the request has no terminating zero.
+    #[error("the name in a request has no terminating zero")]
+    Unterminated,
     /// The buffer cannot be accessed.
     #[error("cannot access the buffer for requests and replies")]
     Memory(#[from] vm_memory_017::GuestMemoryError),
@@ -46,9 +72,67 @@ pub(super) enum BounceError {
     /// fuse-backend-rs does not accept the descriptor chain.
     #[error("cannot read the descriptor chain of a request")]
     Transport(#[from] fuse_backend_rs::transport::Error),
-    /// fuse-backend-rs cannot reply.
+    /// fuse-backend-rs cannot decode the request, or cannot write the reply.
     #[error("the file system cannot handle a request")]
     Server(#[from] fuse_backend_rs::Error),
+}
+
+/// A request, copied from guest memory to the buffer. It is the only form in which a request can be handled.
+pub(super) struct CopiedRequest<'b> {
+    bounce: &'b mut Bounce,
+    bytes: usize,
+    /// Bytes that were not copied, as the request is too long.
+    left: usize,
+    header: [u8; HEADER_BYTES],
+}
+
+impl CopiedRequest<'_> {
+    /// Returns the opcode of the request (`fuse_in_header.opcode`).
+    pub(super) fn opcode(&self) -> u32 {
+        self.word(4)
+    }
+
+    fn word(&self, at: usize) -> u32 {
+        self.header.get(at..at + 4).and_then(|word| word.try_into().ok()).map_or(0, u32::from_le_bytes)
+    }
+
+    /// Returns the number that identifies the request in its reply, as in guest memory.
+    pub(super) fn unique(&self) -> [u8; 8] {
+        self.header.get(8..16).and_then(|unique| unique.try_into().ok()).unwrap_or_default()
+    }
+
+    /// Checks the length of the request, and that its names end: fuse-backend-rs logs a request without a name as a whole.
+    fn check(&self) -> Result<(), BounceError> {
+        if self.left > 0 {
+            return Err(BounceError::TooLong(self.bytes.saturating_add(self.left)));
+        }
+        let said = self.word(0);
+        let len = usize::try_from(said).unwrap_or(usize::MAX);
+        if !(HEADER_BYTES..=self.bytes).contains(&len) {
+            return Err(BounceError::Length { said, bytes: self.bytes });
+        }
+        if len > MAX_WITHOUT_DATA && !WITH_DATA.contains(&self.opcode()) {
+            return Err(BounceError::TooLongWithoutData(len));
+        }
+        let last: u8 = self.bounce.memory.read_obj(GuestAddress(REQUEST + len as u64 - 1))?;
+        if last != 0 && NAMED.contains(&self.opcode()) { Err(BounceError::Unterminated) } else { Ok(()) }
+    }
+
+    /// Lets `server` handle the request, and returns the number of bytes written to `reply`.
+    ///
+    /// # Errors
+    /// Returns [`BounceError`] where there is no reply.
+    pub(super) fn handle(self, server: &FsServer, reply: &mut Buffers<'_>) -> Result<usize, BounceError> {
+        self.check()?;
+        let bounce = self.bounce;
+        let out_bytes = reply.len().min(MAX_BYTES);
+        let memory = bounce.memory.clone();
+        let chain = bounce.chain(&memory, self.bytes, out_bytes)?;
+        let reader = Reader::from_descriptor_chain(&memory, chain.clone())?;
+        let writer = VirtioFsWriter::new(&memory, chain)?;
+        let written = server.handle_message(reader, Writer::VirtioFs(writer), None, None)?;
+        bounce.copy_out(reply, written.min(out_bytes))
+    }
 }
 
 /// A queue with one chain, in memory of its own.
@@ -72,39 +156,28 @@ impl Bounce {
         Ok(Self { memory, queue, chunk: vec![0; CHUNK], next: 0 })
     }
 
-    /// Lets `server` handle `request`, and returns the number of bytes written to `reply`.
+    /// Copies a request from guest memory. This consumes the buffers, so that no byte is read twice: the guest can change
+    /// them at any time, and what is checked must be what is used.
     ///
     /// # Errors
-    /// Returns [`BounceError`] where there is no reply.
-    pub(super) fn handle(
-        &mut self,
-        server: &Server<PassthroughFs>,
-        request: &mut Buffers<'_>,
-        reply: &mut Buffers<'_>,
-    ) -> Result<usize, BounceError> {
-        let (in_bytes, out_bytes) = (request.len(), reply.len().min(MAX_BYTES));
-        if in_bytes > MAX_BYTES {
-            return Err(BounceError::TooLong(in_bytes));
-        }
-        self.copy_in(request)?;
-        let memory = self.memory.clone();
-        let chain = self.chain(&memory, in_bytes, out_bytes)?;
-        let reader = Reader::from_descriptor_chain(&memory, chain.clone())?;
-        let writer = VirtioFsWriter::new(&memory, chain)?;
-        let written = server.handle_message(reader, Writer::VirtioFs(writer), None, None)?;
-        self.copy_out(reply, written.min(out_bytes))
-    }
-
-    fn copy_in(&mut self, request: &mut Buffers<'_>) -> Result<(), BounceError> {
-        let mut at = REQUEST;
-        loop {
-            let count = request.read(&mut self.chunk);
+    /// Returns [`BounceError::TooShort`] for a request without a whole header.
+    pub(super) fn take(&mut self, mut request: Buffers<'_>) -> Result<CopiedRequest<'_>, BounceError> {
+        let mut bytes = 0;
+        while bytes < MAX_BYTES {
+            let part = (MAX_BYTES - bytes).min(CHUNK);
+            let count = request.read(&mut self.chunk[..part]);
             if count == 0 {
-                return Ok(());
+                break;
             }
-            self.memory.write_slice(&self.chunk[..count], GuestAddress(at))?;
-            at += count as u64;
+            self.memory.write_slice(&self.chunk[..count], GuestAddress(REQUEST + bytes as u64))?;
+            bytes += count;
         }
+        if bytes < HEADER_BYTES {
+            return Err(BounceError::TooShort(bytes));
+        }
+        let mut header = [0; HEADER_BYTES];
+        self.memory.read_slice(&mut header, GuestAddress(REQUEST))?;
+        Ok(CopiedRequest { bounce: self, bytes, left: request.len(), header })
     }
 
     fn copy_out(&mut self, reply: &mut Buffers<'_>, bytes: usize) -> Result<usize, BounceError> {

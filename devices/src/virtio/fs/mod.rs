@@ -1,21 +1,36 @@
 //! The file system device (virtio 1.3 §5.11), which shares a directory of the host by FUSE. The file system is the passthrough
-//! file system of fuse-backend-rs, in this process. It opens names one component at a time and never by a path, so that no
-//! name and no symbolic link leads out of the directory.
+//! file system of fuse-backend-rs, in this process, behind the rules of `guard.rs`. It opens names one component at a time
+//! and never by a path, and `.` and `..` are not names, so that no name and no symbolic link leads out of the directory. A
+//! directory that the host moves out while the guest knows it stays known, with all below it, until the guest forgets it.
 
 mod bounce;
+mod guard;
+mod policy;
+mod root;
+mod session;
+mod tables;
 #[cfg(test)]
 mod tests;
+mod thread;
 mod worker;
+mod xattr;
 
+use crate::path_text::PathText as _;
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device_thread::{DeviceThread, ThreadPreparation};
 use crate::virtio::worker::Worker;
-use fuse_backend_rs::api::server::Server;
-use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
+use guard::GuardedFs;
+use policy::{Access, PrivilegedFiles, Rules, Users};
+use root::ImportError;
+use session::Session;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use tables::Limits;
 use thiserror::Error;
-use worker::{Access, FsWorker};
+use worker::FsWorker;
+use xattr::Attributes;
 
 /// Size in bytes of the tag in the device configuration.
 const TAG_BYTES: usize = 36;
@@ -31,11 +46,17 @@ pub enum ShareError {
     #[error("the tag '{0}' of a shared directory must have 1 to {TAG_BYTES} bytes")]
     Tag(String),
     /// The path does not exist or cannot be accessed.
-    #[error("cannot share {}", .0.display())]
+    #[error("cannot share {}", .0.shown())]
     Access(PathBuf, #[source] io::Error),
+    /// The thread that opens the directory panicked.
+    #[error("cannot share {}: the thread that opens it panicked: this is a bug in hwvmm", .0.shown())]
+    Panicked(PathBuf),
     /// The path is not a directory.
-    #[error("cannot share {}: it is not a directory", .0.display())]
+    #[error("cannot share {}: it is not a directory", .0.shown())]
     NotDirectory(PathBuf),
+    /// A request from before a reset has not ended.
+    #[error("the host's file system has not answered a request of the former driver")]
+    Busy,
 }
 
 /// What to share, and how.
@@ -47,60 +68,65 @@ pub struct FsOptions {
     pub directory: PathBuf,
     /// The guest cannot change files.
     pub read_only: bool,
+    /// The guest can make device nodes, and files with a set-user-ID or set-group-ID bit.
+    pub privileged_files: bool,
+}
+
+impl FsOptions {
+    fn cannot_share(&self, error: io::Error) -> ShareError {
+        match error.kind() {
+            io::ErrorKind::NotADirectory => ShareError::NotDirectory(self.directory.clone()),
+            _ => ShareError::Access(self.directory.clone(), error),
+        }
+    }
+
+    fn rules(&self) -> Rules {
+        Rules {
+            access: if self.read_only { Access::ReadOnly } else { Access::ReadWrite },
+            privileged_files: if self.privileged_files { PrivilegedFiles::Allowed } else { PrivilegedFiles::Refused },
+            users: Users::of_this_process(),
+        }
+    }
 }
 
 /// The file system device.
 pub struct Fs {
-    options: FsOptions,
+    tag: String,
+    fs: Arc<GuardedFs>,
+    /// Where the directory is a mount in no namespace, the mounts below it end when this is closed.
+    _mount: Option<OwnedFd>,
 }
 
 impl Fs {
-    /// Makes a device that shares a directory.
+    /// Makes a device that shares a directory, and opens the directory. Raises the process's limit of open files.
     ///
     /// # Errors
     /// Returns [`ShareError`] where the tag is invalid, or where the path is not a directory.
     pub fn new(options: FsOptions) -> Result<Self, ShareError> {
-        let FsOptions { tag, directory, read_only } = options;
-        if !(1..=TAG_BYTES).contains(&tag.len()) {
-            return Err(ShareError::Tag(tag));
-        }
-        let absolute = directory.canonicalize().map_err(|error| ShareError::Access(directory, error))?;
-        if !absolute.is_dir() {
-            return Err(ShareError::NotDirectory(absolute));
-        }
-        raise_file_limit();
-        Ok(Self { options: FsOptions { tag, directory: absolute, read_only } })
+        let directory = root::open(&options.directory).map_err(|error| options.cannot_share(error))?;
+        Self::with_limits(options, &directory, Limits::reserve())
     }
 
-    fn server(&self) -> io::Result<Server<PassthroughFs>> {
-        let config = Config {
-            root_dir: self.options.directory.to_string_lossy().into_owned(),
-            // The guest sees changes on the host after one second.
-            attr_timeout: std::time::Duration::from_secs(1),
-            entry_timeout: std::time::Duration::from_secs(1),
-            cache_policy: CachePolicy::Auto,
-            ..Config::default()
-        };
-        PassthroughFs::new(config).map(Server::new)
+    /// As [`Fs::new`], with the directory as a mount of its own (open_tree(2)), which is kept open.
+    ///
+    /// # Errors
+    /// As of [`Fs::new`].
+    pub fn of_mount(options: FsOptions, mount: OwnedFd) -> Result<Self, ShareError> {
+        let device = Self::with_limits(options, &mount, Limits::reserve())?;
+        Ok(Self { _mount: Some(mount), ..device })
     }
-}
 
-/// Raises the limit of open files, as each file that the guest knows is open in this process.
-fn raise_file_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    const WANTED: u64 = 1 << 20;
-    let now = getrlimit(Resource::Nofile);
-    let limits = [
-        Rlimit { current: Some(WANTED), maximum: Some(WANTED.max(now.maximum.unwrap_or(WANTED))) },
-        Rlimit { current: now.maximum, maximum: now.maximum },
-    ];
-    if now.current.is_some_and(|current| current < WANTED)
-        && limits.into_iter().all(|limit| setrlimit(Resource::Nofile, limit).is_err())
-    {
-        log::warn!(
-            "fs: the guest can use {:?} files of the shared directory at most; raise the limit with `ulimit -n`",
-            now.current
-        );
+    fn with_limits(options: FsOptions, directory: &OwnedFd, limits: Limits) -> Result<Self, ShareError> {
+        if !(1..=TAG_BYTES).contains(&options.tag.len()) {
+            return Err(ShareError::Tag(options.tag));
+        }
+        let inner = root::import(directory.as_fd()).map_err(|error| match error {
+            ImportError::Host(error) => options.cannot_share(error),
+            ImportError::Panicked => ShareError::Panicked(options.directory.clone()),
+        })?;
+        let attributes = Attributes::new().map_err(|error| options.cannot_share(error))?;
+        let fs = Arc::new(GuardedFs::new(inner, attributes, options.rules(), limits));
+        Ok(Self { tag: options.tag, fs, _mount: None })
     }
 }
 
@@ -113,20 +139,35 @@ impl VirtioDevice for Fs {
         vec![QUEUE_SIZE; usize::from(QUEUES)]
     }
 
+    fn thread_role(&self) -> DeviceThread {
+        DeviceThread::Fs
+    }
+
+    fn thread_count(&self) -> usize {
+        usize::from(QUEUES)
+    }
+
+    fn thread_preparation(&self) -> ThreadPreparation {
+        let privileged_files = self.fs.rules().privileged_files;
+        Arc::new(move || thread::limit(privileged_files).map_err(Into::into))
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; TAG_BYTES + 4];
-        let tag = self.options.tag.as_bytes();
+        let tag = self.tag.as_bytes();
         config[..tag.len()].copy_from_slice(tag);
         config[TAG_BYTES..].copy_from_slice(&u32::from(QUEUES - 1).to_le_bytes());
         read_config_bytes(&config, offset, data);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
-        let server = Arc::new(self.server().map_err(ActivateError::io("share the directory"))?);
-        let access = if self.options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        if !self.fs.try_reset() {
+            return Err(ActivateError::Device(Box::new(ShareError::Busy)));
+        }
+        let session = Arc::new(Session::new(&self.fs));
         let mut workers: Vec<Worker> = Vec::new();
         for index in 0..QUEUES {
-            let worker = FsWorker::new(activation.take_queue(index)?, Arc::clone(&server), access);
+            let worker = FsWorker::new(activation.take_queue(index)?, Arc::clone(&session));
             workers.push(Box::new(worker.map_err(|error| ActivateError::Device(Box::new(error)))?));
         }
         Ok(workers)

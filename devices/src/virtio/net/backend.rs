@@ -4,7 +4,7 @@ use crate::memory::Buffers;
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use thiserror::Error;
 
 /// A frame cannot be sent or received.
@@ -18,7 +18,7 @@ pub enum BackendError {
     TooLong {
         /// Length of the frame.
         bytes: usize,
-        /// The longest frame.
+        /// The longest frame in bytes that the backend takes.
         max: usize,
     },
     /// The program on the other end has closed the connection.
@@ -48,20 +48,17 @@ pub struct Offloads {
     pub ufo: bool,
 }
 
-/// Whether the backend delivers frames on a queue.
+/// The state of a queue of a backend: a detached queue receives no frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QueueState {
-    /// Frames can arrive.
+    /// The backend delivers frames on the queue.
     Attached,
-    /// No frames arrive.
+    /// The backend delivers no frames on the queue.
     Detached,
 }
 
-/// Sets the state of one queue of a backend, from another thread than the queue's.
-pub type QueueSwitch = Box<dyn Fn(QueueState) -> io::Result<()> + Send>;
-
-/// A backend that is in the device while no worker uses it.
-pub(super) type Slot = Arc<Mutex<Option<Box<dyn Backend>>>>;
+/// Sets the state of one queue of a backend, from any thread.
+pub type QueueSwitch = Arc<dyn Fn(QueueState) -> io::Result<()> + Send + Sync>;
 
 /// The backend of one queue pair. No method blocks.
 pub trait Backend: Send {
@@ -86,21 +83,12 @@ pub trait Backend: Send {
         Ok(())
     }
 
-    /// Sets whether frames can arrive on this queue.
-    ///
-    /// # Errors
-    /// Returns the error of the host.
-    fn set_queue_state(&mut self, state: QueueState) -> io::Result<()> {
-        let _ = state;
-        Ok(())
-    }
-
-    /// Returns a function that does the same as [`Backend::set_queue_state`], for another thread.
+    /// Returns a function that sets whether frames can arrive on this queue.
     ///
     /// # Errors
     /// Returns an error where the file descriptor cannot be duplicated.
     fn queue_switch(&self) -> io::Result<QueueSwitch> {
-        Ok(Box::new(|_| Ok(())))
+        Ok(Arc::new(|_| Ok(())))
     }
 
     /// Receives the next frame to `frame` and returns its length in bytes, or `None` where no frame has arrived.

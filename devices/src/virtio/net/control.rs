@@ -1,6 +1,7 @@
 //! The control queue (virtio 1.3 §5.1.6.5), with the command that sets the number of queue pairs.
 
-use super::backend::{QueueState, QueueSwitch};
+use super::backend::QueueState;
+use super::pair::PairResources;
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::watch;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -13,23 +14,31 @@ const ERR: u8 = 1;
 
 pub(super) struct Control {
     queue: Virtqueue,
-    switches: Vec<QueueSwitch>,
+    /// The queue pairs that the driver enabled.
+    pairs: Vec<PairResources>,
 }
 
 impl Control {
-    pub(super) fn new(queue: Virtqueue, switches: Vec<QueueSwitch>) -> Self {
-        Self { queue, switches }
+    pub(super) fn new(queue: Virtqueue, pairs: Vec<PairResources>) -> Self {
+        Self { queue, pairs }
     }
 }
 
-/// Attaches the first `pairs` queue pairs and detaches the others. Returns the `ack` of the command.
-fn set_pairs(switches: &[QueueSwitch], pairs: usize) -> u8 {
-    if pairs == 0 || pairs > switches.len() {
+impl Drop for Control {
+    /// Takes the commands back, the last of which may have been handled after the reset of its queue pair.
+    fn drop(&mut self) {
+        self.pairs.iter().for_each(PairResources::reset_queue);
+    }
+}
+
+/// Attaches the first `wanted` queue pairs and detaches the others. Returns the `ack` of the command.
+fn set_pairs(pairs: &[PairResources], wanted: usize) -> u8 {
+    if wanted == 0 || wanted > pairs.len() {
         return ERR;
     }
-    for (index, switch) in switches.iter().enumerate() {
-        let state = if index < pairs { QueueState::Attached } else { QueueState::Detached };
-        if let Err(error) = switch(state) {
+    for (index, pair) in pairs.iter().enumerate() {
+        let state = if index < wanted { QueueState::Attached } else { QueueState::Detached };
+        if let Err(error) = (pair.switch)(state) {
             log::warn!("net: cannot set queue pair {index} to {state:?}: {error}");
             return ERR;
         }
@@ -39,13 +48,13 @@ fn set_pairs(switches: &[QueueSwitch], pairs: usize) -> u8 {
 
 impl MutEventSubscriber for Control {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        let switches = &self.switches;
+        let pairs = &self.pairs;
         self.queue.serve(|chain| {
             let mut command = [0; 4];
             let len = chain.readable.read(&mut command);
             let [class, number, low, high] = command;
             let ack = match (class, number, len) {
-                (CLASS_MQ, MQ_VQ_PAIRS_SET, 4) => set_pairs(switches, usize::from(u16::from_le_bytes([low, high]))),
+                (CLASS_MQ, MQ_VQ_PAIRS_SET, 4) => set_pairs(pairs, usize::from(u16::from_le_bytes([low, high]))),
                 _ => ERR,
             };
             Some(u32::try_from(chain.writable.write(&[ack])).unwrap_or(0))

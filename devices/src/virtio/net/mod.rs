@@ -15,12 +15,16 @@ pub use stream::Stream;
 pub use tap::{Tap, TapError};
 pub use vhost::VhostNetError;
 
+use crate::memory::Memory;
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device_thread::DeviceThread;
+use crate::virtio::slot::Slot;
 use crate::virtio::worker::Worker;
-use backend::Slot;
 use control::Control;
-use pair::{Pair, RxBuffers};
-use std::sync::{Arc, Mutex, PoisonError};
+use pair::{Negotiated, Pair, PairResources, RxBuffers};
+use std::io;
+use std::sync::Arc;
+use vhost::VhostPair;
 
 // Feature bits (virtio 1.3 §5.1.3).
 const F_CSUM: u64 = 1 << 0;
@@ -43,35 +47,50 @@ const OFFLOADS: u64 =
 
 /// Maximum size of a queue, in descriptors.
 const QUEUE_SIZE: u16 = 256;
-/// `VIRTIO_NET_S_LINK_UP`.
+/// The most bytes of a chain: a driver without mergeable buffers receives frames of [`header::FRAME_BYTES`] to chains of whole
+/// pages.
+const MAX_CHAIN_BYTES: u32 = 256 << 10;
+/// Bit of `status` in the configuration: the link is up (virtio 1.3 §5.1.4, `VIRTIO_NET_S_LINK_UP`).
 const LINK_UP: u16 = 1;
 
-/// The network device.
+/// The virtio network device (virtio 1.3 §5.1).
 pub struct Net {
     mac: [u8; 6],
     offloads: bool,
-    /// The backend of each queue pair.
-    pairs: Vec<Slot>,
-    /// vhost-net processes the queues.
-    vhost: bool,
+    pairs: Vec<PairResources>,
+    /// vhost-net for each queue pair, where it processes the queues.
+    vhost: Vec<VhostPair>,
 }
 
 impl Net {
     /// Makes a device with the MAC address `mac` and one backend for each queue pair, at least one.
-    #[must_use]
-    pub fn new(mac: [u8; 6], backends: Vec<Box<dyn Backend>>) -> Self {
+    ///
+    /// # Errors
+    /// Returns the error of a backend whose queue cannot be switched on and off.
+    pub fn new(mac: [u8; 6], backends: Vec<Box<dyn Backend>>) -> io::Result<Self> {
         let offloads = backends.iter().all(|backend| backend.has_header());
-        let pairs = backends.into_iter().map(|backend| Arc::new(Mutex::new(Some(backend)))).collect();
-        Self { mac, offloads, pairs, vhost: false }
+        let mut pairs = Vec::new();
+        for backend in backends {
+            let switch = backend.queue_switch()?;
+            let initial_state = if pairs.is_empty() { QueueState::Attached } else { QueueState::Detached };
+            switch(initial_state)?;
+            pairs.push(PairResources { backend: Slot::new(Some(backend)), switch, initial_state });
+        }
+        Ok(Self { mac, offloads, pairs, vhost: Vec::new() })
     }
 
-    /// Lets vhost-net in the host's kernel process the queues. The backends must be tap interfaces.
+    /// Lets vhost-net in the host's kernel process the queues, which are in `memory`. The backends must be tap interfaces.
     ///
     /// # Errors
     /// Returns an error where the host has no vhost-net.
-    pub fn with_vhost(self) -> Result<Self, VhostNetError> {
-        vhost::probe()?;
-        Ok(Self { vhost: true, ..self })
+    pub fn with_vhost(self, memory: &Memory) -> Result<Self, VhostNetError> {
+        let open = |pair: &PairResources| VhostPair::open(memory, &pair.backend);
+        let vhost = self.pairs.iter().map(open).collect::<Result<_, _>>()?;
+        Ok(Self { vhost, ..self })
+    }
+
+    fn control_queues(&self) -> usize {
+        usize::from(self.pairs.len() > 1)
     }
 
     fn pair_count(&self) -> u16 {
@@ -96,8 +115,19 @@ impl VirtioDevice for Net {
     }
 
     fn queue_max_sizes(&self) -> Vec<u16> {
-        let control = usize::from(self.pairs.len() > 1);
-        vec![QUEUE_SIZE; self.pairs.len() * 2 + control]
+        vec![QUEUE_SIZE; self.pairs.len() * 2 + self.control_queues()]
+    }
+
+    fn thread_role(&self) -> DeviceThread {
+        if self.vhost.is_empty() { DeviceThread::Net } else { DeviceThread::Vhost }
+    }
+
+    fn thread_count(&self) -> usize {
+        self.pairs.len() + self.control_queues()
+    }
+
+    fn max_chain_bytes(&self) -> u32 {
+        MAX_CHAIN_BYTES
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -115,11 +145,10 @@ impl VirtioDevice for Net {
             tso6: activation.has_feature(F_GUEST_TSO6),
             ufo: activation.has_feature(F_GUEST_UFO),
         };
-        let buffers = if activation.has_feature(F_MRG_RXBUF) { RxBuffers::Mergeable } else { RxBuffers::Single };
-        let backend_error = ActivateError::io("set up the network backend");
+        let rx_buffers = if activation.has_feature(F_MRG_RXBUF) { RxBuffers::Mergeable } else { RxBuffers::Single };
+        let negotiated = Negotiated { offloads, rx_buffers };
         let mut workers: Vec<Worker> = Vec::new();
-        let mut switches = Vec::new();
-        for (index, slot) in (0_u16..).zip(&self.pairs) {
+        for (index, pair) in (0_u16..).zip(&self.pairs) {
             let queues =
                 activation.take_queue(index * 2).and_then(|rx| Ok((rx, activation.take_queue(index * 2 + 1)?)));
             let (receive, transmit) = match queues {
@@ -128,28 +157,19 @@ impl VirtioDevice for Net {
                 Err(_) if index > 0 => break,
                 Err(error) => return Err(error),
             };
-            let mut backend = slot.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(backend) = backend.as_mut() {
-                backend.set_offloads(offloads).map_err(backend_error)?;
-                // The driver enables more than one queue pair by a control command (virtio 1.3 §5.1.6.5.5).
-                let state = if index == 0 { QueueState::Attached } else { QueueState::Detached };
-                backend.set_queue_state(state).map_err(backend_error)?;
-                switches.push(backend.queue_switch().map_err(backend_error)?);
-            }
-            if self.vhost {
-                let worker = vhost::start(backend.as_deref(), receive, transmit, &activation)?;
-                workers.push(Box::new(worker));
-                continue;
-            }
-            drop(backend);
-            if let Some(pair) = Pair::new(Arc::clone(slot), receive, transmit, buffers) {
-                workers.push(Box::new(pair));
-            }
+            workers.push(match self.vhost.get(usize::from(index)) {
+                Some(vhost) => Box::new(vhost.worker(pair, offloads, vec![receive, transmit], &activation)),
+                None => {
+                    let interrupt = Arc::clone(&activation.interrupt);
+                    Box::new(Pair::new(pair.clone(), interrupt, receive, transmit, negotiated))
+                }
+            });
         }
         if activation.has_feature(F_MQ)
             && let Ok(queue) = activation.take_queue(self.pair_count() * 2)
         {
-            workers.push(Box::new(Control::new(queue, switches)));
+            let pairs = self.pairs.iter().take(workers.len()).cloned().collect();
+            workers.push(Box::new(Control::new(queue, pairs)));
         }
         Ok(workers)
     }

@@ -1,15 +1,18 @@
 //! The worker of a queue pair, which moves frames between the queues and the backend.
 
-use super::backend::{Backend, BackendError, Slot};
+use super::backend::{Backend, BackendError, Offloads, QueueState, QueueSwitch};
 use super::header::{FRAME_BYTES, HEADER_BYTES};
 use crate::error::chain as error_chain;
 use crate::memory::Memory;
-use crate::virtio::queue::{Chain, Virtqueue};
+use crate::virtio::chain::Chain;
+use crate::virtio::interrupt::DeviceInterrupt;
+use crate::virtio::queue::Virtqueue;
+use crate::virtio::slot::Slot;
 use crate::virtio::worker::watch;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::PoisonError;
+use std::sync::Arc;
 
 /// The most frames received before frames are sent again.
 const BATCH: usize = 64;
@@ -23,11 +26,47 @@ pub(super) enum RxBuffers {
     Mergeable,
 }
 
+/// What a queue pair keeps over resets.
+#[derive(Clone)]
+pub(super) struct PairResources {
+    pub(super) backend: Slot<Box<dyn Backend>>,
+    pub(super) switch: QueueSwitch,
+    /// The state of the backend's queue until the driver enables queue pairs by a control command (virtio 1.3 §5.1.6.5.5).
+    pub(super) initial_state: QueueState,
+}
+
+impl PairResources {
+    /// Sets the offloads of the backend, which no worker uses.
+    ///
+    /// # Errors
+    /// Returns the error of the host.
+    pub(super) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        let mut backend = self.backend.take();
+        let result = backend.as_mut().map_or(Ok(()), |backend| backend.set_offloads(offloads));
+        self.backend.put(backend);
+        result
+    }
+
+    /// Sets the backend's queue to its state before a driver starts.
+    pub(super) fn reset_queue(&self) {
+        if let Err(error) = (self.switch)(self.initial_state) {
+            log::error!("net: cannot set a queue of the backend to {:?}: {error}", self.initial_state);
+        }
+    }
+}
+
+/// What the driver has negotiated.
+#[derive(Clone, Copy)]
+pub(super) struct Negotiated {
+    pub(super) offloads: Offloads,
+    pub(super) rx_buffers: RxBuffers,
+}
+
 pub(super) struct Pair {
-    slot: Slot,
+    resources: PairResources,
     backend: Option<Box<dyn Backend>>,
-    /// A duplicate of the backend's file descriptor, for the event loop.
-    fd: File,
+    interrupt: Arc<DeviceInterrupt>,
+    offloads: Offloads,
     receive: Virtqueue,
     transmit: Virtqueue,
     rx_buffers: RxBuffers,
@@ -39,35 +78,32 @@ pub(super) struct Pair {
 }
 
 impl Pair {
-    /// Takes the backend out of `slot` until the worker is dropped. `None` where there is none, or where its file descriptor
-    /// cannot be duplicated.
-    pub(super) fn new(slot: Slot, receive: Virtqueue, mut transmit: Virtqueue, rx_buffers: RxBuffers) -> Option<Self> {
-        let backend = slot.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+    /// Takes the backend out of `resources` until the worker is dropped.
+    pub(super) fn new(
+        resources: PairResources,
+        interrupt: Arc<DeviceInterrupt>,
+        receive: Virtqueue,
+        mut transmit: Virtqueue,
+        negotiated: Negotiated,
+    ) -> Self {
+        let backend = resources.backend.take();
         // passt has its own TCP, which takes delayed acknowledgements for lost segments and retransmits (measured: 24 times
         // the data). The host's TCP behind a tap interface does not.
-        if !backend.has_header() {
+        if !backend.as_ref().is_some_and(|backend| backend.has_header()) {
             transmit.disable_coalescing();
         }
-        let fd = backend.fd().try_clone_to_owned().map(File::from);
-        let fd = match fd {
-            Ok(fd) => fd,
-            Err(error) => {
-                log::error!("net: cannot duplicate the file descriptor of the backend: {error}");
-                return None;
-            }
-        };
-        let frame = vec![0; FRAME_BYTES];
-        Some(Self {
-            slot,
-            backend: Some(backend),
-            fd,
+        Self {
+            resources,
+            backend,
+            interrupt,
+            offloads: negotiated.offloads,
             receive,
             transmit,
-            rx_buffers,
-            frame,
+            rx_buffers: negotiated.rx_buffers,
+            frame: vec![0; FRAME_BYTES],
             pending_rx: 0,
             tx_blocked: false,
-        })
+        }
     }
 
     /// Receives up to [`BATCH`] frames. Returns true if there may be more.
@@ -171,7 +207,8 @@ fn undo_pops(queue: &mut Virtqueue, count: usize) {
 
 impl MutEventSubscriber for Pair {
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
-        if events.fd() == self.fd.as_raw_fd() && events.event_set().contains(EventSet::OUT) {
+        let fd = self.backend.as_ref().map(|backend| backend.fd().as_raw_fd());
+        if Some(events.fd()) == fd && events.event_set().contains(EventSet::OUT) {
             let flushed = self.backend.as_mut().is_none_or(|backend| backend.flush().is_ok());
             self.tx_blocked &= !flushed;
         }
@@ -191,14 +228,21 @@ impl MutEventSubscriber for Pair {
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
+        let Some(backend) = &mut self.backend else { return };
+        if let Err(error) = backend.set_offloads(self.offloads) {
+            log::error!("net: the device needs a reset: cannot set the offloads of the backend: {error}");
+            self.interrupt.set_needs_reset();
+            return;
+        }
         watch(ops, Events::new(self.receive.kick(), EventSet::IN));
         watch(ops, Events::new(self.transmit.kick(), EventSet::IN));
-        watch(ops, Events::new(&self.fd, EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED));
+        watch(ops, Events::new(&backend.fd(), EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED));
     }
 }
 
 impl Drop for Pair {
     fn drop(&mut self) {
-        *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = self.backend.take();
+        self.resources.reset_queue();
+        self.resources.backend.put(self.backend.take());
     }
 }

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex, PoisonError};
 use thiserror::Error;
 
 const TUN: &str = "/dev/net/tun";
@@ -37,7 +38,7 @@ pub enum TapError {
     Interface {
         /// Name of the interface.
         name: String,
-        /// The host's error.
+        /// The error of the ioctl (TUNSETIFF, TUNSETVNETHDRSZ).
         source: io::Error,
     },
 }
@@ -46,10 +47,9 @@ pub enum TapError {
 pub struct Tap {
     file: File,
     queues: TapQueues,
-    state: QueueState,
 }
 
-/// Whether a tap interface has one queue or several (`IFF_MULTI_QUEUE`).
+/// The number of queues of a tap interface, of which several need `IFF_MULTI_QUEUE`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum TapQueues {
     Single,
@@ -102,7 +102,7 @@ impl Tap {
         let header = i32::try_from(HEADER_BYTES).unwrap_or(12);
         // SAFETY: TUNSETVNETHDRSZ reads one int, which lives for the call.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header) }).map_err(bad)?;
-        Ok(Self { file, queues, state: QueueState::Attached })
+        Ok(Self { file, queues })
     }
 }
 
@@ -129,22 +129,14 @@ impl Backend for Tap {
         check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) })
     }
 
-    fn set_queue_state(&mut self, state: QueueState) -> io::Result<()> {
-        if self.queues == TapQueues::Multiple && self.state != state {
-            set_queue(&self.file, state)?;
-            self.state = state;
-        }
-        Ok(())
-    }
-
     fn queue_switch(&self) -> io::Result<QueueSwitch> {
         if self.queues == TapQueues::Single {
-            return Ok(Box::new(|_| Ok(())));
+            return Ok(Arc::new(|_| Ok(())));
         }
         let file = self.file.try_clone()?;
-        let current = std::sync::Mutex::new(self.state);
-        Ok(Box::new(move |state| {
-            let mut current = current.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let current = Mutex::new(QueueState::Attached);
+        Ok(Arc::new(move |state| {
+            let mut current = current.lock().unwrap_or_else(PoisonError::into_inner);
             if *current != state {
                 set_queue(&file, state)?;
                 *current = state;

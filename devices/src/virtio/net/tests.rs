@@ -1,11 +1,14 @@
 //! The network device, with a socket pair in place of passt.
 #![allow(clippy::cast_possible_truncation, reason = "numbers of tests are small")]
 
-use super::{Net, Stream};
+use super::{Backend, BackendError, Net, QueueState, QueueSwitch, Stream};
+use crate::memory::Buffers;
 use crate::virtio::mock::{Driver, Used};
 use proptest::prelude::*;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const MAC: [u8; 6] = [2, 1, 2, 3, 4, 5];
@@ -13,7 +16,7 @@ const MAC: [u8; 6] = [2, 1, 2, 3, 4, 5];
 fn card() -> (UnixStream, Driver) {
     let (ours, theirs) = UnixStream::pair().expect("a pair");
     theirs.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
-    let device = Net::new(MAC, vec![Box::new(Stream::new(ours).expect("non-blocking"))]);
+    let device = Net::new(MAC, vec![Box::new(Stream::new(ours).expect("non-blocking"))]).expect("a device");
     (theirs, Driver::running(Box::new(device)))
 }
 
@@ -71,7 +74,7 @@ fn frames_arrive_with_a_header_in_merged_buffers() {
 #[test]
 fn without_merging_a_frame_that_does_not_fit_is_dropped_and_the_next_one_comes() {
     let (ours, mut socket) = UnixStream::pair().expect("a pair");
-    let device = Net::new(MAC, vec![Box::new(Stream::new(ours).expect("non-blocking"))]);
+    let device = Net::new(MAC, vec![Box::new(Stream::new(ours).expect("non-blocking"))]).expect("a device");
     let mut driver = Driver::new(Box::new(device));
     driver.start(!super::F_MRG_RXBUF);
     let buffer = driver.submit(0, &[], &[100]);
@@ -116,6 +119,59 @@ fn the_device_works_after_its_backend_has_ended() {
     }
     driver.start(u64::MAX);
     driver.request(1, &[&[0; 12], b"again"], &[]);
+}
+
+/// A queue of a tap interface that takes its time to be attached.
+struct SlowSwitch {
+    socket: UnixStream,
+    state: Arc<Mutex<Option<QueueState>>>,
+}
+
+impl Backend for SlowSwitch {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    fn has_header(&self) -> bool {
+        true
+    }
+
+    fn queue_switch(&self) -> io::Result<QueueSwitch> {
+        let state = Arc::clone(&self.state);
+        Ok(Arc::new(move |new| {
+            if new == QueueState::Attached {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            *state.lock().expect("not poisoned") = Some(new);
+            Ok(())
+        }))
+    }
+
+    fn receive(&mut self, _frame: &mut [u8]) -> Result<Option<usize>, BackendError> {
+        Ok(None)
+    }
+
+    fn send(&mut self, _frame: &mut Buffers<'_>) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_reset_takes_back_the_queue_pairs_of_a_command_at_the_same_time() {
+    let states: [Arc<Mutex<Option<QueueState>>>; 2] = Default::default();
+    let backends = states.iter().map(|state| {
+        let socket = UnixStream::pair().expect("a pair").0;
+        Box::new(SlowSwitch { socket, state: Arc::clone(state) }) as Box<dyn Backend>
+    });
+    let mut driver = Driver::running(Box::new(Net::new(MAC, backends.collect()).expect("a device")));
+    assert_eq!(driver.request(4, &[&[4, 0], &[2, 0]], &[1]), [0]);
+    assert_eq!(*states[1].lock().expect("not poisoned"), Some(QueueState::Attached));
+    driver.start(u64::MAX);
+    driver.submit(4, &[&[4, 0], &[2, 0]], &[1]);
+    driver.write(0x70, 0);
+    assert_eq!(driver.status(), 0);
+    let states = states.map(|state| *state.lock().expect("not poisoned"));
+    assert_eq!(states, [Some(QueueState::Attached), Some(QueueState::Detached)]);
 }
 
 proptest! {

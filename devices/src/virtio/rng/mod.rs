@@ -6,26 +6,35 @@ pub use rate::Rate;
 
 use crate::memory::Buffers;
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice};
+use crate::virtio::device_thread::DeviceThread;
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::{Worker, watch};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rate::TokenBucket;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use vmm_sys_util::timerfd::TimerFd;
 
 /// The most bytes written for one request; the driver makes another request if it needs more.
 const MAX_REQUEST_BYTES: usize = 64 << 10;
 
-/// The entropy device.
+/// The virtio entropy device (virtio 1.3 §5.4), with an optional limit on its rate.
 pub struct Rng {
     rate: Option<Rate>,
+    /// Expires when the rate allows more bytes.
+    timer: SharedTimer,
 }
+
+type SharedTimer = Arc<Mutex<TimerFd>>;
 
 impl Rng {
     /// Makes a device that gives the guest at most `rate`, or any number of bytes without one.
-    #[must_use]
-    pub fn new(rate: Option<Rate>) -> Self {
-        Self { rate }
+    ///
+    /// # Errors
+    /// Returns the error of timerfd_create(2).
+    pub fn new(rate: Option<Rate>) -> io::Result<Self> {
+        Ok(Self { rate, timer: Arc::new(Mutex::new(TimerFd::new()?)) })
     }
 }
 
@@ -38,11 +47,13 @@ impl VirtioDevice for Rng {
         vec![64]
     }
 
+    fn thread_role(&self) -> DeviceThread {
+        DeviceThread::Rng
+    }
+
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
-        let timer =
-            TimerFd::new().map_err(|error| ActivateError::Io { action: "create a timer", source: error.into() })?;
         let bucket = self.rate.map(|rate| TokenBucket::new(rate, Instant::now()));
-        Ok(vec![Box::new(Filler { queue: activation.take_queue(0)?, bucket, timer })])
+        Ok(vec![Box::new(Filler { queue: activation.take_queue(0)?, bucket, timer: Arc::clone(&self.timer) })])
     }
 }
 
@@ -50,7 +61,7 @@ impl VirtioDevice for Rng {
 struct Filler {
     queue: Virtqueue,
     bucket: Option<TokenBucket>,
-    timer: TimerFd,
+    timer: SharedTimer,
 }
 
 // Data of the events.
@@ -59,7 +70,7 @@ const TIMER: u32 = 1;
 
 impl Filler {
     fn serve(&mut self) {
-        let (bucket, timer) = (&mut self.bucket, &mut self.timer);
+        let (bucket, timer) = (&mut self.bucket, &self.timer);
         self.queue.serve(|chain| {
             let wanted = chain.writable.len().min(MAX_REQUEST_BYTES);
             let allowed = match bucket {
@@ -67,7 +78,7 @@ impl Filler {
                 Some(bucket) => match bucket.take(wanted as u64, Instant::now()) {
                     Ok(count) => usize::try_from(count).unwrap_or(wanted),
                     Err(wait) => {
-                        if let Err(error) = timer.reset(wait, None) {
+                        if let Err(error) = lock(timer).reset(wait, None) {
                             log::error!("rng: cannot set the timer of the rate limit: {error}");
                         }
                         return None;
@@ -77,6 +88,10 @@ impl Filler {
             Some(fill(&mut chain.writable.split_to(allowed)))
         });
     }
+}
+
+fn lock(timer: &Mutex<TimerFd>) -> MutexGuard<'_, TimerFd> {
+    timer.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Fills `buffers` from getrandom(2) and returns the number of bytes.
@@ -100,13 +115,13 @@ fn fill(buffers: &mut Buffers<'_>) -> u32 {
 impl MutEventSubscriber for Filler {
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
         if events.data() == TIMER {
-            let _ = self.timer.wait();
+            let _ = lock(&self.timer).wait();
         }
         self.serve();
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
         watch(ops, Events::with_data(self.queue.kick(), KICK, EventSet::IN));
-        watch(ops, Events::with_data(&self.timer, TIMER, EventSet::IN));
+        watch(ops, Events::with_data(&*lock(&self.timer), TIMER, EventSet::IN));
     }
 }

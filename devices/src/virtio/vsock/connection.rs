@@ -44,7 +44,7 @@ pub(super) enum ConnectionError {
     InvalidOperation {
         /// `op` of the header.
         op: u16,
-        /// The connection's state.
+        /// The state of the connection when the packet arrived.
         state: State,
     },
     /// The Unix socket failed.

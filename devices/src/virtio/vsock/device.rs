@@ -1,17 +1,21 @@
 //! The socket device in userspace.
 
+use super::connector::Connector;
 use super::muxer::Muxer;
 use super::spec::{KIND, QUEUE_SIZE, QUEUES};
+use crate::path_text::PathText as _;
 use crate::socket::Listener;
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device_thread::DeviceThread;
 use crate::virtio::worker::Worker;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use thiserror::Error;
 
 /// The Unix socket for host programs cannot be created.
 #[derive(Debug, Error)]
-#[error("cannot listen on the socket {}{}", .path.display(), Listener::remedy(.source))]
+#[error("cannot listen on the socket {}{}", .path.shown(), Listener::remedy(.source))]
 pub struct VsockError {
     path: PathBuf,
     source: io::Error,
@@ -20,18 +24,19 @@ pub struct VsockError {
 /// The socket device with Unix sockets of the host.
 pub struct Vsock {
     cid: u32,
-    listener: Listener,
+    listener: Arc<Listener>,
+    connector: Arc<Connector>,
 }
 
 impl Vsock {
     /// Makes a device for a guest with the context ID `cid`, at least [`super::FIRST_CID`]. `path` is the Unix socket for host
-    /// programs, and the prefix of the sockets that the guest can connect to.
+    /// programs, and `connector` reaches those that the guest can connect to.
     ///
     /// # Errors
     /// Returns [`VsockError`] where the socket at `path` cannot be created.
-    pub fn new(cid: u32, path: &Path) -> Result<Self, VsockError> {
+    pub fn new(cid: u32, path: &Path, connector: Arc<Connector>) -> Result<Self, VsockError> {
         let listener = Listener::new(path).map_err(|source| VsockError { path: path.to_owned(), source })?;
-        Ok(Self { cid, listener })
+        Ok(Self { cid, listener: Arc::new(listener), connector })
     }
 }
 
@@ -48,11 +53,14 @@ impl VirtioDevice for Vsock {
         read_config_bytes(&u64::from(self.cid).to_le_bytes(), offset, data);
     }
 
+    fn thread_role(&self) -> DeviceThread {
+        DeviceThread::Vsock
+    }
+
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
-        let listener =
-            self.listener.socket().try_clone().map_err(ActivateError::io("duplicate the listening socket"))?;
         let (receive, transmit) = (activation.take_queue(0)?, activation.take_queue(1)?);
-        let muxer = Muxer::new(u64::from(self.cid), self.listener.path().to_owned(), listener, receive, transmit);
+        let (listener, connector) = (Arc::clone(&self.listener), Arc::clone(&self.connector));
+        let muxer = Muxer::new(u64::from(self.cid), listener, connector, receive, transmit);
         Ok(vec![Box::new(muxer)])
     }
 }

@@ -1,6 +1,7 @@
 //! The worker of the socket device, which handles all connections of a guest.
 
 use super::connection::{BUFFER_BYTES, Connection, ConnectionError, MAX_UNSENT_BYTES, State};
+use super::connector::Connector;
 use super::packet::{
     HEADER_BYTES, Header, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN,
     SHUTDOWN_SEND, TYPE_STREAM,
@@ -8,15 +9,16 @@ use super::packet::{
 use super::spec::HOST_CID;
 use crate::error::chain as error_chain;
 use crate::memory::{Buffers, Memory};
-use crate::socket::connect_nonblocking;
-use crate::virtio::queue::{Chain, Virtqueue};
+use crate::path_text::PathText as _;
+use crate::socket::Listener;
+use crate::virtio::chain::Chain;
+use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::watch;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
 
 /// The most connections of a guest.
 const MAX_CONNECTIONS: usize = 1024;
@@ -34,10 +36,22 @@ struct Key {
     peer: u32,
 }
 
+/// A connection of the guest that is being made.
+struct Pending {
+    /// The number of the request for it.
+    number: u32,
+    key: Key,
+    /// The guest's `buf_alloc` and `fwd_cnt`.
+    buf_alloc: u32,
+    fwd_cnt: u32,
+}
+
 pub(super) struct Muxer {
     cid: u64,
-    path: PathBuf,
-    listener: UnixListener,
+    listener: Arc<Listener>,
+    connector: Arc<Connector>,
+    /// A bounded number: that of the connector's requests without an answer.
+    pending: Vec<Pending>,
     receive: Virtqueue,
     transmit: Virtqueue,
     connections: HashMap<Key, Connection>,
@@ -56,15 +70,16 @@ pub(super) struct Muxer {
 impl Muxer {
     pub(super) fn new(
         cid: u64,
-        path: PathBuf,
-        listener: UnixListener,
+        listener: Arc<Listener>,
+        connector: Arc<Connector>,
         receive: Virtqueue,
         transmit: Virtqueue,
     ) -> Self {
         Self {
             cid,
-            path,
             listener,
+            connector,
+            pending: Vec::new(),
             receive,
             transmit,
             connections: HashMap::new(),
@@ -141,7 +156,7 @@ impl Muxer {
             if self.accept_paused {
                 return;
             }
-            match self.listener.accept() {
+            match self.listener.socket().accept() {
                 Ok((stream, _)) => {
                     if let Err(error) = stream.set_nonblocking(true) {
                         log::warn!("vsock: cannot set a connection to non-blocking: {error}");
@@ -181,21 +196,20 @@ impl Muxer {
         }
         let text = String::from_utf8_lossy(&connection.line).into_owned();
         let port = text.trim_end().strip_prefix("CONNECT ").and_then(|port| port.trim().parse::<u32>().ok());
-        let Some(mut connection) = self.connections.remove(&key) else { return };
-        match port {
-            Some(peer) => {
-                let key = Key { peer, ..key };
-                connection.state = State::Requested;
-                self.by_fd.insert(connection.stream.as_raw_fd(), key);
-                self.connections.insert(key, connection);
-                self.send_control(key, OP_REQUEST);
-            }
-            None => {
-                log::warn!("vsock: a host program sent {text:?} where \"CONNECT PORT\" was expected");
-                self.connections.insert(key, connection);
-                self.remove(key, ops);
-            }
+        let Some(peer) = port else {
+            log::warn!("vsock: a host program sent {text:?} where \"CONNECT PORT\" was expected");
+            return self.remove(key, ops);
+        };
+        let named = Key { peer, ..key };
+        // The guest can have a connection of its own with this port of the host.
+        if self.connections.contains_key(&named) && named != key {
+            return self.remove(key, ops);
         }
+        let Some(mut connection) = self.connections.remove(&key) else { return };
+        connection.state = State::Requested;
+        self.by_fd.insert(connection.stream.as_raw_fd(), named);
+        self.connections.insert(named, connection);
+        self.send_control(named, OP_REQUEST);
     }
 
     /// Handles the available packets of the guest.
@@ -230,13 +244,10 @@ impl Muxer {
             self.control_packets.push_back(reset);
             return;
         }
-        let Some(connection) = self.connections.get_mut(&key) else {
-            match header.op {
-                OP_REQUEST => self.connect(key, header, ops),
-                OP_RST => {}
-                _ => self.send_control(key, OP_RST),
-            }
-            return;
+        // The guest does not know of a connection whose guest port is not known yet.
+        let is_known = |connection: &&mut Connection| connection.state != State::AwaitingConnectLine;
+        let Some(connection) = self.connections.get_mut(&key).filter(is_known) else {
+            return self.receive_unconnected(key, header, ops);
         };
         connection.update_credit(header.buf_alloc, header.fwd_cnt);
         match header.op {
@@ -257,24 +268,62 @@ impl Muxer {
 
     /// Handles the guest's request to connect to a port of the host.
     fn connect(&mut self, key: Key, header: &Header, ops: &mut EventOps<'_>) {
-        let mut path = self.path.clone().into_os_string();
-        path.push(format!("_{}", key.local));
-        if self.connections.len() >= MAX_CONNECTIONS {
+        if self.connections.len() + self.pending.len() >= MAX_CONNECTIONS {
             log::info!("vsock: connection to port {} refused: there are {MAX_CONNECTIONS} connections", key.local);
             return self.send_control(key, OP_RST);
         }
-        match connect_nonblocking(Path::new(&path)) {
-            Ok(stream) => {
-                let mut connection = Connection::new(stream, State::Established);
-                connection.update_credit(header.buf_alloc, header.fwd_cnt);
-                self.add(key, connection, ops);
-                self.send_control(key, OP_RESPONSE);
-                self.queue_send(key);
+        let requested = self.connector.request(key.local).or_else(|error| {
+            if error.kind() != io::ErrorKind::WouldBlock {
+                return Err(error);
             }
-            Err(error) => {
-                log::info!("vsock: connection to port {} refused: {}: {error}", key.local, path.display());
-                self.send_control(key, OP_RST);
+            self.take_answers(ops);
+            self.connector.request(key.local)
+        });
+        match requested {
+            Ok(number) => {
+                let Header { buf_alloc, fwd_cnt, .. } = *header;
+                self.pending.push(Pending { number, key, buf_alloc, fwd_cnt });
             }
+            Err(error) => self.refuse(key, &error),
+        }
+    }
+
+    fn refuse(&mut self, key: Key, error: &io::Error) {
+        log::info!("vsock: connection to port {} refused: {}_{0}: {error}", key.local, self.listener.path().shown());
+        self.send_control(key, OP_RST);
+    }
+
+    /// Takes the connections that were made.
+    fn take_answers(&mut self, ops: &mut EventOps<'_>) {
+        while let Some(answer) = self.connector.answer() {
+            // Otherwise the guest does not want it any longer, or the device was reset: the connection is closed.
+            let Some(index) = self.pending.iter().position(|pending| pending.number == answer.number) else { continue };
+            let Pending { key, buf_alloc, fwd_cnt, .. } = self.pending.swap_remove(index);
+            match answer.result {
+                // The guest uses a port that hwvmm has given to a host program meanwhile.
+                Ok(_) if self.connections.contains_key(&key) => {}
+                Ok(stream) => {
+                    let mut connection = Connection::new(stream, State::Established);
+                    connection.update_credit(buf_alloc, fwd_cnt);
+                    self.add(key, connection, ops);
+                    self.send_control(key, OP_RESPONSE);
+                    self.queue_send(key);
+                }
+                Err(error) => self.refuse(key, &error),
+            }
+        }
+    }
+
+    /// Handles a packet without a connection.
+    fn receive_unconnected(&mut self, key: Key, header: &Header, ops: &mut EventOps<'_>) {
+        let before = self.pending.len();
+        self.pending.retain(|pending| pending.key != key);
+        let was_pending = self.pending.len() < before;
+        match header.op {
+            OP_RST => {}
+            OP_REQUEST if !was_pending => self.connect(key, header, ops),
+            // A connection that is being made takes nothing but a reset.
+            _ => self.send_control(key, OP_RST),
         }
     }
 
@@ -401,8 +450,10 @@ fn handle_packet(
 impl MutEventSubscriber for Muxer {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let fd = events.fd();
-        if fd == self.listener.as_raw_fd() {
+        if fd == self.listener.socket().as_raw_fd() {
             self.accept(ops);
+        } else if fd == self.connector.as_fd().as_raw_fd() {
+            self.take_answers(ops);
         } else if let Some(key) = self.by_fd.get(&fd).copied() {
             self.handle_socket_event(key, events.event_set(), ops);
         }
@@ -426,6 +477,8 @@ impl MutEventSubscriber for Muxer {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         watch(ops, Events::new(self.receive.kick(), EventSet::IN));
         watch(ops, Events::new(self.transmit.kick(), EventSet::IN));
-        watch(ops, Events::new(&self.listener, EventSet::IN | EventSet::EDGE_TRIGGERED));
+        for socket in [self.listener.socket().as_fd(), self.connector.as_fd()] {
+            watch(ops, Events::new(&socket, EventSet::IN | EventSet::EDGE_TRIGGERED));
+        }
     }
 }

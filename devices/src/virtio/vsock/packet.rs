@@ -21,7 +21,7 @@ pub(super) const SHUTDOWN_RECEIVE: u32 = 1;
 /// Flag of a shutdown: its sender does not send any more.
 pub(super) const SHUTDOWN_SEND: u32 = 2;
 
-/// struct `virtio_vsock_hdr`.
+/// The header of a packet: struct `virtio_vsock_hdr` (virtio 1.3 §5.10.6).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) src_cid: u64,
@@ -29,7 +29,7 @@ pub(super) struct Header {
     pub(super) src_port: u32,
     pub(super) dst_port: u32,
     pub(super) len: u32,
-    /// The socket type.
+    /// The type of the socket (field `type`): [`TYPE_STREAM`].
     pub(super) kind: u16,
     pub(super) op: u16,
     pub(super) flags: u32,
@@ -102,10 +102,10 @@ mod tests {
             fwd_cnt: 10,
         };
         memory.write_slice(&header.to_bytes(), GuestAddress(16)).expect("there");
-        let mut buffers = Buffers::default();
-        buffers.push(&memory, GuestAddress(16), 44).expect("there");
-        assert_eq!(Header::read(&mut buffers.clone()), Some(header));
-        buffers.skip(1);
-        assert_eq!(Header::read(&mut buffers), None);
+        for (len, expected) in [(44, Some(header)), (43, None)] {
+            let mut buffers = Buffers::default();
+            buffers.push(&memory, GuestAddress(16), len).expect("there");
+            assert_eq!(Header::read(&mut buffers), expected);
+        }
     }
 }

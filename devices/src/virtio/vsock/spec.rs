@@ -10,5 +10,5 @@ pub(super) const HOST_CID: u64 = 2;
 pub(super) const QUEUE_SIZE: u16 = 256;
 /// Number of queues: receive, transmit, event.
 pub(super) const QUEUES: usize = 3;
-/// The device's type.
+/// The socket device: its virtio device ID, its name, and its PCI class (other communication device).
 pub(super) const KIND: DeviceKind = DeviceKind { id: 19, name: "vsock", pci_class: 0x0780 };

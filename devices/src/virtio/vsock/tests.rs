@@ -1,16 +1,19 @@
 //! Connections, from both sides.
 #![allow(clippy::cast_possible_truncation, reason = "numbers of tests are small")]
 
-use super::Vsock;
-use super::packet::{HEADER_BYTES, Header, OP_CREDIT_REQUEST, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN};
+use super::connection::{BUFFER_BYTES, MAX_UNSENT_BYTES};
+use super::packet::{
+    HEADER_BYTES, Header, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN,
+};
 use super::spec::HOST_CID;
+use super::{Served, Vsock};
 use crate::memory::{Buffers, Memory};
 use crate::virtio::mock::{Driver, Used};
 use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -18,7 +21,7 @@ const CID: u64 = 9;
 
 fn device() -> (TempDir, Driver) {
     let folder = tempfile::tempdir().expect("a folder");
-    let device = Vsock::new(9, &folder.path().join("v")).expect("a socket");
+    let device = super::mock::device(9, &folder.path().join("v")).expect("a socket");
     let mut driver = Driver::running(Box::new(device));
     for _ in 0..16 {
         driver.submit(0, &[], &[4096]);
@@ -105,6 +108,39 @@ fn the_guest_reaches_a_host_program() {
     assert_eq!(receive(&mut driver).0.op, OP_RST);
 }
 
+/// The guest resets, or asks again for, a connection that is being made.
+#[test]
+fn a_connection_that_the_guest_wants_no_more_is_closed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let listener = UnixListener::bind(folder.path().join("v_77")).expect("a socket");
+    let path = folder.path().join("v");
+    let (connector, mut host) = super::connector(&path).expect("sockets");
+    let mut driver = Driver::running(Box::new(Vsock::new(9, &path, Arc::new(connector)).expect("a socket")));
+    for _ in 0..16 {
+        driver.submit(0, &[], &[4096]);
+    }
+    let mut serve = || {
+        while host.serve(Instant::now()) != Served::All {}
+        patient(listener.accept().expect("a stream").0)
+    };
+    for change in [OP_RST, OP_REQUEST, OP_RW] {
+        send(&mut driver, packet(OP_REQUEST, 1000, 77, 0), &[]);
+        send(&mut driver, packet(change, 1000, 77, 0), &[]);
+        if change != OP_RST {
+            assert_eq!(receive(&mut driver).0.op, OP_RST);
+        }
+        assert_eq!(serve().read(&mut [0]).expect("the end"), 0, "closed");
+        assert!(driver.poll_used(0).is_none());
+    }
+    send(&mut driver, packet(OP_REQUEST, 1000, 77, 0), &[]);
+    let _socket = serve();
+    assert_eq!(receive(&mut driver).0.op, OP_RESPONSE);
+    // A reset of the device while a connection is made.
+    send(&mut driver, packet(OP_REQUEST, 1001, 77, 0), &[]);
+    driver.start(u64::MAX);
+    assert_eq!(serve().read(&mut [0]).expect("the end"), 0, "closed");
+}
+
 #[test]
 fn a_host_program_reaches_the_guest() {
     let (folder, mut driver) = device();
@@ -127,6 +163,28 @@ fn a_host_program_reaches_the_guest() {
     let mut rude = patient(UnixStream::connect(folder.path().join("v")).expect("listening"));
     rude.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("room");
     assert_eq!(line(&mut rude), "");
+}
+
+/// Ports of connections that host programs open can be guessed.
+#[test]
+fn a_packet_for_a_connection_before_its_connect_line_changes_nothing() {
+    let (folder, mut driver) = device();
+    let mut socket = patient(UnixStream::connect(folder.path().join("v")).expect("listening"));
+    std::thread::sleep(Duration::from_millis(50));
+    let guessed = 1 << 30;
+    for op in [OP_CREDIT_UPDATE, OP_CREDIT_REQUEST, OP_RW, OP_SHUTDOWN, OP_RESPONSE] {
+        send(&mut driver, packet(op, 0, guessed, 0), &[]);
+        let (answer, _) = receive(&mut driver);
+        assert_eq!((answer.op, answer.src_port, answer.dst_port), (OP_RST, guessed, 0));
+    }
+    send(&mut driver, packet(OP_RST, 0, guessed, 0), &[]);
+    socket.write_all(b"CONNECT 52\nhello").expect("room");
+    let (request, _) = receive(&mut driver);
+    assert_eq!((request.op, request.src_port, request.dst_port), (OP_REQUEST, guessed, 52));
+    send(&mut driver, packet(OP_RESPONSE, 52, guessed, 0), &[]);
+    assert_eq!(line(&mut socket), format!("OK {guessed}\n"));
+    let (header, data) = receive(&mut driver);
+    assert_eq!((header.op, data.as_slice()), (OP_RW, &b"hello"[..]));
 }
 
 #[test]
@@ -188,6 +246,58 @@ fn credit_is_kept_on_both_sides() {
         }
     }
     assert!(reset);
+}
+
+/// Sends as much as the host keeps for a program that does not read, and returns the answer to the last packet.
+fn fill(driver: &mut Driver, guest_port: u32) -> u16 {
+    let data = vec![5; 60_000];
+    let mut sent = 0_u32;
+    loop {
+        send(driver, packet(OP_CREDIT_REQUEST, guest_port, 8, 0), &[]);
+        // Other credit updates may come before that which was asked for.
+        let (mut answer, _) = receive(driver);
+        while answer.dst_port != guest_port {
+            answer = receive(driver).0;
+        }
+        if answer.op == OP_RST {
+            return OP_RST;
+        }
+        let room = BUFFER_BYTES - sent.wrapping_sub(answer.fwd_cnt);
+        if room == 0 {
+            return answer.op;
+        }
+        let count = room.min(data.len() as u32);
+        send(driver, packet(OP_RW, guest_port, 8, count as usize), &data[..count as usize]);
+        sent += count;
+    }
+}
+
+/// 64 connections of 256 KiB each are all that is kept; one more is reset with its first byte that the host does not take.
+#[test]
+fn what_is_kept_for_programs_that_do_not_read_has_a_bound_over_all_connections() {
+    let (folder, mut driver) = device();
+    let listener = UnixListener::bind(folder.path().join("v_8")).expect("a socket");
+    let mut sockets = Vec::new();
+    let connections = u32::try_from(MAX_UNSENT_BYTES).expect("small") / BUFFER_BYTES;
+    assert_eq!(connections, 64);
+    for port in 1..=connections + 1 {
+        send(&mut driver, packet(OP_REQUEST, port, 8, 0), &[]);
+        sockets.push(listener.accept().expect("a stream").0);
+        assert_eq!(receive(&mut driver).0.op, OP_RESPONSE, "{port}");
+        let answer = fill(&mut driver, port);
+        assert_eq!(answer, if port <= connections { OP_CREDIT_UPDATE } else { OP_RST }, "{port}");
+    }
+    // A program that reads makes room for the others.
+    let mut reader = patient(sockets.swap_remove(0));
+    let mut read = vec![0; 200_000];
+    reader.read_exact(&mut read).expect("in time");
+    send(&mut driver, packet(OP_REQUEST, 100, 8, 0), &[]);
+    let mut other = patient(listener.accept().expect("a stream").0);
+    while receive(&mut driver).0.op != OP_RESPONSE {}
+    send(&mut driver, packet(OP_RW, 100, 8, 5), b"hello");
+    let mut seen = [0; 5];
+    other.read_exact(&mut seen).expect("in time");
+    assert_eq!(&seen, b"hello");
 }
 
 #[test]

@@ -51,7 +51,7 @@ fn entry() -> Vec<u8> {
 
 fn collect(records: &[(u64, Vec<u8>)]) -> VmRecord {
     let root = tracefs();
-    let events = Events::read(root.path()).expect("formats");
+    let events = Events::read(root.path(), root.path()).expect("formats");
     let mut collector = Collector::new(vec![GpaRange { start: 0, bytes: 0x1000_0000 }], 1000);
     records.iter().for_each(|(time, raw)| collector.record(&events, *time, raw));
     collector.finish()
@@ -113,7 +113,7 @@ fn short_and_foreign_records_are_survived() {
 #[test]
 fn a_guest_cannot_make_a_profile_grow_without_end() {
     let root = tracefs();
-    let events = Events::read(root.path()).expect("formats");
+    let events = Events::read(root.path(), root.path()).expect("formats");
     let mut collector = Collector::new(Vec::new(), 0);
     for n in 0..50_000_u64 {
         collector.record(&events, n, &exit(0x400, n, 0, n << 12));

@@ -1,0 +1,86 @@
+//! Opens the file of an image, and detects its format.
+
+use super::error::ImageError;
+use super::magic::{self, ForeignFormat};
+use super::options::{Format, ImageOptions};
+use rustix::fs::OFlags;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+
+/// The way of I/O on an image: through the host's page cache, or past it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum HostCache {
+    Used,
+    /// The file is opened with `O_DIRECT`: I/O bypasses the page cache.
+    Bypassed,
+}
+
+impl ImageOptions {
+    /// Returns the format with which the image is opened: that of the options, or the one that the image has now.
+    ///
+    /// # Errors
+    /// [`ImageError`] where the image cannot be read, or is of a format that this program does not know.
+    pub fn detect(&self) -> Result<Format, ImageError> {
+        match self.format {
+            Format::Auto => detect(&open_file(self, HostCache::Used)?, self),
+            known => Ok(known),
+        }
+    }
+}
+
+pub(super) fn open_file(options: &ImageOptions, host_cache: HostCache) -> Result<File, ImageError> {
+    let ImageOptions { path, read_only, .. } = options;
+    // NONBLOCK, as the open of a FIFO would block.
+    let mut flags = OFlags::NONBLOCK | OFlags::CLOEXEC;
+    if host_cache == HostCache::Bypassed {
+        flags |= OFlags::DIRECT;
+    }
+    let file = File::options()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(i32::try_from(flags.bits()).unwrap_or(0))
+        .open(path)
+        .map_err(|source| ImageError::Open { path: path.clone(), read_only: *read_only, source })?;
+    let kind = file.metadata().map_err(|source| ImageError::Stat { path: path.clone(), source })?;
+    if kind.file_type().is_block_device() || kind.is_file() { Ok(file) } else { Err(ImageError::Kind(path.clone())) }
+}
+
+/// Returns [`Format::DetectedRaw`] or [`Format::DetectedQcow2`].
+pub(super) fn detect(file: &File, options: &ImageOptions) -> Result<Format, ImageError> {
+    let path = &options.path;
+    let failed = |source| ImageError::Detect { path: path.clone(), source };
+    let format = match magic::detect(&sector(file, 0).map_err(failed)?) {
+        None => {
+            let end = size(file).map_err(failed)?.saturating_sub(magic::START_BYTES as u64);
+            magic::detect_end(&sector(file, end).map_err(failed)?)
+        }
+        found => found,
+    };
+    match format {
+        None => Ok(Format::DetectedRaw),
+        Some(ForeignFormat::Qcow2) => Ok(Format::DetectedQcow2),
+        Some(format) => Err(ImageError::Foreign { path: path.clone(), format }),
+    }
+}
+
+/// Reads the sector at `at`; zeroes behind the end of the file.
+fn sector(file: &File, at: u64) -> io::Result<[u8; magic::START_BYTES]> {
+    let mut sector = [0; magic::START_BYTES];
+    let mut read = 0;
+    while read < sector.len() {
+        match file.read_at(&mut sector[read..], at + read as u64) {
+            Ok(0) => break,
+            Ok(bytes) => read += bytes,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(sector)
+}
+
+/// Returns the size in bytes of a file or a block device.
+pub(super) fn size(file: &File) -> io::Result<u64> {
+    rustix::fs::seek(file.as_fd(), rustix::fs::SeekFrom::End(0)).map_err(Into::into)
+}

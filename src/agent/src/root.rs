@@ -1,0 +1,175 @@
+//! The file systems that the command finds, and the kernel modules that they need.
+
+use crate::instructions::{Instructions, Root};
+use crate::report::{Failure, Stage, kernel_log};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount, mount_move};
+use std::ffi::{CStr, OsStr, OsString};
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
+
+/// Where the modules are in the initramfs.
+const MODULES: &str = "/hwvmm/modules";
+/// Where the read-only share is mounted, then the tmpfs that takes what is written, and the overlay of both.
+const LOWER: &str = "/hwvmm/lower";
+const UPPER: &str = "/hwvmm/upper";
+const NEW_ROOT: &str = "/hwvmm/root";
+/// Links that programs expect in /dev, and devtmpfs does not have.
+const LINKS: &[(&str, &str)] = &[
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+];
+
+/// A file system that is mounted over a folder.
+struct Mount<'a> {
+    what: &'a str,
+    source: &'a OsStr,
+    target: &'a Path,
+    flags: MountFlags,
+    data: Option<&'a CStr>,
+}
+
+impl<'a> Mount<'a> {
+    fn new(what: &'a str, target: &'a str) -> Self {
+        Self { what, source: OsStr::new(what), target: Path::new(target), flags: MountFlags::empty(), data: None }
+    }
+
+    fn of(self, source: &'a OsStr) -> Self {
+        Self { source, ..self }
+    }
+
+    fn with(self, flags: MountFlags, data: Option<&'a CStr>) -> Self {
+        Self { flags, data, ..self }
+    }
+
+    /// Makes the folder where it is missing, and mounts.
+    fn mount(&self) -> Result<(), Failure> {
+        let failed = |error: &dyn std::fmt::Display, remedy: &str| {
+            Stage::Root
+                .failed(format_args!("{} on {}", self.what, self.target.display()), format_args!("{error}{remedy}"))
+        };
+        make_folder(self.target).map_err(|error| failed(&error, ""))?;
+        mount(self.source, self.target, self.what, self.flags, self.data).map_err(|error| {
+            let remedy = match (error, self.what) {
+                (Errno::NODEV, "virtiofs") => " (the kernel has no driver for it: CONFIG_VIRTIO_FS)",
+                (Errno::NODEV, "overlay") => " (the kernel has no driver for it: CONFIG_OVERLAY_FS)",
+                (Errno::NODEV, "devtmpfs") => " (the kernel has no driver for it: CONFIG_DEVTMPFS)",
+                (Errno::NODEV, "devpts") => " (the kernel has no driver for it: CONFIG_UNIX98_PTYS)",
+                (Errno::NODEV, _) => " (the kernel has no driver for it)",
+                (Errno::INVAL | Errno::NOENT, "virtiofs") => {
+                    " (no device has this tag: the kernel has no driver for virtio-mmio or virtio-pci: CONFIG_VIRTIO_MMIO, CONFIG_VIRTIO_PCI)"
+                }
+                _ => "",
+            };
+            failed(&error, remedy)
+        })
+    }
+}
+
+fn make_folder(path: &Path) -> std::io::Result<()> {
+    if path.is_dir() { Ok(()) } else { DirBuilder::new().recursive(true).mode(0o755).create(path) }
+}
+
+/// Mounts what the agent itself needs: /proc, /sys and /dev.
+pub(crate) fn early_mounts() -> Result<(), Failure> {
+    let safe = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let stage = |failure: Failure| Failure { stage: Stage::Mounts, ..failure };
+    Mount::new("devtmpfs", "/dev").with(MountFlags::NOSUID, None).mount().map_err(stage)?;
+    Mount::new("proc", "/proc").with(safe, None).mount().map_err(stage)?;
+    Mount::new("sysfs", "/sys").with(safe, None).mount().map_err(stage)
+}
+
+/// Loads the modules in their order.
+pub(crate) fn load_modules(names: &[OsString]) -> Result<(), Failure> {
+    for name in names {
+        let path = Path::new(MODULES).join(name);
+        let failed = |error: &dyn std::fmt::Display| Stage::Modules.failed(path.display(), error);
+        let file = File::open(&path).map_err(|error| failed(&error))?;
+        match rustix::system::finit_module(&file, c"", 0) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(failed(&error)),
+        }
+        // The initramfs is memory of the guest.
+        let _ = fs::remove_file(&path);
+    }
+    Ok(())
+}
+
+/// Makes the new root, enters it, and mounts in it what a command expects.
+pub(crate) fn enter(instructions: &Instructions) -> Result<(), Failure> {
+    if let Root::Share(tag) = &instructions.root {
+        Mount::new("virtiofs", LOWER).of(tag).with(MountFlags::RDONLY, None).mount()?;
+        Mount::new("tmpfs", UPPER).with(MountFlags::empty(), Some(c"mode=0755")).mount()?;
+        for folder in ["/hwvmm/upper/files", "/hwvmm/upper/work"] {
+            make_folder(Path::new(folder)).map_err(|error| Stage::Root.failed(folder, error))?;
+        }
+        let data = c"lowerdir=/hwvmm/lower,upperdir=/hwvmm/upper/files,workdir=/hwvmm/upper/work";
+        Mount::new("overlay", NEW_ROOT).with(MountFlags::empty(), Some(data)).mount()?;
+        change_root()?;
+    }
+    let safe = MountFlags::NOSUID | MountFlags::NODEV;
+    Mount::new("devpts", "/dev/pts")
+        .with(MountFlags::NOSUID | MountFlags::NOEXEC, Some(c"mode=0620,gid=5,ptmxmode=0666"))
+        .mount()?;
+    for target in ["/dev/shm", "/tmp", "/run"] {
+        // A folder below that the command shall start in, and that the root has, stays in sight.
+        if instructions.workdir.starts_with(target) && instructions.workdir.is_dir() {
+            continue;
+        }
+        let mode = if target == "/run" { c"mode=0755" } else { c"mode=1777" };
+        Mount::new("tmpfs", target).with(safe, Some(mode)).mount()?;
+    }
+    for share in &instructions.writable {
+        Mount { target: &share.path, ..Mount::new("virtiofs", "").of(&share.tag) }.mount()?;
+    }
+    for (target, link) in LINKS {
+        if let Err(error) = rustix::fs::symlink(*target, *link)
+            && error != Errno::EXIST
+        {
+            kernel_log(&format!("{link}: {error}"));
+        }
+    }
+    loopback_and_name(instructions.hostname.as_deref());
+    if !instructions.workdir.is_dir() {
+        return Err(Stage::Workdir.failed(instructions.workdir.display(), "it is no folder in the guest"));
+    }
+    Ok(())
+}
+
+/// Moves /dev, /proc and /sys into the new root, and makes it the root. A root on the initramfs cannot be pivoted
+/// (Documentation/filesystems/ramfs-rootfs-initramfs.rst).
+fn change_root() -> Result<(), Failure> {
+    for from in ["/dev", "/proc", "/sys"] {
+        let to = format!("{NEW_ROOT}{from}");
+        make_folder(Path::new(&to)).map_err(|error| Stage::Root.failed(&to, error))?;
+        mount_move(from, &to).map_err(|error| Stage::Root.failed(&to, error))?;
+    }
+    let failed = |error: Errno| Stage::Root.failed(NEW_ROOT, error);
+    rustix::process::chdir(NEW_ROOT).map_err(failed)?;
+    mount_move(".", "/").map_err(failed)?;
+    rustix::process::chroot(".").map_err(failed)?;
+    rustix::process::chdir("/").map_err(failed)
+}
+
+/// Takes the loopback interface up, and names the guest. A command may need neither, so a failure is only logged.
+fn loopback_and_name(hostname: Option<&OsStr>) {
+    // IFF_UP and IFF_LOOPBACK; a kernel without networks has no such file.
+    match fs::write("/sys/class/net/lo/flags", "0x9") {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => kernel_log(&format!("lo: {error}")),
+        _ => {}
+    }
+    if let Some(name) = hostname
+        && let Err(error) = rustix::system::sethostname(name.as_encoded_bytes())
+    {
+        kernel_log(&format!("host name: {error}"));
+    }
+}
+
+/// Lets every user write to a terminal that the agent made.
+pub(crate) fn open_to_all(path: &Path) -> Result<(), Failure> {
+    fs::set_permissions(path, Permissions::from_mode(0o666))
+        .map_err(|error| Stage::Terminal.failed(path.display(), error))
+}

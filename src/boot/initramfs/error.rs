@@ -1,0 +1,59 @@
+//! Why an initramfs cannot be made.
+
+use super::cpio::CpioError;
+use super::modules::ModulesError;
+use crate::bounded_read::ReadError;
+use std::ffi::OsString;
+use std::io;
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// Why an initramfs cannot be made.
+#[derive(Debug, Error)]
+pub enum InitramfsError {
+    /// The kernel cannot be read.
+    #[error("cannot read the release of the kernel {}", .path.display())]
+    Release {
+        /// The kernel's path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// `--modules` is given, and the kernel does not say its release.
+    #[error("the kernel {} does not say its release, which names the folder of its modules: leave out --modules", .0.display())]
+    NoRelease(PathBuf),
+    /// The modules cannot be had.
+    #[error(transparent)]
+    Modules(#[from] ModulesError),
+    /// A path or a file does not fit into the archive.
+    #[error(transparent)]
+    Cpio(#[from] CpioError),
+    /// A file to put cannot be read.
+    #[error("--put: cannot read {}", .path.display())]
+    Put {
+        /// The file on the host.
+        path: PathBuf,
+        /// Why.
+        source: ReadError,
+    },
+    /// A file to put is where hwvmm has its own.
+    #[error("--put: {} is hwvmm's own in the guest: choose another path", .0.display())]
+    Reserved(PathBuf),
+    /// A file to put is a device, a FIFO or a socket.
+    #[error("--put: {} is not a file, a folder or a symbolic link", .0.display())]
+    Special(PathBuf),
+    /// A part of the command has a NUL.
+    #[error("{0:?} has a NUL character, which neither arguments nor paths can have")]
+    Nul(OsString),
+    /// There is more than an initramfs may have.
+    #[error("{what} more than {max_bytes} bytes")]
+    TooMuch {
+        /// What, with its verb.
+        what: &'static str,
+        /// The limit.
+        max_bytes: usize,
+    },
+    /// A folder to put has too many files.
+    #[error("--put: more than {0} files")]
+    TooMany(usize),
+}

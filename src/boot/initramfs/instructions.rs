@@ -1,0 +1,171 @@
+//! What the agent is told to do, in the form that it reads (src/agent/src/instructions.rs).
+
+use super::error::InitramfsError;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+/// The most bytes of instructions: as much as execve(2) takes of arguments and environment on most hosts.
+const MAX_BYTES: usize = 2 << 20;
+
+/// The file system that becomes the guest's root.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestRoot {
+    /// The initramfs stays the root.
+    Initramfs,
+    /// The virtiofs share with this tag, read-only, under a tmpfs that takes what is written.
+    Share(OsString),
+}
+
+/// A virtiofs share that the agent mounts read-write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WritableShare {
+    /// The share's tag.
+    pub tag: OsString,
+    /// An absolute path in the new root.
+    pub path: PathBuf,
+}
+
+/// An environment variable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variable {
+    /// Without `=`.
+    pub name: OsString,
+    /// Any bytes but NUL.
+    pub value: OsString,
+}
+
+/// Who the command runs as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuestUser {
+    /// The user's id.
+    pub uid: u32,
+    /// The group's id.
+    pub gid: u32,
+}
+
+/// The size of a terminal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters of a line.
+    pub columns: u16,
+}
+
+/// What the agent is told to do, as plain data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instructions {
+    /// The root.
+    pub root: GuestRoot,
+    /// Shares over folders of the root.
+    pub writable: Vec<WritableShare>,
+    /// The command and its arguments.
+    pub command: Vec<OsString>,
+    /// Beside these the command has PATH, HOME and TERM.
+    pub environment: Vec<Variable>,
+    /// An absolute path.
+    pub workdir: PathBuf,
+    /// Who the command runs as.
+    pub user: GuestUser,
+    /// The guest's host name; the kernel's own where it is `None`.
+    pub hostname: Option<OsString>,
+    /// There if the command gets a terminal.
+    pub terminal: Option<TerminalSize>,
+}
+
+impl Instructions {
+    /// The bytes of /hwvmm/instructions; `modules` are file names in /hwvmm/modules.
+    ///
+    /// # Errors
+    /// [`InitramfsError::Nul`] and [`InitramfsError::TooMuch`].
+    pub(super) fn encode<'a>(&self, modules: impl Iterator<Item = &'a str>) -> Result<Vec<u8>, InitramfsError> {
+        let mut records = Records::default();
+        for module in modules {
+            records.add("module", [module.as_bytes()])?;
+        }
+        match &self.root {
+            GuestRoot::Initramfs => records.add("root", [&b"none"[..]])?,
+            GuestRoot::Share(tag) => records.add("root", [b"share:", tag.as_bytes()])?,
+        }
+        for share in &self.writable {
+            records.add("rw", [share.tag.as_bytes(), b":", share.path.as_os_str().as_bytes()])?;
+        }
+        for argument in &self.command {
+            records.add("arg", [argument.as_bytes()])?;
+        }
+        for variable in &self.environment {
+            records.add("env", [variable.name.as_bytes(), b"=", variable.value.as_bytes()])?;
+        }
+        records.add("workdir", [self.workdir.as_os_str().as_bytes()])?;
+        records.add("user", [format!("{}:{}", self.user.uid, self.user.gid).as_bytes()])?;
+        if let Some(name) = &self.hostname {
+            records.add("hostname", [name.as_bytes()])?;
+        }
+        if let Some(size) = self.terminal {
+            records.add("terminal", [format!("{}x{}", size.rows, size.columns).as_bytes()])?;
+        }
+        Ok(records.bytes)
+    }
+}
+
+#[derive(Default)]
+struct Records {
+    bytes: Vec<u8>,
+}
+
+impl Records {
+    fn add<'a>(&mut self, key: &str, parts: impl IntoIterator<Item = &'a [u8]>) -> Result<(), InitramfsError> {
+        self.bytes.extend_from_slice(key.as_bytes());
+        self.bytes.push(b'=');
+        for part in parts {
+            if part.contains(&0) {
+                return Err(InitramfsError::Nul(OsStr::from_bytes(part).to_owned()));
+            }
+            self.bytes.extend_from_slice(part);
+        }
+        self.bytes.push(0);
+        if self.bytes.len() > MAX_BYTES {
+            return Err(InitramfsError::TooMuch {
+                what: "the command, its arguments and its environment have",
+                max_bytes: MAX_BYTES,
+            });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn instructions() -> Instructions {
+        Instructions {
+            root: GuestRoot::Share("hwvmm-root".into()),
+            writable: vec![WritableShare { tag: "hwvmm-rw0".into(), path: "/srv".into() }],
+            command: vec!["sh".into(), "".into()],
+            environment: vec![Variable { name: "A".into(), value: "b=c".into() }],
+            workdir: "/tmp".into(),
+            user: GuestUser { uid: 1000, gid: 100 },
+            hostname: Some("guest".into()),
+            terminal: Some(TerminalSize { rows: 24, columns: 80 }),
+        }
+    }
+
+    #[test]
+    fn records_are_as_the_agent_reads_them() {
+        let bytes = instructions().encode(["a.ko", "b.ko"].into_iter()).expect("bytes");
+        // The agent's test has the same bytes, but for a second argument.
+        let expected = b"module=a.ko\0module=b.ko\0root=share:hwvmm-root\0rw=hwvmm-rw0:/srv\0arg=sh\0arg=\0env=A=b=c\0\
+            workdir=/tmp\0user=1000:100\0hostname=guest\0terminal=24x80\0";
+        assert_eq!(String::from_utf8_lossy(&bytes), String::from_utf8_lossy(expected));
+    }
+
+    #[test]
+    fn what_cannot_be_a_record_is_refused() {
+        let nul = Instructions { command: vec!["a\0arg=b".into()], ..instructions() };
+        assert!(matches!(nul.encode(std::iter::empty()), Err(InitramfsError::Nul(_))));
+        let long = Instructions { command: vec!["a".repeat(MAX_BYTES).into()], ..instructions() };
+        assert!(matches!(long.encode(std::iter::empty()), Err(InitramfsError::TooMuch { .. })));
+    }
+}

@@ -1,0 +1,265 @@
+//! The modules of a kernel on the host: where they are, and their contents.
+
+use super::index::{Driver, IndexError, IndexFiles, ModuleIndex};
+use crate::boot::unpack::{Content, Job, Limits, UnpackError};
+use crate::bounded_read::{self, OpenError, ReadError, open_regular};
+use crate::sandbox::Isolation;
+use hwvmm_arch::boot::FileRange;
+use hwvmm_arch::boot::bzimage::Compression;
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// The largest file of depmod(8) that is read. modules.dep of a distribution has less than 1 MiB.
+const INDEX_BYTES: u64 = 32 << 20;
+/// The largest module, unpacked.
+const MODULE_BYTES: u64 = 64 << 20;
+/// Where distributions keep modules.
+const SYSTEM_FOLDERS: [&str; 2] = ["/lib/modules", "/usr/lib/modules"];
+
+/// Why the modules of a kernel cannot be had.
+#[derive(Debug, Error)]
+pub enum ModulesError {
+    /// The folder that `--modules` names has no modules of this kernel.
+    #[error("--modules {}: no modules of kernel {release} there (a modules.dep in it, in lib/modules/{release} or in {release})", .folder.display())]
+    NotThere {
+        /// The folder as it was given.
+        folder: PathBuf,
+        /// The kernel's release.
+        release: String,
+    },
+    /// There are modules, and no modules.dep.
+    #[error("{} has modules, and no modules.dep: make it with `depmod -b DIR RELEASE`, where this is DIR/lib/modules/RELEASE", .0.display())]
+    NoIndex(PathBuf),
+    /// A driver is missing, or modules.dep is damaged.
+    #[error("modules in {}", .folder.display())]
+    Index {
+        /// The folder with modules.dep.
+        folder: PathBuf,
+        /// What is wrong.
+        source: IndexError,
+    },
+    /// A file cannot be read.
+    #[error("cannot read {}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: ReadError,
+    },
+    /// A module cannot be opened.
+    #[error("cannot open the module {}", .path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: OpenError,
+    },
+    /// A compressed module cannot be unpacked.
+    #[error("cannot unpack the module {}", .path.display())]
+    Unpack {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: UnpackError,
+    },
+}
+
+/// A module, unpacked.
+#[derive(Debug)]
+pub(super) struct Module {
+    /// The file's name in the guest, which ends in `.ko`.
+    pub(super) name: String,
+    /// The ELF file.
+    pub(super) bytes: Vec<u8>,
+}
+
+/// The modules that a guest needs.
+#[derive(Debug, Default)]
+pub(super) struct Modules {
+    /// The folder with modules.dep. `None` if no modules of this kernel were found: it has to have all drivers built in.
+    pub(super) folder: Option<PathBuf>,
+    /// In the order in which they are to be loaded.
+    pub(super) modules: Vec<Module>,
+}
+
+/// Where to look for modules.
+#[derive(Clone, Copy, Debug)]
+pub struct Places<'a> {
+    /// The kernel's path.
+    pub kernel: &'a Path,
+    /// The value of `--modules`.
+    pub given: Option<&'a Path>,
+}
+
+/// The folders that may have the modules of `release`, those that are looked at first in front.
+fn candidates(places: Places<'_>, release: &str) -> Vec<PathBuf> {
+    let below = |folder: &Path| {
+        [
+            folder.to_owned(),
+            folder.join("lib/modules").join(release),
+            folder.join("usr/lib/modules").join(release),
+            folder.join(release),
+        ]
+    };
+    if let Some(given) = places.given {
+        return below(given).into();
+    }
+    let mut folders = Vec::new();
+    if let Some(beside) = places.kernel.parent() {
+        folders.extend(below(beside));
+        folders.push(beside.join("modules"));
+        // An unpacked package has boot/vmlinuz and lib/modules.
+        folders.push(beside.join("../lib/modules").join(release));
+        folders.push(beside.join("../usr/lib/modules").join(release));
+    }
+    folders.extend(SYSTEM_FOLDERS.iter().map(|folder| Path::new(folder).join(release)));
+    folders
+}
+
+fn text(path: &Path) -> Result<String, ModulesError> {
+    bounded_read::read_text(path, INDEX_BYTES).map_err(|source| ModulesError::Read { path: path.to_owned(), source })
+}
+
+/// As [`text`], and empty where there is no such file.
+fn text_if_there(path: &Path) -> Result<String, ModulesError> {
+    if path.exists() { text(path) } else { Ok(String::new()) }
+}
+
+/// Finds and reads the modules that `drivers` need.
+///
+/// # Errors
+/// [`ModulesError`].
+pub(super) fn find(
+    places: Places<'_>,
+    release: &str,
+    drivers: &[Driver],
+    isolation: Isolation,
+) -> Result<Modules, ModulesError> {
+    let folders = candidates(places, release);
+    let Some(folder) = folders.iter().find(|folder| folder.join("modules.dep").is_file()) else {
+        if let Some(folder) = folders.iter().find(|folder| folder.join("modules.order").is_file()) {
+            return Err(ModulesError::NoIndex(folder.clone()));
+        }
+        return match places.given {
+            Some(given) => Err(ModulesError::NotThere { folder: given.to_owned(), release: release.to_owned() }),
+            None => Ok(Modules::default()),
+        };
+    };
+    let dependencies = text(&folder.join("modules.dep"))?;
+    let builtin = text_if_there(&folder.join("modules.builtin"))?;
+    let soft = text_if_there(&folder.join("modules.softdep"))?;
+    let index = ModuleIndex::parse(IndexFiles { dependencies: &dependencies, builtin: &builtin, soft: &soft });
+    let paths = index.resolve(drivers).map_err(|source| ModulesError::Index { folder: folder.clone(), source })?;
+    let modules = paths
+        .into_iter()
+        .enumerate()
+        .map(|(number, path)| module(&folder.join(path), number, isolation))
+        .collect::<Result<_, _>>()?;
+    Ok(Modules { folder: Some(folder.clone()), modules })
+}
+
+/// Reads a module. Its name in the guest begins with its number: two folders may have modules of one name.
+fn module(path: &Path, number: usize, isolation: Isolation) -> Result<Module, ModulesError> {
+    let failed = |error: io::Error| ModulesError::Read { path: path.to_owned(), source: error.into() };
+    let file_name = path.file_name().unwrap_or_default().to_string_lossy();
+    let stem = file_name.split(".ko").next().unwrap_or_default();
+    let name = format!("{number:02}-{stem}.ko");
+    let file = open_regular(path).map_err(|source| ModulesError::Open { path: path.to_owned(), source })?;
+    let bytes = file.metadata().map_err(failed)?.len();
+    let mut start = [0; 16];
+    let count = crate::boot::file::read_start(&file, &mut start).map_err(failed)?;
+    let is_packed =
+        Compression::detect(start.get(..count).unwrap_or_default()).is_some_and(|kind| kind != Compression::None);
+    let bytes = if is_packed {
+        unpack(path, &file, bytes, isolation)?
+    } else {
+        read(&file).map_err(|source| ModulesError::Read { path: path.to_owned(), source })?
+    };
+    Ok(Module { name, bytes })
+}
+
+fn read(file: &File) -> Result<Vec<u8>, ReadError> {
+    let mut bytes = Vec::new();
+    file.take(MODULE_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MODULE_BYTES { Err(ReadError::TooLarge { max_bytes: MODULE_BYTES }) } else { Ok(bytes) }
+}
+
+fn unpack(path: &Path, file: &File, bytes: u64, isolation: Isolation) -> Result<Vec<u8>, ModulesError> {
+    let failed = |source| ModulesError::Unpack { path: path.to_owned(), source };
+    let out = memfd_create("module", MemfdFlags::CLOEXEC)
+        .map(File::from)
+        .map_err(|error| failed(UnpackError::Write(error.into())))?;
+    let job = Job { range: FileRange { offset: 0, bytes }, content: Content::Stream, limits: Limits::of(MODULE_BYTES) };
+    let unpacked = job.run_confined(file, &out, isolation).map_err(failed)?;
+    let mut bytes = vec![0; usize::try_from(unpacked).unwrap_or_default()];
+    out.read_exact_at(&mut bytes, 0).map_err(|error| failed(UnpackError::Read(error)))?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// A tree as `dpkg -x` leaves it, after depmod: the kernel in boot, a plain and a compressed module.
+    fn tree() -> (tempfile::TempDir, PathBuf) {
+        let tree = tempfile::tempdir().expect("a folder");
+        let folder = tree.path().join("lib/modules/6.1-x");
+        fs::create_dir_all(folder.join("kernel")).expect("made");
+        fs::create_dir(tree.path().join("boot")).expect("made");
+        fs::write(folder.join("modules.order"), "").expect("written");
+        fs::write(folder.join("kernel/overlay.ko.zst"), zstd::encode_all(&b"\x7fELF overlay"[..], 1).expect("packed"))
+            .expect("written");
+        fs::write(folder.join("kernel/base.ko"), b"\x7fELF base").expect("written");
+        (tree, folder)
+    }
+
+    fn look(tree: &Path, given: Option<&Path>, drivers: &[Driver]) -> Result<Modules, ModulesError> {
+        find(Places { kernel: &tree.join("boot/vmlinuz"), given }, "6.1-x", drivers, Isolation::None)
+    }
+
+    #[test]
+    fn modules_are_found_and_unpacked() {
+        let (tree, folder) = tree();
+        assert!(matches!(look(tree.path(), None, &[Driver::Overlay]), Err(ModulesError::NoIndex(_))));
+        fs::write(folder.join("modules.dep"), "kernel/overlay.ko.zst: kernel/base.ko\nkernel/base.ko:\n")
+            .expect("written");
+        fs::write(folder.join("modules.builtin"), "kernel/virtiofs.ko\n").expect("written");
+        for given in [None, Some(tree.path().to_owned()), Some(folder.clone()), folder.parent().map(Path::to_owned)] {
+            let found = look(tree.path(), given.as_deref(), &[Driver::Overlay, Driver::Virtiofs]).expect("modules");
+            let names: Vec<_> = found.modules.iter().map(|module| module.name.as_str()).collect();
+            assert_eq!(names, ["00-base.ko", "01-overlay.ko"]);
+            assert_eq!(found.modules[1].bytes, b"\x7fELF overlay");
+        }
+        let error = look(tree.path(), None, &[Driver::Vsock]).expect_err("missing");
+        let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+        assert!(source.contains("CONFIG_VIRTIO_VSOCKETS"), "{source}");
+    }
+
+    #[test]
+    fn damaged_modules_are_named() {
+        let (tree, folder) = tree();
+        fs::write(folder.join("modules.dep"), "kernel/overlay.ko.zst:\n").expect("written");
+        fs::write(folder.join("kernel/overlay.ko.zst"), b"\x28\xb5\x2f\xfd damaged").expect("written");
+        let error = look(tree.path(), None, &[Driver::Overlay]).expect_err("damaged");
+        assert!(matches!(error, ModulesError::Unpack { .. }), "{error}");
+        fs::remove_file(folder.join("kernel/overlay.ko.zst")).expect("removed");
+        rustix::fs::mkfifoat(rustix::fs::CWD, folder.join("kernel/overlay.ko.zst"), rustix::fs::Mode::RUSR)
+            .expect("a FIFO");
+        let error = look(tree.path(), None, &[Driver::Overlay]).expect_err("a FIFO");
+        assert!(matches!(error, ModulesError::Open { source: OpenError::Kind, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_kernel_without_modules_is_taken_as_it_is() {
+        let tree = tempfile::tempdir().expect("a folder");
+        let found = look(tree.path(), None, &[Driver::Overlay]).expect("none");
+        assert!(found.folder.is_none() && found.modules.is_empty());
+        let error = look(tree.path(), Some(tree.path()), &[Driver::Overlay]).expect_err("nothing there");
+        assert!(matches!(error, ModulesError::NotThere { .. }), "{error}");
+    }
+}

@@ -1,0 +1,21 @@
+//! The parent process: it starts each machine in a process of its own, and outlives it.
+//!
+//! `hwvmm run` is two processes. The parent reads options and files, keeps the terminal, holds the time-out, takes the signals,
+//! and writes statistics and profiles. The child makes the machine and runs the guest. What the child leaves is plain data
+//! ([`RunRecord`](crate::measure::RunRecord)), sent in bounded messages (`message`, `channel`) and checked by the parent. A child that
+//! does not end in time is killed, and what it had sent by then is used.
+
+mod assembly;
+mod channel;
+mod child;
+mod message;
+mod parent;
+mod plan;
+mod signals;
+pub mod streams;
+mod writable_shares;
+
+pub use parent::{SuperviseError, run};
+pub use plan::{Check, Plan};
+pub use signals::Signals;
+pub use writable_shares::{InWritableShare, WritableShareError, check_writable_shares};

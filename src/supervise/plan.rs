@@ -1,0 +1,27 @@
+//! What the parent hands to the machine's process.
+
+use crate::boot::KernelFile;
+use crate::config::RunConfig;
+use crate::kvm::System;
+use crate::machine::Stdin;
+use std::error::Error;
+use std::time::Instant;
+
+/// A check of the host's KVM for the kernel.
+pub type Check<'a> = dyn Fn(&System, &KernelFile) -> Result<(), Box<dyn Error>> + 'a;
+
+/// What a machine's process is to do.
+pub struct Plan<'a> {
+    /// The configuration of the machine.
+    pub config: &'a RunConfig,
+    /// The pattern of `--expect`.
+    pub expect: Option<regex::bytes::Regex>,
+    /// The kind of stdin.
+    pub stdin: Stdin,
+    /// When the run ends at the latest.
+    pub deadline: Option<Instant>,
+    /// Called in the machine's process before the machine is made: an error ends the run.
+    pub check: &'a Check<'a>,
+    /// Called with a message before anything that takes long.
+    pub progress: &'a dyn Fn(&str),
+}
