@@ -16,6 +16,8 @@ mod share_mount;
 mod support;
 mod sys;
 #[cfg(test)]
+pub(crate) mod test_mounts;
+#[cfg(test)]
 mod test_process;
 #[cfg(test)]
 mod tests;

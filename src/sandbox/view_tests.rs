@@ -3,7 +3,8 @@
 
 use super::fork::fork_in_test;
 use super::share_mount::{MountError, ShareMount};
-use super::sys::{Listener, install, unshare};
+use super::sys::{Listener, install};
+use super::test_mounts::{no_place_for_users, own_mounts, own_proc, skipped};
 use super::test_process::{FOLDER, run, sandbox};
 use super::view::View;
 use super::{Access, Mode, OwnView, Reach};
@@ -14,15 +15,15 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount_bind, mount_bind_recursive, mount_change, mount_remount};
 use rustix::process::{DumpableBehavior, Gid, Uid, chdir, chroot, getegid, geteuid, set_dumpable_behavior};
-use rustix::thread::{
-    CapabilitySet, UnshareFlags, capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
-};
+use rustix::thread::{CapabilitySet, capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+const NEEDS_ROOT: &str = "it needs root";
 
 fn set_mode(path: &Path, mode: u32) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("changed");
@@ -53,8 +54,7 @@ fn become_nobody() {
 /// apparmor_restrict_unprivileged_userns it is AppArmor that refuses; here /proc cannot be written to.)
 pub(super) fn unusable_user_namespace() {
     alone(|| {
-        unshare(UnshareFlags::NEWNS).expect("root may");
-        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).expect("root may");
+        own_proc();
         mount_bind("/proc", "/proc").expect("root may");
         mount_remount("/proc", MountFlags::BIND | MountFlags::RDONLY, "").expect("root may");
         become_nobody();
@@ -72,7 +72,10 @@ pub(super) fn unusable_user_namespace() {
 
 #[test]
 fn a_user_namespace_that_cannot_be_used_is_not_entered() {
-    passes_for_root("unusable");
+    match no_place_for_users() {
+        Some(reason) => skipped("a user namespace that cannot be used", reason),
+        None => passes_for_root("unusable"),
+    }
 }
 
 /// On hosts that refuse what mounts of shares need.
@@ -140,8 +143,7 @@ fn refuse(number: i64, error: Errno) {
 /// Enters a folder with a /proc and a file of the host, as chroot(1) does, where the host shares its mounts. Returns the list
 /// of its mounts.
 fn enter_chroot(folder: &Path) -> File {
-    unshare(UnshareFlags::NEWNS).expect("root may");
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).expect("root may");
+    own_mounts();
     mount_change("/", MountPropagationFlags::SHARED | MountPropagationFlags::REC).expect("root may");
     for name in ["proc", "etc", "tmp"] {
         std::fs::create_dir(folder.join(name)).expect("made");
@@ -260,17 +262,21 @@ fn is_root() -> bool {
 }
 
 fn passes_for_root(case: &str) {
-    if is_root() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let output = run(case, folder.path());
-        assert!(output.status.success(), "{case}: {output:?}");
+    if !is_root() {
+        return skipped(case, NEEDS_ROOT);
     }
+    let folder = tempfile::tempdir().expect("a folder");
+    let output = run(case, folder.path());
+    assert!(output.status.success(), "{case}: {output:?}");
 }
 
 /// Runs the attack on a host that `host` describes.
 fn no_name_is_left(host: &str) {
     if !is_root() {
-        return;
+        return skipped(&format!("no name is left on the host{host}"), NEEDS_ROOT);
+    }
+    if let Some(reason) = no_place_for_users().filter(|_| host.contains("user")) {
+        return skipped(&format!("no name is left on the host{host}"), reason);
     }
     let mounts = || std::fs::read_to_string("/proc/self/mountinfo").expect("readable");
     let before = mounts();

@@ -317,6 +317,7 @@ fn names_of(path: &Path) -> Vec<OsString> {
 mod tests {
     use super::*;
     use crate::config::RunOptions;
+    use crate::sandbox::test_mounts::{own_mounts, skipped};
     use std::fs;
     use std::os::unix::fs::symlink;
 
@@ -435,23 +436,21 @@ mod tests {
 
     #[test]
     fn bind_mounts_are_seen_through() {
-        // Only root may mount.
-        if rustix::process::geteuid().is_root() {
-            std::thread::scope(|scope| scope.spawn(with_bind_mounts).join().expect("no panic"));
+        if !rustix::process::geteuid().is_root() {
+            return skipped("bind mounts are seen through", "it needs root");
         }
+        std::thread::scope(|scope| scope.spawn(with_bind_mounts).join().expect("no panic"));
     }
 
     /// In a thread with a mount namespace of its own.
     fn with_bind_mounts() {
-        use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+        use rustix::mount::mount_bind;
         let folder = tree();
         let path = |name: &str| folder.path().join(name);
         for name in ["bound", "outside/data", "outside/more", "shared/mounted"] {
             fs::create_dir(path(name)).expect("made");
         }
-        #[allow(deprecated, reason = "unshare_unsafe is unsafe for flags that are not used here")]
-        rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNS).expect("root may");
-        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).expect("private");
+        own_mounts();
         // A folder of the share under another name, and a folder that the guest sees in the share.
         mount_bind(path("shared/below"), path("bound")).expect("mounted");
         mount_bind(path("outside/data"), path("shared/mounted")).expect("mounted");

@@ -205,11 +205,18 @@ mod faults {
         }
     }
 
-    /// Calls `test` where this is root, who can become another user.
+    /// Calls `test` where this is root, who can become another user, and where such a user can do something.
     fn as_root(test: impl FnOnce()) -> Outcome {
-        match rustix::process::geteuid().is_root() {
-            true => when_it_runs(test),
-            false => Outcome::Skipped("it needs root".into()),
+        use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
+        let root = statx(CWD, "/", AtFlags::empty(), StatxFlags::MODE).expect("there");
+        if !rustix::process::geteuid().is_root() {
+            Outcome::Skipped("it needs root".into())
+        } else if root.stx_mode & 0o001 == 0 {
+            Outcome::Skipped("users other than root cannot enter /".into())
+        } else if !root.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+            Outcome::Skipped("this is a chroot, in which the kernel makes no user namespace".into())
+        } else {
+            when_it_runs(test)
         }
     }
 
@@ -237,8 +244,8 @@ mod faults {
         as_root(|| {
             let user = User::new();
             let mut command = Command::new("unshare");
-            command.args(["--mount", "sh", "-c"]).arg(
-                "mount --bind /proc /proc && mount -o remount,bind,ro /proc &&
+            command.args(["--mount", "--propagation", "unchanged", "sh", "-c"]).arg(
+                "mount --make-rprivate /proc && mount --bind /proc /proc && mount -o remount,bind,ro /proc &&
                  exec setpriv --reuid 65534 --regid 65534 --clear-groups \"$@\"",
             );
             command.arg("sh");
