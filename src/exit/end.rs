@@ -1,5 +1,6 @@
 //! How a run ends, and the exit status that says so.
 
+use super::signal::Signal;
 use crate::escape::{GUEST_BYTES, escape};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -41,46 +42,6 @@ pub mod status {
     pub const TIMEOUT: u8 = 124;
     /// The user left with Ctrl-A x.
     pub const QUIT: u8 = 130;
-}
-
-/// The signals that end a run, so that the terminal is restored and the counts are printed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Signal {
-    /// SIGHUP: the terminal is gone.
-    Hup,
-    /// SIGINT, which Ctrl-C sends.
-    Int,
-    /// SIGQUIT: prints the flight recorder as well.
-    Quit,
-    /// SIGTERM: the default of kill(1).
-    Term,
-}
-
-impl Signal {
-    /// All signals that end a run.
-    pub const ALL: [Self; 4] = [Self::Hup, Self::Int, Self::Quit, Self::Term];
-
-    /// Number of the signal (signal(7), x86).
-    #[must_use]
-    pub fn number(self) -> u8 {
-        match self {
-            Self::Hup => 1,
-            Self::Int => 2,
-            Self::Quit => 3,
-            Self::Term => 15,
-        }
-    }
-
-    /// Name with its prefix, such as "SIGTERM".
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Hup => "SIGHUP",
-            Self::Int => "SIGINT",
-            Self::Quit => "SIGQUIT",
-            Self::Term => "SIGTERM",
-        }
-    }
 }
 
 /// How the machine's process ended when it should not have.
@@ -192,7 +153,7 @@ impl EndReason {
             | Self::Quit
             | Self::Stopped => true,
             // SIGQUIT is how one asks a program for what it knows.
-            Self::Signal(signal) => *signal != Signal::Quit,
+            Self::Signal(signal) => *signal != Signal::QUIT,
             Self::NotSeen(end) => end.is_clean(),
             Self::TripleFault
             | Self::Panicked(_)
@@ -233,7 +194,7 @@ impl fmt::Display for EndReason {
             Self::TimedOut(after) => write!(f, "timed out after {} s", after.as_secs_f64()),
             Self::Quit => f.write_str("ended by the user"),
             Self::Stopped => f.write_str("stopped through the control socket"),
-            Self::Signal(signal) => write!(f, "ended by {}", signal.name()),
+            Self::Signal(signal) => write!(f, "ended by {signal}"),
             Self::Failed(what) => f.write_str(&escape(what, MAX_BYTES)),
             Self::Crashed(Crash::Refused(what)) => {
                 write!(

@@ -3,7 +3,9 @@
 pub mod end;
 pub mod handler;
 pub mod reason;
+pub mod signal;
 
-pub use end::{Crash, EndReason, RunEnd, Signal};
+pub use end::{Crash, EndReason, RunEnd};
 pub use handler::{Handler, Outcome, Route};
 pub use reason::ExitReason;
+pub use signal::Signal;

@@ -82,7 +82,7 @@ mod tests {
     fn requests_are_read_one_by_one() {
         let flags = SocketFlags::CLOEXEC;
         let (parent, child) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("sockets");
-        let asked = [StopRequest::Signal(Signal::Term), StopRequest::TimedOut(Duration::MAX)];
+        let asked = [StopRequest::Signal(Signal::TERM), StopRequest::TimedOut(Duration::MAX)];
         for request in asked {
             let packet = serde_json::to_vec(&request).expect("JSON");
             assert!(packet.len() <= StopRequest::MAX_BYTES, "{}", packet.len());

@@ -269,7 +269,7 @@ pub(crate) mod tests {
         let ends = [
             EndReason::NotSeen(Box::new(EndReason::PowerOff)),
             EndReason::Panicked(Some("words".into())),
-            EndReason::Signal(Signal::Quit),
+            EndReason::Signal(Signal::QUIT),
             EndReason::TimedOut(std::time::Duration::from_millis(1500)),
             EndReason::DebugExit(3),
         ];

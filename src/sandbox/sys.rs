@@ -160,6 +160,18 @@ pub(super) fn set_close_on_exec(fd: RawFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Gives a signal its default action again.
+///
+/// # Errors
+/// EINVAL where there is no such signal.
+pub(super) fn restore_default(signal: i32) -> io::Result<()> {
+    // SAFETY: no handler is installed, and what a replaced one would have done is left undone.
+    if unsafe { libc::signal(signal, libc::SIG_DFL) } == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Makes a system call by its number, as hostile code would. Further arguments are 0.
 #[cfg(any(debug_assertions, feature = "fault-injection"))]
 pub(super) fn call(number: i64, arguments: [usize; 4]) -> io::Result<i64> {

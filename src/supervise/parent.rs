@@ -138,7 +138,7 @@ struct Ending {
 /// A running process of a machine.
 struct Watch<'a> {
     plan: &'a Plan<'a>,
-    signals: &'a Signals,
+    signals: &'a mut Signals,
     child: Child,
     /// `None` once the other end is closed.
     receiver: Option<Receiver>,
@@ -199,7 +199,7 @@ impl Watch<'_> {
             next.map(|at| at.saturating_duration_since(Instant::now())).into_iter().chain(stderr_takes_nothing).min();
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
         let mut fds = vec![PollFd::new(&self.child, PollFlags::IN)];
-        fds.extend(self.signals.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        fds.extend(self.signals.fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         fds.extend(self.receiver.iter().map(|receiver| PollFd::new(receiver, PollFlags::IN)));
         let host_connector = self.host_connector.iter().filter(|_| connects_at.is_none());
         fds.extend(host_connector.map(|host| PollFd::new(host, PollFlags::IN)));

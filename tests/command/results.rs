@@ -7,7 +7,7 @@ use rustix::fs::{CWD, Mode, mkfifoat};
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// A guest that can write to the folder of a result may put a symbolic link there; this one is put there by the test.
@@ -109,7 +109,63 @@ fn a_signal_after_the_run_ends_hwvmm() -> Outcome {
     })
 }
 
+/// All that end a process by default, but for those that are hwvmm's own faults, SIGKILL, SIGXCPU and the C library's own.
+fn every_signal_that_ends_a_process_leaves_results() -> Outcome {
+    when_it_runs(|| {
+        let real_time = [34, 35, 50, 64].map(|number| (number, format!("real-time signal {number}")));
+        let named = [
+            (libc::SIGHUP, "SIGHUP"),
+            (libc::SIGINT, "SIGINT"),
+            (libc::SIGQUIT, "SIGQUIT"),
+            (libc::SIGUSR1, "SIGUSR1"),
+            (libc::SIGUSR2, "SIGUSR2"),
+            (libc::SIGALRM, "SIGALRM"),
+            (libc::SIGTERM, "SIGTERM"),
+            (libc::SIGSTKFLT, "SIGSTKFLT"),
+            (libc::SIGVTALRM, "SIGVTALRM"),
+            (libc::SIGPROF, "SIGPROF"),
+            (libc::SIGIO, "SIGIO"),
+            (libc::SIGPWR, "SIGPWR"),
+        ];
+        let named = named.map(|(number, name)| (number, name.to_owned()));
+        let stats = folder().join("signal.json");
+        for (number, name) in named.into_iter().chain(real_time) {
+            let guest = spin("signal", &["--timeout", "20s", "--stats-out", stats.to_str().expect("UTF-8")]);
+            let sent = Command::new("kill").args([format!("-{number}"), guest.parent.id().to_string()]).status();
+            assert!(sent.expect("kill(1)").success());
+            let out = guest.parent.wait_with_output().expect("ended");
+            let errors = text(&out.stderr);
+            assert_eq!(out.status.code(), Some(128 + number), "{name}: {errors}");
+            assert!(errors.contains(&format!("ended by {name}")), "{name}: {errors}");
+            let json: serde_json::Value = serde_json::from_slice(&fs::read(&stats).expect("written")).expect("JSON");
+            assert!(json["status"] == 128 + number, "{name}: {json}");
+            fs::remove_file(&stats).expect("removed");
+        }
+    })
+}
+
+/// RLIMIT_FSIZE: a write beyond it fails, and SIGXFSZ does not end hwvmm.
+fn a_file_that_would_be_too_long_is_an_error() -> Outcome {
+    when_it_runs(|| {
+        let (stats, kernel) = (folder().join("long.json"), kernel("long", guests::power_off()));
+        let out = Command::new("sh")
+            .args(["-c", "ulimit -f 0; exec \"$@\"", "sh"])
+            .arg(hwvmm().get_program())
+            .args(["run", "-m", "16M", "--timeout", "20s", "--stats-out"])
+            .args([&stats, &kernel])
+            .env("HOME", folder())
+            .stdin(Stdio::null())
+            .output()
+            .expect("started");
+        let errors = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(42), "{} {errors}", out.status);
+        assert!(errors.contains("the guest powered off") && errors.contains("File too large"), "{errors}");
+    })
+}
+
 pub(super) const TESTS: &[Test] = &[
+    ("every_signal_that_ends_a_process_leaves_results", every_signal_that_ends_a_process_leaves_results),
+    ("a_file_that_would_be_too_long_is_an_error", a_file_that_would_be_too_long_is_an_error),
     (
         "a_full_disk_does_not_change_the_status_of_a_guest_that_failed",
         a_full_disk_does_not_change_the_status_of_a_guest_that_failed,
