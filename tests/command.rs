@@ -27,6 +27,8 @@ mod refused;
 mod restart;
 #[path = "command/results.rs"]
 mod results;
+#[path = "command/shares.rs"]
+mod shares;
 #[path = "command/words.rs"]
 mod words;
 
@@ -488,6 +490,7 @@ fn main() -> ExitCode {
         refused::TESTS,
         restart::TESTS,
         results::TESTS,
+        shares::TESTS,
         words::TESTS,
     ];
     harness::run("command", &all.concat())

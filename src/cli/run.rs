@@ -51,6 +51,7 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
         io::stdout().write_all(crate::tune::help().as_bytes())?;
         return Ok(status::OK);
     }
+    let file = args.config.clone();
     let mut config = match configuration(args) {
         Ok(config) => config,
         Err(error) => {
@@ -58,10 +59,11 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
             return Ok(status::USAGE);
         }
     };
-    if let Err(error) = supervise::check_writable_shares(&config) {
+    if let Err(error) = supervise::check_writable_shares(&config, file.as_deref()) {
         fail(&error);
         return Ok(status::USAGE);
     }
+    leave_out_shared_cache(&mut config);
     let files = match ResultFiles::open(&config) {
         Ok(files) => files,
         Err(error) => {
@@ -103,6 +105,20 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
         (status::OK, None) if within == Within::No => status::OVER_BUDGET,
         (status, None) => status,
     })
+}
+
+/// Does without the kernel cache where a guest can have put files there: they would be booted in place of the user's kernels.
+fn leave_out_shared_cache(config: &mut RunConfig) {
+    if let Some(folder) = config.kernel_cache.take() {
+        if supervise::is_in_writable_share(config, &folder) {
+            log::warn!(
+                "unpacked kernels are not kept: {} is in the folder of a writable --share; name another one with --kernel-cache",
+                folder.shown()
+            );
+        } else {
+            config.kernel_cache = Some(folder);
+        }
+    }
 }
 
 /// Reads the options of the command line and of the file, and checks them.

@@ -7,6 +7,7 @@ use crate::sandbox::{Limits, confined};
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::virtio::block::{CheckJob, Format, Image, ImageOptions};
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::Duration;
 
 /// What the check of an image may take. It reads at most 1 GiB of tables.
@@ -34,6 +35,11 @@ impl Disks {
         };
         let open = |disk| Ok(Image::open_checked_at(&image_options(disk), Some(&place))?);
         config.disk.iter().map(open).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// The paths of the backing files that are open.
+    pub fn backing_files(&self) -> impl Iterator<Item = &Path> {
+        self.0.iter().flat_map(Image::backing_files)
     }
 }
 

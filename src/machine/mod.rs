@@ -14,6 +14,7 @@ mod virtio;
 pub use disks::{Disks, detect_disk_formats};
 pub use error::MachineError;
 pub use files::Files;
+pub use net::PASST;
 pub use request::StopRequest;
 pub use run::{Ran, RunError, run};
 

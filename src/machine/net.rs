@@ -14,6 +14,9 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
+/// The program for a network without rights on the host, which is found by PATH.
+pub const PASST: &str = "passt";
+
 /// What the guest gets by DHCP, and where it finds the host: as in other VMMs' user mode.
 const GUEST_ADDRESS: &str = "10.0.2.15";
 const HOST_ADDRESS: &str = "10.0.2.2";
@@ -75,7 +78,7 @@ fn port_spec(forward: &Forward) -> String {
 /// Starts passt on one end of a socket; it ends when the other end, which is returned, closes.
 fn start_passt(forwards: &[Forward]) -> Result<(UnixStream, Passt), MachineError> {
     let (ours, theirs) = UnixStream::pair()?;
-    let mut command = Command::new("passt");
+    let mut command = Command::new(PASST);
     command
         .args(["--foreground", "--quiet", "--stderr", "--fd", "0"])
         .args(["--address", GUEST_ADDRESS, "--netmask", NETMASK, "--gateway", HOST_ADDRESS])

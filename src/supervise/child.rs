@@ -3,6 +3,7 @@
 use super::channel::Sender;
 use super::message::{Message, of_record};
 use super::plan::Plan;
+use super::writable_shares::check_backing_files;
 use crate::boot::KernelFile;
 use crate::config::{RunConfig, SandboxMode};
 use crate::console::{self, Announcements, line_state};
@@ -108,6 +109,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
     };
     let files = Files::open(plan.config, kernel, &|what| on_event(Event::Progress(what)))?;
     let disks = Disks::open(plan.config)?;
+    check_backing_files(plan.config, &disks)?;
     let setup = Setup {
         config: plan.config,
         files: &files,

@@ -1,32 +1,28 @@
-//! Files of the host that a guest could replace, by a shared folder that it can write to.
+//! Files of the host that a guest could replace, or has made, in a shared folder that it can write to.
 //!
-//! What is opened before the guest first runs is what the user named. What hwvmm opens, connects to or removes by its path later must
-//! not have a name in a writable share: there a guest can put a symbolic link, a FIFO or another socket in its place.
+//! Nothing that a guest wrote decides what hwvmm opens. In a writable share this guest, or one before it, can put a symbolic link, a
+//! FIFO or another socket in place of any file. So what hwvmm opens, connects to or removes by its path after the guest has run must
+//! have no name in such a share, and what it opens before may lead through no link there. A file that itself names files to open
+//! must not be in one at all.
 //!
 //! Folders are compared by device and inode, and by their place in the file system (proc_pid_mountinfo(5)), which bind mounts do not
-//! change. Nothing here is a race with a guest: it runs before the first start, and looks at each folder that the path leads through.
+//! change. This guest does not run yet when all of this is checked; another one that has the same folder meanwhile could still win a
+//! race with the check.
 
-use crate::config::{ConsoleTarget, DiskFormat, OnReboot, RunConfig};
+use super::mounts::Mounts;
+use super::share_tree::{Found, Tree};
+use crate::config::{ConsoleTarget, DiskFormat, NetBackend, OnReboot, RunConfig, ShareConfig};
+use crate::machine::{Disks, PASST};
 use hwvmm_devices::path_text::PathText as _;
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, PROC_SUPER_MAGIC, fstat, fstatfs, openat, readlinkat, statat};
-use rustix::io::Errno;
-use std::ffi::{OsStr, OsString};
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Component, Path, PathBuf};
+use rustix::fs::{Access, access};
+use std::path::{Path, PathBuf};
 use thiserror::Error;
-
-/// Symbolic links that are followed in a path, as in Linux.
-const MAX_LINKS: usize = 40;
-/// Folders between a folder and the root that are looked at.
-const MAX_DEPTH: usize = 4096;
 
 /// A path and a writable share exclude each other.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
-    "{option} {}: it is in the folder of the writable --share tag={tag} ({}), where the guest could replace it by a link to any \
-     file of the host, and hwvmm {use_}: choose a path outside of the share, or share the folder with readonly=on",
+    "{option} {}: in the folder of the writable --share tag={tag} ({}) {why}: choose a path outside of the share, or share the folder \
+     with readonly=on",
     path.shown(), share.shown()
 )]
 pub struct InWritableShare {
@@ -34,7 +30,20 @@ pub struct InWritableShare {
     path: PathBuf,
     tag: String,
     share: PathBuf,
-    use_: &'static str,
+    why: Why,
+}
+
+/// Why a path is refused.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+enum Why {
+    #[error("the guest could replace it by a link to any file of the host, and hwvmm {0}")]
+    Replaced(&'static str),
+    #[error("a guest can have written it, and {0}")]
+    Written(&'static str),
+    #[error("it leads through a symbolic link that a guest can have made, to any file of the host")]
+    Link,
+    #[error("it is a FIFO, a socket or a device, which a guest can have made")]
+    Special,
 }
 
 /// An option and a writable share exclude each other.
@@ -57,58 +66,72 @@ pub enum WritableShareError {
     },
 }
 
-/// A path that is used after the guest has run.
-struct Later<'a> {
-    option: &'static str,
-    path: &'a Path,
-    use_: &'static str,
+/// What a path must not lead to.
+#[derive(Clone, Copy)]
+enum Rule {
+    /// Anywhere in a writable share.
+    Outside(Why),
+    /// Through a link in one, or to a special file.
+    NoLinks,
 }
 
-const CONNECTS: &str = "connects to sockets there that the guest chooses";
-const REMOVES: &str = "removes it after the guest has run";
-const AGAIN: &str = "opens it again at each --on-reboot restart";
+/// A path that hwvmm uses.
+struct Used<'a> {
+    option: &'static str,
+    path: &'a Path,
+    rule: Rule,
+}
 
-/// The paths of `config` that are used after the guest has run. `--symbols` is not one of them: that file is only read, by a process
-/// without rights, and what is read is shown to the user alone. The files of `--stats-out` and `--profile-out` are open by then.
-fn used_later(config: &RunConfig) -> Vec<Later<'_>> {
+const CONNECTS: Rule = Rule::Outside(Why::Replaced("connects to sockets there that the guest chooses"));
+const REMOVES: Rule = Rule::Outside(Why::Replaced("removes it after the guest has run"));
+const AGAIN: Rule = Rule::Outside(Why::Replaced("opens it again at each --on-reboot restart"));
+const DECIDES: Rule = Rule::Outside(Why::Written("it decides which files of the host are opened"));
+const NAMES_BACKING: Rule = Rule::Outside(Why::Written("it can name any file of the host as its backing file"));
+const BACKING: Rule = Rule::Outside(Why::Written("it, or a link in its place, can lead to any file of the host"));
+const EXECUTED: Rule = Rule::Outside(Why::Written("hwvmm executes it on the host"));
+
+/// The paths of `config` that are used. The kernel cache is not one of them ([`is_in_writable_share`]), and neither is `--kvm`.
+fn used<'a>(config: &'a RunConfig, file: Option<&'a Path>) -> Vec<Used<'a>> {
     let mut all = Vec::new();
-    let mut add = |option, path, use_| all.push(Later { option, path, use_ });
-    if let Some(path) = config.vsock_path() {
-        add("--vsock uds=", path, CONNECTS);
-    }
-    if let Some(path) = &config.api {
-        add("--api", path, REMOVES);
-    }
-    if config.on_reboot != OnReboot::Restart {
-        return all;
-    }
-    add("kernel", &config.kernel, AGAIN);
-    config.initrd.iter().for_each(|path| add("--initrd", path, AGAIN));
-    config.module.iter().for_each(|module| add("--module", &module.path, AGAIN));
+    let mut add = |option, path, rule| all.push(Used { option, path, rule });
+    let first = if config.on_reboot == OnReboot::Restart { AGAIN } else { Rule::NoLinks };
+    file.into_iter().for_each(|path| add("--config", path, DECIDES));
+    config.vsock_path().into_iter().for_each(|path| add("--vsock uds=", path, CONNECTS));
+    config.api.iter().for_each(|path| add("--api", path, REMOVES));
+    add("kernel", &config.kernel, first);
+    config.initrd.iter().for_each(|path| add("--initrd", path, first));
+    config.module.iter().for_each(|module| add("--module", &module.path, first));
     for disk in &config.disk {
-        add("--disk", &disk.path, AGAIN);
-        disk.data_file.iter().for_each(|path| add("--disk data-file=", path, AGAIN));
+        let names_files = disk.format == DiskFormat::Qcow2;
+        add("--disk", &disk.path, if names_files { NAMES_BACKING } else { first });
+        disk.data_file.iter().for_each(|path| add("--disk data-file=", path, first));
     }
-    config.share.iter().for_each(|share| add("--share path=", &share.path, AGAIN));
+    config.share.iter().for_each(|share| add("--share path=", &share.path, first));
     let consoles = config.serial.iter().flatten().map(|target| ("--serial", target));
     for (option, target) in consoles.chain(config.console.iter().map(|target| ("--console", target))) {
         if let ConsoleTarget::File(path) = target {
-            add(option, path, AGAIN);
+            add(option, path, first);
         }
     }
+    // The files of results are open when the guest runs, and those that are read after it can do no harm.
+    config.stats_out.iter().for_each(|path| add("--stats-out", path, Rule::NoLinks));
+    config.profile_out.iter().for_each(|path| add("--profile-out", path, Rule::NoLinks));
+    config.budget_from.iter().for_each(|path| add("--budget-from", path, Rule::NoLinks));
+    config.symbols.iter().for_each(|path| add("--symbols", path, Rule::NoLinks));
     all
 }
 
-/// Returns an error if the guest of `config` could replace a file that hwvmm opens, connects to or removes after the guest has run.
-/// What cannot be opened is left to the code that opens it.
+/// Returns an error if a guest could decide which files of the host the run of `config`, whose options are in `file`, opens, connects
+/// to, removes or executes. What cannot be opened is left to the code that opens it.
 ///
 /// # Errors
 /// [`WritableShareError`].
-pub fn check_writable_shares(config: &RunConfig) -> Result<(), WritableShareError> {
-    check_paths(config)?;
-    let share = config.share.iter().find(|share| !share.read_only);
+pub fn check_writable_shares(config: &RunConfig, file: Option<&Path>) -> Result<(), WritableShareError> {
+    let passt = passt(config);
+    let passt = passt.iter().map(|path| Used { option: "passt", path, rule: EXECUTED });
+    check_paths(config, used(config, file).into_iter().chain(passt))?;
     let disk = config.disk.iter().find(|disk| disk.format == DiskFormat::Qcow2);
-    match (config.on_reboot, share, disk) {
+    match (config.on_reboot, writable(config).next(), disk) {
         (OnReboot::Restart, Some(share), Some(disk)) => {
             Err(WritableShareError::Backing { disk: disk.path.clone(), tag: share.tag.clone() })
         }
@@ -116,201 +139,69 @@ pub fn check_writable_shares(config: &RunConfig) -> Result<(), WritableShareErro
     }
 }
 
-fn check_paths(config: &RunConfig) -> Result<(), InWritableShare> {
-    let mut writable = config.share.iter().filter(|share| !share.read_only).peekable();
-    if writable.peek().is_none() {
-        return Ok(());
+/// Returns an error if a backing file of an open disk is in a writable share: its header could name any other file.
+///
+/// # Errors
+/// [`WritableShareError::Path`].
+pub(super) fn check_backing_files(config: &RunConfig, disks: &Disks) -> Result<(), WritableShareError> {
+    let used = disks.backing_files().map(|path| Used { option: "backing file", path, rule: BACKING });
+    Ok(check_paths(config, used)?)
+}
+
+/// Returns true if files in `folder` can be those of a guest of `config`.
+#[must_use]
+pub fn is_in_writable_share(config: &RunConfig, folder: &Path) -> bool {
+    let inside = folder.join("file");
+    check_paths(config, [Used { option: "", path: &inside, rule: DECIDES }].into_iter()).is_err()
+}
+
+/// The files that may be executed as passt, as execvp(3) looks for them: those in `PATH` up to the first that can be. At a restart all of
+/// them are looked for again.
+fn passt(config: &RunConfig) -> Vec<PathBuf> {
+    if !config.net.iter().any(|net| matches!(net.backend, NetBackend::User(_))) {
+        return Vec::new();
     }
-    let later = used_later(config);
-    if later.is_empty() {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    passt_in(std::env::split_paths(&path), config.on_reboot)
+}
+
+fn passt_in(folders: impl Iterator<Item = PathBuf>, on_reboot: OnReboot) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for path in folders.map(|folder| folder.join(PASST)) {
+        let is_last = access(&path, Access::EXEC_OK).is_ok() && path.is_file();
+        if is_last || on_reboot == OnReboot::Restart {
+            found.push(path);
+        }
+        if is_last {
+            break;
+        }
+    }
+    found
+}
+
+fn writable(config: &RunConfig) -> impl Iterator<Item = &ShareConfig> {
+    config.share.iter().filter(|share| !share.read_only)
+}
+
+fn check_paths<'a>(config: &RunConfig, used: impl Iterator<Item = Used<'a>>) -> Result<(), InWritableShare> {
+    if writable(config).next().is_none() {
         return Ok(());
     }
     let mounts = Mounts::read();
-    for share in writable {
-        let Some(tree) = Tree::of(&share.path, &mounts) else { continue };
-        for Later { option, path, use_ } in &later {
-            if tree.names(path, &mounts) {
-                let (path, tag, share) = (path.to_path_buf(), share.tag.clone(), share.path.clone());
-                return Err(InWritableShare { option, path, tag, share, use_ });
-            }
+    let trees: Vec<_> = writable(config).filter_map(|share| Some((share, Tree::of(&share.path, &mounts)?))).collect();
+    for Used { option, path, rule } in used {
+        for (share, tree) in &trees {
+            let why = match (rule, tree.find(path, &mounts)) {
+                (_, Found::Outside) | (Rule::NoLinks, Found::Plain) => continue,
+                (Rule::Outside(why), _) => why,
+                (Rule::NoLinks, Found::Link) => Why::Link,
+                (Rule::NoLinks, Found::Special) => Why::Special,
+            };
+            let (path, tag, share) = (path.to_path_buf(), share.tag.clone(), share.path.clone());
+            return Err(InWritableShare { option, path, tag, share, why });
         }
     }
     Ok(())
-}
-
-/// A mount of this process' namespace.
-struct Mount {
-    id: u64,
-    /// Device numbers, as text.
-    device: Vec<u8>,
-    /// What of the file system is mounted.
-    root: PathBuf,
-    point: PathBuf,
-}
-
-/// The mounts of this process' namespace.
-struct Mounts(Vec<Mount>);
-
-impl Mounts {
-    fn read() -> Self {
-        let text = std::fs::read("/proc/thread-self/mountinfo").unwrap_or_default();
-        Self(text.split(|byte| *byte == b'\n').filter_map(Mount::parse).collect())
-    }
-
-    /// Returns the device of the file system of the open folder, and its path in that file system.
-    fn place(&self, folder: &OwnedFd) -> Option<Place> {
-        let number = folder.as_raw_fd();
-        let info = std::fs::read_to_string(format!("/proc/thread-self/fdinfo/{number}")).ok()?;
-        let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse::<u64>().ok()?;
-        let mount = self.0.iter().find(|mount| mount.id == id)?;
-        let path = std::fs::read_link(format!("/proc/thread-self/fd/{number}")).ok()?;
-        let below = path.strip_prefix(&mount.point).ok()?;
-        Some(Place { device: mount.device.clone(), path: mount.root.join(below) })
-    }
-}
-
-impl Mount {
-    /// Reads a line of mountinfo.
-    fn parse(line: &[u8]) -> Option<Self> {
-        let mut words = line.split(|byte| *byte == b' ');
-        let id = std::str::from_utf8(words.next()?).ok()?.parse().ok()?;
-        let device = words.nth(1)?.to_vec();
-        let mut path = || words.next().map(unescape);
-        Some(Self { id, device, root: path()?, point: path()? })
-    }
-}
-
-/// Returns a path of mountinfo, where a space, for example, is `\040`.
-fn unescape(mut text: &[u8]) -> PathBuf {
-    let mut bytes = Vec::new();
-    while let Some((&first, rest)) = text.split_first() {
-        let octal = rest.get(..3).and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        match (first, octal) {
-            (b'\\', Some(byte)) => {
-                bytes.push(byte);
-                text = rest.get(3..).unwrap_or_default();
-            }
-            _ => {
-                bytes.push(first);
-                text = rest;
-            }
-        }
-    }
-    OsString::from_vec(bytes).into()
-}
-
-/// A folder by its place in a file system.
-struct Place {
-    device: Vec<u8>,
-    path: PathBuf,
-}
-
-/// A folder that a guest can write to, with all that is below it.
-struct Tree {
-    /// Device and inode.
-    file: (u64, u64),
-    /// The folder, and what is mounted below it.
-    places: Vec<Place>,
-}
-
-fn open_folder(at: impl AsFd, name: &Path) -> rustix::io::Result<OwnedFd> {
-    openat(at, name, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-}
-
-fn file(folder: &OwnedFd) -> rustix::io::Result<(u64, u64)> {
-    fstat(folder).map(|stat| (stat.st_dev, stat.st_ino))
-}
-
-impl Tree {
-    fn of(path: &Path, mounts: &Mounts) -> Option<Self> {
-        let folder = open_folder(CWD, path).ok()?;
-        let shown = std::fs::read_link(format!("/proc/thread-self/fd/{}", folder.as_raw_fd())).ok();
-        let below = mounts.0.iter().filter(|mount| shown.as_ref().is_some_and(|shown| mount.point.starts_with(shown)));
-        let below = below.map(|mount| Place { device: mount.device.clone(), path: mount.root.clone() });
-        Some(Self { file: file(&folder).ok()?, places: mounts.place(&folder).into_iter().chain(below).collect() })
-    }
-
-    /// Returns true if the folder is in this tree.
-    fn has(&self, folder: &OwnedFd, mounts: &Mounts) -> bool {
-        self.is_above(folder).unwrap_or(false)
-            || mounts.place(folder).is_some_and(|place| {
-                self.places.iter().any(|tree| tree.device == place.device && place.path.starts_with(&tree.path))
-            })
-    }
-
-    /// Returns true if a parent of the folder, or the folder itself, is this one.
-    fn is_above(&self, folder: &OwnedFd) -> rustix::io::Result<bool> {
-        let mut now = file(folder)?;
-        let mut parent = folder.try_clone().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-        for _ in 0..MAX_DEPTH {
-            if now == self.file {
-                return Ok(true);
-            }
-            parent = open_folder(&parent, Path::new(".."))?;
-            let above = file(&parent)?;
-            if above == now {
-                break;
-            }
-            now = above;
-        }
-        Ok(false)
-    }
-
-    /// Returns true if a name that `path` leads through, or its last one, is looked up in a folder of this tree.
-    fn names(&self, path: &Path, mounts: &Mounts) -> bool {
-        self.walk(path, mounts).unwrap_or(false)
-    }
-
-    /// As [`Tree::names`]; an error where the path cannot be followed, such as a file that does not exist yet, in a folder that is
-    /// not there.
-    fn walk(&self, path: &Path, mounts: &Mounts) -> io::Result<bool> {
-        let mut left = names_of(path);
-        let mut links = 0;
-        let mut folder = open_folder(CWD, Path::new("."))?;
-        while let Some(name) = left.pop() {
-            if name == "/" {
-                folder = open_folder(CWD, Path::new("/"))?;
-                continue;
-            }
-            // The guest cannot move the root of the share, so it does not choose what is above.
-            let above_root = name == ".." && file(&folder)? == self.file;
-            if !above_root && self.has(&folder, mounts) {
-                return Ok(true);
-            }
-            let kind = match statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(stat) => FileType::from_raw_mode(stat.st_mode),
-                Err(Errno::NOENT) if left.is_empty() => return Ok(false),
-                Err(error) => return Err(error.into()),
-            };
-            match kind {
-                FileType::Symlink if fstatfs(&folder)?.f_type == PROC_SUPER_MAGIC => {
-                    // It may be an open file (/proc/self/fd), for which no name is looked up.
-                    match open_folder(&folder, Path::new(&name)) {
-                        Ok(next) => folder = next,
-                        Err(Errno::NOTDIR) => return Ok(false),
-                        Err(error) => return Err(error.into()),
-                    }
-                }
-                FileType::Symlink => {
-                    links += 1;
-                    if links > MAX_LINKS {
-                        return Err(Errno::LOOP.into());
-                    }
-                    let target = readlinkat(&folder, &name, Vec::new())?;
-                    left.extend(names_of(Path::new(OsStr::from_bytes(target.as_bytes()))));
-                }
-                FileType::Directory => folder = open_folder(&folder, Path::new(&name))?,
-                _ => return Ok(false),
-            }
-        }
-        Ok(false)
-    }
-}
-
-/// The names in a path, the first one last.
-fn names_of(path: &Path) -> Vec<OsString> {
-    let names = path.components().filter(|component| *component != Component::CurDir);
-    names.map(|component| component.as_os_str().to_owned()).rev().collect()
 }
 
 #[cfg(test)]
@@ -337,7 +228,8 @@ mod tests {
     }
 
     fn check(root: &Path, options: &str) -> Result<(), InWritableShare> {
-        check_paths(&config(root, options))
+        let config = config(root, options);
+        check_paths(&config, used(&config, None).into_iter())
     }
 
     const SHARE: &str = "share = 'tag=a,path=@/shared'\n";
@@ -391,9 +283,103 @@ mod tests {
     }
 
     #[test]
+    fn no_link_that_an_earlier_guest_has_left_is_followed() {
+        let folder = tree();
+        fs::write(folder.path().join("outside/of-the-user"), "").expect("written");
+        symlink("../outside/of-the-user", folder.path().join("shared/link")).expect("linked");
+        symlink("../outside", folder.path().join("shared/out")).expect("linked");
+        fs::write(folder.path().join("shared/plain"), "").expect("written");
+        for (options, option) in [
+            ("initrd = '@/shared/NAME'", "--initrd"),
+            ("module = '@/shared/NAME'", "--module"),
+            ("disk = '@/shared/NAME'", "--disk"),
+            ("disk = '@/shared/NAME,format=raw'", "--disk"),
+            ("disk = '@/outside/x,format=qcow2,data-file=@/shared/NAME'", "--disk data-file="),
+            ("serial = '1=file:@/shared/NAME'", "--serial"),
+            ("console = 'virtio=file:@/shared/NAME'", "--console"),
+            ("stats-out = '@/shared/NAME'", "--stats-out"),
+            ("profile-out = '@/shared/NAME'", "--profile-out"),
+            ("budget-from = '@/shared/NAME'", "--budget-from"),
+            ("symbols = '@/shared/NAME'", "--symbols"),
+        ] {
+            for name in ["link", "out/of-the-user", "below/../link"] {
+                refused(folder.path(), &options.replace("NAME", name), option);
+            }
+            for name in ["plain", "new", "below/new"] {
+                check(folder.path(), &format!("{SHARE}{}", options.replace("NAME", name))).expect(options);
+            }
+        }
+        let nested = "share = ['tag=a,path=@/shared', 'tag=b,path=@/shared/out,readonly=on']\n";
+        let error = check(folder.path(), nested).expect_err("a link");
+        assert_eq!((error.option, error.why), ("--share path=", Why::Link));
+        let fifo = folder.path().join("shared/fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RUSR).expect("made");
+        let error = check(folder.path(), &format!("{SHARE}serial = '1=file:@/shared/fifo'")).expect_err("a FIFO");
+        assert_eq!(error.why, Why::Special);
+    }
+
+    #[test]
+    fn a_kernel_is_not_found_through_a_link_in_the_share() {
+        let folder = tree();
+        symlink("../outside/kernel", folder.path().join("shared/kernel")).expect("linked");
+        let kernel = |share: &str| {
+            let mut config = config(folder.path(), share);
+            config.kernel = folder.path().join("shared/kernel");
+            check_writable_shares(&config, None)
+        };
+        let error = kernel(SHARE).expect_err("a link").to_string();
+        assert!(error.starts_with("kernel ") && error.contains("symbolic link"), "{error}");
+        kernel("share = 'tag=a,path=@/shared,readonly=on'\n").expect("a read-only share");
+    }
+
+    #[test]
+    fn what_decides_about_files_is_not_in_the_share() {
+        let folder = tree();
+        refused(folder.path(), "disk = '@/shared/x,format=qcow2'", "--disk");
+        let file = folder.path().join("shared/config.toml");
+        let check = |share: &str| check_writable_shares(&config(folder.path(), share), Some(&file));
+        let error = check(SHARE).expect_err("refused").to_string();
+        assert!(error.starts_with("--config") && error.contains("decides which files"), "{error}");
+        check("share = 'tag=a,path=@/shared,readonly=on'\n").expect("a read-only share");
+    }
+
+    #[test]
+    fn no_kernel_cache_is_in_the_share() {
+        let folder = tree();
+        fs::create_dir(folder.path().join("shared/cache")).expect("made");
+        let config = config(folder.path(), SHARE);
+        for (place, expected) in [
+            ("shared", true),
+            ("shared/cache", true),
+            ("shared/new", true),
+            ("link", true),
+            ("outside", false),
+            ("outside/new", false),
+            ("new/cache", false),
+        ] {
+            assert_eq!(is_in_writable_share(&config, &folder.path().join(place)), expected, "{place}");
+        }
+    }
+
+    #[test]
+    fn passt_is_found_as_execvp_does() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tree();
+        let folders = || ["shared", "outside", "more"].map(|name| folder.path().join(name)).into_iter();
+        let found = |on_reboot| passt_in(folders(), on_reboot);
+        let place = |name: &str| folder.path().join(name).join(PASST);
+        assert!(found(OnReboot::Exit).is_empty(), "there is none");
+        fs::write(place("shared"), "no program").expect("written");
+        fs::write(place("outside"), "").expect("written");
+        fs::set_permissions(place("outside"), fs::Permissions::from_mode(0o755)).expect("changed");
+        assert_eq!(found(OnReboot::Exit), [place("outside")]);
+        assert_eq!(found(OnReboot::Restart), [place("shared"), place("outside")]);
+    }
+
+    #[test]
     fn backing_files_are_not_opened_again_beside_a_writable_share() {
         let folder = tree();
-        let check = |options: &str| check_writable_shares(&config(folder.path(), options));
+        let check = |options: &str| check_writable_shares(&config(folder.path(), options), None);
         let (disk, restart) = ("disk = '@/outside/x,format=qcow2'\n", "on-reboot = 'restart'\n");
         let error = check(&format!("{SHARE}{disk}{restart}")).expect_err("refused").to_string();
         assert!(error.contains("/outside/x") && error.contains("tag=a") && error.contains("readonly=on"), "{error}");
@@ -458,13 +444,5 @@ mod tests {
             refused(folder.path(), &format!("api = '@/{place}'"), "--api");
         }
         check(folder.path(), &format!("{SHARE}api = '@/outside/more/x'")).expect("outside");
-    }
-
-    #[test]
-    fn paths_of_mountinfo_are_read() {
-        let line = br"36 35 98:0 /mnt1\040x /mnt2\134y rw,noatime master:1 - ext3 /dev/root rw";
-        let mount = Mount::parse(line).expect("a mount");
-        assert_eq!((mount.id, &mount.device[..]), (36, &b"98:0"[..]));
-        assert_eq!((mount.root, mount.point), ("/mnt1 x".into(), r"/mnt2\y".into()));
     }
 }

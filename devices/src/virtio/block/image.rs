@@ -9,6 +9,7 @@ use super::request::SECTOR_BYTES;
 use imago::FormatAccess;
 use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -26,6 +27,7 @@ struct OpenImage {
     bytes: u64,
     /// Other files that are locked.
     locks: Vec<LockedFile>,
+    backing: Vec<PathBuf>,
 }
 
 /// What a guest may write to the first sector of a disk.
@@ -51,6 +53,7 @@ pub struct Image {
     pub(super) content: Content,
     /// The file, locked, and the other files of the image, locked too.
     _locks: Vec<LockedFile>,
+    backing: Vec<PathBuf>,
     read_only: bool,
     direct: bool,
     bytes: AtomicU64,
@@ -83,18 +86,18 @@ impl Image {
         let raw = |first_sector| {
             let file = open_file(options, host_cache)?;
             let bytes = size(&file).map_err(stat_error)?;
-            Ok(OpenImage { content: Content::Raw(file, first_sector), bytes, locks: Vec::new() })
+            Ok(OpenImage { content: Content::Raw(file, first_sector), bytes, locks: Vec::new(), backing: Vec::new() })
         };
         let format = match options.format {
             Format::Auto => detect(&file, options)?,
             known => known,
         };
         let qcow2 = |source| {
-            let OpenChain { access, locks } = qcow2::open(options, &file, source, place)?;
+            let OpenChain { access, locks, backing } = qcow2::open(options, &file, source, place)?;
             let bytes = access.size();
-            Ok(OpenImage { content: Content::Qcow2(Box::new(RwLock::new(access))), bytes, locks })
+            Ok(OpenImage { content: Content::Qcow2(Box::new(RwLock::new(access))), bytes, locks, backing })
         };
-        let OpenImage { content, bytes, mut locks } = match format {
+        let OpenImage { content, bytes, mut locks, backing } = match format {
             Format::Qcow2 => qcow2(FormatSource::Configured)?,
             Format::DetectedQcow2 => qcow2(FormatSource::Detected)?,
             Format::Raw => raw(FirstSector::Free)?,
@@ -108,11 +111,17 @@ impl Image {
         Ok(Self {
             content,
             _locks: locks,
+            backing,
             read_only: *read_only,
             direct: options.direct,
             bytes: AtomicU64::new(bytes),
             block_sizes,
         })
+    }
+
+    /// The paths of the backing files, which the headers of a qcow2 image name.
+    pub fn backing_files(&self) -> impl Iterator<Item = &Path> {
+        self.backing.iter().map(PathBuf::as_path)
     }
 
     /// Returns the size of the disk in bytes, as the guest sees it.

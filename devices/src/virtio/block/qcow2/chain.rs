@@ -31,6 +31,8 @@ type Access = FormatAccess<imago::file::File>;
 pub(in crate::virtio::block) struct OpenChain {
     pub(in crate::virtio::block) access: Access,
     pub(in crate::virtio::block) locks: Vec<LockedFile>,
+    /// The paths of its backing files.
+    pub(in crate::virtio::block) backing: Vec<PathBuf>,
 }
 
 /// Identifies a file of the host.
@@ -46,6 +48,7 @@ struct Chain<'a> {
     host_cache: HostCache,
     seen: Vec<FileId>,
     locks: Vec<LockedFile>,
+    backing: Vec<PathBuf>,
 }
 
 /// An image of the chain that was opened, and not yet given to imago.
@@ -73,7 +76,8 @@ pub(in crate::virtio::block) fn open(
         names_no_file(path, &facts)?;
     }
     let host_cache = if options.direct { HostCache::Bypassed } else { HostCache::Used };
-    let mut chain = Chain { options, place, host_cache, seen: vec![id(file).map_err(stat)?], locks: Vec::new() };
+    let seen = vec![id(file).map_err(stat)?];
+    let mut chain = Chain { options, place, host_cache, seen, locks: Vec::new(), backing: Vec::new() };
     let data = match (&facts.data, &options.data_file) {
         (DataPlace::Image, None) => None,
         (DataPlace::Image, Some(_)) => return Err(bad(Qcow2Error::NoDataFile)),
@@ -82,7 +86,7 @@ pub(in crate::virtio::block) fn open(
     };
     let used = if options.read_only { Use::Reading } else { Use::ReadingAndWriting };
     let access = chain.image(&Layer { path, file }, facts.backing.as_ref(), data, used)?;
-    Ok(OpenChain { access, locks: chain.locks })
+    Ok(OpenChain { access, locks: chain.locks, backing: chain.backing })
 }
 
 /// # Errors
@@ -127,6 +131,7 @@ impl Chain<'_> {
         let path = resolve(image, &backing.name).ok_or_else(|| bad(NamedFileError::Protocol))?;
         let file = open_regular(&path).map_err(bad)?;
         self.keep(&file).map_err(bad)?;
+        self.backing.push(path.clone());
         let used = Use::Reading;
         match backing.format.as_deref() {
             None => Err(bad(NamedFileError::NoFormat)),
