@@ -15,8 +15,8 @@ pub enum ForkError {
     #[error("cannot start a process: hwvmm has {0} threads already; this is a bug in hwvmm")]
     Threads(usize),
     /// The list of this process's threads cannot be read.
-    #[error("cannot start a process: cannot list /proc/self/task; mount /proc")]
-    Tasks(#[source] io::Error),
+    #[error("cannot start a process: cannot list /proc/self/task: {0}; hwvmm needs /proc: mount -t proc proc /proc")]
+    Tasks(io::Error),
     /// fork(2) or pidfd_open(2) (Linux 5.3) failed.
     #[error("cannot start a process; see `ulimit -u` and the limits of the cgroup")]
     Fork(#[source] io::Error),

@@ -7,10 +7,7 @@
 )]
 #![allow(clippy::unnecessary_cast, reason = "the type of ioctl numbers differs between C libraries")]
 
-use kvm_bindings::{
-    KVMIO, kvm_coalesced_mmio_zone, kvm_ioeventfd, kvm_irq_level, kvm_irq_routing, kvm_irqchip, kvm_irqfd,
-    kvm_mp_state, kvm_msrs, kvm_regs, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVMIO, kvm_irq_level, kvm_irq_routing, kvm_irqchip, kvm_mp_state, kvm_msrs, kvm_regs};
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
 const fn none(kind: u32, number: u32) -> u64 {
@@ -38,14 +35,10 @@ pub(super) const KVM_GET_REGS: u64 = gives::<kvm_regs>(KVMIO, 0x81);
 pub(super) const KVM_GET_MSRS: u64 = both::<kvm_msrs>(KVMIO, 0x88);
 pub(super) const KVM_GET_MP_STATE: u64 = gives::<kvm_mp_state>(KVMIO, 0x98);
 pub(super) const KVM_GET_STATS_FD: u64 = none(KVMIO, 0xce);
-pub(super) const KVM_SET_USER_MEMORY_REGION: u64 = takes::<kvm_userspace_memory_region>(KVMIO, 0x46);
 pub(super) const KVM_IRQ_LINE: u64 = takes::<kvm_irq_level>(KVMIO, 0x61);
 pub(super) const KVM_GET_IRQCHIP: u64 = both::<kvm_irqchip>(KVMIO, 0x62);
 pub(super) const KVM_SET_IRQCHIP: u64 = gives::<kvm_irqchip>(KVMIO, 0x63);
-pub(super) const KVM_UNREGISTER_COALESCED_MMIO: u64 = takes::<kvm_coalesced_mmio_zone>(KVMIO, 0x68);
 pub(super) const KVM_SET_GSI_ROUTING: u64 = takes::<kvm_irq_routing>(KVMIO, 0x6a);
-pub(super) const KVM_IRQFD: u64 = takes::<kvm_irqfd>(KVMIO, 0x76);
-pub(super) const KVM_IOEVENTFD: u64 = takes::<kvm_ioeventfd>(KVMIO, 0x79);
 
 // include/uapi/linux/vhost.h: vhost_memory has 8 bytes before its regions, vhost_vring_state and vhost_vring_file are two
 // 32-bit words, vhost_vring_addr is two of them and four addresses.
@@ -89,7 +82,9 @@ pub(super) const F_SETFD: u64 = libc::F_SETFD as u64;
 pub(super) const F_GETFL: u64 = libc::F_GETFL as u64;
 pub(super) const F_OFD_SETLK: u64 = libc::F_OFD_SETLK as u64;
 pub(super) const F_SETFL: u64 = libc::F_SETFL as u64;
-pub(super) const O_ASYNC: u64 = libc::O_ASYNC as u64;
+/// All flags of an open file but those that a shared folder passes on (`devices/src/virtio/fs/policy.rs`).
+pub(super) const OTHER_FILE_FLAGS: u64 =
+    0xffff_ffff & !((hwvmm_devices::virtio::fs::OPEN_FLAGS | libc::O_CLOEXEC) as u32 as u64);
 
 #[cfg(test)]
 mod tests {
@@ -99,8 +94,7 @@ mod tests {
     fn numbers_are_those_of_the_kernel() {
         // From strace's tables of Linux 6.18.
         assert_eq!((KVM_RUN, KVM_GET_REGS, KVM_GET_MP_STATE), (0xae80, 0x8090_ae81, 0x8004_ae98));
-        assert_eq!((KVM_GET_MSRS, KVM_SET_GSI_ROUTING, KVM_IRQFD), (0xc008_ae88, 0x4008_ae6a, 0x4020_ae76));
-        assert_eq!((KVM_IOEVENTFD, KVM_IRQ_LINE), (0x4040_ae79, 0x4008_ae61));
+        assert_eq!((KVM_GET_MSRS, KVM_SET_GSI_ROUTING, KVM_IRQ_LINE), (0xc008_ae88, 0x4008_ae6a, 0x4008_ae61));
         assert_eq!(
             (VHOST_SET_VRING_ADDR, VHOST_SET_MEM_TABLE, VHOST_NET_SET_BACKEND),
             (0x4028_af11, 0x4008_af03, 0x4008_af30)

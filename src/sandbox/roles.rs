@@ -130,9 +130,9 @@ const SOCKETS: &[Call] = calls![
 
 const MAIN: &[Call] = calls![
     accept4, pread64, lseek, fstat, statx, clock_getres, getrusage, kill(0 is own process),
-    // The terminal's size, and the figures and interrupts of KVM. The terminal's mode is the parent's to set.
-    ioctl(1 is TIOCGWINSZ, TCGETS, TCGETS2),
-    ioctl(1 is KVM_GET_STATS_FD, KVM_IRQFD, KVM_IOEVENTFD, KVM_SET_USER_MEMORY_REGION, KVM_UNREGISTER_COALESCED_MMIO),
+    // The terminal's size, and KVM's figures. The terminal's mode is the parent's to set. Guest memory, ioeventfds and irqfds are set up
+    // before the guest runs, and stay.
+    ioctl(1 is TIOCGWINSZ, TCGETS, TCGETS2, KVM_GET_STATS_FD),
     // Disks are flushed and unlocked at the end.
     fsync, fdatasync, flock, pwrite64, pwritev, preadv, io_uring_enter,
     dup, fcntl(1 is F_DUPFD_CLOEXEC, F_SETFD, F_GETFL, F_OFD_SETLK),
@@ -185,14 +185,16 @@ const FS: &[Call] = calls![
     fstat, fstatfs, getdents64, lseek, fchmod,
     pread64, pwrite64, preadv, pwritev, fallocate, ftruncate, fsync, fdatasync,
     fgetxattr, fsetxattr, flistxattr, fremovexattr,
-    // Without O_ASYNC, by which the kernel sends signals: on a terminal to all that run in its foreground.
-    dup, fcntl(1 is F_SETFL, 2 without O_ASYNC),
+    // With the flags that the guest's programs may choose for an open file. O_ASYNC is none of them: by it the kernel sends signals, on
+    // a terminal to all that run in its foreground.
+    dup, fcntl(1 is F_SETFL, 2 without OTHER_FILE_FLAGS),
     // The owner of new files is the guest's user.
     setresuid, setresgid,
 ];
 
 /// Reads and writes files that are open, takes memory, and ends: by itself, by abort(3), or by a stack overflow. clock_gettime is
-/// a system call for the clock of CPU time.
+/// a system call for the clock of CPU time. ftruncate and pwrite64 are for the file that is unpacked into; packed files, symbol files and disk
+/// images are open for reading only, and RLIMIT_FSIZE limits what is written (confined.rs).
 const PARSER: &[Call] = calls![
     read, pread64, write, pwrite64, lseek, ftruncate, fstat, statx,
     mmap(2 without PROT_EXEC), mprotect(2 without PROT_EXEC), munmap, mremap, madvise, brk,

@@ -47,9 +47,14 @@ fn act(action: &str) {
         "ioctl" => drop(call(libc::SYS_ioctl, [usize::MAX, 0x5413, 0, 0])),
         "terminal" => drop(call(libc::SYS_ioctl, [usize::MAX, 0x5402, 0, 0])),
         "flags" => assert_eq!(
-            call(libc::SYS_fcntl, [usize::MAX, 4, 0x4c02, 0]).expect_err("no file").raw_os_error(),
+            call(libc::SYS_fcntl, [usize::MAX, 4, 0x0c02, 0]).expect_err("no file").raw_os_error(),
             Some(libc::EBADF)
         ),
+        "direct" => drop(call(libc::SYS_fcntl, [usize::MAX, 4, 0x4002, 0])),
+        "irqfd" => drop(call(libc::SYS_ioctl, [usize::MAX, 0x4020_ae76, 0, 0])),
+        "ioeventfd" => drop(call(libc::SYS_ioctl, [usize::MAX, 0x4040_ae79, 0, 0])),
+        "memory-region" => drop(call(libc::SYS_ioctl, [usize::MAX, 0x4020_ae46, 0, 0])),
+        "uncoalesce" => drop(call(libc::SYS_ioctl, [usize::MAX, 0x4010_ae68, 0, 0])),
         "async" => drop(call(libc::SYS_fcntl, [0, 4, 0x2002, 0])),
         "owner" => drop(call(libc::SYS_fcntl, [0, 8, 1, 0])),
         "cid" => drop(call(libc::SYS_ioctl, [usize::MAX, 0x4008_af60, 0, 0])),
@@ -167,6 +172,7 @@ fn sockets_and_ioctls_are_limited_by_their_arguments() {
     assert!(refused("on Main terminal").contains("called ioctl 0x5402,"), "TCSETS");
     passes("on Fs flags");
     assert!(refused("on Fs async").contains("called fcntl"), "O_ASYNC");
+    assert!(refused("on Fs direct").contains("called fcntl"), "O_DIRECT");
     assert!(refused("on Fs owner").contains("called fcntl"), "F_SETOWN");
     assert!(refused("on Vhost cid").contains("called ioctl 0x4008af60,"), "VHOST_VSOCK_SET_GUEST_CID");
     passes("on Vcpu kvm-run");
@@ -214,6 +220,16 @@ fn all_threads_that_carry_out_accesses_to_the_bus_can_route_interrupts() {
         passes(&format!("on {role:?} route"));
     }
     assert!(refused("on Net route").contains("called ioctl 0x4008ae6a,"));
+}
+
+/// Memory, doorbells and interrupts of the machine are made before the guest runs.
+#[test]
+fn no_thread_changes_the_machine() {
+    for role in ThreadRole::ALL {
+        for action in ["irqfd", "ioeventfd", "memory-region", "uncoalesce"] {
+            assert!(refused(&format!("on {role:?} {action}")).contains("called ioctl 0x40"), "{role:?} {action}");
+        }
+    }
 }
 
 #[test]

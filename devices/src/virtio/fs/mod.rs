@@ -15,6 +15,8 @@ mod thread;
 mod worker;
 mod xattr;
 
+pub use policy::OPEN_FLAGS;
+
 use crate::path_text::PathText as _;
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::{DeviceThread, ThreadPreparation};

@@ -13,7 +13,7 @@ const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 /// The flags of open(2) that reach the host. Not among them: `O_CREAT` and `O_TMPFILE`, as there is CREATE for new files;
 /// `O_PATH`, with which an open of a name would follow a symbolic link; `O_DIRECT`, as the buffers here are not aligned; and
 /// `O_ASYNC`, which sends signals.
-const OPEN_FLAGS: i32 = libc::O_ACCMODE
+pub const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_APPEND
     | libc::O_TRUNC
     | libc::O_EXCL
