@@ -33,6 +33,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "machine",
         &[
             "boot",
+            "bounded_read",
             "config",
             "console",
             "control",
@@ -56,6 +57,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "config",
             "console",
             "error",
+            "escape",
             "exit",
             "kvm",
             "logging",

@@ -82,6 +82,10 @@ pub const RESET_CODE: [u8; 9] = [
 /// The paravirtual panic port (QEMU's docs/specs/pvpanic.rst).
 pub const PORT_PVPANIC: u16 = 0x505;
 
+/// The port of a command's exit status, or of the number of the signal that ended it. At the next port the guest writes the kind of the
+/// end: 1 exited, 2 ended by a signal, 3 not run. They are there where the guest runs one command.
+pub const PORT_COMMAND_STATUS: u16 = 0x5e8;
+
 /// The port of the power-on self-test code.
 pub const PORT_POST: u16 = 0x80;
 /// The mark port: a guest's write (1 to 4 bytes, the number of the mark) puts a mark on the profile's timeline. Reads

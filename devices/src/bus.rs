@@ -17,6 +17,19 @@ pub enum Action {
     Panicked,
     /// End the VMM with this exit status (isa-debug-exit).
     DebugExit(u8),
+    /// End the run: the guest's one command has ended, or cannot be run.
+    CommandEnd(CommandEnd),
+}
+
+/// How a guest's one command ended, as the guest says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommandEnd {
+    /// It exited with this status.
+    Exited(u8),
+    /// The signal with this number ended it.
+    Signaled(u8),
+    /// The guest could not run it.
+    Failed,
 }
 
 /// A device on a port or memory bus.

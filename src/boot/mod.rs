@@ -16,4 +16,6 @@ pub mod unpack;
 pub use error::{FileRole, KernelError};
 pub use identify::{KernelFile, KernelFormat};
 pub use load::{Loaded, Request, load};
-pub use prepare::{Prepared, UnpackOptions, Wanted, isolation, prepare, unpack_bzimage, unpack_initrd, unpacked};
+pub use prepare::{
+    InitrdSource, Prepared, UnpackOptions, Wanted, isolation, prepare, unpack_bzimage, unpack_initrd, unpacked,
+};

@@ -19,11 +19,13 @@ use std::time::SystemTime;
 
 /// An unpacked initrd may take at most one part in this many of the guest's free memory.
 const INITRD_SHARE: u64 = 4;
+/// The name of an initramfs that hwvmm made, in messages.
+const MADE_INITRD: &str = "initramfs of the command";
 
 /// What is to be prepared, and how.
 pub struct Wanted<'a> {
-    /// The path of the initial RAM disk. For a multiboot kernel it is the first module.
-    pub initrd: Option<&'a Path>,
+    /// The initial RAM disk. For a multiboot kernel it is the first module.
+    pub initrd: Option<InitrdSource<'a>>,
     /// The size of guest memory in bytes.
     pub memory_bytes: u64,
     /// Who unpacks a bzImage: hwvmm, or the guest by the decompressor in it.
@@ -32,6 +34,15 @@ pub struct Wanted<'a> {
     pub boot: BootProtocol,
     /// How it is unpacked.
     pub how: UnpackOptions<'a>,
+}
+
+/// Where an initial RAM disk is.
+#[derive(Clone, Copy)]
+pub enum InitrdSource<'a> {
+    /// In a file that the user names. It is unpacked where it is compressed.
+    Path(&'a Path),
+    /// In an open file of hwvmm's own, not compressed.
+    Made(&'a File),
 }
 
 /// How kernels and initrds are unpacked.
@@ -70,7 +81,7 @@ pub(super) struct UnpackedKernel {
 
 /// An initrd that is open for loading.
 pub(super) struct InitrdFile {
-    /// The path that the user gave.
+    /// The path that the user gave, or a name for messages.
     pub(super) path: PathBuf,
     /// The file, or what was unpacked from it.
     pub(super) file: File,
@@ -93,7 +104,16 @@ pub fn prepare(kernel: &KernelFile, wanted: &Wanted<'_>) -> Result<Prepared, Ker
         }
         (KernelFormat::BzImage(image), None) => Some(Placement::of_guest_unpacked(image)),
     };
-    let initrd = wanted.initrd.map(|path| initrd(path, placement, wanted)).transpose()?;
+    let initrd = match wanted.initrd {
+        Some(InitrdSource::Path(path)) => Some(initrd(path, placement, wanted)?),
+        Some(InitrdSource::Made(file)) => {
+            let path = PathBuf::from(MADE_INITRD);
+            let file = file.try_clone();
+            let failed = |source| KernelError::Read { role: FileRole::Initrd, path: path.clone(), source };
+            Some(InitrdFile { file: file.map_err(failed)?, path })
+        }
+        None => None,
+    };
     Ok(Prepared { unpacked, initrd })
 }
 

@@ -9,6 +9,7 @@ mod output;
 mod report;
 mod result_file;
 mod run;
+mod status_file;
 mod top;
 mod unpack;
 

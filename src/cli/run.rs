@@ -3,8 +3,10 @@
 use super::output::{fail, print_stderr, say};
 use super::report;
 use super::result_file::ResultFile;
-use crate::config::{Budget, OnReboot, RunConfig, RunOptions, StatsFormat, read_file};
-use crate::console::{RawTerminal, StreamFlags, discard_input};
+use super::status_file::StatusRecord;
+use crate::boot::initramfs::TerminalSize;
+use crate::config::{Budget, OnReboot, Requirement, RunConfig, RunOptions, StatsFormat, read_file};
+use crate::console::{RawTerminal, StreamFlags, discard_input, terminal_size};
 use crate::error::chain;
 use crate::escape::{escape_json, escape_text};
 use crate::exit::end::status;
@@ -15,12 +17,16 @@ use crate::probe::{ANY_KVM, Host, check_linux};
 use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
 use crate::profile::{self, Profile, RunStats, RunSymbols};
-use crate::supervise::{self, Plan, Signals};
+use crate::sandbox::keep_from_machine;
+use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, Supervised};
 use hwvmm_devices::path_text::PathText as _;
 use std::cell::OnceCell;
 use std::error::Error;
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::{self, IsTerminal, Write as _};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -71,17 +77,61 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
             return Ok(status::USAGE);
         }
     };
+    let result = run_guest(config, &files);
+    let Some(file) = &files.status else { return result.map(|ended| ended.status) };
+    let record = match &result {
+        Ok(ended) => StatusRecord::new(&ended.end, ended.status),
+        Err(error) => StatusRecord::new(&EndReason::Failed(chain(error.as_ref())), status::ERROR),
+    };
+    let written = record.text().map_err(io::Error::from).and_then(|text| file.write(&text));
+    let Err(error) = written else { return result.map(|ended| ended.status) };
+    let error: Box<dyn Error> = format!("cannot write {}: {error}", file.path().shown()).into();
+    match result {
+        Ok(ended) if ended.status != status::OK => {
+            fail(error.as_ref());
+            Ok(ended.status)
+        }
+        Ok(_) => Err(error),
+        Err(first) => {
+            fail(error.as_ref());
+            Err(first)
+        }
+    }
+}
+
+/// How a run has ended.
+struct Ended {
+    end: EndReason,
+    /// The exit status of hwvmm.
+    status: u8,
+}
+
+/// Runs the guest, and prints and writes what is known of it.
+fn run_guest(mut config: RunConfig, files: &ResultFiles) -> Result<Ended, Box<dyn Error>> {
     detect_disk_formats(&mut config)?;
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     let host = Host::at(Path::new("/"));
     super::mmu::check(config.mmu, &host)?;
+    if config.require == Some(Requirement::Hardware) && !host.has_hardware_kvm() {
+        return Err(no_hardware(&host).into());
+    }
+    let terminal = terminal(&config)?;
     let any_kvm = std::env::var_os(ANY_KVM).is_some_and(|value| value == "1");
     let may_not_run_linux = !any_kvm && !host.has_hardware_kvm();
     let quiet = !io::stderr().is_terminal();
     let plan = Plan {
         config: &config,
         expect: config.expect.as_ref().map(|pattern| pattern.0.clone()),
-        stdin: if uses_stdin(&config) && io::stdin().is_terminal() { Stdin::Terminal } else { Stdin::Bytes },
+        stdin: if terminal.is_some() || uses_stdin(&config) && io::stdin().is_terminal() {
+            Stdin::Terminal
+        } else {
+            Stdin::Bytes
+        },
+        terminal,
+        kernel_log: KernelLogTarget {
+            file: files.kernel_log.as_ref(),
+            echo: if is_verbose() { Echo::On } else { Echo::Off },
+        },
         // No deadline where the clock does not reach it.
         deadline: config.timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
         check: &|system, kernel| {
@@ -89,13 +139,14 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
         },
         progress: &|what| if quiet { log::info!("{what}") } else { say(what) },
     };
-    let (record, stats) = start_until_done(&plan)?;
+    let Done { record, stats, kernel_log } = start_until_done(&plan)?;
     crate::logging::report_suppressed();
     let expects = plan.expect.is_some();
     let end = if expects { record.end.reason.clone().without_the_expected() } else { record.end.reason.clone() };
-    let results = Results { config: &config, files: &files, record: &record, end: &end, budget: &budget };
+    let results =
+        Results { config: &config, files, record: &record, end: &end, budget: &budget, kernel_log: &kernel_log };
     let (within, failed) = results.show(stats);
-    Ok(match (end.status(), failed) {
+    let status = match (end.status(), failed) {
         // What the guest ended with is what the caller wants to know.
         (status::OK, Some(error)) => return Err(error),
         (status, Some(error)) => {
@@ -104,7 +155,33 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
         }
         (status::OK, None) if within == Within::No => status::OVER_BUDGET,
         (status, None) => status,
-    })
+    };
+    Ok(Ended { end, status })
+}
+
+/// Returns true if hwvmm says what it does (`-v`).
+fn is_verbose() -> bool {
+    log::max_level() >= log::LevelFilter::Info
+}
+
+fn no_hardware(host: &Host) -> String {
+    let what = host.vendor_module().map_or_else(
+        || "has no KVM that hwvmm knows".to_owned(),
+        |module| format!("has the KVM {module}, which emulates the guest's instructions"),
+    );
+    format!("--require hardware: this host {what}")
+}
+
+/// The size of the terminal that the guest's command gets; `None` where it gets none.
+fn terminal(config: &RunConfig) -> Result<Option<TerminalSize>, Box<dyn Error>> {
+    if !config.tty {
+        return Ok(None);
+    }
+    if !io::stdin().is_terminal() {
+        return Err("--tty: stdin is no terminal: leave the option out".into());
+    }
+    let (columns, rows) = terminal_size();
+    Ok(Some(TerminalSize { rows, columns }))
 }
 
 /// Does without the kernel cache where a guest can have put files there: they would be booted in place of the user's kernels.
@@ -124,7 +201,11 @@ fn leave_out_shared_cache(config: &mut RunConfig) {
 /// Reads the options of the command line and of the file, and checks them.
 fn configuration(args: Args) -> Result<RunConfig, Box<dyn Error>> {
     let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
-    let config = args.options.or(file).into_config()?;
+    let mut config = args.options.or(file).into_config()?;
+    // What -v prints is the kernel's whole log.
+    if is_verbose() && config.has_command() && config.kernel_log.is_none() {
+        config.append.insert(0, "loglevel=7".into());
+    }
     if let Some(budget) = &config.budget {
         report::check_reasons(budget)?;
     }
@@ -142,13 +223,36 @@ enum Within {
 struct ResultFiles {
     stats: Option<ResultFile>,
     profile: Option<ResultFile>,
+    status: Option<ResultFile>,
+    /// Written while the guest runs.
+    kernel_log: Option<File>,
 }
 
 impl ResultFiles {
     fn open(config: &RunConfig) -> Result<Self, Box<dyn Error>> {
         let open = |path: &Option<PathBuf>| path.as_deref().map(ResultFile::open).transpose();
-        Ok(Self { stats: open(&config.stats_out)?, profile: open(&config.profile_out)? })
+        Ok(Self {
+            stats: open(&config.stats_out)?,
+            profile: open(&config.profile_out)?,
+            status: open(&config.status_file)?,
+            kernel_log: config.kernel_log.as_deref().map(open_kernel_log).transpose()?,
+        })
     }
+}
+
+/// Opens the file for the kernel's log, and empties it. It must take all that is written at once: the parent process does not wait.
+fn open_kernel_log(path: &Path) -> Result<File, Box<dyn Error>> {
+    let failed = |error: io::Error| format!("--kernel-log {}: cannot write it: {error}", path.shown());
+    let options = || File::options().append(true).create(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).clone();
+    let file = options().open(path).map_err(failed)?;
+    let kind = file.metadata().map_err(failed)?.file_type();
+    if kind.is_file() {
+        file.set_len(0).map_err(failed)?;
+    } else if !kind.is_char_device() {
+        return Err(format!("--kernel-log {}: it is neither a file nor a character device", path.shown()).into());
+    }
+    keep_from_machine(file.as_fd());
+    Ok(file)
 }
 
 /// What is known after a run.
@@ -160,6 +264,8 @@ struct Results<'a> {
     /// The end as the exit status has it.
     end: &'a EndReason,
     budget: &'a Budget,
+    /// The last lines of the kernel's log.
+    kernel_log: &'a [String],
 }
 
 impl Results<'_> {
@@ -191,11 +297,14 @@ impl Results<'_> {
         {
             failed = failed.or(write_profile(profile, file).err());
         }
+        self.show_kernel_log();
         if !end.is_clean() {
             show_flight_recorder(record, symbols());
         }
         // After the flight recorder: this is the line that must stay on the screen.
-        say(&describe(record, end));
+        if !matches!(end, EndReason::Command(_)) || is_verbose() {
+            say(&describe(record, end));
+        }
         match &stats {
             Some((Ok(text), None)) => print_stderr(&escape_text(text)),
             Some((text, Some(file))) if file.can_wait() => failed = failed.or(write_stats(text, file).err()),
@@ -212,6 +321,37 @@ impl Results<'_> {
         }
         let within = if report::show_checks(&check(self.budget, &profile)) { Within::Yes } else { Within::No };
         (within, failed)
+    }
+}
+
+impl Results<'_> {
+    /// Prints the last lines of the kernel's log where they may explain an end, and were not printed before.
+    fn show_kernel_log(&self) {
+        let wanted = match self.end {
+            EndReason::Command(_)
+            | EndReason::DebugExit(_)
+            | EndReason::Seen(_)
+            | EndReason::Quit
+            | EndReason::Stopped
+            | EndReason::Signal(_) => false,
+            EndReason::PowerOff
+            | EndReason::SystemHalted
+            | EndReason::Reset
+            | EndReason::TripleFault
+            | EndReason::Panicked(_)
+            | EndReason::Halted
+            | EndReason::NoCommand(_)
+            | EndReason::NoCommandStatus(_)
+            | EndReason::Watchdog
+            | EndReason::Kvm(_)
+            | EndReason::NotSeen(_)
+            | EndReason::TimedOut(_)
+            | EndReason::Failed(_)
+            | EndReason::Crashed(_) => true,
+        };
+        if wanted && !is_verbose() && !self.kernel_log.is_empty() {
+            print_stderr(&format!("The kernel's log ends with:\n{}\n", self.kernel_log.join("\n")));
+        }
     }
 }
 
@@ -232,8 +372,18 @@ fn uses_stdin(config: &RunConfig) -> bool {
     targets.into_iter().any(|target| *target == crate::config::ConsoleTarget::Stdio)
 }
 
+/// What is left of all starts of a guest.
+struct Done {
+    /// Of the last start.
+    record: RunRecord,
+    /// Of all starts.
+    stats: Option<RunStats>,
+    /// The last lines of the kernel's log.
+    kernel_log: Vec<String>,
+}
+
 /// Starts the guest, and again as often as it resets itself, where that is wanted.
-fn start_until_done(plan: &Plan<'_>) -> Result<(RunRecord, Option<RunStats>), Box<dyn Error>> {
+fn start_until_done(plan: &Plan<'_>) -> Result<Done, Box<dyn Error>> {
     let config = plan.config;
     let mut signals = Signals::catch().map_err(|error| format!("cannot catch signals: {error}"))?;
     let mut stats: Option<RunStats> = None;
@@ -243,21 +393,22 @@ fn start_until_done(plan: &Plan<'_>) -> Result<(RunRecord, Option<RunStats>), Bo
     // Over all starts: what is typed between two of them is for the guest.
     let _raw = if plan.stdin == Stdin::Terminal { RawTerminal::enter() } else { None };
     loop {
-        let Ran { record, unread } = match (supervise::run(plan, &start, &mut signals), last.take()) {
-            (Ok(ran), _) => ran,
-            // What is known of the starts before is not lost.
-            (Err(error), Some(last)) => {
-                let reason = EndReason::Failed(format!("the guest could not be started again: {}", chain(&error)));
-                discard_input();
-                // Its registers and last exits are those of an end that was none.
-                let mut record = RunRecord { end: RunEnd { reason, vcpu: None }, ..last };
-                for vcpu in &mut record.vcpus {
-                    (vcpu.rip, vcpu.flight_recorder) = (None, Vec::new());
+        let Supervised { ran: Ran { record, unread }, kernel_log } =
+            match (supervise::run(plan, &start, &mut signals), last.take()) {
+                (Ok(ran), _) => ran,
+                // What is known of the starts before is not lost.
+                (Err(error), Some(last)) => {
+                    let reason = EndReason::Failed(format!("the guest could not be started again: {}", chain(&error)));
+                    discard_input();
+                    // Its registers and last exits are those of an end that was none.
+                    let mut record = RunRecord { end: RunEnd { reason, vcpu: None }, ..last };
+                    for vcpu in &mut record.vcpus {
+                        (vcpu.rip, vcpu.flight_recorder) = (None, Vec::new());
+                    }
+                    return Ok(Done { record, stats, kernel_log: Vec::new() });
                 }
-                return Ok((record, stats));
-            }
-            (Err(error), None) => return Err(error.into()),
-        };
+                (Err(error), None) => return Err(error.into()),
+            };
         if config.stats.is_some() || config.profile.is_some() {
             let new = RunStats::new(&record);
             match &mut stats {
@@ -270,7 +421,7 @@ fn start_until_done(plan: &Plan<'_>) -> Result<(RunRecord, Option<RunStats>), Bo
             if matches!(record.end.reason, EndReason::Crashed(_) | EndReason::Failed(_)) {
                 discard_input();
             }
-            return Ok((record, stats));
+            return Ok(Done { record, stats, kernel_log });
         }
         log::info!("the guest reset itself: it is started again");
         last = Some(record);

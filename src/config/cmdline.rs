@@ -18,7 +18,7 @@ impl RunConfig {
     pub fn vsock_path(&self) -> Option<&Path> {
         match &self.vsock.as_ref()?.backend {
             VsockBackend::Unix(path) => Some(path),
-            VsockBackend::Vhost => None,
+            VsockBackend::Vhost | VsockBackend::Streams => None,
         }
     }
 
@@ -66,6 +66,8 @@ impl RunConfig {
             (tune.wants(Lever::UartCount), &*uarts),
             // With more vCPUs the others would go on after a halt, and the end of the guest would not be noticed.
             (tune.wants(Lever::AcpiReset) && self.cpus.count() == 1, "reboot=f"),
+            // Each byte on a UART is an exit, and nobody reads them where all is well.
+            (self.has_command() && self.kernel_log.is_none(), "quiet"),
         ];
         words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
     }

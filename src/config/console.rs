@@ -20,6 +20,8 @@ pub enum ConsoleTarget {
     File(PathBuf),
     /// Output is discarded, and there is no input.
     Null,
+    /// hwvmm keeps the last of the output, for failures, and there is no input: stdin and stdout are the command's.
+    Log,
 }
 
 impl ConsoleTarget {
@@ -125,14 +127,16 @@ impl Value for SerialChoice {
     }
 }
 
-/// Returns the UARTs of a machine. Without any choice the first one is connected to the terminal, unless the virtio console
+/// Returns the UARTs of a machine. Without any choice the first one is connected to `usual`, unless the virtio console
 /// is.
 pub(super) fn uarts(
     choices: &[SerialChoice],
     console: Option<&ConsoleTarget>,
+    usual: ConsoleTarget,
 ) -> Result<[Option<ConsoleTarget>; UARTS], ConfigError> {
-    let taken = console == Some(&ConsoleTarget::Stdio);
-    let mut uarts = [(!taken).then_some(ConsoleTarget::Stdio), None, None, None];
+    let taken = console == Some(&usual);
+    let is_log = usual == ConsoleTarget::Log;
+    let mut uarts = [(!taken).then_some(usual), None, None, None];
     for choice in choices {
         match choice {
             SerialChoice::None => uarts[0] = None,
@@ -145,6 +149,10 @@ pub(super) fn uarts(
     }
     let mut on_stdio = (1..).zip(&uarts).filter(|(_, uart)| **uart == Some(ConsoleTarget::Stdio)).map(|(n, _)| n);
     match (on_stdio.next(), on_stdio.next()) {
+        (Some(_), _) if is_log => Err(ConfigError::NotWithCommand {
+            option: "--serial N=stdio",
+            why: "stdin and stdout are the command's; use N=file:PATH",
+        }),
         (Some(one), Some(two)) => Err(ConfigError::TwoOnStdio(one, two)),
         (Some(port), None) if taken => Err(ConfigError::ConsoleTaken(port)),
         _ => Ok(uarts),
@@ -180,7 +188,7 @@ mod tests {
 
     fn serial(list: &[&str]) -> Result<[Option<ConsoleTarget>; UARTS], String> {
         let choices: Vec<SerialChoice> = list.iter().map(|text| parse(text)).collect::<Result<_, _>>()?;
-        uarts(&choices, None).map_err(|error| error.to_string())
+        uarts(&choices, None, ConsoleTarget::Stdio).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -193,8 +201,8 @@ mod tests {
         }
         assert!(serial(&["3=stdio"]).expect_err("both").contains("ports 1 and 3"));
         assert_eq!(serial(&["1=null", "3=stdio"]).expect("moved")[2], Some(ConsoleTarget::Stdio));
-        let taken =
-            uarts(&[SerialChoice::Port { index: 1, target: ConsoleTarget::Stdio }], Some(&ConsoleTarget::Stdio));
+        let second = [SerialChoice::Port { index: 1, target: ConsoleTarget::Stdio }];
+        let taken = uarts(&second, Some(&ConsoleTarget::Stdio), ConsoleTarget::Stdio);
         assert!(matches!(taken, Err(ConfigError::ConsoleTaken(2))));
     }
 

@@ -31,6 +31,8 @@ pub(super) struct Related<'a> {
     pub(super) api: Option<&'a Path>,
     pub(super) stats_out: Option<&'a Path>,
     pub(super) profile_out: Option<&'a Path>,
+    pub(super) status_file: Option<&'a Path>,
+    pub(super) kernel_log: Option<&'a Path>,
     pub(super) balloon: Option<BalloonConfig>,
     pub(super) memory: Memory,
 }
@@ -44,13 +46,13 @@ pub(super) fn check(config: &Related<'_>) -> Result<(), ConfigError> {
     once("--disk: the id", "counts go by the id, so give each one of its own", ids)?;
     let uds = config.vsock.iter().filter_map(|vsock| match &vsock.backend {
         VsockBackend::Unix(path) => Some(path.as_path()),
-        VsockBackend::Vhost => None,
+        VsockBackend::Vhost | VsockBackend::Streams => None,
     });
     once("the socket", "--api and --vsock need one each", uds.chain(config.api))?;
     // A device, such as /dev/stderr, takes both.
-    let files = [config.stats_out, config.profile_out].into_iter().flatten();
+    let files = [config.stats_out, config.profile_out, config.status_file, config.kernel_log].into_iter().flatten();
     let files = files.filter(|path| !path.starts_with("/dev"));
-    once("the file", "--stats-out and --profile-out would overwrite each other", files)?;
+    once("the file", "--stats-out, --profile-out, --status-file and --kernel-log would overwrite each other", files)?;
     let (bytes, max_bytes) = (config.balloon.map_or(0, |balloon| balloon.bytes), config.memory.max_balloon_bytes());
     if bytes > max_bytes {
         return Err(ConfigError::Balloon { bytes, max_bytes });

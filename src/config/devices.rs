@@ -302,6 +302,8 @@ pub enum VsockBackend {
     Unix(PathBuf),
     /// The host's own vsock sockets (vhost-vsock).
     Vhost,
+    /// The guest reaches the streams of its command, and no other port of the host.
+    Streams,
 }
 
 device_spec! {

@@ -188,6 +188,20 @@ pub enum ConfigError {
     /// No kernel was given.
     #[error("no kernel given: `hwvmm run KERNEL`, or `kernel = \"...\"` in the --config file")]
     NoKernel,
+    /// An option is about the command that the guest runs, and there is none.
+    #[error("{0} is for a guest that runs a command: hwvmm run KERNEL {0} ... -- COMMAND")]
+    NeedsCommand(&'static str),
+    /// An option and a command exclude each other.
+    #[error("{option} cannot be given with a COMMAND: {why}")]
+    NotWithCommand {
+        /// The option.
+        option: &'static str,
+        /// Why, or what to do.
+        why: &'static str,
+    },
+    /// A relative path cannot be made absolute.
+    #[error("{0}: there is no current folder: give an absolute path")]
+    NoCurrentFolder(String),
     /// Two UARTs are connected to the terminal.
     #[error("--serial: ports {0} and {1} cannot both be stdio")]
     TwoOnStdio(usize, usize),

@@ -5,6 +5,7 @@
 mod budget;
 mod choices;
 mod cmdline;
+mod command;
 mod console;
 mod contradictions;
 mod devices;
@@ -23,6 +24,7 @@ pub use choices::{
     BootProtocol, KernelCache, Levers, MmuChoice, OnReboot, ProfileLevel, SandboxMode, StatsFormat, Unpack,
     cache_folder,
 };
+pub use command::{EnvChoice, PutChoice, ROOT_TAG, Requirement, RootChoice, UserChoice, rw_tag};
 pub use console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice};
 pub use devices::{
     BalloonConfig, DiskConfig, DiskFormat, DiskIo, Forward, MacAddress, ModuleConfig, NetBackend, NetConfig, Protocol,

@@ -5,6 +5,7 @@ use super::budget::{Budget, Slack};
 use super::choices::{
     BootProtocol, KernelCache, Levers, MmuChoice, OnReboot, ProfileLevel, SandboxMode, StatsFormat, Unpack,
 };
+use super::command::{CommandOptions, EnvChoice, PutChoice, Requirement, RootChoice, UserChoice};
 use super::console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice, UARTS, uarts};
 use super::contradictions::{Related, check};
 use super::devices::{
@@ -15,7 +16,7 @@ use super::given::{Given, from_toml};
 use super::machine::{Cpus, Memory};
 use super::value::Value;
 use crate::tune::{Lever, Tune};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -80,10 +81,7 @@ macro_rules! options {
         }
 
         impl RunOptions {
-            /// Joins the options of the command line, `self`, with those of a file. An option of the command line replaces
-            /// that of the file; of an option that can be given again the file's values come first.
-            #[must_use]
-            pub fn or(self, file: Self) -> Self {
+            fn joined(self, file: Self) -> Self {
                 Self { $($($name: Given::merge(self.$name, file.$name),)*)* }
             }
 
@@ -103,9 +101,12 @@ macro_rules! options {
                     api: config.api.as_deref(),
                     stats_out: config.stats_out.as_deref(),
                     profile_out: config.profile_out.as_deref(),
+                    status_file: config.status_file.as_deref(),
+                    kernel_log: config.kernel_log.as_deref(),
                     balloon: config.balloon,
                     memory: config.memory,
                 })?;
+                super::command::check(&config)?;
                 Ok(config)
             }
         }
@@ -183,16 +184,18 @@ options! {
         /// Network card
         net: Vec<NetConfig>, [short, long] "BACKEND";
         /// Shared folder (virtiofs)
-        share: Vec<ShareConfig>, [long] "tag=NAME,path=DIR";
+        share: Vec<ShareConfig>, [long] "tag=NAME,path=DIR"
+            becomes Vec<ShareConfig> = given.of_command().shares(&given.share)?;
         /// UART [default: 1=stdio]
         serial: Vec<SerialChoice>, [long] "N=TARGET"
-            becomes [Option<ConsoleTarget>; UARTS] = uarts(&given.serial, given.virtio_console())?;
+            becomes [Option<ConsoleTarget>; UARTS] = uarts(&given.serial, given.virtio_console().as_ref(), given.usual_console())?;
         /// Console of the guest: serial, or a virtio console (hvc0) on virtio[=stdio|file:PATH|null] [default: serial]
         console: Option<ConsoleChoice>, [long] "CONSOLE"
-            becomes Option<ConsoleTarget> = given.virtio_console().cloned();
+            becomes Option<ConsoleTarget> = given.virtio_console();
         /// Stream sockets between guest and host (vsock). With uds, host programs connect to PATH and send "CONNECT PORT";
         /// connections of the guest go to PATH_PORT. With vhost, the host uses its own vsock sockets
-        vsock: Option<VsockConfig>, [long] "cid=N,uds=PATH";
+        vsock: Option<VsockConfig>, [long] "cid=N,uds=PATH"
+            becomes Option<VsockConfig> = given.of_command().vsock(given.vsock.as_ref());
         /// Entropy device; RATE is the largest number of bytes a second
         rng: Option<Toggle<RngConfig>>, [long] "RATE" or "on"
             becomes Option<RngConfig> = given.rng.and_then(Toggle::device);
@@ -204,7 +207,38 @@ options! {
         transport: Option<Transport>, [long] "BUS" becomes Transport = given.transport();
     }
 
+    "Command" {
+        /// Run this command in the guest, and end with its status. stdin, stdout and stderr are the command's, and not the
+        /// console's. hwvmm makes the initramfs: with an agent, and the modules that the kernel needs for it
+        command: Vec<OsString>, [last = true, help_heading = None::<&str>] "COMMAND";
+        /// The root file system that the command finds: host (that of this host), DIR, or none (an empty one, with the files of
+        /// --put). It is read-only for the guest; what the guest writes goes to its memory, and is gone after the run
+        root: Option<RootChoice>, [long] "host|none|DIR" default "host";
+        /// Folder of the host that the guest can write to, at the same path
+        rw: Vec<PathBuf>, [long] "DIR";
+        /// Environment variable of the command; without =VALUE it has that of hwvmm
+        env: Vec<EnvChoice>, [long] "NAME[=VALUE]";
+        /// Folder that the command starts in [default: the current one, where the root has it; else /]
+        workdir: Option<PathBuf>, [long] "DIR";
+        /// User and group that the command runs as: numbers, or a name of the root's /etc/passwd [default: 0:0]
+        user: Option<UserChoice>, [long] "UID[:GID]" becomes UserChoice = given.user.clone().unwrap_or_default();
+        /// Put a file or a folder into the initramfs, which is the root with --root none
+        put: Vec<PutChoice>, [long] "SRC:DST";
+        /// Where the kernel's modules are: a folder with modules.dep, or one with lib/modules/RELEASE [default: beside the
+        /// kernel, or /lib/modules/RELEASE]
+        modules: Option<PathBuf>, [long] "DIR";
+        /// Give the command a terminal. stdin must be one: its size, and keys such as Ctrl-C, are for the command
+        tty: Option<bool>, [short = 't', long] "on|off" or "on" default "off";
+        /// Write the kernel's log to this file. Without it the kernel is quiet, and its last lines are printed after a failure
+        kernel_log: Option<PathBuf>, [long] "FILE";
+    }
+
     "End of the run" {
+        /// Write to this file how the run ended, as JSON: what tells a command's status from one of hwvmm's own
+        status_file: Option<PathBuf>, [long] "FILE";
+        /// Fail with status 42 where this host does not have this: hardware (KVM with the processor's virtualization, on a
+        /// host that is no virtual machine)
+        require: Option<Requirement>, [long] "WHAT";
         /// End the run after this time with status 124: 30s, 500ms, 2m
         timeout: Option<Duration>, [long] "TIME";
         /// End the run with status 0 when a line of a console matches; with status 38 if the guest ends before. A line is
@@ -260,12 +294,38 @@ impl RunOptions {
         Ok(tune)
     }
 
-    fn virtio_console(&self) -> Option<&ConsoleTarget> {
-        self.console.as_ref().and_then(ConsoleChoice::virtio)
+    /// Joins the options of the command line, `self`, with those of a file. An option of the command line replaces that of the
+    /// file; of an option that can be given again the file's values come first. A command is replaced as a whole.
+    #[must_use]
+    pub fn or(self, mut file: Self) -> Self {
+        if !self.command.is_empty() {
+            file.command.clear();
+        }
+        self.joined(file)
+    }
+
+    fn of_command(&self) -> CommandOptions<'_> {
+        CommandOptions { command: &self.command, root: self.root.as_ref(), rw: &self.rw }
+    }
+
+    /// What a console is connected to that is on stdin and stdout where no command has these.
+    fn usual_console(&self) -> ConsoleTarget {
+        if self.command.is_empty() { ConsoleTarget::Stdio } else { ConsoleTarget::Log }
+    }
+
+    fn virtio_console(&self) -> Option<ConsoleTarget> {
+        match self.console.as_ref().and_then(ConsoleChoice::virtio)? {
+            ConsoleTarget::Stdio => Some(self.usual_console()),
+            target => Some(target.clone()),
+        }
     }
 
     fn transport(&self) -> Transport {
-        let few_requests = self.disk.is_empty() && self.net.is_empty() && self.share.is_empty() && self.vsock.is_none();
+        let few_requests = self.disk.is_empty()
+            && self.net.is_empty()
+            && self.share.is_empty()
+            && self.vsock.is_none()
+            && self.command.is_empty();
         self.transport.unwrap_or(if few_requests { Transport::Mmio } else { Transport::Pci })
     }
 

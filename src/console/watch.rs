@@ -84,6 +84,9 @@ impl Announcements {
                 | EndReason::Panicked(_)
                 | EndReason::Halted
                 | EndReason::DebugExit(_)
+                | EndReason::Command(_)
+                | EndReason::NoCommand(_)
+                | EndReason::NoCommandStatus(_)
                 | EndReason::Watchdog
                 | EndReason::Stopped
                 | EndReason::TimedOut(_),
@@ -227,7 +230,10 @@ impl Watch {
             | EndReason::SystemHalted
             | EndReason::Reset
             | EndReason::Halted
-            | EndReason::DebugExit(_) => true,
+            | EndReason::DebugExit(_)
+            | EndReason::Command(_)
+            | EndReason::NoCommand(_)
+            | EndReason::NoCommandStatus(_) => true,
             // The guest was stopped, or stopped being a guest: the line may have gone on.
             EndReason::TripleFault
             | EndReason::Panicked(_)

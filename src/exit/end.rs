@@ -15,6 +15,8 @@ pub mod status {
     pub const OK: u8 = 0;
     /// Another subcommand than `run` failed.
     pub const FAILURE: u8 = 1;
+    /// The guest ended without the status of its command: it could not run it, or turned itself off before.
+    pub const NO_COMMAND_STATUS: u8 = 41;
     /// hwvmm itself failed, such as at a file that cannot be read. An even number, so that no guest's isa-debug-exit has it: 1 is what
     /// a test of kvm-unit-tests ends with that passed.
     pub const ERROR: u8 = 42;
@@ -42,6 +44,39 @@ pub mod status {
     pub const TIMEOUT: u8 = 124;
     /// The user left with Ctrl-A x.
     pub const QUIT: u8 = 130;
+}
+
+/// How a guest's one command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CommandEnd {
+    /// It exited with this status.
+    Exited(u8),
+    /// A signal killed it: its number, from 1 to 64.
+    Signaled(u8),
+}
+
+impl CommandEnd {
+    /// The exit status that a shell gives for this end: 128 and the number for a signal.
+    #[must_use]
+    pub fn status(self) -> u8 {
+        match self {
+            Self::Exited(status) => status,
+            Self::Signaled(signal) => signal.saturating_add(128),
+        }
+    }
+}
+
+impl fmt::Display for CommandEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exited(status) => write!(f, "exited with status {status}"),
+            Self::Signaled(number) => {
+                write!(f, "was ended by signal {number}")?;
+                signal_hook::low_level::signal_name((*number).into()).map_or(Ok(()), |name| write!(f, ", {name}"))
+            }
+        }
+    }
 }
 
 /// How the machine's process ended when it should not have.
@@ -97,6 +132,12 @@ pub enum EndReason {
     Halted,
     /// The guest chose the status (isa-debug-exit).
     DebugExit(u8),
+    /// The guest's one command has ended.
+    Command(CommandEnd),
+    /// The guest could not run its one command: why, where it said so.
+    NoCommand(Option<String>),
+    /// The guest ended in an orderly way before its command had a status.
+    NoCommandStatus(Box<EndReason>),
     /// The guest's watchdog ran out.
     Watchdog,
     /// KVM cannot go on: an exit that cannot be handled, with its data.
@@ -130,6 +171,8 @@ impl EndReason {
             Self::Panicked(_) => status::PANIC,
             Self::Halted => status::HALTED,
             Self::DebugExit(status) => *status,
+            Self::Command(end) => end.status(),
+            Self::NoCommand(_) | Self::NoCommandStatus(_) => status::NO_COMMAND_STATUS,
             Self::Watchdog => status::WATCHDOG,
             Self::Kvm(_) => status::KVM,
             Self::NotSeen(_) => status::NOT_SEEN,
@@ -149,6 +192,9 @@ impl EndReason {
             | Self::SystemHalted
             | Self::Reset
             | Self::DebugExit(_)
+            | Self::Command(_)
+            | Self::NoCommand(_)
+            | Self::NoCommandStatus(_)
             | Self::Seen(_)
             | Self::Quit
             | Self::Stopped => true,
@@ -163,6 +209,42 @@ impl EndReason {
             | Self::TimedOut(_)
             | Self::Failed(_)
             | Self::Crashed(_) => false,
+        }
+    }
+
+    /// The name of the end in result files.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::PowerOff => "power-off",
+            Self::SystemHalted => "system-halted",
+            Self::Reset => "reset",
+            Self::TripleFault => "triple-fault",
+            Self::Panicked(_) => "panic",
+            Self::Halted => "halted",
+            Self::DebugExit(_) => "debug-exit",
+            Self::Command(_) => "command",
+            Self::NoCommand(_) => "no-command",
+            Self::NoCommandStatus(_) => "no-command-status",
+            Self::Watchdog => "watchdog",
+            Self::Kvm(_) => "kvm",
+            Self::Seen(_) => "seen",
+            Self::NotSeen(_) => "not-seen",
+            Self::TimedOut(_) => "timed-out",
+            Self::Quit => "quit",
+            Self::Stopped => "stopped",
+            Self::Signal(_) => "signal",
+            Self::Failed(_) => "failed",
+            Self::Crashed(_) => "crashed",
+        }
+    }
+
+    /// The end of a run whose command has not told its status: a guest that ended in an orderly way did so before it.
+    #[must_use]
+    pub fn without_command_status(self) -> Self {
+        match self {
+            Self::PowerOff | Self::SystemHalted | Self::Reset => Self::NoCommandStatus(Box::new(self)),
+            other => other,
         }
     }
 
@@ -186,6 +268,12 @@ impl fmt::Display for EndReason {
             Self::Panicked(None) => f.write_str("the guest panicked"),
             Self::Panicked(Some(words)) => write!(f, "the guest panicked: {}", escape(words, GUEST_BYTES)),
             Self::Halted => f.write_str("every vCPU is halted with interrupts off: nothing can wake the guest"),
+            Self::Command(end) => write!(f, "the command {end}"),
+            Self::NoCommand(None) => f.write_str("the guest could not run the command"),
+            Self::NoCommand(Some(why)) => {
+                write!(f, "the guest could not run the command: {}", escape(why, MAX_BYTES))
+            }
+            Self::NoCommandStatus(end) => write!(f, "{end}, and the command's status is not known"),
             Self::DebugExit(status) => write!(f, "the guest ended the run with status {status}"),
             Self::Watchdog => f.write_str("the guest's watchdog ran out"),
             Self::Kvm(what) => write!(f, "KVM cannot run the guest further: {}", escape(what, MAX_BYTES)),
@@ -221,6 +309,7 @@ mod tests {
             EndReason::TripleFault,
             EndReason::Panicked(None),
             EndReason::Halted,
+            EndReason::NoCommand(None),
             EndReason::Watchdog,
             EndReason::Kvm(String::new()),
             EndReason::NotSeen(Box::new(EndReason::PowerOff)),
@@ -238,6 +327,18 @@ mod tests {
         let chosen = (0..=u8::MAX).map(|value| EndReason::DebugExit(value << 1 | 1).status());
         let failures = [status::ERROR, status::USAGE, status::CRASHED];
         assert!(chosen.into_iter().all(|status| !failures.contains(&status)));
+    }
+
+    #[test]
+    fn ends_of_a_command_have_the_status_of_a_shell() {
+        assert_eq!(EndReason::Command(CommandEnd::Exited(126)).status(), 126);
+        assert_eq!(EndReason::Command(CommandEnd::Signaled(9)).status(), 137);
+        assert_eq!(
+            EndReason::Command(CommandEnd::Signaled(9)).to_string(),
+            "the command was ended by signal 9, SIGKILL"
+        );
+        assert_eq!(EndReason::PowerOff.without_command_status().status(), status::NO_COMMAND_STATUS);
+        assert_eq!(EndReason::Panicked(None).without_command_status(), EndReason::Panicked(None));
     }
 
     #[test]

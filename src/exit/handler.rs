@@ -1,10 +1,10 @@
 //! Dispatch: who answers an exit, and what becomes of the run.
 
-use super::end::EndReason;
+use super::end::{CommandEnd, EndReason};
 use super::reason::kvm_exit_name;
 use crate::kvm::exit::InternalError;
 use crate::kvm::{CoalescedAddress, CoalescedRing, Direction, Exit};
-use hwvmm_devices::bus::{Action, Bus};
+use hwvmm_devices::bus::{self, Action, Bus};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use serde::{Deserialize, Serialize};
 
@@ -164,6 +164,11 @@ fn write(bus: &Bus, kind: BusKind, address: u64, size: usize, data: &[u8]) -> Ha
         Action::PowerOff => Outcome::End(EndReason::PowerOff),
         Action::Panicked => Outcome::End(EndReason::Panicked(None)),
         Action::DebugExit(status) => Outcome::End(EndReason::DebugExit(status)),
+        Action::CommandEnd(end) => Outcome::End(match end {
+            bus::CommandEnd::Exited(status) => EndReason::Command(CommandEnd::Exited(status)),
+            bus::CommandEnd::Signaled(signal) => EndReason::Command(CommandEnd::Signaled(signal)),
+            bus::CommandEnd::Failed => EndReason::NoCommand(None),
+        }),
     };
     Handled { route: Route::Slot(kind, found.slot), outcome }
 }

@@ -1,32 +1,67 @@
 //! The files that a machine's guest is loaded from.
 
+use super::command::{self, CommandError};
 use crate::boot::cache::Cache;
-use crate::boot::{self, KernelError, KernelFile, Prepared};
+use crate::boot::initramfs::TerminalSize;
+use crate::boot::{self, InitrdSource, KernelError, KernelFile, Prepared};
 use crate::config::RunConfig;
+use crate::exit::EndReason;
+use thiserror::Error;
+
+/// Why the files that a guest is loaded from cannot be had.
+#[derive(Debug, Error)]
+pub enum FilesError {
+    /// The kernel or the initrd.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The initramfs of the command.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+}
 
 /// The files that a machine's guest is loaded from: opened, identified and unpacked once for each start, before the machine is
 /// made.
 pub struct Files {
     pub(super) kernel: KernelFile,
     pub(super) prepared: Prepared,
+    /// If the agent of a command fails: what may have been missing.
+    hint: Option<String>,
 }
 
 impl Files {
-    /// Unpacks `kernel`, or finds it in the cache, and opens and unpacks the initrd of `config`. `progress` is called with a
-    /// message before anything that takes long.
+    /// Unpacks `kernel`, or finds it in the cache, and opens and unpacks the initrd of `config`, or makes the one of its command,
+    /// which has a terminal of the size `terminal`. `progress` is called with a message before anything that takes long.
     ///
     /// # Errors
-    /// [`KernelError`] where the initrd cannot be opened.
-    pub fn open(config: &RunConfig, kernel: KernelFile, progress: &dyn Fn(&str)) -> Result<Self, KernelError> {
+    /// [`FilesError`].
+    pub fn open(
+        config: &RunConfig,
+        kernel: KernelFile,
+        terminal: Option<TerminalSize>,
+        progress: &dyn Fn(&str),
+    ) -> Result<Self, FilesError> {
+        let made = config.has_command().then(|| command::make(config, &kernel, terminal)).transpose()?;
+        let initrd = match &made {
+            Some(made) => Some(InitrdSource::Made(&made.file)),
+            None => config.initrd.as_deref().map(InitrdSource::Path),
+        };
         let cache = config.kernel_cache.as_deref().map(Cache::new);
         let wanted = boot::Wanted {
-            initrd: config.initrd.as_deref(),
+            initrd,
             memory_bytes: config.memory.bytes,
             unpack: config.unpack,
             boot: config.boot,
             how: boot::UnpackOptions { cache: cache.as_ref(), isolation: boot::isolation(config.sandbox), progress },
         };
         let prepared = boot::prepare(&kernel, &wanted)?;
-        Ok(Self { kernel, prepared })
+        Ok(Self { kernel, prepared, hint: made.and_then(|made| made.hint) })
+    }
+
+    /// The end of a run with what may have been missing, where the agent failed.
+    pub(super) fn explain(&self, end: EndReason) -> EndReason {
+        match (end, &self.hint) {
+            (EndReason::NoCommand(None), Some(hint)) => EndReason::NoCommand(Some(hint.clone())),
+            (end, _) => end,
+        }
     }
 }

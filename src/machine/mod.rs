@@ -1,5 +1,6 @@
 //! The composition root: makes a machine out of a configuration, and runs it.
 
+mod command;
 mod confine;
 mod disks;
 mod error;
@@ -13,7 +14,7 @@ mod virtio;
 
 pub use disks::{Disks, detect_disk_formats};
 pub use error::MachineError;
-pub use files::Files;
+pub use files::{Files, FilesError};
 pub use net::PASST;
 pub use request::StopRequest;
 pub use run::{Ran, RunError, run};
@@ -32,13 +33,15 @@ use hwvmm_arch::acpi::{IoApicPins, Platform};
 use hwvmm_arch::boot::BootMethod;
 use hwvmm_arch::cpuid::{self, CpuidOptions};
 use hwvmm_arch::layout::{
-    IOAPIC, KVM_IDENTITY_MAP, KVM_TSS, PORT_MARK, PORT_POST, PORT_PVPANIC, PORT_SLEEP_CONTROL, RESET_VALUE,
-    SLEEP_TYPE_S5, UARTS, Uart, memory_below, ram_banks,
+    IOAPIC, KVM_IDENTITY_MAP, KVM_TSS, PORT_COMMAND_STATUS, PORT_MARK, PORT_POST, PORT_PVPANIC, PORT_SLEEP_CONTROL,
+    RESET_VALUE, SLEEP_TYPE_S5, UARTS, Uart, memory_below, ram_banks,
 };
 use hwvmm_arch::{Topology, lapic, msr};
 use hwvmm_devices::console::ConsoleInput;
 use hwvmm_devices::irq::IrqLine;
-use hwvmm_devices::legacy::{DebugExit, I8042, IoApic, MarkPort, PostPort, Power, PvPanic, SerialPort, Watchdog};
+use hwvmm_devices::legacy::{
+    CommandPort, DebugExit, I8042, IoApic, MarkPort, PostPort, Power, PvPanic, SerialPort, Watchdog,
+};
 use hwvmm_devices::virtio::console::{Console, ConsoleSize, Port};
 use hwvmm_devices::virtio::vsock::Connector;
 use hwvmm_devices::{BusBuilder, BusDevice, BusError};
@@ -117,6 +120,8 @@ pub struct Setup<'a> {
     pub files: &'a Files,
     /// The pattern of `--expect`.
     pub expect: Option<regex::bytes::Regex>,
+    /// Where the kernel's log goes whose console is on [`ConsoleTarget::Log`].
+    pub kernel_log: Option<BorrowedFd<'a>>,
     /// What the guest's kernel has announced on its consoles.
     pub announcements: Announcements,
     /// The kind of stdin.
@@ -365,6 +370,9 @@ impl Devices {
         if setup.config.debug_exit {
             devices.add(0xf4, 4, "debug exit", DebugExit)?;
         }
+        if setup.config.has_command() {
+            devices.add(PORT_COMMAND_STATUS, 2, "command status", CommandPort::default())?;
+        }
         if setup.config.watchdog {
             let watchdog = Arc::new(Watchdog::default());
             devices.pio.insert(
@@ -438,6 +446,10 @@ impl Devices {
                 console_file(path, setup.start).map_err(|error| MachineError::SerialFile(path.clone(), error))?,
             ),
             ConsoleTarget::Null => Sink::Null,
+            ConsoleTarget::Log => match setup.kernel_log {
+                Some(log) => Sink::File(File::from(log.try_clone_to_owned()?)),
+                None => Sink::Null,
+            },
         };
         let watch = Watch::new(setup.expect.clone(), setup.announcements.clone());
         self.watches.push(watch.clone());

@@ -1,7 +1,7 @@
 //! Requests of the parent process to a running machine.
 
 use crate::event_loop::OnReadable;
-use crate::exit::{EndReason, Signal};
+use crate::exit::{CommandEnd, EndReason, Signal};
 use crate::vcpu::Control;
 use event_manager::MutEventSubscriber;
 use rustix::io::Errno;
@@ -19,6 +19,10 @@ pub enum StopRequest {
     Signal(Signal),
     /// The time of `--timeout` passed: its length.
     TimedOut(Duration),
+    /// The guest's command has ended, and the guest goes on.
+    Command(CommandEnd),
+    /// The guest said that it cannot run the command, and goes on.
+    NoCommand,
 }
 
 impl StopRequest {
@@ -31,6 +35,8 @@ impl StopRequest {
         match self {
             Self::Signal(signal) => EndReason::Signal(signal),
             Self::TimedOut(after) => EndReason::TimedOut(after),
+            Self::Command(end) => EndReason::Command(end),
+            Self::NoCommand => EndReason::NoCommand(None),
         }
     }
 }
@@ -82,7 +88,12 @@ mod tests {
     fn requests_are_read_one_by_one() {
         let flags = SocketFlags::CLOEXEC;
         let (parent, child) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("sockets");
-        let asked = [StopRequest::Signal(Signal::TERM), StopRequest::TimedOut(Duration::MAX)];
+        let asked = [
+            StopRequest::Signal(Signal::TERM),
+            StopRequest::TimedOut(Duration::MAX),
+            StopRequest::Command(CommandEnd::Exited(7)),
+            StopRequest::NoCommand,
+        ];
         for request in asked {
             let packet = serde_json::to_vec(&request).expect("JSON");
             assert!(packet.len() <= StopRequest::MAX_BYTES, "{}", packet.len());

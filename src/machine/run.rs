@@ -350,7 +350,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
 
 /// The end with what the guest's kernel has announced.
 fn explained(setup: &Setup<'_>, end: RunEnd) -> RunEnd {
-    RunEnd { reason: setup.announcements.explain(end.reason), vcpu: end.vcpu }
+    RunEnd { reason: setup.files.explain(setup.announcements.explain(end.reason)), vcpu: end.vcpu }
 }
 
 fn devices(handler: &Handler) -> Vec<DeviceRange> {

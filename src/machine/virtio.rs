@@ -210,7 +210,11 @@ impl<'a> VirtioBuilder<'a> {
             let device: Box<dyn VirtioDevice> = match &vsock.backend {
                 VsockBackend::Unix(path) => {
                     let connector = connector.ok_or(MachineError::NoConnector)?;
-                    Box::new(Vsock::new(vsock.cid, path, Arc::clone(connector))?)
+                    Box::new(Vsock::new(vsock.cid, Some(path), Arc::clone(connector))?)
+                }
+                VsockBackend::Streams => {
+                    let connector = connector.ok_or(MachineError::NoConnector)?;
+                    Box::new(Vsock::new(vsock.cid, None, Arc::clone(connector))?)
                 }
                 VsockBackend::Vhost => {
                     let device = KernelVsock::new(vsock.cid, &self.memory).map_err(MachineError::VhostVsock)?;

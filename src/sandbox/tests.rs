@@ -181,11 +181,12 @@ fn sockets_and_ioctls_are_limited_by_their_arguments() {
 
 /// The thread of a vsock device uses a connection that another process has made.
 fn handover() {
-    use hwvmm_devices::virtio::vsock::connector;
+    use hwvmm_devices::virtio::vsock::{HostPorts, connector};
     use std::io::{Read, Write};
     let folder = std::path::PathBuf::from(std::env::var(FOLDER).expect("a folder"));
     let listener = std::os::unix::net::UnixListener::bind(folder.join("v_7")).expect("bound");
-    let (device, mut host) = connector(&folder.join("v")).expect("sockets");
+    let (device, mut host) =
+        connector(HostPorts { path: Some(&folder.join("v")), joined: Vec::new() }).expect("sockets");
     let sandbox = sandbox(Mode::On);
     let thread = std::thread::spawn(move || {
         rustix::thread::set_no_new_privs(true).expect("set");

@@ -17,6 +17,8 @@ use hwvmm_devices::virtio::vsock::Connector;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::error::Error;
+use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -39,6 +41,8 @@ pub(super) struct Inherited<'a> {
     pub(super) refusals: BorrowedFd<'a>,
     /// Asks the parent for connections to sockets of the host.
     pub(super) connector: Option<Arc<Connector>>,
+    /// Where the kernel's log goes, if the guest runs a command.
+    pub(super) kernel_log: Option<BorrowedFd<'a>>,
 }
 
 /// The exit status of a child that has sent its messages.
@@ -89,9 +93,20 @@ fn raise_file_limit() {
     }
 }
 
+/// Has /dev/null in place of stdin and stdout: they are the command's, and the parent moves their bytes.
+fn leave_streams_to_parent() -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    Ok(())
+}
+
 fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dyn Error>> {
     raise_file_limit();
-    let Inherited { plan, start, parent_cpu_ns, flight_recorders, refusals, connector, .. } = inherited;
+    if inherited.plan.config.has_command() {
+        leave_streams_to_parent()?;
+    }
+    let Inherited { plan, start, parent_cpu_ns, flight_recorders, refusals, connector, kernel_log, .. } = inherited;
     let system = System::open(&plan.config.kvm)?;
     let kernel = KernelFile::open(&plan.config.kernel)?;
     (plan.check)(&system, &kernel)?;
@@ -107,13 +122,14 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
             log::debug!("the parent process takes no messages: {error}");
         }
     };
-    let files = Files::open(plan.config, kernel, &|what| on_event(Event::Progress(what)))?;
+    let files = Files::open(plan.config, kernel, plan.terminal, &|what| on_event(Event::Progress(what)))?;
     let disks = Disks::open(plan.config)?;
     check_backing_files(plan.config, &disks)?;
     let setup = Setup {
         config: plan.config,
         files: &files,
         expect: plan.expect.clone(),
+        kernel_log: *kernel_log,
         announcements: Announcements::default(),
         stdin: plan.stdin,
         start,

@@ -7,17 +7,20 @@
 
 mod assembly;
 mod channel;
+mod channels;
 mod child;
+mod kernel_log;
 mod message;
 mod mounts;
 mod parent;
 mod plan;
 mod share_tree;
 mod signals;
-pub mod streams;
+mod streams;
 mod writable_shares;
 
-pub use parent::{SuperviseError, run};
+pub use kernel_log::{Echo, KernelLogTarget};
+pub use parent::{SuperviseError, Supervised, run};
 pub use plan::{Check, Plan};
 pub use signals::Signals;
 pub use writable_shares::{InWritableShare, WritableShareError, check_writable_shares, is_in_writable_share};

@@ -2,10 +2,13 @@
 
 use super::assembly::{Assembly, Phase, Unusable};
 use super::channel::{self, ChannelError, Received, Receiver, Wait, send_packet};
+use super::channels::{self, MachineEnds, ParentEnds};
 use super::child::{self, Inherited};
+use super::kernel_log::KernelLog;
 use super::message::Message;
 use super::plan::Plan;
 use super::signals::Signals;
+use super::streams::Session;
 use crate::console::set_line_state;
 use crate::error::chain;
 use crate::exit::{Crash, EndReason, RunEnd};
@@ -15,14 +18,13 @@ use crate::measure::{FlightRecorders, MemoryUse, RunRecord};
 use crate::memory::give_back_startup;
 use crate::sandbox::{Child, ForkError, PANICKED, Refused, fork};
 use hwvmm_devices::path_text::PathText as _;
-use hwvmm_devices::virtio::vsock::{HostConnector, Served, connector};
+use hwvmm_devices::virtio::vsock::{HostConnector, Served};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Signal, WaitStatus, getpid};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -37,6 +39,9 @@ const PACKETS_AT_ONCE: usize = 64;
 const MAX_PROGRESS: usize = 100;
 /// Rounds of messages for stderr that are read after the end of the process.
 const MAX_FINAL_ROUNDS: usize = 1000;
+
+/// Lines of the kernel's log that are shown after a failure.
+const KERNEL_LOG_LINES: usize = 30;
 
 /// How often to try again to write what stderr does not take.
 const STDERR_AGAIN: Duration = Duration::from_millis(100);
@@ -55,11 +60,19 @@ pub enum SuperviseError {
     Machine(String),
 }
 
+/// What is left of a run.
+pub struct Supervised {
+    /// What the machine has left.
+    pub ran: Ran,
+    /// The last lines of the kernel's log, without control characters; none where the guest runs no command.
+    pub kernel_log: Vec<String>,
+}
+
 /// Runs a machine in a process of its own, and returns what it leaves. The process is gone when this returns.
 ///
 /// # Errors
 /// [`SuperviseError`].
-pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Ran, SuperviseError> {
+pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Supervised, SuperviseError> {
     let vcpus = usize::try_from(plan.config.cpus.count()).unwrap_or(usize::MAX);
     let flight_recorders =
         FlightRecorders::new(vcpus).map_err(|error| SuperviseError::Io("share memory with a process", error))?;
@@ -67,8 +80,8 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Ran,
     // Not blocking on either end: the process must not wait for this one to read, and this one not for a report.
     let (reports, refusals) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
         .map_err(|error| SuperviseError::Io("make a pipe", error.into()))?;
-    let vsock = plan.config.vsock_path().map(connector).transpose();
-    let (asks, mut connects) = vsock.map_err(|error| SuperviseError::Io("make a pair of sockets", error))?.unzip();
+    let made = channels::make(plan).map_err(|error| SuperviseError::Io("make a pair of sockets", error))?;
+    let (mut ends, MachineEnds { connector, kernel_log }) = made;
     let inherited = Inherited {
         plan,
         start,
@@ -76,7 +89,8 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Ran,
         parent_cpu_ns: crate::measure::cpu_time_ns(),
         flight_recorders: &flight_recorders,
         refusals: refusals.as_fd(),
-        connector: asks.map(Arc::new),
+        connector,
+        kernel_log: kernel_log.as_ref().map(AsFd::as_fd),
     };
     let (relay, sender) = logging::relay().map_err(|error| SuperviseError::Io("make a pair of sockets", error))?;
     let (mut ours, mut relay, mut sender, mut reports) =
@@ -84,23 +98,28 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Ran,
     let child = fork(|| {
         // Nothing that the parent waits for stays open in the child.
         signals.leave_to_parent();
-        drop((ours.take(), relay.take(), reports.take(), connects.take()));
+        drop((ours.take(), relay.take(), reports.take(), std::mem::take(&mut ends)));
         match (theirs.try_clone(), sender.take()) {
             (Ok(socket), Some(sender)) => child::work(&inherited, socket, sender),
             _ => PANICKED,
         }
     })?;
     drop((theirs, sender, inherited));
-    drop(refusals);
+    drop((refusals, kernel_log));
     let kept = ours.zip(reports).ok_or_else(|| SuperviseError::Io("keep a socket", io::ErrorKind::NotFound.into()));
     let (ours, reports) = kept?;
+    let ParentEnds { host_connector, streams, kernel_log } = ends;
+    let session = streams.map(Session::new).transpose();
+    let session = session.map_err(|error| SuperviseError::Io("connect stdin, stdout and stderr", error))?;
     let mut watch = Watch {
         plan,
         signals,
         child,
         receiver: Some(Receiver::new(ours, vcpus)),
         relay,
-        host_connector: connects,
+        host_connector,
+        session,
+        kernel_log,
         progress_left: MAX_PROGRESS,
         assembly: Assembly::new(vcpus),
         failed: None,
@@ -139,6 +158,10 @@ struct Ending {
 struct Watch<'a> {
     plan: &'a Plan<'a>,
     signals: &'a mut Signals,
+    /// The guest's command, where it runs one.
+    session: Option<Session>,
+    /// The kernel's log, where the guest runs a command.
+    kernel_log: Option<KernelLog<'a>>,
     child: Child,
     /// `None` once the other end is closed.
     receiver: Option<Receiver>,
@@ -177,6 +200,7 @@ impl Watch<'_> {
                 self.kill(Killed::Late);
             }
             self.print_messages();
+            self.serve_command(now);
             if self.host_connector.as_mut().is_some_and(|host| host.serve(now) == Served::Closed) {
                 self.host_connector = None;
             }
@@ -188,12 +212,28 @@ impl Watch<'_> {
         }
     }
 
+    /// Moves what the command reads and writes. A guest that goes on after its command is stopped.
+    fn serve_command(&mut self, now: Instant) {
+        if let Some(kernel_log) = &mut self.kernel_log {
+            kernel_log.serve();
+        }
+        let Some(session) = &mut self.session else { return };
+        session.serve();
+        if session.stops_at().is_some_and(|at| at <= now)
+            && let Some(request) = session.stop_request()
+        {
+            self.request(request);
+        }
+    }
+
     /// Waits until something happens.
     fn wait(&self) -> Result<Ended, SuperviseError> {
         let deadline = self.plan.deadline.filter(|_| self.stop.is_none() && self.ending.is_none());
         let kill_at = self.ending.as_ref().filter(|_| self.killed.is_none()).map(|ending| ending.kill_at);
         let connects_at = self.host_connector.as_ref().and_then(|host| host.resumes_at(Instant::now()));
-        let next = deadline.into_iter().chain(kill_at).chain(connects_at).min();
+        let stops_at = self.session.as_ref().filter(|_| self.stop.is_none() && self.ending.is_none());
+        let stops_at = stops_at.and_then(Session::stops_at);
+        let next = deadline.into_iter().chain(kill_at).chain(connects_at).chain(stops_at).min();
         let stderr_takes_nothing = (logging::pump() == Pending::Yes).then_some(STDERR_AGAIN);
         let left =
             next.map(|at| at.saturating_duration_since(Instant::now())).into_iter().chain(stderr_takes_nothing).min();
@@ -204,6 +244,9 @@ impl Watch<'_> {
         let host_connector = self.host_connector.iter().filter(|_| connects_at.is_none());
         fds.extend(host_connector.map(|host| PollFd::new(host, PollFlags::IN)));
         fds.extend(self.relay.iter().map(|relay| PollFd::new(relay, PollFlags::IN)));
+        let log = self.kernel_log.iter().filter_map(KernelLog::fd);
+        fds.extend(log.map(|log| PollFd::from_borrowed_fd(log, PollFlags::IN)));
+        fds.extend(self.session.iter().flat_map(Session::interests));
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(SuperviseError::Io("wait for the machine's process", error.into())),
@@ -317,9 +360,10 @@ impl Watch<'_> {
         }
     }
 
-    fn finish(mut self, flight_recorders: &FlightRecorders) -> Result<Ran, SuperviseError> {
+    fn finish(mut self, flight_recorders: &FlightRecorders) -> Result<Supervised, SuperviseError> {
         let status = self.child.wait().map_err(|error| SuperviseError::Io("wait for the machine's process", error))?;
         self.remove_sockets();
+        self.finish_command()?;
         set_line_state(self.assembly.line());
         if let Some(error) = self.failed {
             return Err(SuperviseError::Machine(error));
@@ -345,6 +389,11 @@ impl Watch<'_> {
             }
         };
         let end = end.unwrap_or_else(|| unknown(EndReason::Crashed(crash(status, &self.reports))));
+        let end = match &self.session {
+            Some(session) => RunEnd { reason: session.explain(end.reason), vcpu: end.vcpu },
+            None => end,
+        };
+        let kernel_log = self.kernel_log.as_mut().map(|log| log.last_lines(KERNEL_LOG_LINES)).unwrap_or_default();
         let unread = self.assembly.take_unread();
         let mut record = self.assembly.record(end, flight_recorders);
         let checked = match phase {
@@ -361,7 +410,24 @@ impl Watch<'_> {
         {
             memory.add_process(parent);
         }
-        Ok(Ran { record, unread })
+        Ok(Supervised { ran: Ran { record, unread }, kernel_log })
+    }
+
+    /// Writes the rest of the command's output, and reads the rest of the kernel's log.
+    fn finish_command(&mut self) -> Result<(), SuperviseError> {
+        if let Some(kernel_log) = &mut self.kernel_log {
+            (0..MAX_FINAL_ROUNDS).for_each(|_| kernel_log.serve());
+        }
+        // The guest's ends of streams that it has not connected to.
+        self.host_connector = None;
+        let (signals, fds) = (self.signals, || self.signals.fds());
+        let wake = || fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+        match &mut self.session {
+            Some(session) => session
+                .finish(|| signals.take().is_some(), wake)
+                .map_err(|error| SuperviseError::Io("write the command's output", error)),
+            None => Ok(()),
+        }
     }
 
     /// Removes the sockets at which a process that was killed had listened.

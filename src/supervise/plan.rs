@@ -1,6 +1,8 @@
 //! What the parent hands to the machine's process.
 
+use super::kernel_log::KernelLogTarget;
 use crate::boot::KernelFile;
+use crate::boot::initramfs::TerminalSize;
 use crate::config::RunConfig;
 use crate::kvm::System;
 use crate::machine::Stdin;
@@ -18,6 +20,10 @@ pub struct Plan<'a> {
     pub expect: Option<regex::bytes::Regex>,
     /// The kind of stdin.
     pub stdin: Stdin,
+    /// The size of the user's terminal, where the guest's command gets one.
+    pub terminal: Option<TerminalSize>,
+    /// Where the kernel's log goes, if the guest runs a command.
+    pub kernel_log: KernelLogTarget<'a>,
     /// When the run ends at the latest.
     pub deadline: Option<Instant>,
     /// Called in the machine's process before the machine is made: an error ends the run.

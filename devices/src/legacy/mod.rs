@@ -1,5 +1,6 @@
 //! Devices of a PC as far as a Linux guest needs them, and small paravirtual devices on ports.
 
+mod command_port;
 mod debug_exit;
 mod fw_cfg;
 mod i8042;
@@ -11,6 +12,7 @@ mod serial;
 mod testdev;
 mod watchdog;
 
+pub use command_port::CommandPort;
 pub use debug_exit::DebugExit;
 pub use fw_cfg::FwCfg;
 pub use i8042::{I8042, I8042Port};

@@ -1,5 +1,6 @@
 //! The lines that the agent in the guest sends on the control stream. The guest is hostile: they are bounded, and checked one by one.
 
+use crate::exit::CommandEnd;
 use thiserror::Error;
 
 /// The longest line in bytes, without its newline: `failed`, a stage, and a text of at most 1 KiB.
@@ -9,29 +10,9 @@ const MAX_STAGE_BYTES: usize = 32;
 /// How many bytes of a wrong line are shown.
 const SHOWN_BYTES: usize = 80;
 
-/// How a command ended, as the guest says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CommandEnd {
-    /// It exited with this status.
-    Exited(u8),
-    /// A signal killed it: its number, from 1 to 64.
-    Signaled(u8),
-}
-
-impl CommandEnd {
-    /// The exit status that a shell gives for this end: 128 and the number for a signal.
-    #[must_use]
-    pub fn status(self) -> u8 {
-        match self {
-            Self::Exited(status) => status,
-            Self::Signaled(signal) => signal.saturating_add(128),
-        }
-    }
-}
-
 /// A line of the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Said {
+pub(super) enum Said {
     /// The command is about to be executed.
     Started,
     /// The agent cannot go on.
@@ -47,7 +28,7 @@ pub enum Said {
 
 /// The guest sent on the control stream what no agent sends. Nothing after it is looked at.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum ControlError {
+pub(super) enum ControlError {
     /// A line has no end within the longest that there are.
     #[error("the guest sent a control line of more than {MAX_LINE_BYTES} bytes")]
     TooLong,
@@ -69,7 +50,7 @@ enum Phase {
 
 /// Reads control lines out of bytes as they come.
 #[derive(Debug)]
-pub struct ControlLines {
+pub(super) struct ControlLines {
     /// The line that has no end yet: at most [`MAX_LINE_BYTES`] bytes.
     partial: Vec<u8>,
     phase: Phase,
@@ -86,7 +67,7 @@ impl ControlLines {
     ///
     /// # Errors
     /// [`ControlError`] at the first line that is wrong. The stream is not to be read any more.
-    pub fn take(&mut self, bytes: &[u8]) -> Result<Vec<Said>, ControlError> {
+    pub(super) fn take(&mut self, bytes: &[u8]) -> Result<Vec<Said>, ControlError> {
         let mut said = Vec::new();
         for part in bytes.split_inclusive(|&byte| byte == b'\n') {
             let (text, ended) = part.strip_suffix(b"\n").map_or((part, false), |text| (text, true));

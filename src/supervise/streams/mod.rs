@@ -2,6 +2,7 @@
 
 mod control;
 mod pump;
+mod session;
+mod stdio;
 
-pub use control::{CommandEnd, ControlError, ControlLines, Said};
-pub use pump::{Pump, PumpState};
+pub(super) use session::{CommandTerminal, Ends, Session};

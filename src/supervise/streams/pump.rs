@@ -10,7 +10,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 
 /// Whether a stream goes on.
 #[derive(Debug)]
-pub enum PumpState {
+pub(super) enum PumpState {
     /// There may be more.
     Open,
     /// All was written and the source has ended, or nobody reads any more. Both descriptors are closed.
@@ -22,7 +22,7 @@ pub enum PumpState {
 /// Moves bytes from a source to a sink. It never waits: both are non-blocking. What the sink does not take is held, and the source
 /// is not read while the buffer is full.
 #[derive(Debug)]
-pub struct Pump {
+pub(super) struct Pump {
     /// `None` once it has ended.
     source: Option<OwnedFd>,
     /// `None` once all has been written, or nobody reads.
@@ -39,7 +39,7 @@ impl Pump {
     ///
     /// # Errors
     /// Returns the error of ioctl(2) with FIONBIO.
-    pub fn new(source: OwnedFd, sink: OwnedFd) -> io::Result<Self> {
+    pub(super) fn new(source: OwnedFd, sink: OwnedFd) -> io::Result<Self> {
         ioctl_fionbio(&source, true)?;
         ioctl_fionbio(&sink, true)?;
         let buffer = vec![0; BUFFER_BYTES].into_boxed_slice();
@@ -48,19 +48,19 @@ impl Pump {
 
     /// The source, to be polled for input; `None` while there is no room for more, or once it has ended.
     #[must_use]
-    pub fn source(&self) -> Option<BorrowedFd<'_>> {
+    pub(super) fn source(&self) -> Option<BorrowedFd<'_>> {
         self.source.as_ref().filter(|_| self.held() < self.buffer.len()).map(AsFd::as_fd)
     }
 
     /// The sink, with the events to poll it for: none where there is nothing to write. poll(2) reports even then that its reader is gone.
     #[must_use]
-    pub fn sink(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+    pub(super) fn sink(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let events = if self.held() > 0 { PollFlags::OUT } else { PollFlags::empty() };
         self.sink.as_ref().map(|sink| (sink.as_fd(), events))
     }
 
     /// Reads once and writes once, with what poll(2) said of the sink.
-    pub fn advance(&mut self, sink_events: PollFlags) -> PumpState {
+    pub(super) fn advance(&mut self, sink_events: PollFlags) -> PumpState {
         // With bytes to write, write(2) says whether it still takes them.
         let gone = sink_events.intersects(PollFlags::ERR | PollFlags::HUP) && self.held() == 0;
         let result = if gone { Err(Errno::PIPE) } else { self.fill().and_then(|()| self.drain()) };

@@ -32,15 +32,37 @@ const INTERVAL: Duration = Duration::from_millis(1);
 /// Requests that are answered before the process looks at other things again.
 const REQUESTS_AT_ONCE: usize = 16;
 
-/// Makes both ends: the device's, and that of the process that connects, for the sockets `PATH_PORT` of `path`.
+/// A port of the host that is joined to a connection which was made before.
+#[derive(Debug)]
+pub struct JoinedPort {
+    /// The port that the guest connects to.
+    pub port: u32,
+    /// The connection, in non-blocking mode: the guest's first connection to the port gets it.
+    pub socket: UnixStream,
+}
+
+/// The ports of the host that a guest can connect to. All others are refused.
+#[derive(Debug, Default)]
+pub struct HostPorts<'a> {
+    /// The sockets `PATH_PORT` of this path.
+    pub path: Option<&'a Path>,
+    /// Ports that have a connection each. The path has no say in them.
+    pub joined: Vec<JoinedPort>,
+}
+
+/// Makes both ends: the device's, and that of the process that connects the guest to `ports`.
 ///
 /// # Errors
 /// Returns the error of socketpair(2).
-pub fn connector(path: &Path) -> io::Result<(Connector, HostConnector)> {
+pub fn connector(ports: HostPorts<'_>) -> io::Result<(Connector, HostConnector)> {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let device = Connector { socket: ours, next: AtomicU32::new(0), outstanding: AtomicUsize::new(0) };
     let bucket = Bucket { left: BURST, last: Instant::now() };
-    Ok((device, HostConnector { socket: theirs, sockets: HostSockets::new(path), bucket }))
+    let sockets = HostSockets {
+        named: ports.path.map(NamedSockets::new),
+        joined: ports.joined.into_iter().map(|joined| (joined.port, Some(joined.socket.into()))).collect(),
+    };
+    Ok((device, HostConnector { socket: theirs, sockets, bucket }))
 }
 
 fn packet(number: u32, value: u32) -> [u8; PACKET_BYTES] {
@@ -117,13 +139,29 @@ impl AsFd for Connector {
 
 /// The sockets of the host that a guest can connect to.
 struct HostSockets {
+    named: Option<NamedSockets>,
+    /// By port; `None` once a connection of the guest has it.
+    joined: Vec<(u32, Option<OwnedFd>)>,
+}
+
+impl HostSockets {
+    fn connect(&mut self, port: u32) -> Result<OwnedFd, Errno> {
+        if let Some((_, socket)) = self.joined.iter_mut().find(|(joined, _)| *joined == port) {
+            return socket.take().ok_or(Errno::CONNREFUSED);
+        }
+        self.named.as_ref().ok_or(Errno::CONNREFUSED)?.connect(port)
+    }
+}
+
+/// The sockets of the host that have names.
+struct NamedSockets {
     /// The folder, opened once: what its path names later is not used.
     folder: Result<OwnedFd, Errno>,
     /// The name of the socket for port P is this, `_` and P.
     prefix: OsString,
 }
 
-impl HostSockets {
+impl NamedSockets {
     fn new(path: &Path) -> Self {
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -219,7 +257,8 @@ impl HostConnector {
             }
             let [request @ .., _] = bytes;
             let (number, port) = fields(request);
-            self.send_answer(number, &self.sockets.connect(port));
+            let result = self.sockets.connect(port);
+            self.send_answer(number, &result);
         }
         Served::Some
     }

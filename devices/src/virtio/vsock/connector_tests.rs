@@ -5,9 +5,13 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use tempfile::TempDir;
 
+fn named(path: &Path) -> (Connector, HostConnector) {
+    connector(HostPorts { path: Some(path), joined: Vec::new() }).expect("sockets")
+}
+
 fn ends() -> (TempDir, Connector, HostConnector) {
     let folder = tempfile::tempdir().expect("a folder");
-    let (device, host) = connector(&folder.path().join("v")).expect("sockets");
+    let (device, host) = named(&folder.path().join("v"));
     (folder, device, host)
 }
 
@@ -51,12 +55,12 @@ fn only_sockets_of_the_path_are_connected_to() {
     // A folder that is replaced later changes nothing.
     let (old, new) = (folder.path().join("old"), folder.path().join("new"));
     std::fs::create_dir(&new).expect("made");
-    let (device, mut host) = connector(&new.join("v")).expect("sockets");
+    let (device, mut host) = named(&new.join("v"));
     std::fs::rename(&new, &old).expect("renamed");
     std::os::unix::fs::symlink(folder.path(), &new).expect("linked");
     let _listener = UnixListener::bind(folder.path().join("v_4")).expect("bound");
     assert_eq!(refused(&device, &mut host, 4), Some(libc::ENOENT));
-    let (device, mut host) = connector(&folder.path().join("missing/v")).expect("sockets");
+    let (device, mut host) = named(&folder.path().join("missing/v"));
     assert_eq!(refused(&device, &mut host, 4), Some(libc::ENOENT));
 }
 
@@ -132,4 +136,32 @@ fn what_is_no_request_closes_the_channel() {
     let (_folder, device, mut host) = ends();
     drop(device);
     assert_eq!(host.serve(Instant::now()), Served::Closed);
+}
+
+#[test]
+fn a_joined_port_is_given_to_the_first_connection_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let _listener = UnixListener::bind(folder.path().join("v_5")).expect("bound");
+    let _other = UnixListener::bind(folder.path().join("v_6")).expect("bound");
+    for path in [None, Some(folder.path().join("v"))] {
+        let (mut near, far) = UnixStream::pair().expect("sockets");
+        far.set_nonblocking(true).expect("set");
+        let joined = vec![JoinedPort { port: 5, socket: far }];
+        let (device, mut host) = connector(HostPorts { path: path.as_deref(), joined }).expect("sockets");
+        device.request(5).expect("room");
+        assert_eq!(host.serve(Instant::now()), Served::All);
+        let mut stream = device.answer().expect("an answer").result.expect("connected");
+        near.write_all(b"x").expect("room");
+        stream.read_exact(&mut [0]).expect("there");
+        assert_eq!(refused(&device, &mut host, 5), Some(libc::ECONNREFUSED), "it is taken");
+        drop(stream);
+        assert_eq!(near.read(&mut [0]).expect("the end"), 0, "nobody else has it open");
+        if path.is_none() {
+            assert_eq!(refused(&device, &mut host, 6), Some(libc::ECONNREFUSED), "no other port");
+        } else {
+            device.request(6).expect("room");
+            assert_eq!(host.serve(Instant::now()), Served::All);
+            device.answer().expect("an answer").result.expect("connected by its name");
+        }
+    }
 }

@@ -24,19 +24,19 @@ pub struct VsockError {
 /// The socket device with Unix sockets of the host.
 pub struct Vsock {
     cid: u32,
-    listener: Arc<Listener>,
+    listener: Option<Arc<Listener>>,
     connector: Arc<Connector>,
 }
 
 impl Vsock {
     /// Makes a device for a guest with the context ID `cid`, at least [`super::FIRST_CID`]. `path` is the Unix socket for host
-    /// programs, and `connector` reaches those that the guest can connect to.
+    /// programs, without which none can connect, and `connector` reaches those that the guest can connect to.
     ///
     /// # Errors
     /// Returns [`VsockError`] where the socket at `path` cannot be created.
-    pub fn new(cid: u32, path: &Path, connector: Arc<Connector>) -> Result<Self, VsockError> {
-        let listener = Listener::new(path).map_err(|source| VsockError { path: path.to_owned(), source })?;
-        Ok(Self { cid, listener: Arc::new(listener), connector })
+    pub fn new(cid: u32, path: Option<&Path>, connector: Arc<Connector>) -> Result<Self, VsockError> {
+        let listen = |path: &Path| Listener::new(path).map_err(|source| VsockError { path: path.to_owned(), source });
+        Ok(Self { cid, listener: path.map(listen).transpose()?.map(Arc::new), connector })
     }
 }
 
@@ -59,7 +59,7 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
         let (receive, transmit) = (activation.take_queue(0)?, activation.take_queue(1)?);
-        let (listener, connector) = (Arc::clone(&self.listener), Arc::clone(&self.connector));
+        let (listener, connector) = (self.listener.clone(), Arc::clone(&self.connector));
         let muxer = Muxer::new(u64::from(self.cid), listener, connector, receive, transmit);
         Ok(vec![Box::new(muxer)])
     }

@@ -1,6 +1,6 @@
 //! A socket device whose connections a thread of the same process makes.
 
-use super::{HostConnector, Served, Vsock, connector};
+use super::{HostConnector, HostPorts, Served, Vsock, connector};
 use rustix::event::{PollFd, PollFlags, poll};
 use std::error::Error;
 use std::path::Path;
@@ -9,9 +9,9 @@ use std::time::Instant;
 
 /// A device as of [`Vsock::new`], and a thread that connects for it until it is dropped.
 pub(in crate::virtio) fn device(cid: u32, path: &Path) -> Result<Vsock, Box<dyn Error>> {
-    let (device, host) = connector(path)?;
+    let (device, host) = connector(HostPorts { path: Some(path), joined: Vec::new() })?;
     std::thread::spawn(move || serve(host));
-    Ok(Vsock::new(cid, path, Arc::new(device))?)
+    Ok(Vsock::new(cid, Some(path), Arc::new(device))?)
 }
 
 fn serve(mut host: HostConnector) {

@@ -18,7 +18,7 @@ mod spec;
 #[cfg(test)]
 mod tests;
 
-pub use connector::{Answer, Connector, HostConnector, Served, connector};
+pub use connector::{Answer, Connector, HostConnector, HostPorts, JoinedPort, Served, connector};
 pub use device::{Vsock, VsockError};
 pub use kernel::{KernelVsock, KernelVsockError};
 pub use spec::FIRST_CID;

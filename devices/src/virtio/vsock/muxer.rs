@@ -48,7 +48,8 @@ struct Pending {
 
 pub(super) struct Muxer {
     cid: u64,
-    listener: Arc<Listener>,
+    /// Where host programs connect; `None` where none can.
+    listener: Option<Arc<Listener>>,
     connector: Arc<Connector>,
     /// A bounded number: that of the connector's requests without an answer.
     pending: Vec<Pending>,
@@ -70,7 +71,7 @@ pub(super) struct Muxer {
 impl Muxer {
     pub(super) fn new(
         cid: u64,
-        listener: Arc<Listener>,
+        listener: Option<Arc<Listener>>,
         connector: Arc<Connector>,
         receive: Virtqueue,
         transmit: Virtqueue,
@@ -151,12 +152,13 @@ impl Muxer {
 
     /// Accepts connections of host programs.
     fn accept(&mut self, ops: &mut EventOps<'_>) {
+        let Some(listener) = self.listener.clone() else { return };
         loop {
             self.accept_paused = self.connections.len() >= MAX_CONNECTIONS;
             if self.accept_paused {
                 return;
             }
-            match self.listener.socket().accept() {
+            match listener.socket().accept() {
                 Ok((stream, _)) => {
                     if let Err(error) = stream.set_nonblocking(true) {
                         log::warn!("vsock: cannot set a connection to non-blocking: {error}");
@@ -289,7 +291,12 @@ impl Muxer {
     }
 
     fn refuse(&mut self, key: Key, error: &io::Error) {
-        log::info!("vsock: connection to port {} refused: {}_{0}: {error}", key.local, self.listener.path().shown());
+        match &self.listener {
+            Some(listener) => {
+                log::info!("vsock: connection to port {} refused: {}_{0}: {error}", key.local, listener.path().shown());
+            }
+            None => log::info!("vsock: connection to port {} refused: {error}", key.local),
+        }
         self.send_control(key, OP_RST);
     }
 
@@ -450,7 +457,7 @@ fn handle_packet(
 impl MutEventSubscriber for Muxer {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let fd = events.fd();
-        if fd == self.listener.socket().as_raw_fd() {
+        if self.listener.as_ref().is_some_and(|listener| fd == listener.socket().as_raw_fd()) {
             self.accept(ops);
         } else if fd == self.connector.as_fd().as_raw_fd() {
             self.take_answers(ops);
@@ -477,7 +484,8 @@ impl MutEventSubscriber for Muxer {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         watch(ops, Events::new(self.receive.kick(), EventSet::IN));
         watch(ops, Events::new(self.transmit.kick(), EventSet::IN));
-        for socket in [self.listener.socket().as_fd(), self.connector.as_fd()] {
+        let listener = self.listener.as_ref().map(|listener| listener.socket().as_fd());
+        for socket in listener.into_iter().chain([self.connector.as_fd()]) {
             watch(ops, Events::new(&socket, EventSet::IN | EventSet::EDGE_TRIGGERED));
         }
     }

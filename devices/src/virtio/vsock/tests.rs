@@ -114,8 +114,9 @@ fn a_connection_that_the_guest_wants_no_more_is_closed() {
     let folder = tempfile::tempdir().expect("a folder");
     let listener = UnixListener::bind(folder.path().join("v_77")).expect("a socket");
     let path = folder.path().join("v");
-    let (connector, mut host) = super::connector(&path).expect("sockets");
-    let mut driver = Driver::running(Box::new(Vsock::new(9, &path, Arc::new(connector)).expect("a socket")));
+    let (connector, mut host) =
+        super::connector(super::HostPorts { path: Some(&path), joined: Vec::new() }).expect("sockets");
+    let mut driver = Driver::running(Box::new(Vsock::new(9, Some(&path), Arc::new(connector)).expect("a socket")));
     for _ in 0..16 {
         driver.submit(0, &[], &[4096]);
     }

@@ -1,0 +1,57 @@
+//! The file of `--status-file`: how a run ended, so that a command's exit status is not taken for one of hwvmm's own.
+
+use crate::escape::escape_json;
+use crate::exit::{CommandEnd, EndReason};
+use serde::Serialize;
+
+/// The version of the format.
+const VERSION: u32 = 1;
+
+/// The contents of the file: one JSON object on one line.
+#[derive(Debug, Serialize)]
+pub(super) struct StatusRecord {
+    version: u32,
+    /// The name of the end ([`EndReason::name`]).
+    end: &'static str,
+    /// The exit status of hwvmm.
+    status: u8,
+    /// How the command ended; null where it has not, or is not known to have.
+    command: Option<CommandEnd>,
+    /// The end in words, which may change.
+    message: String,
+}
+
+impl StatusRecord {
+    /// The record of a run that ended with `end`, and in which hwvmm exits with `status`.
+    pub(super) fn new(end: &EndReason, status: u8) -> Self {
+        let command = match end {
+            EndReason::Command(command) => Some(*command),
+            _ => None,
+        };
+        Self { version: VERSION, end: end.name(), status, command, message: end.to_string() }
+    }
+
+    /// The text of the file.
+    pub(super) fn text(&self) -> Result<String, serde_json::Error> {
+        Ok(format!("{}\n", escape_json(&serde_json::to_string(self)?)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_record_tells_a_command_from_hwvmm() {
+        let text = |end: &EndReason| StatusRecord::new(end, end.status()).text().expect("JSON");
+        assert_eq!(
+            text(&EndReason::Command(CommandEnd::Exited(34))),
+            "{\"version\":1,\"end\":\"command\",\"status\":34,\"command\":{\"exited\":34},\"message\":\"the command exited with \
+             status 34\"}\n"
+        );
+        assert!(text(&EndReason::Command(CommandEnd::Signaled(9))).contains("\"command\":{\"signaled\":9}"));
+        let panic = text(&EndReason::Panicked(Some("\u{1b}[2J\u{202e}".into())));
+        assert!(panic.contains("\"end\":\"panic\",\"status\":34,\"command\":null"), "{panic}");
+        assert!(!panic.contains(['\u{1b}', '\u{202e}']), "{panic}");
+    }
+}

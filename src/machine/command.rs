@@ -1,0 +1,303 @@
+//! The initramfs of a guest that runs one command, from the configuration.
+
+use crate::boot::initramfs::{
+    self, Driver, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest, Instructions, Put, TerminalSize,
+    Variable, WritableShare,
+};
+use crate::boot::{self, KernelFile};
+use crate::bounded_read::{ReadError, read_text};
+use crate::config::{ROOT_TAG, RootChoice, RunConfig, Transport, UserChoice, rw_tag};
+use hwvmm_devices::path_text::PathText as _;
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// The largest /etc/passwd that is read.
+const PASSWD_BYTES: u64 = 4 << 20;
+/// A root file system has one of these.
+const PARTS_OF_A_ROOT: [&str; 4] = ["bin", "usr/bin", "sbin", "etc"];
+/// Programs find it there if the command runs as this user.
+const HOME: &str = "HOME";
+
+/// Why a command's guest cannot be prepared.
+#[derive(Debug, Error)]
+pub enum CommandError {
+    /// The initramfs cannot be made.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+    /// The folder of `--root` has no root file system.
+    #[error(
+        "--root {}: it is no root file system: it has none of {}", .0.shown(), PARTS_OF_A_ROOT.join(", ")
+    )]
+    NoRoot(PathBuf),
+    /// The root is an image, or another file.
+    #[error("--root {}: it is no folder (an image of a disk is not read)", .0.shown())]
+    RootIsFile(PathBuf),
+    /// A folder cannot be opened.
+    #[error("{option} {}: cannot open it", .path.shown())]
+    Folder {
+        /// The option that names it.
+        option: &'static str,
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// `--workdir` is a relative path, and there is no current folder.
+    #[error("--workdir {}: it is no absolute path", .0.shown())]
+    Workdir(PathBuf),
+    /// The root's list of users cannot be read.
+    #[error("--user {name}: cannot read {}", .path.shown())]
+    Passwd {
+        /// The user's name.
+        name: String,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: ReadError,
+    },
+    /// The root has no such user.
+    #[error("--user {0}: there is no such user in the root's /etc/passwd: give numbers, as in --user 1000:1000")]
+    NoUser(String),
+    /// The initramfs cannot be kept in memory.
+    #[error("cannot keep the initramfs in memory")]
+    Memory(#[source] io::Error),
+}
+
+/// The initramfs of a command.
+pub(super) struct CommandInitramfs {
+    /// The archive.
+    pub(super) file: File,
+    /// If the agent fails: what may have been missing.
+    pub(super) hint: Option<String>,
+}
+
+/// Makes the initramfs for the command of `config`; `terminal` is the size of the user's, if the command gets one.
+pub(super) fn make(
+    config: &RunConfig,
+    kernel: &KernelFile,
+    terminal: Option<TerminalSize>,
+) -> Result<CommandInitramfs, CommandError> {
+    let instructions = instructions(config, terminal)?;
+    let put: Vec<Put> =
+        config.put.iter().map(|put| Put { source: put.source.clone(), target: put.target.clone() }).collect();
+    let made = initramfs::build(&InitramfsRequest {
+        kernel,
+        modules: config.modules.as_deref(),
+        drivers: &drivers(config),
+        instructions: &instructions,
+        put: &put,
+        isolation: boot::isolation(config.sandbox),
+    })?;
+    let file = memfd_create("initramfs", MemfdFlags::CLOEXEC).map(File::from);
+    let mut file = file.map_err(|error| CommandError::Memory(error.into()))?;
+    file.write_all(&made.archive).map_err(CommandError::Memory)?;
+    let from = made.modules_folder.as_deref().map_or_else(|| "none".into(), |folder| folder.shown().to_string());
+    log::info!("initramfs: {} bytes; modules: {} from {from}", made.archive.len(), made.modules.len());
+    Ok(CommandInitramfs { file, hint: hint(&made, kernel) })
+}
+
+/// What to do about a driver that is missing.
+fn hint(made: &Initramfs, kernel: &KernelFile) -> Option<String> {
+    if made.modules_folder.is_some() {
+        return None;
+    }
+    let release = initramfs::kernel_release(kernel).ok()??;
+    Some(format!(
+        "no modules of kernel {release} were found beside it or in /lib/modules: if its drivers are modules, name their \
+         folder with --modules DIR"
+    ))
+}
+
+/// The drivers that the guest needs, in the order in which they are loaded.
+fn drivers(config: &RunConfig) -> Vec<Driver> {
+    let bus = match config.transport {
+        Transport::Pci => Driver::VirtioPci,
+        Transport::Mmio => Driver::VirtioMmio,
+    };
+    let mut drivers = vec![bus, Driver::Vsock];
+    if config.root != RootChoice::None || !config.rw.is_empty() {
+        drivers.push(Driver::Virtiofs);
+    }
+    if config.root != RootChoice::None {
+        drivers.push(Driver::Overlay);
+    }
+    drivers
+}
+
+fn instructions(config: &RunConfig, terminal: Option<TerminalSize>) -> Result<Instructions, CommandError> {
+    let host_root = root_folder(&config.root)?;
+    let absolute = |option: &'static str, path: &Path| {
+        std::path::absolute(path).map_err(|source| CommandError::Folder { option, path: path.to_owned(), source })
+    };
+    let mut writable = Vec::new();
+    for (number, path) in config.rw.iter().enumerate() {
+        let path = absolute("--rw", path)?;
+        std::fs::read_dir(&path).map_err(|source| CommandError::Folder {
+            option: "--rw",
+            path: path.clone(),
+            source,
+        })?;
+        writable.push(WritableShare { tag: rw_tag(number).into(), path });
+    }
+    let (user, home) = user(&config.user, host_root)?;
+    Ok(Instructions {
+        root: if host_root.is_some() { GuestRoot::Share(ROOT_TAG.into()) } else { GuestRoot::Initramfs },
+        writable,
+        command: config.command.clone(),
+        environment: environment(config, home, terminal),
+        workdir: workdir(config, host_root)?,
+        user,
+        hostname: None,
+        terminal,
+    })
+}
+
+/// The folder of this host that is the guest's root; `None` where the initramfs is.
+fn root_folder(root: &RootChoice) -> Result<Option<&Path>, CommandError> {
+    let folder = match root {
+        RootChoice::Host => return Ok(Some(Path::new("/"))),
+        RootChoice::None => return Ok(None),
+        RootChoice::Folder(folder) => folder,
+    };
+    let metadata = std::fs::metadata(folder).map_err(|source| CommandError::Folder {
+        option: "--root",
+        path: folder.clone(),
+        source,
+    })?;
+    if !metadata.is_dir() {
+        return Err(CommandError::RootIsFile(folder.clone()));
+    }
+    if !PARTS_OF_A_ROOT.iter().any(|part| folder.join(part).is_dir()) {
+        return Err(CommandError::NoRoot(folder.clone()));
+    }
+    Ok(Some(folder))
+}
+
+/// The folder that the command starts in: the current one goes along where the root has it.
+fn workdir(config: &RunConfig, root: Option<&Path>) -> Result<PathBuf, CommandError> {
+    if let Some(given) = &config.workdir {
+        return if given.is_absolute() { Ok(given.clone()) } else { Err(CommandError::Workdir(given.clone())) };
+    }
+    let current = std::env::current_dir().ok();
+    let is_there = |current: &PathBuf| {
+        let writable =
+            config.rw.iter().any(|path| std::path::absolute(path).is_ok_and(|path| current.starts_with(path)));
+        let below = current.strip_prefix("/").unwrap_or(current);
+        writable || root.is_some_and(|root| root.join(below).is_dir())
+    };
+    Ok(current.filter(is_there).unwrap_or_else(|| PathBuf::from("/")))
+}
+
+fn environment(config: &RunConfig, home: Option<OsString>, terminal: Option<TerminalSize>) -> Vec<Variable> {
+    let host = |name: &OsString| std::env::var_os(name).map(|value| Variable { name: name.clone(), value });
+    let given = config.env.iter().filter_map(|env| match &env.value {
+        Some(value) => Some(Variable { name: env.name.clone(), value: value.clone() }),
+        None => host(&env.name),
+    });
+    let mut variables: Vec<Variable> = Vec::new();
+    // The last one of a name wins.
+    for variable in given {
+        variables.retain(|before| before.name != variable.name);
+        variables.push(variable);
+    }
+    let has = |variables: &[Variable], name: &str| variables.iter().any(|variable| variable.name == name);
+    if terminal.is_some() && !has(&variables, "TERM") {
+        variables.extend(host(&"TERM".into()));
+    }
+    if !has(&variables, HOME) {
+        variables.extend(home.map(|value| Variable { name: HOME.into(), value }));
+    }
+    variables
+}
+
+/// The ids of the command's user, and its home where the root's /etc/passwd was read.
+fn user(choice: &UserChoice, root: Option<&Path>) -> Result<(GuestUser, Option<OsString>), CommandError> {
+    let name = match choice {
+        UserChoice::Ids { uid, gid } => return Ok((GuestUser { uid: *uid, gid: *gid }, None)),
+        UserChoice::Name(name) => name,
+    };
+    let path = root.ok_or_else(|| CommandError::NoUser(name.clone()))?.join("etc/passwd");
+    let text =
+        read_text(&path, PASSWD_BYTES).map_err(|source| CommandError::Passwd { name: name.clone(), path, source })?;
+    passwd_entry(&text, name).ok_or_else(|| CommandError::NoUser(name.clone()))
+}
+
+/// Finds a user in the text of passwd(5).
+fn passwd_entry(text: &str, name: &str) -> Option<(GuestUser, Option<OsString>)> {
+    let fields = text.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let entry = fields.into_iter().find(|fields| fields.first() == Some(&name))?;
+    let id = |index: usize| entry.get(index)?.parse().ok();
+    let home = entry.get(5).filter(|home| home.starts_with('/')).map(OsString::from);
+    Some((GuestUser { uid: id(2)?, gid: id(3)? }, home))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::RunOptions;
+
+    fn config(text: &str) -> RunConfig {
+        let options: RunOptions = toml::from_str(&format!("kernel = 'k'\ncommand = ['a']\n{text}")).expect("TOML");
+        options.into_config().expect("valid")
+    }
+
+    fn failure(text: &str) -> String {
+        instructions(&config(text), None).expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn the_drivers_are_those_of_the_devices() {
+        assert_eq!(drivers(&config("")), [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs, Driver::Overlay]);
+        assert_eq!(drivers(&config("root = 'none'\ntransport = 'mmio'")), [Driver::VirtioMmio, Driver::Vsock]);
+        let writable = drivers(&config("root = 'none'\nrw = ['/tmp']"));
+        assert_eq!(writable, [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs]);
+    }
+
+    #[test]
+    fn a_root_that_is_none_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().display().to_string();
+        assert!(failure(&format!("root = '{path}'")).contains("no root file system"));
+        assert!(failure(&format!("root = '{path}/missing'")).contains("missing: cannot open it"));
+        std::fs::write(folder.path().join("image"), "").expect("written");
+        assert!(failure(&format!("root = '{path}/image'")).contains("no folder"));
+        std::fs::create_dir(folder.path().join("bin")).expect("made");
+        let made = instructions(&config(&format!("root = '{path}'")), None).expect("a root");
+        assert_eq!(made.root, GuestRoot::Share(ROOT_TAG.into()));
+        assert_eq!(made.workdir, Path::new("/"), "the root has no such folder");
+        assert!(failure("rw = ['/missing']").contains("--rw /missing"));
+    }
+
+    #[test]
+    fn the_current_folder_goes_along_where_the_root_has_it() {
+        let current = std::env::current_dir().expect("a folder");
+        assert_eq!(instructions(&config(""), None).expect("made").workdir, current);
+        assert_eq!(instructions(&config("root = 'none'"), None).expect("made").workdir, Path::new("/"));
+        let shared = config(&format!("root = 'none'\nrw = ['{}']", current.display()));
+        assert_eq!(instructions(&shared, None).expect("made").workdir, current);
+        assert_eq!(instructions(&config("workdir = '/srv'"), None).expect("made").workdir, Path::new("/srv"));
+        assert!(failure("workdir = 'srv'").contains("absolute"));
+    }
+
+    #[test]
+    fn users_are_found_by_name() {
+        let text = "root:x:0:0:root:/root:/bin/sh\nmail:x:8:12:mail:/var/mail:/bin/false\nbad:x:y:z\n";
+        let (found, home) = passwd_entry(text, "mail").expect("there");
+        assert_eq!((found, home), (GuestUser { uid: 8, gid: 12 }, Some("/var/mail".into())));
+        assert!(passwd_entry(text, "bad").is_none() && passwd_entry(text, "nobody").is_none());
+        assert!(failure("root = 'none'\nuser = 'mail'").contains("give numbers"));
+    }
+
+    #[test]
+    fn the_last_variable_of_a_name_wins() {
+        let made = instructions(&config("env = ['A=1', 'A=2', 'HWVMM_NOT_THERE', 'PATH']"), None).expect("made");
+        let of = |name: &str| made.environment.iter().filter(|one| one.name == name).map(|one| one.value.clone());
+        assert_eq!(of("A").collect::<Vec<_>>(), ["2"]);
+        assert_eq!(of("PATH").next(), std::env::var_os("PATH"));
+        assert_eq!(of("HWVMM_NOT_THERE").count(), 0);
+    }
+}

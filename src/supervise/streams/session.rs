@@ -1,0 +1,369 @@
+//! The parent's side of a command that runs in the guest: its streams, its terminal, and what its agent says.
+
+use super::control::{ControlLines, Said};
+use super::pump::{Pump, PumpState};
+use super::stdio::{Direction, private_copy};
+use crate::console::terminal_size;
+use crate::exit::EndReason;
+use crate::machine::StopRequest;
+use hwvmm_devices::virtio::vsock::JoinedPort;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use std::fmt::Write as _;
+use std::io::{self, stderr, stdin, stdout};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+/// The vsock port of the control stream (src/agent/README.md). Those of stdin, stdout and stderr follow.
+const FIRST_PORT: u32 = 0x6877_0000;
+/// How long the guest may go on once its command's status is known: the agent syncs for 5 s at most.
+const GUEST_END: Duration = Duration::from_secs(10);
+/// How long the readers of stdout and stderr may take nothing once the guest is gone.
+const READERS: Duration = Duration::from_secs(5);
+/// Reads and writes of a stream before signals and deadlines are looked at again.
+const STEPS: usize = 16;
+
+/// Whether the command gets a terminal, which has no stderr of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::supervise) enum CommandTerminal {
+    /// It has three streams.
+    None,
+    /// It has one terminal.
+    Given,
+}
+
+/// The parent's ends of the connections to the agent.
+pub(in crate::supervise) struct Ends {
+    control: UnixStream,
+    stdin: UnixStream,
+    stdout: UnixStream,
+    stderr: Option<UnixStream>,
+    terminal: CommandTerminal,
+}
+
+impl Ends {
+    /// Makes the connections. The ports are the guest's ends.
+    ///
+    /// # Errors
+    /// Returns the error of socketpair(2).
+    pub(in crate::supervise) fn new(terminal: CommandTerminal) -> io::Result<(Self, Vec<JoinedPort>)> {
+        let mut ports = Vec::new();
+        let mut next = |offset: u32| {
+            let (near, far) = UnixStream::pair()?;
+            near.set_nonblocking(true)?;
+            far.set_nonblocking(true)?;
+            ports.push(JoinedPort { port: FIRST_PORT + offset, socket: far });
+            Ok::<_, io::Error>(near)
+        };
+        let (control, stdin, stdout) = (next(0)?, next(1)?, next(2)?);
+        let stderr = if terminal == CommandTerminal::None { Some(next(3)?) } else { None };
+        Ok((Self { control, stdin, stdout, stderr, terminal }, ports))
+    }
+}
+
+/// A stream of the command.
+struct Stream {
+    name: &'static str,
+    pump: Pump,
+}
+
+/// A command that runs in the guest.
+pub(in crate::supervise) struct Session {
+    /// `None` once it has ended, or what came was no agent's.
+    control: Option<UnixStream>,
+    lines: ControlLines,
+    /// What the agent has said last.
+    said: Option<Said>,
+    /// When it said how the command ended, or that it failed.
+    said_at: Option<Instant>,
+    input: Option<Stream>,
+    outputs: Vec<Stream>,
+    /// Readable when the terminal's size has changed.
+    resized: Option<UnixStream>,
+    /// The rest of a line for the agent.
+    unsent: Vec<u8>,
+    /// The size changed while a line was on its way.
+    resized_again: bool,
+}
+
+impl Session {
+    /// Connects hwvmm's own stdin, stdout and stderr. To be made after the machine's process was forked: signals are caught, and file
+    /// descriptors opened, that it must not have.
+    ///
+    /// # Errors
+    /// Where a stream cannot be prepared.
+    pub(in crate::supervise) fn new(ends: Ends) -> io::Result<Self> {
+        let stream =
+            |name, source: OwnedFd, sink: OwnedFd| Ok::<_, io::Error>(Stream { name, pump: Pump::new(source, sink)? });
+        let output = |name, from: UnixStream, to: OwnedFd| stream(name, from.into(), to);
+        let input = stream("stdin", private_copy(stdin().as_fd(), Direction::Read)?, ends.stdin.into())?;
+        let mut outputs = vec![output("stdout", ends.stdout, private_copy(stdout().as_fd(), Direction::Write)?)?];
+        if let Some(from) = ends.stderr {
+            outputs.push(output("stderr", from, private_copy(stderr().as_fd(), Direction::Write)?)?);
+        }
+        let resized = match ends.terminal {
+            CommandTerminal::None => None,
+            CommandTerminal::Given => {
+                let (receiver, sender) = UnixStream::pair()?;
+                receiver.set_nonblocking(true)?;
+                signal_hook::low_level::pipe::register(signal_hook::consts::SIGWINCH, sender)?;
+                Some(receiver)
+            }
+        };
+        Ok(Self {
+            control: Some(ends.control),
+            lines: ControlLines::default(),
+            said: None,
+            said_at: None,
+            input: Some(input),
+            outputs,
+            resized,
+            unsent: Vec::new(),
+            resized_again: false,
+        })
+    }
+
+    /// What has to be waited for.
+    pub(in crate::supervise) fn interests(&self) -> Vec<PollFd<'_>> {
+        let wanted = if self.unsent.is_empty() { PollFlags::IN } else { PollFlags::IN | PollFlags::OUT };
+        let mut fds: Vec<PollFd<'_>> = self.control.iter().map(|control| PollFd::new(control, wanted)).collect();
+        fds.extend(self.resized.iter().map(|resized| PollFd::new(resized, PollFlags::IN)));
+        for Stream { pump, .. } in self.input.iter().chain(&self.outputs) {
+            fds.extend(pump.source().map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN)));
+            fds.extend(pump.sink().map(|(sink, events)| PollFd::from_borrowed_fd(sink, events)));
+        }
+        fds
+    }
+
+    /// Moves what can be moved, and takes what the agent says, without waiting for anything.
+    pub(in crate::supervise) fn serve(&mut self) {
+        self.take_lines();
+        self.tell_size();
+        if let Some(stream) = &mut self.input
+            && stream.advance() == Go::Ended
+        {
+            self.input = None;
+        }
+        self.outputs.retain_mut(|stream| stream.advance() == Go::On);
+    }
+
+    /// Reads the control stream. What is not an agent's ends it: nothing after it counts.
+    fn take_lines(&mut self) {
+        let Some(control) = &self.control else { return };
+        let mut bytes = [0; 4096];
+        let count = match recv(control, &mut bytes[..], RecvFlags::DONTWAIT) {
+            Ok((count, _)) => count,
+            Err(Errno::AGAIN | Errno::INTR) => return,
+            Err(_) => 0,
+        };
+        match self.lines.take(bytes.get(..count).unwrap_or_default()) {
+            Ok(_) if count == 0 => self.control = None,
+            Ok(said) => said.into_iter().for_each(|said| {
+                if said != Said::Started {
+                    self.said_at = Some(Instant::now());
+                }
+                self.said = Some(said);
+            }),
+            Err(error) => {
+                log::warn!("{error}: the control stream is not read any further");
+                self.control = None;
+            }
+        }
+    }
+
+    /// Tells the agent the size of the terminal, where it has changed.
+    fn tell_size(&mut self) {
+        if let Some(resized) = &self.resized
+            && recv(resized, &mut [0; 64][..], RecvFlags::DONTWAIT).is_ok_and(|(count, _)| count > 0)
+        {
+            self.resized_again = true;
+        }
+        if self.unsent.is_empty() && std::mem::take(&mut self.resized_again) {
+            let (columns, rows) = terminal_size();
+            self.unsent = format!("window {rows} {columns}\n").into_bytes();
+        }
+        let Some(control) = &self.control else { return self.unsent.clear() };
+        if self.unsent.is_empty() {
+            return;
+        }
+        match send(control, &self.unsent, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(count) => drop(self.unsent.drain(..count.min(self.unsent.len()))),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(_) => self.unsent.clear(),
+        }
+    }
+
+    /// When the guest is stopped that goes on after its command; `None` where it has not said how that ended.
+    pub(in crate::supervise) fn stops_at(&self) -> Option<Instant> {
+        self.said_at.map(|at| at + GUEST_END)
+    }
+
+    /// How to end a guest that goes on.
+    pub(in crate::supervise) fn stop_request(&self) -> Option<StopRequest> {
+        match self.said.as_ref()? {
+            Said::Started => None,
+            Said::Failed { .. } => Some(StopRequest::NoCommand),
+            Said::Ended(end) => Some(StopRequest::Command(*end)),
+        }
+    }
+
+    /// The end of the run with what the agent has said. A guest that cannot write to I/O ports is powered off, and the agent's word alone
+    /// says how the command ended.
+    pub(in crate::supervise) fn explain(&self, end: EndReason) -> EndReason {
+        match (end, &self.said) {
+            (EndReason::PowerOff | EndReason::SystemHalted, Some(Said::Ended(end))) => EndReason::Command(*end),
+            (
+                end @ (EndReason::NoCommand(_) | EndReason::PowerOff | EndReason::SystemHalted),
+                Some(Said::Failed { stage, text }),
+            ) => {
+                let mut why = format!("{stage}: {text}");
+                if let EndReason::NoCommand(Some(hint)) = end {
+                    // Writing to a String cannot fail.
+                    let _ = write!(why, "; {hint}");
+                }
+                EndReason::NoCommand(Some(why))
+            }
+            (end, _) => end.without_command_status(),
+        }
+    }
+
+    /// Writes what is left of the command's output once the machine's process is gone, as long as its readers take it: at most
+    /// [`READERS`] without one that does. `ends` says whether to give up at once, and `wake` is readable when it has changed.
+    pub(in crate::supervise) fn finish<'a>(
+        &mut self,
+        ends: impl Fn() -> bool,
+        wake: impl Fn() -> Vec<PollFd<'a>>,
+    ) -> io::Result<()> {
+        self.input = None;
+        self.resized = None;
+        let mut give_up = Instant::now() + READERS;
+        loop {
+            self.serve();
+            let now = Instant::now();
+            if self.outputs.is_empty() || ends() {
+                return Ok(());
+            }
+            if now >= give_up {
+                log::warn!("the command's output is cut off: nobody reads the rest of it");
+                return Ok(());
+            }
+            let limit = Timespec::try_from(give_up - now).ok();
+            let mut fds = wake();
+            fds.extend(self.interests());
+            match poll(&mut fds, limit.as_ref()) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => give_up = Instant::now() + READERS,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Whether a stream goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Go {
+    On,
+    Ended,
+}
+
+impl Stream {
+    /// Moves what can be moved, a bounded number of times.
+    fn advance(&mut self) -> Go {
+        for _ in 0..STEPS {
+            let Some(ready) = self.ready() else { return Go::On };
+            match self.pump.advance(ready) {
+                PumpState::Open => {}
+                PumpState::Ended => return Go::Ended,
+                PumpState::Failed(error) => {
+                    log::warn!("the command's {} is closed: {error}", self.name);
+                    return Go::Ended;
+                }
+            }
+        }
+        Go::On
+    }
+
+    /// What poll(2) says of the sink; `None` if there is nothing to do.
+    fn ready(&self) -> Option<PollFlags> {
+        let (sink, events) = self.pump.sink()?;
+        let mut fds = vec![PollFd::from_borrowed_fd(sink, events)];
+        fds.extend(self.pump.source().map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN)));
+        match poll(&mut fds, Some(&Timespec::default())) {
+            Ok(count) if count > 0 => fds.first().map(PollFd::revents),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit::CommandEnd;
+    use std::io::Write;
+
+    /// A session whose standard streams are those of the test, and the guest's end of its control stream.
+    fn session() -> (Session, UnixStream) {
+        let (ends, mut ports) = Ends::new(CommandTerminal::None).expect("sockets");
+        let numbers: Vec<u32> = ports.iter().map(|joined| joined.port).collect();
+        assert_eq!(numbers, [FIRST_PORT, FIRST_PORT + 1, FIRST_PORT + 2, FIRST_PORT + 3]);
+        let guest = ports.remove(0).socket;
+        let session = Session {
+            control: Some(ends.control),
+            lines: ControlLines::default(),
+            said: None,
+            said_at: None,
+            input: None,
+            outputs: Vec::new(),
+            resized: None,
+            unsent: Vec::new(),
+            resized_again: false,
+        };
+        (session, guest)
+    }
+
+    fn after(lines: &str, end: EndReason) -> EndReason {
+        let (mut session, mut guest) = session();
+        guest.write_all(lines.as_bytes()).expect("room");
+        session.serve();
+        session.explain(end)
+    }
+
+    #[test]
+    fn a_guest_without_ports_has_its_status_from_the_control_stream() {
+        let ended = EndReason::Command(CommandEnd::Exited(7));
+        assert_eq!(after("started\nexited 7\n", EndReason::PowerOff), ended);
+        assert_eq!(after("started\nexited 7\n", EndReason::Panicked(None)), EndReason::Panicked(None));
+        assert_eq!(after("started\nexited 0\n", ended.clone()), ended, "the port's status counts where there is one");
+    }
+
+    #[test]
+    fn a_guest_that_ends_before_has_no_status() {
+        let none = EndReason::NoCommandStatus(Box::new(EndReason::PowerOff));
+        assert_eq!(after("started\n", EndReason::PowerOff), none);
+        assert_eq!(after("", EndReason::PowerOff), none);
+        assert_eq!(after("exited 0\n", EndReason::PowerOff), none, "it was not started");
+        assert_eq!(after("started\nexited 0 \x1b[2J\n", EndReason::PowerOff), none);
+    }
+
+    #[test]
+    fn a_failure_of_the_agent_is_told_with_what_may_help() {
+        let failed = "failed root no folder\n";
+        assert_eq!(after(failed, EndReason::PowerOff), EndReason::NoCommand(Some("root: no folder".into())));
+        let hint = EndReason::NoCommand(Some("see --modules".into()));
+        assert_eq!(after(failed, hint), EndReason::NoCommand(Some("root: no folder; see --modules".into())));
+    }
+
+    #[test]
+    fn a_guest_that_goes_on_is_stopped_later() {
+        let (mut session, mut guest) = session();
+        guest.write_all(b"started\n").expect("room");
+        session.serve();
+        assert_eq!((session.stops_at(), session.stop_request()), (None, None));
+        guest.write_all(b"signaled 9\n").expect("room");
+        session.serve();
+        assert!(session.stops_at().is_some_and(|at| at > Instant::now()));
+        assert_eq!(session.stop_request(), Some(StopRequest::Command(CommandEnd::Signaled(9))));
+    }
+}
