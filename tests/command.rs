@@ -15,6 +15,8 @@ mod hostile;
 mod inherited;
 #[path = "command/input.rs"]
 mod input;
+#[path = "command/one_command.rs"]
+mod one_command;
 #[path = "command/parser.rs"]
 mod parser;
 #[path = "command/paths.rs"]
@@ -484,6 +486,7 @@ fn main() -> ExitCode {
         hostile::TESTS,
         inherited::TESTS,
         input::TESTS,
+        one_command::TESTS,
         parser::TESTS,
         paths::TESTS,
         process::TESTS,

@@ -134,7 +134,7 @@ mod tests {
         drop(writer);
         log.serve();
         assert!(log.fd().is_none() && log.last.len() <= KEPT_BYTES);
-        assert_eq!(log.last_lines(2), ["line 4999", "\\u{1b}[2J no end"]);
+        assert_eq!(log.last_lines(2), ["line 4999", "\\x1b[2J no end"]);
         file.rewind().expect("rewound");
         let mut text = String::new();
         file.read_to_string(&mut text).expect("read");

@@ -41,7 +41,7 @@ const MAX_PROGRESS: usize = 100;
 const MAX_FINAL_ROUNDS: usize = 1000;
 
 /// Lines of the kernel's log that are shown after a failure.
-const KERNEL_LOG_LINES: usize = 30;
+const KERNEL_LOG_LINES: usize = 100;
 
 /// How often to try again to write what stderr does not take.
 const STDERR_AGAIN: Duration = Duration::from_millis(100);

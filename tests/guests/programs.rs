@@ -29,6 +29,46 @@ program!(triple_fault, "ud2");
 program!(halt, "5: cli", "hlt", "jmp 5b");
 program!(spin, "5: jmp 5b");
 program!(debug_exit, "mov $38,%eax", "out %eax,$0xf4", "hlt");
+// They say how a command ended, as the agent does.
+program!(
+    command_exited,
+    "mov $0x5e8,%dx",
+    "mov $34,%al",
+    "out %al,%dx",
+    "inc %dx",
+    "mov $1,%al",
+    "out %al,%dx",
+    "5: jmp 5b"
+);
+program!(
+    command_signaled,
+    "mov $0x5e8,%dx",
+    "mov $9,%al",
+    "out %al,%dx",
+    "inc %dx",
+    "mov $2,%al",
+    "out %al,%dx",
+    "5: jmp 5b"
+);
+program!(command_failed, "mov $0x5e9,%dx", "mov $3,%al", "out %al,%dx", "5: jmp 5b");
+// Ends of no kind, a signal 0, and writes of other widths; then it powers off.
+program!(
+    command_no_ends,
+    "mov $0x5e9,%dx",
+    "xor %eax,%eax",
+    "out %al,%dx",
+    "mov $2,%al",
+    "out %al,%dx",
+    "mov $4,%al",
+    "out %al,%dx",
+    "mov $1,%al",
+    "out %ax,%dx",
+    "out %eax,%dx",
+    "mov $0x600,%dx",
+    "mov $0x34,%al",
+    "out %al,%dx",
+    "hlt",
+);
 program!(expired_watchdog, "mov $0x443,%dx", "mov $0xf,%al", "out %al,%dx", "5: jmp 5b");
 // Two lines that end in CR LF, the first with colours, and one without an end; then it powers off.
 printer!(

@@ -11,8 +11,9 @@ const SET_ID_BITS: u32 = libc::S_ISUID | libc::S_ISGID;
 /// `O_TMPFILE` without the `O_DIRECTORY` in it.
 const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 /// The flags of open(2) that reach the host. Not among them: `O_CREAT` and `O_TMPFILE`, as there is CREATE for new files;
-/// `O_PATH`, with which an open of a name would follow a symbolic link; `O_DIRECT`, as the buffers here are not aligned; and
-/// `O_ASYNC`, which sends signals.
+/// `O_PATH`, with which an open of a name would follow a symbolic link; `O_DIRECT`, as the buffers here are not aligned;
+/// `O_ASYNC`, which sends signals; and `O_NOATIME`, which only the file's owner may use (open(2)): overlayfs, for one, opens
+/// all files of its lower layer with it, and would find none that it may open.
 pub const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_APPEND
     | libc::O_TRUNC
@@ -20,7 +21,6 @@ pub const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_NONBLOCK
     | libc::O_DSYNC
     | libc::O_SYNC
-    | libc::O_NOATIME
     | libc::O_DIRECTORY
     | libc::O_NOFOLLOW;
 
@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn flags_that_create_or_follow_do_not_reach_the_host() {
         let all = open_flags(u32::MAX, Access::ReadWrite).expect("allowed").cast_signed();
-        for flag in [libc::O_CREAT, TMPFILE, libc::O_PATH, libc::O_DIRECT, libc::O_ASYNC] {
+        for flag in [libc::O_CREAT, TMPFILE, libc::O_PATH, libc::O_DIRECT, libc::O_ASYNC, libc::O_NOATIME] {
             assert_eq!(all & flag, 0, "{flag:#x}");
         }
         assert_eq!(all & libc::O_CLOEXEC, libc::O_CLOEXEC);
