@@ -7,7 +7,7 @@ use super::{OnReboot, RunConfig};
 use hwvmm_devices::path_text::PathText as _;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The tag of the share that is the guest's root.
 pub const ROOT_TAG: &str = "hwvmm-root";
@@ -125,15 +125,15 @@ impl Value for PutChoice {
 /// What this host must have (`--require`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Requirement {
-    /// A KVM that uses the processor's virtualization extensions, on a host that is no virtual machine.
+    /// A KVM that uses the processor's virtualization extensions, and does not emulate the guest's instructions.
     Hardware,
 }
 
 choices!(Requirement);
 
 /// An absolute path, as the guest has to have it. A relative one is of the current folder.
-fn absolute(path: PathBuf) -> Result<PathBuf, ConfigError> {
-    std::path::absolute(&path).map_err(|_| ConfigError::NoCurrentFolder(path.shown().to_string()))
+fn absolute(path: &Path) -> Result<PathBuf, ConfigError> {
+    std::path::absolute(path).map_err(|_| ConfigError::NoCurrentFolder(path.shown().to_string()))
 }
 
 /// The options that are about a command, as given.
@@ -158,7 +158,7 @@ impl CommandOptions<'_> {
         let share = |tag: String, path, read_only| ShareConfig { tag, path, read_only, privileged_files: false };
         shares.extend(root.map(|path| share(ROOT_TAG.to_owned(), path, true)));
         for (number, path) in self.rw.iter().enumerate() {
-            shares.push(share(rw_tag(number), absolute(path.clone())?, false));
+            shares.push(share(rw_tag(number), absolute(path)?, false));
         }
         Ok(shares)
     }

@@ -236,8 +236,8 @@ options! {
     "End of the run" {
         /// Write to this file how the run ended, as JSON: what tells a command's status from one of hwvmm's own
         status_file: Option<PathBuf>, [long] "FILE";
-        /// Fail with status 42 where this host does not have this: hardware (KVM with the processor's virtualization, on a
-        /// host that is no virtual machine)
+        /// Fail with status 42 where this host does not have this: hardware (a KVM that uses the processor's
+        /// virtualization extensions, and does not emulate the guest's instructions)
         require: Option<Requirement>, [long] "WHAT";
         /// End the run after this time with status 124: 30s, 500ms, 2m
         timeout: Option<Duration>, [long] "TIME";
