@@ -5,6 +5,12 @@ use crate::tune::Lever;
 use std::path::{Path, PathBuf};
 
 impl RunConfig {
+    /// Returns true if the guest runs one command.
+    #[must_use]
+    pub fn has_command(&self) -> bool {
+        !self.command.is_empty()
+    }
+
     /// Returns the number of virtio devices.
     #[must_use]
     pub fn virtio_devices(&self) -> usize {
@@ -66,7 +72,7 @@ impl RunConfig {
             (tune.wants(Lever::UartCount), &*uarts),
             // With more vCPUs the others would go on after a halt, and the end of the guest would not be noticed.
             (tune.wants(Lever::AcpiReset) && self.cpus.count() == 1, "reboot=f"),
-            // Each byte on a UART is an exit, and nobody reads them where all is well.
+            // Each byte on a UART is an exit, and they are of use only where something fails.
             (self.has_command() && self.kernel_log.is_none(), "quiet"),
         ];
         words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")

@@ -1,9 +1,9 @@
 //! The one command that a guest runs (`hwvmm run KERNEL -- COMMAND`), and what it finds there.
 
-use super::devices::{ShareConfig, VsockBackend, VsockConfig};
+use super::choices::OnReboot;
+use super::devices::{ModuleConfig, ShareConfig, VsockBackend, VsockConfig};
 use super::error::{ConfigError, ValueError};
 use super::value::{Value, choices};
-use super::{OnReboot, RunConfig};
 use hwvmm_devices::path_text::PathText as _;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -176,23 +176,33 @@ pub fn rw_tag(number: usize) -> String {
     format!("{RW_TAG}{number}")
 }
 
-impl RunConfig {
-    /// Returns true if the guest runs one command.
-    #[must_use]
-    pub fn has_command(&self) -> bool {
-        !self.command.is_empty()
-    }
+/// The options that mean nothing without a command, or nothing with one.
+pub(super) struct CommandRelated<'a> {
+    pub(super) command: &'a [OsString],
+    pub(super) root: &'a RootChoice,
+    pub(super) rw: &'a [PathBuf],
+    pub(super) env: &'a [EnvChoice],
+    pub(super) workdir: Option<&'a Path>,
+    pub(super) user: &'a UserChoice,
+    pub(super) put: &'a [PutChoice],
+    pub(super) modules: Option<&'a Path>,
+    pub(super) tty: bool,
+    pub(super) kernel_log: Option<&'a Path>,
+    pub(super) initrd: Option<&'a Path>,
+    pub(super) on_reboot: OnReboot,
+    pub(super) vsock: Option<&'a VsockConfig>,
+    pub(super) module: &'a [ModuleConfig],
 }
 
 /// Refuses options that mean nothing without a command, or nothing with one.
-pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
-    if !config.has_command() {
+pub(super) fn check(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
+    if config.command.is_empty() {
         let given = [
-            ("--root", config.root != RootChoice::default()),
+            ("--root", *config.root != RootChoice::default()),
             ("--rw", !config.rw.is_empty()),
             ("--env", !config.env.is_empty()),
             ("--workdir", config.workdir.is_some()),
-            ("--user", config.user != UserChoice::default()),
+            ("--user", *config.user != UserChoice::default()),
             ("--put", !config.put.is_empty()),
             ("--modules", config.modules.is_some()),
             ("--tty", config.tty),
@@ -208,7 +218,7 @@ pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
         ("--on-reboot restart", config.on_reboot == OnReboot::Restart, "a command has one status, and runs once"),
         (
             "--vsock vhost=on",
-            config.vsock.as_ref().is_some_and(|vsock| vsock.backend == VsockBackend::Vhost),
+            config.vsock.is_some_and(|vsock| vsock.backend == VsockBackend::Vhost),
             "the command's streams go by hwvmm's own vsock device: use uds=PATH",
         ),
         ("--module", !config.module.is_empty(), "modules of multiboot kernels are no part of it"),
@@ -222,7 +232,7 @@ pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::RunOptions;
+    use crate::config::{RunConfig, RunOptions};
 
     fn parse<T: Value>(text: &str) -> Result<T, ValueError> {
         T::parse(OsStr::new(text))

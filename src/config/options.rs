@@ -5,7 +5,7 @@ use super::budget::{Budget, Slack};
 use super::choices::{
     BootProtocol, KernelCache, Levers, MmuChoice, OnReboot, ProfileLevel, SandboxMode, StatsFormat, Unpack,
 };
-use super::command::{CommandOptions, EnvChoice, PutChoice, Requirement, RootChoice, UserChoice};
+use super::command::{CommandOptions, CommandRelated, EnvChoice, PutChoice, Requirement, RootChoice, UserChoice};
 use super::console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice, UARTS, uarts};
 use super::contradictions::{Related, check};
 use super::devices::{
@@ -106,7 +106,22 @@ macro_rules! options {
                     balloon: config.balloon,
                     memory: config.memory,
                 })?;
-                super::command::check(&config)?;
+                super::command::check(&CommandRelated {
+                    command: &config.command,
+                    root: &config.root,
+                    rw: &config.rw,
+                    env: &config.env,
+                    workdir: config.workdir.as_deref(),
+                    user: &config.user,
+                    put: &config.put,
+                    modules: config.modules.as_deref(),
+                    tty: config.tty,
+                    kernel_log: config.kernel_log.as_deref(),
+                    initrd: config.initrd.as_deref(),
+                    on_reboot: config.on_reboot,
+                    vsock: config.vsock.as_ref(),
+                    module: &config.module,
+                })?;
                 Ok(config)
             }
         }

@@ -2,6 +2,7 @@
 
 mod command;
 mod confine;
+mod devices;
 mod disks;
 mod error;
 mod files;
@@ -9,6 +10,7 @@ mod levers;
 mod net;
 mod request;
 mod run;
+mod setup;
 mod testdev;
 mod virtio;
 
@@ -18,43 +20,29 @@ pub use files::{Files, FilesError};
 pub use net::PASST;
 pub use request::StopRequest;
 pub use run::{Ran, RunError, run};
+pub use setup::{Event, Setup, Start, Stdin};
 
 use crate::boot::{self, KernelError, Loaded};
-use crate::config::{ConsoleTarget, Pages, RunConfig};
-use crate::console::{Announcements, Input, Keys, Output, Sink, UnreadInput, Watch};
-use crate::exit::{Handler, RunEnd};
+use crate::config::{Pages, RunConfig};
+use crate::console::{Input, Watch};
+use crate::exit::Handler;
 use crate::kvm::{System, Vcpu, Vm};
-use crate::measure::FlightRecorders;
 use crate::memory::{Backing, GuestRam};
-use crate::sandbox::Sandbox;
 use crate::tune::{Lever, Tune};
 use crate::vcpu::Control;
+use devices::Devices;
 use hwvmm_arch::acpi::{IoApicPins, Platform};
-use hwvmm_arch::boot::BootMethod;
 use hwvmm_arch::cpuid::{self, CpuidOptions};
-use hwvmm_arch::layout::{
-    IOAPIC, KVM_IDENTITY_MAP, KVM_TSS, PORT_COMMAND_STATUS, PORT_MARK, PORT_POST, PORT_PVPANIC, PORT_SLEEP_CONTROL,
-    RESET_VALUE, SLEEP_TYPE_S5, UARTS, Uart, memory_below, ram_banks,
-};
+use hwvmm_arch::layout::{IOAPIC, KVM_IDENTITY_MAP, KVM_TSS, UARTS, Uart, memory_below, ram_banks};
 use hwvmm_arch::{Topology, lapic, msr};
-use hwvmm_devices::console::ConsoleInput;
-use hwvmm_devices::irq::IrqLine;
-use hwvmm_devices::legacy::{
-    CommandPort, DebugExit, I8042, IoApic, MarkPort, PostPort, Power, PvPanic, SerialPort, Watchdog,
-};
-use hwvmm_devices::virtio::console::{Console, ConsoleSize, Port};
-use hwvmm_devices::virtio::vsock::Connector;
-use hwvmm_devices::{BusBuilder, BusDevice, BusError};
+use hwvmm_devices::legacy::{IoApic, Watchdog};
+use hwvmm_devices::virtio::console::Port;
+use hwvmm_devices::{BusBuilder, BusError};
 use kvm_bindings::kvm_cpuid_entry2;
 use levers::{Irqchip, VirtioMmioRegisters};
 use net::Passt;
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
 use std::sync::Arc;
 use virtio::{BusLayout, VirtioBuilder, VirtioHandle};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// A machine that is ready to run.
 pub struct Machine {
@@ -74,70 +62,6 @@ pub struct Machine {
     ram: GuestRam,
     loaded: Loaded,
     passt: Vec<Passt>,
-}
-
-/// The kind of stdin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stdin {
-    /// A terminal in raw mode.
-    Terminal,
-    /// A pipe, a file, or nothing.
-    Bytes,
-}
-
-/// A start of the guest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// The first. Files of consoles begin anew.
-    First,
-    /// One after a reset by the guest (`--on-reboot restart`). Files of consoles go on.
-    Again {
-        /// What the guest before it had not read.
-        unread: UnreadInput,
-    },
-}
-
-/// A step of a machine, as it happens.
-pub enum Event<'a> {
-    /// Something that takes long begins: what, for the user.
-    Progress(&'a str),
-    /// The machine is complete, and its guest is about to run.
-    Started {
-        /// How the kernel was loaded and how it is entered.
-        boot: BootMethod,
-        /// CPU time of this process so far, in nanoseconds.
-        startup_cpu_ns: u64,
-    },
-    /// The run has ended. Its threads have yet to be stopped, and its record is yet to be made.
-    Ended(&'a RunEnd),
-}
-
-/// What a machine is made and run with.
-pub struct Setup<'a> {
-    /// The configuration of the machine.
-    pub config: &'a RunConfig,
-    /// The files that the guest is loaded from.
-    pub files: &'a Files,
-    /// The pattern of `--expect`.
-    pub expect: Option<regex::bytes::Regex>,
-    /// Where the kernel's log goes whose console is on [`ConsoleTarget::Log`].
-    pub kernel_log: Option<BorrowedFd<'a>>,
-    /// What the guest's kernel has announced on its consoles.
-    pub announcements: Announcements,
-    /// The kind of stdin.
-    pub stdin: Stdin,
-    /// Which start of the guest it is.
-    pub start: &'a Start,
-    /// A SOCK_SEQPACKET socket on which requests to end the run arrive: one [`StopRequest`] in JSON each.
-    pub requests: Option<BorrowedFd<'a>>,
-    /// Where the flight recorders are kept.
-    pub flight_recorders: &'a FlightRecorders,
-    /// Asks another process for connections to sockets of the host; a vsock device with Unix sockets needs it.
-    pub connector: Option<Arc<Connector>>,
-    /// What the machine's process is confined to, once everything is open and before the guest runs.
-    pub sandbox: Arc<Sandbox>,
-    /// Called at each step.
-    pub on_event: &'a dyn Fn(Event<'_>),
 }
 
 impl Machine {
@@ -339,152 +263,6 @@ fn prefault(ram: &GuestRam, vcpus: &[Vcpu], memory_bytes: u64) -> Result<(), Mac
         }
     }
     Ok(())
-}
-
-/// The devices, before the bus is frozen.
-#[derive(Default)]
-struct Devices {
-    pio: BusBuilder,
-    input: Option<Input>,
-    watches: Vec<Watch>,
-    /// The virtio console that reports the size of the terminal to the guest.
-    resized: Option<Arc<Port>>,
-    watchdog: Option<Arc<Watchdog>>,
-}
-
-impl Devices {
-    fn new(setup: &Setup<'_>, vm: &Vm, control: &Arc<Control>) -> Result<Self, MachineError> {
-        let mut devices = Self::default();
-        for (index, target) in setup.config.serial.iter().enumerate() {
-            if let Some(target) = target {
-                devices.add_uart(index, target, setup, vm, control)?;
-            }
-        }
-        let i8042 = I8042::default();
-        devices.add(0x60, 1, "i8042 data", i8042.data_port())?;
-        devices.add(0x64, 1, "i8042 command", i8042.command_port())?;
-        devices.add(PORT_POST, 1, "POST code", PostPort::default())?;
-        devices.add(PORT_MARK, 4, "mark", MarkPort)?;
-        devices.add(PORT_PVPANIC, 1, "pvpanic", PvPanic)?;
-        devices.add(PORT_SLEEP_CONTROL, 3, "ACPI power", Power::new(SLEEP_TYPE_S5, RESET_VALUE))?;
-        if setup.config.debug_exit {
-            devices.add(0xf4, 4, "debug exit", DebugExit)?;
-        }
-        if setup.config.has_command() {
-            devices.add(PORT_COMMAND_STATUS, 2, "command status", CommandPort::default())?;
-        }
-        if setup.config.watchdog {
-            let watchdog = Arc::new(Watchdog::default());
-            devices.pio.insert(
-                Watchdog::BASE,
-                Watchdog::LEN,
-                "watchdog",
-                Arc::clone(&watchdog) as Arc<dyn BusDevice>,
-            )?;
-            devices.watchdog = Some(watchdog);
-        }
-        Ok(devices)
-    }
-
-    fn add(&mut self, port: u16, len: u64, name: &str, device: impl BusDevice + 'static) -> Result<(), BusError> {
-        self.pio.insert(u64::from(port), len, name, Arc::new(device))
-    }
-
-    fn add_uart(
-        &mut self,
-        index: usize,
-        target: &ConsoleTarget,
-        setup: &Setup<'_>,
-        vm: &Vm,
-        control: &Arc<Control>,
-    ) -> Result<(), MachineError> {
-        let Some(&Uart { port, gsi }) = UARTS.get(index) else { return Ok(()) };
-        let interrupt = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        vm.register_irqfd(&interrupt, gsi)?;
-        let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        let mut output = self.output(target, setup, control)?;
-        if setup.config.tune.wants(Lever::CoalescedIo) {
-            output = output.on_a_device_thread();
-        }
-        let uart = Arc::new(SerialPort::new(IrqLine::new(interrupt), Box::new(output), Arc::clone(&wanted)));
-        if *target == ConsoleTarget::Stdio {
-            self.input = Some(input(setup, Arc::clone(&uart) as _, wanted, control)?);
-        }
-        self.pio.insert(u64::from(port), 8, format!("UART {}", index + 1), uart)?;
-        Ok(())
-    }
-
-    fn add_virtio_console(
-        &mut self,
-        setup: &Setup<'_>,
-        control: &Arc<Control>,
-        builder: &mut VirtioBuilder<'_>,
-    ) -> Result<(), MachineError> {
-        let Some(target) = &setup.config.console else { return Ok(()) };
-        let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        let output = self.output(target, setup, control)?.on_a_device_thread();
-        let on_stdio = *target == ConsoleTarget::Stdio;
-        let (columns, rows) =
-            if on_stdio && setup.stdin == Stdin::Terminal { crate::console::terminal_size() } else { (0, 0) };
-        let console = Console::new(Box::new(output), Arc::clone(&wanted), ConsoleSize { columns, rows })?;
-        if on_stdio {
-            self.input = Some(input(setup, console.port(), wanted, control)?);
-            self.resized = (setup.stdin == Stdin::Terminal).then(|| console.port());
-        }
-        builder.add("console".into(), Box::new(console))
-    }
-
-    fn output(
-        &mut self,
-        target: &ConsoleTarget,
-        setup: &Setup<'_>,
-        control: &Arc<Control>,
-    ) -> Result<Output, MachineError> {
-        let sink = match target {
-            ConsoleTarget::Stdio => Sink::Stdout(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
-            ConsoleTarget::File(path) => Sink::File(
-                console_file(path, setup.start).map_err(|error| MachineError::SerialFile(path.clone(), error))?,
-            ),
-            ConsoleTarget::Null => Sink::Null,
-            ConsoleTarget::Log => match setup.kernel_log {
-                Some(log) => Sink::File(File::from(log.try_clone_to_owned()?)),
-                None => Sink::Null,
-            },
-        };
-        let watch = Watch::new(setup.expect.clone(), setup.announcements.clone());
-        self.watches.push(watch.clone());
-        Ok(Output::new(sink, watch, Arc::clone(control)))
-    }
-}
-
-/// Opens the file of a console: empty at the first start, and then with the output of each.
-fn console_file(path: &Path, start: &Start) -> io::Result<File> {
-    let file = File::options().append(true).create(true).open(path)?;
-    match start {
-        // Not at the open: with O_APPEND, two consoles with the same file do not overwrite each other. A pipe or a terminal has no
-        // length to set.
-        Start::First if file.metadata()?.is_file() => file.set_len(0)?,
-        Start::First | Start::Again { .. } => {}
-    }
-    Ok(file)
-}
-
-fn input(
-    setup: &Setup<'_>,
-    port: Arc<dyn ConsoleInput>,
-    wanted: Arc<EventFd>,
-    control: &Arc<Control>,
-) -> Result<Input, MachineError> {
-    let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let keys = match setup.stdin {
-        Stdin::Terminal => Keys::Escaped,
-        Stdin::Bytes => Keys::Raw,
-    };
-    let unread = match setup.start {
-        Start::First => UnreadInput::default(),
-        Start::Again { unread } => unread.clone(),
-    };
-    Ok(Input::new(stdin, keys, unread, port, wanted, Arc::clone(control))?)
 }
 
 #[cfg(test)]

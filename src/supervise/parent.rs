@@ -420,12 +420,10 @@ impl Watch<'_> {
         }
         // The guest's ends of streams that it has not connected to.
         self.host_connector = None;
-        let (signals, fds) = (self.signals, || self.signals.fds());
-        let wake = || fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
         match &mut self.session {
-            Some(session) => session
-                .finish(|| signals.take().is_some(), wake)
-                .map_err(|error| SuperviseError::Io("write the command's output", error)),
+            Some(session) => {
+                session.finish(self.signals).map_err(|error| SuperviseError::Io("write the command's output", error))
+            }
             None => Ok(()),
         }
     }

@@ -9,6 +9,7 @@ use hwvmm_arch::boot::bzimage::Compression;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -50,6 +51,12 @@ pub enum ModulesError {
         /// Why.
         source: ReadError,
     },
+    /// A link to a file that is no module of this host.
+    #[error(
+        "the module {} is a symbolic link to a file outside of its folder and of {}: copy the file there",
+        .0.display(), SYSTEM_FOLDERS[0]
+    )]
+    Outside(PathBuf),
     /// A module cannot be opened.
     #[error("cannot open the module {}", .path.display())]
     Open {
@@ -154,21 +161,37 @@ pub(super) fn find(
     let soft = text_if_there(&folder.join("modules.softdep"))?;
     let index = ModuleIndex::parse(IndexFiles { dependencies: &dependencies, builtin: &builtin, soft: &soft });
     let paths = index.resolve(drivers).map_err(|source| ModulesError::Index { folder: folder.clone(), source })?;
+    // Symbolic links to modules of other kernels are usual (weak-modules). One to anything else would give its contents to the guest.
+    let homes: Vec<PathBuf> = SYSTEM_FOLDERS
+        .iter()
+        .map(Path::new)
+        .chain([folder.as_path()])
+        .filter_map(|folder| folder.canonicalize().ok())
+        .collect();
     let modules = paths
         .into_iter()
         .enumerate()
-        .map(|(number, path)| module(&folder.join(path), number, isolation))
+        .map(|(number, path)| module(&folder.join(path), &homes, number, isolation))
         .collect::<Result<_, _>>()?;
     Ok(Modules { folder: Some(folder.clone()), modules })
 }
 
+/// Returns true if the file, links resolved, is below one of `homes`.
+fn is_below(file: &File, homes: &[PathBuf]) -> io::Result<bool> {
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    Ok(homes.iter().any(|home| path.starts_with(home)))
+}
+
 /// Reads a module. Its name in the guest begins with its number: two folders may have modules of one name.
-fn module(path: &Path, number: usize, isolation: Isolation) -> Result<Module, ModulesError> {
+fn module(path: &Path, homes: &[PathBuf], number: usize, isolation: Isolation) -> Result<Module, ModulesError> {
     let failed = |error: io::Error| ModulesError::Read { path: path.to_owned(), source: error.into() };
     let file_name = path.file_name().unwrap_or_default().to_string_lossy();
     let stem = file_name.split(".ko").next().unwrap_or_default();
     let name = format!("{number:02}-{stem}.ko");
     let file = open_regular(path).map_err(|source| ModulesError::Open { path: path.to_owned(), source })?;
+    if !is_below(&file, homes).map_err(failed)? {
+        return Err(ModulesError::Outside(path.to_owned()));
+    }
     let bytes = file.metadata().map_err(failed)?.len();
     let mut start = [0; 16];
     let count = crate::boot::file::read_start(&file, &mut start).map_err(failed)?;
@@ -252,6 +275,22 @@ mod tests {
             .expect("a FIFO");
         let error = look(tree.path(), None, &[Driver::Overlay]).expect_err("a FIFO");
         assert!(matches!(error, ModulesError::Open { source: OpenError::Kind, .. }), "{error}");
+    }
+
+    /// A guest that can write to the folder could read any file of the host by the next run.
+    #[test]
+    fn links_lead_to_modules_alone() {
+        let (tree, folder) = tree();
+        let (inside, outside) = (folder.join("kernel/other.ko"), tree.path().join("outside.ko"));
+        for (target, is_module) in [(&inside, true), (&outside, false)] {
+            fs::write(target, b"\x7fELF overlay").expect("written");
+            let link = folder.join("kernel/overlay.ko");
+            fs::write(folder.join("modules.dep"), "kernel/overlay.ko:\n").expect("written");
+            let _ = fs::remove_file(&link);
+            std::os::unix::fs::symlink(target, &link).expect("linked");
+            let found = look(tree.path(), None, &[Driver::Overlay]);
+            assert_eq!(found.is_ok(), is_module, "{:?}", found.err());
+        }
     }
 
     #[test]

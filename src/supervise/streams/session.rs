@@ -6,6 +6,7 @@ use super::stdio::{Direction, private_copy};
 use crate::console::terminal_size;
 use crate::exit::EndReason;
 use crate::machine::StopRequest;
+use crate::supervise::signals::Signals;
 use hwvmm_devices::virtio::vsock::JoinedPort;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -230,27 +231,24 @@ impl Session {
     }
 
     /// Writes what is left of the command's output once the machine's process is gone, as long as its readers take it: at most
-    /// [`READERS`] without one that does. `ends` says whether to give up at once, and `wake` is readable when it has changed.
-    pub(in crate::supervise) fn finish<'a>(
-        &mut self,
-        ends: impl Fn() -> bool,
-        wake: impl Fn() -> Vec<PollFd<'a>>,
-    ) -> io::Result<()> {
+    /// [`READERS`] without one that does, and until a signal comes.
+    pub(in crate::supervise) fn finish(&mut self, signals: &mut Signals) -> io::Result<()> {
         self.input = None;
         self.resized = None;
         let mut give_up = Instant::now() + READERS;
         loop {
             self.serve();
             let now = Instant::now();
-            if self.outputs.is_empty() || ends() {
+            if self.outputs.is_empty() || signals.take().is_some() {
                 return Ok(());
             }
             if now >= give_up {
-                log::warn!("the command's output is cut off: nobody reads the rest of it");
+                log::warn!("the command's output is cut off: its rest has no reader");
                 return Ok(());
             }
             let limit = Timespec::try_from(give_up - now).ok();
-            let mut fds = wake();
+            let mut fds: Vec<_> =
+                signals.fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).into_iter().collect();
             fds.extend(self.interests());
             match poll(&mut fds, limit.as_ref()) {
                 Ok(0) | Err(Errno::INTR) => {}

@@ -1,0 +1,76 @@
+//! What a machine is made and run with.
+
+use super::files::Files;
+use crate::config::RunConfig;
+use crate::console::{Announcements, UnreadInput};
+use crate::exit::RunEnd;
+use crate::measure::FlightRecorders;
+use crate::sandbox::Sandbox;
+use hwvmm_arch::boot::BootMethod;
+use hwvmm_devices::virtio::vsock::Connector;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+/// The kind of stdin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stdin {
+    /// A terminal in raw mode.
+    Terminal,
+    /// A pipe, a file, or nothing.
+    Bytes,
+}
+
+/// A start of the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// The first. Files of consoles begin anew.
+    First,
+    /// One after a reset by the guest (`--on-reboot restart`). Files of consoles go on.
+    Again {
+        /// What the guest before it had not read.
+        unread: UnreadInput,
+    },
+}
+
+/// A step of a machine, as it happens.
+pub enum Event<'a> {
+    /// Something that takes long begins: what, for the user.
+    Progress(&'a str),
+    /// The machine is complete, and its guest is about to run.
+    Started {
+        /// How the kernel was loaded and how it is entered.
+        boot: BootMethod,
+        /// CPU time of this process so far, in nanoseconds.
+        startup_cpu_ns: u64,
+    },
+    /// The run has ended. Its threads have yet to be stopped, and its record is yet to be made.
+    Ended(&'a RunEnd),
+}
+
+/// What a machine is made and run with.
+pub struct Setup<'a> {
+    /// The configuration of the machine.
+    pub config: &'a RunConfig,
+    /// The files that the guest is loaded from.
+    pub files: &'a Files,
+    /// The pattern of `--expect`.
+    pub expect: Option<regex::bytes::Regex>,
+    /// Where the kernel's log goes whose console is on [`crate::config::ConsoleTarget::Log`].
+    pub kernel_log: Option<BorrowedFd<'a>>,
+    /// What the guest's kernel has announced on its consoles.
+    pub announcements: Announcements,
+    /// The kind of stdin.
+    pub stdin: Stdin,
+    /// Which start of the guest it is.
+    pub start: &'a Start,
+    /// A SOCK_SEQPACKET socket on which requests to end the run arrive: one [`super::StopRequest`] in JSON each.
+    pub requests: Option<BorrowedFd<'a>>,
+    /// Where the flight recorders are kept.
+    pub flight_recorders: &'a FlightRecorders,
+    /// Asks another process for connections to sockets of the host; a vsock device with Unix sockets needs it.
+    pub connector: Option<Arc<Connector>>,
+    /// What the machine's process is confined to, once everything is open and before the guest runs.
+    pub sandbox: Arc<Sandbox>,
+    /// Called at each step.
+    pub on_event: &'a dyn Fn(Event<'_>),
+}
