@@ -24,6 +24,8 @@ pub mod probe;
 pub mod profile;
 pub mod sandbox;
 mod seqpacket;
+#[cfg(test)]
+mod skip;
 pub mod supervise;
 pub mod tune;
 pub mod vcpu;

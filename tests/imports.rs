@@ -14,6 +14,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("escape", &[]),
     ("bounded_read", &[]),
     ("seqpacket", &[]),
+    // Of tests only.
+    ("skip", &[]),
     ("tune", &[]),
     ("config", &["bounded_read", "tune"]),
     ("memory", &[]),
@@ -25,7 +27,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vcpu", &["error", "exit", "kvm", "measure", "sandbox"]),
     ("probe", &["error", "escape", "exit", "kvm", "memory"]),
     ("nano", &["escape", "exit", "kvm", "measure", "memory"]),
-    ("boot", &["bounded_read", "config", "error", "escape", "memory", "sandbox"]),
+    ("boot", &["bounded_read", "config", "error", "escape", "memory", "sandbox", "skip"]),
     ("console", &["escape", "exit", "vcpu"]),
     ("logging", &["console", "escape", "seqpacket"]),
     ("control", &["config", "exit", "kvm", "measure", "vcpu"]),

@@ -14,6 +14,9 @@ pub mod memory;
 pub mod page;
 pub mod path_text;
 pub mod pci;
+#[cfg(test)]
+#[path = "../../src/skip.rs"]
+mod skip;
 pub mod socket;
 pub mod virtio;
 

@@ -97,7 +97,22 @@ fn linux_is_refused_where_kvm_cannot_run_it() -> Outcome {
     Outcome::Passed
 }
 
+fn a_host_without_proc_gets_the_remedy() -> Outcome {
+    let script = "mount -t tmpfs none /proc || exit 77; exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["-rm", "sh", "-c", script, "sh"]).arg(hwvmm().get_program()).args(["run", "/nowhere"]);
+    let Ok(out) = command.output() else { return Outcome::Skipped("unshare(1) is missing".into()) };
+    let errors = text(&out.stderr);
+    if out.status.code() != Some(42) {
+        assert!(!errors.contains("hwvmm"), "{} {errors}", out.status);
+        return Outcome::Skipped("no mount namespace can be made".into());
+    }
+    assert!(errors.contains("hwvmm needs /proc: mount -t proc proc /proc"), "{errors}");
+    Outcome::Passed
+}
+
 pub(crate) const TESTS: &[Test] = &[
+    ("a_host_without_proc_gets_the_remedy", a_host_without_proc_gets_the_remedy),
     ("linux_is_refused_where_kvm_cannot_run_it", linux_is_refused_where_kvm_cannot_run_it),
     ("paths_in_a_writable_share_are_refused", paths_in_a_writable_share_are_refused),
     ("a_missing_kvm_device_is_refused", || {

@@ -208,7 +208,7 @@ mod tests {
         let mut file = file(0o600, b"content");
         let identity = of(&file, 7);
         if matches!(identity, Identity::Content(_)) {
-            return; // The tests' temporary folder is mounted nosuid.
+            return crate::skip::skipped("the temporary folder is mounted nosuid");
         }
         assert!(identity.holds(&file));
         std::thread::sleep(Duration::from_millis(20));

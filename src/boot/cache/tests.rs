@@ -1,4 +1,5 @@
 use super::*;
+use crate::skip::skipped;
 use hwvmm_arch::boot::FileRange;
 use std::fs::Permissions;
 use std::io::{Read, Write};
@@ -159,6 +160,8 @@ fn the_cache_keeps_a_limited_number_of_files() {
     assert_eq!(names(folder.path()).len(), KEPT);
 }
 
+const NO_ROOM: &str = "the file system of the temporary folder has no fallocate, or no room";
+
 #[test]
 fn the_cache_keeps_a_limited_number_of_bytes() {
     let folder = folder();
@@ -167,12 +170,12 @@ fn the_cache_keeps_a_limited_number_of_bytes() {
         let draft = cache.draft().expect("a draft");
         rustix::fs::fallocate(draft.file(), rustix::fs::FallocateFlags::empty(), 0, bytes).map(|()| draft)
     };
-    let Ok(draft) = of_size(FILE_BYTES + 4096) else { return }; // The file system has no fallocate, or no room.
+    let Ok(draft) = of_size(FILE_BYTES + 4096) else { return skipped(NO_ROOM) };
     draft.keep(FileRole::Initrd, &packed(b"large").1).expect("a file");
     assert_eq!(names(folder.path()), [""; 0], "larger than a kept file may be");
     let mut last = None;
     for size in 1..=6 {
-        let Ok(draft) = of_size(FILE_BYTES - (1 << 20)) else { return };
+        let Ok(draft) = of_size(FILE_BYTES - (1 << 20)) else { return skipped(NO_ROOM) };
         let (_, identity) = packed(&vec![1; size]);
         draft.keep(FileRole::Initrd, &identity).expect("kept");
         last = Some(identity);

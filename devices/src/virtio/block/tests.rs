@@ -282,7 +282,9 @@ fn direct_io_takes_any_buffer() {
     let path = folder.path().join("disk");
     File::create(&path).expect("a file").set_len(DISK_BYTES).expect("sparse");
     // Not every file system can.
-    let Ok(image) = Image::open(&ImageOptions { direct: true, ..options(&path) }) else { return };
+    let Ok(image) = Image::open(&ImageOptions { direct: true, ..options(&path) }) else {
+        return crate::skip::skipped("the temporary folder has no O_DIRECT");
+    };
     let block = image.block_bytes();
     let mut driver = Driver::running(device(image, 1));
     let data: Vec<u8> = (0..block * 3).map(|at| (at % 241) as u8).collect();
@@ -306,7 +308,7 @@ fn qcow2(folder: &TempDir) -> Option<std::path::PathBuf> {
 fn qcow2_is_detected_unless_the_format_is_raw() {
     let folder = tempfile::tempdir().expect("a folder");
     // scripts/test installs qemu-img; without it there is no image to test.
-    let Some(path) = qcow2(&folder) else { return };
+    let Some(path) = qcow2(&folder) else { return crate::skip::skipped("qemu-img is not installed") };
     let mut driver = Driver::running(device(Image::open(&options(&path)).expect("qcow2"), 1));
     assert_eq!(u64::from(driver.read(0x100)), DISK_BYTES / 512);
     assert_eq!(write(&mut driver, 100, &[3; 4096]), OK);
@@ -322,7 +324,7 @@ fn qcow2_is_detected_unless_the_format_is_raw() {
 #[test]
 fn a_backing_file_is_opened_only_with_an_explicit_format() {
     let folder = tempfile::tempdir().expect("a folder");
-    let Some(base) = qcow2(&folder) else { return };
+    let Some(base) = qcow2(&folder) else { return crate::skip::skipped("qemu-img is not installed") };
     let path = folder.path().join("top.qcow2");
     let made = std::process::Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
