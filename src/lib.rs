@@ -27,5 +27,6 @@ mod seqpacket;
 #[cfg(test)]
 mod skip;
 pub mod supervise;
+pub mod testing;
 pub mod tune;
 pub mod vcpu;

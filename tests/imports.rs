@@ -70,6 +70,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "seqpacket",
         ],
     ),
+    ("testing", &["bounded_read", "config", "console", "error", "escape", "exit", "probe", "profile"]),
     (
         "cli",
         &[
@@ -90,6 +91,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "profile",
             "sandbox",
             "supervise",
+            "testing",
             "tune",
         ],
     ),

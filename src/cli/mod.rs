@@ -10,6 +10,7 @@ mod report;
 mod result_file;
 mod run;
 mod status_file;
+mod test;
 mod top;
 mod unpack;
 
@@ -67,6 +68,36 @@ Examples:
 
 Exit status: 0; 1 if a file cannot be read or written; 2 for a wrong option; 39 if a budget is exceeded.";
 
+const TEST_EXAMPLES: &str = "\
+Examples:
+  hwvmm test --init                              (writes hwvmm-test.toml, a sample)
+  hwvmm test
+  hwvmm test tests/boots/*.toml --filter debian --jobs 4 --fail-fast
+  hwvmm test --regex 'cpus=[24]' --list
+  hwvmm test --baseline exits.json --update-baseline
+  hwvmm test --baseline exits.json
+  hwvmm test --shard 2/5 --output shard-2
+  hwvmm test merge shard-1 shard-2 shard-3 shard-4 shard-5
+  hwvmm test --format ktap
+
+Each test is a run of its own. The folder of the results has results.jsonl, junit.xml and results.ktap, and of each try
+of a test console.log, hwvmm.log, stats.json, run.toml and again.sh.
+
+Verdicts:
+  pass, skip, flaky (passed on a retry)
+  fail            the run ended in another way than the test wants, or a sub-test failed
+  panic, oops     by the kernel's log; `fail-on` says which complaints fail a test
+  hang, time-out  no output for the time of `silence`; the time of `timeout` passed
+  triple-fault, over-budget
+  infrastructure  hwvmm or the host failed: run it again
+
+Exit status:
+  0    all tests are good: pass, skip or flaky
+  1    a test is not
+  2    wrong option or suite
+  42   hwvmm or the host failed, and no test is bad; or tests of a merge are missing
+  130  ended by SIGINT, SIGTERM or SIGHUP";
+
 /// Boots Linux guests under KVM, and shows what causes their VM exits
 #[derive(Parser)]
 #[command(name = "hwvmm", version, max_term_width = 100, arg_required_else_help = true)]
@@ -87,6 +118,9 @@ enum Command {
     /// Boot a guest
     #[command(after_help = RUN_EXAMPLES, args_override_self = true)]
     Run(Box<run::Args>),
+    /// Run suites of boot tests
+    #[command(after_help = TEST_EXAMPLES)]
+    Test(Box<test::Args>),
     /// Check whether this host can run Linux guests under KVM
     #[command(after_help = "Exit status: 0 if Linux guests can run here, 1 if not.")]
     Doctor(doctor::Args),
@@ -147,6 +181,7 @@ pub fn main() -> ExitCode {
     let _flush = logging::init(log_level(cli.verbose), logging::Sink::Stderr);
     match cli.command {
         Command::Run(args) => run::run(*args),
+        Command::Test(args) => test::run(&args),
         Command::Ctl(args) => ctl::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Top(args) => top::run(&args),

@@ -274,7 +274,8 @@ impl Results<'_> {
     fn show(&self, stats: Option<RunStats>) -> (Within, Option<Box<dyn Error>>) {
         let Self { config, record, end, .. } = self;
         let starts = stats.as_ref().map_or(1, |stats| stats.starts);
-        let stats = stats.map(|stats| RunStats { end: end.to_string(), status: end.status(), ..stats });
+        let of_end = |stats| RunStats { end: end.to_string(), end_kind: end.kind(), status: end.status(), ..stats };
+        let stats = stats.map(of_end);
         let stats =
             stats.as_ref().and_then(|stats| Some((stats_text(config.stats?, stats), self.files.stats.as_ref())));
         let mut failed: Option<Box<dyn Error>> = None;

@@ -28,7 +28,7 @@ impl StatusRecord {
             EndReason::Command(command) => Some(*command),
             _ => None,
         };
-        Self { version: VERSION, end: end.name(), status, command, message: end.to_string() }
+        Self { version: VERSION, end: end.kind().name(), status, command, message: end.to_string() }
     }
 
     /// The text of the file.

@@ -202,8 +202,8 @@ fn parse_number(text: &str) -> Option<u64> {
     }
 }
 
-/// By how much the counts of a run may exceed those of the profile given by `--budget-from`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// By how much the counts of a run may exceed those of the profile given by `--budget-from`; by nothing unless it is given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Slack {
     /// In hundredths of a per cent.
     hundredths: u32,

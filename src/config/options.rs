@@ -81,6 +81,13 @@ macro_rules! options {
         }
 
         impl RunOptions {
+            /// The names of the options: the keys of a file.
+            #[must_use]
+            pub fn keys() -> Vec<String> {
+                let names = [$($(stringify!($name)),*),*];
+                names.map(|name| name.replace('_', "-")).to_vec()
+            }
+
             fn joined(self, file: Self) -> Self {
                 Self { $($($name: Given::merge(self.$name, file.$name),)*)* }
             }

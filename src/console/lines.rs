@@ -13,16 +13,16 @@ const ESC: u8 = 0x1b;
 
 /// A line without its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Line<'a> {
+pub struct Line<'a> {
     /// The text, at most [`LINE_BYTES`].
-    pub(super) text: &'a [u8],
+    pub text: &'a [u8],
     /// How much of the line it is.
-    pub(super) extent: Extent,
+    pub extent: Extent,
 }
 
 /// How much of a line there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Extent {
+pub enum Extent {
     /// The line from its beginning to its end.
     Whole,
     /// The beginning of a line that is longer than [`LINE_BYTES`].
@@ -45,7 +45,7 @@ enum State {
 
 /// The line of a console that has not ended.
 #[derive(Default)]
-pub(super) struct Lines {
+pub struct Lines {
     text: Vec<u8>,
     extent: Option<Extent>,
     state: State,
@@ -55,7 +55,7 @@ pub(super) struct Lines {
 
 impl Lines {
     /// Takes output, and calls `each` with every line that ends in it.
-    pub(super) fn feed(&mut self, bytes: &[u8], mut each: impl FnMut(Line<'_>)) {
+    pub fn feed(&mut self, bytes: &[u8], mut each: impl FnMut(Line<'_>)) {
         for &byte in bytes {
             match byte {
                 b'\r' => {
@@ -113,14 +113,16 @@ impl Lines {
     }
 
     /// Returns the line that has not ended, where there is something of it.
-    pub(super) fn unfinished(&self) -> Option<Line<'_>> {
+    #[must_use]
+    pub fn unfinished(&self) -> Option<Line<'_>> {
         let extent = self.extent.unwrap_or(Extent::Whole);
         (!self.text.is_empty()).then_some(Line { text: &self.text, extent })
     }
 }
 
 /// Removes the prefixes of printk: `<3>`, `[    1.234567]`, `[    T1]`.
-pub(super) fn without_prefix(mut line: &[u8]) -> &[u8] {
+#[must_use]
+pub fn without_prefix(mut line: &[u8]) -> &[u8] {
     loop {
         line = line.trim_ascii_start();
         let close = match line.first() {

@@ -115,6 +115,64 @@ pub struct RunEnd {
     pub vcpu: Option<usize>,
 }
 
+macro_rules! kinds {
+    ($($kind:ident $name:literal $pattern:pat,)*) => {
+        /// The kinds of [`EndReason`], as result files name them: for programs, which should not have to read the text of an end. By its
+        /// status alone no end is known: a guest chooses the status of [`EndReason::DebugExit`].
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+        pub enum EndKind {
+            $(
+                #[doc = concat!("[`EndReason::", stringify!($kind), "`]")]
+                #[serde(rename = $name)]
+                $kind,
+            )*
+        }
+
+        impl EndKind {
+            /// Its name in result files.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$kind => $name,)*
+                }
+            }
+        }
+
+        impl EndReason {
+            /// The kind of this end.
+            #[must_use]
+            pub fn kind(&self) -> EndKind {
+                match self {
+                    $($pattern => EndKind::$kind,)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    PowerOff "power-off" Self::PowerOff,
+    SystemHalted "system-halted" Self::SystemHalted,
+    Reset "reset" Self::Reset,
+    TripleFault "triple-fault" Self::TripleFault,
+    Panicked "panic" Self::Panicked(_),
+    Halted "halted" Self::Halted,
+    DebugExit "debug-exit" Self::DebugExit(_),
+    Command "command" Self::Command(_),
+    NoCommand "no-command" Self::NoCommand(_),
+    NoCommandStatus "no-command-status" Self::NoCommandStatus(_),
+    Watchdog "watchdog" Self::Watchdog,
+    Kvm "kvm" Self::Kvm(_),
+    Seen "seen" Self::Seen(_),
+    NotSeen "not-seen" Self::NotSeen(_),
+    TimedOut "timed-out" Self::TimedOut(_),
+    Quit "quit" Self::Quit,
+    Stopped "stopped" Self::Stopped,
+    Signal "signal" Self::Signal(_),
+    Failed "failed" Self::Failed(_),
+    Crashed "crashed" Self::Crashed(_),
+}
+
 /// Why a run ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum EndReason {
@@ -209,33 +267,6 @@ impl EndReason {
             | Self::TimedOut(_)
             | Self::Failed(_)
             | Self::Crashed(_) => false,
-        }
-    }
-
-    /// The name of the end in result files.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::PowerOff => "power-off",
-            Self::SystemHalted => "system-halted",
-            Self::Reset => "reset",
-            Self::TripleFault => "triple-fault",
-            Self::Panicked(_) => "panic",
-            Self::Halted => "halted",
-            Self::DebugExit(_) => "debug-exit",
-            Self::Command(_) => "command",
-            Self::NoCommand(_) => "no-command",
-            Self::NoCommandStatus(_) => "no-command-status",
-            Self::Watchdog => "watchdog",
-            Self::Kvm(_) => "kvm",
-            Self::Seen(_) => "seen",
-            Self::NotSeen(_) => "not-seen",
-            Self::TimedOut(_) => "timed-out",
-            Self::Quit => "quit",
-            Self::Stopped => "stopped",
-            Self::Signal(_) => "signal",
-            Self::Failed(_) => "failed",
-            Self::Crashed(_) => "crashed",
         }
     }
 

@@ -5,7 +5,7 @@ pub mod handler;
 pub mod reason;
 pub mod signal;
 
-pub use end::{CommandEnd, Crash, EndReason, RunEnd};
+pub use end::{CommandEnd, Crash, EndKind, EndReason, RunEnd};
 pub use handler::{Handler, Outcome, Route};
 pub use reason::ExitReason;
 pub use signal::Signal;

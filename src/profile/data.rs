@@ -264,12 +264,12 @@ impl Exits {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::measure::user_profile::MarkKind;
 
     /// A small profile with one cause of each sort.
-    pub(in crate::profile) fn sample() -> Profile {
+    pub(crate) fn sample() -> Profile {
         let cause = Cause {
             reason: "pio_out".into(),
             class: ExitClass::Pio,

@@ -1,6 +1,6 @@
 //! The counts of a run, as data.
 
-use crate::exit::ExitReason;
+use crate::exit::{EndKind, ExitReason};
 use crate::kvm::stats::{Kind, Stat};
 use crate::measure::counters::{AccessSpace, Accesses, DeviceCount};
 use crate::measure::record::VirtioQueue;
@@ -40,6 +40,8 @@ pub struct RunStats {
     pub schema: u32,
     /// How the run ended, in words.
     pub end: String,
+    /// What kind of end that is.
+    pub end_kind: EndKind,
     /// The exit status of the run.
     pub status: u8,
     /// How the kernel was loaded and entered.
@@ -87,6 +89,7 @@ impl RunStats {
         Self {
             schema: SCHEMA,
             end: record.end.reason.to_string(),
+            end_kind: record.end.reason.kind(),
             status: record.end.reason.status(),
             boot: record.boot_text(),
             starts: 1,
@@ -106,7 +109,7 @@ impl RunStats {
         self.starts = self.starts.saturating_add(later.starts);
         add(&mut self.coalesced_writes, later.coalesced_writes);
         add(&mut self.ran_ns, later.ran_ns);
-        (self.end, self.status, self.memory) = (later.end, later.status, later.memory);
+        (self.end, self.end_kind, self.status, self.memory) = (later.end, later.end_kind, later.status, later.memory);
         self.userspace_exits.merge(later.userspace_exits);
         self.add_queues(later.virtio);
         match (&mut self.kvm, later.kvm) {

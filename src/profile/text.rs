@@ -128,6 +128,7 @@ mod tests {
         let stats = RunStats {
             schema: SCHEMA,
             end: "the guest powered off".into(),
+            end_kind: crate::exit::EndKind::PowerOff,
             status: 0,
             boot: String::new(),
             starts: 1,

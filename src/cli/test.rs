@@ -1,0 +1,359 @@
+//! The subcommand `hwvmm test`: runs suites of boot tests.
+
+use super::output::{fail, print_all, print_stderr, print_text, say};
+use crate::exit::end::status;
+use crate::testing::{
+    Annotations, Baseline, Case, Colour, DEFAULT_FILE, Done, FailFast, Header, Interrupted, Jobs, Plan, ResultFolder,
+    SAMPLE, Selection, SelectionError, Shard, SuiteFile, TestResult, Totals, UpdateBaseline, Verdict, annotation,
+    baseline_path, bazel_status_file, expand, junit, ktap, ktap_lines, line, merge, step_summary, summary,
+};
+use hwvmm_devices::path_text::PathText as _;
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+#[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    what: Option<What>,
+
+    /// Suites [default: hwvmm-test.toml]
+    #[arg(value_name = "FILE")]
+    files: Vec<PathBuf>,
+
+    /// Run only tests with this in their name (can be given again: any of them)
+    #[arg(short, long, value_name = "TEXT")]
+    filter: Vec<String>,
+
+    /// Run only tests whose name matches
+    #[arg(long, value_name = "REGEX")]
+    regex: Option<String>,
+
+    /// Tests that run at once at most [default: as many as have their vCPUs on a processor of their own]. A guest is not
+    /// started where its memory would not fit into that of the host
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    jobs: Option<u16>,
+
+    /// Start no more tests after one that is not good
+    #[arg(long)]
+    fail_fast: bool,
+
+    /// Print the names of the tests, and run none
+    #[arg(short, long)]
+    list: bool,
+
+    /// Write a commented sample to FILE [default: hwvmm-test.toml], and run none
+    #[arg(long, conflicts_with = "list")]
+    init: bool,
+
+    /// Run one of TOTAL parts of the tests, from 1 [default: as Bazel, GitLab, Buildkite, Slurm or Kubernetes say, else all]
+    #[arg(long, value_name = "INDEX/TOTAL", value_parser = Shard::parse)]
+    shard: Option<Shard>,
+
+    /// Hold each test to the exits that it has in this file, in place of those that the suite names
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
+
+    /// Write the exits of the tests that pass to their baselines, and compare none
+    #[arg(long)]
+    update_baseline: bool,
+
+    /// Folder for the results, which must not exist or be empty [default: a new one in hwvmm-results]
+    #[arg(short, long, value_name = "DIR")]
+    output: Option<PathBuf>,
+
+    /// What is printed on stdout
+    #[arg(long, value_enum, default_value_t = Format::Text, value_name = "FORMAT")]
+    format: Format,
+}
+
+/// What is printed on stdout. All of it is in the folder of the results, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    /// A line a test.
+    Text,
+    /// KTAP, version 1.
+    Ktap,
+    /// A JSON object a line.
+    Json,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Make one report of the results of many shards
+    Merge {
+        /// Folders that `hwvmm test --output` made
+        #[arg(required = true, value_name = "DIR")]
+        folders: Vec<PathBuf>,
+
+        /// Folder for the results, which must not exist or be empty [default: a new one in hwvmm-results]
+        #[arg(short, long, value_name = "DIR")]
+        output: Option<PathBuf>,
+    },
+}
+
+/// The command line or a file that it names is wrong.
+struct Usage(Box<dyn Error>);
+
+impl<E: Into<Box<dyn Error>>> From<E> for Usage {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
+}
+
+pub(super) fn run(args: &Args) -> ExitCode {
+    let prepared = match &args.what {
+        Some(What::Merge { folders, output }) => return merged(folders, output.as_deref()),
+        None if args.init => return init(args),
+        None => prepare(args),
+    };
+    let prepared = match prepared {
+        Ok(prepared) => prepared,
+        Err(Usage(error)) => {
+            fail(error.as_ref());
+            return ExitCode::from(status::USAGE);
+        }
+    };
+    if args.list {
+        return print_text(&prepared.cases.iter().map(|case| format!("{}\n", case.name)).collect::<String>());
+    }
+    match run_suite(args, &prepared) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            fail(error.as_ref());
+            ExitCode::from(status::ERROR)
+        }
+    }
+}
+
+/// What is known before the first test runs.
+struct Prepared {
+    cases: Vec<Case>,
+    shard: Shard,
+    baselines: BTreeMap<PathBuf, Baseline>,
+}
+
+fn prepare(args: &Args) -> Result<Prepared, Usage> {
+    let default = [PathBuf::from(DEFAULT_FILE)];
+    let files = if args.files.is_empty() { &default[..] } else { &args.files };
+    let suites = files.iter().map(|path| SuiteFile::read(path)).collect::<Result<Vec<_>, _>>()?;
+    let shard = args.shard.map_or_else(Shard::of_environment, Ok)?;
+    let selection = Selection::new(args.filter.clone(), args.regex.as_deref(), shard)?;
+    let cases = match selection.take(expand(&suites)?) {
+        // Bazel runs any target with its filter.
+        Err(SelectionError::Nothing) => return Err(SelectionError::Nothing.into()),
+        taken => taken?,
+    };
+    let paths = cases.iter().filter_map(|case| baseline_path(args.baseline.as_deref(), case));
+    let mut baselines = BTreeMap::new();
+    for path in paths {
+        if !baselines.contains_key(&path) && !args.list {
+            // One that is made now need not exist.
+            let is_new = args.update_baseline && !path.exists();
+            let baseline = if is_new { Baseline::default() } else { Baseline::read(&path)? };
+            baselines.insert(path, baseline);
+        }
+    }
+    if args.update_baseline && baselines.is_empty() && !cases.is_empty() {
+        return Err("--update-baseline needs --baseline FILE, or a suite with `baseline`".into());
+    }
+    Ok(Prepared { cases, shard, baselines })
+}
+
+fn init(args: &Args) -> ExitCode {
+    let path = args.files.first().cloned().unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
+    // What is there stays.
+    let file = File::options().write(true).create_new(true).mode(0o644).open(&path);
+    match file.and_then(|mut file| file.write_all(SAMPLE.as_bytes())) {
+        Ok(()) => print_text(&format!("{} is a sample: change it, and run `hwvmm test`\n", path.shown())),
+        Err(error) => {
+            say(&format!("cannot write {}: {error}", path.shown()));
+            ExitCode::from(status::USAGE)
+        }
+    }
+}
+
+/// Sets `interrupted` on SIGINT, SIGTERM and SIGHUP.
+fn catch_signals(interrupted: &Interrupted) -> io::Result<()> {
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted.0))?;
+    }
+    Ok(())
+}
+
+fn run_suite(args: &Args, prepared: &Prepared) -> Result<u8, Box<dyn Error>> {
+    if let Some(path) = bazel_status_file() {
+        File::options()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(|error| format!("cannot write {}: {error}", path.shown()))?;
+    }
+    let folder = ResultFolder::create(args.output.as_deref())?;
+    let interrupted = Interrupted::default();
+    catch_signals(&interrupted).map_err(|error| format!("cannot catch signals: {error}"))?;
+    let printer = Printer::new(args.format, prepared.cases.len());
+    printer.begin(&Header::new(prepared.shard, prepared.cases.len()));
+    let plan = Plan {
+        cases: &prepared.cases,
+        folder: &folder,
+        jobs: args.jobs.map_or(Jobs::Processors, |jobs| Jobs::AtMost(jobs.into())),
+        fail_fast: if args.fail_fast { FailFast::Yes } else { FailFast::No },
+        baselines: &prepared.baselines,
+        baseline: args.baseline.as_deref(),
+        update: if args.update_baseline { UpdateBaseline::Yes } else { UpdateBaseline::No },
+        interrupted: &interrupted,
+        each: &|result| printer.result(result),
+    };
+    let done = crate::testing::run(&plan);
+    if args.update_baseline {
+        update_baselines(prepared, &done)?;
+    }
+    let totals = Totals::new(&done.results, done.not_run);
+    write_reports(&folder, &Header::new(prepared.shard, prepared.cases.len()), &done.results, &totals)?;
+    printer.end(&totals, folder.path());
+    if interrupted.0.load(Ordering::Relaxed) {
+        return Ok(status::QUIT);
+    }
+    Ok(totals.status())
+}
+
+fn update_baselines(prepared: &Prepared, done: &Done) -> Result<(), Box<dyn Error>> {
+    for (path, tests) in &done.counts {
+        let mut baseline = prepared.baselines.get(path).cloned().unwrap_or_default();
+        for (name, counts) in tests {
+            baseline.set(name, counts.clone());
+        }
+        baseline.write(path)?;
+    }
+    Ok(())
+}
+
+/// Writes the results in all forms to `folder`, and to GitHub's summary of the step.
+fn write_reports(
+    folder: &ResultFolder,
+    header: &Header,
+    results: &[TestResult],
+    totals: &Totals,
+) -> Result<(), Box<dyn Error>> {
+    let mut lines = header.json()?;
+    for result in results {
+        lines += &result.json()?;
+    }
+    folder.write("results.jsonl", &lines)?;
+    folder.write("junit.xml", &junit(results)?)?;
+    folder.write("results.ktap", &ktap(results))?;
+    if Annotations::of_environment() == Annotations::Yes
+        && let Some(path) = std::env::var_os("GITHUB_STEP_SUMMARY").filter(|path| !path.is_empty())
+    {
+        let path = Path::new(&path);
+        let file = File::options().create(true).append(true).open(path);
+        file.and_then(|mut file| file.write_all(step_summary(results, totals).as_bytes()))
+            .map_err(|error| format!("cannot write {}: {error}", path.shown()))?;
+    }
+    Ok(())
+}
+
+/// Prints results as they come.
+struct Printer {
+    format: Format,
+    tests: usize,
+    colour: Colour,
+    annotations: Annotations,
+    printed: AtomicUsize,
+    annotated: AtomicUsize,
+    /// One result is printed at a time.
+    lock: Mutex<()>,
+}
+
+impl Printer {
+    fn new(format: Format, tests: usize) -> Self {
+        Self {
+            format,
+            tests,
+            colour: if io::stdout().is_terminal() { Colour::Yes } else { Colour::No },
+            annotations: Annotations::of_environment(),
+            printed: AtomicUsize::new(0),
+            annotated: AtomicUsize::new(0),
+            lock: Mutex::new(()),
+        }
+    }
+
+    fn begin(&self, header: &Header) {
+        match self.format {
+            Format::Text => {}
+            Format::Ktap => self.print(format!("KTAP version 1\n1..{}\n", self.tests)),
+            Format::Json => self.print(header.json().unwrap_or_default()),
+        }
+    }
+
+    /// What stdout does not take is in the folder of the results.
+    fn print(&self, text: String) {
+        let _ = print_all(self.annotations.disarm(text).as_bytes());
+    }
+
+    fn result(&self, result: &TestResult) {
+        let _one = self.lock.lock();
+        let number = self.printed.fetch_add(1, Ordering::Relaxed) + 1;
+        match self.format {
+            Format::Text => self.print(line(result, self.colour)),
+            Format::Ktap => self.print(ktap_lines(result, number)),
+            Format::Json => self.print(result.json().unwrap_or_default()),
+        }
+        if self.annotations == Annotations::Yes && self.format == Format::Text {
+            let text = annotation(result, self.annotated.load(Ordering::Relaxed) + 1);
+            if !text.is_empty() {
+                self.annotated.fetch_add(1, Ordering::Relaxed);
+                let _ = print_all(text.as_bytes());
+            }
+        }
+    }
+
+    fn end(&self, totals: &Totals, folder: &Path) {
+        let text = format!("{}results: {}\n", summary(totals, self.colour), folder.shown());
+        match self.format {
+            Format::Text => self.print(text),
+            Format::Ktap | Format::Json => print_stderr(&text),
+        }
+    }
+}
+
+fn merged(folders: &[PathBuf], output: Option<&Path>) -> ExitCode {
+    let merged = match merge(folders) {
+        Ok(merged) => merged,
+        Err(error) => {
+            fail(&error);
+            return ExitCode::from(status::USAGE);
+        }
+    };
+    let printer = Printer::new(Format::Text, merged.results.len());
+    let bad = |result: &&TestResult| !matches!(result.verdict, Verdict::Pass | Verdict::Skip);
+    merged.results.iter().filter(bad).for_each(|result| printer.result(result));
+    if !merged.missing_shards.is_empty() {
+        let missing: Vec<String> = merged.missing_shards.iter().take(20).map(ToString::to_string).collect();
+        say(&format!("of {} shards there is no folder of: {}", merged.shards, missing.join(", ")));
+    }
+    // A shard that is missing has tests, of which nobody knows how many.
+    let totals = Totals::new(&merged.results, merged.not_run.saturating_add(merged.missing_shards.len()));
+    let write = || -> Result<(), Box<dyn Error>> {
+        let folder = ResultFolder::create(output)?;
+        write_reports(&folder, &Header::new(Shard::ALL, merged.results.len()), &merged.results, &totals)?;
+        printer.end(&totals, folder.path());
+        Ok(())
+    };
+    match write() {
+        Ok(()) => ExitCode::from(totals.status()),
+        Err(error) => {
+            fail(error.as_ref());
+            ExitCode::from(status::ERROR)
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! One test, with its kernel and its place in the matrix: what is run, and what it needs of the host.
+
+use super::file::Settings;
+use crate::config::{MmuChoice, RunConfig, RunOptions, Slack};
+use std::path::PathBuf;
+use std::time::Duration;
+use toml::Table;
+
+/// The time-out of a test that has none.
+pub(super) const TIMEOUT: &str = "5m";
+
+/// One run of a suite.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Its name, which no other one has: `boot[debian,cpus=2]`.
+    pub name: String,
+    /// The folder that the paths in `options` are relative to.
+    pub folder: PathBuf,
+    /// The options of `hwvmm run`, with the kernel.
+    pub options: Table,
+    /// How it is run and judged.
+    pub settings: Settings,
+    /// What it needs.
+    pub needs: Needs,
+}
+
+/// What a run needs, and when it ends at the latest.
+#[derive(Clone, Debug)]
+pub struct Needs {
+    /// Bytes of guest memory.
+    pub memory_bytes: u64,
+    /// vCPUs.
+    pub vcpus: u64,
+    /// The MMU.
+    pub mmu: MmuChoice,
+    /// By how much the counts of its baseline may be exceeded.
+    pub slack: Slack,
+    /// The time-out of the run.
+    pub timeout: Duration,
+}
+
+impl Needs {
+    /// What a run with these options needs.
+    ///
+    /// # Errors
+    /// Says which option is wrong.
+    pub(super) fn of(options: &Table) -> Result<Self, String> {
+        let options: RunOptions = toml::Value::Table(options.clone())
+            .try_into()
+            .map_err(|error: toml::de::Error| error.message().to_owned())?;
+        let config = options.into_config().map_err(|error| crate::error::chain(&error))?;
+        Ok(Self::of_config(&config))
+    }
+
+    fn of_config(config: &RunConfig) -> Self {
+        Self {
+            memory_bytes: config.memory.bytes,
+            vcpus: config.cpus.count().into(),
+            mmu: config.mmu,
+            slack: config.slack,
+            timeout: config.timeout.unwrap_or(Duration::from_secs(300)),
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! Makes the list of runs from a suite: each test with each of its kernels and each combination of its matrix.
+
+use super::case::{Case, Needs, TIMEOUT};
+use super::file::{KernelEntry, SuiteFile, TestEntry};
+use crate::config::toml_escaped;
+use crate::escape::escape;
+use hwvmm_devices::path_text::PathText as _;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+use toml::{Table, Value};
+
+/// Runs of all suites together, at most.
+pub const MAX_TESTS: usize = 10_000;
+/// Kernels of one suite at most.
+const MAX_KERNELS: usize = 1000;
+/// Bytes of a value in the name of a run.
+const VALUE_BYTES: usize = 60;
+
+/// A suite names runs that cannot be.
+#[derive(Debug, Error)]
+pub enum ExpandError {
+    /// There are too many.
+    #[error("there are more than {MAX_TESTS} tests: write fewer, or split the suite into files")]
+    TooMany,
+    /// Something in a test is wrong.
+    #[error("{}: {place}: {problem}", .path.shown())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// The table.
+        place: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Two runs have one name.
+    #[error("two tests have the name '{0}'")]
+    Twice(String),
+}
+
+/// A kernel that a pattern of a path has found.
+struct Found<'a> {
+    label: String,
+    path: PathBuf,
+    entry: &'a KernelEntry,
+}
+
+/// Returns the runs of `suites`, in the order of the files.
+///
+/// # Errors
+/// [`ExpandError`].
+pub fn expand(suites: &[SuiteFile]) -> Result<Vec<Case>, ExpandError> {
+    let mut cases = Vec::new();
+    for suite in suites {
+        let fail = |place: String, problem: String| ExpandError::Content {
+            path: suite.path.clone(),
+            place: escape(&place, 250),
+            problem: escape(&problem, 2000),
+        };
+        let mut kernels = Vec::new();
+        for entry in &suite.kernels {
+            let found =
+                find(suite.folder(), entry).map_err(|problem| fail(format!("kernel '{}'", entry.name), problem))?;
+            kernels.extend(found);
+            if kernels.len() > MAX_KERNELS {
+                return Err(fail(format!("kernel '{}'", entry.name), format!("more than {MAX_KERNELS} kernels")));
+            }
+        }
+        for test in &suite.tests {
+            let of = format!("test '{}'", test.name);
+            let chosen = choose(test, &kernels).map_err(|problem| fail(of.clone(), problem))?;
+            let values = test.matrix.iter().filter(|(key, _)| key != "kernel").map(|(_, values)| values.len());
+            let runs = values.fold(chosen.len(), usize::saturating_mul);
+            if cases.len().saturating_add(runs) > MAX_TESTS {
+                return Err(ExpandError::TooMany);
+            }
+            for kernel in &chosen {
+                for combination in combinations(test) {
+                    let case = case(suite, test, kernel, &combination, chosen.len() > 1);
+                    cases.push(case.map_err(|problem| fail(of.clone(), problem))?);
+                }
+            }
+        }
+    }
+    let mut names = HashSet::new();
+    match cases.iter().find(|case| !names.insert(case.name.as_str())) {
+        Some(case) => Err(ExpandError::Twice(case.name.clone())),
+        None => Ok(cases),
+    }
+}
+
+/// The kernels at the path of `entry`.
+fn find<'a>(folder: &Path, entry: &'a KernelEntry) -> Result<Vec<Found<'a>>, String> {
+    if !entry.path.contains(['*', '?', '[']) {
+        return Ok(vec![Found { label: entry.name.clone(), path: PathBuf::from(&entry.path), entry }]);
+    }
+    let within =
+        folder.to_str().ok_or("the path of the suite's folder is not UTF-8, and the kernel's has a pattern")?;
+    let pattern = if Path::new(&entry.path).is_absolute() {
+        entry.path.clone()
+    } else {
+        format!("{}/{}", glob::Pattern::escape(within), entry.path)
+    };
+    let options =
+        glob::MatchOptions { require_literal_separator: true, require_literal_leading_dot: true, ..Default::default() };
+    let paths = glob::glob_with(&pattern, options).map_err(|error| format!("path: {error}"))?;
+    let mut found = Vec::new();
+    for path in paths.take(MAX_KERNELS + 1) {
+        let path = path.map_err(|error| format!("path: {error}"))?;
+        let name = path.file_name().unwrap_or_default().shown().to_string();
+        let path = path.strip_prefix(folder).map_or(path.clone(), Path::to_owned);
+        found.push(Found { label: format!("{}:{name}", entry.name), path, entry });
+    }
+    if found.is_empty() {
+        return Err(format!("no file matches '{}'", entry.path));
+    }
+    Ok(found)
+}
+
+/// The kernels of a test.
+fn choose<'a>(test: &TestEntry, kernels: &'a [Found<'a>]) -> Result<Vec<&'a Found<'a>>, String> {
+    let in_matrix = test.matrix.iter().find(|(key, _)| key == "kernel").map(|(_, values)| values);
+    let names: Option<Vec<&str>> = match in_matrix {
+        Some(values) => {
+            let names: Option<Vec<&str>> = values.iter().map(Value::as_str).collect();
+            Some(names.ok_or("matrix: kernel must be a list of names")?)
+        }
+        None => test.kernels.as_ref().map(|names| names.iter().map(String::as_str).collect()),
+    };
+    let Some(names) = names else {
+        return if kernels.is_empty() { Err("there is no [[kernel]]".into()) } else { Ok(kernels.iter().collect()) };
+    };
+    let mut chosen: Vec<bool> = vec![false; kernels.len()];
+    for name in names {
+        let pattern = glob::Pattern::new(name).map_err(|error| format!("kernel '{name}': {error}"))?;
+        let mut any = false;
+        for (index, kernel) in kernels.iter().enumerate() {
+            if kernel.entry.name == name || pattern.matches(&kernel.entry.name) || pattern.matches(&kernel.label) {
+                (any, chosen[index]) = (true, true);
+            }
+        }
+        if !any {
+            let mut known: Vec<&str> = kernels.iter().map(|kernel| kernel.entry.name.as_str()).collect();
+            known.dedup();
+            return Err(format!("there is no kernel '{name}'; the kernels are: {}", known.join(", ")));
+        }
+    }
+    Ok(kernels.iter().zip(chosen).filter(|(_, chosen)| *chosen).map(|(kernel, _)| kernel).collect())
+}
+
+/// Each combination of the values of a matrix.
+fn combinations(test: &TestEntry) -> Vec<Vec<(&str, &Value)>> {
+    let mut all = vec![Vec::new()];
+    for (key, values) in test.matrix.iter().filter(|(key, _)| key != "kernel") {
+        all = all
+            .into_iter()
+            .flat_map(|before: Vec<(&str, &Value)>| {
+                values.iter().map(move |value| {
+                    let mut with = before.clone();
+                    with.push((key.as_str(), value));
+                    with
+                })
+            })
+            .collect();
+    }
+    all
+}
+
+fn case(
+    suite: &SuiteFile,
+    test: &TestEntry,
+    kernel: &Found<'_>,
+    combination: &[(&str, &Value)],
+    names_kernel: bool,
+) -> Result<Case, String> {
+    let mut options = test.defaults.clone();
+    options.extend(kernel.entry.options.clone());
+    options.extend(test.options.clone());
+    let mut parts: Vec<String> = names_kernel.then(|| kernel.label.clone()).into_iter().collect();
+    for (key, value) in combination {
+        options.insert((*key).to_owned(), (*value).clone());
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        parts.push(format!("{key}={}", escape(&value, VALUE_BYTES)));
+    }
+    options.insert("kernel".into(), path_value(&kernel.path));
+    options.entry("timeout").or_insert_with(|| Value::String(TIMEOUT.into()));
+    let needs = Needs::of(&options)?;
+    let name = if parts.is_empty() { test.name.clone() } else { format!("{}[{}]", test.name, parts.join(",")) };
+    Ok(Case { name, folder: suite.folder().to_owned(), options, settings: test.settings.clone(), needs })
+}
+
+/// A path as the value of an option: as text, or with escapes where it is not UTF-8.
+fn path_value(path: &Path) -> Value {
+    match path.to_str() {
+        Some(text) => Value::String(text.to_owned()),
+        None => {
+            let escaped = toml_escaped(path.as_os_str());
+            Value::Table(Table::from_iter([("escaped".to_owned(), Value::String(escaped))]))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cases_of(text: &str) -> Result<Vec<Case>, ExpandError> {
+        expand(&[SuiteFile::parse(Path::new("suite.toml"), text).expect("a suite")])
+    }
+
+    fn names(text: &str) -> Vec<String> {
+        cases_of(text).expect("runs").into_iter().map(|case| case.name).collect()
+    }
+
+    const KERNELS: &str = "[[kernel]]\nname = 'a'\npath = 'ka'\ncpus = 3\n[[kernel]]\nname = 'b'\npath = 'kb'\n";
+
+    #[test]
+    fn a_test_is_run_with_each_kernel_and_combination() {
+        let all = names(&format!("{KERNELS}[[test]]\nname = 't'\n[test.matrix]\ncpus = [1, 2]\nappend = ['', 'x y']"));
+        assert_eq!(all.len(), 8);
+        assert_eq!(all[0], "t[a,append=,cpus=1]", "{all:?}");
+        assert_eq!(names(&format!("{KERNELS}[[test]]\nname = 't'\nkernel = 'b'")), ["t"]);
+        assert_eq!(names(&format!("{KERNELS}[[test]]\nname = 't'\nkernel = '*'")), ["t[a]", "t[b]"]);
+        assert_eq!(names(&format!("{KERNELS}[[test]]\nname = 't'\n[test.matrix]\nkernel = ['a']")), ["t"]);
+    }
+
+    #[test]
+    fn options_come_from_the_defaults_the_kernel_the_test_and_the_matrix() {
+        let of = |text: &str| {
+            cases_of(&format!("[defaults]\ncpus = 2\nmemory = '1G'\n{KERNELS}[[test]]\nname = 't'\n{text}"))
+        };
+        let vcpus = |text: &str| of(text).expect("runs").iter().map(|case| case.needs.vcpus).collect::<Vec<_>>();
+        assert_eq!(vcpus(""), [3, 2], "the kernel's before the defaults");
+        assert_eq!(vcpus("cpus = 4"), [4, 4]);
+        assert_eq!(vcpus("kernel = 'a'\n[test.matrix]\ncpus = [5, 6]"), [5, 6]);
+        let case = of("kernel = 'a'").expect("runs").remove(0);
+        assert_eq!((case.needs.memory_bytes, case.needs.timeout.as_secs()), (1 << 30, 300));
+        assert_eq!(case.options.get("kernel").and_then(Value::as_str), Some("ka"));
+    }
+
+    #[test]
+    fn patterns_find_kernels() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let boot = folder.path().join("b[o]ot");
+        std::fs::create_dir(&boot).expect("made");
+        for name in ["vmlinuz-1", "vmlinuz-2", "other", ".vmlinuz-3"] {
+            std::fs::write(boot.join(name), "").expect("written");
+        }
+        let of = |path: &str| {
+            let text = format!("[[kernel]]\nname = 'k'\npath = '{path}'\n[[test]]\nname = 't'");
+            expand(&[SuiteFile::parse(&boot.join("s.toml"), &text).expect("a suite")])
+        };
+        let found = of("vmlinuz-*").expect("two");
+        assert_eq!(
+            found.iter().map(|case| case.name.as_str()).collect::<Vec<_>>(),
+            ["t[k:vmlinuz-1]", "t[k:vmlinuz-2]"]
+        );
+        assert_eq!(found[0].options.get("kernel").and_then(Value::as_str), Some("vmlinuz-1"));
+        assert_eq!(of("vmlinuz-2*").expect("one")[0].name, "t", "one kernel needs no name");
+        assert!(of("none-*").expect_err("none").to_string().contains("no file matches 'none-*'"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (text, words) in [
+            ("[[test]]\nname = 't'".to_owned(), "there is no [[kernel]]"),
+            (format!("{KERNELS}[[test]]\nname = 't'\nkernel = 'c'"), "no kernel 'c'; the kernels are: a, b"),
+            (format!("{KERNELS}[[test]]\nname = 't'\ncpus = 'many'"), "test 't': "),
+            (format!("{KERNELS}[[test]]\nname = 't'\n[[test]]\nname = 't'"), "two tests have the name 't[a]'"),
+            (format!("{KERNELS}[[test]]\nname = 't'\n[test.matrix]\ncpus = [1, 1]"), "two tests have the name"),
+        ] {
+            let error = cases_of(&text).expect_err("refused").to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn ten_thousand_tests_are_allowed_and_no_more() {
+        let many = |count: usize| {
+            let tests: String = (0..count).map(|n| format!("[[test]]\nname = 't{n}'\n")).collect();
+            format!("[[kernel]]\nname = 'a'\npath = 'k'\n{tests}")
+        };
+        assert_eq!(names(&many(MAX_TESTS)).len(), MAX_TESTS);
+        assert!(matches!(cases_of(&many(MAX_TESTS + 1)), Err(ExpandError::TooMany)));
+        let values = (1..=100).map(|n| n.to_string()).collect::<Vec<_>>().join(",");
+        let product = format!(
+            "[[kernel]]\nname = 'a'\npath = 'k'\n[[test]]\nname = 't'\n[test.matrix]\ncpus = [{values}]\n\
+                               memory = [{values}]\nappend = ['{}']",
+            values.replace(',', "','")
+        );
+        assert!(matches!(cases_of(&product), Err(ExpandError::TooMany)), "100 × 100 × 100, not made first");
+    }
+}

@@ -1,0 +1,403 @@
+//! The file of a suite: TOML with `[defaults]`, `[[kernel]]` and `[[test]]`. The options of `hwvmm run` are keys of all three; what
+//! a test has replaces what its kernel has, and that replaces the defaults.
+
+use super::patterns::OopsKind;
+use crate::bounded_read::{self, ReadError};
+use crate::config::{RunOptions, parse_duration};
+use crate::escape::escape;
+use hwvmm_devices::path_text::PathText as _;
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use thiserror::Error;
+use toml::{Table, Value};
+
+/// The largest file, in bytes: 10,000 tests of 800 bytes.
+const MAX_BYTES: u64 = 8 << 20;
+/// Bytes of a name at most.
+const MAX_NAME_BYTES: usize = 200;
+/// Tries of a test at most.
+const MAX_RETRIES: u32 = 100;
+
+/// Keys of a test that are no options of `hwvmm run`.
+const OF_TESTS: &[&str] = &["name", "kernel", "silence", "retries", "baseline", "status", "ktap", "fail-on", "matrix"];
+/// Keys of the defaults that are no options of `hwvmm run`.
+const OF_DEFAULTS: &[&str] = &["kernel", "silence", "retries", "baseline", "status", "ktap", "fail-on"];
+/// Keys of a kernel that are no options of `hwvmm run`.
+const OF_KERNELS: &[&str] = &["name", "path"];
+/// Keys of a matrix.
+const OF_MATRIX: &[&str] = &["kernel", "cpus", "memory", "mmu", "transport", "tune", "cmdline", "append"];
+/// Options of `hwvmm run` that belong to the test command.
+const TAKEN: &[&str] = &["kernel", "stats", "stats-out", "profile-out", "api"];
+/// Tables of the file.
+const TABLES: &[&str] = &["defaults", "kernel", "test"];
+
+/// A file of a suite cannot be used.
+#[derive(Debug, Error)]
+pub enum SuiteError {
+    /// The file cannot be read.
+    #[error("cannot read the suite {}; `hwvmm test --init` writes a sample", .0.shown())]
+    Read(PathBuf, #[source] ReadError),
+    /// The file is not TOML.
+    #[error("{}", .0.shown())]
+    Toml(PathBuf, #[source] toml::de::Error),
+    /// Something in it is wrong.
+    #[error("{}: {place}: {problem}", .path.shown())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// The table.
+        place: String,
+        /// What is wrong, and what is known.
+        problem: String,
+    },
+}
+
+/// What tells how a test is run and judged, apart from the options of its run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// How long the guest may print nothing.
+    pub silence: Option<Duration>,
+    /// How often it is tried again when it fails.
+    pub retries: u32,
+    /// File of the counts of exits that it is held to.
+    pub baseline: Option<PathBuf>,
+    /// The exit status of `hwvmm run` with which it passes.
+    pub status: u8,
+    /// Whether sub-tests are read from its console.
+    pub ktap: KtapUse,
+    /// The complaints of the kernel that fail it.
+    pub fail_on: Vec<OopsKind>,
+}
+
+/// Whether sub-tests are read from the console of a test.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KtapUse {
+    /// No.
+    #[default]
+    Ignored,
+    /// Yes; the test fails where there are none.
+    Required,
+}
+
+/// The keys of a table that are no options, as given.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+struct Given {
+    silence: Option<String>,
+    retries: Option<u32>,
+    baseline: Option<PathBuf>,
+    status: Option<u8>,
+    ktap: Option<bool>,
+    fail_on: Option<Vec<OopsKind>>,
+}
+
+/// A `[[kernel]]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KernelEntry {
+    /// Its name.
+    pub name: String,
+    /// Its path, which may have `*`, `?` and `[...]`.
+    pub path: String,
+    /// Options of runs with it.
+    pub options: Table,
+}
+
+/// A `[[test]]`, with the defaults.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TestEntry {
+    /// Its name.
+    pub name: String,
+    /// Names of its kernels, which may have `*`; `None`: all of them.
+    pub kernels: Option<Vec<String>>,
+    /// How it is run and judged.
+    pub settings: Settings,
+    /// The options of the defaults.
+    pub defaults: Table,
+    /// The options of the test itself.
+    pub options: Table,
+    /// What varies: a key and its values, in the order of the file.
+    pub matrix: Vec<(String, Vec<Value>)>,
+}
+
+/// A suite as its file has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SuiteFile {
+    /// The path of the file, for messages.
+    pub path: PathBuf,
+    /// The kernels.
+    pub kernels: Vec<KernelEntry>,
+    /// The tests.
+    pub tests: Vec<TestEntry>,
+}
+
+impl SuiteFile {
+    /// Reads the file at `path`.
+    ///
+    /// # Errors
+    /// [`SuiteError`].
+    pub fn read(path: &Path) -> Result<Self, SuiteError> {
+        let text =
+            bounded_read::read_text(path, MAX_BYTES).map_err(|error| SuiteError::Read(path.to_owned(), error))?;
+        Self::parse(path, &text)
+    }
+
+    /// Reads `text`, the content of the file at `path`, which is for messages only.
+    ///
+    /// # Errors
+    /// [`SuiteError`].
+    pub fn parse(path: &Path, text: &str) -> Result<Self, SuiteError> {
+        let fail = |place: &str, problem: String| SuiteError::Content {
+            path: path.to_owned(),
+            place: escape(place, MAX_NAME_BYTES + 20),
+            problem: escape(&problem, 2000),
+        };
+        let mut file: Table = toml::from_str(text).map_err(|error| SuiteError::Toml(path.to_owned(), error))?;
+        if let Some(key) = file.keys().find(|key| !TABLES.contains(&key.as_str())) {
+            return Err(fail("the file", unknown(key, TABLES.iter().map(ToString::to_string))));
+        }
+        let defaults = match file.remove("defaults") {
+            None => Table::new(),
+            Some(Value::Table(table)) => table,
+            Some(_) => return Err(fail("[defaults]", "it must be a table".into())),
+        };
+        let options: Vec<String> = RunOptions::keys();
+        let known = Known { options: &options };
+        let defaults = known.split(defaults, OF_DEFAULTS).map_err(|problem| fail("[defaults]", problem))?;
+        let mut kernels = Vec::new();
+        for table in tables(&mut file, "kernel").map_err(|problem| fail("[[kernel]]", problem))? {
+            let place = place("kernel", &table, kernels.len());
+            kernels.push(kernel(&known, table).map_err(|problem| fail(&place, problem))?);
+        }
+        let mut tests = Vec::new();
+        for table in tables(&mut file, "test").map_err(|problem| fail("[[test]]", problem))? {
+            let place = place("test", &table, tests.len());
+            tests.push(test(&known, &defaults, table).map_err(|problem| fail(&place, problem))?);
+        }
+        if tests.is_empty() {
+            return Err(fail("the file", "it has no [[test]]".into()));
+        }
+        Ok(Self { path: path.to_owned(), kernels, tests })
+    }
+
+    /// The folder that paths in the file are relative to.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    }
+}
+
+/// A table's own keys, and its options of `hwvmm run`.
+#[derive(Clone, Default)]
+struct Split {
+    own: Table,
+    options: Table,
+}
+
+struct Known<'a> {
+    options: &'a [String],
+}
+
+impl Known<'_> {
+    fn split(&self, table: Table, own: &[&str]) -> Result<Split, String> {
+        let mut split = Split::default();
+        for (key, value) in table {
+            if own.contains(&key.as_str()) {
+                split.own.insert(key, value);
+            } else if TAKEN.contains(&key.as_str()) {
+                return Err(format!("'{key}' is set by the test command itself"));
+            } else if self.options.contains(&key) {
+                split.options.insert(key, value);
+            } else if key == "run" {
+                return Err(
+                    "'run' is not supported by this hwvmm: a test is a boot; say by `expect` which line it must print"
+                        .into(),
+                );
+            } else {
+                let options = self.options.iter().filter(|option| !TAKEN.contains(&option.as_str()));
+                return Err(unknown(&key, own.iter().map(ToString::to_string).chain(options.cloned())));
+            }
+        }
+        Ok(split)
+    }
+}
+
+fn unknown(key: &str, known: impl Iterator<Item = String>) -> String {
+    format!("unknown key '{}'; the keys are: {}", escape(key, 100), known.collect::<Vec<_>>().join(", "))
+}
+
+fn place(kind: &str, table: &Table, index: usize) -> String {
+    match table.get("name").and_then(Value::as_str) {
+        Some(name) => format!("{kind} '{name}'"),
+        None => format!("{kind} {}", index + 1),
+    }
+}
+
+fn tables(file: &mut Table, key: &str) -> Result<Vec<Table>, String> {
+    let wrong = || format!("it must be a list of tables: [[{key}]]");
+    match file.remove(key) {
+        None => Ok(Vec::new()),
+        Some(Value::Array(values)) => values
+            .into_iter()
+            .map(|value| match value {
+                Value::Table(table) => Ok(table),
+                _ => Err(wrong()),
+            })
+            .collect(),
+        Some(_) => Err(wrong()),
+    }
+}
+
+fn text(table: &mut Table, key: &str) -> Result<String, String> {
+    match table.remove(key) {
+        Some(Value::String(text)) if !text.is_empty() => Ok(text),
+        Some(other) => Err(format!("{key} must be a text that is not empty, not {other}")),
+        None => Err(format!("{key} is missing")),
+    }
+}
+
+fn name(table: &mut Table) -> Result<String, String> {
+    let name = text(table, "name")?;
+    if name.len() > MAX_NAME_BYTES {
+        return Err(format!("its name has {} bytes; {MAX_NAME_BYTES} are allowed", name.len()));
+    }
+    if name.chars().any(char::is_control) {
+        return Err("its name has control characters".into());
+    }
+    Ok(name)
+}
+
+fn kernel(known: &Known<'_>, table: Table) -> Result<KernelEntry, String> {
+    let Split { mut own, options } = known.split(table, OF_KERNELS)?;
+    Ok(KernelEntry { name: name(&mut own)?, path: text(&mut own, "path")?, options })
+}
+
+fn test(known: &Known<'_>, defaults: &Split, table: Table) -> Result<TestEntry, String> {
+    let Split { mut own, options } = known.split(table, OF_TESTS)?;
+    let name = name(&mut own)?;
+    let matrix = match own.remove("matrix") {
+        None => Vec::new(),
+        Some(Value::Table(table)) => matrix(table)?,
+        Some(_) => return Err("matrix must be a table: [test.matrix]".into()),
+    };
+    let mut joined = defaults.own.clone();
+    joined.extend(own);
+    let kernels = joined.remove("kernel").map(|value| words(value, "kernel")).transpose()?;
+    Ok(TestEntry { name, kernels, settings: settings(joined)?, defaults: defaults.options.clone(), options, matrix })
+}
+
+fn words(value: Value, key: &str) -> Result<Vec<String>, String> {
+    let values = match value {
+        Value::Array(values) => values,
+        one => vec![one],
+    };
+    let word = |value| match value {
+        Value::String(text) => Ok(text),
+        other => Err(format!("{key} must be a name or a list of names, not {other}")),
+    };
+    values.into_iter().map(word).collect()
+}
+
+fn settings(own: Table) -> Result<Settings, String> {
+    let given: Given = own.try_into().map_err(|error: toml::de::Error| error.message().to_owned())?;
+    let retries = given.retries.unwrap_or(0);
+    if retries > MAX_RETRIES {
+        return Err(format!("retries = {retries}; at most {MAX_RETRIES} are allowed"));
+    }
+    let silence = match given.silence.as_deref() {
+        None => Some(Duration::from_secs(60)),
+        Some("off") => None,
+        Some(text) => Some(parse_duration(text).map_err(|error| format!("silence: {error}; or \"off\""))?),
+    };
+    Ok(Settings {
+        silence,
+        retries,
+        baseline: given.baseline,
+        status: given.status.unwrap_or(0),
+        ktap: if given.ktap == Some(true) { KtapUse::Required } else { KtapUse::Ignored },
+        fail_on: given.fail_on.unwrap_or_else(|| OopsKind::ALL.to_vec()),
+    })
+}
+
+fn matrix(table: Table) -> Result<Vec<(String, Vec<Value>)>, String> {
+    table
+        .into_iter()
+        .map(|(key, values)| match values {
+            _ if !OF_MATRIX.contains(&key.as_str()) => {
+                Err(format!("matrix: {}", unknown(&key, OF_MATRIX.iter().map(ToString::to_string))))
+            }
+            Value::Array(values) if !values.is_empty() => Ok((key, values)),
+            _ => Err(format!("matrix: {key} must be a list with one value or more")),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parse(text: &str) -> Result<SuiteFile, SuiteError> {
+        SuiteFile::parse(Path::new("suite.toml"), text)
+    }
+
+    #[test]
+    fn what_a_test_has_replaces_the_defaults() {
+        let suite = parse(
+            "[defaults]\nmemory = '64M'\nretries = 2\nsilence = '5s'\n[[kernel]]\nname = 'k'\npath = 'vmlinuz'\ninitrd = 'i'\n\
+             [[test]]\nname = 'a'\nexpect = 'login: '\nretries = 0\nfail-on = ['bug', 'kasan']\n[test.matrix]\ncpus = [1, 2]\n\
+             [[test]]\nname = 'b'\nkernel = 'k'\nsilence = 'off'\nstatus = 1\nktap = true",
+        )
+        .expect("a suite");
+        let [a, b] = &suite.tests[..] else { panic!("two tests") };
+        assert_eq!((a.settings.retries, a.settings.silence), (0, Some(Duration::from_secs(5))));
+        assert_eq!(a.settings.fail_on, [OopsKind::Bug, OopsKind::Kasan]);
+        assert_eq!(a.matrix, [("cpus".to_owned(), vec![Value::Integer(1), Value::Integer(2)])]);
+        assert!(a.defaults.contains_key("memory") && a.options.contains_key("expect") && a.kernels.is_none());
+        assert_eq!((b.settings.retries, b.settings.silence, b.settings.status), (2, None, 1));
+        assert_eq!((b.settings.ktap, b.kernels.as_deref()), (KtapUse::Required, Some(&["k".to_owned()][..])));
+        assert_eq!(b.settings.fail_on, OopsKind::ALL, "all of them by default");
+        assert!(suite.kernels[0].options.contains_key("initrd"));
+    }
+
+    #[test]
+    fn errors_name_the_place_and_what_is_known() {
+        for (text, words) in [
+            ("", "it has no [[test]]"),
+            ("x = 1", "unknown key 'x'; the keys are: defaults, kernel, test"),
+            ("[[test]]\nname = 'a'\ncolour = 1", "test 'a': unknown key 'colour'; the keys are: name, kernel, silence"),
+            ("[[test]]\nname = 'a'\ncolour = 1", "memory, cpus, mmu"),
+            ("[[test]]\nname = 'a'\nrun = 'true'", "'run' is not supported"),
+            ("[[test]]\nname = 'a'\nstats-out = 'x'", "'stats-out' is set by the test command"),
+            ("[[test]]\n[[test]]", "test 1: name is missing"),
+            ("[[test]]\nname = ''", "not empty"),
+            ("[[test]]\nname = \"a\\nb\"", "control characters"),
+            ("[[test]]\nname = 'a'\nretries = 101", "at most 100"),
+            ("[[test]]\nname = 'a'\nretries = 'x'", "invalid type"),
+            ("[[test]]\nname = 'a'\nfail-on = ['smoke']", "unknown variant `smoke`"),
+            ("[[test]]\nname = 'a'\nsilence = '0'", "silence: "),
+            ("[[test]]\nname = 'a'\nkernel = 1", "a name or a list of names"),
+            (
+                "[[test]]\nname = 'a'\n[test.matrix]\ndisk = ['x']",
+                "matrix: unknown key 'disk'; the keys are: kernel, cpus",
+            ),
+            ("[[test]]\nname = 'a'\n[test.matrix]\ncpus = []", "one value or more"),
+            ("[[kernel]]\nname = 'a'", "kernel 'a': path is missing"),
+            ("[defaults]\nname = 'x'", "[defaults]: unknown key 'name'"),
+            ("test = 1", "must be a list of tables"),
+            ("[[test]", "suite.toml"),
+        ] {
+            let error = parse(text).expect_err("refused").to_string();
+            assert!(error.contains(words), "{text}: {error}");
+        }
+        let endless = SuiteFile::read(Path::new("/dev/zero")).expect_err("refused");
+        assert!(crate::error::chain(&endless).contains("more than"), "{endless}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in "(\\[\\[?(test|kernel|defaults|test.matrix)\\]\\]?\n|(name|path|cpus|x|kernel) = (1|'a'|\\[1\\]|\\['a'\\])\n)*") {
+            let _ = parse(&text);
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! The log of a guest's console: written to a file of bounded length, and searched line by line.
+
+use super::file::KtapUse;
+use super::ktap::{Ktap, KtapReport};
+use super::patterns::OopsKind;
+use crate::console::{Lines, without_prefix};
+use crate::escape::{GUEST_BYTES, escape};
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Write};
+
+/// Bytes of a log that are kept from its beginning.
+const HEAD_BYTES: u64 = 16 << 20;
+/// Bytes of a longer log that are kept from its end.
+const TAIL_BYTES: usize = 256 << 10;
+/// Lines of the log's end that reports show.
+const TAIL_LINES: usize = 20;
+/// Bytes of each of them.
+const LINE_BYTES: usize = 300;
+/// Complaints of the kernel that are kept.
+const MAX_COMPLAINTS: usize = 20;
+/// Where the kernel says that it panics (kernel/panic.c).
+const PANIC: &[u8] = b"Kernel panic - not syncing";
+
+/// A complaint of the guest's kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Complaint {
+    /// Its kind.
+    pub(super) kind: OopsKind,
+    /// The line.
+    pub(super) line: String,
+}
+
+/// What was found in a log.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Findings {
+    /// What the kernel said when it panicked.
+    pub(super) panic: Option<String>,
+    /// Its complaints, the first ones.
+    pub(super) complaints: Vec<Complaint>,
+    /// The last lines.
+    pub(super) tail: Vec<String>,
+    /// What was said in KTAP; `None` where it was not looked for.
+    pub(super) ktap: Option<KtapReport>,
+}
+
+/// A log that is being written.
+pub(super) struct Log {
+    file: File,
+    written: u64,
+    /// The end of a log of which not all is kept.
+    tail: VecDeque<u8>,
+    dropped: bool,
+    lines: Lines,
+    seen: Seen,
+}
+
+#[derive(Default)]
+struct Seen {
+    panic: Option<String>,
+    complaints: Vec<Complaint>,
+    last: VecDeque<String>,
+    ktap: Option<Ktap>,
+}
+
+impl Log {
+    pub(super) fn new(file: File, ktap: KtapUse) -> Self {
+        let ktap = match ktap {
+            KtapUse::Ignored => None,
+            KtapUse::Required => Some(Ktap::default()),
+        };
+        Self {
+            file,
+            written: 0,
+            tail: VecDeque::new(),
+            dropped: false,
+            lines: Lines::default(),
+            seen: Seen { ktap, ..Seen::default() },
+        }
+    }
+
+    /// Takes output of the guest.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub(super) fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let seen = &mut self.seen;
+        self.lines.feed(bytes, |line| seen.line(line.text));
+        let room = usize::try_from(HEAD_BYTES - self.written).unwrap_or(usize::MAX).min(bytes.len());
+        let (head, rest) = bytes.split_at(room);
+        self.file.write_all(head)?;
+        self.written += head.len() as u64;
+        self.tail.extend(rest);
+        if let Some(more) = self.tail.len().checked_sub(TAIL_BYTES) {
+            self.tail.drain(..more);
+            self.dropped |= more > 0;
+        }
+        Ok(())
+    }
+
+    /// Returns true if the kernel has said that it panics.
+    pub(super) fn has_panic(&self) -> bool {
+        self.seen.panic.is_some()
+    }
+
+    /// The end of the output.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub(super) fn finish(mut self) -> io::Result<Findings> {
+        if let Some(line) = self.lines.unfinished() {
+            self.seen.line(line.text);
+        }
+        if self.dropped {
+            self.file.write_all(b"\n[hwvmm: a part of the log is left out here]\n")?;
+        }
+        let (first, second) = self.tail.as_slices();
+        self.file.write_all(first)?;
+        self.file.write_all(second)?;
+        let Seen { panic, complaints, last, ktap } = self.seen;
+        Ok(Findings { panic, complaints, tail: last.into(), ktap: ktap.map(Ktap::finish) })
+    }
+}
+
+impl Seen {
+    fn line(&mut self, line: &[u8]) {
+        if self.last.len() == TAIL_LINES {
+            self.last.pop_front();
+        }
+        self.last.push_back(shown(line, LINE_BYTES));
+        if let Some(ktap) = &mut self.ktap {
+            ktap.line(line);
+        }
+        let line = without_prefix(line);
+        if line.starts_with(PANIC) {
+            let rest = line[PANIC.len()..].trim_ascii().strip_prefix(b":").unwrap_or_default();
+            self.panic.get_or_insert_with(|| shown(rest.trim_ascii(), GUEST_BYTES));
+        } else if self.complaints.len() < MAX_COMPLAINTS
+            && let Some(kind) = OopsKind::of_line(line)
+        {
+            self.complaints.push(Complaint { kind, line: shown(line, LINE_BYTES) });
+        }
+    }
+}
+
+fn shown(line: &[u8], limit: usize) -> String {
+    // Each byte is one of text at least, so that no more are needed.
+    escape(&String::from_utf8_lossy(&line[..line.len().min(limit * 2)]), limit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn log(pieces: &[&[u8]]) -> (Findings, Vec<u8>) {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let mut log = Log::new(file.reopen().expect("opened"), KtapUse::Required);
+        pieces.iter().for_each(|piece| log.take(piece).expect("written"));
+        (log.finish().expect("written"), fs::read(file.path()).expect("there"))
+    }
+
+    #[test]
+    fn panics_and_complaints_are_found_in_whole_lines() {
+        let (findings, file) = log(&[
+            b"[    0.1] WARN",
+            b"ING: CPU: 0 PID: 1 at a.c:1 f+0x1/0x2\r\nBUG: KASAN: use-after-free in g\n",
+            b"[    0.5][    T1] Kernel panic - not syncing: no \x1b[31minit\x07\n---[ end ]---",
+        ]);
+        let kinds: Vec<_> = findings.complaints.iter().map(|complaint| complaint.kind).collect();
+        assert_eq!(kinds, [OopsKind::Warning, OopsKind::Kasan]);
+        assert_eq!(findings.panic.as_deref(), Some("no init"));
+        assert_eq!(findings.tail.last().map(String::as_str), Some("---[ end ]---"));
+        assert!(file.starts_with(b"[    0.1] WARNING"), "the file has every byte");
+    }
+
+    #[test]
+    fn a_full_disk_is_an_error() {
+        let full = || File::options().write(true).open("/dev/full").expect("/dev/full");
+        assert!(Log::new(full(), KtapUse::Ignored).take(b"x").is_err());
+    }
+
+    #[test]
+    fn what_a_hostile_guest_prints_is_bounded_and_has_no_control_characters() {
+        let long = vec![b'x'; 1 << 20];
+        let mut pieces: Vec<&[u8]> = vec![b"\x9b\x00\x08\xffBUG: a\n"; 100];
+        pieces.extend((0..20).map(|_| &long[..]));
+        pieces.push(b"\nKernel panic - not syncing: \x08\xe2\x80\xae");
+        let (findings, file) = log(&pieces);
+        assert!(file.len() as u64 - HEAD_BYTES < 2 * TAIL_BYTES as u64, "{}", file.len());
+        assert!(findings.tail.len() <= TAIL_LINES && findings.complaints.len() <= MAX_COMPLAINTS);
+        let text = findings.tail.iter().chain(&findings.panic);
+        for line in text {
+            assert!(line.len() <= GUEST_BYTES + 3 && !line.chars().any(crate::escape::is_active), "{line:?}");
+        }
+        assert_eq!(findings.panic.as_deref(), Some("\\x08\\u{202e}"));
+    }
+}

@@ -1,0 +1,204 @@
+//! One report of the results of many shards.
+
+use super::record::{FORMAT, Header, Line, TestResult, VERSION};
+use super::verdict::{Meaning, Verdict};
+use crate::bounded_read::{self, ReadError};
+use crate::escape::escape;
+use hwvmm_devices::path_text::PathText as _;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// The file with the results, in the folder of a run.
+pub(super) const RESULTS: &str = "results.jsonl";
+/// The largest file, in bytes.
+const MAX_BYTES: u64 = 512 << 20;
+/// Folders that are read at most.
+const MAX_FOLDERS: u32 = 100_000;
+
+/// Results cannot be merged.
+#[derive(Debug, Error)]
+pub enum MergeError {
+    /// A file cannot be read.
+    #[error("cannot read the results {}", .0.shown())]
+    Read(PathBuf, #[source] ReadError),
+    /// A file has no results of `hwvmm test`.
+    #[error("{}, line {line}: {why}", .path.shown())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// The number of the line.
+        line: usize,
+        /// What is wrong.
+        why: String,
+    },
+    /// The folders are of runs with another number of shards.
+    #[error("{} is one of {found} shards, and those before it of {expected}", .path.shown())]
+    Shards {
+        /// The file.
+        path: PathBuf,
+        /// Its number of shards.
+        found: u32,
+        /// That of the others.
+        expected: u32,
+    },
+    /// A test was run twice.
+    #[error("{}: '{name}' has a result already, which is not infrastructure: merge the folders of one run only", .path.shown())]
+    Twice {
+        /// The file.
+        path: PathBuf,
+        /// The test.
+        name: String,
+    },
+    /// Too many folders.
+    #[error("more than {MAX_FOLDERS} folders")]
+    TooMany,
+}
+
+/// The results of all shards.
+#[derive(Debug, Default)]
+pub struct Merged {
+    /// The results, by the order of the folders.
+    pub results: Vec<TestResult>,
+    /// Tests that are missing in the folders that there are.
+    pub not_run: usize,
+    /// Shards of which there is no folder.
+    pub missing_shards: Vec<u32>,
+    /// The number of shards.
+    pub shards: u32,
+}
+
+/// Reads `results.jsonl` in each of `folders`. A result of infrastructure is replaced by that of a shard that was run again.
+///
+/// # Errors
+/// [`MergeError`].
+pub fn merge(folders: &[PathBuf]) -> Result<Merged, MergeError> {
+    if folders.len() as u64 > u64::from(MAX_FOLDERS) {
+        return Err(MergeError::TooMany);
+    }
+    let mut merged = Merged::default();
+    let mut places: BTreeMap<String, usize> = BTreeMap::new();
+    // By shard: the tests that it has.
+    let mut sizes: BTreeMap<u32, usize> = BTreeMap::new();
+    for folder in folders {
+        let path = folder.join(RESULTS);
+        let (header, results) = read(&path)?;
+        if merged.shards != 0 && merged.shards != header.shards {
+            return Err(MergeError::Shards { path, found: header.shards, expected: merged.shards });
+        }
+        merged.shards = header.shards;
+        sizes.insert(header.shard, header.tests);
+        for result in results {
+            let name = result.name.clone();
+            match places.get(&name).copied().and_then(|place| merged.results.get_mut(place)) {
+                None => {
+                    places.insert(name, merged.results.len());
+                    merged.results.push(result);
+                }
+                Some(before) if before.verdict == Verdict::Infrastructure => *before = result,
+                // The folder of the try before may come later.
+                Some(_) if result.verdict.meaning() == Meaning::Unknown => {}
+                Some(_) => return Err(MergeError::Twice { path, name }),
+            }
+        }
+    }
+    let tests: usize = sizes.values().fold(0, |sum, size| sum.saturating_add(*size));
+    merged.not_run = tests.saturating_sub(merged.results.len());
+    let there: BTreeSet<u32> = sizes.into_keys().collect();
+    merged.missing_shards = (1..=merged.shards).filter(|shard| !there.contains(shard)).collect();
+    Ok(merged)
+}
+
+fn read(path: &Path) -> Result<(Header, Vec<TestResult>), MergeError> {
+    let text = bounded_read::read_text(path, MAX_BYTES).map_err(|error| MergeError::Read(path.to_owned(), error))?;
+    parse(path, &text)
+}
+
+fn parse(path: &Path, text: &str) -> Result<(Header, Vec<TestResult>), MergeError> {
+    let fail = |line: usize, why: String| MergeError::Content { path: path.to_owned(), line, why: escape(&why, 300) };
+    let mut lines = text.lines().enumerate();
+    let header: Line = serde_json::from_str(lines.next().map_or("", |(_, line)| line))
+        .map_err(|error| fail(1, format!("these are no results of hwvmm test: {error}")))?;
+    let header = match header {
+        Line::Header(header) if header.format == FORMAT && header.version == VERSION => header,
+        Line::Header(header) if header.format == FORMAT => {
+            return Err(fail(1, format!("version {}; this hwvmm reads version {VERSION}", header.version)));
+        }
+        Line::Header(_) | Line::Result(_) => return Err(fail(1, "these are no results of hwvmm test".into())),
+    };
+    if !(1..=header.shards).contains(&header.shard) || header.shards > MAX_FOLDERS {
+        return Err(fail(1, format!("there is no shard {} of {}", header.shard, header.shards)));
+    }
+    if header.tests > super::MAX_TESTS {
+        return Err(fail(1, format!("{} tests are more than a suite has", header.tests)));
+    }
+    let mut results = Vec::new();
+    for (index, line) in lines {
+        match serde_json::from_str(line) {
+            Ok(Line::Result(_)) if results.len() == header.tests => {
+                return Err(fail(index + 1, format!("more results than its {} tests", header.tests)));
+            }
+            Ok(Line::Result(result)) => results.push(result.escaped()),
+            Ok(Line::Header(_)) => return Err(fail(index + 1, "a second header".into())),
+            Err(error) => return Err(fail(index + 1, error.to_string())),
+        }
+    }
+    Ok((header, results))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Shard;
+    use super::super::record::tests::sample;
+    use super::*;
+
+    /// A folder with the results of a shard of `tests` tests.
+    fn shard(base: &Path, name: &str, shard: &str, tests: usize, results: &[TestResult]) -> PathBuf {
+        let folder = base.join(name);
+        std::fs::create_dir(&folder).expect("made");
+        let mut text = Header::new(Shard::parse(shard).expect("a shard"), tests).json().expect("JSON");
+        results.iter().for_each(|result| text += &result.json().expect("JSON"));
+        std::fs::write(folder.join(RESULTS), text).expect("written");
+        folder
+    }
+
+    #[test]
+    fn shards_make_one_report() {
+        let base = tempfile::tempdir().expect("a folder");
+        let one =
+            shard(base.path(), "1", "1/3", 2, &[sample("a", Verdict::Pass), sample("b", Verdict::Infrastructure)]);
+        let two = shard(base.path(), "2", "2/3", 2, &[sample("c", Verdict::Fail)]);
+        let again = shard(base.path(), "3", "1/3", 2, &[sample("b", Verdict::Pass)]);
+        for folders in [[&one, &two, &again], [&again, &one, &two]] {
+            let merged = merge(&folders.map(Clone::clone)).expect("merged");
+            let mut verdicts: Vec<_> = merged.results.iter().map(|result| (&*result.name, result.verdict)).collect();
+            verdicts.sort();
+            assert_eq!(verdicts, [("a", Verdict::Pass), ("b", Verdict::Pass), ("c", Verdict::Fail)]);
+            assert_eq!((merged.not_run, &merged.missing_shards[..]), (1, &[3][..]));
+        }
+        let twice = merge(&[one.clone(), one.clone()]).expect_err("refused").to_string();
+        assert!(twice.contains("'a' has a result already"), "{twice}");
+        let other = shard(base.path(), "4", "1/2", 0, &[]);
+        assert!(matches!(merge(&[one, other]), Err(MergeError::Shards { found: 2, expected: 3, .. })));
+        assert!(matches!(merge(&[base.path().join("none")]), Err(MergeError::Read(..))));
+    }
+
+    #[test]
+    fn what_are_no_results_is_refused() {
+        let header = Header::new(Shard::ALL, 1).json().expect("JSON");
+        let result = sample("a", Verdict::Pass).json().expect("JSON");
+        for (text, words) in [
+            (String::new(), "line 1: these are no results"),
+            (result.clone(), "line 1: these are no results"),
+            (header.replace("\"version\":1", "\"version\":2"), "version 2; this hwvmm reads version 1"),
+            (header.replace("\"shard\":1", "\"shard\":0"), "no shard 0 of 1"),
+            (header.replace("\"tests\":1", "\"tests\":10001"), "more than a suite has"),
+            (format!("{header}{result}{result}"), "line 3: more results than its 1 tests"),
+            (format!("{header}{header}"), "line 2: a second header"),
+            (format!("{header}x"), "line 2: expected value"),
+        ] {
+            let error = parse(Path::new("r"), &text).expect_err("refused").to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+}

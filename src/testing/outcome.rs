@@ -1,0 +1,299 @@
+//! From what is known of a run to its verdict. The run's own end, from its statistics and its exit status, comes first; what the guest
+//! has printed can make its test worse, and never better.
+
+use super::file::Settings;
+use super::ktap::KtapReport;
+use super::log::Findings;
+use super::stats::Stats;
+use super::verdict::Verdict;
+use crate::escape::escape;
+use crate::exit::EndKind;
+use crate::exit::end::status;
+use std::time::Duration;
+
+/// Bytes of a message.
+const MESSAGE_BYTES: usize = 600;
+
+/// Why the run was ended from here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// The guest printed nothing for this long.
+    Silence(Duration),
+    /// The guest's kernel had panicked, and printed nothing more.
+    Panic,
+    /// The run did not end at its time-out.
+    Late,
+    /// Its output could not be kept.
+    Output(String),
+    /// The user ended the suite.
+    Interrupted,
+}
+
+/// How the process of a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ProcessEnd {
+    /// With this exit status.
+    Exited(u8),
+    /// By this signal.
+    Killed(i32),
+}
+
+/// What is known of a run.
+#[derive(Debug)]
+pub(super) struct Facts {
+    pub(super) end: ProcessEnd,
+    pub(super) stop: Option<Stop>,
+    pub(super) stats: Result<Stats, String>,
+    pub(super) findings: Findings,
+    /// The last message of hwvmm, for people.
+    pub(super) said: String,
+}
+
+/// A verdict, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Judgement {
+    pub(super) verdict: Verdict,
+    pub(super) message: String,
+}
+
+impl Judgement {
+    pub(super) fn new(verdict: Verdict, message: &str) -> Self {
+        Self { verdict, message: escape(message, MESSAGE_BYTES) }
+    }
+}
+
+/// The verdict on a run, apart from its baseline.
+pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
+    let of = Judgement::new;
+    if let Some(Stop::Output(why)) = &facts.stop {
+        return of(Verdict::Infrastructure, &format!("its output cannot be kept: {why}"));
+    }
+    let stats = match (&facts.stats, facts.end) {
+        (Ok(stats), ProcessEnd::Exited(_)) => stats,
+        (_, ProcessEnd::Killed(signal)) => {
+            return of(Verdict::Infrastructure, &format!("hwvmm was killed by signal {signal}"));
+        }
+        (Err(why), ProcessEnd::Exited(status)) => {
+            let said = if facts.said.is_empty() { why } else { &facts.said };
+            return of(Verdict::Infrastructure, &format!("hwvmm failed with status {status}: {said}"));
+        }
+    };
+    if matches!(stats.end_kind, EndKind::Failed | EndKind::Crashed) {
+        return of(Verdict::Infrastructure, &stats.end);
+    }
+    if let Some(panic) = &facts.findings.panic {
+        return of(Verdict::Panic, &format!("the guest panicked: {panic}"));
+    }
+    let complaints = complaints(&facts.findings, settings);
+    let with_complaints = |message: String| match &complaints {
+        Some(complaints) => format!("{message}; {complaints}"),
+        None => message,
+    };
+    match stats.end_kind {
+        EndKind::Panicked => return of(Verdict::Panic, &stats.end),
+        EndKind::TripleFault => return of(Verdict::TripleFault, &with_complaints(stats.end.clone())),
+        EndKind::TimedOut => return of(Verdict::TimeOut, &with_complaints(stats.end.clone())),
+        EndKind::Signal | EndKind::Quit | EndKind::Stopped => {
+            return match &facts.stop {
+                Some(Stop::Silence(time)) => {
+                    let message = format!("no output for {} s", time.as_secs_f64());
+                    of(Verdict::Hang, &with_complaints(message))
+                }
+                Some(Stop::Panic) => of(Verdict::Panic, "the guest panicked"),
+                Some(Stop::Late) => of(Verdict::Infrastructure, "hwvmm did not end at the time-out"),
+                Some(Stop::Interrupted) => of(Verdict::Infrastructure, "interrupted"),
+                Some(Stop::Output(_)) | None => of(Verdict::Infrastructure, &stats.end),
+            };
+        }
+        EndKind::PowerOff
+        | EndKind::SystemHalted
+        | EndKind::Reset
+        | EndKind::Halted
+        | EndKind::DebugExit
+        | EndKind::Command
+        | EndKind::NoCommand
+        | EndKind::NoCommandStatus
+        | EndKind::Watchdog
+        | EndKind::Kvm
+        | EndKind::Seen
+        | EndKind::NotSeen
+        | EndKind::Failed
+        | EndKind::Crashed => {}
+    }
+    if let Some(complaints) = complaints {
+        return of(Verdict::Oops, &complaints);
+    }
+    if stats.status != settings.status {
+        return of(Verdict::Fail, &format!("status {}: {}", stats.status, stats.end));
+    }
+    match &facts.findings.ktap {
+        Some(report) => of_subtests(report).unwrap_or_else(|| of_status(facts, stats)),
+        None => of_status(facts, stats),
+    }
+}
+
+/// The verdict on a run that ended as it should, by the exit status of its process.
+fn of_status(facts: &Facts, stats: &Stats) -> Judgement {
+    match facts.end {
+        ProcessEnd::Exited(exited) if exited == stats.status => Judgement::new(Verdict::Pass, ""),
+        ProcessEnd::Exited(status::OVER_BUDGET) => {
+            Judgement::new(Verdict::OverBudget, &format!("more exits than its budget allows: {}", facts.said))
+        }
+        ProcessEnd::Exited(status) => {
+            Judgement::new(Verdict::Infrastructure, &format!("hwvmm failed with status {status}: {}", facts.said))
+        }
+        ProcessEnd::Killed(signal) => {
+            Judgement::new(Verdict::Infrastructure, &format!("hwvmm was killed by signal {signal}"))
+        }
+    }
+}
+
+/// The complaints that fail the test, in one line.
+fn complaints(findings: &Findings, settings: &Settings) -> Option<String> {
+    let mut failing = findings.complaints.iter().filter(|complaint| settings.fail_on.contains(&complaint.kind));
+    let first = failing.next()?;
+    let more = failing.count();
+    let more = if more == 0 { String::new() } else { format!(" (and {more} more)") };
+    Some(format!("{}: {}{more}", first.kind.name(), first.line))
+}
+
+/// The verdict of sub-tests; `None` where they have passed.
+fn of_subtests(report: &KtapReport) -> Option<Judgement> {
+    let KtapReport { passed, failed, skipped, problem, skip, .. } = report;
+    if *failed > 0 {
+        let first = report.subtests.iter().find(|subtest| subtest.result == super::SubtestResult::Fail);
+        let name = first.map_or("", |subtest| &subtest.name);
+        let all = passed.saturating_add(*failed).saturating_add(*skipped);
+        return Some(Judgement::new(Verdict::Fail, &format!("{failed} of {all} sub-tests failed: {name}")));
+    }
+    if let Some(problem) = problem {
+        return Some(Judgement::new(Verdict::Fail, problem));
+    }
+    if report.is_empty() {
+        return Some(Judgement::new(Verdict::Fail, "its console has no KTAP"));
+    }
+    match (skip, passed) {
+        (Some(why), 0) => Some(Judgement::new(Verdict::Skip, why)),
+        (None, 0) => Some(Judgement::new(Verdict::Skip, &format!("all {skipped} sub-tests were skipped"))),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::file::KtapUse;
+    use super::super::ktap::Ktap;
+    use super::super::log::Complaint;
+    use super::super::patterns::OopsKind;
+    use super::*;
+    use crate::exit::{Crash, EndReason, Signal};
+
+    fn settings() -> Settings {
+        Settings {
+            silence: None,
+            retries: 0,
+            baseline: None,
+            status: 0,
+            ktap: KtapUse::Required,
+            fail_on: vec![OopsKind::Bug],
+        }
+    }
+
+    fn facts(end: &EndReason) -> Facts {
+        Facts {
+            end: ProcessEnd::Exited(end.status()),
+            stop: None,
+            stats: Ok(Stats::of_end(end)),
+            findings: Findings::default(),
+            said: "said".into(),
+        }
+    }
+
+    fn verdict(facts: &Facts) -> Verdict {
+        judge(facts, &settings()).verdict
+    }
+
+    #[test]
+    fn ends_of_runs_have_their_verdicts() {
+        for (end, expected) in [
+            (EndReason::PowerOff, Verdict::Pass),
+            (EndReason::SystemHalted, Verdict::Pass),
+            (EndReason::Seen("x".into()), Verdict::Pass),
+            (EndReason::NotSeen(Box::new(EndReason::PowerOff)), Verdict::Fail),
+            (EndReason::Reset, Verdict::Fail),
+            (EndReason::Halted, Verdict::Fail),
+            (EndReason::Watchdog, Verdict::Fail),
+            (EndReason::Kvm("x".into()), Verdict::Fail),
+            (EndReason::Panicked(None), Verdict::Panic),
+            (EndReason::TripleFault, Verdict::TripleFault),
+            (EndReason::TimedOut(Duration::from_secs(1)), Verdict::TimeOut),
+            (EndReason::Failed("x".into()), Verdict::Infrastructure),
+            (EndReason::Crashed(Crash::Panicked), Verdict::Infrastructure),
+            (EndReason::Signal(Signal::TERM), Verdict::Infrastructure),
+            (EndReason::Stopped, Verdict::Infrastructure),
+        ] {
+            assert_eq!(verdict(&facts(&end)), expected, "{end}");
+        }
+        // The statuses of these are those of other ends.
+        for status in [33, 35, 37, 39] {
+            assert_eq!(verdict(&facts(&EndReason::DebugExit(status))), Verdict::Fail);
+            let wanted = Settings { status, ..settings() };
+            assert_eq!(judge(&facts(&EndReason::DebugExit(status)), &wanted).verdict, Verdict::Pass);
+        }
+    }
+
+    #[test]
+    fn stops_have_their_verdicts_where_the_run_had_not_ended() {
+        let stopped = |stop: Stop, end: EndReason| verdict(&Facts { stop: Some(stop), ..facts(&end) });
+        let quit = || EndReason::Signal(Signal::QUIT);
+        let silence = || Stop::Silence(Duration::from_secs(1));
+        assert_eq!(stopped(silence(), quit()), Verdict::Hang);
+        assert_eq!(stopped(silence(), EndReason::PowerOff), Verdict::Pass, "it ended by itself just then");
+        assert_eq!(stopped(Stop::Panic, quit()), Verdict::Panic);
+        assert_eq!(stopped(Stop::Late, quit()), Verdict::Infrastructure);
+        assert_eq!(stopped(Stop::Output("full".into()), EndReason::PowerOff), Verdict::Infrastructure);
+    }
+
+    #[test]
+    fn what_hwvmm_cannot_do_is_infrastructure() {
+        let no_stats = Facts { stats: Err("none".into()), end: ProcessEnd::Exited(42), ..facts(&EndReason::PowerOff) };
+        assert_eq!(judge(&no_stats, &settings()).message, "hwvmm failed with status 42: said");
+        let killed = Facts { end: ProcessEnd::Killed(9), ..facts(&EndReason::PowerOff) };
+        assert_eq!(verdict(&killed), Verdict::Infrastructure);
+        let results_lost = Facts { end: ProcessEnd::Exited(42), ..facts(&EndReason::PowerOff) };
+        assert_eq!(verdict(&results_lost), Verdict::Infrastructure);
+        let over = Facts { end: ProcessEnd::Exited(39), ..facts(&EndReason::PowerOff) };
+        assert_eq!(verdict(&over), Verdict::OverBudget);
+    }
+
+    #[test]
+    fn a_guests_words_make_its_test_worse_and_never_better() {
+        let ktap = |text: &str| {
+            let mut ktap = Ktap::default();
+            text.lines().for_each(|line| ktap.line(line.as_bytes()));
+            Some(ktap.finish())
+        };
+        let with = |end: &EndReason, text: &str| {
+            let findings = Findings { ktap: ktap(text), ..Findings::default() };
+            verdict(&Facts { findings, ..facts(end) })
+        };
+        let good = "1..1\nok 1 a";
+        assert_eq!(with(&EndReason::PowerOff, good), Verdict::Pass);
+        assert_eq!(with(&EndReason::Reset, good), Verdict::Fail);
+        assert_eq!(with(&EndReason::Reset, "1..0 # SKIP"), Verdict::Fail, "the status counts first");
+        assert_eq!(with(&EndReason::PowerOff, "1..0 # SKIP"), Verdict::Skip);
+        assert_eq!(with(&EndReason::PowerOff, "1..1\nok 1 a # SKIP"), Verdict::Skip);
+        assert_eq!(with(&EndReason::PowerOff, "1..2\nok 1 a\nnot ok 2 b"), Verdict::Fail);
+        assert_eq!(with(&EndReason::PowerOff, "1..2\nok 1 a"), Verdict::Fail);
+        assert_eq!(with(&EndReason::PowerOff, ""), Verdict::Fail);
+        let complaint =
+            |kind| Findings { complaints: vec![Complaint { kind, line: "BUG: x".into() }], ..Findings::default() };
+        let complains = |kind, end: &EndReason| verdict(&Facts { findings: complaint(kind), ..facts(end) });
+        assert_eq!(complains(OopsKind::Bug, &EndReason::PowerOff), Verdict::Oops);
+        assert_eq!(complains(OopsKind::Bug, &EndReason::Reset), Verdict::Oops);
+        assert_eq!(complains(OopsKind::Bug, &EndReason::TripleFault), Verdict::TripleFault);
+        assert_eq!(complains(OopsKind::Warning, &EndReason::PowerOff), Verdict::Pass, "it is not to fail");
+        let panicked = Findings { panic: Some("x".into()), ..Findings::default() };
+        assert_eq!(verdict(&Facts { findings: panicked, ..facts(&EndReason::PowerOff) }), Verdict::Panic);
+    }
+}

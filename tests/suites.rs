@@ -1,0 +1,512 @@
+//! The command `hwvmm test`: a suite with every verdict, on this host's KVM, is held to its expected results; so are reports, shards and
+//! baselines. The guests are tiny multiboot programs.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail where it stands")]
+
+mod guests;
+mod harness;
+
+use harness::{Outcome, Test};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// Variables of engines that start shards, and of GitHub: the tests set their own.
+const ENVIRONMENT: &[&str] = &[
+    "TEST_SHARD_INDEX",
+    "TEST_TOTAL_SHARDS",
+    "TEST_SHARD_STATUS_FILE",
+    "CI_NODE_INDEX",
+    "CI_NODE_TOTAL",
+    "BUILDKITE_PARALLEL_JOB",
+    "SLURM_ARRAY_TASK_ID",
+    "JOB_COMPLETION_INDEX",
+    "GITHUB_ACTIONS",
+    "GITHUB_STEP_SUMMARY",
+    "XDG_CACHE_HOME",
+];
+
+/// A folder with the kernels, and with the suites of this test.
+struct Suite {
+    folder: tempfile::TempDir,
+}
+
+impl Suite {
+    fn new(text: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        for (name, code) in [
+            ("off", guests::power_off()),
+            ("reset", guests::reset()),
+            ("triple", guests::triple_fault()),
+            ("spin", guests::spin()),
+            ("halt", guests::halt()),
+            ("debug", guests::debug_exit()),
+            ("pvpanic", guests::pvpanic()),
+            ("panic", guests::panic_with_escapes()),
+            ("panic-stays", guests::panic_that_stays()),
+            ("oops", guests::oops()),
+            ("ktap-pass", guests::ktap_pass()),
+            ("ktap-fail", guests::ktap_fail()),
+            ("ktap-skip", guests::ktap_skip()),
+            ("ktap-then-reset", guests::ktap_then_reset()),
+            ("hostile", guests::hostile_log()),
+            ("once", guests::fails_once()),
+        ] {
+            fs::write(folder.path().join(name), guests::multiboot(code)).expect("written");
+        }
+        fs::write(folder.path().join("hwvmm-test.toml"), text).expect("written");
+        Self { folder }
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let binary = std::env::var_os("HWVMM_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_hwvmm").into());
+        let mut command = Command::new(binary);
+        command.arg("test").args(arguments).current_dir(self.path()).stdin(Stdio::null());
+        ENVIRONMENT.iter().for_each(|name| _ = command.env_remove(name));
+        command.env("HOME", self.path());
+        command
+    }
+
+    fn test(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().expect("started")
+    }
+
+    /// The results in a folder, by the name of the test.
+    fn results(&self, folder: &str) -> BTreeMap<String, Value> {
+        let text = fs::read_to_string(self.path().join(folder).join("results.jsonl")).expect("results");
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+        lines
+            .filter(|line| line["type"] == "result")
+            .map(|line| (line["name"].as_str().expect("a name").to_owned(), line))
+            .collect()
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+const HEAD: &str = "[defaults]\nmemory = '16M'\ntimeout = '20s'\nsilence = '10s'\n";
+
+/// A suite of one kernel a test, which has its name.
+fn suite(tests: &[(&str, &str)]) -> Suite {
+    let mut all = HEAD.to_owned();
+    let mut kernels: Vec<&str> = Vec::new();
+    for (name, keys) in tests {
+        let (kernel, test) = name.split_once('/').unwrap_or((name, name));
+        if !kernels.contains(&kernel) {
+            all += &format!("[[kernel]]\nname = '{kernel}'\npath = '{kernel}'\n");
+            kernels.push(kernel);
+        }
+        all += &format!("[[test]]\nname = '{test}'\nkernel = '{kernel}'\n{keys}\n");
+    }
+    Suite::new(&all)
+}
+
+fn can_run() -> Result<(), String> {
+    static PROBE: OnceLock<Result<(), String>> = OnceLock::new();
+    PROBE
+        .get_or_init(|| {
+            let out = suite(&[("off", "")]).test(&["-o", "probe"]);
+            if out.status.code() == Some(0) { Ok(()) } else { Err(text(&out.stdout) + &text(&out.stderr)) }
+        })
+        .clone()
+}
+
+fn when_it_runs(test: impl FnOnce()) -> Outcome {
+    match can_run() {
+        Ok(()) => {
+            test();
+            Outcome::Passed
+        }
+        Err(why) => Outcome::Skipped(why),
+    }
+}
+
+/// Every verdict but infrastructure, which has tests of its own: kernel/name, keys, verdict, part of the message.
+const EVERY: &[(&str, &str, &str, &str)] = &[
+    ("off/boots", "", "pass", ""),
+    ("off/expected", "expect = 'hello'", "pass", ""),
+    ("debug/debug-exit", "debug-exit = true\nstatus = 77", "pass", ""),
+    ("reset/reset-is-wanted", "status = 32", "pass", ""),
+    ("ktap-pass/sub-tests", "ktap = true", "pass", ""),
+    ("oops/oops-allowed", "fail-on = ['kasan']", "pass", ""),
+    (
+        "off/expected-other",
+        "expect = 'good bye'",
+        "fail",
+        "status 38: the guest powered off, and --expect was not seen",
+    ),
+    ("reset/reset", "", "fail", "status 32: the guest reset itself"),
+    ("halt/halted", "", "fail", "status 35"),
+    ("debug/debug-exit-other", "debug-exit = true", "fail", "status 77"),
+    ("ktap-fail/sub-test-fails", "ktap = true", "fail", "1 of 3 sub-tests failed: suite/second"),
+    ("ktap-then-reset/ok-lines-of-a-guest-that-resets", "ktap = true", "fail", "status 32"),
+    ("off/no-ktap", "ktap = true", "fail", "its console has no KTAP"),
+    ("ktap-skip/skipped", "ktap = true", "skip", "no such device"),
+    ("panic/panic", "", "panic", "the guest panicked: "),
+    ("panic-stays/panic-without-an-end", "", "panic", "the guest panicked: nobody there"),
+    ("pvpanic/pvpanic", "", "panic", "the guest panicked"),
+    ("oops/oops", "", "oops", "bug: BUG: kernel NULL pointer dereference, address: 0000000000000008 (and 1 more)"),
+    ("spin/hang", "silence = '500ms'", "hang", "no output for 0.5 s"),
+    ("spin/time-out", "timeout = '500ms'", "time-out", "timed out after 0.5 s"),
+    ("triple/triple-fault", "", "triple-fault", "triple fault"),
+    ("off/over-budget", "budget = 'userspace=0'\nprofile = 'user'", "over-budget", "more exits than its budget allows"),
+    ("off/within-budget", "budget = 'userspace=100'\nprofile = 'user'", "pass", ""),
+];
+
+/// The module of [`guests::fails_once`], with which it fails.
+fn failing_module(suite: &Suite) -> PathBuf {
+    let path = suite.path().join("module");
+    fs::write(&path, [0; 4096]).expect("written");
+    path
+}
+
+fn every_verdict_is_as_expected() -> Outcome {
+    when_it_runs(|| {
+        let tests: Vec<(&str, &str)> = EVERY.iter().map(|(name, keys, ..)| (*name, *keys)).collect();
+        let suite = suite(&tests);
+        let out = suite.test(&["-o", "results", "-j", "4"]);
+        assert_eq!(out.status.code(), Some(1), "{}", text(&out.stderr));
+        let (said, results) = (text(&out.stdout), suite.results("results"));
+        for (name, _, verdict, message) in EVERY {
+            let name = name.split_once('/').unwrap().1;
+            let result = &results[name];
+            assert_eq!(result["verdict"], *verdict, "{name}: {result}");
+            assert!(result["message"].as_str().unwrap().contains(message), "{name}: {result}");
+            let of_test = |line: &&str| {
+                let rest = line.split_once(&format!("  {name}")).map(|(_, rest)| rest);
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(':') || rest.starts_with(" ["))
+            };
+            let line = said.lines().find(of_test).unwrap_or_else(|| panic!("{name}: {said}"));
+            assert!(line.starts_with(verdict), "{line}");
+            let folder = Path::new(result["attempts"][0]["artifacts"].as_str().unwrap());
+            for file in ["console.log", "hwvmm.log", "stats.json", "run.toml", "again.sh"] {
+                let mode = fs::metadata(folder.join(file)).unwrap_or_else(|error| panic!("{name}: {file}: {error}"));
+                assert_eq!(mode.permissions().mode() & 0o077 & !0o44, 0, "{file}");
+            }
+            assert_eq!(fs::metadata(folder).unwrap().permissions().mode() & 0o777, 0o700);
+        }
+        assert_eq!(results.len(), EVERY.len());
+        assert!(
+            said.contains("7 pass, 1 skip, 7 fail, 3 panic, 1 oops, 1 hang, 1 time-out, 1 triple-fault, 1 over-budget"),
+            "{said}"
+        );
+        assert!(said.contains("    | hello\n"), "the end of the log is shown: {said}");
+        // What the guest has printed is in the file as it was.
+        let folder = results["panic"]["attempts"][0]["artifacts"].as_str().unwrap();
+        assert!(fs::read(Path::new(folder).join("console.log")).unwrap().contains(&0x1b));
+        assert!(!said.contains('\x1b'), "{said:?}");
+    })
+}
+
+fn a_test_that_passes_on_a_retry_is_flaky() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[("once", "retries = 50\nmodule = ['module']\nbudget = 'userspace=100'\nprofile = 'user'")]);
+        let state = failing_module(&suite);
+        // The guest fails while its module begins with a 0. The file is changed once the first try has ended.
+        let mut child = suite.command(&["-o", "results"]).stdout(Stdio::piped()).spawn().expect("started");
+        let first = suite.path().join("results/00001-once/try-1/stats.json");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while fs::metadata(&first).map_or(0, |found| found.len()) == 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        fs::write(&state, [1; 4096]).expect("written");
+        assert_eq!(child.wait().expect("ended").code(), Some(0));
+        let result = &suite.results("results")["once"];
+        assert_eq!(result["verdict"], "flaky", "{result}");
+        let tries = result["attempts"].as_array().unwrap();
+        assert!(tries.len() >= 2 && tries[0]["verdict"] == "fail", "{result}");
+        let xml = fs::read_to_string(suite.path().join("results/junit.xml")).unwrap();
+        assert!(xml.contains("<flakyFailure ") && xml.contains("failures=\"0\""), "{xml}");
+    })
+}
+
+fn what_hwvmm_cannot_do_is_infrastructure() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[
+            ("off/no-initrd", "initrd = 'none'\nretries = 1"),
+            ("off/no-kvm", "kvm = '/dev/null'"),
+            ("off/too-large", "memory = '4T'"),
+            ("off/killed-share", "share = ['tag=h,path=none']"),
+            ("off/good", ""),
+        ]);
+        let out = suite.test(&["-o", "results"]);
+        assert_eq!(out.status.code(), Some(42), "{}{}", text(&out.stdout), text(&out.stderr));
+        let results = suite.results("results");
+        for (name, words) in [
+            ("no-initrd", "hwvmm failed with status 42: "),
+            ("no-kvm", "hwvmm failed with status 42: "),
+            ("too-large", "it needs 4194352 MiB of memory, and this host has "),
+            ("killed-share", "hwvmm failed with status 42: "),
+        ] {
+            let result = &results[name];
+            assert_eq!(result["verdict"], "infrastructure", "{result}");
+            assert!(result["message"].as_str().unwrap().contains(words), "{result}");
+        }
+        assert_eq!(results["no-initrd"]["attempts"].as_array().unwrap().len(), 2, "it is tried again");
+        assert_eq!(results["good"]["verdict"], "pass");
+        let xml = fs::read_to_string(suite.path().join("results/junit.xml")).unwrap();
+        assert!(xml.contains("errors=\"4\"") && xml.contains("failures=\"0\""), "{xml}");
+        // A failure of a test comes before those of the infrastructure.
+        let suite = self::suite(&[("off/no-initrd", "initrd = 'none'"), ("reset", "")]);
+        assert_eq!(suite.test(&[]).status.code(), Some(1));
+    })
+}
+
+fn results_need_a_folder_of_their_own() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[("off", "")]);
+        fs::write(suite.path().join("file"), "").unwrap();
+        for (output, words) in [("file", "is no folder"), (".", "not empty"), ("none/deeper", "cannot make the folder")]
+        {
+            let out = suite.test(&["-o", output]);
+            assert_eq!(out.status.code(), Some(42), "{}", text(&out.stderr));
+            assert!(text(&out.stderr).contains(words), "{}", text(&out.stderr));
+        }
+    })
+}
+
+/// hwvmm waits for the last line of Linux' panics; a kernel that prints none is ended soon after it has said that it panics.
+fn a_panic_is_known_at_once() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[("panic-stays", "")]);
+        let start = Instant::now();
+        assert_eq!(suite.test(&["-o", "results"]).status.code(), Some(1));
+        assert!(start.elapsed() < Duration::from_secs(4), "{:?}, of 10 s of silence", start.elapsed());
+        let result = &suite.results("results")["panic-stays"];
+        let folder = Path::new(result["attempts"][0]["artifacts"].as_str().unwrap()).to_owned();
+        let log = fs::read_to_string(folder.join("hwvmm.log")).unwrap();
+        assert!(log.contains("userspace exits of vCPU 0"), "the last exits are kept: {log}");
+    })
+}
+
+fn a_hostile_log_stays_in_its_test() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[("hostile", "status = 32\nktap = true"), ("off", "")]);
+        let summary = suite.path().join("summary.md");
+        let out = suite
+            .command(&["-o", "results", "-j", "1"])
+            .envs([("GITHUB_ACTIONS", "true"), ("GITHUB_STEP_SUMMARY", summary.to_str().unwrap())])
+            .output()
+            .unwrap();
+        assert_eq!(out.status.code(), Some(1));
+        let said = text(&out.stdout);
+        let commands: Vec<&str> = said.lines().filter(|line| line.trim_start().starts_with("::")).collect();
+        assert_eq!(commands.len(), 1, "{said}");
+        assert!(commands[0].starts_with("::error title=fail%3A hostile::"), "{said}");
+        assert!(!said.contains('\x1b') && !said.contains("##["), "{said:?}");
+        assert_eq!(said.lines().filter(|line| line.starts_with("pass")).count(), 1, "{said}");
+        let results = suite.results("results");
+        assert_eq!(
+            (results["hostile"]["verdict"].as_str(), results["off"]["verdict"].as_str()),
+            (Some("fail"), Some("pass"))
+        );
+        let xml = fs::read_to_string(suite.path().join("results/junit.xml")).unwrap();
+        assert!(!xml.contains('\x1b') && !xml.contains("<testcase name=\"fake\""), "{xml}");
+        let ktap = fs::read_to_string(suite.path().join("results/results.ktap")).unwrap();
+        assert!(ktap.contains("\nnot ok 1 hostile # fail: ") && ktap.ends_with("\nok 2 off\n"), "{ktap}");
+        let summary = fs::read_to_string(summary).unwrap();
+        assert!(summary.contains("| fail | hostile |") && !summary.contains("<b>"), "{summary}");
+    })
+}
+
+fn the_line_to_run_it_again_does() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[("reset", "")]);
+        suite.test(&["-o", "results"]);
+        let result = &suite.results("results")["reset"];
+        let again = result["again"].as_str().unwrap();
+        let bin = suite.path().join("bin");
+        fs::create_dir(&bin).unwrap();
+        let binary = std::env::var_os("HWVMM_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_hwvmm").into());
+        std::os::unix::fs::symlink(binary, bin.join("hwvmm")).unwrap();
+        let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default());
+        let out = Command::new("sh").args(["-c", again]).env("PATH", path).output().unwrap();
+        assert_eq!((out.status.code(), &out.stdout[..]), (Some(32), &b"hello\n"[..]), "{}", text(&out.stderr));
+    })
+}
+
+fn baselines_are_written_and_held() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[("off", "profile = 'user'"), ("reset/other", "profile = 'user'\nstatus = 32")]);
+        let out = suite.test(&["--baseline", "b.json"]);
+        assert_eq!(out.status.code(), Some(2), "there is none");
+        assert!(text(&out.stderr).contains("--update-baseline makes it"), "{}", text(&out.stderr));
+        let update = ["--baseline", "b.json", "--update-baseline"];
+        let out = suite.test(&update);
+        assert_eq!(out.status.code(), Some(0), "{}{}", text(&out.stdout), text(&out.stderr));
+        let path = suite.path().join("b.json");
+        let mut baseline: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!(baseline["tests"].as_object().unwrap().len(), 2, "{baseline}");
+        assert!(baseline["tests"]["off"].get("intr").is_none(), "the host's interrupts are no cause: {baseline}");
+        assert_eq!(suite.test(&["--baseline", "b.json"]).status.code(), Some(0));
+        let count = baseline["tests"]["off"]["userspace"].as_u64().unwrap();
+        assert!(count >= 1, "{baseline}");
+        baseline["tests"]["off"]["userspace"] = (count - 1).into();
+        fs::write(&path, baseline.to_string()).unwrap();
+        let out = suite.test(&["--baseline", "b.json", "-o", "results"]);
+        assert_eq!(out.status.code(), Some(1), "{}", text(&out.stdout));
+        let result = &suite.results("results")["off"];
+        assert_eq!(result["verdict"], "over-budget", "{result}");
+        assert!(result["message"].as_str().unwrap().contains("1 too many"), "{result}");
+        // Only the tests that were run are changed.
+        assert_eq!(
+            suite.test(&["--filter", "off", "--baseline", "b.json", "--update-baseline"]).status.code(),
+            Some(0)
+        );
+        let again: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!(again["tests"]["off"]["userspace"], count);
+        assert!(again["tests"].get("other").is_some());
+        fs::write(&path, "{\"format\":\"hwvmm-baseline\",\"version\":9}").unwrap();
+        let out = suite.test(&["--baseline", "b.json"]);
+        assert_eq!(out.status.code(), Some(2));
+        assert!(text(&out.stderr).contains("of version 9"), "{}", text(&out.stderr));
+    })
+}
+
+fn shards_run_all_tests_and_merge() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[("off/a", ""), ("off/b", ""), ("off/c", ""), ("reset/d", ""), ("off/e", "")]);
+        let first = suite.test(&["--shard", "1/3", "-o", "s1"]);
+        let second =
+            suite.command(&["-o", "s2"]).envs([("CI_NODE_INDEX", "2"), ("CI_NODE_TOTAL", "3")]).output().unwrap();
+        let status = suite.path().join("bazel");
+        let third = suite
+            .command(&["-o", "s3"])
+            .envs([("TEST_SHARD_INDEX", "2"), ("TEST_TOTAL_SHARDS", "3")])
+            .env("TEST_SHARD_STATUS_FILE", &status)
+            .output()
+            .unwrap();
+        assert_eq!([&first, &second, &third].map(|out| out.status.code()), [Some(1), Some(0), Some(0)]);
+        assert!(status.exists());
+        assert_eq!(["s1", "s2", "s3"].map(|folder| suite.results(folder).len()), [2, 2, 1]);
+        let out = suite.test(&["merge", "s1", "s2", "s3", "-o", "all"]);
+        assert_eq!(out.status.code(), Some(1), "{}", text(&out.stderr));
+        assert!(text(&out.stdout).contains("4 pass, 1 fail"), "{}", text(&out.stdout));
+        assert_eq!(suite.results("all").len(), 5);
+        let out = suite.test(&["merge", "s2", "s3"]);
+        assert_eq!(out.status.code(), Some(42), "a shard is missing");
+        assert!(text(&out.stderr).contains("there is no folder of: 1"), "{}", text(&out.stderr));
+        assert_eq!(suite.test(&["merge", "none"]).status.code(), Some(2));
+        let kubernetes = suite.command(&[]).env("JOB_COMPLETION_INDEX", "0").output().unwrap();
+        assert_eq!(kubernetes.status.code(), Some(2));
+        assert!(text(&kubernetes.stderr).contains("HWVMM_SHARD_TOTAL is not set"));
+    })
+}
+
+fn tests_are_listed_filtered_and_stopped() -> Outcome {
+    let suite =
+        suite(&[("off/a", "[test.matrix]\ncpus = [1, 2]\ntune = ['', 'all=off']"), ("reset/b", ""), ("off/c", "")]);
+    let list = |arguments: &[&str]| text(&suite.test(&[&["--list"], arguments].concat()).stdout);
+    assert_eq!(list(&[]), "a[cpus=1,tune=]\na[cpus=1,tune=all=off]\na[cpus=2,tune=]\na[cpus=2,tune=all=off]\nb\nc\n");
+    assert_eq!(list(&["--filter", "cpus=2", "-f", "b"]), "a[cpus=2,tune=]\na[cpus=2,tune=all=off]\nb\n");
+    assert_eq!(list(&["--regex", "^[bc]$", "--shard", "2/2"]), "c\n");
+    assert!(!suite.path().join("hwvmm-results").exists(), "nothing was run");
+    let out = suite.test(&["--filter", "none"]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out.stderr).contains("no test has such a name"));
+    when_it_runs(|| {
+        let out = suite.test(&["--fail-fast", "-j", "1", "--regex", "^[bc]$", "-o", "results"]);
+        assert_eq!(out.status.code(), Some(1));
+        assert!(text(&out.stdout).contains("1 fail, 1 not run"), "{}", text(&out.stdout));
+        assert_eq!(suite.test(&["--filter", "a["]).status.code(), Some(0), "the matrix runs");
+        let json = suite.test(&["--filter", "c", "--regex", "^c$", "--format", "json"]);
+        assert_eq!(text(&json.stdout).lines().filter(|line| serde_json::from_str::<Value>(line).is_ok()).count(), 2);
+        let ktap = suite.test(&["--regex", "^[bc]$", "--format", "ktap", "-j", "1"]);
+        let said = text(&ktap.stdout);
+        assert_eq!(said, "KTAP version 1\n1..2\nnot ok 1 b # fail: status 32: the guest reset itself\nok 2 c\n");
+    })
+}
+
+fn a_sample_is_written_and_can_be_used() -> Outcome {
+    let suite = suite(&[("off", "")]);
+    let out = suite.test(&["--init"]);
+    assert_eq!(out.status.code(), Some(2), "what is there stays");
+    let out = suite.test(&["--init", "sample.toml"]);
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+    // Its kernels are those of a host; here a tiny guest stands for them, which says what Linux would.
+    let path = suite.path().join("sample.toml");
+    let sample = fs::read_to_string(&path).unwrap();
+    assert!(sample.contains("path = \"/boot/vmlinuz-*\"") && sample.contains("expect = \"Unable"));
+    let sample =
+        sample.replace("/boot/vmlinuz-*", "of*").replace("Unable to mount root fs|No working init found", "hello");
+    fs::write(&path, sample.replace("budget = ", "profile = \"user\"\nbudget = ")).unwrap();
+    when_it_runs(|| {
+        let out = suite.test(&["sample.toml"]);
+        assert_eq!(out.status.code(), Some(0), "{}{}", text(&out.stdout), text(&out.stderr));
+        assert!(text(&out.stdout).contains("3 pass"), "{}", text(&out.stdout));
+    })
+}
+
+fn bad_suites_are_refused_with_status_2() -> Outcome {
+    let suite = suite(&[("off", "")]);
+    for (content, words) in [
+        ("[[test]]\nname = 'a'\ncolour = 1", "unknown key 'colour'; the keys are: name, kernel"),
+        ("[[test]]\nname = 'a'\nrun = 'true'", "'run' is not supported"),
+        ("[[kernel]]\nname = 'k'\npath = 'no*'\n[[test]]\nname = 'a'", "no file matches 'no*'"),
+        ("x", "bad.toml"),
+    ] {
+        fs::write(suite.path().join("bad.toml"), content).unwrap();
+        let out = suite.test(&["bad.toml"]);
+        assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
+        assert!(text(&out.stderr).contains(words), "{}", text(&out.stderr));
+    }
+    let tests: String = (0..10_000).map(|n| format!("[[test]]\nname = 't{n}'\n")).collect();
+    let many = format!("[[kernel]]\nname = 'k'\npath = 'off'\n{tests}");
+    fs::write(suite.path().join("many.toml"), &many).unwrap();
+    assert_eq!(text(&suite.test(&["many.toml", "--list"]).stdout).lines().count(), 10_000);
+    fs::write(suite.path().join("many.toml"), many + "[[test]]\nname = 'more'\n").unwrap();
+    let out = suite.test(&["many.toml", "--list"]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out.stderr).contains("more than 10000 tests"), "{}", text(&out.stderr));
+    assert_eq!(suite.test(&["none.toml"]).status.code(), Some(2));
+    Outcome::Passed
+}
+
+fn a_suite_that_is_ended_ends_its_guests() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[("spin/a", ""), ("spin/b", ""), ("spin/c", "")]);
+        let mut child = suite.command(&["-o", "results", "-j", "2"]).stdout(Stdio::null()).spawn().unwrap();
+        let log = suite.path().join("results/00001-a/try-1/console.log");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while fs::metadata(&log).map_or(0, |found| found.len()) == 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let start = Instant::now();
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+        assert!(suite.results("results").is_empty(), "no test has a result that it did not come to");
+    })
+}
+
+const TESTS: &[Test] = &[
+    ("every_verdict_is_as_expected", every_verdict_is_as_expected),
+    ("a_test_that_passes_on_a_retry_is_flaky", a_test_that_passes_on_a_retry_is_flaky),
+    ("what_hwvmm_cannot_do_is_infrastructure", what_hwvmm_cannot_do_is_infrastructure),
+    ("results_need_a_folder_of_their_own", results_need_a_folder_of_their_own),
+    ("a_panic_is_known_at_once", a_panic_is_known_at_once),
+    ("a_hostile_log_stays_in_its_test", a_hostile_log_stays_in_its_test),
+    ("the_line_to_run_it_again_does", the_line_to_run_it_again_does),
+    ("baselines_are_written_and_held", baselines_are_written_and_held),
+    ("shards_run_all_tests_and_merge", shards_run_all_tests_and_merge),
+    ("tests_are_listed_filtered_and_stopped", tests_are_listed_filtered_and_stopped),
+    ("a_sample_is_written_and_can_be_used", a_sample_is_written_and_can_be_used),
+    ("bad_suites_are_refused_with_status_2", bad_suites_are_refused_with_status_2),
+    ("a_suite_that_is_ended_ends_its_guests", a_suite_that_is_ended_ends_its_guests),
+];
+
+fn main() -> ExitCode {
+    harness::run("suites", TESTS)
+}
