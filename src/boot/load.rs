@@ -17,14 +17,18 @@ use hwvmm_arch::layout::{self, BZIMAGE_LOAD, CMDLINE, CMDLINE_MAX_BYTES, GpaRang
 use hwvmm_arch::regs::Entry;
 use hwvmm_arch::{acpi, page_table};
 use rustix::fs::SeekFrom;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use std::fs::File;
-use std::io::{self, Seek};
+use std::io::{self, IoSliceMut, Seek};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGE: u64 = 4096;
+/// How much is read at once of a file that comes from the host's disk, in bytes. The kernel then reads ahead, in folios that grow with
+/// each step. One large read fills the page cache with single pages, and every later run takes longer to copy them.
+const COLD_STEP: usize = 16 << 10;
 /// The lowest gpa of a multiboot kernel: below it are the structures that hwvmm writes for it.
 const MULTIBOOT_LOW: u64 = 0x8000;
 
@@ -307,8 +311,16 @@ impl Loader<'_> {
     /// Reads `range` of a file into guest memory from `gpa` on.
     fn read(&self, source: &Source<'_>, range: FileRange, gpa: u64) -> Result<(), KernelError> {
         let count = source.seek(range).map_err(|error| source.error(error))?;
-        let result = self.ram.get().read_exact_volatile_from(GuestAddress(gpa), &mut source.file.as_fd(), count);
-        result.map_err(|error| KernelError::Load { role: source.role, path: source.path.to_owned(), source: error })
+        let step = if is_cached(source.file, range.offset) { usize::MAX } else { COLD_STEP };
+        let failed = |error| KernelError::Load { role: source.role, path: source.path.to_owned(), source: error };
+        let (mut gpa, mut left) = (gpa, count);
+        while left > 0 {
+            let now = left.min(step);
+            let ram = self.ram.get();
+            ram.read_exact_volatile_from(GuestAddress(gpa), &mut source.file.as_fd(), now).map_err(failed)?;
+            (gpa, left) = (gpa + now as u64, left - now);
+        }
+        Ok(())
     }
 }
 
@@ -346,6 +358,13 @@ impl Source<'_> {
     }
 }
 
+/// Returns true if the byte at `offset` is in the host's page cache, or where the kernel does not tell.
+fn is_cached(file: &File, offset: u64) -> bool {
+    let mut byte = [0];
+    let read = preadv2(file, &mut [IoSliceMut::new(&mut byte)], offset, ReadWriteFlags::NOWAIT);
+    read != Err(Errno::AGAIN)
+}
+
 /// The next range of data in `file` between the offsets `at` and `end`. Holes are left out where the file system reports
 /// them (lseek(2), SEEK_DATA and SEEK_HOLE); a range without bytes at `end` means that only a hole is left.
 fn next_data(file: &File, at: u64, end: u64) -> FileRange {
@@ -357,8 +376,31 @@ fn next_data(file: &File, at: u64, end: u64) -> FileRange {
     let stop = rustix::fs::seek(file, SeekFrom::Hole(start)).unwrap_or(end).clamp(start, end);
     FileRange { offset: start, bytes: stop - start }
 }
+
 /// Returns the command line of a multiboot kernel or module: its path, and behind a space its arguments.
 fn with_arguments(path: &Path, arguments: &str) -> Vec<u8> {
     let path = path.as_os_str().as_bytes();
     [path, b" ", arguments.as_bytes()].concat().trim_ascii_end().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{Advice, fadvise};
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn what_is_not_in_the_page_cache_is_found() {
+        let file = tempfile::tempfile_in("/var/tmp").expect("a file");
+        file.write_all_at(&[1; 1 << 20], 0).expect("written");
+        assert!(is_cached(&file, 0) && is_cached(&file, 1 << 19));
+        assert!(is_cached(&file, 1 << 30), "behind the end nothing is read from the disk");
+        file.sync_all().expect("synced");
+        fadvise(&file, 0, None, Advice::DontNeed).expect("dropped");
+        if is_cached(&file, 1 << 19) {
+            return crate::skip::skipped("the file system of /var/tmp keeps its files in memory");
+        }
+        file.read_exact_at(&mut [0; 4096], 1 << 19).expect("read");
+        assert!(is_cached(&file, 1 << 19));
+    }
 }

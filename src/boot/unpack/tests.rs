@@ -172,6 +172,29 @@ fn small_holes_are_filled_and_large_ones_are_not() {
     assert!(found == holes || found == 0, "{found} holes, not {holes}");
 }
 
+/// The system calls by which this thread has written (proc_pid_io(5)); `None` where the kernel does not count them.
+fn writes() -> Option<u64> {
+    let io = std::fs::read_to_string("/proc/thread-self/io").ok()?;
+    io.lines().find_map(|line| line.strip_prefix("syscw: "))?.parse().ok()
+}
+
+#[test]
+fn what_is_unpacked_is_written_in_large_pieces() {
+    let mut data = Vec::new();
+    for block in 0..2048_usize {
+        data.extend([u8::from(block % 3 != 0); BLOCK]);
+    }
+    let packed = packed(Compression::Gzip, &data);
+    let file = tempfile::tempfile().expect("a temporary file");
+    let before = writes();
+    unpack(&packed, &file, &limits()).expect("unpacks");
+    let (Some(before), Some(after)) = (before, writes()) else {
+        return crate::skip::skipped("the kernel does not count system calls");
+    };
+    let pieces = (data.len() / BUFFER) as u64;
+    assert!((pieces..pieces + 4).contains(&(after - before)), "{} writes for {pieces} pieces", after - before);
+}
+
 /// What `unpack_parts` makes of `archive`.
 fn parts(archive: &[u8]) -> Result<Vec<u8>, UnpackError> {
     let mut file = tempfile::tempfile().expect("a temporary file");
