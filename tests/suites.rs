@@ -56,6 +56,10 @@ impl Suite {
             ("ktap-then-reset", guests::ktap_then_reset()),
             ("hostile", guests::hostile_log()),
             ("once", guests::fails_once()),
+            ("exited", guests::command_exited()),
+            ("exited-4", guests::command_skipped()),
+            ("exited-oops", guests::command_with_oops()),
+            ("failed-agent", guests::command_failed()),
         ] {
             fs::write(folder.path().join(name), guests::multiboot(code)).expect("written");
         }
@@ -161,6 +165,16 @@ const EVERY: &[(&str, &str, &str, &str)] = &[
     ("spin/time-out", "timeout = '500ms'", "time-out", "timed out after 0.5 s"),
     ("triple/triple-fault", "", "triple-fault", "triple fault"),
     ("off/over-budget", "budget = 'userspace=0'\nprofile = 'user'", "over-budget", "more exits than its budget allows"),
+    ("exited/command", "run = 'a command'\nroot = 'none'\nstatus = 34", "pass", ""),
+    (
+        "exited/command-fails",
+        "run = ['a', 'command']\nroot = 'none'",
+        "fail",
+        "status 34: the command exited with status 34",
+    ),
+    ("exited-4/command-skips", "run = 'a command'\nroot = 'none'", "skip", "exited with status 4"),
+    ("exited-oops/command-with-oops", "run = 'a command'\nroot = 'none'", "oops", "bug: BUG: kernel NULL pointer"),
+    ("failed-agent/no-command", "run = 'a command'\nroot = 'none'", "fail", "status 41"),
     ("off/within-budget", "budget = 'userspace=100'\nprofile = 'user'", "pass", ""),
 ];
 
@@ -198,7 +212,7 @@ fn every_verdict_is_as_expected() -> Outcome {
         }
         assert_eq!(results.len(), EVERY.len());
         assert!(
-            said.contains("7 pass, 1 skip, 7 fail, 3 panic, 1 oops, 1 hang, 1 time-out, 1 triple-fault, 1 over-budget"),
+            said.contains("8 pass, 2 skip, 9 fail, 3 panic, 2 oops, 1 hang, 1 time-out, 1 triple-fault, 1 over-budget"),
             "{said}"
         );
         assert!(said.contains("    | hello\n"), "the end of the log is shown: {said}");
@@ -451,14 +465,14 @@ fn a_sample_is_written_and_can_be_used() -> Outcome {
 fn bad_suites_are_refused_with_status_2() -> Outcome {
     let suite = suite(&[("off", "")]);
     for (content, words) in [
-        ("[[test]]\nname = 'a'\ncolour = 1", "unknown key 'colour'; the keys are: name, kernel"),
-        ("[[test]]\nname = 'a'\nrun = 'true'", "'run' is not supported"),
+        ("[[test]]\nname = 'a'\ncolour = 1", "unknown key 'colour'; the keys are: name, run, kernel"),
+        ("[[test]]\nname = 'a'\nrun = ' '", "run must be a line for the guest's shell"),
         ("[[kernel]]\nname = 'k'\npath = 'no*'\n[[test]]\nname = 'a'", "no file matches 'no*'"),
         ("x", "bad.toml"),
     ] {
         fs::write(suite.path().join("bad.toml"), content).unwrap();
         let out = suite.test(&["bad.toml"]);
-        assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
+        assert_eq!(out.status.code(), Some(2), "{content}: {}", text(&out.stderr));
         assert!(text(&out.stderr).contains(words), "{}", text(&out.stderr));
     }
     let tests: String = (0..10_000).map(|n| format!("[[test]]\nname = 't{n}'\n")).collect();

@@ -188,6 +188,22 @@ fetch_kernel() {
     rm -rf "$work"
 }
 
+# guest_modules DIR: copies those modules of the guest's kernel to DIR that a guest with a command needs, with depmod's files.
+guest_modules() {
+    local dir=$1 path
+    mkdir -p "$dir"
+    cp "$HWVMM_KERNEL_DIR"/modules/modules.{dep,builtin,softdep,order} "$dir/"
+    awk -F: '
+        { name = $1; sub(/.*\//, "", name); sub(/\.ko.*/, "", name); gsub(/-/, "_", name) }
+        name ~ /^(virtio_pci|virtio_mmio|vmw_vsock_virtio_transport|virtiofs|overlay)$/ { print $1; n = split($2, need, " "); for (i = 1; i <= n; i++) print need[i] }
+        ' "$dir/modules.dep" | sort -u >"$dir/needed"
+    while read -r path; do
+        mkdir -p "$dir/${path%/*}"
+        cp "$HWVMM_KERNEL_DIR/modules/$path" "$dir/$path"
+    done <"$dir/needed"
+    rm "$dir/needed"
+}
+
 # guest_vmlinux: unpacks $HWVMM_LAB/kernel/vmlinux, the ELF file in Debian's vmlinuz. Needs $HWVMM_BIN.
 guest_vmlinux() {
     local out=$HWVMM_LAB/kernel/vmlinux new

@@ -1,12 +1,14 @@
 //! One try of a test: a process `hwvmm run`, watched until it has ended.
 
 use super::case::Case;
+use super::file::KtapUse;
 use super::folder::{FolderError, new_file, write_new};
 use super::log::{Findings, Log};
 use super::outcome::{Facts, ProcessEnd, Stop};
 use super::stats::Stats;
 use crate::escape::escape;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use std::ffi::OsStr;
@@ -14,6 +16,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -30,8 +33,12 @@ const LATE: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_secs(25);
 /// How often the user's wish to end the suite is looked for.
 const LOOK: Duration = Duration::from_millis(100);
+/// Reads of each output before other things are looked at again.
+const READS: usize = 16;
 /// Bytes that are read at once.
 const READ_BYTES: usize = 64 << 10;
+/// Bytes of a kernel's log on a file system that does not take back what has been read.
+const MAX_KERNEL_LOG_BYTES: u64 = 256 << 20;
 /// Bytes of hwvmm's messages that are kept.
 const MESSAGES_BYTES: usize = 4 << 20;
 /// Bytes of its last message that reports show.
@@ -79,6 +86,11 @@ impl Files {
         self.folder.join("profile.json")
     }
 
+    /// The kernel's log where the guest runs a command, while the run lasts.
+    fn kernel_log(&self) -> PathBuf {
+        self.folder.join("kernel-log")
+    }
+
     /// The options of the run.
     fn options(&self) -> PathBuf {
         self.folder.join("run.toml")
@@ -118,10 +130,20 @@ pub(super) fn attempt(
 ) -> Result<Facts, AttemptError> {
     write_new(&files.options(), &toml::to_string(&case.options)?)?;
     write_new(&files.folder.join("again.sh"), &format!("{}\n", files.again(case)))?;
-    let log = Log::new(new_file(&files.folder.join("console.log"))?, case.settings.ktap);
+    let logs = Logs::new(case, files)?;
+    let kernel_log = case.has_command().then(|| KernelLog::new(files)).transpose()?;
     let messages = Messages { file: new_file(&files.folder.join("hwvmm.log"))?, left: MESSAGES_BYTES, end: Vec::new() };
-    let mut child = command(case, files, profiled).spawn().map_err(|error| AttemptError::Io("start hwvmm", error))?;
-    let watched = Watch::new(&mut child, case, log, messages).and_then(|watch| watch.until_the_end(interrupted));
+    let mut command = command(case, files, profiled);
+    if kernel_log.is_some() {
+        command.arg("--kernel-log").arg(files.kernel_log());
+        if !case.has_log_level() {
+            // What the kernel complains of, up to warnings, and not its other messages: each byte is an exit.
+            command.args(["--append", "loglevel=5"]);
+        }
+    }
+    let mut child = command.spawn().map_err(|error| AttemptError::Io("start hwvmm", error))?;
+    let watched = Watch::new(&mut child, case, Guest { logs, kernel_log }, messages)
+        .and_then(|watch| watch.until_the_end(interrupted));
     if watched.is_err() {
         // It must not go on alone; where it has ended already, there is nothing to kill.
         let _ = child.kill();
@@ -147,6 +169,79 @@ fn command(case: &Case, files: &Files, profiled: Profiled) -> Command {
     command.current_dir(&case.folder).process_group(0);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
+}
+
+/// The logs of what a guest prints.
+struct Logs {
+    console: Log,
+    /// What a command prints on stdout.
+    output: Option<Log>,
+}
+
+impl Logs {
+    fn new(case: &Case, files: &Files) -> Result<Self, FolderError> {
+        let log = |name: &str, ktap| Ok(Log::new(new_file(&files.folder.join(name))?, ktap));
+        Ok(if case.has_command() {
+            let output = Some(log("output.log", case.settings.ktap)?);
+            Self { console: log("console.log", KtapUse::Ignored)?, output }
+        } else {
+            Self { console: log("console.log", case.settings.ktap)?, output: None }
+        })
+    }
+
+    /// What was found in them. Only the kernel's log has panics and complaints; sub-tests are in a command's output.
+    fn finish(self) -> io::Result<Findings> {
+        let mut findings = self.console.finish()?;
+        if let Some(output) = self.output {
+            let output = output.finish()?;
+            findings.ktap = output.ktap;
+            if findings.panic.is_none() {
+                findings.tail.extend(output.tail);
+            }
+        }
+        Ok(findings)
+    }
+}
+
+/// The kernel's log of a guest that runs a command: a file that hwvmm writes. What has been read of it is given back to the file
+/// system, so that a guest does not fill the disk.
+struct KernelLog {
+    path: PathBuf,
+    file: File,
+    /// Bytes that have been read.
+    read: u64,
+}
+
+impl KernelLog {
+    fn new(files: &Files) -> Result<Self, FolderError> {
+        let path = files.kernel_log();
+        Ok(Self { file: new_file(&path)?, path, read: 0 })
+    }
+
+    /// What is there; nothing where all has been read.
+    fn read_some<'a>(&mut self, bytes: &'a mut [u8]) -> io::Result<&'a [u8]> {
+        let count = self.file.read_at(bytes, self.read)?;
+        self.read += count as u64;
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if count > 0 && fallocate(&self.file, mode, 0, self.read).is_err() && self.read > MAX_KERNEL_LOG_BYTES {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        Ok(bytes.get(..count).unwrap_or_default())
+    }
+}
+
+impl Drop for KernelLog {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            log::debug!("cannot remove a kernel's log: {error}");
+        }
+    }
+}
+
+/// What is read of a guest.
+struct Guest {
+    logs: Logs,
+    kernel_log: Option<KernelLog>,
 }
 
 /// hwvmm's own messages: a file of bounded length, and the last line.
@@ -186,7 +281,7 @@ struct Watch<'a> {
     child: &'a mut Child,
     pidfd: OwnedFd,
     case: &'a Case,
-    log: Log,
+    guest: Guest,
     messages: Messages,
     /// `None` once its other end is closed.
     stdout: Option<File>,
@@ -198,7 +293,7 @@ struct Watch<'a> {
 }
 
 impl<'a> Watch<'a> {
-    fn new(child: &'a mut Child, case: &'a Case, log: Log, messages: Messages) -> Result<Self, AttemptError> {
+    fn new(child: &'a mut Child, case: &'a Case, guest: Guest, messages: Messages) -> Result<Self, AttemptError> {
         let failed = |error: Errno| AttemptError::Io("watch hwvmm", error.into());
         let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).map_err(failed)?;
         let stdout = child.stdout.take().map(|pipe| File::from(OwnedFd::from(pipe)));
@@ -208,24 +303,24 @@ impl<'a> Watch<'a> {
         }
         let now = Instant::now();
         let (stop, kill_at) = (None, None);
-        Ok(Self { child, pidfd, case, log, messages, stdout, stderr, started: now, last_output: now, stop, kill_at })
+        Ok(Self { child, pidfd, case, guest, messages, stdout, stderr, started: now, last_output: now, stop, kill_at })
     }
 
     fn until_the_end(mut self, interrupted: &AtomicBool) -> Result<Ended, AttemptError> {
         let failed = |error| AttemptError::Io("wait for hwvmm", error);
         let status = loop {
             self.wait().map_err(failed)?;
-            self.read();
+            (0..READS).take_while(|_| self.read()).for_each(drop);
             if let Some(status) = self.child.try_wait().map_err(failed)? {
                 break status;
             }
             self.look(interrupted);
         };
-        // What it has written is in the pipes. A process that it has left may hold them open: nobody waits for that one.
+        // What it has written is in the pipes. A process that it has left may hold them open: that one is not waited for.
         while self.read() {}
-        let Self { log, messages, mut stop, .. } = self;
+        let Self { guest, messages, mut stop, .. } = self;
         let said = messages.last();
-        let findings = match log.finish() {
+        let findings = match guest.logs.finish() {
             Ok(findings) => findings,
             Err(error) => {
                 stop.get_or_insert(Stop::Output(error.to_string()));
@@ -259,7 +354,7 @@ impl<'a> Watch<'a> {
     }
 
     fn panic_at(&self) -> Option<Instant> {
-        self.log.has_panic().then(|| self.last_output + PANIC_QUIET)
+        self.guest.logs.console.has_panic().then(|| self.last_output + PANIC_QUIET)
     }
 
     /// When something is to be done.
@@ -306,14 +401,21 @@ impl<'a> Watch<'a> {
     /// Reads once from each pipe. Returns true if there was something.
     fn read(&mut self) -> bool {
         let mut bytes = vec![0; READ_BYTES];
+        let Guest { logs, kernel_log } = &mut self.guest;
         let output = read_some(&mut self.stdout, &mut bytes);
-        if !output.is_empty() {
-            self.last_output = Instant::now();
-            if let Err(error) = self.log.take(output) {
-                self.lose(&error);
-            }
+        let mut any = !output.is_empty();
+        let mut taken = logs.output.as_mut().unwrap_or(&mut logs.console).take(output);
+        if let Some(kernel_log) = kernel_log {
+            let console = kernel_log.read_some(&mut bytes);
+            any |= console.as_ref().is_ok_and(|bytes| !bytes.is_empty());
+            taken = taken.and(console).and_then(|bytes| logs.console.take(bytes));
         }
-        let any = !output.is_empty();
+        if any {
+            self.last_output = Instant::now();
+        }
+        if let Err(error) = taken {
+            self.lose(&error);
+        }
         let messages = read_some(&mut self.stderr, &mut bytes);
         if let Err(error) = self.messages.take(messages) {
             self.lose(&error);

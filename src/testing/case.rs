@@ -39,6 +39,20 @@ pub struct Needs {
     pub timeout: Duration,
 }
 
+impl Case {
+    /// Returns true if the guest runs a command: stdout is the command's then, and not the console.
+    pub(super) fn has_command(&self) -> bool {
+        self.options.contains_key("command")
+    }
+
+    /// Returns true if the kernel's command line says which messages the console gets.
+    pub(super) fn has_log_level(&self) -> bool {
+        const WORDS: [&str; 4] = ["loglevel=", "ignore_loglevel", "quiet", "debug"];
+        let texts = ["append", "cmdline"].map(|key| self.options.get(key).map(ToString::to_string).unwrap_or_default());
+        texts.iter().any(|text| WORDS.iter().any(|word| text.contains(word)))
+    }
+}
+
 impl Needs {
     /// What a run with these options needs.
     ///

@@ -20,7 +20,8 @@ const MAX_NAME_BYTES: usize = 200;
 const MAX_RETRIES: u32 = 100;
 
 /// Keys of a test that are no options of `hwvmm run`.
-const OF_TESTS: &[&str] = &["name", "kernel", "silence", "retries", "baseline", "status", "ktap", "fail-on", "matrix"];
+const OF_TESTS: &[&str] =
+    &["name", "run", "kernel", "silence", "retries", "baseline", "status", "ktap", "fail-on", "matrix"];
 /// Keys of the defaults that are no options of `hwvmm run`.
 const OF_DEFAULTS: &[&str] = &["kernel", "silence", "retries", "baseline", "status", "ktap", "fail-on"];
 /// Keys of a kernel that are no options of `hwvmm run`.
@@ -28,7 +29,7 @@ const OF_KERNELS: &[&str] = &["name", "path"];
 /// Keys of a matrix.
 const OF_MATRIX: &[&str] = &["kernel", "cpus", "memory", "mmu", "transport", "tune", "cmdline", "append"];
 /// Options of `hwvmm run` that belong to the test command.
-const TAKEN: &[&str] = &["kernel", "stats", "stats-out", "profile-out", "api"];
+const TAKEN: &[&str] = &["kernel", "stats", "stats-out", "profile-out", "api", "kernel-log", "tty"];
 /// Tables of the file.
 const TABLES: &[&str] = &["defaults", "kernel", "test"];
 
@@ -208,11 +209,6 @@ impl Known<'_> {
                 return Err(format!("'{key}' is set by the test command itself"));
             } else if self.options.contains(&key) {
                 split.options.insert(key, value);
-            } else if key == "run" {
-                return Err(
-                    "'run' is not supported by this hwvmm: a test is a boot; say by `expect` which line it must print"
-                        .into(),
-                );
             } else {
                 let options = self.options.iter().filter(|option| !TAKEN.contains(&option.as_str()));
                 return Err(unknown(&key, own.iter().map(ToString::to_string).chain(options.cloned())));
@@ -273,8 +269,13 @@ fn kernel(known: &Known<'_>, table: Table) -> Result<KernelEntry, String> {
 }
 
 fn test(known: &Known<'_>, defaults: &Split, table: Table) -> Result<TestEntry, String> {
-    let Split { mut own, options } = known.split(table, OF_TESTS)?;
+    let Split { mut own, mut options } = known.split(table, OF_TESTS)?;
     let name = name(&mut own)?;
+    if let Some(run) = own.remove("run")
+        && options.insert("command".into(), command(run)?).is_some()
+    {
+        return Err("run and command are two names of one thing: leave one of them out".into());
+    }
     let matrix = match own.remove("matrix") {
         None => Vec::new(),
         Some(Value::Table(table)) => matrix(table)?,
@@ -284,6 +285,17 @@ fn test(known: &Known<'_>, defaults: &Split, table: Table) -> Result<TestEntry, 
     joined.extend(own);
     let kernels = joined.remove("kernel").map(|value| words(value, "kernel")).transpose()?;
     Ok(TestEntry { name, kernels, settings: settings(joined)?, defaults: defaults.options.clone(), options, matrix })
+}
+
+/// The command of `run`: a line for the guest's shell, or a list of words.
+fn command(run: Value) -> Result<Value, String> {
+    match run {
+        Value::String(line) if !line.trim().is_empty() => {
+            Ok(Value::Array(["sh".into(), "-c".into(), Value::String(line)].into()))
+        }
+        Value::Array(words) if !words.is_empty() => Ok(Value::Array(words)),
+        other => Err(format!("run must be a line for the guest's shell or a list of words, not {other}")),
+    }
 }
 
 fn words(value: Value, key: &str) -> Result<Vec<String>, String> {
@@ -365,9 +377,14 @@ mod tests {
         for (text, words) in [
             ("", "it has no [[test]]"),
             ("x = 1", "unknown key 'x'; the keys are: defaults, kernel, test"),
-            ("[[test]]\nname = 'a'\ncolour = 1", "test 'a': unknown key 'colour'; the keys are: name, kernel, silence"),
+            (
+                "[[test]]\nname = 'a'\ncolour = 1",
+                "test 'a': unknown key 'colour'; the keys are: name, run, kernel, silence",
+            ),
             ("[[test]]\nname = 'a'\ncolour = 1", "memory, cpus, mmu"),
-            ("[[test]]\nname = 'a'\nrun = 'true'", "'run' is not supported"),
+            ("[[test]]\nname = 'a'\nrun = 5", "run must be a line"),
+            ("[[test]]\nname = 'a'\nrun = ' '", "run must be a line"),
+            ("[[test]]\nname = 'a'\nrun = 'true'\ncommand = 'true'", "run and command"),
             ("[[test]]\nname = 'a'\nstats-out = 'x'", "'stats-out' is set by the test command"),
             ("[[test]]\n[[test]]", "test 1: name is missing"),
             ("[[test]]\nname = ''", "not empty"),

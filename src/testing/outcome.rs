@@ -11,6 +11,8 @@ use crate::exit::EndKind;
 use crate::exit::end::status;
 use std::time::Duration;
 
+/// The exit status of a test that was skipped (Linux Documentation/dev-tools/kselftest.rst).
+const SKIPPED: u8 = 4;
 /// Bytes of a message.
 const MESSAGE_BYTES: usize = 600;
 
@@ -122,6 +124,9 @@ pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
     }
     if let Some(complaints) = complaints {
         return of(Verdict::Oops, &complaints);
+    }
+    if stats.end_kind == EndKind::Command && stats.status == SKIPPED && settings.status != SKIPPED {
+        return of(Verdict::Skip, "its command exited with status 4");
     }
     if stats.status != settings.status {
         return of(Verdict::Fail, &format!("status {}: {}", stats.status, stats.end));

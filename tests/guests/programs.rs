@@ -50,6 +50,28 @@ program!(
     "out %al,%dx",
     "5: jmp 5b"
 );
+program!(
+    command_skipped,
+    "mov $0x5e8,%dx",
+    "mov $4,%al",
+    "out %al,%dx",
+    "inc %dx",
+    "mov $1,%al",
+    "out %al,%dx",
+    "5: jmp 5b"
+);
+// A kernel that complains, and whose command succeeds.
+printer!(
+    command_with_oops,
+    [".ascii \"[    0.5] BUG: kernel NULL pointer dereference, address: 0000000000000008\\n\\0\""],
+    "mov $0x5e8,%dx",
+    "xor %eax,%eax",
+    "out %al,%dx",
+    "inc %dx",
+    "mov $1,%al",
+    "out %al,%dx",
+    "5: jmp 5b",
+);
 program!(command_failed, "mov $0x5e9,%dx", "mov $3,%al", "out %al,%dx", "5: jmp 5b");
 // Ends of no kind, a signal 0, and writes of other widths; then it powers off.
 program!(
