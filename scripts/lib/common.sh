@@ -214,12 +214,22 @@ guest_vmlinux() {
     mv "$new" "$out"
 }
 
-# guest_folder: makes $HWVMM_LAB/guest, with the names that README.md uses: vmlinuz, vmlinux, initramfs.cpio.gz.
+# guest_folder: makes $HWVMM_LAB/guest, with the names that README.md uses: vmlinuz, vmlinux, modules, initramfs.cpio.gz.
 guest_folder() {
     guest_kernel
     guest_vmlinux
     guest_initramfs
     ln -sf ../kernel/vmlinuz ../kernel/vmlinux "$HWVMM_LAB/guest/"
+    ln -sfn ../kernel/modules "$HWVMM_LAB/guest/modules"
+}
+
+# result_folder DIR: makes a folder for results, in which files of earlier runs are deleted. One with other files is refused.
+result_folder() {
+    local mark=$1/.hwvmm-results
+    mkdir -p "$1"
+    [ -e "$mark" ] || [ -z "$(ls -A "$1")" ] ||
+        die "$1 has files that are no results of an earlier run, and would be deleted: name a new folder"
+    : >"$mark"
 }
 
 # build_hwvmm: builds the release binary, unless HWVMM_BIN names another one.

@@ -1,14 +1,14 @@
 //! One try of a test: a process `hwvmm run`, watched until it has ended.
 
-use super::case::Case;
+use super::case::{Case, StdoutOf};
 use super::file::KtapUse;
 use super::folder::{FolderError, new_file, write_new};
-use super::log::{Findings, Log};
+use super::kernel_log::{KernelLog, Taken};
+use super::log::{Findings, Log, Source};
 use super::outcome::{Facts, ProcessEnd, Stop};
 use super::stats::Stats;
 use crate::escape::escape;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use std::ffi::OsStr;
@@ -16,7 +16,6 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -31,14 +30,10 @@ const PANIC_QUIET: Duration = Duration::from_millis(80);
 const LATE: Duration = Duration::from_secs(30);
 /// How long a run may take to end that was asked to. It ends a machine's process that hangs after 20 s.
 const GRACE: Duration = Duration::from_secs(25);
-/// How often the user's wish to end the suite is looked for.
-const LOOK: Duration = Duration::from_millis(100);
-/// Reads of each output before other things are looked at again.
-const READS: usize = 16;
+/// How often the user's wish to end the suite, and what the run writes to the kernel's log, are looked for.
+const LOOK: Duration = Duration::from_millis(20);
 /// Bytes that are read at once.
 const READ_BYTES: usize = 64 << 10;
-/// Bytes of a kernel's log on a file system that does not take back what has been read.
-const MAX_KERNEL_LOG_BYTES: u64 = 256 << 20;
 /// Bytes of hwvmm's messages that are kept.
 const MESSAGES_BYTES: usize = 4 << 20;
 /// Bytes of its last message that reports show.
@@ -86,9 +81,9 @@ impl Files {
         self.folder.join("profile.json")
     }
 
-    /// The kernel's log where the guest runs a command, while the run lasts.
-    fn kernel_log(&self) -> PathBuf {
-        self.folder.join("kernel-log")
+    /// The console, or the kernel's log where a command has stdout.
+    fn console(&self) -> PathBuf {
+        self.folder.join("console.log")
     }
 
     /// The options of the run.
@@ -130,19 +125,20 @@ pub(super) fn attempt(
 ) -> Result<Facts, AttemptError> {
     write_new(&files.options(), &toml::to_string(&case.options)?)?;
     write_new(&files.folder.join("again.sh"), &format!("{}\n", files.again(case)))?;
-    let logs = Logs::new(case, files)?;
-    let kernel_log = case.has_command().then(|| KernelLog::new(files)).transpose()?;
-    let messages = Messages { file: new_file(&files.folder.join("hwvmm.log"))?, left: MESSAGES_BYTES, end: Vec::new() };
-    let mut command = command(case, files, profiled);
-    if kernel_log.is_some() {
-        command.arg("--kernel-log").arg(files.kernel_log());
-        if !case.has_log_level() {
-            // What the kernel complains of, up to warnings, and not its other messages: each byte is an exit.
-            command.args(["--append", "loglevel=5"]);
+    let console = new_file(&files.console())?;
+    let (log, kernel_log) = match case.needs.stdout {
+        StdoutOf::Console => (Log::new(Source::Console, Some(console), case.settings.ktap), None),
+        StdoutOf::Command => {
+            // The run writes it, and it is read here as it grows.
+            let read = File::open(files.console()).map_err(|error| AttemptError::Io("open the kernel's log", error))?;
+            let output = new_file(&files.folder.join("stdout.log"))?;
+            let kernel_log = KernelLog::new(read, Log::new(Source::KernelLog, None, KtapUse::Ignored));
+            (Log::new(Source::Command, Some(output), case.settings.ktap), Some(kernel_log))
         }
-    }
-    let mut child = command.spawn().map_err(|error| AttemptError::Io("start hwvmm", error))?;
-    let watched = Watch::new(&mut child, case, Guest { logs, kernel_log }, messages)
+    };
+    let messages = Messages { file: new_file(&files.folder.join("hwvmm.log"))?, left: MESSAGES_BYTES, end: Vec::new() };
+    let mut child = command(case, files, profiled).spawn().map_err(|error| AttemptError::Io("start hwvmm", error))?;
+    let watched = Watch::new(&mut child, case, Logs { log, kernel_log, messages })
         .and_then(|watch| watch.until_the_end(interrupted));
     if watched.is_err() {
         // It must not go on alone; where it has ended already, there is nothing to kill.
@@ -162,6 +158,13 @@ fn command(case: &Case, files: &Files, profiled: Profiled) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("hwvmm").arg("run").arg("--config").arg(files.options());
     command.arg("--stats=json").arg("--stats-out").arg(files.stats());
+    if case.needs.stdout == StdoutOf::Command {
+        command.arg("--kernel-log").arg(files.console());
+        if !case.has_log_level() {
+            // What the kernel complains of, up to warnings, and not its other messages: each byte is an exit.
+            command.args(["--append", "loglevel=5"]);
+        }
+    }
     if profiled == Profiled::Yes {
         command.arg("--profile-out").arg(files.profile());
     }
@@ -169,79 +172,6 @@ fn command(case: &Case, files: &Files, profiled: Profiled) -> Command {
     command.current_dir(&case.folder).process_group(0);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
-}
-
-/// The logs of what a guest prints.
-struct Logs {
-    console: Log,
-    /// What a command prints on stdout.
-    output: Option<Log>,
-}
-
-impl Logs {
-    fn new(case: &Case, files: &Files) -> Result<Self, FolderError> {
-        let log = |name: &str, ktap| Ok(Log::new(new_file(&files.folder.join(name))?, ktap));
-        Ok(if case.has_command() {
-            let output = Some(log("output.log", case.settings.ktap)?);
-            Self { console: log("console.log", KtapUse::Ignored)?, output }
-        } else {
-            Self { console: log("console.log", case.settings.ktap)?, output: None }
-        })
-    }
-
-    /// What was found in them. Only the kernel's log has panics and complaints; sub-tests are in a command's output.
-    fn finish(self) -> io::Result<Findings> {
-        let mut findings = self.console.finish()?;
-        if let Some(output) = self.output {
-            let output = output.finish()?;
-            findings.ktap = output.ktap;
-            if findings.panic.is_none() {
-                findings.tail.extend(output.tail);
-            }
-        }
-        Ok(findings)
-    }
-}
-
-/// The kernel's log of a guest that runs a command: a file that hwvmm writes. What has been read of it is given back to the file
-/// system, so that a guest does not fill the disk.
-struct KernelLog {
-    path: PathBuf,
-    file: File,
-    /// Bytes that have been read.
-    read: u64,
-}
-
-impl KernelLog {
-    fn new(files: &Files) -> Result<Self, FolderError> {
-        let path = files.kernel_log();
-        Ok(Self { file: new_file(&path)?, path, read: 0 })
-    }
-
-    /// What is there; nothing where all has been read.
-    fn read_some<'a>(&mut self, bytes: &'a mut [u8]) -> io::Result<&'a [u8]> {
-        let count = self.file.read_at(bytes, self.read)?;
-        self.read += count as u64;
-        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        if count > 0 && fallocate(&self.file, mode, 0, self.read).is_err() && self.read > MAX_KERNEL_LOG_BYTES {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
-        Ok(bytes.get(..count).unwrap_or_default())
-    }
-}
-
-impl Drop for KernelLog {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            log::debug!("cannot remove a kernel's log: {error}");
-        }
-    }
-}
-
-/// What is read of a guest.
-struct Guest {
-    logs: Logs,
-    kernel_log: Option<KernelLog>,
 }
 
 /// hwvmm's own messages: a file of bounded length, and the last line.
@@ -269,6 +199,15 @@ impl Messages {
     }
 }
 
+/// What is kept of the output of a run.
+struct Logs {
+    /// Of its stdout.
+    log: Log,
+    /// Where stdout is a command's.
+    kernel_log: Option<KernelLog>,
+    messages: Messages,
+}
+
 /// A run that has ended.
 struct Ended {
     status: ExitStatus,
@@ -281,8 +220,7 @@ struct Watch<'a> {
     child: &'a mut Child,
     pidfd: OwnedFd,
     case: &'a Case,
-    guest: Guest,
-    messages: Messages,
+    logs: Logs,
     /// `None` once its other end is closed.
     stdout: Option<File>,
     stderr: Option<File>,
@@ -292,8 +230,15 @@ struct Watch<'a> {
     kill_at: Option<Instant>,
 }
 
+impl Logs {
+    /// Returns true if the kernel has said that it panics.
+    fn has_panic(&self) -> bool {
+        self.log.has_panic() || self.kernel_log.as_ref().is_some_and(KernelLog::has_panic)
+    }
+}
+
 impl<'a> Watch<'a> {
-    fn new(child: &'a mut Child, case: &'a Case, guest: Guest, messages: Messages) -> Result<Self, AttemptError> {
+    fn new(child: &'a mut Child, case: &'a Case, logs: Logs) -> Result<Self, AttemptError> {
         let failed = |error: Errno| AttemptError::Io("watch hwvmm", error.into());
         let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).map_err(failed)?;
         let stdout = child.stdout.take().map(|pipe| File::from(OwnedFd::from(pipe)));
@@ -303,14 +248,14 @@ impl<'a> Watch<'a> {
         }
         let now = Instant::now();
         let (stop, kill_at) = (None, None);
-        Ok(Self { child, pidfd, case, guest, messages, stdout, stderr, started: now, last_output: now, stop, kill_at })
+        Ok(Self { child, pidfd, case, logs, stdout, stderr, started: now, last_output: now, stop, kill_at })
     }
 
     fn until_the_end(mut self, interrupted: &AtomicBool) -> Result<Ended, AttemptError> {
         let failed = |error| AttemptError::Io("wait for hwvmm", error);
         let status = loop {
             self.wait().map_err(failed)?;
-            (0..READS).take_while(|_| self.read()).for_each(drop);
+            self.read();
             if let Some(status) = self.child.try_wait().map_err(failed)? {
                 break status;
             }
@@ -318,10 +263,12 @@ impl<'a> Watch<'a> {
         };
         // What it has written is in the pipes. A process that it has left may hold them open: that one is not waited for.
         while self.read() {}
-        let Self { guest, messages, mut stop, .. } = self;
+        let Self { logs: Logs { log, kernel_log, messages }, mut stop, .. } = self;
         let said = messages.last();
-        let findings = match guest.logs.finish() {
-            Ok(findings) => findings,
+        let kernel = kernel_log.map(KernelLog::finish).transpose();
+        let findings = match log.finish().and_then(|findings| Ok((findings, kernel?))) {
+            Ok((findings, Some(kernel))) => findings.with_kernel_log(kernel),
+            Ok((findings, None)) => findings,
             Err(error) => {
                 stop.get_or_insert(Stop::Output(error.to_string()));
                 Findings::default()
@@ -354,7 +301,7 @@ impl<'a> Watch<'a> {
     }
 
     fn panic_at(&self) -> Option<Instant> {
-        self.guest.logs.console.has_panic().then(|| self.last_output + PANIC_QUIET)
+        self.logs.has_panic().then(|| self.last_output + PANIC_QUIET)
     }
 
     /// When something is to be done.
@@ -388,45 +335,49 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Asks the run to end. SIGQUIT has it print its last exits.
+    /// Asks the run to end. SIGQUIT has it print its last exits. Where it ignores that, as in the background of a shell, it takes the
+    /// SIGTERM that follows; where it does not, its end has begun by then.
     fn end(&mut self, why: Stop) {
-        let signal = if why == Stop::Interrupted { Signal::TERM } else { Signal::QUIT };
-        if let Err(error) = kill_process(Pid::from_child(self.child), signal) {
-            log::debug!("a run cannot be ended: {error}");
+        let signals = if why == Stop::Interrupted { &[Signal::TERM][..] } else { &[Signal::QUIT, Signal::TERM] };
+        for signal in signals {
+            if let Err(error) = kill_process(Pid::from_child(self.child), *signal) {
+                log::debug!("a run cannot be ended: {error}");
+            }
         }
         self.stop = Some(why);
         self.kill_at = Some(Instant::now() + GRACE);
     }
 
-    /// Reads once from each pipe. Returns true if there was something.
+    /// Reads once from each pipe, and what there is of the kernel's log. Returns true if there was something.
     fn read(&mut self) -> bool {
         let mut bytes = vec![0; READ_BYTES];
-        let Guest { logs, kernel_log } = &mut self.guest;
         let output = read_some(&mut self.stdout, &mut bytes);
-        let mut any = !output.is_empty();
-        let mut taken = logs.output.as_mut().unwrap_or(&mut logs.console).take(output);
-        if let Some(kernel_log) = kernel_log {
-            let console = kernel_log.read_some(&mut bytes);
-            any |= console.as_ref().is_ok_and(|bytes| !bytes.is_empty());
-            taken = taken.and(console).and_then(|bytes| logs.console.take(bytes));
+        let mut has_output = !output.is_empty();
+        let mut written = self.logs.log.take(output);
+        let messages = read_some(&mut self.stderr, &mut bytes);
+        let has_messages = !messages.is_empty();
+        written = written.and(self.logs.messages.take(messages));
+        match self.logs.kernel_log.as_mut().map(KernelLog::read) {
+            // A command's stderr is among the messages.
+            Some(Ok(Taken::Some)) => has_output = true,
+            Some(Ok(Taken::Nothing)) => has_output |= has_messages,
+            Some(Ok(Taken::TooMuch)) => self.lose(Stop::LogTooLong),
+            Some(Err(error)) => written = written.and(Err(error)),
+            None => {}
         }
-        if any {
+        if let Err(error) = written {
+            self.lose(Stop::Output(error.to_string()));
+        }
+        if has_output {
             self.last_output = Instant::now();
         }
-        if let Err(error) = taken {
-            self.lose(&error);
-        }
-        let messages = read_some(&mut self.stderr, &mut bytes);
-        if let Err(error) = self.messages.take(messages) {
-            self.lose(&error);
-        }
-        any || !messages.is_empty()
+        has_output || has_messages
     }
 
-    /// Output cannot be kept.
-    fn lose(&mut self, error: &io::Error) {
-        if !matches!(self.stop, Some(Stop::Output(_))) {
-            self.end(Stop::Output(error.to_string()));
+    /// Output cannot be kept: the run is ended, once.
+    fn lose(&mut self, why: Stop) {
+        if !matches!(self.stop, Some(Stop::Output(_) | Stop::LogTooLong)) {
+            self.end(why);
         }
     }
 }

@@ -37,15 +37,21 @@ pub struct Needs {
     pub slack: Slack,
     /// The time-out of the run.
     pub timeout: Duration,
+    /// Whose stdout the run's is.
+    pub stdout: StdoutOf,
+}
+
+/// Whose stdout that of a run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StdoutOf {
+    /// The guest's console has it.
+    Console,
+    /// A command that the guest runs has it. The kernel's log goes to a file.
+    Command,
 }
 
 impl Case {
-    /// Returns true if the guest runs a command: stdout is the command's then, and not the console.
-    pub(super) fn has_command(&self) -> bool {
-        self.options.contains_key("command")
-    }
-
-    /// Returns true if the kernel's command line says which messages the console gets.
+    /// Returns true if the options say which of the kernel's messages its console gets.
     pub(super) fn has_log_level(&self) -> bool {
         const WORDS: [&str; 4] = ["loglevel=", "ignore_loglevel", "quiet", "debug"];
         let texts = ["append", "cmdline"].map(|key| self.options.get(key).map(ToString::to_string).unwrap_or_default());
@@ -73,6 +79,7 @@ impl Needs {
             mmu: config.mmu,
             slack: config.slack,
             timeout: config.timeout.unwrap_or(Duration::from_secs(300)),
+            stdout: if config.has_command() { StdoutOf::Command } else { StdoutOf::Console },
         }
     }
 }

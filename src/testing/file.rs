@@ -21,7 +21,7 @@ const MAX_RETRIES: u32 = 100;
 
 /// Keys of a test that are no options of `hwvmm run`.
 const OF_TESTS: &[&str] =
-    &["name", "run", "kernel", "silence", "retries", "baseline", "status", "ktap", "fail-on", "matrix"];
+    &["name", "kernel", "run", "silence", "retries", "baseline", "status", "ktap", "fail-on", "matrix"];
 /// Keys of the defaults that are no options of `hwvmm run`.
 const OF_DEFAULTS: &[&str] = &["kernel", "silence", "retries", "baseline", "status", "ktap", "fail-on"];
 /// Keys of a kernel that are no options of `hwvmm run`.
@@ -29,7 +29,7 @@ const OF_KERNELS: &[&str] = &["name", "path"];
 /// Keys of a matrix.
 const OF_MATRIX: &[&str] = &["kernel", "cpus", "memory", "mmu", "transport", "tune", "cmdline", "append"];
 /// Options of `hwvmm run` that belong to the test command.
-const TAKEN: &[&str] = &["kernel", "stats", "stats-out", "profile-out", "api", "kernel-log", "tty"];
+const TAKEN: &[&str] = &["kernel", "stats", "stats-out", "profile-out", "api", "status-file", "kernel-log", "tty"];
 /// Tables of the file.
 const TABLES: &[&str] = &["defaults", "kernel", "test"];
 
@@ -270,12 +270,11 @@ fn kernel(known: &Known<'_>, table: Table) -> Result<KernelEntry, String> {
 
 fn test(known: &Known<'_>, defaults: &Split, table: Table) -> Result<TestEntry, String> {
     let Split { mut own, mut options } = known.split(table, OF_TESTS)?;
-    let name = name(&mut own)?;
-    if let Some(run) = own.remove("run")
-        && options.insert("command".into(), command(run)?).is_some()
-    {
-        return Err("run and command are two names of one thing: leave one of them out".into());
+    let run = own.remove("run").map(command).transpose()?;
+    if run.and_then(|run| options.insert("command".into(), run)).is_some() {
+        return Err("run and command are the same: give one of them".into());
     }
+    let name = name(&mut own)?;
     let matrix = match own.remove("matrix") {
         None => Vec::new(),
         Some(Value::Table(table)) => matrix(table)?,
@@ -287,14 +286,14 @@ fn test(known: &Known<'_>, defaults: &Split, table: Table) -> Result<TestEntry, 
     Ok(TestEntry { name, kernels, settings: settings(joined)?, defaults: defaults.options.clone(), options, matrix })
 }
 
-/// The command of `run`: a line for the guest's shell, or a list of words.
+/// The command that `run` is: a line for the guest's shell, or a list of words.
 fn command(run: Value) -> Result<Value, String> {
     match run {
-        Value::String(line) if !line.trim().is_empty() => {
-            Ok(Value::Array(["sh".into(), "-c".into(), Value::String(line)].into()))
+        Value::String(line) if !line.is_empty() => {
+            Ok(Value::Array(["/bin/sh", "-c", &line].map(|word| Value::String(word.to_owned())).to_vec()))
         }
         Value::Array(words) if !words.is_empty() => Ok(Value::Array(words)),
-        other => Err(format!("run must be a line for the guest's shell or a list of words, not {other}")),
+        _ => Err("run must be a line for the guest's shell, or a list of words".into()),
     }
 }
 
@@ -377,14 +376,12 @@ mod tests {
         for (text, words) in [
             ("", "it has no [[test]]"),
             ("x = 1", "unknown key 'x'; the keys are: defaults, kernel, test"),
-            (
-                "[[test]]\nname = 'a'\ncolour = 1",
-                "test 'a': unknown key 'colour'; the keys are: name, run, kernel, silence",
-            ),
+            ("[[test]]\nname = 'a'\ncolour = 1", "test 'a': unknown key 'colour'; the keys are: name, kernel, run"),
             ("[[test]]\nname = 'a'\ncolour = 1", "memory, cpus, mmu"),
-            ("[[test]]\nname = 'a'\nrun = 5", "run must be a line"),
-            ("[[test]]\nname = 'a'\nrun = ' '", "run must be a line"),
-            ("[[test]]\nname = 'a'\nrun = 'true'\ncommand = 'true'", "run and command"),
+            ("[[test]]\nname = 'a'\nrun = 1", "run must be a line"),
+            ("[[test]]\nname = 'a'\nrun = []", "run must be a line"),
+            ("[[test]]\nname = 'a'\nrun = 'x'\ncommand = ['x']", "give one of them"),
+            ("[defaults]\nrun = 'x'", "[defaults]: unknown key 'run'"),
             ("[[test]]\nname = 'a'\nstats-out = 'x'", "'stats-out' is set by the test command"),
             ("[[test]]\n[[test]]", "test 1: name is missing"),
             ("[[test]]\nname = ''", "not empty"),

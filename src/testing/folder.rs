@@ -89,7 +89,7 @@ impl ResultFolder {
 /// # Errors
 /// Where it exists or cannot be made.
 pub(super) fn new_file(path: &Path) -> Result<File, FolderError> {
-    let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path);
+    let file = File::options().write(true).create_new(true).mode(0o600).open(path);
     file.map_err(|error| FolderError::Write(path.to_owned(), error))
 }
 

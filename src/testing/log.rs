@@ -45,9 +45,32 @@ pub(super) struct Findings {
     pub(super) ktap: Option<KtapReport>,
 }
 
+/// Whose output a log is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// The console of a guest: its kernel's log, and all else.
+    Console,
+    /// The kernel's log alone.
+    KernelLog,
+    /// The stdout of a command, which says nothing of the kernel.
+    Command,
+}
+
+impl Findings {
+    /// Those of a command's output and of its kernel's log together. The lines that say more come last.
+    pub(super) fn with_kernel_log(self, kernel: Self) -> Self {
+        let Self { panic, complaints, .. } = kernel;
+        let kernel_explains = panic.is_some() || !complaints.is_empty();
+        let (mut tail, last) = if kernel_explains { (self.tail, kernel.tail) } else { (kernel.tail, self.tail) };
+        tail.extend(last);
+        Self { panic, complaints, tail, ktap: self.ktap }
+    }
+}
+
 /// A log that is being written.
 pub(super) struct Log {
-    file: File,
+    /// `None` where another process writes it.
+    file: Option<File>,
     written: u64,
     /// The end of a log of which not all is kept.
     tail: VecDeque<u8>,
@@ -56,8 +79,8 @@ pub(super) struct Log {
     seen: Seen,
 }
 
-#[derive(Default)]
 struct Seen {
+    source: Source,
     panic: Option<String>,
     complaints: Vec<Complaint>,
     last: VecDeque<String>,
@@ -65,10 +88,11 @@ struct Seen {
 }
 
 impl Log {
-    pub(super) fn new(file: File, ktap: KtapUse) -> Self {
-        let ktap = match ktap {
-            KtapUse::Ignored => None,
-            KtapUse::Required => Some(Ktap::default()),
+    /// A log that is kept in `file`, where there is one.
+    pub(super) fn new(source: Source, file: Option<File>, ktap: KtapUse) -> Self {
+        let ktap = match (source, ktap) {
+            (Source::KernelLog, _) | (_, KtapUse::Ignored) => None,
+            (Source::Console | Source::Command, KtapUse::Required) => Some(Ktap::default()),
         };
         Self {
             file,
@@ -76,7 +100,7 @@ impl Log {
             tail: VecDeque::new(),
             dropped: false,
             lines: Lines::default(),
-            seen: Seen { ktap, ..Seen::default() },
+            seen: Seen { source, panic: None, complaints: Vec::new(), last: VecDeque::new(), ktap },
         }
     }
 
@@ -87,9 +111,10 @@ impl Log {
     pub(super) fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
         let seen = &mut self.seen;
         self.lines.feed(bytes, |line| seen.line(line.text));
+        let Some(file) = &mut self.file else { return Ok(()) };
         let room = usize::try_from(HEAD_BYTES - self.written).unwrap_or(usize::MAX).min(bytes.len());
         let (head, rest) = bytes.split_at(room);
-        self.file.write_all(head)?;
+        file.write_all(head)?;
         self.written += head.len() as u64;
         self.tail.extend(rest);
         if let Some(more) = self.tail.len().checked_sub(TAIL_BYTES) {
@@ -112,13 +137,15 @@ impl Log {
         if let Some(line) = self.lines.unfinished() {
             self.seen.line(line.text);
         }
-        if self.dropped {
-            self.file.write_all(b"\n[hwvmm: a part of the log is left out here]\n")?;
+        if let Some(file) = &mut self.file {
+            if self.dropped {
+                file.write_all(b"\n[hwvmm: a part of the log is left out here]\n")?;
+            }
+            let (first, second) = self.tail.as_slices();
+            file.write_all(first)?;
+            file.write_all(second)?;
         }
-        let (first, second) = self.tail.as_slices();
-        self.file.write_all(first)?;
-        self.file.write_all(second)?;
-        let Seen { panic, complaints, last, ktap } = self.seen;
+        let Seen { panic, complaints, last, ktap, .. } = self.seen;
         Ok(Findings { panic, complaints, tail: last.into(), ktap: ktap.map(Ktap::finish) })
     }
 }
@@ -131,6 +158,9 @@ impl Seen {
         self.last.push_back(shown(line, LINE_BYTES));
         if let Some(ktap) = &mut self.ktap {
             ktap.line(line);
+        }
+        if self.source == Source::Command {
+            return;
         }
         let line = without_prefix(line);
         if line.starts_with(PANIC) {
@@ -156,7 +186,7 @@ mod tests {
 
     fn log(pieces: &[&[u8]]) -> (Findings, Vec<u8>) {
         let file = tempfile::NamedTempFile::new().expect("a file");
-        let mut log = Log::new(file.reopen().expect("opened"), KtapUse::Required);
+        let mut log = Log::new(Source::Console, Some(file.reopen().expect("opened")), KtapUse::Required);
         pieces.iter().for_each(|piece| log.take(piece).expect("written"));
         (log.finish().expect("written"), fs::read(file.path()).expect("there"))
     }
@@ -178,7 +208,20 @@ mod tests {
     #[test]
     fn a_full_disk_is_an_error() {
         let full = || File::options().write(true).open("/dev/full").expect("/dev/full");
-        assert!(Log::new(full(), KtapUse::Ignored).take(b"x").is_err());
+        assert!(Log::new(Source::Console, Some(full()), KtapUse::Ignored).take(b"x").is_err());
+    }
+
+    #[test]
+    fn a_command_says_nothing_of_the_kernel_and_its_log_nothing_of_sub_tests() {
+        let findings = |source| {
+            let mut log = Log::new(source, None, KtapUse::Required);
+            log.take(b"BUG: x\nKernel panic - not syncing: x\nok 1 a\n").expect("taken");
+            log.finish().expect("taken")
+        };
+        let (command, kernel) = (findings(Source::Command), findings(Source::KernelLog));
+        assert!(command.panic.is_none() && command.complaints.is_empty());
+        assert_eq!(command.ktap.map(|report| report.passed), Some(1));
+        assert!(kernel.panic.is_some() && kernel.complaints.len() == 1 && kernel.ktap.is_none());
     }
 
     #[test]

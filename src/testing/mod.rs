@@ -10,6 +10,7 @@ mod expand;
 mod file;
 mod folder;
 mod host;
+mod kernel_log;
 mod ktap;
 mod log;
 mod merge;

@@ -11,10 +11,11 @@ use crate::exit::EndKind;
 use crate::exit::end::status;
 use std::time::Duration;
 
-/// The exit status of a test that was skipped (Linux Documentation/dev-tools/kselftest.rst).
-const SKIPPED: u8 = 4;
 /// Bytes of a message.
 const MESSAGE_BYTES: usize = 600;
+
+/// The exit status of a command that was not to be run here.
+const SKIP: u8 = 4;
 
 /// Why the run was ended from here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +28,8 @@ pub(super) enum Stop {
     Late,
     /// Its output could not be kept.
     Output(String),
+    /// The kernel's log has more bytes than are kept.
+    LogTooLong,
     /// The user ended the suite.
     Interrupted,
 }
@@ -102,6 +105,7 @@ pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
                     of(Verdict::Hang, &with_complaints(message))
                 }
                 Some(Stop::Panic) => of(Verdict::Panic, "the guest panicked"),
+                Some(Stop::LogTooLong) => of(Verdict::Fail, "the kernel's log is too long to keep"),
                 Some(Stop::Late) => of(Verdict::Infrastructure, "hwvmm did not end at the time-out"),
                 Some(Stop::Interrupted) => of(Verdict::Infrastructure, "interrupted"),
                 Some(Stop::Output(_)) | None => of(Verdict::Infrastructure, &stats.end),
@@ -125,8 +129,9 @@ pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
     if let Some(complaints) = complaints {
         return of(Verdict::Oops, &complaints);
     }
-    if stats.end_kind == EndKind::Command && stats.status == SKIPPED && settings.status != SKIPPED {
-        return of(Verdict::Skip, "its command exited with status 4");
+    // As for kselftest (Linux, tools/testing/selftests/kselftest.h, KSFT_SKIP).
+    if stats.end_kind == EndKind::Command && stats.status == SKIP && settings.status != SKIP {
+        return of(Verdict::Skip, &stats.end);
     }
     if stats.status != settings.status {
         return of(Verdict::Fail, &format!("status {}: {}", stats.status, stats.end));
@@ -191,7 +196,7 @@ mod tests {
     use super::super::log::Complaint;
     use super::super::patterns::OopsKind;
     use super::*;
-    use crate::exit::{Crash, EndReason, Signal};
+    use crate::exit::{CommandEnd, Crash, EndReason, Signal};
 
     fn settings() -> Settings {
         Settings {
@@ -229,6 +234,14 @@ mod tests {
             (EndReason::Halted, Verdict::Fail),
             (EndReason::Watchdog, Verdict::Fail),
             (EndReason::Kvm("x".into()), Verdict::Fail),
+            (EndReason::Command(CommandEnd::Exited(0)), Verdict::Pass),
+            (EndReason::Command(CommandEnd::Exited(1)), Verdict::Fail),
+            (EndReason::Command(CommandEnd::Exited(4)), Verdict::Skip),
+            (EndReason::Command(CommandEnd::Exited(39)), Verdict::Fail),
+            (EndReason::Command(CommandEnd::Exited(42)), Verdict::Fail),
+            (EndReason::Command(CommandEnd::Signaled(9)), Verdict::Fail),
+            (EndReason::NoCommand(None), Verdict::Fail),
+            (EndReason::NoCommandStatus(Box::new(EndReason::PowerOff)), Verdict::Fail),
             (EndReason::Panicked(None), Verdict::Panic),
             (EndReason::TripleFault, Verdict::TripleFault),
             (EndReason::TimedOut(Duration::from_secs(1)), Verdict::TimeOut),

@@ -48,13 +48,23 @@ fn every_thread_is_confined() -> Outcome {
 /// The address space that the process of a spinning guest may take beyond what it has, in MiB.
 fn growth_mib(name: &str, options: &[&str]) -> u64 {
     let guest = spin(name, options);
-    std::thread::sleep(std::time::Duration::from_millis(200));
     let file = |name: &str| {
         fs::read_to_string(format!("/proc/{}/{name}", guest.machine.as_raw_pid())).expect("the machine runs")
     };
-    let limits = file("limits");
-    let limit = limits.lines().find_map(|line| line.strip_prefix("Max address space")).expect("a limit");
-    let limit: u64 = limit.split_whitespace().next().and_then(|word| word.parse().ok()).expect("it is limited");
+    // It is set when everything is open, before the guest runs.
+    let limit = || {
+        let limits = file("limits");
+        let limit = limits.lines().find_map(|line| line.strip_prefix("Max address space")).expect("a limit");
+        limit.split_whitespace().next().and_then(|word| word.parse::<u64>().ok())
+    };
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let limit = loop {
+        if let Some(limit) = limit() {
+            break limit;
+        }
+        assert!(std::time::Instant::now() < deadline, "it is not limited");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
     let has: u64 = value(&file("status"), "VmSize").trim_end_matches(" kB").parse().expect("a number");
     super::terminate(&guest.parent);
     guest.parent.wait_with_output().expect("ended");

@@ -50,28 +50,6 @@ program!(
     "out %al,%dx",
     "5: jmp 5b"
 );
-program!(
-    command_skipped,
-    "mov $0x5e8,%dx",
-    "mov $4,%al",
-    "out %al,%dx",
-    "inc %dx",
-    "mov $1,%al",
-    "out %al,%dx",
-    "5: jmp 5b"
-);
-// A kernel that complains, and whose command succeeds.
-printer!(
-    command_with_oops,
-    [".ascii \"[    0.5] BUG: kernel NULL pointer dereference, address: 0000000000000008\\n\\0\""],
-    "mov $0x5e8,%dx",
-    "xor %eax,%eax",
-    "out %al,%dx",
-    "inc %dx",
-    "mov $1,%al",
-    "out %al,%dx",
-    "5: jmp 5b",
-);
 program!(command_failed, "mov $0x5e9,%dx", "mov $3,%al", "out %al,%dx", "5: jmp 5b");
 // Ends of no kind, a signal 0, and writes of other widths; then it powers off.
 program!(
@@ -163,6 +141,38 @@ printer!(
     "mov $0x34,%al",
     "out %al,%dx",
     "hlt",
+);
+// A command that exits with 0, one that is not to be run here (4), and one that exits with 0 after a complaint of the kernel.
+program!(
+    command_ok,
+    "mov $0x5e8,%dx",
+    "xor %eax,%eax",
+    "out %al,%dx",
+    "inc %dx",
+    "inc %eax",
+    "out %al,%dx",
+    "5: jmp 5b"
+);
+program!(
+    command_skip,
+    "mov $0x5e8,%dx",
+    "mov $4,%al",
+    "out %al,%dx",
+    "inc %dx",
+    "mov $1,%al",
+    "out %al,%dx",
+    "5: jmp 5b"
+);
+printer!(
+    command_oops,
+    [".ascii \"[    0.5] BUG: scheduling while atomic: swapper/0/1/0x00000002\\n\\0\""],
+    "mov $0x5e8,%dx",
+    "xor %eax,%eax",
+    "out %al,%dx",
+    "inc %dx",
+    "inc %eax",
+    "out %al,%dx",
+    "5: jmp 5b"
 );
 // KTAP; then the guest powers off.
 printer!(
