@@ -4,8 +4,8 @@ use super::output::{fail, print_all, print_stderr, print_text, say};
 use crate::exit::end::status;
 use crate::testing::{
     Annotations, Baseline, Case, Colour, DEFAULT_FILE, Done, FailFast, Header, Interrupted, Jobs, Plan, ResultFolder,
-    SAMPLE, Selection, SelectionError, Shard, SuiteFile, TestResult, Totals, UpdateBaseline, Verdict, annotation,
-    baseline_path, bazel_status_file, expand, junit, ktap, ktap_lines, line, merge, step_summary, summary,
+    SAMPLE, Selection, Shard, SuiteFile, TestResult, Totals, UpdateBaseline, Verdict, annotation, baseline_path,
+    bazel_status_file, expand, junit, ktap, ktap_lines, line, merge, step_summary, summary,
 };
 use hwvmm_devices::path_text::PathText as _;
 use std::collections::BTreeMap;
@@ -16,8 +16,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 #[derive(clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -147,11 +147,7 @@ fn prepare(args: &Args) -> Result<Prepared, Usage> {
     let suites = files.iter().map(|path| SuiteFile::read(path)).collect::<Result<Vec<_>, _>>()?;
     let shard = args.shard.map_or_else(Shard::of_environment, Ok)?;
     let selection = Selection::new(args.filter.clone(), args.regex.as_deref(), shard)?;
-    let cases = match selection.take(expand(&suites)?) {
-        // Bazel runs any target with its filter.
-        Err(SelectionError::Nothing) => return Err(SelectionError::Nothing.into()),
-        taken => taken?,
-    };
+    let cases = selection.take(expand(&suites)?)?;
     let paths = cases.iter().filter_map(|case| baseline_path(args.baseline.as_deref(), case));
     let mut baselines = BTreeMap::new();
     for path in paths {
@@ -200,8 +196,10 @@ fn run_suite(args: &Args, prepared: &Prepared) -> Result<u8, Box<dyn Error>> {
     let folder = ResultFolder::create(args.output.as_deref())?;
     let interrupted = Interrupted::default();
     catch_signals(&interrupted).map_err(|error| format!("cannot catch signals: {error}"))?;
+    let header = Header::new(prepared.shard, prepared.cases.len());
+    let lines = ResultLines::new(&folder, &header)?;
     let printer = Printer::new(args.format, prepared.cases.len());
-    printer.begin(&Header::new(prepared.shard, prepared.cases.len()));
+    printer.begin(&header);
     let plan = Plan {
         cases: &prepared.cases,
         folder: &folder,
@@ -211,14 +209,18 @@ fn run_suite(args: &Args, prepared: &Prepared) -> Result<u8, Box<dyn Error>> {
         baseline: args.baseline.as_deref(),
         update: if args.update_baseline { UpdateBaseline::Yes } else { UpdateBaseline::No },
         interrupted: &interrupted,
-        each: &|result| printer.result(result),
+        each: &|result| {
+            lines.add(result);
+            printer.result(result);
+        },
     };
     let done = crate::testing::run(&plan);
+    lines.finish()?;
     if args.update_baseline {
         update_baselines(prepared, &done)?;
     }
     let totals = Totals::new(&done.results, done.not_run);
-    write_reports(&folder, &Header::new(prepared.shard, prepared.cases.len()), &done.results, &totals)?;
+    write_reports(&folder, &done.results, &totals)?;
     printer.end(&totals, folder.path());
     if interrupted.0.load(Ordering::Relaxed) {
         return Ok(status::QUIT);
@@ -237,18 +239,35 @@ fn update_baselines(prepared: &Prepared, done: &Done) -> Result<(), Box<dyn Erro
     Ok(())
 }
 
-/// Writes the results in all forms to `folder`, and to GitHub's summary of the step.
-fn write_reports(
-    folder: &ResultFolder,
-    header: &Header,
-    results: &[TestResult],
-    totals: &Totals,
-) -> Result<(), Box<dyn Error>> {
-    let mut lines = header.json()?;
-    for result in results {
-        lines += &result.json()?;
+/// The file `results.jsonl`, which has each result once it is known: where this process is killed, they are not lost.
+struct ResultLines {
+    file: Mutex<(File, io::Result<()>)>,
+}
+
+impl ResultLines {
+    fn new(folder: &ResultFolder, header: &Header) -> Result<Self, Box<dyn Error>> {
+        let path = folder.write("results.jsonl", &header.json()?)?;
+        let file = File::options().append(true).open(&path)?;
+        Ok(Self { file: Mutex::new((file, Ok(()))) })
     }
-    folder.write("results.jsonl", &lines)?;
+
+    fn add(&self, result: &TestResult) {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let (file, written) = &mut *file;
+        if written.is_ok() {
+            *written = result.json().map_err(io::Error::from).and_then(|line| file.write_all(line.as_bytes()));
+        }
+    }
+
+    /// The first error there was.
+    fn finish(self) -> Result<(), Box<dyn Error>> {
+        let (_, written) = self.file.into_inner().unwrap_or_else(PoisonError::into_inner);
+        written.map_err(|error| format!("cannot write results.jsonl: {error}").into())
+    }
+}
+
+/// Writes the reports to `folder`, and to GitHub's summary of the step.
+fn write_reports(folder: &ResultFolder, results: &[TestResult], totals: &Totals) -> Result<(), Box<dyn Error>> {
     folder.write("junit.xml", &junit(results)?)?;
     folder.write("results.ktap", &ktap(results))?;
     if Annotations::of_environment() == Annotations::Yes
@@ -345,7 +364,10 @@ fn merged(folders: &[PathBuf], output: Option<&Path>) -> ExitCode {
     let totals = Totals::new(&merged.results, merged.not_run.saturating_add(merged.missing_shards.len()));
     let write = || -> Result<(), Box<dyn Error>> {
         let folder = ResultFolder::create(output)?;
-        write_reports(&folder, &Header::new(Shard::ALL, merged.results.len()), &merged.results, &totals)?;
+        let lines = ResultLines::new(&folder, &Header::new(Shard::ALL, merged.results.len()))?;
+        merged.results.iter().for_each(|result| lines.add(result));
+        lines.finish()?;
+        write_reports(&folder, &merged.results, &totals)?;
         printer.end(&totals, folder.path());
         Ok(())
     };
