@@ -15,6 +15,8 @@ mod hostile;
 mod inherited;
 #[path = "command/input.rs"]
 mod input;
+#[path = "command/messages.rs"]
+mod messages;
 #[path = "command/one_command.rs"]
 mod one_command;
 #[path = "command/parser.rs"]
@@ -31,8 +33,6 @@ mod restart;
 mod results;
 #[path = "command/shares.rs"]
 mod shares;
-#[path = "command/words.rs"]
-mod words;
 
 use harness::{Outcome, Test};
 use std::collections::BTreeSet;
@@ -494,7 +494,7 @@ fn main() -> ExitCode {
         restart::TESTS,
         results::TESTS,
         shares::TESTS,
-        words::TESTS,
+        messages::TESTS,
     ];
     harness::run("command", &all.concat())
 }

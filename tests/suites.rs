@@ -159,7 +159,7 @@ const EVERY: &[(&str, &str, &str, &str)] = &[
     ("off/no-ktap", "ktap = true", "fail", "its console has no KTAP"),
     ("ktap-skip/skipped", "ktap = true", "skip", "no such device"),
     ("panic/panic", "", "panic", "the guest panicked: "),
-    ("panic-stays/panic-without-an-end", "", "panic", "the guest panicked: nobody there"),
+    ("panic-stays/panic-without-an-end", "", "panic", "the guest panicked: no init found"),
     ("pvpanic/pvpanic", "", "panic", "the guest panicked"),
     ("oops/oops", "", "oops", "bug: BUG: kernel NULL pointer dereference, address: 0000000000000008 (and 1 more)"),
     ("spin/hang", "silence = '500ms'", "hang", "no output for 0.5 s"),

@@ -72,7 +72,7 @@ impl Listener {
         let file = statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?;
         let own = (file.st_dev, file.st_ino);
         let bound = Self { listener: UnixListener::from(socket), path: path.to_owned(), file: own };
-        // Nobody can connect before it listens.
+        // No process can connect before it listens.
         check_private(&file)?;
         listen(&bound.listener, BACKLOG)?;
         Ok(bound)
@@ -100,7 +100,7 @@ impl Listener {
     }
 }
 
-/// Returns an error if `file` is not a socket of this user that nobody else can connect to.
+/// Returns an error if `file` is not a socket of this user that no other user can connect to.
 fn check_private(file: &Stat) -> io::Result<()> {
     let mode = Mode::from_raw_mode(file.st_mode);
     let socket = FileType::from_raw_mode(file.st_mode) == FileType::Socket;

@@ -360,7 +360,7 @@ fn merged(folders: &[PathBuf], output: Option<&Path>) -> ExitCode {
         let missing: Vec<String> = merged.missing_shards.iter().take(20).map(ToString::to_string).collect();
         say(&format!("of {} shards there is no folder of: {}", merged.shards, missing.join(", ")));
     }
-    // A shard that is missing has tests, of which nobody knows how many.
+    // A shard that is missing has an unknown number of tests.
     let totals = Totals::new(&merged.results, merged.not_run.saturating_add(merged.missing_shards.len()));
     let write = || -> Result<(), Box<dyn Error>> {
         let folder = ResultFolder::create(output)?;

@@ -141,7 +141,7 @@ struct Console {
 #[derive(Default)]
 struct State {
     lines: Lines,
-    /// When an unfinished line is matched, and how often that was put off; `None` where nobody looks.
+    /// When an unfinished line is matched, and how often that was put off; `None` where it is not looked at.
     due: Option<(Instant, u32)>,
 }
 

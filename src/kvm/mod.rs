@@ -20,4 +20,4 @@ pub use error::KvmError;
 pub use exit::{Direction, Exit};
 pub use system::{OpenError, System};
 pub use vcpu::Vcpu;
-pub use vm::Vm;
+pub use vm::{PinLevel, Vm};

@@ -17,6 +17,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+/// The level of a pin of an interrupt controller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PinLevel {
+    /// No interrupt is asked for.
+    Low,
+    /// An interrupt is asked for.
+    High,
+}
+
 /// A virtual machine. Guest memory stays mapped as long as the value lives.
 pub struct Vm {
     fd: VmFd,
@@ -107,8 +116,8 @@ impl Vm {
     ///
     /// # Errors
     /// Where the interrupt controllers are not in the kernel.
-    pub fn set_irq_line(&self, gsi: u32, high: bool) -> Result<(), KvmError> {
-        self.fd.set_irq_line(gsi, high).named("KVM_IRQ_LINE")
+    pub fn set_irq_line(&self, gsi: u32, level: PinLevel) -> Result<(), KvmError> {
+        self.fd.set_irq_line(gsi, level == PinLevel::High).named("KVM_IRQ_LINE")
     }
 
     /// Sets the first vector of each of the two PICs, and unmasks all of their interrupts (KVM API 4.26, 4.27).

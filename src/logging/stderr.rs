@@ -104,7 +104,7 @@ struct Queue {
     bytes: usize,
     /// Lines that were dropped and not counted on stderr yet.
     lost: u64,
-    /// Somebody has waited for [`PATIENCE`], and nothing was written since.
+    /// A thread has waited for [`PATIENCE`], and nothing was written since.
     stalled: bool,
 }
 
@@ -353,7 +353,7 @@ mod tests {
 
     /// Another process fills the pipe all the time: a write right after poll(2) has found room must not wait either.
     #[test]
-    fn a_pipe_that_others_fill_blocks_nobody() {
+    fn a_pipe_that_others_fill_blocks_no_thread() {
         let (reader, writer) = std::io::pipe().expect("a pipe");
         let other = Target::new(writer.try_clone().expect("a copy").into());
         let writer = Writer::new(Some(writer.into()));

@@ -288,7 +288,7 @@ mod tests {
         let text = "root:x:0:0:root:/root:/bin/sh\nmail:x:8:12:mail:/var/mail:/bin/false\nbad:x:y:z\n";
         let (found, home) = passwd_entry(text, "mail").expect("there");
         assert_eq!((found, home), (GuestUser { uid: 8, gid: 12 }, Some("/var/mail".into())));
-        assert!(passwd_entry(text, "bad").is_none() && passwd_entry(text, "nobody").is_none());
+        assert!(passwd_entry(text, "bad").is_none() && passwd_entry(text, "missing").is_none());
         assert!(failure("root = 'none'\nuser = 'mail'").contains("give numbers"));
     }
 

@@ -2,7 +2,7 @@
 
 use super::error::MachineError;
 use crate::config::RunConfig;
-use crate::kvm::Vm;
+use crate::kvm::{PinLevel, Vm};
 use crate::memory::GuestRam;
 use hwvmm_devices::BusBuilder;
 use hwvmm_devices::legacy::{FwCfg, LineLevel, TestHost, add_test_device};
@@ -15,7 +15,11 @@ struct Host {
 
 impl TestHost for Host {
     fn set_line(&self, gsi: u32, level: LineLevel) {
-        if let Err(error) = self.vm.set_irq_line(gsi, level == LineLevel::High) {
+        let pin = match level {
+            LineLevel::Low => PinLevel::Low,
+            LineLevel::High => PinLevel::High,
+        };
+        if let Err(error) = self.vm.set_irq_line(gsi, pin) {
             log::debug!("test device: line {gsi}: {error}: {}", error.source);
         }
     }

@@ -31,7 +31,7 @@ pub fn note_inherited_files() {
     replace_folders();
 }
 
-/// Has /dev/null replace the standard streams that are folders. Where this fails, so does whoever uses the stream.
+/// Has /dev/null replace the standard streams that are folders. Where this fails, later uses of the stream fail too.
 fn replace_folders() {
     let is_folder = |stream: &dyn AsFd| fstat(stream.as_fd()).is_ok_and(|stat| is_folder(&stat));
     let folders = [is_folder(&stdin()), is_folder(&stdout()), is_folder(&stderr())];

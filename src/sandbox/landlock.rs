@@ -61,7 +61,7 @@ fn rights(access: Access) -> BitFlags<AccessFs> {
     }
 }
 
-/// Rules that can be entered when their paths name nothing any more.
+/// Rules that can still be added once their paths cannot be resolved.
 pub(super) struct Rules(RulesetCreated);
 
 /// Makes the rules for `reach`, and opens its paths.

@@ -253,7 +253,7 @@ impl Sandbox {
         if self.mode == Mode::Log {
             return Ok(());
         }
-        // Guest memory and keys in it must not end up in a core file; nobody attaches a debugger.
+        // Guest memory and keys in it must not end up in a core file, and no other process may trace this one.
         let no_core = Rlimit { current: Some(0), maximum: Some(0) };
         rustix::process::setrlimit(Resource::Core, no_core).map_err(process("set RLIMIT_CORE to 0"))?;
         rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
@@ -274,7 +274,7 @@ impl Sandbox {
         capabilities::bound().map_err(process("empty the bounding set of capabilities"))
     }
 
-    /// Gives the calling thread, called `name`, the rights of `role` and no others, for good. A thread of a shared folder keeps
+    /// Gives the calling thread, called `name`, the rights of `role` and no others. They cannot be widened again. A thread of a shared folder keeps
     /// the capabilities that it has: it has dropped those that it does not need.
     ///
     /// # Errors

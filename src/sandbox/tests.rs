@@ -156,7 +156,7 @@ fn sockets_and_ioctls_are_limited_by_their_arguments() {
         for (action, call) in [("socket", "socket (41)"), ("unix", "socket (41)"), ("connect", "connect (42)")] {
             assert!(refused(&format!("on {role:?} {action}")).contains(&format!("called {call}")), "{role:?} {action}");
         }
-        // Open files of the process are sent to nobody, and only connections are received.
+        // The process sends its open files to no other process, and only connections are received.
         assert!(refused(&format!("on {role:?} sendmsg")).contains("called sendmsg (46)"), "{role:?}");
         if role == ThreadRole::Vsock {
             passes("on Vsock recvmsg");

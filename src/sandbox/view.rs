@@ -30,7 +30,7 @@ const OPEN_FILES: &str = "/proc/self/fd";
 pub enum ViewRight {
     /// The process has CAP_SYS_ADMIN.
     Own,
-    /// A user namespace, in which nobody but the process' user and group exist.
+    /// A user namespace with one mapping: that of the process' user and group.
     UserNamespace,
 }
 
@@ -154,7 +154,7 @@ fn own_mounts() -> Result<(), ViewError> {
         }
         kept => kept.map_err(failed("keep mounts from the host's namespace"))?,
     }
-    // Whoever opens it from here on opens this mount, which View::empty takes out of the namespace.
+    // A path that is opened from here on leads to this mount, which View::empty takes out of the namespace.
     mount_bind(OPEN_FILES, OPEN_FILES).map_err(failed("mount /proc/self/fd"))
 }
 

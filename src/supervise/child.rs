@@ -52,7 +52,7 @@ const NOT_SENT: u8 = 1;
 
 /// Makes the machine, runs it, and sends what it leaves; its messages go to `relay`. Returns the exit status of this process.
 pub(super) fn work(inherited: &Inherited<'_>, socket: OwnedFd, relay: RelaySender) -> u8 {
-    // What Rust's runtime and the C library write to stderr before they abort goes to the parent, too, and waits for nobody. Where
+    // What Rust's runtime and the C library write to stderr before they abort goes to the parent, too, and does not block. Where
     // this fails, it goes to stderr itself.
     let _ = rustix::stdio::dup2_stderr(&relay);
     let _flush = logging::init(log::max_level(), logging::Sink::Relay(relay));

@@ -35,7 +35,7 @@ pub struct KernelLogTarget<'a> {
 
 /// The log as it comes.
 pub(super) struct KernelLog<'a> {
-    /// `None` once nobody writes to it any more.
+    /// `None` once its writing end is closed.
     pipe: Option<OwnedFd>,
     file: Option<&'a File>,
     echo: Echo,

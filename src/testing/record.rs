@@ -196,7 +196,7 @@ pub(super) mod tests {
             }),
             attempts: vec![attempt],
             ktap: None,
-            log_end: vec!["last words".into()],
+            log_end: vec!["final line".into()],
             again: "hwvmm run".into(),
         }
     }

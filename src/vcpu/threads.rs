@@ -220,7 +220,7 @@ impl Threads {
         self.inspector().ask();
     }
 
-    /// For somebody else who looks at the vCPUs.
+    /// For another thread that looks at the vCPUs.
     #[must_use]
     pub fn inspector(&self) -> Inspector {
         let shared = self.threads.iter().map(|thread| Arc::clone(&thread.shared)).collect();

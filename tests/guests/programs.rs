@@ -129,7 +129,7 @@ printer!(
     "hlt",
 );
 // For suites of `hwvmm test`. A panic after which the kernel prints nothing more, and stays.
-printer!(panic_that_stays, [".ascii \"[    0.5] Kernel panic - not syncing: nobody there\\r\\n\\0\""], "5: jmp 5b");
+printer!(panic_that_stays, [".ascii \"[    0.5] Kernel panic - not syncing: no init found\\r\\n\\0\""], "5: jmp 5b");
 // Two complaints of a kernel that goes on, and powers off.
 printer!(
     oops,

@@ -220,7 +220,7 @@ impl WorkerThread {
         self.shared.wait(deadline, |stage| !matches!(stage, Stage::Busy))
     }
 
-    /// Notes that nobody waits for the end of the reset any more.
+    /// Notes that no thread waits for the end of the reset any longer.
     pub(super) fn note_late_reset(&self) {
         let mut state = self.shared.state();
         state.late = matches!(state.stage, Stage::Busy);

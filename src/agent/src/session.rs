@@ -95,7 +95,7 @@ fn reap(command: Pid) -> std::io::Result<PipeReader> {
         loop {
             match wait(WaitOptions::empty()) {
                 Ok(Some((pid, status))) if pid == command => {
-                    // The other end is there as long as somebody waits for it.
+                    // The other end is open as long as a thread waits for it.
                     let _ = writer.write_all(&encode(status));
                 }
                 Ok(_) | Err(Errno::INTR) => {}

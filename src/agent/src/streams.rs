@@ -105,7 +105,7 @@ impl Pump {
         if !self.holds_bytes() {
             let Some(from) = &self.from.file else { return self.stop() };
             match read(from, &mut self.buffer) {
-                // EIO is the end of a terminal that nobody has open.
+                // EIO is the end of a terminal whose other end is closed.
                 Ok(0) | Err(Errno::IO | Errno::CONNRESET) => return self.stop(),
                 Ok(count) => {
                     (self.start, self.end) = (0, count);

@@ -55,7 +55,7 @@ impl Stamp {
 /// What a range of a packed file is recognized by.
 #[derive(Debug)]
 pub enum Identity {
-    /// The inode and its last change, where nobody else can forge them or write to the file.
+    /// The inode and its last change, where no other user can forge them or write to the file.
     Inode(InodeIdentity),
     /// A hash of the content.
     Content(ContentIdentity),
@@ -76,7 +76,7 @@ pub struct ContentIdentity {
     bytes: u64,
 }
 
-/// Returns true if nobody but this user and root can have chosen the file's ctime, inode or content. Those are whatever a FUSE
+/// Returns true if only this user and root can have chosen the file's ctime, inode or content. Those are whatever a FUSE
 /// server says, and whatever a file system image says that a user mounted; such mounts have `nosuid`, since whoever chooses
 /// the metadata of a mount without it is root already.
 fn is_trusted(file: &File, metadata: &Metadata) -> io::Result<bool> {

@@ -13,7 +13,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 pub(super) enum PumpState {
     /// There may be more.
     Open,
-    /// All was written and the source has ended, or nobody reads any more. Both descriptors are closed.
+    /// All was written and the source has ended, or the reader has closed its end. Both descriptors are closed.
     Ended,
     /// Reading or writing failed for another reason than a reader that is gone. Both descriptors are closed.
     Failed(io::Error),
@@ -25,7 +25,7 @@ pub(super) enum PumpState {
 pub(super) struct Pump {
     /// `None` once it has ended.
     source: Option<OwnedFd>,
-    /// `None` once all has been written, or nobody reads.
+    /// `None` once all has been written, or the reader has closed its end.
     sink: Option<OwnedFd>,
     buffer: Box<[u8]>,
     /// What is held lies from here ...
@@ -207,7 +207,7 @@ mod tests {
             drop(reader);
             writer.write_all(text).expect("room");
             assert!(matches!(run(&mut pump), PumpState::Ended));
-            let error = writer.write(b"more").expect_err("nobody reads");
+            let error = writer.write(b"more").expect_err("no reader");
             assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
         }
     }

@@ -120,7 +120,7 @@ mod tests {
         result.message = "50%\n::error::fake ##[error]fake".into();
         assert_eq!(
             annotation(&result, 1),
-            "::error title=hang%3A a%2Cb%3Ac::50%25%0A::error::fake # #[error]fake%0Alast words\n"
+            "::error title=hang%3A a%2Cb%3Ac::50%25%0A::error::fake # #[error]fake%0Afinal line\n"
         );
         assert_eq!(annotation(&sample("a", Verdict::Pass), 1), "");
         assert!(annotation(&sample("a", Verdict::Flaky), 1).starts_with("::warning "));

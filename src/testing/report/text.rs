@@ -85,7 +85,7 @@ mod tests {
         assert_eq!(line(&sample("a", Verdict::Pass), Colour::No), "pass              1.50 s        7 exits  a\n");
         assert_eq!(
             line(&sample("a[b]", Verdict::TripleFault), Colour::No),
-            "triple-fault      1.50 s        7 exits  a[b]: why\n    | last words\n    see /a\n    again: hwvmm run\n"
+            "triple-fault      1.50 s        7 exits  a[b]: why\n    | final line\n    see /a\n    again: hwvmm run\n"
         );
         assert!(line(&sample("a", Verdict::Fail), Colour::Yes).starts_with("\x1b[31mfail          \x1b[0m "));
         assert!(line(&sample("a", Verdict::Flaky), Colour::No).contains("again: "), "it is not hidden");

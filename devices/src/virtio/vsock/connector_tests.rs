@@ -38,7 +38,7 @@ fn a_connection_is_handed_over_and_no_copy_is_kept() {
     theirs.read_exact(&mut [0]).expect("there");
     assert_eq!(ours.read(&mut [0]).expect_err("nothing").kind(), io::ErrorKind::WouldBlock, "it does not block");
     drop(ours);
-    assert_eq!(theirs.read(&mut [0]).expect("the end"), 0, "nobody else has it open");
+    assert_eq!(theirs.read(&mut [0]).expect("the end"), 0, "no other process has it open");
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn only_sockets_of_the_path_are_connected_to() {
     assert_eq!(refused(&device, &mut host, 1), Some(libc::ECONNREFUSED), "a symbolic link");
     assert_eq!(refused(&device, &mut host, 2), Some(libc::ECONNREFUSED), "a file");
     assert_eq!(refused(&device, &mut host, 3), Some(libc::ENOENT));
-    assert!(secret.accept().is_err(), "nobody has connected");
+    assert!(secret.accept().is_err(), "there is no connection");
     // A folder that is replaced later changes nothing.
     let (old, new) = (folder.path().join("old"), folder.path().join("new"));
     std::fs::create_dir(&new).expect("made");
@@ -115,7 +115,7 @@ fn the_rate_is_bounded() {
 }
 
 #[test]
-fn a_process_that_takes_no_answers_blocks_nobody() {
+fn a_process_that_takes_no_answers_blocks_no_thread() {
     let (folder, device, mut host) = ends();
     let _listener = UnixListener::bind(folder.path().join("v_6")).expect("bound");
     for round in 0..50_000_u32 {
@@ -155,7 +155,7 @@ fn a_joined_port_is_given_to_the_first_connection_alone() {
         stream.read_exact(&mut [0]).expect("there");
         assert_eq!(refused(&device, &mut host, 5), Some(libc::ECONNREFUSED), "it is taken");
         drop(stream);
-        assert_eq!(near.read(&mut [0]).expect("the end"), 0, "nobody else has it open");
+        assert_eq!(near.read(&mut [0]).expect("the end"), 0, "no other process has it open");
         if path.is_none() {
             assert_eq!(refused(&device, &mut host, 6), Some(libc::ECONNREFUSED), "no other port");
         } else {
