@@ -12,11 +12,17 @@ use crate::pci::{MsiMessage, MsiRouter, MsiVector, PciFunction, RouteError};
 use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const BAR: u32 = 0xc000_0000;
 // Offsets in the BAR (virtio 1.3 §4.1.4.3) and in the common configuration.
+/// The command register of configuration space (PCI 3.0 6.2.2), and its bits for the BARs and for DMA.
+const COMMAND: usize = 4;
+const COMMAND_MEMORY_MASTER: [u8; 2] = [6, 0];
+/// How long a reset may take.
+const RESET: Duration = Duration::from_secs(10);
 const STATUS: u64 = 0x14;
 const FEATURES: u64 = 0x0c;
 const FEATURES_SELECT: u64 = 0x08;
@@ -71,9 +77,16 @@ impl Function {
         status[0]
     }
 
-    /// Resets the device and starts it with VIRTIO_F_VERSION_1 alone, each queue in 64 KiB of its own.
+    /// Resets the device and starts it with VIRTIO_F_VERSION_1 alone, each queue in 64 KiB of its own. Its BAR must be reachable for
+    /// that, and a reset may take a moment (virtio 1.3 4.1.4.3.2).
     fn start(&self) {
-        for status in [0, 1, 3] {
+        self.device.write_config(COMMAND, &COMMAND_MEMORY_MASTER);
+        self.write(STATUS, 0, 1);
+        let deadline = Instant::now() + RESET;
+        while self.status() != 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        for status in [1, 3] {
             self.write(STATUS, status, 1);
         }
         for (select, features) in [(0, 0), (1, 1)] {
