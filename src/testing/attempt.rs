@@ -4,7 +4,7 @@ use super::case::{Case, StdoutOf};
 use super::file::KtapUse;
 use super::folder::{FolderError, new_file, write_new};
 use super::kernel_log::{KernelLog, Taken};
-use super::log::{Findings, Log, Source};
+use super::log::{Findings, Log, Panic, Source};
 use super::outcome::{Facts, ProcessEnd, Stop};
 use super::stats::Stats;
 use crate::escape::escape;
@@ -138,7 +138,7 @@ pub(super) fn attempt(
     };
     let messages = Messages { file: new_file(&files.folder.join("hwvmm.log"))?, left: MESSAGES_BYTES, end: Vec::new() };
     let mut child = command(case, files, profiled).spawn().map_err(|error| AttemptError::Io("start hwvmm", error))?;
-    let watched = Watch::new(&mut child, case, Logs { log, kernel_log, messages })
+    let watched = Watch::new(&mut child, case, Logs { log, kernel_log, messages }, files.stats())
         .and_then(|watch| watch.until_the_end(interrupted));
     if watched.is_err() {
         // It must not go on alone; where it has ended already, there is nothing to kill.
@@ -228,17 +228,19 @@ struct Watch<'a> {
     last_output: Instant,
     stop: Option<Stop>,
     kill_at: Option<Instant>,
+    /// The file of its statistics.
+    stats: PathBuf,
 }
 
 impl Logs {
-    /// Returns true if the kernel has said that it panics.
-    fn has_panic(&self) -> bool {
-        self.log.has_panic() || self.kernel_log.as_ref().is_some_and(KernelLog::has_panic)
+    /// What the kernel has said of a panic.
+    fn panic(&self) -> Panic {
+        self.kernel_log.as_ref().map_or_else(|| self.log.panic(), KernelLog::panic)
     }
 }
 
 impl<'a> Watch<'a> {
-    fn new(child: &'a mut Child, case: &'a Case, logs: Logs) -> Result<Self, AttemptError> {
+    fn new(child: &'a mut Child, case: &'a Case, logs: Logs, stats: PathBuf) -> Result<Self, AttemptError> {
         let failed = |error: Errno| AttemptError::Io("watch hwvmm", error.into());
         let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).map_err(failed)?;
         let stdout = child.stdout.take().map(|pipe| File::from(OwnedFd::from(pipe)));
@@ -248,7 +250,7 @@ impl<'a> Watch<'a> {
         }
         let now = Instant::now();
         let (stop, kill_at) = (None, None);
-        Ok(Self { child, pidfd, case, logs, stdout, stderr, started: now, last_output: now, stop, kill_at })
+        Ok(Self { child, pidfd, case, logs, stdout, stderr, started: now, last_output: now, stop, kill_at, stats })
     }
 
     fn until_the_end(mut self, interrupted: &AtomicBool) -> Result<Ended, AttemptError> {
@@ -301,13 +303,19 @@ impl<'a> Watch<'a> {
     }
 
     fn panic_at(&self) -> Option<Instant> {
-        self.logs.has_panic().then(|| self.last_output + PANIC_QUIET)
+        (self.logs.panic() == Panic::Begun).then(|| self.last_output + PANIC_QUIET)
+    }
+
+    /// Returns true once the run has written its statistics. It still prints what it knows, and a signal would only kill it.
+    fn has_ended(&self) -> bool {
+        self.stats.metadata().is_ok_and(|found| found.len() > 0)
     }
 
     /// When something is to be done.
     fn due(&self) -> Option<Instant> {
         match self.stop {
             Some(_) => self.kill_at,
+            None if self.has_ended() => self.late_at(),
             None => [self.silent_at(), self.late_at(), self.panic_at()].into_iter().flatten().min(),
         }
     }
@@ -321,6 +329,12 @@ impl<'a> Watch<'a> {
                 // Where it has ended just now, there is nothing to kill.
                 let _ = self.child.kill();
                 self.kill_at = None;
+            }
+            return;
+        }
+        if self.has_ended() {
+            if is_due(self.late_at()) {
+                self.end(Stop::Late);
             }
             return;
         }

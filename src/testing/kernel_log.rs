@@ -1,6 +1,6 @@
 //! The kernel's log of a run whose stdout is a command's: a file that the run writes (`--kernel-log`), read as it grows.
 
-use super::log::{Findings, Log};
+use super::log::{Findings, Log, Panic};
 use std::fs::File;
 use std::io::{self, Read};
 
@@ -45,9 +45,9 @@ impl KernelLog {
         Ok(if count == 0 { Taken::Nothing } else { Taken::Some })
     }
 
-    /// Returns true if the kernel has said that it panics.
-    pub(super) fn has_panic(&self) -> bool {
-        self.log.has_panic()
+    /// What the kernel has said of a panic.
+    pub(super) fn panic(&self) -> Panic {
+        self.log.panic()
     }
 
     /// What was found in the log.
@@ -75,9 +75,9 @@ mod tests {
         assert_eq!(log.read().expect("read"), Taken::Nothing);
         writer.write_all(b"Kernel panic - not").expect("written");
         assert_eq!(log.read().expect("read"), Taken::Some);
-        assert!(!log.has_panic());
+        assert_eq!(log.panic(), Panic::None);
         writer.write_all(b" syncing: x\n").expect("written");
-        assert_eq!((log.read().expect("read"), log.has_panic()), (Taken::Some, true));
+        assert_eq!((log.read().expect("read"), log.panic()), (Taken::Some, Panic::Begun));
         writer.set_len(MAX_BYTES + 1).expect("longer");
         assert_eq!(log.read().expect("read"), Taken::TooMuch);
         assert_eq!(log.finish().expect("taken").panic.as_deref(), Some("x"));

@@ -22,6 +22,19 @@ const LINE_BYTES: usize = 300;
 const MAX_COMPLAINTS: usize = 20;
 /// Where the kernel says that it panics (kernel/panic.c).
 const PANIC: &[u8] = b"Kernel panic - not syncing";
+/// The last line of a panic, at which hwvmm itself ends the run.
+const PANIC_END: &[u8] = b"---[ end Kernel panic - not syncing";
+
+/// What the kernel has said of a panic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Panic {
+    /// Nothing.
+    None,
+    /// It has begun.
+    Begun,
+    /// It has printed the last line.
+    Ended,
+}
 
 /// A complaint of the guest's kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,6 +95,7 @@ pub(super) struct Log {
 struct Seen {
     source: Source,
     panic: Option<String>,
+    panic_ended: bool,
     complaints: Vec<Complaint>,
     last: VecDeque<String>,
     ktap: Option<Ktap>,
@@ -100,7 +114,7 @@ impl Log {
             tail: VecDeque::new(),
             dropped: false,
             lines: Lines::default(),
-            seen: Seen { source, panic: None, complaints: Vec::new(), last: VecDeque::new(), ktap },
+            seen: Seen { source, panic: None, panic_ended: false, complaints: Vec::new(), last: VecDeque::new(), ktap },
         }
     }
 
@@ -124,9 +138,13 @@ impl Log {
         Ok(())
     }
 
-    /// Returns true if the kernel has said that it panics.
-    pub(super) fn has_panic(&self) -> bool {
-        self.seen.panic.is_some()
+    /// What the kernel has said of a panic.
+    pub(super) fn panic(&self) -> Panic {
+        match (self.seen.panic_ended, &self.seen.panic) {
+            (true, _) => Panic::Ended,
+            (false, Some(_)) => Panic::Begun,
+            (false, None) => Panic::None,
+        }
     }
 
     /// The end of the output.
@@ -163,6 +181,7 @@ impl Seen {
             return;
         }
         let line = without_prefix(line);
+        self.panic_ended |= line.starts_with(PANIC_END);
         if line.starts_with(PANIC) {
             let rest = line[PANIC.len()..].trim_ascii().strip_prefix(b":").unwrap_or_default();
             self.panic.get_or_insert_with(|| shown(rest.trim_ascii(), GUEST_BYTES));

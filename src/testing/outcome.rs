@@ -75,6 +75,11 @@ pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
     }
     let stats = match (&facts.stats, facts.end) {
         (Ok(stats), ProcessEnd::Exited(_)) => stats,
+        // It had ended just when it was asked to: it has written its statistics, and nothing handled the signal any more.
+        (Ok(stats), ProcessEnd::Killed(_)) if facts.stop.is_some() => stats,
+        (_, ProcessEnd::Killed(_)) if facts.stop == Some(Stop::Panic) => {
+            return of(Verdict::Panic, &panic_text(facts.findings.panic.as_deref().unwrap_or_default()));
+        }
         (_, ProcessEnd::Killed(signal)) => {
             return of(Verdict::Infrastructure, &format!("hwvmm was killed by signal {signal}"));
         }
@@ -87,7 +92,7 @@ pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
         return of(Verdict::Infrastructure, &stats.end);
     }
     if let Some(panic) = &facts.findings.panic {
-        return of(Verdict::Panic, &format!("the guest panicked: {panic}"));
+        return of(Verdict::Panic, &panic_text(panic));
     }
     let complaints = complaints(&facts.findings, settings);
     let with_complaints = |message: String| match &complaints {
@@ -140,6 +145,10 @@ pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
         Some(report) => of_subtests(report).unwrap_or_else(|| of_status(facts, stats)),
         None => of_status(facts, stats),
     }
+}
+
+fn panic_text(panic: &str) -> String {
+    format!("the guest panicked: {panic}")
 }
 
 /// The verdict on a run that ended as it should, by the exit status of its process.
@@ -268,6 +277,15 @@ mod tests {
         assert_eq!(stopped(silence(), quit()), Verdict::Hang);
         assert_eq!(stopped(silence(), EndReason::PowerOff), Verdict::Pass, "it ended by itself just then");
         assert_eq!(stopped(Stop::Panic, quit()), Verdict::Panic);
+        let killed = |stop, stats| {
+            let end = ProcessEnd::Killed(15);
+            verdict(&Facts { stop, end, stats, ..facts(&EndReason::PowerOff) })
+        };
+        let stats = |end| Ok(Stats::of_end(&end));
+        assert_eq!(killed(Some(Stop::Panic), stats(EndReason::Panicked(None))), Verdict::Panic);
+        assert_eq!(killed(Some(silence()), stats(EndReason::Reset)), Verdict::Fail);
+        assert_eq!(killed(Some(silence()), Err("none".into())), Verdict::Infrastructure);
+        assert_eq!(killed(None, stats(EndReason::Reset)), Verdict::Infrastructure);
         assert_eq!(stopped(Stop::Late, quit()), Verdict::Infrastructure);
         assert_eq!(stopped(Stop::Output("full".into()), EndReason::PowerOff), Verdict::Infrastructure);
     }
