@@ -178,7 +178,7 @@ const EVERY: &[(&str, &str, &str, &str)] = &[
     ("command-skip/command-skips", "run = 'x'\nroot = 'none'\nmemory = '32M'", "skip", "status 4"),
     ("command-oops/command-with-an-oops", "run = 'x'\nroot = 'none'\nmemory = '32M'", "oops", "bug: BUG: "),
     ("panic/command-with-a-panic", "run = 'x'\nroot = 'none'\nmemory = '32M'", "panic", "panicked: "),
-    ("panic-stays/command-with-a-panic-without-an-end", "run = 'x'\nroot = 'none'\nmemory = '32M'", "panic", "nobody"),
+    ("panic-stays/command-with-a-panic-without-an-end", "run = 'x'\nroot = 'none'\nmemory = '32M'", "panic", "no init"),
     ("spin/command-hangs", "run = 'x'\nroot = 'none'\nmemory = '32M'\nsilence = '500ms'", "hang", "no output"),
     ("off/no-status", "run = 'x'\nroot = 'none'\nmemory = '32M'", "fail", "status is not known"),
     ("off/within-budget", "budget = 'userspace=100'\nprofile = 'user'", "pass", ""),

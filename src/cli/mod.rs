@@ -28,6 +28,10 @@ Examples:
   hwvmm run vmlinuz -i initrd.img --disk a.qcow2,readonly --net user,hostfwd=tcp::2222-:22
   hwvmm run vmlinuz -i initrd.img --profile --profile-out boot.json --budget userspace=400,npf=100
   hwvmm run vmlinuz --profile --tune busy-poll=off,split-irqchip=off
+  hwvmm run vmlinuz -- sh -c 'uname -r; exit 7'                        (ends with status 7)
+  hwvmm run vmlinuz --rw . --env CI --timeout 5m --status-file s.json -- make test
+  hwvmm run vmlinuz --root none --put ./test:/test -- /test
+  hwvmm run vmlinuz -t -- bash
   hwvmm run --tune help                         (lists the levers)
   hwvmm run test.flat --testdev --debug-exit --append 'arguments'
   hwvmm run --config vm.toml
@@ -52,10 +56,13 @@ Exit status:
   34   the guest panicked               35   all vCPUs halted with interrupts off
   36   the guest's watchdog ran out     37   KVM cannot run the guest further
   38   --expect matched no line         39   more exits than --budget allows
-  40   the machine's process crashed    42   hwvmm failed
+  40   the machine's process crashed    41   the guest has no status for the command
+  42   hwvmm failed
   124  --timeout                        130  Ctrl-A x
   128+N  ended by signal N
-  With --debug-exit, a write of V to port 0xf4 ends with status V*2+1 (its low 8 bits), an odd one:
+  With a COMMAND, its exit status; 128+N for a signal N; 127 where it is not found, 126 where it cannot be executed.
+--status-file tells its statuses from those above.
+With --debug-exit, a write of V to port 0xf4 ends with status V*2+1 (its low 8 bits), an odd one:
   2, 40, 42 and 124 are never the guest's.
 After a failure of the guest, and on SIGQUIT, the last exits of each vCPU are printed.";
 

@@ -14,7 +14,7 @@ const ESC: u8 = 0x1b;
 /// A line without its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Line<'a> {
-    /// The text, at most [`LINE_BYTES`].
+    /// The text, at most `LINE_BYTES`.
     pub text: &'a [u8],
     /// How much of the line it is.
     pub extent: Extent,
@@ -25,7 +25,7 @@ pub struct Line<'a> {
 pub enum Extent {
     /// The line from its beginning to its end.
     Whole,
-    /// The beginning of a line that is longer than [`LINE_BYTES`].
+    /// The beginning of a line that is longer than `LINE_BYTES`.
     Beginning,
 }
 

@@ -40,7 +40,7 @@ pub struct ResultFolder {
 }
 
 impl ResultFolder {
-    /// Makes the folder at `path`, or a new one below [`DEFAULT`] in the current folder.
+    /// Makes the folder at `path`, or a new one below `DEFAULT` in the current folder.
     ///
     /// # Errors
     /// [`FolderError`].

@@ -18,9 +18,9 @@ const TEXT_BYTES: usize = 4096;
 /// The first line of `results.jsonl`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
-    /// [`FORMAT`]
+    /// `FORMAT`
     pub format: String,
-    /// [`VERSION`]
+    /// `VERSION`
     pub version: u32,
     /// The number of the shard, from 1.
     pub shard: u32,
