@@ -73,8 +73,7 @@ impl Findings {
     /// Those of a command's output and of its kernel's log together. The lines that say more come last.
     pub(super) fn with_kernel_log(self, kernel: Self) -> Self {
         let Self { panic, complaints, .. } = kernel;
-        let kernel_explains = panic.is_some() || !complaints.is_empty();
-        let (mut tail, last) = if kernel_explains { (self.tail, kernel.tail) } else { (kernel.tail, self.tail) };
+        let (mut tail, last) = if panic.is_some() { (self.tail, kernel.tail) } else { (kernel.tail, self.tail) };
         tail.extend(last);
         Self { panic, complaints, tail, ktap: self.ktap }
     }
