@@ -230,6 +230,17 @@ mod tests {
     }
 
     #[test]
+    fn the_output_of_a_command_comes_last_unless_the_kernel_panicked() {
+        let of = |panic: Option<&str>| {
+            let complaints = vec![Complaint { kind: OopsKind::Warning, line: "WARNING".into() }];
+            let kernel = Findings { panic: panic.map(Into::into), complaints, tail: vec!["kernel".into()], ktap: None };
+            Findings { tail: vec!["command".into()], ..Findings::default() }.with_kernel_log(kernel).tail
+        };
+        assert_eq!(of(None), ["kernel", "command"]);
+        assert_eq!(of(Some("x")), ["command", "kernel"]);
+    }
+
+    #[test]
     fn a_command_says_nothing_of_the_kernel_and_its_log_nothing_of_sub_tests() {
         let findings = |source| {
             let mut log = Log::new(source, None, KtapUse::Required);
