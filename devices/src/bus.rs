@@ -51,6 +51,9 @@ pub trait BusDevice: Send + Sync {
             .find(|a| *a != Action::None)
             .unwrap_or(Action::None)
     }
+
+    /// Hands on output that the device has held back, if any. Called ten times a second, and at the end of a run.
+    fn flush(&self) {}
 }
 
 /// A device cannot be put on the bus.
@@ -157,6 +160,11 @@ impl Bus {
         let slot = self.ranges.partition_point(|range| range.base <= address).checked_sub(1)?;
         let range = self.ranges.get(slot).filter(|range| address <= range.last)?;
         Some(Found { slot, offset: address - range.base, device: range.device.as_ref() })
+    }
+
+    /// Has each device hand on what it has held back.
+    pub fn flush(&self) {
+        self.ranges.iter().for_each(|range| range.device.flush());
     }
 
     /// Returns each range, in the order of [`Found::slot`]: by address.

@@ -132,6 +132,13 @@ impl Handler {
         outcome
     }
 
+    /// Hands on all that waits: in the kernel, and in devices that hold output back.
+    pub fn flush(&self) -> Outcome {
+        let outcome = self.drain_coalesced();
+        self.pio.flush();
+        outcome
+    }
+
     fn pio(&self, port: u16, direction: Direction, size: usize, data: &mut [u8]) -> Handled {
         match direction {
             Direction::In => read(&self.pio, BusKind::Pio, u64::from(port), size, data),

@@ -28,6 +28,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 #[derive(Default)]
 pub(super) struct Devices {
     pub(super) pio: BusBuilder,
+    pub(super) uarts: Vec<Arc<SerialPort>>,
     pub(super) input: Option<Input>,
     pub(super) watches: Vec<Watch>,
     /// The virtio console that reports the size of the terminal to the guest.
@@ -93,6 +94,7 @@ impl Devices {
         if *target == ConsoleTarget::Stdio {
             self.input = Some(input(setup, Arc::clone(&uart) as _, wanted, control)?);
         }
+        self.uarts.push(Arc::clone(&uart));
         self.pio.insert(u64::from(port), 8, format!("UART {}", index + 1), uart)?;
         Ok(())
     }

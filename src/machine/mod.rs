@@ -118,6 +118,10 @@ impl Machine {
         }
         let registers = VirtioMmioRegisters { devices: &layout.mmio, readonly_pages: pages };
         let ring = vcpus.first().and_then(|vcpu| levers::coalesced_io(&vm, vcpu, config, irqchip, &registers));
+        if ring.is_some() {
+            // The thread that drains the ring has the UARTs flushed, too.
+            devices.uarts.iter().for_each(|uart| uart.batch_output());
+        }
         let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze(), ring };
         Ok(Self {
             vcpus,

@@ -162,7 +162,7 @@ fn listen(
     Ok(event_loop)
 }
 
-/// How long writes wait in the kernel at most. Each look costs the guest some time where it has no processor to spare.
+/// How long writes wait in the kernel, and output in devices, at most. Each look costs the guest some time where it has no processor to spare.
 const DRAIN: Duration = Duration::from_millis(100);
 
 /// Takes what waits in the kernel when no exit does.
@@ -186,7 +186,7 @@ impl Drain {
             }
             while !stopping.load(Ordering::Acquire) {
                 std::thread::park_timeout(DRAIN);
-                if let Outcome::End(end) = handler.drain_coalesced() {
+                if let Outcome::End(end) = handler.flush() {
                     control.end(end, None);
                 }
             }
@@ -320,7 +320,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let vcpus = threads.stop();
     // The guest's final output.
     drain.into_iter().for_each(Drain::stop);
-    handler.drain_coalesced();
+    handler.flush();
     let trace = tracer.map(Tracer::finish);
     VirtioHandle::stop_all(&virtio, Instant::now() + DEVICES_END);
     result?;

@@ -31,6 +31,8 @@ const LCR_DIVISOR: u8 = 1 << 7;
 const MCR_LOOP: u8 = 1 << 4;
 const LSR_DATA_READY: u8 = 1;
 
+/// Bytes of output that are held back at most.
+const HELD_BYTES: usize = 512;
 /// When [`SerialPort::remind`] is to be called again where a vCPU holds the lock.
 const BUSY: Duration = Duration::from_millis(10);
 
@@ -56,7 +58,17 @@ impl Write for Collected {
     }
 }
 
+/// When output goes to the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Batching {
+    /// With each access.
+    Off,
+    /// Output of a driver that polls: a line at once.
+    Lines,
+}
+
 struct Inner {
+    batching: Batching,
     uart: Serial<IrqLine, NoEvents, Collected>,
     irq: IrqLine,
     receiver: Receiver,
@@ -161,6 +173,18 @@ impl Inner {
         self.uart.writer_mut().bytes = bytes;
     }
 
+    /// Writes the output after an access to `register`. A driver that polls, as Linux' printk does, has interrupts off, and reads
+    /// the line status before each byte: its output is held back until the line ends, it does something else, or
+    /// [`BusDevice::flush`] is called. One write to the host costs less than many.
+    fn flush_after(&mut self, register: u8) {
+        let polls = self.receiver.interrupt_enable() == 0 && matches!(register, DATA | LINE_STATUS);
+        let bytes = &self.uart.writer_mut().bytes;
+        let hold = self.batching == Batching::Lines && polls && bytes.len() < HELD_BYTES && !bytes.ends_with(b"\n");
+        if !hold {
+            self.flush();
+        }
+    }
+
     fn accepts_input(&mut self) -> bool {
         self.receiver.is_wanted() && !self.is_loopback()
     }
@@ -205,10 +229,24 @@ impl SerialPort {
         let uart = Serial::new(irq.clone(), Collected { bytes: Vec::new() });
         let receiver = Receiver::new();
         Self {
-            inner: Mutex::new(Inner { uart, irq, receiver, output, wanted: false, in_output: false, failed: false }),
+            inner: Mutex::new(Inner {
+                batching: Batching::Off,
+                uart,
+                irq,
+                receiver,
+                output,
+                wanted: false,
+                in_output: false,
+                failed: false,
+            }),
             input_wanted,
             input_missed: AtomicBool::new(false),
         }
+    }
+
+    /// Has the output of drivers that poll written in lines. [`BusDevice::flush`] must be called regularly then.
+    pub fn batch_output(&self) {
+        self.lock().batching = Batching::Lines;
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -282,6 +320,7 @@ impl BusDevice for SerialPort {
             inner.receiver.note_access();
         }
         *value = inner.read_register(register);
+        inner.flush_after(register);
         inner.update_line();
         let wanted = inner.finish_access(was_empty);
         drop(inner);
@@ -301,7 +340,7 @@ impl BusDevice for SerialPort {
         for value in data.iter().step_by(size.max(1)) {
             inner.write_register(register, *value);
         }
-        inner.flush();
+        inner.flush_after(register);
         let was_empty = inner.receiver.is_empty();
         // The event loop has to watch that this interrupt is seen, or for the end of the probe.
         let watch = inner.update_line() || register == INTERRUPT_ENABLE && inner.receiver.is_probed();
@@ -309,5 +348,9 @@ impl BusDevice for SerialPort {
         drop(inner);
         self.request_input(wanted);
         Action::None
+    }
+    fn flush(&self) {
+        self.lock().flush();
+        self.request_input(false);
     }
 }

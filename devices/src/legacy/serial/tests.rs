@@ -35,6 +35,44 @@ fn a_string_is_one_write_and_loses_nothing() {
     assert_eq!(output.try_recv().expect("one write"), b"ab");
 }
 
+/// As serial8250_console_write of Linux: interrupts off, and the line status before each byte.
+fn print(port: &SerialPort, text: &[u8]) {
+    port.write(1, &[0]);
+    for byte in text {
+        port.read(5, &mut [0]);
+        port.write(0, &[*byte]);
+    }
+}
+
+#[test]
+fn polled_output_is_written_in_lines() {
+    let (port, output, _) = port();
+    port.batch_output();
+    let next = || output.try_recv().ok();
+    print(&port, b"one\r\ntwo");
+    assert_eq!((next().as_deref(), next()), (Some(&b"one\r\n"[..]), None), "a line at once");
+    port.write(1, &[5]);
+    assert_eq!(next().as_deref(), Some(&b"two"[..]), "the driver's interrupts are on again");
+    port.write(0, b"x");
+    assert_eq!(next().as_deref(), Some(&b"x"[..]), "a driver that does not poll");
+    print(&port, b"login: ");
+    assert_eq!(next(), None);
+    BusDevice::flush(&port);
+    assert_eq!(next().as_deref(), Some(&b"login: "[..]));
+    print(&port, b"abc");
+    port.read(2, &mut [0]);
+    assert_eq!(next().as_deref(), Some(&b"abc"[..]), "another register is read");
+    print(&port, &[b'-'; HELD_BYTES + 1]);
+    assert_eq!(next().map(|bytes| bytes.len()), Some(HELD_BYTES), "a long line");
+}
+
+#[test]
+fn without_batching_each_byte_is_written_at_once() {
+    let (port, output, _) = port();
+    print(&port, b"ab");
+    assert_eq!(output.try_iter().collect::<Vec<_>>(), [b"a", b"b"]);
+}
+
 /// Output that blocks until the test allows it to continue.
 struct Stuck(mpsc::Receiver<()>, Sender<()>);
 impl Write for Stuck {
