@@ -117,6 +117,8 @@ fn candidates(places: Places<'_>, release: &str) -> Vec<PathBuf> {
     }
     let mut folders = Vec::new();
     if let Some(beside) = places.kernel.parent() {
+        // Of a name alone it is empty, which is no path (path_resolution(7)).
+        let beside = if beside.as_os_str().is_empty() { Path::new(".") } else { beside };
         folders.extend(below(beside));
         folders.push(beside.join("modules"));
         // An unpacked package has boot/vmlinuz and lib/modules.
@@ -291,6 +293,15 @@ mod tests {
             let found = look(tree.path(), None, &[Driver::Overlay]);
             assert_eq!(found.is_ok(), is_module, "{:?}", found.err());
         }
+    }
+
+    #[test]
+    fn the_current_folder_is_looked_at() {
+        let places = Places { kernel: Path::new("vmlinuz"), given: None };
+        let folders = candidates(places, "6.1");
+        assert_eq!(folders.first().map(PathBuf::as_path), Some(Path::new(".")));
+        assert!(folders.contains(&PathBuf::from("./modules")));
+        assert!(folders.iter().all(|folder| !folder.as_os_str().is_empty()));
     }
 
     #[test]
