@@ -1,7 +1,7 @@
 //! DSDT (ACPI 6.5 §5.2.11.1): the UARTs that exist, the panic port and the soft-off state.
 
 use super::platform::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, VirtioMmio};
-use crate::layout::{PCI_WINDOW, PCI_WINDOW_BYTES, PORT_PVPANIC, SLEEP_TYPE_S5, Uart};
+use crate::layout::{PCI_ECAM, PCI_ECAM_BYTES, PCI_WINDOW, PCI_WINDOW_BYTES, PORT_PVPANIC, SLEEP_TYPE_S5, Uart};
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
@@ -70,6 +70,23 @@ fn pci(segment: u8) -> Vec<u8> {
     aml
 }
 
+/// The configuration space of the PCI bus, reserved as the PCI firmware specification (3.3, §4.1.2) wants it: among the motherboard's
+/// resources. Linux 6.12.117 does not use it otherwise, even where the memory map reserves it.
+fn ecam() -> Vec<u8> {
+    let mut aml = Vec::new();
+    let (base, bytes) = (u32::try_from(PCI_ECAM).unwrap_or(0), u32::try_from(PCI_ECAM_BYTES).unwrap_or(0));
+    Device::new(
+        Path::new("ECAM"),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&Memory32Fixed::new(true, base, bytes)])),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    aml
+}
+
 /// A virtio-mmio device. Virtio 1.3 §4.2.1 leaves its discovery to the platform; drivers match the id LNRO0005.
 fn virtio_mmio(index: usize, VirtioMmio { range, gsi }: VirtioMmio) -> Vec<u8> {
     let mut aml = Vec::new();
@@ -99,6 +116,7 @@ pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
     devices.extend(pvpanic());
     if let Some(segment) = platform.pci {
         devices.extend(pci(segment));
+        devices.extend(ecam());
     }
     for (index, place) in platform.virtio_mmio.iter().enumerate() {
         devices.extend(virtio_mmio(index, *place));
