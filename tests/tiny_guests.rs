@@ -16,7 +16,7 @@ use hwvmm::measure::{Counters, FlightRecorders, Measured, NoProfile};
 use hwvmm::memory::{Backing, GuestRam};
 use hwvmm::sandbox::{Sandbox, ThreadRole};
 use hwvmm::vcpu::{Confinement, Control, Measure, Records, Stop, Threads};
-use hwvmm_arch::exit_code::Class;
+use hwvmm_arch::exit_code::{AccessKind, Class};
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_arch::regs::Entry;
 use hwvmm_arch::{gdt, layout, page_table};
@@ -416,9 +416,9 @@ fn vm_causes() -> Outcome {
         let cpuids: Vec<_> = place(Class::Cpuid, guests::PROFILED_CPUID);
         assert_eq!(cpuids, [(VmDetail::Leaf(0), 50)]);
         let outs: Vec<_> = place(Class::Pio, guests::PROFILED_OUT);
-        assert_eq!(outs, [(VmDetail::Port { port: 0x10, size: 1, write: true }, 50)]);
+        assert_eq!(outs, [(VmDetail::Port { port: 0x10, size: 1, kind: AccessKind::Write }, 50)]);
         let ends: Vec<_> = place(Class::Pio, guests::PROFILED_END);
-        assert_eq!(ends, [(VmDetail::Port { port: 0xf4, size: 1, write: true }, 1)]);
+        assert_eq!(ends, [(VmDetail::Port { port: 0xf4, size: 1, kind: AccessKind::Write }, 1)]);
         // There may also be exits for host interrupts and for page faults (nested, or of shadow paging).
         let known = [Class::Cpuid, Class::Pio, Class::Interrupt, Class::NestedPageFault, Class::Exception];
         assert!(traced.causes.iter().all(|one| known.contains(&class_of(one))));

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of [`RunRecord`]: it changes with its fields.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// What a run leaves behind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -183,7 +183,7 @@ pub(crate) mod tests {
     use crate::measure::tracer::{VmCause, VmCauseRecord, VmDetail, VmRecord};
     use crate::measure::user_profile::{Mark, MarkKind, UserCause, UserCauseRecord};
     use hwvmm_arch::boot::{Decompressor, EntryProtocol};
-    use hwvmm_arch::exit_code::{Class, Isa};
+    use hwvmm_arch::exit_code::{AccessKind, Class, Isa};
 
     fn user_record() -> UserRecord {
         let mut outside = Tally::default();
@@ -206,7 +206,7 @@ pub(crate) mod tests {
     }
 
     fn vm_record() -> VmRecord {
-        let detail = VmDetail::Port { port: 0x3f8, size: 1, write: true };
+        let detail = VmDetail::Port { port: 0x3f8, size: 1, kind: AccessKind::Write };
         let cause = VmCause { isa: Isa::Svm, code: 0x7b, detail, rip: 0xffff_ffff_8100_0000, early: false };
         let mut timeline = Timeline::default();
         timeline.add(5, Class::Pio);

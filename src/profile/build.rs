@@ -129,44 +129,35 @@ impl Names<'_> {
             rip: (cause.rip != 0).then_some(cause.rip),
             ..Cause::default()
         };
-        let mut about = |space: AddressSpace, address: u64, write: Option<bool>, device: Option<String>| {
-            (named.space, named.address, named.write) = (Some(space), Some(address), write);
+        let mut about = |space: AddressSpace, address: u64, kind: Option<AccessKind>, device: Option<String>| {
+            (named.space, named.address) = (Some(space), Some(address));
+            named.write = kind.map(|kind| kind == AccessKind::Write);
             named.device = device;
         };
         match cause.detail {
             VmDetail::None => {}
-            VmDetail::Port { port, size, write } => {
-                about(AddressSpace::Port, port.into(), Some(write), self.at(BusKind::Pio, port.into()));
+            VmDetail::Port { port, size, kind } => {
+                about(AddressSpace::Port, port.into(), Some(kind), self.at(BusKind::Pio, port.into()));
                 named.size = Some(size);
             }
-            VmDetail::Msr { index: Some(index), write } => {
-                about(AddressSpace::Msr, index.into(), Some(write), msr_name(index).map(Into::into));
+            VmDetail::Msr { index: Some(index), kind } => {
+                about(AddressSpace::Msr, index.into(), Some(kind), msr_name(index).map(Into::into));
             }
-            VmDetail::Msr { index: None, write } => named.write = Some(write),
+            VmDetail::Msr { index: None, kind } => named.write = Some(kind == AccessKind::Write),
             VmDetail::Leaf(leaf) => about(AddressSpace::Leaf, leaf.into(), None, None),
             VmDetail::Event(event) => {
                 about(AddressSpace::Vector, event.vector.into(), None, event.name().map(Into::into));
             }
             VmDetail::Register(RegisterAccess { register: Register::Control(number), kind }) => {
-                about(
-                    AddressSpace::ControlRegister,
-                    number.into(),
-                    Some(kind == AccessKind::Write),
-                    Some(format!("CR{number}")),
-                );
+                about(AddressSpace::ControlRegister, number.into(), Some(kind), Some(format!("CR{number}")));
             }
             VmDetail::Register(RegisterAccess { register: Register::Debug(number), kind }) => {
-                about(
-                    AddressSpace::DebugRegister,
-                    number.into(),
-                    Some(kind == AccessKind::Write),
-                    Some(format!("DR{number}")),
-                );
+                about(AddressSpace::DebugRegister, number.into(), Some(kind), Some(format!("DR{number}")));
             }
-            VmDetail::Memory { write } => {
-                (named.device, named.write) = (Some("guest memory".into()), Some(write));
+            VmDetail::Memory { kind } => {
+                (named.device, named.write) = (Some("guest memory".into()), Some(kind == AccessKind::Write));
             }
-            VmDetail::Device { gpa, write } => about(AddressSpace::Gpa, gpa, Some(write), self.memory(gpa)),
+            VmDetail::Device { gpa, kind } => about(AddressSpace::Gpa, gpa, Some(kind), self.memory(gpa)),
         }
         self.place(&mut named, &Evidence::Early(cause.early));
         named

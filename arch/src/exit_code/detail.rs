@@ -1,5 +1,6 @@
 //! The meaning of an exit code and its information fields, for VMX and SVM.
 
+use super::access::AccessKind;
 use super::{svm, vmx};
 use serde::{Deserialize, Serialize};
 
@@ -98,8 +99,8 @@ pub struct IoAccess {
     pub port: u16,
     /// The size of an item in bytes: 1, 2 or 4.
     pub size: u8,
-    /// True for OUT and OUTS, false for IN and INS.
-    pub write: bool,
+    /// A write for OUT and OUTS, a read for IN and INS.
+    pub kind: AccessKind,
 }
 
 /// An access to a register of the local APIC, decoded from the information fields of its VM exit.
@@ -107,8 +108,8 @@ pub struct IoAccess {
 pub struct ApicAccess {
     /// The register's offset in the APIC's page, in bytes: below 4096.
     pub offset: u16,
-    /// True where the guest wrote the register.
-    pub write: bool,
+    /// Whether the guest read or wrote the register.
+    pub kind: AccessKind,
 }
 
 fn port(bits: u64) -> u16 {
@@ -191,11 +192,11 @@ impl Isa {
         match self {
             Self::Svm => {
                 let size = u8::try_from(info1 >> 4 & 7).unwrap_or(0);
-                IoAccess { port: port(info1 >> 16), size, write: info1 & 1 == 0 }
+                IoAccess { port: port(info1 >> 16), size, kind: AccessKind::of_write(info1 & 1 == 0) }
             }
             Self::Vmx => {
                 let size = u8::try_from(info1 & 7).unwrap_or(0) + 1;
-                IoAccess { port: port(info1 >> 16), size, write: info1 & 8 == 0 }
+                IoAccess { port: port(info1 >> 16), size, kind: AccessKind::of_write(info1 & 8 == 0) }
             }
         }
     }
@@ -204,15 +205,15 @@ impl Isa {
     /// §28.2.1, table 28-6; §30.4.3.3), on SVM the unaccelerated access (APM vol. 2 §15.29.9.2, EXITINFO1).
     #[must_use]
     pub fn apic(self, code: u64, info1: u64) -> Option<ApicAccess> {
-        let write = match (self, code & 0xffff) {
-            (Self::Svm, 0x402) => info1 >> 32 & 1 == 1,
+        let kind = match (self, code & 0xffff) {
+            (Self::Svm, 0x402) => AccessKind::of_write(info1 >> 32 & 1 == 1),
             // Linear accesses: 0 is a read, 1 a write. Other kinds have no offset, or are no access of an instruction's to data.
             (Self::Vmx, 44) => match info1 >> 12 & 15 {
-                0 => false,
-                1 => true,
+                0 => AccessKind::Read,
+                1 => AccessKind::Write,
                 _ => return None,
             },
-            (Self::Vmx, 56) => true,
+            (Self::Vmx, 56) => AccessKind::Write,
             _ => return None,
         };
         let mask = match self {
@@ -220,22 +221,23 @@ impl Isa {
             Self::Svm => 0xff0,
             Self::Vmx => 0xfff,
         };
-        u16::try_from(info1 & mask).ok().map(|offset| ApicAccess { offset, write })
+        u16::try_from(info1 & mask).ok().map(|offset| ApicAccess { offset, kind })
     }
 
-    /// Returns true if an exit of class [`Class::Msr`] is a write. SVM has that in EXITINFO1, VMX in the exit reason.
+    /// Returns whether an exit of class [`Class::Msr`] is a read or a write. SVM has that in EXITINFO1, VMX in the exit reason.
     #[must_use]
-    pub fn is_msr_write(self, code: u64, info1: u64) -> bool {
-        match self {
+    pub fn msr_access(self, code: u64, info1: u64) -> AccessKind {
+        AccessKind::of_write(match self {
             Self::Svm => info1 & 1 == 1,
             Self::Vmx => matches!(code & 0xffff, 32 | 79 | 81 | 85),
-        }
+        })
     }
 
-    /// Returns true if a nested page fault is a write (APM vol. 2 §15.25.6, EXITINFO1 bit 1; SDM vol. 3C table 28-7, bit 1).
+    /// Returns the access of a nested page fault; an instruction fetch counts as a read (APM vol. 2 §15.25.6, EXITINFO1 bit 1;
+    /// SDM vol. 3C table 28-7, bit 1).
     #[must_use]
-    pub fn is_fault_write(self, info1: u64) -> bool {
-        info1 & 2 != 0
+    pub fn fault_access(self, info1: u64) -> AccessKind {
+        AccessKind::of_write(info1 & 2 != 0)
     }
 
     /// The gpa of a nested page fault, where the tracepoint `kvm_exit` has it: SVM's EXITINFO2.
@@ -251,27 +253,27 @@ mod tests {
 
     #[test]
     fn port_accesses_are_decoded_alike_on_vmx_and_svm() {
-        let expected = IoAccess { port: 0x3f8, size: 1, write: true };
+        let expected = IoAccess { port: 0x3f8, size: 1, kind: AccessKind::Write };
         assert_eq!(Isa::Svm.io(0x3f8 << 16 | 1 << 4), expected);
         assert_eq!(Isa::Vmx.io(0x3f8 << 16), expected);
-        let read = IoAccess { port: 0xcfc, size: 4, write: false };
+        let read = IoAccess { port: 0xcfc, size: 4, kind: AccessKind::Read };
         assert_eq!(Isa::Svm.io(0xcfc << 16 | 4 << 4 | 1), read);
         assert_eq!(Isa::Vmx.io(0xcfc << 16 | 8 | 3), read);
     }
 
     #[test]
     fn apic_accesses_are_decoded_alike_on_vmx_and_svm() {
-        let access = |offset, write| Some(ApicAccess { offset, write });
-        assert_eq!(Isa::Vmx.apic(44, 1 << 12 | 0x380), access(0x380, true));
-        assert_eq!(Isa::Vmx.apic(44, 0x390), access(0x390, false));
+        let access = |offset, kind| Some(ApicAccess { offset, kind });
+        assert_eq!(Isa::Vmx.apic(44, 1 << 12 | 0x380), access(0x380, AccessKind::Write));
+        assert_eq!(Isa::Vmx.apic(44, 0x390), access(0x390, AccessKind::Read));
         assert_eq!(
             (Isa::Vmx.apic(44, 10 << 12 | 0x380), Isa::Vmx.apic(44, 2 << 12)),
             (None, None),
             "no access to data"
         );
-        assert_eq!(Isa::Vmx.apic(56, 0x380), access(0x380, true));
-        assert_eq!(Isa::Svm.apic(0x402, 1 << 32 | 0x380), access(0x380, true));
-        assert_eq!(Isa::Svm.apic(0x402, 0x390), access(0x390, false));
+        assert_eq!(Isa::Vmx.apic(56, 0x380), access(0x380, AccessKind::Write));
+        assert_eq!(Isa::Svm.apic(0x402, 1 << 32 | 0x380), access(0x380, AccessKind::Write));
+        assert_eq!(Isa::Svm.apic(0x402, 0x390), access(0x390, AccessKind::Read));
         assert_eq!((Isa::Vmx.apic(45, 0x380), Isa::Svm.apic(0x401, 0x380)), (None, None), "a vector, and an ICR");
     }
 
@@ -300,8 +302,12 @@ mod tests {
             assert_eq!(Isa::Svm.class(svm), Isa::Vmx.class(vmx));
         }
         assert_eq!((Isa::Vmx.class(7), Isa::Vmx.class(52)), (Class::Window, Class::Timer), "not the host's");
-        assert!(Isa::Svm.is_msr_write(0x7c, 1) && Isa::Vmx.is_msr_write(32, 0) && !Isa::Vmx.is_msr_write(31, 1));
-        assert!(Isa::Vmx.is_msr_write(85, 0) && !Isa::Vmx.is_msr_write(84, 0));
+        assert_eq!((Isa::Svm.msr_access(0x7c, 1), Isa::Svm.msr_access(0x7c, 0)), (AccessKind::Write, AccessKind::Read));
+        for (code, kind) in
+            [(32, AccessKind::Write), (31, AccessKind::Read), (85, AccessKind::Write), (84, AccessKind::Read)]
+        {
+            assert_eq!(Isa::Vmx.msr_access(code, 1), kind, "{code}");
+        }
         assert_eq!((Isa::Svm.reason(0x72), Isa::Vmx.reason(10)), ("CPUID".into(), "CPUID".into()));
         assert_eq!(Isa::Svm.reason(0x3fe), "0x3fe");
     }

@@ -1,6 +1,6 @@
 //! What an exit for an exception, an interrupt or a register was about.
 
-use super::Isa;
+use super::{AccessKind, Isa};
 use serde::{Deserialize, Serialize};
 
 /// The kind of an event that made a guest exit.
@@ -50,16 +50,6 @@ pub enum Register {
     Control(u8),
     /// Debug register with this number.
     Debug(u8),
-}
-
-/// What an instruction does to a register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum AccessKind {
-    /// The register is read.
-    Read,
-    /// The register is written; CLTS and LMSW write CR0.
-    Write,
 }
 
 /// An access to a control or debug register.

@@ -27,15 +27,15 @@ pub enum VmDetail {
         port: u16,
         /// Size of one item in bytes.
         size: u8,
-        /// True for OUT, false for IN.
-        write: bool,
+        /// A write for OUT, a read for IN.
+        kind: AccessKind,
     },
     /// Access to an MSR: RDMSR or WRMSR.
     Msr {
         /// Index of the MSR (ECX); `None` where KVM did not trace it.
         index: Option<u32>,
-        /// True for WRMSR, false for RDMSR.
-        write: bool,
+        /// A write for WRMSR, a read for RDMSR.
+        kind: AccessKind,
     },
     /// CPUID, with its leaf (EAX).
     Leaf(u32),
@@ -45,15 +45,15 @@ pub enum VmDetail {
     Register(RegisterAccess),
     /// A nested page fault in guest memory: a first touch, or a page that the host had taken back.
     Memory {
-        /// True for a write by the guest.
-        write: bool,
+        /// Whether the guest read or wrote.
+        kind: AccessKind,
     },
     /// An access outside of guest memory: a nested page fault, or an exit of the processor's virtual APIC.
     Device {
         /// The guest physical address.
         gpa: u64,
-        /// True for a write by the guest.
-        write: bool,
+        /// Whether the guest read or wrote.
+        kind: AccessKind,
     },
 }
 
@@ -83,8 +83,10 @@ impl VmCause {
     #[must_use]
     pub fn class(&self) -> Class {
         match self.detail {
-            VmDetail::Msr { index: Some(index), write: true } if TIMER_MSRS.contains(&index) => Class::Timer,
-            VmDetail::Device { gpa: TIMER_GPA, write: true } => Class::Timer,
+            VmDetail::Msr { index: Some(index), kind: AccessKind::Write } if TIMER_MSRS.contains(&index) => {
+                Class::Timer
+            }
+            VmDetail::Device { gpa: TIMER_GPA, kind: AccessKind::Write } => Class::Timer,
             // On VMX they share an exit reason with the guest's exceptions.
             VmDetail::Event(Event { kind: EventKind::Nmi, .. }) => Class::Interrupt,
             _ => self.isa.class(self.code),
@@ -265,7 +267,7 @@ impl Collector {
         } else if let Some(more) = events.faults.iter().find(|more| more.id == id) {
             let gpa = more.what.get(raw);
             let ram = std::mem::take(&mut self.ram);
-            self.refine(Class::NestedPageFault, |detail| Some(fault(&ram, gpa?, is_write(detail))));
+            self.refine(Class::NestedPageFault, |detail| Some(fault(&ram, gpa?, access_kind(detail))));
             self.ram = ram;
         }
     }
@@ -279,12 +281,12 @@ impl Collector {
         let detail = match isa.class(code) {
             Class::Pio => {
                 let io = isa.io(info1);
-                VmDetail::Port { port: io.port, size: io.size, write: io.write }
+                VmDetail::Port { port: io.port, size: io.size, kind: io.kind }
             }
-            Class::Msr => VmDetail::Msr { index: self.early_msr.take(), write: isa.is_msr_write(code, info1) },
+            Class::Msr => VmDetail::Msr { index: self.early_msr.take(), kind: isa.msr_access(code, info1) },
             Class::NestedPageFault => {
-                let write = isa.is_fault_write(info1);
-                isa.fault_gpa(info2).map_or(VmDetail::Memory { write }, |gpa| fault(&self.ram, gpa, write))
+                let kind = isa.fault_access(info1);
+                isa.fault_gpa(info2).map_or(VmDetail::Memory { kind }, |gpa| fault(&self.ram, gpa, kind))
             }
             Class::Interrupt | Class::Exception => {
                 let intr_info = fields.intr_info.map_or(0, get);
@@ -292,7 +294,7 @@ impl Collector {
             }
             Class::Apic => isa.apic(code, info1).map_or(VmDetail::None, |access| VmDetail::Device {
                 gpa: u64::from(LAPIC) + u64::from(access.offset),
-                write: access.write,
+                kind: access.kind,
             }),
             Class::ControlRegister => isa.register(code, info1).map_or(VmDetail::None, VmDetail::Register),
             _ => VmDetail::None,
@@ -358,18 +360,19 @@ impl Collector {
     }
 }
 
-fn fault(ram: &[GpaRange], gpa: u64, write: bool) -> VmDetail {
-    if ram.iter().any(|bank| bank.contains(gpa)) { VmDetail::Memory { write } } else { VmDetail::Device { gpa, write } }
+fn fault(ram: &[GpaRange], gpa: u64, kind: AccessKind) -> VmDetail {
+    if ram.iter().any(|bank| bank.contains(gpa)) { VmDetail::Memory { kind } } else { VmDetail::Device { gpa, kind } }
 }
 
-fn is_write(detail: VmDetail) -> bool {
+/// The direction of an access; a read where there is none.
+fn access_kind(detail: VmDetail) -> AccessKind {
     match detail {
-        VmDetail::None | VmDetail::Leaf(_) | VmDetail::Event(_) => false,
-        VmDetail::Port { write, .. }
-        | VmDetail::Msr { write, .. }
-        | VmDetail::Memory { write }
-        | VmDetail::Device { write, .. } => write,
-        VmDetail::Register(access) => access.kind == AccessKind::Write,
+        VmDetail::None | VmDetail::Leaf(_) | VmDetail::Event(_) => AccessKind::Read,
+        VmDetail::Port { kind, .. }
+        | VmDetail::Msr { kind, .. }
+        | VmDetail::Memory { kind }
+        | VmDetail::Device { kind, .. } => kind,
+        VmDetail::Register(access) => access.kind,
     }
 }
 

@@ -91,8 +91,8 @@ fn exits_on_shadow_paging_have_vectors_and_registers() {
         (0, event(EventKind::Nmi, 2), 2),
         (1, event(EventKind::Interrupt, 0xec), 40),
         (1, event(EventKind::Interrupt, 0xfd), 5),
-        (32, VmDetail::Msr { index: Some(0x6e0), write: true }, 22),
-        (31, VmDetail::Msr { index: Some(0x1b), write: false }, 8),
+        (32, VmDetail::Msr { index: Some(0x6e0), kind: AccessKind::Write }, 22),
+        (31, VmDetail::Msr { index: Some(0x1b), kind: AccessKind::Read }, 8),
         (10, VmDetail::Leaf(0x4000_0000), 4),
     ] {
         assert_eq!(count(&record, |cause| (cause.code, cause.detail) == (code, detail)), expected, "{code} {detail:?}");
@@ -114,9 +114,9 @@ fn only_interrupts_of_the_host_are_counted_as_such() {
 fn ept_violations_have_their_address() {
     let record = collect(VMX_EPT1);
     let of = |detail| count(&record, |cause| cause.detail == detail);
-    assert_eq!(of(VmDetail::Memory { write: true }), 30);
-    assert_eq!(of(VmDetail::Device { gpa: 0xfec0_0010, write: false }), 10);
-    assert_eq!(of(VmDetail::Port { port: 0x3f8, size: 1, write: true }), 9);
+    assert_eq!(of(VmDetail::Memory { kind: AccessKind::Write }), 30);
+    assert_eq!(of(VmDetail::Device { gpa: 0xfec0_0010, kind: AccessKind::Read }), 10);
+    assert_eq!(of(VmDetail::Port { port: 0x3f8, size: 1, kind: AccessKind::Write }), 9);
 }
 
 #[test]
@@ -124,9 +124,9 @@ fn windows_and_nmis_of_svm_are_told_apart_too() {
     let class = |code, detail| VmCause { isa: Isa::Svm, code, detail, rip: 0, early: false }.class();
     assert_eq!((class(0x60, VmDetail::None), class(0x64, VmDetail::None)), (Class::Interrupt, Class::Window));
     assert_eq!((class(0x61, event(EventKind::Nmi, 2)), class(0x74, VmDetail::None)), (Class::Interrupt, Class::Window));
-    let arm = |index| VmDetail::Msr { index: Some(index), write: true };
+    let arm = |index| VmDetail::Msr { index: Some(index), kind: AccessKind::Write };
     assert_eq!((class(0x7c, arm(0x838)), class(0x7c, arm(0x830))), (Class::Timer, Class::Msr));
-    let apic = VmDetail::Device { gpa: 0xfee0_0380, write: true };
+    let apic = VmDetail::Device { gpa: 0xfee0_0380, kind: AccessKind::Write };
     assert_eq!(class(0x400, apic), Class::Timer, "the initial count in xAPIC mode");
 }
 
@@ -137,9 +137,9 @@ fn the_timer_is_told_from_the_apic_where_the_processor_has_one_for_guests() {
         assert!(record.causes.iter().all(|one| one.cause.isa == isa));
         let of = |class| count(&record, |cause| cause.class() == class);
         assert_eq!((of(Class::Timer), of(Class::Apic)), (30, 12), "{isa:?}");
-        let initial_count = VmDetail::Device { gpa: 0xfee0_0380, write: true };
+        let initial_count = VmDetail::Device { gpa: 0xfee0_0380, kind: AccessKind::Write };
         assert_eq!(count(&record, |cause| cause.detail == initial_count), 30, "{isa:?}");
-        let current_count = VmDetail::Device { gpa: 0xfee0_0390, write: false };
+        let current_count = VmDetail::Device { gpa: 0xfee0_0390, kind: AccessKind::Read };
         assert_eq!(count(&record, |cause| cause.detail == current_count), 5, "{isa:?}");
         let timeline = |class| record.timeline.iter().filter(|at| at.key == class).map(|at| at.count).sum::<u64>();
         assert_eq!((timeline(Class::Timer), timeline(Class::Apic)), (30, 12), "{isa:?}");

@@ -71,7 +71,7 @@ fn an_exit_has_its_detail_and_its_time() {
         (3300, entry()),
     ]);
     let (cause, tally) = only(&profile);
-    assert_eq!(cause.detail, VmDetail::Port { port: 0x3f8, size: 1, write: true });
+    assert_eq!(cause.detail, VmDetail::Port { port: 0x3f8, size: 1, kind: AccessKind::Write });
     assert_eq!((cause.rip, tally.count, tally.ns, tally.max_ns), (RIP, 2, 1000, 700));
     assert_eq!((cause.isa, cause.code), (Isa::Svm, 0x7b));
     assert_eq!((profile.lost, profile.untraced, profile.first_kernel_ns), (0, 0, Some(1000)));
@@ -80,7 +80,7 @@ fn an_exit_has_its_detail_and_its_time() {
 #[test]
 fn msr_and_leaf_come_from_their_own_tracepoints() {
     let profile = collect(&[(0, exit(0x7c, RIP, 1, 0)), (1, other(12, 12, 0x6e0)), (2, entry())]);
-    assert_eq!(only(&profile).0.detail, VmDetail::Msr { index: Some(0x6e0), write: true });
+    assert_eq!(only(&profile).0.detail, VmDetail::Msr { index: Some(0x6e0), kind: AccessKind::Write });
     let profile = collect(&[(0, exit(0x72, RIP, 0, 0)), (1, other(13, 8, 0x4000_0000)), (2, entry())]);
     assert_eq!(only(&profile).0.detail, VmDetail::Leaf(0x4000_0000));
 }
@@ -88,7 +88,7 @@ fn msr_and_leaf_come_from_their_own_tracepoints() {
 #[test]
 fn an_msr_of_the_fast_path_is_told_before_its_exit() {
     let profile = collect(&[(0, other(12, 12, 0x6e0)), (1, exit(0x7c, RIP, 1, 0)), (2, entry())]);
-    assert_eq!(only(&profile).0.detail, VmDetail::Msr { index: Some(0x6e0), write: true });
+    assert_eq!(only(&profile).0.detail, VmDetail::Msr { index: Some(0x6e0), kind: AccessKind::Write });
     let entries = collect(&[(0, entry()), (1, exit(0x60, RIP, 0, 0)), (2, entry()), (3, entry())]);
     assert_eq!(entries.untraced, 1, "an entry without an exit before it");
 }
@@ -96,10 +96,10 @@ fn an_msr_of_the_fast_path_is_told_before_its_exit() {
 #[test]
 fn a_fault_is_the_memorys_or_a_devices() {
     let memory = collect(&[(0, exit(0x400, RIP, 6, 0xfff_ffff))]);
-    assert_eq!(only(&memory).0.detail, VmDetail::Memory { write: true });
+    assert_eq!(only(&memory).0.detail, VmDetail::Memory { kind: AccessKind::Write });
     let device = collect(&[(0, exit(0x400, RIP, 4, 0xfec0_0010))]);
     let (cause, tally) = only(&device);
-    assert_eq!(cause.detail, VmDetail::Device { gpa: 0xfec0_0010, write: false });
+    assert_eq!(cause.detail, VmDetail::Device { gpa: 0xfec0_0010, kind: AccessKind::Read });
     assert_eq!((tally.count, tally.histogram.len()), (1, 0), "counted, though it was never followed by an entry");
 }
 
