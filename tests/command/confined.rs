@@ -6,6 +6,7 @@ use super::process::spin;
 use super::when_it_runs;
 use std::fs;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 /// The value of a line of a thread's status (proc(5)).
 fn value(status: &str, name: &str) -> String {
@@ -13,34 +14,54 @@ fn value(status: &str, name: &str) -> String {
     line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned()).unwrap_or_default()
 }
 
-/// The threads of a spinning guest: their names and statuses.
-fn threads(name: &str, options: &[&str]) -> Vec<(String, String)> {
+/// The threads of a spinning guest: their names and statuses, when each has all of `expected` in its status. After 10 s they are
+/// returned as they are: a thread that was just started may have to wait for a processor before it is confined.
+fn threads(name: &str, options: &[&str], expected: &[(&str, &str)]) -> Vec<(String, String)> {
     let guest = spin(name, options);
     let tasks = PathBuf::from(format!("/proc/{}/task", guest.machine.as_raw_pid()));
-    // Threads that were just started may not have come so far.
-    std::thread::sleep(std::time::Duration::from_millis(200));
-    let statuses = fs::read_dir(tasks).expect("the machine runs").flatten().map(|task| {
-        let status = fs::read_to_string(task.path().join("status")).expect("readable");
-        (value(&status, "Name"), status)
-    });
-    let statuses = statuses.collect();
+    // Threads that are to stay as they are get the time to change.
+    std::thread::sleep(Duration::from_millis(200));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let statuses = loop {
+        let tasks = fs::read_dir(&tasks).expect("the machine runs").flatten();
+        // A thread that ends meanwhile has no status.
+        let statuses = tasks.filter_map(|task| fs::read_to_string(task.path().join("status")).ok());
+        let statuses: Vec<_> = statuses.map(|status| (value(&status, "Name"), status)).collect();
+        let is_expected = |status: &str| expected.iter().all(|(name, expected)| value(status, name) == *expected);
+        if statuses.iter().all(|(_, status)| is_expected(status)) || Instant::now() >= deadline {
+            break statuses;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
     super::terminate(&guest.parent);
     guest.parent.wait_with_output().expect("ended");
+    assert!(!statuses.is_empty());
     statuses
 }
 
 fn every_thread_is_confined() -> Outcome {
     when_it_runs(|| {
+        let none = "0000000000000000";
+        let expected = [
+            ("NoNewPrivs", "1"),
+            ("Seccomp", "2"),
+            ("CapEff", none),
+            ("CapPrm", none),
+            ("CapInh", none),
+            ("CapAmb", none),
+        ];
         let threads = threads(
             "confined",
             &["-c", "2", "--stats", "--console", "virtio=null", "--serial", "1=stdio", "--rng", "--balloon"],
+            &expected,
         );
         assert!(threads.len() >= 3, "{threads:?}");
         for (name, status) in threads {
-            let found =
-                ["NoNewPrivs", "Seccomp", "CapEff", "CapPrm", "CapInh", "CapAmb"].map(|name| value(&status, name));
-            let none = "0000000000000000";
-            assert_eq!(found, ["1", "2", none, none, none, none], "{name}");
+            assert_eq!(
+                expected.map(|(name, _)| (name, value(&status, name))),
+                expected.map(|(name, expected)| (name, expected.to_owned())),
+                "{name}"
+            );
         }
     })
 }
@@ -57,13 +78,13 @@ fn growth_mib(name: &str, options: &[&str]) -> u64 {
         let limit = limits.lines().find_map(|line| line.strip_prefix("Max address space")).expect("a limit");
         limit.split_whitespace().next().and_then(|word| word.parse::<u64>().ok())
     };
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(10);
     let limit = loop {
         if let Some(limit) = limit() {
             break limit;
         }
-        assert!(std::time::Instant::now() < deadline, "it is not limited");
-        std::thread::sleep(std::time::Duration::from_millis(5));
+        assert!(Instant::now() < deadline, "it is not limited");
+        std::thread::sleep(Duration::from_millis(5));
     };
     let has: u64 = value(&file("status"), "VmSize").trim_end_matches(" kB").parse().expect("a number");
     super::terminate(&guest.parent);
@@ -82,7 +103,7 @@ fn profiles_have_memory_for_each_vcpu() -> Outcome {
 
 fn without_the_sandbox_no_thread_is_confined() -> Outcome {
     when_it_runs(|| {
-        for (name, status) in threads("unconfined", &["--sandbox=off"]) {
+        for (name, status) in threads("unconfined", &["--sandbox=off"], &[("Seccomp", "0")]) {
             assert_eq!(value(&status, "Seccomp"), "0", "{name}");
         }
     })
