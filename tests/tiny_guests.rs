@@ -316,8 +316,9 @@ fn unconfined() -> Confinement {
     Confinement { sandbox: Arc::new(Sandbox::off()), role: ThreadRole::Vcpu }
 }
 
-/// Runs a guest on a vCPU thread. Returns true if it is found halted for good within 3 s, and the number of kicks.
-fn halts_for_good(code: &[u8]) -> Result<(bool, u64), String> {
+/// Runs a guest on a vCPU thread. Returns true if hwvmm finds within 3 s that no interrupt can wake it from HLT, and the number of
+/// kicks.
+fn is_found_halted(code: &[u8]) -> Result<(bool, u64), String> {
     let system = system()?;
     let machine = machine(&system, code, Mode::Long, true);
     let vcpu = vcpu(&system, &machine, Mode::Long);
@@ -452,11 +453,11 @@ const TESTS: &[Test] = &[
     ("triple_fault_in_real_mode", || triple_fault(guests::triple_fault_real(), Mode::Real)),
     ("triple_fault_in_protected_mode", || triple_fault(guests::triple_fault_protected(), Mode::Protected)),
     ("triple_fault_in_long_mode", || triple_fault(guests::triple_fault_long(), Mode::Long)),
-    ("a_guest_halted_for_good_is_detected", || {
-        outcome(halts_for_good(guests::halt_for_good()).map(|(halted, _)| assert!(halted)))
+    ("a_guest_that_no_interrupt_can_wake_is_detected", || {
+        outcome(is_found_halted(guests::halt_for_good()).map(|(halted, _)| assert!(halted)))
     }),
     ("a_spinning_guest_is_not_halted_and_can_be_stopped", || {
-        outcome(halts_for_good(guests::spin_long()).map(|(halted, kicks)| assert!(!halted && kicks > 10)))
+        outcome(is_found_halted(guests::spin_long()).map(|(halted, kicks)| assert!(!halted && kicks > 10)))
     }),
 ];
 

@@ -48,7 +48,7 @@ fn system_calls(count: usize) {
 fn two_pipes() -> [(std::fs::File, std::fs::File); 2] {
     [(); 2].map(|()| {
         let mut ends = [0; 2];
-        // SAFETY: there is room for two descriptors, which belong to nobody else.
+        // SAFETY: there is room for two descriptors, which no other thread uses.
         unsafe {
             assert_eq!(pipe(ends.as_mut_ptr()), 0, "pipe failed");
             (std::fs::File::from_raw_fd(ends[0]), std::fs::File::from_raw_fd(ends[1]))

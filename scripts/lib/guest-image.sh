@@ -27,7 +27,7 @@ make_guest_image() {
     local out=$HWVMM_LAB/guest/debian.img recipe
     recipe=$(guest_image_recipe)
     mkdir -p "$HWVMM_LAB/work" "$HWVMM_LAB/guest"
-    # What a killed script has left. The lock is held: nobody else makes an image.
+    # What a killed script has left. The lock is held: no other script makes an image.
     as_root rm -rf "$HWVMM_LAB/work/image."*
     local work; work=$(mktemp -d "$HWVMM_LAB/work/image.XXXXXX")
     say "making a Debian 12 system: about 2 minutes and 1 GB of disk, once"

@@ -1,6 +1,6 @@
 //! Watches the lines of consoles for those that end a run or explain its end: the pattern of `--expect`, a kernel panic, a halt.
 //!
-//! A line is matched once, when it has ended, so that `^`, `$` and `\b` speak of whole lines. A line that does not go on is
+//! A line is matched once, when it has ended, so that `^`, `$` and `\b` apply to whole lines. A line that does not go on is
 //! matched as it is after [`QUIET`], and where the guest has ended in an orderly way: that is what a prompt is.
 
 use super::lines::{Line, Lines, without_prefix};
@@ -293,7 +293,7 @@ mod tests {
         EndReason::Seen(text.into())
     }
 
-    /// What a whole output comes to, in these pieces, for a guest that ends with `end`.
+    /// The verdict on a whole output, fed in these pieces, for a guest that ends with `end`.
     fn verdict<'a>(pattern: &str, pieces: impl IntoIterator<Item = &'a [u8]>, end: EndReason) -> EndReason {
         let (watch, announcements) = watch(Some(pattern));
         for piece in pieces {

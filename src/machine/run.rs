@@ -144,7 +144,7 @@ fn measure(setup: &Setup<'_>, ram: &GuestRam, vcpus: usize, start: Instant) -> (
     }
 }
 
-/// The event loop with everybody who waits outside of the guest.
+/// The event loop with all event sources outside of the guest.
 fn listen(
     control: &Arc<Control>,
     subscribers: impl IntoIterator<Item = Box<dyn MutEventSubscriber>>,

@@ -227,7 +227,7 @@ system_call:
 1:  mov kernel_stack(%rip), %rsp
     ret
 
-# Whoever waits in HLT is to go on.
+# Wakes the vCPU that waits in HLT.
 wake:
     movb $1, awake(%rip)
     push %rax

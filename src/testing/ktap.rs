@@ -1,7 +1,7 @@
 //! Reads KTAP, TAP and the output of kselftest from a guest's console (Linux, Documentation/dev-tools/ktap.rst): lines between all
 //! others, with the prefix of printk or without it, nested by indentation or, as kselftest does, by `# `.
 //!
-//! The guest is hostile: what is kept is bounded. It can only speak of its own test.
+//! The guest is hostile: what is kept is bounded. Its results count for its own test only.
 
 use crate::escape::escape;
 use serde::{Deserialize, Serialize};

@@ -94,8 +94,8 @@ fn a_flood_of_warnings_is_limited_over_restarts() -> Outcome {
     })
 }
 
-/// Stderr is a pipe that is full from the start and that nobody reads.
-fn a_stderr_that_nobody_reads_changes_nothing() -> Outcome {
+/// Stderr is a pipe that is full from the start and that is not read.
+fn a_stderr_that_is_not_read_changes_nothing() -> Outcome {
     when_it_runs(|| {
         let profile = folder().join("unread.json");
         let options: [&[&str]; 2] =
@@ -126,7 +126,7 @@ fn a_stderr_that_nobody_reads_changes_nothing() -> Outcome {
 pub(crate) const TESTS: &[Test] = &[
     ("a_flood_of_warnings_is_limited_over_restarts", a_flood_of_warnings_is_limited_over_restarts),
     ("a_flood_of_warnings_is_limited_and_counted", a_flood_of_warnings_is_limited_and_counted),
-    ("a_stderr_that_nobody_reads_changes_nothing", a_stderr_that_nobody_reads_changes_nothing),
+    ("a_stderr_that_is_not_read_changes_nothing", a_stderr_that_is_not_read_changes_nothing),
     ("a_stderr_without_a_reader_changes_nothing", a_stderr_without_a_reader_changes_nothing),
     (
         "a_panic_has_no_escape_sequences_and_no_control_characters",

@@ -76,9 +76,9 @@ pub struct ContentIdentity {
     bytes: u64,
 }
 
-/// Returns true if only this user and root can have chosen the file's ctime, inode or content. Those are whatever a FUSE
-/// server says, and whatever a file system image says that a user mounted; such mounts have `nosuid`, since whoever chooses
-/// the metadata of a mount without it is root already.
+/// Returns true if only this user and root can have chosen the file's ctime, inode or content. On a FUSE
+/// mount its server chooses them, and on a mounted file system image the image's author. Such mounts of users have `nosuid`:
+/// on a mount without it, who chooses the metadata can make files set-user-ID root, and so is root already.
 fn is_trusted(file: &File, metadata: &Metadata) -> io::Result<bool> {
     let owner = metadata.uid();
     let ours = owner == 0 || owner == rustix::process::geteuid().as_raw();
