@@ -377,7 +377,7 @@ fn uses_stdin(config: &RunConfig) -> bool {
 struct Done {
     /// Of the last start.
     record: RunRecord,
-    /// Of all starts.
+    /// The statistics of all starts of the guest, added up.
     stats: Option<RunStats>,
     /// The last lines of the kernel's log.
     kernel_log: Vec<String>,

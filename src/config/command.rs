@@ -41,7 +41,7 @@ impl Value for RootChoice {
 /// An environment variable of a command (`--env`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EnvChoice {
-    /// Its name.
+    /// The variable's name, without `=`.
     pub name: OsString,
     /// Its value; `None`: that of the host, if it has one.
     pub value: Option<OsString>,
@@ -65,9 +65,9 @@ impl Value for EnvChoice {
 pub enum UserChoice {
     /// By numbers; without a group it is that with the user's number.
     Ids {
-        /// The user's.
+        /// The numeric user ID.
         uid: u32,
-        /// The group's.
+        /// The numeric group ID.
         gid: u32,
     },
     /// By the name in the root's /etc/passwd.
@@ -106,7 +106,7 @@ impl Value for UserChoice {
 /// A file or a folder of the host that is put into the guest's initramfs (`--put`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PutChoice {
-    /// On the host.
+    /// The file or folder on the host.
     pub source: PathBuf,
     /// In the guest: an absolute path.
     pub target: PathBuf,

@@ -194,7 +194,7 @@ pub enum ConfigError {
     /// An option and a command exclude each other.
     #[error("{option} cannot be given with a COMMAND: {why}")]
     NotWithCommand {
-        /// The option.
+        /// The option as it is written, with its hyphens.
         option: &'static str,
         /// Why, or what to do.
         why: &'static str,

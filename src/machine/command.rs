@@ -43,7 +43,7 @@ pub enum CommandError {
         option: &'static str,
         /// The folder.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
     /// `--workdir` is a relative path, and there is no current folder.
@@ -52,11 +52,11 @@ pub enum CommandError {
     /// The root's list of users cannot be read.
     #[error("--user {name}: cannot read {}", .path.shown())]
     Passwd {
-        /// The user's name.
+        /// The user's name, as it was given.
         name: String,
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: ReadError,
     },
     /// The root has no such user.
@@ -69,7 +69,7 @@ pub enum CommandError {
 
 /// The initramfs of a command.
 pub(super) struct CommandInitramfs {
-    /// The archive.
+    /// The archive (cpio, newc).
     pub(super) file: File,
     /// If the agent fails: what may have been missing.
     pub(super) hint: Option<String>,

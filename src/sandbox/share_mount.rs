@@ -19,7 +19,7 @@ const MOUNTS_BYTES: u64 = 16 << 20;
 
 /// A mount of a folder, with what is mounted below it. It lasts as long as this is open.
 pub(super) struct ShareMount {
-    /// The mount.
+    /// The detached mount (open_tree(2)).
     pub(super) mount: OwnedFd,
     /// What it has not, where the kernel refuses that.
     pub(super) lacks: Option<Lack>,

@@ -201,7 +201,7 @@ impl Messages {
 
 /// What is kept of the output of a run.
 struct Logs {
-    /// Of its stdout.
+    /// What was found in the stdout of the run.
     log: Log,
     /// Where stdout is a command's.
     kernel_log: Option<KernelLog>,

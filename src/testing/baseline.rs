@@ -31,7 +31,7 @@ pub enum BaselineError {
     /// The file is none.
     #[error("{} is no baseline of hwvmm: {why}", .path.shown())]
     Not {
-        /// The file.
+        /// The file that is refused.
         path: PathBuf,
         /// Why it is none.
         why: String,
@@ -39,9 +39,9 @@ pub enum BaselineError {
     /// Another version of the format.
     #[error("{} is a baseline of version {found}, and this hwvmm reads version {VERSION}: make it again with --update-baseline", .path.shown())]
     Version {
-        /// The file.
+        /// The file that is refused.
         path: PathBuf,
-        /// Its version.
+        /// The version that the file has.
         found: u64,
     },
     /// The file cannot be written.

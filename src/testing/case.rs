@@ -20,18 +20,18 @@ pub struct Case {
     pub options: Table,
     /// How it is run and judged.
     pub settings: Settings,
-    /// What it needs.
+    /// The host's resources that the run takes, and its limits.
     pub needs: Needs,
 }
 
 /// What a run needs, and when it ends at the latest.
 #[derive(Clone, Debug)]
 pub struct Needs {
-    /// Bytes of guest memory.
+    /// Guest memory in bytes.
     pub memory_bytes: u64,
-    /// vCPUs.
+    /// The number of vCPUs.
     pub vcpus: u64,
-    /// The MMU.
+    /// The MMU that KVM must use for it.
     pub mmu: MmuChoice,
     /// By how much the counts of its baseline may be exceeded.
     pub slack: Slack,

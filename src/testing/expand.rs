@@ -26,11 +26,11 @@ pub enum ExpandError {
     /// Something in a test is wrong.
     #[error("{}: {place}: {problem}", .path.shown())]
     Content {
-        /// The file.
+        /// The suite's file.
         path: PathBuf,
-        /// The table.
+        /// The table in it that is wrong.
         place: String,
-        /// What is wrong.
+        /// The fault, for the message.
         problem: String,
     },
     /// Two runs have one name.

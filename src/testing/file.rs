@@ -45,9 +45,9 @@ pub enum SuiteError {
     /// Something in it is wrong.
     #[error("{}: {place}: {problem}", .path.shown())]
     Content {
-        /// The file.
+        /// The suite's file.
         path: PathBuf,
-        /// The table.
+        /// The table in it that is wrong.
         place: String,
         /// What is wrong, and what is known.
         problem: String,
@@ -74,10 +74,10 @@ pub struct Settings {
 /// Whether sub-tests are read from the console of a test.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KtapUse {
-    /// No.
+    /// The console is not searched for sub-tests.
     #[default]
     Ignored,
-    /// Yes; the test fails where there are none.
+    /// Sub-tests are read; the test fails where there are none.
     Required,
 }
 
@@ -93,12 +93,12 @@ struct Given {
     fail_on: Option<Vec<OopsKind>>,
 }
 
-/// A `[[kernel]]`.
+/// A `[[kernel]]` table of a suite: the kernels that a pattern of paths matches.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KernelEntry {
     /// Its name.
     pub name: String,
-    /// Its path, which may have `*`, `?` and `[...]`.
+    /// The path, which may have `*`, `?` and `[...]`.
     pub path: String,
     /// Options of runs with it.
     pub options: Table,
@@ -126,9 +126,9 @@ pub struct TestEntry {
 pub struct SuiteFile {
     /// The path of the file, for messages.
     pub path: PathBuf,
-    /// The kernels.
+    /// The `[[kernel]]` tables, in the order of the file.
     pub kernels: Vec<KernelEntry>,
-    /// The tests.
+    /// The `[[test]]` tables, in the order of the file.
     pub tests: Vec<TestEntry>,
 }
 

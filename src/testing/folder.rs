@@ -20,12 +20,12 @@ pub enum FolderError {
     /// It cannot be made.
     #[error("cannot make the folder {}; --output names another one", .0.shown())]
     Make(PathBuf, #[source] io::Error),
-    /// There is something.
+    /// The path is taken, or others can write to it.
     #[error("{} is {what}: --output needs a folder that does not exist, or that is empty and that only you can write to", .path.shown())]
     NotFree {
-        /// The path.
+        /// The path that `--output` named.
         path: PathBuf,
-        /// What is there.
+        /// What the path is, for the message.
         what: &'static str,
     },
     /// A file in it cannot be written.

@@ -18,11 +18,11 @@ pub(super) struct KernelLog {
 /// What there was in a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Taken {
-    /// Nothing new.
+    /// No bytes: the log has nothing new.
     Nothing,
-    /// Some.
+    /// New bytes were read.
     Some,
-    /// More than may be: nothing is read any more.
+    /// The log has more bytes than its limit: it is not read again.
     TooMuch,
 }
 

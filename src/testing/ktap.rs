@@ -18,15 +18,15 @@ const MAX_COLUMN: usize = 40;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SubtestResult {
-    /// `ok`
+    /// The sub-test passed: `ok`.
     Pass,
-    /// `not ok`
+    /// The sub-test failed: `not ok`.
     Fail,
     /// `# SKIP`, or one that is known to fail: `# TODO`, `# XFAIL`.
     Skip,
 }
 
-/// A sub-test.
+/// The result of a sub-test, from its line in KTAP.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subtest {
     /// Its name, with those of the sub-tests that it is in: `net/tcp/connect`. No two have the same.
@@ -43,11 +43,11 @@ pub struct Subtest {
 pub struct KtapReport {
     /// The sub-tests, without those that only sum up others.
     pub subtests: Vec<Subtest>,
-    /// How many passed.
+    /// The number of sub-tests that passed.
     pub passed: u64,
-    /// How many failed.
+    /// The number of sub-tests that failed.
     pub failed: u64,
-    /// How many were skipped.
+    /// The number of sub-tests that were skipped.
     pub skipped: u64,
     /// The first thing that is wrong with the whole: sub-tests that are missing, `Bail out!`.
     pub problem: Option<String>,

@@ -28,20 +28,20 @@ const PANIC_END: &[u8] = b"---[ end Kernel panic - not syncing";
 /// What the kernel has said of a panic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Panic {
-    /// Nothing.
+    /// No line of a panic was seen.
     None,
-    /// It has begun.
+    /// The first line of a panic was seen.
     Begun,
-    /// It has printed the last line.
+    /// The last line of a panic was seen.
     Ended,
 }
 
 /// A complaint of the guest's kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Complaint {
-    /// Its kind.
+    /// The pattern that the line matched.
     pub(super) kind: OopsKind,
-    /// The line.
+    /// The line, without the prefix of printk.
     pub(super) line: String,
 }
 

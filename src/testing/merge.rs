@@ -29,7 +29,7 @@ pub enum MergeError {
         path: PathBuf,
         /// The number of the line.
         line: usize,
-        /// What is wrong.
+        /// The fault, for the message.
         why: String,
     },
     /// The folders are of runs with another number of shards.
@@ -47,10 +47,10 @@ pub enum MergeError {
     Twice {
         /// The file.
         path: PathBuf,
-        /// The test.
+        /// The test's name.
         name: String,
     },
-    /// Too many folders.
+    /// More folders are named than can be merged.
     #[error("more than {MAX_FOLDERS} folders")]
     TooMany,
 }

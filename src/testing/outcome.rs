@@ -39,7 +39,7 @@ pub(super) enum Stop {
 pub(super) enum ProcessEnd {
     /// With this exit status.
     Exited(u8),
-    /// By this signal.
+    /// Killed by the signal with this number.
     Killed(i32),
 }
 

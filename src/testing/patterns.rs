@@ -34,7 +34,7 @@ macro_rules! oopses {
 /// A row of the table.
 #[derive(Clone, Copy, Debug)]
 pub struct Oops {
-    /// What it is.
+    /// The kind of the lines that match.
     pub kind: OopsKind,
     /// Regular expression, for the line without the prefix of printk.
     pub pattern: &'static str,

@@ -18,9 +18,9 @@ const TEXT_BYTES: usize = 4096;
 /// The first line of `results.jsonl`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
-    /// `FORMAT`
+    /// The name of the format: always `FORMAT`.
     pub format: String,
-    /// `VERSION`
+    /// The version of the format: always `VERSION`.
     pub version: u32,
     /// The number of the shard, from 1.
     pub shard: u32,
@@ -35,9 +35,9 @@ pub struct Header {
 pub struct Attempt {
     /// What it came to.
     pub verdict: Verdict,
-    /// Why.
+    /// The reason for the verdict.
     pub message: String,
-    /// How long it took.
+    /// The duration in milliseconds of host time.
     pub duration_ms: u64,
     /// The folder with what it left: `console.log`, `hwvmm.log`, `stats.json`, `run.toml`, `again.sh`.
     pub artifacts: String,
@@ -46,17 +46,17 @@ pub struct Attempt {
 /// The result of a test. All texts are without control characters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TestResult {
-    /// The test.
+    /// The test's name, unique in the suite.
     pub name: String,
     /// What it came to.
     pub verdict: Verdict,
-    /// Why.
+    /// The reason for the verdict.
     pub message: String,
-    /// How long all tries took together.
+    /// The sum of the durations of all tries, in milliseconds.
     pub duration_ms: u64,
     /// The exits of the last try.
     pub exits: Option<ExitCounts>,
-    /// The tries.
+    /// The tries, in the order in which they were run.
     pub attempts: Vec<Attempt>,
     /// Sub-tests of the last try.
     pub ktap: Option<KtapReport>,
@@ -71,9 +71,9 @@ pub struct TestResult {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub(super) enum Line {
-    /// The first one.
+    /// The header, which is the first line.
     Header(Header),
-    /// All others.
+    /// The result of a test: every line but the first.
     Result(Box<TestResult>),
 }
 
@@ -159,7 +159,7 @@ impl Totals {
         self.counts.values().sum()
     }
 
-    /// Those that occurred.
+    /// Returns the number of results by verdict, for the verdicts that occurred.
     pub fn each(&self) -> impl Iterator<Item = (Verdict, usize)> {
         self.counts.iter().map(|(verdict, count)| (*verdict, *count))
     }

@@ -39,9 +39,9 @@ pub enum Jobs {
 /// Whether tests are started after one has failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailFast {
-    /// None are.
+    /// After a failure no test is started.
     Yes,
-    /// All are.
+    /// All tests are started.
     No,
 }
 
@@ -51,11 +51,11 @@ pub struct Interrupted(pub Arc<AtomicBool>);
 
 /// What is to be run, and how.
 pub struct Plan<'a> {
-    /// The tests.
+    /// The tests to run; the results have the same order.
     pub cases: &'a [Case],
     /// Where they leave what they leave.
     pub folder: &'a ResultFolder,
-    /// How many at once.
+    /// How many tests run at once.
     pub jobs: Jobs,
     /// Whether to go on after a failure.
     pub fail_fast: FailFast,
@@ -74,9 +74,9 @@ pub struct Plan<'a> {
 /// Whether a run of a suite is compared with its baselines, or makes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UpdateBaseline {
-    /// It makes them.
+    /// The baselines are made from the run.
     Yes,
-    /// It is compared.
+    /// The run is compared with the baselines.
     No,
 }
 

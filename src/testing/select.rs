@@ -56,7 +56,7 @@ impl Selection {
         Ok(left.into_iter().enumerate().filter(|(place, _)| self.shard.has(*place)).map(|(_, case)| case).collect())
     }
 
-    /// The shard.
+    /// Returns the shard that is selected.
     #[must_use]
     pub fn shard(&self) -> Shard {
         self.shard

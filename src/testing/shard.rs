@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use thiserror::Error;
 
-/// Shards at most.
+/// The most shards that a suite can have.
 const MAX_TOTAL: u32 = 100_000;
 
 /// One of some shards.
@@ -69,7 +69,7 @@ const ENGINES: [Engine; 5] = [
 ];
 
 impl Shard {
-    /// All tests.
+    /// The shard of a suite that is not split: all tests.
     pub const ALL: Self = Self { index: 1, total: 1 };
 
     fn new(index: u32, total: u32) -> Option<Self> {

@@ -38,7 +38,7 @@ struct ReasonCount {
 /// The exits of a test.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitCounts {
-    /// Userspace exits.
+    /// The number of userspace exits, on all vCPUs.
     pub userspace: u64,
     /// Userspace exits by reason.
     pub by_reason: BTreeMap<String, u64>,

@@ -136,7 +136,7 @@ struct Session {
     over: Option<End>,
 }
 
-/// What poll(2) said.
+/// The events that poll(2) returned.
 struct Ready {
     ended: bool,
     control: bool,

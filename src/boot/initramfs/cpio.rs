@@ -38,9 +38,9 @@ pub enum CpioError {
 /// A character device's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceNumber {
-    /// The driver.
+    /// The major number, which selects the driver.
     pub major: u32,
-    /// The device of the driver.
+    /// The minor number, which selects a device of that driver.
     pub minor: u32,
 }
 

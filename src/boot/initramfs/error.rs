@@ -14,9 +14,9 @@ pub enum InitramfsError {
     /// The kernel cannot be read.
     #[error("cannot read the release of the kernel {}", .path.display())]
     Release {
-        /// The kernel's path.
+        /// The kernel file on the host.
         path: PathBuf,
-        /// Why.
+        /// The error of the read.
         source: io::Error,
     },
     /// `--modules` is given, and the kernel does not say its release.
@@ -33,7 +33,7 @@ pub enum InitramfsError {
     Put {
         /// The file on the host.
         path: PathBuf,
-        /// Why.
+        /// The error of the read.
         source: ReadError,
     },
     /// A file to put is where hwvmm has its own.
@@ -48,9 +48,9 @@ pub enum InitramfsError {
     /// There is more than an initramfs may have.
     #[error("{what} more than {max_bytes} bytes")]
     TooMuch {
-        /// What, with its verb.
+        /// What is too large, with its verb, as the message begins.
         what: &'static str,
-        /// The limit.
+        /// The most that is allowed, in bytes.
         max_bytes: usize,
     },
     /// A folder to put has too many files.

@@ -67,11 +67,11 @@ pub enum IndexError {
 /// The files that depmod(8) writes, as text.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct IndexFiles<'a> {
-    /// modules.dep: `PATH: PATH...`.
+    /// The text of modules.dep; each line is `PATH: PATH...`, a module and those that it needs.
     pub dependencies: &'a str,
-    /// modules.builtin: a path in a line.
+    /// The text of modules.builtin; each line is the path of a driver that is built in.
     pub builtin: &'a str,
-    /// modules.softdep: `softdep NAME pre: NAME... post: NAME...`.
+    /// The text of modules.softdep; each line is `softdep NAME pre: NAME... post: NAME...`.
     pub soft: &'a str,
 }
 

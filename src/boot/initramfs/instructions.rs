@@ -20,43 +20,43 @@ pub enum GuestRoot {
 /// A virtiofs share that the agent mounts read-write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WritableShare {
-    /// The share's tag.
+    /// The tag of the virtiofs device (virtio 1.3 section 5.11.4), by which it is mounted.
     pub tag: OsString,
-    /// An absolute path in the new root.
+    /// The mount point: an absolute path in the new root.
     pub path: PathBuf,
 }
 
-/// An environment variable.
+/// An environment variable of the command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Variable {
-    /// Without `=`.
+    /// The name, without `=`.
     pub name: OsString,
-    /// Any bytes but NUL.
+    /// The value: any bytes but NUL.
     pub value: OsString,
 }
 
 /// Who the command runs as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GuestUser {
-    /// The user's id.
+    /// The numeric user ID (setuid(2)).
     pub uid: u32,
-    /// The group's id.
+    /// The numeric group ID (setgid(2)).
     pub gid: u32,
 }
 
 /// The size of a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TerminalSize {
-    /// Lines.
+    /// The height in lines.
     pub rows: u16,
-    /// Characters of a line.
+    /// The width in characters.
     pub columns: u16,
 }
 
 /// What the agent is told to do, as plain data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Instructions {
-    /// The root.
+    /// Where the command's root file system comes from.
     pub root: GuestRoot,
     /// Shares over folders of the root.
     pub writable: Vec<WritableShare>,
@@ -64,13 +64,13 @@ pub struct Instructions {
     pub command: Vec<OsString>,
     /// Beside these the command has PATH, HOME and TERM.
     pub environment: Vec<Variable>,
-    /// An absolute path.
+    /// The command's working directory: an absolute path in the new root.
     pub workdir: PathBuf,
     /// Who the command runs as.
     pub user: GuestUser,
     /// The guest's host name; the kernel's own where it is `None`.
     pub hostname: Option<OsString>,
-    /// There if the command gets a terminal.
+    /// The size of the command's terminal; `None` if it gets none.
     pub terminal: Option<TerminalSize>,
 }
 

@@ -41,7 +41,7 @@ pub struct InitramfsRequest<'a> {
     pub isolation: Isolation,
 }
 
-/// An initramfs.
+/// An initramfs that runs a command, and the modules that were put into it.
 #[derive(Debug)]
 pub struct Initramfs {
     /// The archive: newc, not compressed.

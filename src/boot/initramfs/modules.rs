@@ -29,7 +29,7 @@ pub enum ModulesError {
     NotThere {
         /// The folder as it was given.
         folder: PathBuf,
-        /// The kernel's release.
+        /// The kernel's release, as `uname -r` prints it.
         release: String,
     },
     /// There are modules, and no modules.dep.
@@ -40,15 +40,15 @@ pub enum ModulesError {
     Index {
         /// The folder with modules.dep.
         folder: PathBuf,
-        /// What is wrong.
+        /// The fault of the index.
         source: IndexError,
     },
     /// A file cannot be read.
     #[error("cannot read {}", .path.display())]
     Read {
-        /// The file.
+        /// The module, or the file of depmod(8), on the host.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: ReadError,
     },
     /// A link to a file that is no module of this host.
@@ -60,17 +60,17 @@ pub enum ModulesError {
     /// A module cannot be opened.
     #[error("cannot open the module {}", .path.display())]
     Open {
-        /// The file.
+        /// The module, or the file of depmod(8), on the host.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: OpenError,
     },
     /// A compressed module cannot be unpacked.
     #[error("cannot unpack the module {}", .path.display())]
     Unpack {
-        /// The file.
+        /// The module, or the file of depmod(8), on the host.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: UnpackError,
     },
 }
@@ -80,7 +80,7 @@ pub enum ModulesError {
 pub(super) struct Module {
     /// The file's name in the guest, which ends in `.ko`.
     pub(super) name: String,
-    /// The ELF file.
+    /// The contents: an ELF file.
     pub(super) bytes: Vec<u8>,
 }
 
@@ -96,7 +96,7 @@ pub(super) struct Modules {
 /// Where to look for modules.
 #[derive(Clone, Copy, Debug)]
 pub struct Places<'a> {
-    /// The kernel's path.
+    /// The kernel file on the host: modules are looked for beside it.
     pub kernel: &'a Path,
     /// The value of `--modules`.
     pub given: Option<&'a Path>,

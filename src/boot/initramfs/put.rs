@@ -18,7 +18,7 @@ const RESERVED: [&str; 4] = ["/init", "/hwvmm", "/dev", "/proc"];
 /// A file or a folder of the host, and where it is in the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Put {
-    /// On the host.
+    /// The file or folder on the host.
     pub source: PathBuf,
     /// An absolute path of the guest.
     pub target: PathBuf,

@@ -57,7 +57,7 @@ impl Kind {
 
 /// Symbols as they were found.
 pub(super) enum Source {
-    /// A list.
+    /// The symbols that were found.
     Table(Table),
     /// The tables that a kernel has for itself.
     Kallsyms(Kallsyms),

@@ -10,7 +10,7 @@ use std::fs::File;
 pub(super) enum Origin {
     /// The symbol table of an ELF file.
     Elf,
-    /// A text.
+    /// A System.map, or text of that form.
     SystemMap,
 }
 

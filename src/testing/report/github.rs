@@ -14,9 +14,9 @@ const MAX_ANNOTATIONS: usize = 50;
 /// Whether annotations are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Annotations {
-    /// They are.
+    /// Annotations are printed.
     Yes,
-    /// They are not.
+    /// Annotations are not printed.
     No,
 }
 

@@ -10,9 +10,9 @@ const LOG_LINES: usize = 10;
 /// Whether verdicts have colours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Colour {
-    /// They have, for a terminal.
+    /// Verdicts are coloured by escape sequences of a terminal.
     Yes,
-    /// They have none.
+    /// The text has no escape sequences.
     No,
 }
 
