@@ -127,3 +127,22 @@ pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
     sdt.append_slice(&s5);
     sdt.as_slice().to_vec()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Linux checks that firmware reserves the configuration space (arch/x86/pci/mmconfig-shared.c).
+    #[test]
+    fn the_configuration_space_is_reserved_where_there_is_a_pci_bus() {
+        let platform =
+            Platform { apic_ids: &[0], uarts: &[], legacy_free: true, pins: None, pci: Some(1), virtio_mmio: &[] };
+        // A 32-bit fixed memory range (ACPI 6.5 §6.4.3.4): tag, length, read-write, base, length.
+        let mut range = vec![0x86, 9, 0, 1];
+        range.extend(u32::try_from(PCI_ECAM).expect("below 4 GiB").to_le_bytes());
+        range.extend(u32::try_from(PCI_ECAM_BYTES).expect("below 4 GiB").to_le_bytes());
+        let has = |platform: &Platform<'_>| dsdt(platform).windows(range.len()).any(|bytes| bytes == range);
+        assert!(has(&platform));
+        assert!(!has(&Platform { pci: None, ..platform }));
+    }
+}
