@@ -202,12 +202,20 @@ mod tests {
         // Before anything was written, and with something to write.
         for text in [&b""[..], b"text"] {
             let (mut writer, source) = pair();
-            let (reader, sink) = rustix::pipe::pipe().expect("a pipe");
+            let (reader, sink) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).expect("a pipe");
             let mut pump = Pump::new(source.into(), sink).expect("a pump");
             drop(reader);
             writer.write_all(text).expect("room");
             assert!(matches!(run(&mut pump), PumpState::Ended));
-            let error = writer.write(b"more").expect_err("no reader");
+            // Another test that starts a process has the other end in it, from fork to exec.
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+            let error = loop {
+                assert!(std::time::Instant::now() < deadline, "there is a reader still");
+                match writer.write_all(b"more") {
+                    Ok(()) => std::thread::sleep(std::time::Duration::from_millis(1)),
+                    Err(error) => break error,
+                }
+            };
             assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
         }
     }
