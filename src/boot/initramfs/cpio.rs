@@ -1,6 +1,7 @@
 //! The archive format of an initramfs: newc (Documentation/driver-api/early-userspace/buffer-format.rst). The same entries
 //! always make the same bytes: no times, no owners, inode numbers in a row.
 
+use hwvmm_devices::path_text::PathText as _;
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
@@ -20,13 +21,13 @@ const NAME_BYTES: usize = 4096;
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum CpioError {
     /// The path leads out of the root, or is not absolute, or is the root itself.
-    #[error("{} is not an absolute path of a guest without \"..\"", .0.display())]
+    #[error("{} is not an absolute path of a guest without \"..\"", .0.shown())]
     Path(PathBuf),
     /// The path is too long.
     #[error("a path has {0} bytes, and Linux takes {NAME_BYTES}")]
     Name(usize),
     /// The file's size does not fit into the 32 bits that the format has.
-    #[error("{} has {bytes} bytes, and an initramfs takes files below 4 GiB", .path.display())]
+    #[error("{} has {bytes} bytes, and an initramfs takes files below 4 GiB", .path.shown())]
     Size {
         /// The path in the guest.
         path: PathBuf,
@@ -177,6 +178,7 @@ const NO_DEVICE: DeviceNumber = DeviceNumber { major: 0, minor: 0 };
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ffi::OsStr;
 
     fn archive() -> Vec<u8> {
         let mut archive = Archive::default();
@@ -228,6 +230,8 @@ mod tests {
             let error = Archive::default().file(Path::new(path), 0o644, b"").expect_err("refused");
             assert_eq!(error, CpioError::Path(path.into()));
         }
+        let active = CpioError::Path(Path::new(OsStr::from_bytes(b"a\n\x1b[1m\xff")).into()).to_string();
+        assert_eq!(active, r#"a\n\u{1b}[1m\xff is not an absolute path of a guest without "..""#, "on one line");
         let long = format!("/{}", "a".repeat(5000));
         assert_eq!(Archive::default().folder(Path::new(&long)), Err(CpioError::Name(5000)));
     }

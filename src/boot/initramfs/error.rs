@@ -3,6 +3,7 @@
 use super::cpio::CpioError;
 use super::modules::ModulesError;
 use crate::bounded_read::ReadError;
+use hwvmm_devices::path_text::PathText as _;
 use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
@@ -12,7 +13,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum InitramfsError {
     /// The kernel cannot be read.
-    #[error("cannot read the release of the kernel {}", .path.display())]
+    #[error("cannot read the release of the kernel {}", .path.shown())]
     Release {
         /// The kernel file on the host.
         path: PathBuf,
@@ -20,7 +21,7 @@ pub enum InitramfsError {
         source: io::Error,
     },
     /// `--modules` is given, and the kernel does not say its release.
-    #[error("the kernel {} does not say its release, which names the folder of its modules: leave out --modules", .0.display())]
+    #[error("the kernel {} does not say its release, which names the folder of its modules: leave out --modules", .0.shown())]
     NoRelease(PathBuf),
     /// The modules cannot be had.
     #[error(transparent)]
@@ -29,7 +30,7 @@ pub enum InitramfsError {
     #[error(transparent)]
     Cpio(#[from] CpioError),
     /// A file to put cannot be read.
-    #[error("--put: cannot read {}", .path.display())]
+    #[error("--put: cannot read {}", .path.shown())]
     Put {
         /// The file on the host.
         path: PathBuf,
@@ -37,10 +38,10 @@ pub enum InitramfsError {
         source: ReadError,
     },
     /// A file to put is where hwvmm has its own.
-    #[error("--put: {} is hwvmm's own in the guest: choose another path", .0.display())]
+    #[error("--put: {} is hwvmm's own in the guest: choose another path", .0.shown())]
     Reserved(PathBuf),
     /// A file to put is a device, a FIFO or a socket.
-    #[error("--put: {} is not a file, a folder or a symbolic link", .0.display())]
+    #[error("--put: {} is not a file, a folder or a symbolic link", .0.shown())]
     Special(PathBuf),
     /// A part of the command has a NUL.
     #[error("{0:?} has a NUL character, which neither arguments nor paths can have")]

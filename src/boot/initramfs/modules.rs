@@ -6,6 +6,7 @@ use crate::bounded_read::{self, OpenError, ReadError, open_regular};
 use crate::sandbox::Isolation;
 use hwvmm_arch::boot::FileRange;
 use hwvmm_arch::boot::bzimage::Compression;
+use hwvmm_devices::path_text::PathText as _;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io::{self, Read};
@@ -25,7 +26,7 @@ const SYSTEM_FOLDERS: [&str; 2] = ["/lib/modules", "/usr/lib/modules"];
 #[derive(Debug, Error)]
 pub enum ModulesError {
     /// The folder that `--modules` names has no modules of this kernel.
-    #[error("--modules {}: no modules of kernel {release} there (a modules.dep in it, in lib/modules/{release} or in {release})", .folder.display())]
+    #[error("--modules {}: no modules of kernel {release} there (a modules.dep in it, in lib/modules/{release} or in {release})", .folder.shown())]
     NotThere {
         /// The folder as it was given.
         folder: PathBuf,
@@ -33,10 +34,10 @@ pub enum ModulesError {
         release: String,
     },
     /// There are modules, and no modules.dep.
-    #[error("{} has modules, and no modules.dep: make it with `depmod -b DIR RELEASE`, where this is DIR/lib/modules/RELEASE", .0.display())]
+    #[error("{} has modules, and no modules.dep: make it with `depmod -b DIR RELEASE`, where this is DIR/lib/modules/RELEASE", .0.shown())]
     NoIndex(PathBuf),
     /// A driver is missing, or modules.dep is damaged.
-    #[error("modules in {}", .folder.display())]
+    #[error("modules in {}", .folder.shown())]
     Index {
         /// The folder with modules.dep.
         folder: PathBuf,
@@ -44,7 +45,7 @@ pub enum ModulesError {
         source: IndexError,
     },
     /// A file cannot be read.
-    #[error("cannot read {}", .path.display())]
+    #[error("cannot read {}", .path.shown())]
     Read {
         /// The module, or the file of depmod(8), on the host.
         path: PathBuf,
@@ -54,11 +55,11 @@ pub enum ModulesError {
     /// A link to a file that is no module of this host.
     #[error(
         "the module {} is a symbolic link to a file outside of its folder and of {}: copy the file there",
-        .0.display(), SYSTEM_FOLDERS[0]
+        .0.shown(), SYSTEM_FOLDERS[0]
     )]
     Outside(PathBuf),
     /// A module cannot be opened.
-    #[error("cannot open the module {}", .path.display())]
+    #[error("cannot open the module {}", .path.shown())]
     Open {
         /// The module, or the file of depmod(8), on the host.
         path: PathBuf,
@@ -66,7 +67,7 @@ pub enum ModulesError {
         source: OpenError,
     },
     /// A compressed module cannot be unpacked.
-    #[error("cannot unpack the module {}", .path.display())]
+    #[error("cannot unpack the module {}", .path.shown())]
     Unpack {
         /// The module, or the file of depmod(8), on the host.
         path: PathBuf,
@@ -311,5 +312,15 @@ mod tests {
         assert!(found.folder.is_none() && found.modules.is_empty());
         let error = look(tree.path(), Some(tree.path()), &[Driver::Overlay]).expect_err("nothing there");
         assert!(matches!(error, ModulesError::NotThere { .. }), "{error}");
+    }
+    #[test]
+    fn names_from_modules_dep_are_shown_on_one_line() {
+        let (tree, folder) = tree();
+        let module = "kernel/\u{1b}[1m\u{202e}/overlay.ko";
+        fs::write(folder.join("modules.dep"), format!("{module}:\n")).expect("written");
+        let error = look(tree.path(), None, &[Driver::Overlay]).expect_err("there is no such file");
+        let said = crate::error::chain(&error);
+        assert!(said.contains(r"kernel/\u{1b}[1m\u{202e}/overlay.ko"), "{said:?}");
+        assert!(!said.chars().any(hwvmm_devices::path_text::is_active), "{said:?}");
     }
 }
