@@ -42,7 +42,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use levers::{Irqchip, VirtioMmioRegisters};
 use net::Passt;
 use std::sync::Arc;
-use virtio::{BusLayout, VirtioBuilder, VirtioHandle};
+use virtio::{BuiltVirtio, BusLayout, VirtioBuilder, VirtioHandle};
 
 /// A machine that is ready to run.
 pub struct Machine {
@@ -111,12 +111,12 @@ impl Machine {
         let most = config.memory.max_balloon_bytes();
         let serve = |path| crate::control::Server::new(path, balloon, most, Arc::clone(&control));
         let api = config.api.as_deref().map(serve).transpose()?;
-        let (virtio, pages) = builder.finish(&mut devices.pio)?;
+        let BuiltVirtio { handles: virtio, readonly_pages } = builder.finish(&mut devices.pio)?;
         let vcpus = create_vcpus(system, &vm, supported.as_slice(), topology, &apic_ids, &loaded, &config.tune)?;
         if config.memory.prefault || config.tune.wants(Lever::Prefault) {
             prefault(&ram, &vcpus, config.memory.bytes)?;
         }
-        let registers = VirtioMmioRegisters { devices: &layout.mmio, readonly_pages: pages };
+        let registers = VirtioMmioRegisters { devices: &layout.mmio, readonly_pages };
         let ring = vcpus.first().and_then(|vcpu| levers::coalesced_io(&vm, vcpu, config, irqchip, &registers));
         if ring.is_some() {
             // The thread that drains the ring has the UARTs flushed, too.

@@ -133,6 +133,13 @@ impl MsiRouter for Router {
     }
 }
 
+/// The virtio devices of a machine that has all of them.
+pub(super) struct BuiltVirtio {
+    pub(super) handles: Vec<VirtioHandle>,
+    /// If true, the guest reads the devices' registers from read-only pages, without exits.
+    pub(super) readonly_pages: bool,
+}
+
 /// Puts devices on the machine.
 pub(super) struct VirtioBuilder<'a> {
     vm: &'a Arc<Vm>,
@@ -305,9 +312,11 @@ impl<'a> VirtioBuilder<'a> {
         }
     }
 
-    /// Puts the PCI bus itself in its place, where there is one. Also says whether the devices' registers are memory to the
-    /// guest's reads.
-    pub(super) fn finish(mut self, pio: &mut BusBuilder) -> Result<(Vec<VirtioHandle>, bool), MachineError> {
+    /// Puts the PCI bus itself in its place, where there is one.
+    ///
+    /// # Errors
+    /// Returns an error where a page for registers cannot be had, or an address is taken.
+    pub(super) fn finish(mut self, pio: &mut BusBuilder) -> Result<BuiltVirtio, MachineError> {
         let root = Arc::new(std::mem::take(&mut self.root));
         if self.layout.pci && self.pages {
             let pages = root.pages()?;
@@ -321,7 +330,7 @@ impl<'a> VirtioBuilder<'a> {
         if self.layout.pci {
             self.mmio.insert(PCI_ECAM, ECAM_BUS_BYTES, "PCI configuration", Arc::new(Ecam(root)))?;
         }
-        Ok((self.handles, self.pages))
+        Ok(BuiltVirtio { handles: self.handles, readonly_pages: self.pages })
     }
 }
 
