@@ -19,6 +19,8 @@ mod input;
 mod messages;
 #[path = "command/one_command.rs"]
 mod one_command;
+#[path = "command/output.rs"]
+mod output;
 #[path = "command/parser.rs"]
 mod parser;
 #[path = "command/paths.rs"]
@@ -487,6 +489,7 @@ fn main() -> ExitCode {
         inherited::TESTS,
         input::TESTS,
         one_command::TESTS,
+        output::TESTS,
         parser::TESTS,
         paths::TESTS,
         process::TESTS,

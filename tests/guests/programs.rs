@@ -336,6 +336,42 @@ payload!(
     "out %al,%dx",
     "hlt",
 );
+// Prints 200 lines of 50 characters as printk's console of Linux does: it reads the line status before each byte, and has the
+// UART's interrupts off. Then it prints "end" without an end of the line, and powers off.
+payload!(
+    polled_lines,
+    ".code32",
+    "mov $0x80000,%esp",
+    "call 2f",
+    ".ascii \"0123456789012345678901234567890123456789012345678\\n\"",
+    "2: pop %ebx",
+    "cld",
+    "mov $200,%ebp",
+    "3: mov %ebx,%esi",
+    "mov $50,%ecx",
+    "call 6f",
+    "dec %ebp",
+    "jnz 3b",
+    "call 4f",
+    ".ascii \"end\"",
+    "4: pop %esi",
+    "mov $3,%ecx",
+    "call 6f",
+    "mov $0x600,%dx",
+    "mov $0x34,%al",
+    "out %al,%dx",
+    "hlt",
+    // Prints %ecx characters from %esi.
+    "6: mov $0x3fd,%edx",
+    "7: in %dx,%al",
+    "test $0x20,%al",
+    "jz 7b",
+    "mov $0x3f8,%dx",
+    "lodsb",
+    "out %al,%dx",
+    "loop 6b",
+    "ret",
+);
 // Prints the types of the entries in its memory map.
 payload!(
     memory_map,
