@@ -48,13 +48,21 @@ mod tests {
 
     #[test]
     fn ticks_are_converted_to_nanoseconds() {
-        let start = Anchor::now();
-        std::thread::sleep(Duration::from_millis(10));
-        let middle = tsc();
-        std::thread::sleep(Duration::from_millis(10));
-        let end = Anchor::now();
-        let ns = start.ns_until(middle, &end);
-        assert!((9_000_000..200_000_000).contains(&ns), "{ns}");
+        // 3 ticks a nanosecond.
+        let start = Anchor { tsc: 5_000, at: Instant::now() };
+        let end = Anchor { tsc: 5_000 + 60_000_000, at: start.at + Duration::from_millis(20) };
+        assert_eq!(start.ns_until(5_000 + 15_000_000, &end), 5_000_000);
+        assert_eq!(start.ns_until(5_000 + 90_000_000, &end), 30_000_000, "behind the end");
         assert_eq!(end.ns_until(start.tsc, &end), 0);
+        assert_eq!((start.ns_between(&end), end.ns_between(&start)), (20_000_000, 0));
+    }
+
+    #[test]
+    fn both_clocks_of_a_moment_go_on() {
+        let start = Anchor::now();
+        std::thread::sleep(Duration::from_millis(2));
+        let end = Anchor::now();
+        assert!(start.ns_between(&end) >= 2_000_000);
+        assert!(end.tsc > start.tsc && start.ns_until(end.tsc, &end) == start.ns_between(&end));
     }
 }

@@ -15,21 +15,43 @@ use std::time::{Duration, Instant};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+/// What a [`Gate`] has come to.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum GateState {
+    #[default]
+    Closed,
+    /// A writer waits.
+    Waiting,
+    Open,
+}
+
 /// An output whose reader takes nothing until the gate is open.
 #[derive(Clone, Default)]
-struct Gate(Arc<(Mutex<bool>, Condvar)>);
+struct Gate(Arc<(Mutex<GateState>, Condvar)>);
 
 impl Gate {
     fn open(&self) {
-        *self.0.0.lock().expect("not poisoned") = true;
+        *self.0.0.lock().expect("not poisoned") = GateState::Open;
         self.0.1.notify_all();
+    }
+
+    fn wait_for_writer(&self) {
+        let state = self.0.0.lock().expect("not poisoned");
+        let closed = |state: &mut GateState| *state == GateState::Closed;
+        let (_state, waited) =
+            self.0.1.wait_timeout_while(state, Duration::from_secs(20), closed).expect("not poisoned");
+        assert!(!waited.timed_out(), "nothing is written");
     }
 }
 
 impl Write for Gate {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let open = self.0.0.lock().expect("not poisoned");
-        drop(self.0.1.wait_while(open, |open| !*open).expect("not poisoned"));
+        let mut state = self.0.0.lock().expect("not poisoned");
+        if *state == GateState::Closed {
+            *state = GateState::Waiting;
+            self.0.1.notify_all();
+        }
+        drop(self.0.1.wait_while(state, |state| *state != GateState::Open).expect("not poisoned"));
         Ok(bytes.len())
     }
 
@@ -45,7 +67,7 @@ fn stuck_console() -> (Gate, Driver) {
     let device = Console::new(Box::new(gate.clone()), wanted, size).expect("a console");
     let mut driver = Driver::running(Box::new(device));
     driver.submit(1, &[b"a line"], &[]);
-    std::thread::sleep(Duration::from_millis(50));
+    gate.wait_for_writer();
     (gate, driver)
 }
 
