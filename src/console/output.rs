@@ -1,4 +1,4 @@
-//! Output of a console: every byte is written before the guest goes on.
+//! Output of a console: what a device hands on is written before the vCPU, or the device's thread, goes on.
 
 use super::line;
 use super::watch::{Fed, Watch};

@@ -3,6 +3,9 @@
 //! A line is matched once, when it has ended, so that `^`, `$` and `\b` apply to whole lines. A line that does not go on is
 //! matched as it is after [`QUIET`], and where the guest has ended in an orderly way: that is what a prompt is.
 
+#[cfg(test)]
+mod tests;
+
 use super::lines::{Line, Lines, without_prefix};
 use super::pattern::Pattern;
 use crate::escape::{GUEST_BYTES, escape};
@@ -12,8 +15,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long no console may have had output before a line without an end is matched. Longer than coalesced writes wait.
+/// How long no console may have had output before a line without an end is matched.
 pub const QUIET: Duration = Duration::from_millis(200);
+/// How long to wait between two looks for output that is held back to be written.
+const FLUSH_CHECK: Duration = Duration::from_millis(10);
 /// A look that comes so much too late shows that the host had no time for hwvmm, and perhaps none for the guest. The wait then
 /// starts again.
 const LATE: Duration = Duration::from_millis(50);
@@ -35,6 +40,8 @@ struct Shared {
     writing: AtomicUsize,
     /// When a console last had output.
     last_output: Mutex<Option<Instant>>,
+    /// Output from before this time is written. `None` where none is held back.
+    flushed: Mutex<Option<Instant>>,
 }
 
 #[derive(Default)]
@@ -62,6 +69,10 @@ impl Announcements {
     /// Returns when all consoles will have been quiet for [`QUIET`], if none has output until then.
     fn quiet_at(&self) -> Option<Instant> {
         self.0.last_output.lock().unwrap_or_else(PoisonError::into_inner).map(|last| last + QUIET)
+    }
+
+    fn flushed(&self) -> Option<Instant> {
+        *self.0.flushed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, Announced> {
@@ -124,6 +135,8 @@ pub enum Look {
     NoLine,
     /// A line waits: when to look again.
     Again(Instant),
+    /// As `Again`. Output that is held back is to be written until then, and [`Watch::note_flush`] to be called.
+    Flush(Instant),
     /// The end of the run.
     End(EndReason),
 }
@@ -141,8 +154,25 @@ struct Console {
 #[derive(Default)]
 struct State {
     lines: Lines,
-    /// When an unfinished line is matched, and how often that was put off; `None` where it is not looked at.
-    due: Option<(Instant, u32)>,
+    /// `None` where no unfinished line is looked at.
+    due: Option<Due>,
+}
+
+/// When an unfinished line is matched.
+#[derive(Clone, Copy)]
+struct Due {
+    /// When no console will have had output for [`QUIET`].
+    quiet: Instant,
+    /// When the next look is to come.
+    next: Instant,
+    /// How often the wait has started again.
+    again: u32,
+}
+
+impl Due {
+    fn at(quiet: Instant, again: u32) -> Self {
+        Self { quiet, next: quiet, again }
+    }
 }
 
 /// A console is writing output, until this is dropped.
@@ -169,13 +199,22 @@ impl Watch {
         Writing(writing)
     }
 
+    /// To be called where output can be held back (in the kernel, or in a device): before the guest runs, and after each time that
+    /// all of it was written. `began` is when that began.
+    pub fn note_flush(&self, began: Instant) {
+        *self.0.announcements.0.flushed.lock().unwrap_or_else(PoisonError::into_inner) = Some(began);
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the next bytes of output and searches every line that ends in them. Returns what the caller has to do.
     pub fn feed(&self, bytes: &[u8]) -> Fed {
-        let now = Instant::now();
+        self.feed_at(bytes, Instant::now())
+    }
+
+    fn feed_at(&self, bytes: &[u8], now: Instant) -> Fed {
         if self.0.pattern.is_some() {
             self.0.announcements.output(now);
         }
@@ -191,7 +230,7 @@ impl Watch {
         if self.0.pattern.is_none() || state.lines.unfinished().is_none() {
             return Fed::Nothing;
         }
-        match state.due.replace((now + QUIET, 0)) {
+        match state.due.replace(Due::at(now + QUIET, 0)) {
             None => Fed::LineBegan,
             Some(_) => Fed::Nothing,
         }
@@ -201,22 +240,30 @@ impl Watch {
     #[must_use]
     pub fn look(&self, now: Instant) -> Look {
         let mut state = self.lock();
-        let Some((due, again)) = state.due else { return Look::NoLine };
+        let Some(due) = state.due else { return Look::NoLine };
         if state.lines.unfinished().is_none() {
             state.due = None;
             return Look::NoLine;
         }
+        // Read before the time of the last output, which may be that of this flush.
+        let flushed = self.0.announcements.flushed();
         // The guest may be at work on the output of another console before it goes on with this line.
-        let due = self.0.announcements.quiet_at().map_or(due, |quiet| quiet.max(due));
-        if now < due {
-            state.due = Some((due, again));
-            return Look::Again(due);
+        let quiet = self.0.announcements.quiet_at().map_or(due.quiet, |quiet| quiet.max(due.quiet));
+        if now < quiet {
+            state.due = Some(Due::at(quiet, due.again));
+            return Look::Again(quiet);
         }
-        let late = now.saturating_duration_since(due) > LATE && again < MAX_AGAIN;
+        let late = now.saturating_duration_since(due.next.max(quiet)) > LATE && due.again < MAX_AGAIN;
         if late || self.0.announcements.0.writing.load(Ordering::Acquire) > 0 {
             let next = now + QUIET;
-            state.due = Some((next, again + u32::from(late)));
+            state.due = Some(Due::at(next, due.again + u32::from(late)));
             return Look::Again(next);
+        }
+        // The guest may have gone on with this line, and what it wrote is held back.
+        if flushed.is_some_and(|flushed| flushed < quiet) {
+            let next = now + FLUSH_CHECK;
+            state.due = Some(Due { quiet, next, ..due });
+            return Look::Flush(next);
         }
         state.due = None;
         let end = state.lines.unfinished().and_then(|line| self.0.matched(line));
@@ -275,224 +322,5 @@ impl Console {
             announced.halted = true;
         }
         None
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn watch(pattern: Option<&str>) -> (Watch, Announcements) {
-        let announcements = Announcements::default();
-        let pattern = pattern.map(|p| Regex::new(p).expect("valid"));
-        (Watch::new(pattern, announcements.clone()), announcements)
-    }
-
-    fn seen(text: &str) -> EndReason {
-        EndReason::Seen(text.into())
-    }
-
-    /// The verdict on a whole output, fed in these pieces, for a guest that ends with `end`.
-    fn verdict<'a>(pattern: &str, pieces: impl IntoIterator<Item = &'a [u8]>, end: EndReason) -> EndReason {
-        let (watch, announcements) = watch(Some(pattern));
-        for piece in pieces {
-            if let Fed::End(end) = watch.feed(piece) {
-                return end;
-            }
-        }
-        watch.finish(&end);
-        announcements.explain(end)
-    }
-
-    #[test]
-    fn a_line_that_goes_on_does_not_end() {
-        for pattern in ["fail=1$", r"fail=1\b", "^23", "^1", r"\b23"] {
-            let (watch, _) = watch(Some(pattern));
-            assert_eq!(watch.feed(b"tests: fail=1"), Fed::LineBegan);
-            assert_eq!(watch.feed(b"23"), Fed::Nothing);
-            assert_eq!(watch.feed(b"\r\n"), Fed::Nothing, "{pattern}");
-        }
-    }
-
-    #[test]
-    fn a_line_has_an_end_with_and_without_a_carriage_return() {
-        for line in ["all done\n", "all done\r\n", "all done\r", "\x1b[32mall done\x1b[0m\r\n", "\0all done\0\n"] {
-            let (watch, _) = watch(Some("^all done$"));
-            assert_eq!(watch.feed(line.as_bytes()), Fed::End(seen("all done")), "{line:?}");
-        }
-    }
-
-    #[test]
-    fn a_prompt_is_seen_when_nothing_follows_for_a_while() {
-        let (watch, _) = watch(Some("log[i]n: $"));
-        // Times from before the output: how long this thread waits for a processor does not count.
-        let before = Instant::now();
-        assert_eq!(watch.feed(b"Debian\r\nhost \x1b[1mlo"), Fed::LineBegan);
-        assert_eq!(watch.feed(b"gin: \x1b[0m"), Fed::Nothing, "the line is looked at already");
-        let Look::Again(due) = watch.look(before) else { panic!("it waits") };
-        assert_eq!(watch.look(due), Look::End(seen("login: ")));
-        let before = Instant::now();
-        assert_eq!(watch.feed(b"root"), Fed::LineBegan, "the line is not looked at any more");
-        let Look::Again(due) = watch.look(before) else { panic!("it waits") };
-        assert_eq!(watch.look(due), Look::NoLine);
-    }
-
-    #[test]
-    fn a_line_that_ends_is_not_looked_at_again() {
-        let (watch, _) = watch(Some("x$"));
-        assert_eq!(watch.look(Instant::now()), Look::NoLine);
-        assert_eq!(watch.feed(b"fail=1"), Fed::LineBegan);
-        assert_eq!(watch.feed(b"23\n"), Fed::Nothing);
-        assert_eq!(watch.look(Instant::now() + 2 * QUIET), Look::NoLine);
-        assert_eq!(watch.feed(b"next"), Fed::LineBegan);
-    }
-
-    #[test]
-    fn a_slow_host_is_no_quiet_guest() {
-        let (watch, _) = watch(Some("fail=1$"));
-        watch.feed(b"fail=1");
-        let mut now = Instant::now() + 2 * QUIET;
-        for _ in 0..MAX_AGAIN {
-            let Look::Again(next) = watch.look(now) else { panic!("too late to be sure") };
-            now = next + 2 * LATE;
-        }
-        assert_eq!(watch.look(now), Look::End(seen("fail=1")), "not put off for ever");
-        // Output that is being written, here or on another console, may be followed by more.
-        watch.feed(b"x\nfail=1");
-        let writing = watch.writing();
-        let Look::Again(next) = watch.look(Instant::now() + QUIET) else { panic!("it is written to") };
-        drop(writing);
-        assert_eq!(watch.look(next), Look::End(seen("fail=1")));
-    }
-
-    #[test]
-    fn output_of_another_console_puts_a_look_off() {
-        let (watch, announcements) = watch(Some("fail=1$"));
-        let other = Watch::new(Some(Regex::new("fail=1$").expect("valid")), announcements);
-        // A time from before the output: how long this thread waits for a processor does not count.
-        let before = Instant::now();
-        watch.feed(b"fail=1");
-        let Look::Again(due) = watch.look(before) else { panic!("it waits") };
-        std::thread::sleep(Duration::from_millis(10));
-        assert_eq!(other.feed(b"log\n"), Fed::Nothing);
-        let Look::Again(later) = watch.look(due) else { panic!("the other console was not quiet") };
-        assert!(later >= due + Duration::from_millis(10), "200 ms from the output of the other");
-        assert_eq!(other.look(later), Look::NoLine);
-        assert_eq!(watch.look(later), Look::End(seen("fail=1")));
-    }
-
-    #[test]
-    fn a_line_without_an_end_counts_where_the_guest_ended_in_an_orderly_way() {
-        assert_eq!(verdict("done$", [&b"all done"[..]], EndReason::PowerOff), seen("done"));
-        assert_eq!(verdict("done$", [&b"all done"[..]], EndReason::TripleFault), EndReason::TripleFault);
-        let late = EndReason::TimedOut(Duration::from_secs(1));
-        assert_eq!(verdict("done$", [&b"all done"[..]], late.clone()), late, "it may have gone on");
-    }
-
-    #[test]
-    fn a_line_that_is_read_after_the_end_was_written_before_it() {
-        let (watch, announcements) = watch(Some("^done$"));
-        assert_eq!(announcements.explain(EndReason::PowerOff), EndReason::PowerOff);
-        assert_eq!(watch.feed(b"done\n"), Fed::End(seen("done")));
-        assert_eq!(announcements.explain(EndReason::PowerOff), seen("done"));
-        assert_eq!(announcements.explain(EndReason::Quit), EndReason::Quit);
-    }
-
-    #[test]
-    fn the_first_line_that_ends_the_run_counts() {
-        let (watch, announcements) = watch(Some("^done$"));
-        let panicked = EndReason::Panicked(None);
-        assert_eq!(watch.feed(b"---[ end Kernel panic - not syncing\n"), Fed::End(panicked.clone()));
-        watch.feed(b"done\n");
-        assert_eq!(announcements.explain(panicked.clone()), panicked);
-    }
-
-    #[test]
-    fn bytes_that_are_not_utf8_match_as_themselves_and_as_a_replacement() {
-        for pattern in ["^a.*b$", r"a(?-u:\xff)b", "a\u{fffd}b"] {
-            let end = verdict(pattern, [&b"a\xffb\n"[..]], EndReason::PowerOff);
-            assert!(matches!(end, EndReason::Seen(_)), "{pattern}: {end:?}");
-        }
-    }
-
-    #[test]
-    fn a_match_in_a_long_line_does_not_depend_on_what_was_dropped() {
-        use super::super::lines::LINE_BYTES;
-        let long = |end: &str, more: &str| {
-            let mut line = vec![b'.'; LINE_BYTES - end.len()];
-            line.extend(end.bytes().chain(more.bytes()));
-            line.push(b'\n');
-            line
-        };
-        let of = |pattern: &str, line: Vec<u8>| verdict(pattern, [&line[..]], EndReason::Quit) != EndReason::Quit;
-        for pattern in ["fail=1$", r"fail=1\b", r"fail=1\B"] {
-            assert!(!of(pattern, long("fail=1", "23")), "{pattern}");
-        }
-        assert!(of("fail=1", long("fail=1", "23")) && of("=1.*", long("fail=1", "23")));
-        assert!(of("fail=1$", long("fail=1", "")) && !of("fail=123", long("fail=1", "23")));
-    }
-
-    #[test]
-    fn a_pattern_does_not_reach_over_lines() {
-        assert_eq!(verdict("ab", [&b"a\nb\n"[..]], EndReason::Quit), EndReason::Quit);
-        assert_eq!(verdict(r"(?s)a.*b", [&b"a\r\nb\n"[..]], EndReason::Quit), EndReason::Quit);
-    }
-
-    #[test]
-    fn a_panic_explains_the_reset_that_follows() {
-        let (watch, announcements) = watch(None);
-        assert_eq!(watch.feed(b"[    1.234567][    T1] Kernel panic - not syncing: VFS: Unable\r\n"), Fed::Nothing);
-        assert_eq!(announcements.explain(EndReason::Reset), EndReason::Panicked(Some("VFS: Unable".into())));
-        assert_eq!(announcements.explain(EndReason::PowerOff), EndReason::PowerOff);
-        let end = watch.feed(b"[    2.0] ---[ end Kernel panic - not syncing: VFS: Unable ]---\n");
-        assert_eq!(end, Fed::End(EndReason::Panicked(Some("VFS: Unable".into()))));
-    }
-
-    #[test]
-    fn what_is_kept_of_the_output_has_no_escape_sequences_and_is_short() {
-        let (watch, announcements) = watch(Some("lo[^$]*gin"));
-        let end = watch.feed(b"lo\x1b[2J\xc2\x9bgin\n");
-        assert_eq!(end, Fed::End(seen("lo\\u{9b}gin")));
-        watch.feed(b"Kernel panic - not syncing: \x1b]0;owned\x07 \x08\xe2\x80\xae");
-        watch.feed(&[b'x'; 4000]);
-        watch.feed(b"\n");
-        let panic = announcements.panic().expect("a panic");
-        assert!(panic.starts_with(r"\x08\u{202e}xxx"), "{panic}");
-        assert!(panic.len() < GUEST_BYTES + 40, "{panic}");
-    }
-
-    #[test]
-    fn talk_about_panics_is_not_a_panic() {
-        let (watch, announcements) = watch(None);
-        watch.feed(b"echo Kernel panic - not syncing\n");
-        assert_eq!(announcements.explain(EndReason::Reset), EndReason::Reset);
-    }
-
-    #[test]
-    fn an_announced_halt_is_a_shutdown() {
-        let (watch, announcements) = watch(None);
-        assert_eq!(announcements.explain(EndReason::Halted), EndReason::Halted);
-        watch.feed(b"[    3.1] reboot: System halted\n");
-        assert_eq!(announcements.explain(EndReason::Halted), EndReason::SystemHalted);
-    }
-
-    proptest! {
-        #[test]
-        fn pieces_make_no_difference(
-            output in "(fail=1|23|done|login: |\r\n|\n|\r|\x1b\\[1m|\x1b|\x00|\\[|é| ){0,30}",
-            pattern in prop_oneof![
-                Just("fail=1$"), Just("^done$"), Just(r"done\b"), Just("^$"), Just("login: $"), Just("."), Just("^[^ ]*$")
-            ],
-            cuts in proptest::collection::vec(0_usize..200, 0..30),
-        ) {
-            let output = output.as_bytes();
-            let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(output.len())).collect();
-            cuts.extend([0, output.len()]);
-            cuts.sort_unstable();
-            let pieces = cuts.windows(2).map(|pair| &output[pair[0]..pair[1]]);
-            let end = EndReason::PowerOff;
-            prop_assert_eq!(verdict(pattern, pieces, end.clone()), verdict(pattern, [output], end));
-        }
     }
 }

@@ -162,7 +162,8 @@ fn listen(
     Ok(event_loop)
 }
 
-/// How long writes wait in the kernel, and output in devices, at most. Each look costs the guest some time where it has no processor to spare.
+/// How long writes wait in the kernel, and output in devices, at most. Each look costs the guest some time where it has no
+/// processor to spare.
 const DRAIN: Duration = Duration::from_millis(100);
 
 /// Takes what waits in the kernel when no exit does.
@@ -173,10 +174,16 @@ struct Drain {
 
 impl Drain {
     /// `None` where nothing ever waits.
-    fn start(handler: &Arc<Handler>, control: &Arc<Control>, sandbox: &Arc<Sandbox>) -> io::Result<Option<Self>> {
+    fn start(
+        handler: &Arc<Handler>,
+        control: &Arc<Control>,
+        sandbox: &Arc<Sandbox>,
+        watches: &[Watch],
+    ) -> io::Result<Option<Self>> {
         if handler.ring.is_none() {
             return Ok(None);
         }
+        let watches = watches.to_vec();
         let (handler, control, sandbox) = (Arc::clone(handler), Arc::clone(control), Arc::clone(sandbox));
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = Arc::clone(&stop);
@@ -186,13 +193,20 @@ impl Drain {
             }
             while !stopping.load(Ordering::Acquire) {
                 std::thread::park_timeout(DRAIN);
+                let began = Instant::now();
                 if let Outcome::End(end) = handler.flush() {
                     control.end(end, None);
                 }
+                watches.iter().for_each(|watch| watch.note_flush(began));
             }
         };
         let thread = std::thread::Builder::new().name("drain".into()).stack_size(128 << 10).spawn(work)?;
         Ok(Some(Self { thread, stop }))
+    }
+
+    /// Has it look at once.
+    fn flush(&self) {
+        self.thread.thread().unpark();
     }
 
     fn stop(self) {
@@ -210,6 +224,7 @@ struct Limits<'a> {
     watchdog: Option<Arc<Watchdog>>,
     halt_detector: HaltDetector,
     watches: &'a [Watch],
+    drain: Option<&'a Drain>,
 }
 
 impl Limits<'_> {
@@ -219,6 +234,10 @@ impl Limits<'_> {
         let again = looks.filter_map(|look| match look {
             Look::NoLine => None,
             Look::Again(at) => Some(at),
+            Look::Flush(at) => {
+                self.drain.into_iter().for_each(Drain::flush);
+                Some(at)
+            }
             Look::End(end) => {
                 self.control.end(end, None);
                 None
@@ -301,15 +320,20 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     );
     (setup.on_event)(Event::Started { boot: loaded.method, startup_cpu_ns });
     let confinement = confine::vcpus(setup.config, sandbox);
+    if handler.ring.is_some() {
+        // Before the first output of the guest.
+        watches.iter().for_each(|watch| watch.note_flush(start));
+    }
     let threads = Threads::start(vcpus, &handler, &control, &measure, setup.flight_recorders, &confinement)
         .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
     if let Some(live) = live {
         let _ = live.set(Live::new(threads.inspector(), Arc::clone(&handler), readers));
     }
-    let drain = Drain::start(&handler, &control, sandbox).map_err(|error| RunError::Io("start a thread", error))?;
+    let drain =
+        Drain::start(&handler, &control, sandbox, &watches).map_err(|error| RunError::Io("start a thread", error))?;
     sandbox.enter(ThreadRole::Main, "main")?;
-    let result =
-        Limits { control: &control, watchdog, halt_detector, watches: &watches }.wait(&mut event_loop, &threads);
+    let result = Limits { control: &control, watchdog, halt_detector, watches: &watches, drain: drain.as_ref() }
+        .wait(&mut event_loop, &threads);
     let ran = start.elapsed();
     // Before what only the end needs is in memory: the code of the record, the record.
     let memory = smaps.and_then(|smaps| MemoryUse::read(&smaps, &ram.host_ranges().collect::<Vec<_>>()).ok());
