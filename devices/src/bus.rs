@@ -52,7 +52,8 @@ pub trait BusDevice: Send + Sync {
             .unwrap_or(Action::None)
     }
 
-    /// Hands on output that the device has held back, if any. Called ten times a second, and at the end of a run.
+    /// Hands on output that the device has held back, if any. Called ten times a second, before `--expect` matches a line
+    /// without an end, and at the end of a run.
     fn flush(&self) {}
 }
 
