@@ -41,7 +41,7 @@ pub enum CommandError {
     Folder {
         /// The option that names it.
         option: &'static str,
-        /// The folder.
+        /// The folder on the host, as it was given.
         path: PathBuf,
         /// The error of the system call.
         source: io::Error,
@@ -54,7 +54,7 @@ pub enum CommandError {
     Passwd {
         /// The user's name, as it was given.
         name: String,
-        /// The file.
+        /// The /etc/passwd of the root that the command gets, on the host.
         path: PathBuf,
         /// The error of the system call.
         source: ReadError,

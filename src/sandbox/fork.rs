@@ -58,7 +58,8 @@ pub(super) fn fork_in_test(work: impl FnOnce() -> u8) -> Result<Child, ForkError
 unsafe fn copy(work: impl FnOnce() -> u8) -> Result<Child, ForkError> {
     // What is buffered would be printed by both.
     let _ = io::stdout().flush();
-    // SAFETY: the contract above.
+    // SAFETY: fork(2) copies the calling thread alone. The caller promises that no other one holds a lock that the child needs; the
+    // child never returns into the caller's frames.
     match unsafe { libc::fork() } {
         -1 => Err(ForkError::Fork(io::Error::last_os_error())),
         0 => {

@@ -18,9 +18,9 @@ const READS: usize = 16;
 /// Whether lines are printed on stderr as they come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Echo {
-    /// They are.
+    /// Each line is printed when it ends (`-v`).
     On,
-    /// They are not.
+    /// Lines are printed after a failure only.
     Off,
 }
 

@@ -96,7 +96,7 @@ struct Given {
 /// A `[[kernel]]` table of a suite: the kernels that a pattern of paths matches.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KernelEntry {
-    /// Its name.
+    /// The name that tests choose it by.
     pub name: String,
     /// The path, which may have `*`, `?` and `[...]`.
     pub path: String,
@@ -107,7 +107,7 @@ pub struct KernelEntry {
 /// A `[[test]]`, with the defaults.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TestEntry {
-    /// Its name.
+    /// The name in reports, to which kernel and matrix values are added.
     pub name: String,
     /// Names of its kernels, which may have `*`; `None`: all of them.
     pub kernels: Option<Vec<String>>,

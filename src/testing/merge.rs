@@ -25,7 +25,7 @@ pub enum MergeError {
     /// A file has no results of `hwvmm test`.
     #[error("{}, line {line}: {why}", .path.shown())]
     Content {
-        /// The file.
+        /// The results.jsonl of the folder that was given.
         path: PathBuf,
         /// The number of the line.
         line: usize,
@@ -35,7 +35,7 @@ pub enum MergeError {
     /// The folders are of runs with another number of shards.
     #[error("{} is one of {found} shards, and those before it of {expected}", .path.shown())]
     Shards {
-        /// The file.
+        /// The results.jsonl of the folder that was given.
         path: PathBuf,
         /// Its number of shards.
         found: u32,
@@ -45,7 +45,7 @@ pub enum MergeError {
     /// A test was run twice.
     #[error("{}: '{name}' has a result already, which is not infrastructure: merge the folders of one run only", .path.shown())]
     Twice {
-        /// The file.
+        /// The results.jsonl of the folder that was given.
         path: PathBuf,
         /// The test's name.
         name: String,

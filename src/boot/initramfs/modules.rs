@@ -49,7 +49,7 @@ pub enum ModulesError {
     Read {
         /// The module, or the file of depmod(8), on the host.
         path: PathBuf,
-        /// The cause.
+        /// The error of the read, or the limit that the file exceeds.
         source: ReadError,
     },
     /// A link to a file that is no module of this host.
@@ -63,7 +63,7 @@ pub enum ModulesError {
     Open {
         /// The module, or the file of depmod(8), on the host.
         path: PathBuf,
-        /// The cause.
+        /// The error of the open, or that it is no regular file.
         source: OpenError,
     },
     /// A compressed module cannot be unpacked.
@@ -71,7 +71,7 @@ pub enum ModulesError {
     Unpack {
         /// The module, or the file of depmod(8), on the host.
         path: PathBuf,
-        /// The cause.
+        /// What is wrong with the compressed module.
         source: UnpackError,
     },
 }
