@@ -38,9 +38,9 @@ struct Machine {
 
 impl Machine {
     /// Starts a machine, and waits until it answers.
-    fn start(name: &str, options: &[&str]) -> Self {
+    fn start(name: &str, guest: &[u8], options: &[&str]) -> Self {
         let kernel = folder().join(format!("{name}.elf"));
-        fs::write(&kernel, guests::multiboot(guests::spin())).expect("written");
+        fs::write(&kernel, guests::multiboot(guest)).expect("written");
         let socket = folder().join(format!("{name}.sock"));
         let mut child = hwvmm()
             .args(["run", "-m", "16M", "--timeout", "60s", "--api"])
@@ -91,11 +91,15 @@ fn cannot_run() -> Option<String> {
 }
 
 fn with_machine(name: &str, options: &[&str], test: impl FnOnce(Machine)) -> Outcome {
+    with_guest(name, guests::spin(), options, test)
+}
+
+fn with_guest(name: &str, guest: &[u8], options: &[&str], test: impl FnOnce(Machine)) -> Outcome {
     static PROBE: OnceLock<Option<String>> = OnceLock::new();
     match PROBE.get_or_init(cannot_run) {
         Some(why) => Outcome::Skipped(why.clone()),
         None => {
-            test(Machine::start(name, options));
+            test(Machine::start(name, guest, options));
             Outcome::Passed
         }
     }
@@ -146,6 +150,46 @@ fn responses() -> Outcome {
     })
 }
 
+/// Exits to user space of all vCPUs so far.
+fn userspace_exits(machine: &Machine) -> u64 {
+    let exits = machine.answer(&["exits"]);
+    let vcpus = exits["vcpus"].as_array().expect("vCPUs");
+    vcpus.iter().map(|vcpu| vcpu["userspace_exits"]["total"].as_u64().expect("a count")).sum()
+}
+
+/// Processor time of a process and of its children so far, in clock ticks.
+fn cpu_ticks(process: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).expect("it runs");
+    // Behind the name, which is in parentheses: utime and stime are the fields 14 and 15 (proc(5)).
+    let fields: Vec<_> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
+    let own: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().expect("a number")).sum();
+    let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap_or_default();
+    own + children.split_whitespace().map(|child| cpu_ticks(child.parse().expect("a process"))).sum::<u64>()
+}
+
+fn a_paused_machine_rests() -> Outcome {
+    with_guest("pause", guests::poll(), &["-c", "2"], |machine| {
+        while userspace_exits(&machine) < 100 {}
+        assert_eq!(machine.answer(&["status"])["state"], "running");
+        assert_eq!(machine.answer(&["pause"])["response"], "paused");
+        assert_eq!(machine.answer(&["status"])["state"], "paused");
+        let (exits, ticks) = (userspace_exits(&machine), cpu_ticks(machine.child.id()));
+        std::thread::sleep(Duration::from_millis(1300));
+        assert_eq!(machine.answer(&["pause"])["response"], "paused", "once more");
+        assert_eq!(userspace_exits(&machine), exits, "a paused machine makes no exits");
+        let used = cpu_ticks(machine.child.id()) - ticks;
+        assert!(used <= 5, "{used} ticks of 10 ms in 1.3 s");
+        assert_eq!(machine.answer(&["resume"])["response"], "running");
+        assert_eq!(machine.answer(&["status"])["state"], "running");
+        while userspace_exits(&machine) < exits + 100 {}
+        machine.answer(&["resume"]);
+        // A paused machine can be stopped.
+        machine.answer(&["pause"]);
+        machine.answer(&["stop"]);
+        assert_eq!(machine.end().status.code(), Some(0));
+    })
+}
+
 fn refusals() -> Outcome {
     with_machine("refusals", &[], |machine| {
         let out = machine.ctl(&["balloon", "4M"]);
@@ -175,6 +219,7 @@ const TESTS: &[Test] = &[
     ("stop_is_0", stop_is_0),
     ("stop_before_the_expected_is_38", stop_before_the_expected_is_38),
     ("requests_are_answered", responses),
+    ("a_paused_machine_rests", a_paused_machine_rests),
     ("refusals_are_errors", refusals),
     ("a_machine_that_is_not_there", no_machine),
 ];

@@ -106,6 +106,12 @@ impl Live {
         }
     }
 
+    /// Pauses the machine. Returns false where a vCPU does not come out in time; then none is paused.
+    #[must_use]
+    pub fn pause(&self) -> bool {
+        self.inspector.pause()
+    }
+
     fn look(&self) -> LiveExits {
         self.inspector.ask();
         let deadline = Instant::now() + REPORT_TIMEOUT;

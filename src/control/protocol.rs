@@ -9,7 +9,7 @@
 //! ```
 //!
 //! For people with a program such as socat, a request may also be typed as the words that `hwvmm ctl` takes: `status`,
-//! `exits`, `balloon 100M`, `stop` (the [`FromStr`] of [`Request`]). The response is JSON all the same.
+//! `exits`, `balloon 100M`, `pause`, `resume`, `stop` (the [`FromStr`] of [`Request`]). The response is JSON all the same.
 
 use crate::config::{ValueError, parse_size};
 use crate::exit::ExitReason;
@@ -46,6 +46,10 @@ pub enum Request {
         #[arg(value_name = "SIZE", value_parser = parse_size)]
         target_bytes: u64,
     },
+    /// Stop the vCPUs until `resume`: a paused machine makes no exits and uses no processor time
+    Pause,
+    /// Let the vCPUs of a paused machine go on
+    Resume,
     /// End the run: `hwvmm run` ends with status 0 (38 where it waits for --expect)
     Stop,
 }
@@ -74,6 +78,8 @@ impl FromStr for Request {
             ["balloon", size] => parse_size(size)
                 .map(|target_bytes| Self::Balloon { target_bytes })
                 .map_err(|error: ValueError| RequestError::Value { message: error.to_string() }),
+            ["pause"] => Ok(Self::Pause),
+            ["resume"] => Ok(Self::Resume),
             ["stop"] => Ok(Self::Stop),
             _ => Err(RequestError::Unknown { line: line.to_owned() }),
         }
@@ -90,6 +96,10 @@ pub enum Response {
     Exits(LiveExits),
     /// To [`Request::Balloon`]: the balloon with its new target. The guest needs time to reach it.
     Balloon(BalloonStatus),
+    /// To [`Request::Pause`]: no vCPU runs the guest.
+    Paused,
+    /// To [`Request::Resume`]: the vCPUs go on.
+    Running,
     /// To [`Request::Stop`]: the run is about to end.
     Stopping,
     /// The request was refused.
@@ -114,8 +124,11 @@ pub enum RequestError {
     /// There are no vCPUs to look at before the guest runs.
     #[error("the guest does not run yet: try again")]
     NotRunning,
+    /// A vCPU is held up in a device: the machine is not paused.
+    #[error("a virtual processor does not stop, since it waits for a device: the machine is not paused; try again")]
+    Busy,
     /// No request of this protocol.
-    #[error("unknown request '{line}'; the requests are: status, exits, balloon SIZE, stop")]
+    #[error("unknown request '{line}'; the requests are: status, exits, balloon SIZE, pause, resume, stop")]
     Unknown {
         /// The line as it was received.
         line: String,
@@ -151,6 +164,8 @@ pub enum RunState {
     Starting,
     /// The vCPUs run the guest.
     Running,
+    /// The vCPUs wait for [`Request::Resume`].
+    Paused,
     /// The run has ended, and the machine is being taken down.
     Stopping,
 }

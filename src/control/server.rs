@@ -142,6 +142,15 @@ impl Server {
                 balloon.set_target(target_bytes.next_multiple_of(PAGE_BYTES));
                 self.balloon().map(Response::Balloon).ok_or(RequestError::NoBalloon)
             }
+            Request::Pause => {
+                let live = self.live.get().ok_or(RequestError::NotRunning)?;
+                if live.pause() { Ok(Response::Paused) } else { Err(RequestError::Busy) }
+            }
+            Request::Resume => {
+                self.live.get().ok_or(RequestError::NotRunning)?;
+                self.control.resume();
+                Ok(Response::Running)
+            }
             Request::Stop => {
                 self.control.end(EndReason::Stopped, None);
                 Ok(Response::Stopping)
@@ -152,6 +161,8 @@ impl Server {
     fn state(&self) -> RunState {
         if self.control.ended().is_some() {
             RunState::Stopping
+        } else if self.control.is_paused() {
+            RunState::Paused
         } else if self.live.get().is_some() {
             RunState::Running
         } else {
@@ -309,7 +320,9 @@ mod tests {
                 Err(client::ClientError::Refused(error)) => error,
                 other => panic!("not refused: {other:?}"),
             };
-            assert_eq!(refused(Request::Exits), RequestError::NotRunning);
+            for early in [Request::Exits, Request::Pause, Request::Resume] {
+                assert_eq!(refused(early), RequestError::NotRunning);
+            }
             assert_eq!(refused(Request::Balloon { target_bytes: 0 }), RequestError::NoBalloon);
             assert_eq!(send_text(path, b"halt\n"), Response::Error(RequestError::Unknown { line: "halt".into() }));
             let too_long = Response::Error(RequestError::TooLong { max_bytes: MAX_REQUEST_BYTES });

@@ -208,6 +208,14 @@ impl Vcpu {
         })
     }
 
+    /// Tells a Linux guest that its vCPU was paused, by way of kvmclock, so that its watchdogs do not take the time for a
+    /// lock-up (KVM API 4.62, KVM_KVMCLOCK_CTRL). Does nothing where the guest has no kvmclock.
+    pub fn note_pause(&self) {
+        if let Err(error) = self.fd.kvmclock_ctrl() {
+            log::debug!("vCPU {}: the guest is not told that it was paused: KVM_KVMCLOCK_CTRL: {error}", self.id);
+        }
+    }
+
     /// RIP at the last exit; `None` where KVM does not copy the registers (see [`Vcpu::syncs_regs`]).
     #[must_use]
     pub fn synced_rip(&self) -> Option<u64> {

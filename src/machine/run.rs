@@ -225,6 +225,8 @@ struct Limits<'a> {
     halt_detector: HaltDetector,
     watches: &'a [Watch],
     drain: Option<&'a Drain>,
+    /// Since when the machine is paused.
+    paused: Option<Instant>,
 }
 
 impl Limits<'_> {
@@ -246,17 +248,30 @@ impl Limits<'_> {
         again.min()
     }
 
+    /// When the watchdog expires; it does not run while the machine is paused. A pause that is over is added to its time.
+    fn watchdog_deadline(&mut self, now: Instant) -> Option<Instant> {
+        let watchdog = self.watchdog.as_ref()?;
+        if self.control.is_paused() {
+            self.paused.get_or_insert(now);
+            return None;
+        }
+        if let Some(since) = self.paused.take() {
+            watchdog.extend(now.saturating_duration_since(since));
+        }
+        watchdog.deadline()
+    }
+
     /// Handles events until the run has ended.
     fn wait(&mut self, event_loop: &mut EventLoop, threads: &Threads) -> Result<(), RunError> {
         let mut next_tick = Instant::now() + TICK;
         while self.control.ended().is_none() {
             let now = Instant::now();
-            let dog = self.watchdog.as_ref().and_then(|watchdog| watchdog.deadline());
+            let dog = self.watchdog_deadline(now);
             if dog.is_some_and(|at| at <= now) {
                 self.control.end(EndReason::Watchdog, None);
             } else if next_tick <= now {
                 next_tick = now + TICK;
-                if self.halt_detector.tick(threads) {
+                if !self.control.is_paused() && self.halt_detector.tick(threads) {
                     self.control.end(EndReason::Halted, None);
                 }
             }
@@ -332,8 +347,10 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let drain =
         Drain::start(&handler, &control, sandbox, &watches).map_err(|error| RunError::Io("start a thread", error))?;
     sandbox.enter(ThreadRole::Main, "main")?;
-    let result = Limits { control: &control, watchdog, halt_detector, watches: &watches, drain: drain.as_ref() }
-        .wait(&mut event_loop, &threads);
+    let drain_now = drain.as_ref();
+    let result =
+        Limits { control: &control, watchdog, halt_detector, watches: &watches, drain: drain_now, paused: None }
+            .wait(&mut event_loop, &threads);
     let ran = start.elapsed();
     // Before what only the end needs is in memory: the code of the record, the record.
     let memory = smaps.and_then(|smaps| MemoryUse::read(&smaps, &ram.host_ranges().collect::<Vec<_>>()).ok());

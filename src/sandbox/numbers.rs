@@ -34,6 +34,7 @@ pub(super) const KVM_RUN: u64 = none(KVMIO, 0x80);
 pub(super) const KVM_GET_REGS: u64 = gives::<kvm_regs>(KVMIO, 0x81);
 pub(super) const KVM_GET_MSRS: u64 = both::<kvm_msrs>(KVMIO, 0x88);
 pub(super) const KVM_GET_MP_STATE: u64 = gives::<kvm_mp_state>(KVMIO, 0x98);
+pub(super) const KVM_KVMCLOCK_CTRL: u64 = none(KVMIO, 0xad);
 pub(super) const KVM_GET_STATS_FD: u64 = none(KVMIO, 0xce);
 pub(super) const KVM_IRQ_LINE: u64 = takes::<kvm_irq_level>(KVMIO, 0x61);
 pub(super) const KVM_GET_IRQCHIP: u64 = both::<kvm_irqchip>(KVMIO, 0x62);
@@ -94,6 +95,7 @@ mod tests {
     fn numbers_are_those_of_the_kernel() {
         // From strace's tables of Linux 6.18.
         assert_eq!((KVM_RUN, KVM_GET_REGS, KVM_GET_MP_STATE), (0xae80, 0x8090_ae81, 0x8004_ae98));
+        assert_eq!(KVM_KVMCLOCK_CTRL, 0xaead);
         assert_eq!((KVM_GET_MSRS, KVM_SET_GSI_ROUTING, KVM_IRQ_LINE), (0xc008_ae88, 0x4008_ae6a, 0x4008_ae61));
         assert_eq!(
             (VHOST_SET_VRING_ADDR, VHOST_SET_MEM_TABLE, VHOST_NET_SET_BACKEND),

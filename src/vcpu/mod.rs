@@ -1,5 +1,6 @@
 //! vCPUs: the run loop, and one thread for each.
 
+mod pause;
 mod run_loop;
 mod threads;
 

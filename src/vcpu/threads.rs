@@ -1,5 +1,6 @@
 //! One thread a vCPU: started together, kicked, asked whether they rest, stopped and joined.
 
+use super::pause::{Gate, Passed};
 use super::run_loop::{Records, Stop, run};
 use crate::error::chain;
 use crate::exit::{EndReason, Handler, RunEnd};
@@ -27,6 +28,9 @@ const KICK_AGAIN: Duration = Duration::from_millis(1);
 /// How long the vCPUs may take to stop. An access to a device takes up to a second where the device is being reset.
 const STOP: Duration = Duration::from_millis(1500);
 
+/// How long a vCPU may take to come out before the machine is paused, or how soon the pause is given up.
+const PAUSE: Duration = Duration::from_millis(1500);
+
 /// Shared by all that can end a run: the first end counts.
 pub struct Control {
     ended: Mutex<Option<RunEnd>>,
@@ -34,6 +38,7 @@ pub struct Control {
     event: EventFd,
     /// Raised to have each vCPU publish whether it rests.
     inspection: AtomicU64,
+    gate: Gate,
 }
 
 impl Control {
@@ -47,6 +52,7 @@ impl Control {
             stop: AtomicBool::new(false),
             event: EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)?,
             inspection: AtomicU64::new(0),
+            gate: Gate::default(),
         })
     }
 
@@ -79,6 +85,17 @@ impl Control {
     #[must_use]
     pub fn is_stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
+    }
+
+    /// Returns true while the machine is paused.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.gate.is_closed()
+    }
+
+    /// Lets the vCPUs of a paused machine go on.
+    pub fn resume(&self) {
+        self.gate.open();
     }
 }
 
@@ -124,17 +141,40 @@ impl VcpuShared {
     }
 }
 
-/// Looks at running vCPUs from outside.
+/// Looks at running vCPUs from outside, and holds them up.
 pub struct Inspector {
     shared: Vec<Arc<VcpuShared>>,
     control: Arc<Control>,
 }
 
 impl Inspector {
-    /// Has every vCPU say whether it rests, and show its counters. Costs one exit a vCPU.
+    /// Has every vCPU say whether it rests, and show its counters. Costs one exit a vCPU, and none while the machine is paused.
     pub fn ask(&self) {
         self.control.inspection.fetch_add(1, Ordering::AcqRel);
-        self.shared.iter().for_each(|shared| shared.kick());
+        self.control.gate.call();
+        // A signal to a vCPU that waits would make the next KVM_RUN return at once.
+        if !self.control.is_paused() {
+            self.shared.iter().for_each(|shared| shared.kick());
+        }
+    }
+
+    /// Pauses the machine: returns true once no vCPU runs the guest. Costs one exit a vCPU. Returns false where one does not
+    /// come out within `PAUSE`; then all go on.
+    #[must_use]
+    pub fn pause(&self) -> bool {
+        if self.control.is_paused() {
+            return true;
+        }
+        self.control.gate.close();
+        let deadline = Instant::now() + PAUSE;
+        while Instant::now() < deadline {
+            self.shared.iter().for_each(|shared| shared.kick());
+            if self.control.gate.all_wait(self.shared.len(), KICK_AGAIN) {
+                return true;
+            }
+        }
+        self.control.resume();
+        false
     }
 
     /// Returns true if all vCPUs have answered the last request for a report.
@@ -244,6 +284,7 @@ impl Threads {
     /// leaves nothing.
     pub fn stop(self) -> Vec<VcpuRecord> {
         self.control.stop.store(true, Ordering::Release);
+        self.control.gate.call();
         let deadline = Instant::now() + STOP;
         // All of them, again and again: one may wait for a lock that another holds while it writes to a full pipe.
         while self.threads.iter().any(|thread| !thread.handle.is_finished()) && Instant::now() < deadline {
@@ -345,8 +386,23 @@ impl Work {
         self.confinement.sandbox.enter(self.confinement.role, &format!("vcpu{}", self.index))
     }
 
-    /// After a kick: publishes whether the vCPU rests and what it has counted, where asked; whether to stop.
+    /// After a kick: answers what is asked, and waits while the machine is paused. Returns true if the vCPU is to stop.
     fn kicked(&self, running: &mut Running<'_>, counters: &Counters) -> bool {
+        loop {
+            match self.control.gate.pass(|| self.answer(running, counters)) {
+                Passed::Open => return false,
+                Passed::Stops => return true,
+                Passed::Waited => {
+                    running.vcpu().note_pause();
+                    // Those that came while it waited are answered: they are to make no exit.
+                    running.clear_kick();
+                }
+            }
+        }
+    }
+
+    /// Publishes whether the vCPU rests and what it has counted, where asked. Returns true if the vCPU is to stop.
+    fn answer(&self, running: &Running<'_>, counters: &Counters) -> bool {
         let asked = self.control.inspection.load(Ordering::Acquire);
         if self.shared.inspected.load(Ordering::Acquire) != asked {
             *self.shared.counters.lock().unwrap_or_else(PoisonError::into_inner) = Some(counters.clone());

@@ -28,6 +28,8 @@ program!(pvpanic, "mov $0x505,%dx", "mov $1,%al", "out %al,%dx", "hlt");
 program!(triple_fault, "ud2");
 program!(halt, "5: cli", "hlt", "jmp 5b");
 program!(spin, "5: jmp 5b");
+// An exit to user space each time: the status of the i8042.
+program!(poll, "5: in $0x64,%al", "jmp 5b");
 program!(debug_exit, "mov $38,%eax", "out %eax,$0xf4", "hlt");
 // They say how a command ended, as the agent does.
 program!(

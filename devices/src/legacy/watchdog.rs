@@ -25,6 +25,12 @@ impl Watchdog {
     pub fn deadline(&self) -> Option<Instant> {
         *self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Has a timer that runs expire later by `time`, in which the guest was not run.
+    pub fn extend(&self, time: Duration) {
+        let mut deadline = self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
+        *deadline = deadline.map(|at| at + time);
+    }
 }
 
 impl BusDevice for Watchdog {
@@ -55,9 +61,12 @@ mod tests {
         watchdog.write(START, &[0]);
         let long = watchdog.deadline().expect("running");
         assert!(long > short + Duration::from_secs(29), "{short:?} {long:?}");
+        watchdog.extend(Duration::from_secs(60));
+        let long = long + Duration::from_secs(60);
         watchdog.write(1, &[0]);
         assert_eq!(watchdog.deadline(), Some(long));
         watchdog.write(STOP, &[0]);
+        watchdog.extend(Duration::from_secs(60));
         assert_eq!(watchdog.deadline(), None);
     }
 }
