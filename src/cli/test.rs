@@ -25,7 +25,7 @@ pub(super) struct Args {
     #[command(subcommand)]
     what: Option<What>,
 
-    /// Suites [default: hwvmm-test.toml]
+    /// Suites, or files of vmtest [default: hwvmm-test.toml]
     #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
 
@@ -145,6 +145,7 @@ fn prepare(args: &Args) -> Result<Prepared, Usage> {
     let default = [PathBuf::from(DEFAULT_FILE)];
     let files = if args.files.is_empty() { &default[..] } else { &args.files };
     let suites = files.iter().map(|path| SuiteFile::read(path)).collect::<Result<Vec<_>, _>>()?;
+    suites.iter().flat_map(|suite| &suite.notes).for_each(|note| say(note));
     let shard = args.shard.map_or_else(Shard::of_environment, Ok)?;
     let selection = Selection::new(args.filter.clone(), args.regex.as_deref(), shard)?;
     let cases = selection.take(expand(&suites)?)?;

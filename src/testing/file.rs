@@ -1,7 +1,8 @@
 //! The file of a suite: TOML with `[defaults]`, `[[kernel]]` and `[[test]]`. The options of `hwvmm run` are keys of all three; what
-//! a test has replaces what its kernel has, and that replaces the defaults.
+//! a test has replaces what its kernel has, and that replaces the defaults. A file of vmtest's has `[[target]]` instead.
 
 use super::patterns::OopsKind;
+use super::vmtest;
 use crate::bounded_read::{self, ReadError};
 use crate::config::{RunOptions, parse_duration};
 use crate::escape::escape;
@@ -32,6 +33,8 @@ const OF_MATRIX: &[&str] = &["kernel", "cpus", "memory", "mmu", "transport", "tu
 const TAKEN: &[&str] = &["kernel", "stats", "stats-out", "profile-out", "api", "status-file", "kernel-log", "tty"];
 /// Tables of the file.
 const TABLES: &[&str] = &["defaults", "kernel", "test"];
+/// The tables of a file of vmtest's.
+const TARGETS: &str = "target";
 
 /// A file of a suite cannot be used.
 #[derive(Debug, Error)]
@@ -130,6 +133,8 @@ pub struct SuiteFile {
     pub kernels: Vec<KernelEntry>,
     /// The `[[test]]` tables, in the order of the file.
     pub tests: Vec<TestEntry>,
+    /// What of a file of vmtest's has no meaning here.
+    pub notes: Vec<String>,
 }
 
 impl SuiteFile {
@@ -154,6 +159,11 @@ impl SuiteFile {
             problem: escape(&problem, 2000),
         };
         let mut file: Table = toml::from_str(text).map_err(|error| SuiteError::Toml(path.to_owned(), error))?;
+        let notes = if file.contains_key(TARGETS) {
+            from_vmtest(&mut file).map_err(|problem| fail("the file", problem))?
+        } else {
+            Vec::new()
+        };
         if let Some(key) = file.keys().find(|key| !TABLES.contains(&key.as_str())) {
             return Err(fail("the file", unknown(key, TABLES.iter().map(ToString::to_string))));
         }
@@ -178,7 +188,7 @@ impl SuiteFile {
         if tests.is_empty() {
             return Err(fail("the file", "it has no [[test]]".into()));
         }
-        Ok(Self { path: path.to_owned(), kernels, tests })
+        Ok(Self { path: path.to_owned(), kernels, tests, notes })
     }
 
     /// The folder that paths in the file are relative to.
@@ -186,6 +196,18 @@ impl SuiteFile {
     pub fn folder(&self) -> &Path {
         self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
+}
+
+/// Replaces the tables of a file of vmtest's by those of a suite. Returns what has no meaning here.
+fn from_vmtest(file: &mut Table) -> Result<Vec<String>, String> {
+    if let Some(other) = TABLES.iter().find(|table| file.contains_key(**table)) {
+        return Err(format!("it has [[{TARGETS}]] and [[{other}]]: use the one or the other in a file"));
+    }
+    let converted = vmtest::convert(tables(file, TARGETS)?, &vmtest::variables())?;
+    let list = |tables: Vec<Table>| Value::Array(tables.into_iter().map(Value::Table).collect());
+    file.insert("kernel".into(), list(converted.kernels));
+    file.insert("test".into(), list(converted.tests));
+    Ok(converted.notes)
 }
 
 /// A table's own keys, and its options of `hwvmm run`.

@@ -23,6 +23,7 @@ mod select;
 mod shard;
 mod stats;
 mod verdict;
+mod vmtest;
 
 pub use baseline::{Baseline, BaselineError, Counts};
 pub use case::Case;
