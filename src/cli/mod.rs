@@ -87,7 +87,7 @@ Examples:
   hwvmm test merge shard-1 shard-2 shard-3 shard-4 shard-5
   hwvmm test --format ktap
 
-Each test is a run of its own. The folder of the results has results.jsonl, junit.xml and results.ktap, and of each try
+Each test is a run of its own. The folder of the results has results.jsonl, junit.xml, results.ktap and index.html, and of each try
 of a test console.log, hwvmm.log, stats.json, run.toml and again.sh.
 
 Verdicts:

@@ -5,7 +5,7 @@ use crate::exit::end::status;
 use crate::testing::{
     Annotations, Baseline, Case, Colour, DEFAULT_FILE, Done, FailFast, Header, Interrupted, Jobs, Plan, ResultFolder,
     SAMPLE, Selection, Shard, SuiteFile, TestResult, Totals, UpdateBaseline, Verdict, annotation, baseline_path,
-    bazel_status_file, expand, junit, ktap, ktap_lines, line, merge, step_summary, summary,
+    bazel_status_file, expand, html, junit, ktap, ktap_lines, line, merge, step_summary, summary,
 };
 use hwvmm_devices::path_text::PathText as _;
 use std::collections::BTreeMap;
@@ -271,6 +271,7 @@ impl ResultLines {
 fn write_reports(folder: &ResultFolder, results: &[TestResult], totals: &Totals) -> Result<(), Box<dyn Error>> {
     folder.write("junit.xml", &junit(results)?)?;
     folder.write("results.ktap", &ktap(results))?;
+    folder.write("index.html", &html(results, totals, folder.path()))?;
     if Annotations::of_environment() == Annotations::Yes
         && let Some(path) = std::env::var_os("GITHUB_STEP_SUMMARY").filter(|path| !path.is_empty())
     {

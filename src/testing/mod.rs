@@ -34,7 +34,7 @@ pub use ktap::{Ktap, KtapReport, MAX_SUBTESTS, Subtest, SubtestResult};
 pub use merge::{MergeError, Merged, merge};
 pub use patterns::{OOPSES, Oops, OopsKind};
 pub use record::{Attempt, Header, TestResult, Totals};
-pub use report::{Annotations, Colour, annotation, junit, ktap, ktap_lines, line, step_summary, summary};
+pub use report::{Annotations, Colour, annotation, html, junit, ktap, ktap_lines, line, step_summary, summary};
 pub use schedule::{Done, FailFast, Interrupted, Jobs, Plan, UpdateBaseline, baseline_path, run};
 pub use select::{Selection, SelectionError};
 pub use shard::{Shard, ShardError, bazel_status_file};
