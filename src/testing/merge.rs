@@ -42,8 +42,8 @@ pub enum MergeError {
         /// That of the others.
         expected: u32,
     },
-    /// A test was run twice.
-    #[error("{}: '{name}' has a result already, which is not infrastructure: merge the folders of one run only", .path.shown())]
+    /// A test is in two shards.
+    #[error("{}: '{name}' has a result in another shard already: merge the folders of one run only", .path.shown())]
     Twice {
         /// The results.jsonl of the folder that was given.
         path: PathBuf,
@@ -68,7 +68,17 @@ pub struct Merged {
     pub shards: u32,
 }
 
-/// Reads `results.jsonl` in each of `folders`. A result of infrastructure is replaced by that of a shard that was run again.
+/// Returns true if `new` counts, of two results of a test whose shard was run again: what hwvmm or the host did is replaced, and a
+/// failure, or a retry, is not made good by another run.
+fn counts_more(new: Verdict, before: Verdict) -> bool {
+    match (before.meaning(), new.meaning()) {
+        (Meaning::Unknown, _) | (Meaning::Good, Meaning::Bad) => true,
+        (Meaning::Good, Meaning::Good) => before == Verdict::Pass && new == Verdict::Flaky,
+        (Meaning::Bad, _) | (Meaning::Good, Meaning::Unknown) => false,
+    }
+}
+
+/// Reads `results.jsonl` in each of `folders`. Folders of the same shard are of a shard that was run again.
 ///
 /// # Errors
 /// [`MergeError`].
@@ -77,7 +87,8 @@ pub fn merge(folders: &[PathBuf]) -> Result<Merged, MergeError> {
         return Err(MergeError::TooMany);
     }
     let mut merged = Merged::default();
-    let mut places: BTreeMap<String, usize> = BTreeMap::new();
+    // By name: the place of the result, and its shard.
+    let mut places: BTreeMap<String, (usize, u32)> = BTreeMap::new();
     // By shard: the tests that it has.
     let mut sizes: BTreeMap<u32, usize> = BTreeMap::new();
     for folder in folders {
@@ -87,18 +98,23 @@ pub fn merge(folders: &[PathBuf]) -> Result<Merged, MergeError> {
             return Err(MergeError::Shards { path, found: header.shards, expected: merged.shards });
         }
         merged.shards = header.shards;
-        sizes.insert(header.shard, header.tests);
+        let size = sizes.entry(header.shard).or_default();
+        *size = header.tests.max(*size);
         for result in results {
             let name = result.name.clone();
-            match places.get(&name).copied().and_then(|place| merged.results.get_mut(place)) {
+            match places.get(&name) {
                 None => {
-                    places.insert(name, merged.results.len());
+                    places.insert(name, (merged.results.len(), header.shard));
                     merged.results.push(result);
                 }
-                Some(before) if before.verdict == Verdict::Infrastructure => *before = result,
-                // The folder of the try before may come later.
-                Some(_) if result.verdict.meaning() == Meaning::Unknown => {}
-                Some(_) => return Err(MergeError::Twice { path, name }),
+                Some((_, shard)) if *shard != header.shard => return Err(MergeError::Twice { path, name }),
+                Some((place, _)) => {
+                    if let Some(before) = merged.results.get_mut(*place)
+                        && counts_more(result.verdict, before.verdict)
+                    {
+                        *before = result;
+                    }
+                }
             }
         }
     }
@@ -176,11 +192,36 @@ mod tests {
             assert_eq!(verdicts, [("a", Verdict::Pass), ("b", Verdict::Pass), ("c", Verdict::Fail)]);
             assert_eq!((merged.not_run, &merged.missing_shards[..]), (1, &[3][..]));
         }
-        let twice = merge(&[one.clone(), one.clone()]).expect_err("refused").to_string();
-        assert!(twice.contains("'a' has a result already"), "{twice}");
+        let overlapping = shard(base.path(), "overlapping", "2/3", 2, &[sample("a", Verdict::Pass)]);
+        let twice = merge(&[one.clone(), overlapping]).expect_err("refused").to_string();
+        assert!(twice.contains("'a' has a result in another shard already"), "{twice}");
         let other = shard(base.path(), "4", "1/2", 0, &[]);
         assert!(matches!(merge(&[one, other]), Err(MergeError::Shards { found: 2, expected: 3, .. })));
         assert!(matches!(merge(&[base.path().join("none")]), Err(MergeError::Read(..))));
+    }
+
+    #[test]
+    fn a_shard_that_was_run_again_hides_no_failure() {
+        use Verdict::{Fail, Flaky, Infrastructure, Pass, Skip};
+        let base = tempfile::tempdir().expect("a folder");
+        let pairs = [
+            (Pass, Infrastructure, Pass),
+            (Pass, Fail, Fail),
+            (Fail, Infrastructure, Fail),
+            (Pass, Flaky, Flaky),
+            (Skip, Pass, Skip),
+            (Infrastructure, Infrastructure, Infrastructure),
+        ];
+        for (number, (one, two, both)) in pairs.into_iter().enumerate() {
+            let folder = |try_number: u32, verdict| {
+                shard(base.path(), &format!("{number}-{try_number}"), "1/1", 1, &[sample("a", verdict)])
+            };
+            let (one, two) = (folder(1, one), folder(2, two));
+            let of = |folders: &[PathBuf]| merge(folders).expect("merged").results[0].verdict;
+            assert_eq!(of(&[one.clone(), two.clone()]), both);
+            // Which of two good ones it is does not matter.
+            assert_eq!(of(&[two, one]).meaning(), both.meaning());
+        }
     }
 
     #[test]
