@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 #[derive(clap::Args)]
-#[command(about = "Control a running machine: show its state and its exits, set its balloon, end it")]
+#[command(about = "Control a running machine: show its state and exits, set its balloon, pause, resume or end it")]
 pub(super) struct Args {
     /// Control socket that the machine was started with (--api)
     socket: PathBuf,
