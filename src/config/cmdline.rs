@@ -72,6 +72,7 @@ impl RunConfig {
             (tune.wants(Lever::UartCount), &*uarts),
             // With more vCPUs the others would go on after a halt, and the end of the guest would not be noticed.
             (tune.wants(Lever::AcpiReset) && self.cpus.count() == 1, "reboot=f"),
+            (tune.wants(Lever::NoCryptoSelftests), "cryptomgr.notests"),
             // Each byte on a UART is an exit, and they are of use only where something fails.
             (self.has_command() && self.kernel_log.is_none(), "quiet"),
         ];
@@ -93,6 +94,9 @@ mod tests {
         let of = |text: &str| config(text).kernel_cmdline();
         assert_eq!(of("disk = ['d']"), "console=ttyS0 panic=-1 pci=noearly 8250.nr_uarts=1 reboot=f");
         assert_eq!(of("disk = ['d']\ntune = ['all=off']"), "console=ttyS0 panic=-1");
+        assert!(!of("").contains("cryptomgr") && !of("tune = ['all=auto']").contains("cryptomgr"));
+        let untested = of("tune = ['no-crypto-selftests=on']");
+        assert_eq!(untested, "console=ttyS0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 reboot=f cryptomgr.notests");
         assert!(!of("cpus = 2").contains("reboot"), "a halt must stop all vCPUs");
         let mmio = of("disk = ['d']\ntransport = 'mmio'\ntune = ['uart-count=off']");
         assert_eq!(mmio, "console=ttyS0 panic=-1 pci=conf1,noearly reboot=f");

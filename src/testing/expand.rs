@@ -4,6 +4,7 @@ use super::case::{Case, Needs, TIMEOUT};
 use super::file::{KernelEntry, SuiteFile, TestEntry};
 use crate::config::toml_escaped;
 use crate::escape::escape;
+use crate::tune::Lever;
 use hwvmm_devices::path_text::PathText as _;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -183,10 +184,22 @@ fn case(
         parts.push(format!("{key}={}", escape(&value, VALUE_BYTES)));
     }
     options.insert("kernel".into(), path_value(&kernel.path));
+    with_default_levers(&mut options);
     options.entry("timeout").or_insert_with(|| Value::String(TIMEOUT.into()));
     let needs = Needs::of(&options)?;
     let name = if parts.is_empty() { test.name.clone() } else { format!("{}[{}]", test.name, parts.join(",")) };
     Ok(Case { name, folder: suite.folder().to_owned(), options, settings: test.settings.clone(), needs })
+}
+
+/// Sets the lever that is on for tests alone. What the suite sets comes behind it, and wins.
+fn with_default_levers(options: &mut Table) {
+    let mut levers = vec![Value::String(format!("{}=on", Lever::NoCryptoSelftests.name()))];
+    match options.remove("tune") {
+        None => {}
+        Some(Value::Array(given)) => levers.extend(given),
+        Some(one) => levers.push(one),
+    }
+    options.insert("tune".into(), Value::Array(levers));
 }
 
 /// A path as the value of an option: as text, or with escapes where it is not UTF-8.
@@ -236,6 +249,21 @@ mod tests {
         let case = of("kernel = 'a'").expect("runs").remove(0);
         assert_eq!((case.needs.memory_bytes, case.needs.timeout.as_secs()), (1 << 30, 300));
         assert_eq!(case.options.get("kernel").and_then(Value::as_str), Some("ka"));
+    }
+
+    #[test]
+    fn ciphers_are_not_tested_unless_the_suite_asks() {
+        let cmdline = |text: &str| {
+            let case =
+                cases_of(&format!("{KERNELS}[[test]]\nname = 't'\nkernel = 'a'\n{text}")).expect("runs").remove(0);
+            let options: crate::config::RunOptions = Value::Table(case.options).try_into().expect("options");
+            options.into_config().expect("valid").kernel_cmdline()
+        };
+        assert!(cmdline("").contains("cryptomgr.notests"));
+        assert!(cmdline("tune = 'x2apic=off'").contains("cryptomgr.notests"));
+        for own in ["tune = 'no-crypto-selftests=off'", "tune = ['all=off']", "cmdline = 'console=ttyS0'"] {
+            assert!(!cmdline(own).contains("cryptomgr"), "{own}");
+        }
     }
 
     #[test]

@@ -15,6 +15,8 @@ pub enum Group {
     Coalescing,
     /// CPUID, MSRs and idle instructions.
     Cpu,
+    /// What the guest's kernel does at boot without need.
+    Kernel,
 }
 
 impl Group {
@@ -28,6 +30,7 @@ impl Group {
             Self::Devices => "Virtio devices",
             Self::Coalescing => "Coalesced I/O",
             Self::Cpu => "Processor",
+            Self::Kernel => "Guest's kernel",
         }
     }
 }
@@ -170,6 +173,10 @@ levers! {
         "MWAIT does not exit (KVM_CAP_X86_DISABLE_EXITS). Off by default: as for disable-hlt; besides, the guest can put the host \
          processor into deep sleep states",
         "MWAIT is an invalid instruction for the guest";
+    NoCryptoSelftests: "no-crypto-selftests", Kernel, false,
+        "The default command line has cryptomgr.notests: Linux does not test its ciphers and hashes. Off by default, but for the \
+         tests of `hwvmm test`: a kernel that is built to test them is then not tested",
+        "Linux runs the test vectors of each algorithm that it registers, for more than half of the time of a stock kernel's boot";
 }
 
 impl Lever {
