@@ -17,8 +17,8 @@ const TIMEOUT: &str = "1h";
 /// Variables of the environment that tell of this process, not of the user.
 const OWN_VARIABLES: &[&str] = &["_", "PWD", "OLDPWD", "SHLVL"];
 
-/// Mounts what vmtest mounts, then runs the command as vmtest does: by bash, in the folder of the file. The arguments are the command,
-/// and the tag and the place of each mount.
+/// Mounts what vmtest mounts, then runs the command as vmtest does: by bash where the root has one, in the folder of the file. The
+/// arguments are the command, and the tag and the place of each mount.
 const SCRIPT: &str = r#"set -e
 command=$1; shift
 d=/run/hwvmm-vmtest
@@ -27,7 +27,8 @@ mount -t virtiofs vmtest $d/lower
 mount -t overlay -o lowerdir=$d/lower,upperdir=$d/upper,workdir=$d/work overlay /mnt/vmtest
 while [ $# -gt 0 ]; do mkdir -p "$2"; mount -t virtiofs "$1" "$2"; shift 2; done
 cd /mnt/vmtest
-exec bash -c "$command""#;
+if command -v bash >/dev/null; then exec bash -c "$command"; fi
+exec sh -c "$command""#;
 
 #[derive(Deserialize)]
 struct Mount {
@@ -152,7 +153,7 @@ fn tables(target: Target, kernel_name: &str, variables: &[String]) -> Result<(Ta
         ("path".to_owned(), text(if path.contains(['*', '?', '[']) { glob::Pattern::escape(&path) } else { path })),
     ]);
     let mut shares = vec![share(TAG, ".", false)?];
-    let mut words: Vec<Value> = ["/bin/bash", "-c", SCRIPT, "vmtest", &target.command].map(text).to_vec();
+    let mut words: Vec<Value> = ["/bin/sh", "-c", SCRIPT, "vmtest", &target.command].map(text).to_vec();
     for (number, (place, mount)) in target.vm.mounts.iter().enumerate() {
         let tag = format!("{TAG}{number}");
         shares.push(share(&tag, &mount.host_path, mount.writable)?);
