@@ -44,6 +44,7 @@ impl Suite {
             ("reset", guests::reset()),
             ("triple", guests::triple_fault()),
             ("spin", guests::spin()),
+            ("mute", guests::spin_protected()),
             ("halt", guests::halt()),
             ("debug", guests::debug_exit()),
             ("pvpanic", guests::pvpanic()),
@@ -164,6 +165,14 @@ const EVERY: &[(&str, &str, &str, &str)] = &[
     ("oops/oops", "", "oops", "bug: BUG: kernel NULL pointer dereference, address: 0000000000000008 (and 1 more)"),
     ("spin/hang", "silence = '500ms'", "hang", "no output for 0.5 s"),
     ("spin/time-out", "timeout = '500ms'", "time-out", "timed out after 0.5 s"),
+    ("mute/boot-time-out", "boot-timeout = '500ms'", "time-out", "the guest had not booted after 0.5 s"),
+    ("spin/booted-in-time", "boot-timeout = '500ms'\ntimeout = '1s'", "time-out", "timed out after 1 s"),
+    (
+        "spin/command-boot-time-out",
+        "run = 'x'\nroot = 'none'\nmemory = '32M'\nboot-timeout = '500ms'",
+        "time-out",
+        "the guest had not booted after 0.5 s",
+    ),
     ("triple/triple-fault", "", "triple-fault", "triple fault"),
     ("off/over-budget", "budget = 'userspace=0'\nprofile = 'user'", "over-budget", "more exits than its budget allows"),
     ("command-ok/command", "run = 'x'\nroot = 'none'\nmemory = '32M'", "pass", ""),
@@ -219,7 +228,7 @@ fn every_verdict_is_as_expected() -> Outcome {
         assert_eq!(results.len(), EVERY.len());
         assert!(
             said.contains(
-                "9 pass, 2 skip, 10 fail, 5 panic, 2 oops, 2 hang, 1 time-out, 1 triple-fault, 1 over-budget"
+                "9 pass, 2 skip, 10 fail, 5 panic, 2 oops, 2 hang, 4 time-out, 1 triple-fault, 1 over-budget"
             ),
             "{said}"
         );

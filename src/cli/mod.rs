@@ -58,7 +58,7 @@ Exit status:
   38   --expect matched no line         39   more exits than --budget allows
   40   the machine's process crashed    41   the guest has no status for the command
   42   hwvmm failed
-  124  --timeout                        130  Ctrl-A x
+  124  --timeout, --boot-timeout        130  Ctrl-A x
   128+N  ended by signal N
   With a COMMAND, its exit status; 128+N for a signal N; 127 where it is not found, 126 where it cannot be executed.
 --status-file tells its statuses from those above.
@@ -94,7 +94,8 @@ Verdicts:
   pass, skip, flaky (passed on a retry)
   fail            the run ended in another way than the test wants, or a sub-test failed
   panic, oops     by the kernel's log; `fail-on` says which complaints fail a test
-  hang, time-out  no output for the time of `silence`; the time of `timeout` passed
+  hang, time-out  no output for the time of `silence`; the time of `timeout` passed, or that of `boot-timeout`
+                  before the guest had booted
   triple-fault, over-budget
   infrastructure  hwvmm or the host failed: run it again
 

@@ -347,6 +347,7 @@ impl Results<'_> {
             | EndReason::Kvm(_)
             | EndReason::NotSeen(_)
             | EndReason::TimedOut(_)
+            | EndReason::NotBooted(_)
             | EndReason::Failed(_)
             | EndReason::Crashed(_) => true,
         };

@@ -263,6 +263,9 @@ options! {
         require: Option<Requirement>, [long] "WHAT";
         /// End the run after this time with status 124: 30s, 500ms, 2m
         timeout: Option<Duration>, [long] "TIME";
+        /// End the run with status 124 if the guest has not booted after this time: if its COMMAND has not started; without
+        /// one, if no console has had output
+        boot_timeout: Option<Duration>, [long] "TIME";
         /// End the run with status 0 when a line of a console matches; with status 38 if the guest ends before. A line is
         /// matched whole, when it has ended (LF, CR LF or CR), without escape sequences, NUL and BEL; only the first
         /// 64 KiB of a longer one. A line without an end, such as a prompt, is matched when no console has had output for 200 ms, and

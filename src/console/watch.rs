@@ -11,7 +11,7 @@ use super::pattern::Pattern;
 use crate::escape::{GUEST_BYTES, escape};
 use crate::exit::EndReason;
 use regex::bytes::Regex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -42,6 +42,8 @@ struct Shared {
     last_output: Mutex<Option<Instant>>,
     /// Output from before this time is written. `None` where none is held back.
     flushed: Mutex<Option<Instant>>,
+    /// A console has had output.
+    any_output: AtomicBool,
 }
 
 #[derive(Default)]
@@ -59,6 +61,12 @@ impl Announcements {
     #[must_use]
     pub fn panic(&self) -> Option<String> {
         self.lock().panic.clone()
+    }
+
+    /// Returns true once a console has had output.
+    #[must_use]
+    pub fn has_output(&self) -> bool {
+        self.0.any_output.load(Ordering::Relaxed)
     }
 
     /// A console has output.
@@ -100,7 +108,8 @@ impl Announcements {
                 | EndReason::NoCommandStatus(_)
                 | EndReason::Watchdog
                 | EndReason::Stopped
-                | EndReason::TimedOut(_),
+                | EndReason::TimedOut(_)
+                | EndReason::NotBooted(_),
             ) => seen.clone(),
             (
                 _,
@@ -109,6 +118,7 @@ impl Announcements {
                 | EndReason::Halted
                 | EndReason::TripleFault
                 | EndReason::TimedOut(_)
+                | EndReason::NotBooted(_)
                 | EndReason::Panicked(None),
             ) => EndReason::Panicked(Some(panic.clone())),
             (_, None, EndReason::Halted) if announced.halted => EndReason::SystemHalted,
@@ -215,6 +225,7 @@ impl Watch {
     }
 
     fn feed_at(&self, bytes: &[u8], now: Instant) -> Fed {
+        self.0.announcements.0.any_output.store(true, Ordering::Relaxed);
         if self.0.pattern.is_some() {
             self.0.announcements.output(now);
         }
@@ -289,6 +300,7 @@ impl Watch {
             | EndReason::Seen(_)
             | EndReason::NotSeen(_)
             | EndReason::TimedOut(_)
+            | EndReason::NotBooted(_)
             | EndReason::Quit
             | EndReason::Stopped
             | EndReason::Signal(_)

@@ -40,7 +40,7 @@ pub mod status {
     pub const OVER_BUDGET: u8 = 39;
     /// The machine's process crashed: a panic, an abort, a forbidden system call.
     pub const CRASHED: u8 = 40;
-    /// The time of `--timeout` passed.
+    /// The time of `--timeout` or of `--boot-timeout` passed.
     pub const TIMEOUT: u8 = 124;
     /// The user left with Ctrl-A x.
     pub const QUIT: u8 = 130;
@@ -166,6 +166,7 @@ kinds! {
     Seen "seen" Self::Seen(_),
     NotSeen "not-seen" Self::NotSeen(_),
     TimedOut "timed-out" Self::TimedOut(_),
+    NotBooted "not-booted" Self::NotBooted(_),
     Quit "quit" Self::Quit,
     Stopped "stopped" Self::Stopped,
     Signal "signal" Self::Signal(_),
@@ -206,6 +207,8 @@ pub enum EndReason {
     NotSeen(Box<EndReason>),
     /// The time of `--timeout` passed: its length.
     TimedOut(Duration),
+    /// The guest had not booted when the time of `--boot-timeout` passed: its length.
+    NotBooted(Duration),
     /// The user pressed Ctrl-A x.
     Quit,
     /// `hwvmm ctl SOCKET stop`.
@@ -234,7 +237,7 @@ impl EndReason {
             Self::Watchdog => status::WATCHDOG,
             Self::Kvm(_) => status::KVM,
             Self::NotSeen(_) => status::NOT_SEEN,
-            Self::TimedOut(_) => status::TIMEOUT,
+            Self::TimedOut(_) | Self::NotBooted(_) => status::TIMEOUT,
             Self::Quit => status::QUIT,
             Self::Signal(signal) => 128 + signal.number(),
             Self::Failed(_) => status::ERROR,
@@ -265,6 +268,7 @@ impl EndReason {
             | Self::Watchdog
             | Self::Kvm(_)
             | Self::TimedOut(_)
+            | Self::NotBooted(_)
             | Self::Failed(_)
             | Self::Crashed(_) => false,
         }
@@ -311,6 +315,7 @@ impl fmt::Display for EndReason {
             Self::Seen(what) => write!(f, "seen: {}", escape(what, GUEST_BYTES)),
             Self::NotSeen(end) => write!(f, "{end}, and --expect was not seen"),
             Self::TimedOut(after) => write!(f, "timed out after {} s", after.as_secs_f64()),
+            Self::NotBooted(after) => write!(f, "the guest had not booted after {} s", after.as_secs_f64()),
             Self::Quit => f.write_str("ended by the user"),
             Self::Stopped => f.write_str("stopped through the control socket"),
             Self::Signal(signal) => write!(f, "ended by {signal}"),

@@ -19,6 +19,8 @@ pub enum StopRequest {
     Signal(Signal),
     /// The time of `--timeout` passed: its length.
     TimedOut(Duration),
+    /// The guest's command had not started when the time of `--boot-timeout` passed: its length.
+    NotBooted(Duration),
     /// The guest's command has ended, and the guest goes on.
     Command(CommandEnd),
     /// The guest said that it cannot run the command, and goes on.
@@ -35,6 +37,7 @@ impl StopRequest {
         match self {
             Self::Signal(signal) => EndReason::Signal(signal),
             Self::TimedOut(after) => EndReason::TimedOut(after),
+            Self::NotBooted(after) => EndReason::NotBooted(after),
             Self::Command(end) => EndReason::Command(end),
             Self::NoCommand => EndReason::NoCommand(None),
         }
@@ -91,6 +94,7 @@ mod tests {
         let asked = [
             StopRequest::Signal(Signal::TERM),
             StopRequest::TimedOut(Duration::MAX),
+            StopRequest::NotBooted(Duration::MAX),
             StopRequest::Command(CommandEnd::Exited(7)),
             StopRequest::NoCommand,
         ];

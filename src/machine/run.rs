@@ -5,7 +5,7 @@ use super::request::requests;
 use super::virtio::VirtioHandle;
 use super::{Event, Machine, Setup};
 use crate::config::ProfileLevel;
-use crate::console::{Input, Look, UnreadInput, Watch, terminal_size};
+use crate::console::{Announcements, Input, Look, UnreadInput, Watch, terminal_size};
 use crate::control::Live;
 use crate::error::chain;
 use crate::event_loop::{EventLoop, EventLoopError, OnReadable};
@@ -227,6 +227,27 @@ struct Limits<'a> {
     drain: Option<&'a Drain>,
     /// Since when the machine is paused.
     paused: Option<Instant>,
+    output: OutputLimit<'a>,
+}
+
+/// When a console must have had output at the latest.
+struct OutputLimit<'a> {
+    announcements: &'a Announcements,
+    deadline: Option<Instant>,
+    timeout: Duration,
+}
+
+impl OutputLimit<'_> {
+    /// Returns when to look again, or the end of a guest that has printed nothing in time.
+    fn look(&mut self, now: Instant) -> Result<Option<Instant>, EndReason> {
+        match self.deadline {
+            Some(at) if at <= now => {
+                self.deadline = None;
+                if self.announcements.has_output() { Ok(None) } else { Err(EndReason::NotBooted(self.timeout)) }
+            }
+            deadline => Ok(deadline),
+        }
+    }
 }
 
 impl Limits<'_> {
@@ -275,8 +296,12 @@ impl Limits<'_> {
                     self.control.end(EndReason::Halted, None);
                 }
             }
+            let output = self.output.look(now).unwrap_or_else(|end| {
+                self.control.end(end, None);
+                None
+            });
             let console = self.look_at_consoles(now);
-            let next = dog.into_iter().chain(console).fold(next_tick, Instant::min);
+            let next = dog.into_iter().chain(console).chain(output).fold(next_tick, Instant::min);
             event_loop.wait(next.saturating_duration_since(now))?;
         }
         Ok(())
@@ -347,10 +372,21 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let drain =
         Drain::start(&handler, &control, sandbox, &watches).map_err(|error| RunError::Io("start a thread", error))?;
     sandbox.enter(ThreadRole::Main, "main")?;
-    let drain_now = drain.as_ref();
-    let result =
-        Limits { control: &control, watchdog, halt_detector, watches: &watches, drain: drain_now, paused: None }
-            .wait(&mut event_loop, &threads);
+    let output = OutputLimit {
+        announcements: &setup.announcements,
+        deadline: setup.output_deadline,
+        timeout: setup.config.boot_timeout.unwrap_or_default(),
+    };
+    let mut limits = Limits {
+        control: &control,
+        watchdog,
+        halt_detector,
+        watches: &watches,
+        drain: drain.as_ref(),
+        paused: None,
+        output,
+    };
+    let result = limits.wait(&mut event_loop, &threads);
     let ran = start.elapsed();
     // Before what only the end needs is in memory: the code of the record, the record.
     let memory = smaps.and_then(|smaps| MemoryUse::read(&smaps, &ram.host_ranges().collect::<Vec<_>>()).ok());

@@ -10,6 +10,7 @@ use hwvmm_arch::boot::BootMethod;
 use hwvmm_devices::virtio::vsock::Connector;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// The kind of stdin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +60,8 @@ pub struct Setup<'a> {
     pub kernel_log: Option<BorrowedFd<'a>>,
     /// What the guest's kernel has announced on its consoles.
     pub announcements: Announcements,
+    /// When a console must have had output at the latest.
+    pub output_deadline: Option<Instant>,
     /// The kind of stdin.
     pub stdin: Stdin,
     /// Which start of the guest it is.

@@ -271,6 +271,7 @@ pub(crate) mod tests {
             EndReason::Panicked(Some("words".into())),
             EndReason::Signal(Signal::QUIT),
             EndReason::TimedOut(std::time::Duration::from_millis(1500)),
+            EndReason::NotBooted(std::time::Duration::from_millis(1500)),
             EndReason::DebugExit(3),
         ];
         for reason in ends {

@@ -21,6 +21,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Open files that a machine of any size is content with.
 const OPEN_FILES: u64 = 16_384;
@@ -35,6 +36,8 @@ pub(super) struct Inherited<'a> {
     pub(super) parent: Pid,
     /// CPU time that the parent had used, in nanoseconds.
     pub(super) parent_cpu_ns: u64,
+    /// When the guest must have booted at the latest.
+    pub(super) boot_deadline: Option<Instant>,
     /// Where the last exits are kept.
     pub(super) flight_recorders: &'a FlightRecorders,
     /// Where the sandbox writes what it has refused.
@@ -106,7 +109,9 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
     if inherited.plan.config.has_command() {
         leave_streams_to_parent()?;
     }
-    let Inherited { plan, start, parent_cpu_ns, flight_recorders, refusals, connector, kernel_log, .. } = inherited;
+    let Inherited {
+        plan, start, parent_cpu_ns, flight_recorders, refusals, connector, kernel_log, boot_deadline, ..
+    } = inherited;
     let system = System::open(&plan.config.kvm)?;
     let kernel = KernelFile::open(&plan.config.kernel)?;
     (plan.check)(&system, &kernel)?;
@@ -131,6 +136,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
         expect: plan.expect.clone(),
         kernel_log: *kernel_log,
         announcements: Announcements::default(),
+        output_deadline: boot_deadline.filter(|_| !plan.config.has_command()),
         stdin: plan.stdin,
         start,
         requests: Some(sender.as_fd()),

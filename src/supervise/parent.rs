@@ -82,11 +82,14 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Supe
         .map_err(|error| SuperviseError::Io("make a pipe", error.into()))?;
     let made = channels::make(plan).map_err(|error| SuperviseError::Io("make a pair of sockets", error))?;
     let (mut ends, MachineEnds { connector, kernel_log }) = made;
+    // Each start of the guest has the whole time.
+    let boot_deadline = plan.config.boot_timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let inherited = Inherited {
         plan,
         start,
         parent: getpid(),
         parent_cpu_ns: crate::measure::cpu_time_ns(),
+        boot_deadline,
         flight_recorders: &flight_recorders,
         refusals: refusals.as_fd(),
         connector,
@@ -119,6 +122,7 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Supe
         relay,
         host_connector,
         session,
+        boot_deadline,
         kernel_log,
         progress_left: MAX_PROGRESS,
         assembly: Assembly::new(vcpus),
@@ -160,6 +164,8 @@ struct Watch<'a> {
     signals: &'a mut Signals,
     /// The guest's command, where it runs one.
     session: Option<Session>,
+    /// When that command must have started at the latest.
+    boot_deadline: Option<Instant>,
     /// The kernel's log, where the guest runs a command.
     kernel_log: Option<KernelLog<'a>>,
     child: Child,
@@ -196,6 +202,9 @@ impl Watch<'_> {
             if self.plan.deadline.is_some_and(|at| at <= now) {
                 self.request(StopRequest::TimedOut(self.plan.config.timeout.unwrap_or_default()));
             }
+            if self.starts_by().is_some_and(|at| at <= now) {
+                self.request(StopRequest::NotBooted(self.plan.config.boot_timeout.unwrap_or_default()));
+            }
             if self.ending.as_ref().is_some_and(|ending| ending.kill_at <= now) {
                 self.kill(Killed::Late);
             }
@@ -226,9 +235,15 @@ impl Watch<'_> {
         }
     }
 
+    /// When the command must have started at the latest; `None` where there is none, or it has.
+    fn starts_by(&self) -> Option<Instant> {
+        self.boot_deadline.filter(|_| self.session.as_ref().is_some_and(|session| !session.has_started()))
+    }
+
     /// Waits until something happens.
     fn wait(&self) -> Result<Ended, SuperviseError> {
-        let deadline = self.plan.deadline.filter(|_| self.stop.is_none() && self.ending.is_none());
+        let deadline = self.plan.deadline.into_iter().chain(self.starts_by()).min();
+        let deadline = deadline.filter(|_| self.stop.is_none() && self.ending.is_none());
         let kill_at = self.ending.as_ref().filter(|_| self.killed.is_none()).map(|ending| ending.kill_at);
         let connects_at = self.host_connector.as_ref().and_then(|host| host.resumes_at(Instant::now()));
         let stops_at = self.session.as_ref().filter(|_| self.stop.is_none() && self.ending.is_none());

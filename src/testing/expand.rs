@@ -246,6 +246,9 @@ mod tests {
         assert_eq!(vcpus(""), [3, 2], "the kernel's before the defaults");
         assert_eq!(vcpus("cpus = 4"), [4, 4]);
         assert_eq!(vcpus("kernel = 'a'\n[test.matrix]\ncpus = [5, 6]"), [5, 6]);
+        let roots = of("kernel = 'a'\nrun = 'x'\n[test.matrix]\nroot = ['none', 'a/root']").expect("runs");
+        assert_eq!(roots.iter().map(|case| case.name.as_str()).collect::<Vec<_>>(), ["t[root=none]", "t[root=a/root]"]);
+        assert_eq!(roots[1].options.get("root").and_then(Value::as_str), Some("a/root"));
         let case = of("kernel = 'a'").expect("runs").remove(0);
         assert_eq!((case.needs.memory_bytes, case.needs.timeout.as_secs()), (1 << 30, 300));
         assert_eq!(case.options.get("kernel").and_then(Value::as_str), Some("ka"));

@@ -28,7 +28,7 @@ const OF_DEFAULTS: &[&str] = &["kernel", "silence", "retries", "baseline", "stat
 /// Keys of a kernel that are no options of `hwvmm run`.
 const OF_KERNELS: &[&str] = &["name", "path"];
 /// Keys of a matrix.
-const OF_MATRIX: &[&str] = &["kernel", "cpus", "memory", "mmu", "transport", "tune", "cmdline", "append"];
+const OF_MATRIX: &[&str] = &["kernel", "cpus", "memory", "mmu", "transport", "tune", "root", "cmdline", "append"];
 /// Options of `hwvmm run` that belong to the test command.
 const TAKEN: &[&str] = &["kernel", "stats", "stats-out", "profile-out", "api", "status-file", "kernel-log", "tty"];
 /// Tables of the file.

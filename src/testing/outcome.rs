@@ -102,7 +102,7 @@ pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
     match stats.end_kind {
         EndKind::Panicked => return of(Verdict::Panic, &stats.end),
         EndKind::TripleFault => return of(Verdict::TripleFault, &with_complaints(stats.end.clone())),
-        EndKind::TimedOut => return of(Verdict::TimeOut, &with_complaints(stats.end.clone())),
+        EndKind::TimedOut | EndKind::NotBooted => return of(Verdict::TimeOut, &with_complaints(stats.end.clone())),
         EndKind::Signal | EndKind::Quit | EndKind::Stopped => {
             return match &facts.stop {
                 Some(Stop::Silence(time)) => {
@@ -254,6 +254,7 @@ mod tests {
             (EndReason::Panicked(None), Verdict::Panic),
             (EndReason::TripleFault, Verdict::TripleFault),
             (EndReason::TimedOut(Duration::from_secs(1)), Verdict::TimeOut),
+            (EndReason::NotBooted(Duration::from_secs(1)), Verdict::TimeOut),
             (EndReason::Failed("x".into()), Verdict::Infrastructure),
             (EndReason::Crashed(Crash::Panicked), Verdict::Infrastructure),
             (EndReason::Signal(Signal::TERM), Verdict::Infrastructure),

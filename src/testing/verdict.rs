@@ -40,7 +40,7 @@ verdicts! {
     Oops "oops",
     /// The guest printed nothing for the time of `silence`.
     Hang "hang",
-    /// The time of `timeout` passed.
+    /// The time of `timeout` passed, or that of `boot-timeout` before the guest had booted.
     TimeOut "time-out",
     /// The guest's processor shut down.
     TripleFault "triple-fault",

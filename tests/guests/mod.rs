@@ -273,6 +273,7 @@ payload!(hlt_real, ".code16", "hlt");
 payload!(hlt_protected, ".code32", "hlt");
 payload!(hlt_long, ".code64", "hlt");
 payload!(halt_for_good, ".code64", "1: cli", "hlt", "jmp 1b");
+payload!(spin_protected, ".code32", "1: jmp 1b");
 payload!(spin_long, ".code64", "1: jmp 1b");
 
 // No IDT in long and protected mode; in real mode a limit of 0.

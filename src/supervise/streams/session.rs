@@ -196,6 +196,11 @@ impl Session {
         }
     }
 
+    /// Returns true once the agent has said that the command runs, or that it cannot.
+    pub(in crate::supervise) fn has_started(&self) -> bool {
+        self.said.is_some()
+    }
+
     /// When the guest is stopped that goes on after its command; `None` where it has not said how that ended.
     pub(in crate::supervise) fn stops_at(&self) -> Option<Instant> {
         self.said_at.map(|at| at + GUEST_END)
