@@ -355,6 +355,8 @@ fn merged(folders: &[PathBuf], output: Option<&Path>) -> ExitCode {
             return ExitCode::from(status::USAGE);
         }
     };
+    // Their shards are missing, or there is another folder of each.
+    merged.broken.iter().take(20).for_each(|error| say(&format!("left out: {}", crate::error::chain(error))));
     let printer = Printer::new(Format::Text, merged.results.len());
     let bad = |result: &&TestResult| !matches!(result.verdict, Verdict::Pass | Verdict::Skip);
     merged.results.iter().filter(bad).for_each(|result| printer.result(result));

@@ -64,6 +64,8 @@ pub struct Merged {
     pub not_run: usize,
     /// Shards of which there is no folder.
     pub missing_shards: Vec<u32>,
+    /// Folders that have no whole results, with the reason: a node that crashed, a full disk. They are as good as missing.
+    pub broken: Vec<MergeError>,
     /// The number of shards.
     pub shards: u32,
 }
@@ -81,7 +83,7 @@ fn counts_more(new: Verdict, before: Verdict) -> bool {
 /// Reads `results.jsonl` in each of `folders`. Folders of the same shard are of a shard that was run again.
 ///
 /// # Errors
-/// [`MergeError`].
+/// [`MergeError`] where the folders are not of one run, or none of them can be read.
 pub fn merge(folders: &[PathBuf]) -> Result<Merged, MergeError> {
     if folders.len() as u64 > u64::from(MAX_FOLDERS) {
         return Err(MergeError::TooMany);
@@ -93,7 +95,13 @@ pub fn merge(folders: &[PathBuf]) -> Result<Merged, MergeError> {
     let mut sizes: BTreeMap<u32, usize> = BTreeMap::new();
     for folder in folders {
         let path = folder.join(RESULTS);
-        let (header, results) = read(&path)?;
+        let (header, results) = match read(&path) {
+            Ok(read) => read,
+            Err(error) => {
+                merged.broken.push(error);
+                continue;
+            }
+        };
         if merged.shards != 0 && merged.shards != header.shards {
             return Err(MergeError::Shards { path, found: header.shards, expected: merged.shards });
         }
@@ -117,6 +125,9 @@ pub fn merge(folders: &[PathBuf]) -> Result<Merged, MergeError> {
                 }
             }
         }
+    }
+    if merged.shards == 0 && !merged.broken.is_empty() {
+        return Err(merged.broken.remove(0));
     }
     let tests: usize = sizes.values().fold(0, |sum, size| sum.saturating_add(*size));
     merged.not_run = tests.saturating_sub(merged.results.len());
@@ -198,6 +209,21 @@ mod tests {
         let other = shard(base.path(), "4", "1/2", 0, &[]);
         assert!(matches!(merge(&[one, other]), Err(MergeError::Shards { found: 2, expected: 3, .. })));
         assert!(matches!(merge(&[base.path().join("none")]), Err(MergeError::Read(..))));
+    }
+
+    #[test]
+    fn a_folder_that_is_broken_costs_no_report() {
+        let base = tempfile::tempdir().expect("a folder");
+        let whole = shard(base.path(), "1", "1/2", 1, &[sample("a", Verdict::Pass)]);
+        let cut = shard(base.path(), "2", "2/2", 1, &[sample("b", Verdict::Pass)]);
+        let text = std::fs::read_to_string(cut.join(RESULTS)).expect("read");
+        std::fs::write(cut.join(RESULTS), &text[..text.len() - 9]).expect("written");
+        let missing = base.path().join("none");
+        let merged = merge(&[missing.clone(), whole, cut.clone()]).expect("merged");
+        assert_eq!((merged.results.len(), &merged.missing_shards[..]), (1, &[2][..]));
+        let [first, second] = &merged.broken[..] else { panic!("{:?}", merged.broken) };
+        assert!(matches!(first, MergeError::Read(..)) && second.to_string().contains("line 2: EOF"), "{second}");
+        assert!(matches!(merge(&[missing, cut]), Err(MergeError::Read(..))), "nothing to report");
     }
 
     #[test]
