@@ -2,6 +2,19 @@
 
 use kvm_bindings::kvm_msr_entry;
 
+/// The number of `IA32_TIME_STAMP_COUNTER`.
+pub const IA32_TSC: u32 = 0x10;
+/// The number of `IA32_TSC_DEADLINE`.
+pub const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// The number of `IA32_MCG_CAP`, whose low byte is the number of machine-check banks.
+pub const IA32_MCG_CAP: u32 = 0x179;
+/// The numbers of the MTRRs: bases and masks of variable ranges, fixed ranges, and the default type (SDM vol. 3A §12.11.2).
+/// KVM does not list them among those to be saved.
+pub const MTRRS: [u32; 28] = [
+    0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e, 0x20f,
+    0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f, IA32_MTRR_DEF_TYPE,
+];
+
 /// The number of `IA32_MISC_ENABLE`.
 pub const IA32_MISC_ENABLE: u32 = 0x1a0;
 /// The number of `IA32_MTRR_DEF_TYPE`.

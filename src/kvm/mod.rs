@@ -1,7 +1,7 @@
 //! KVM: the only code that issues its ioctls. "KVM API" in comments is Linux' Documentation/virt/kvm/api.rst.
 //!
 //! The files build on each other in one order: `error`, `kick`, `exit`, `stats`, `coalesced`, `routes`, `vcpu`, `vm`,
-//! `system`.
+//! `state`, `system`.
 
 pub mod caps;
 pub mod clock;
@@ -10,6 +10,7 @@ mod error;
 pub mod exit;
 pub mod kick;
 mod routes;
+pub mod state;
 pub mod stats;
 pub mod system;
 pub mod vcpu;

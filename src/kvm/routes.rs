@@ -67,6 +67,10 @@ impl Routes {
         self.split = true;
     }
 
+    pub(super) fn is_split(&self) -> bool {
+        self.split
+    }
+
     /// Removes the MSI of `gsi`.
     pub(super) fn clear(&mut self, fd: &VmFd, gsi: u32) -> Result<(), KvmError> {
         if self.messages.remove(&gsi).is_none() { Ok(()) } else { self.update(fd) }

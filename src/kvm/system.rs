@@ -2,6 +2,7 @@
 
 use super::error::{KvmError, Named};
 use super::vm::Vm;
+use hwvmm_arch::msr::MTRRS;
 use hwvmm_devices::path_text::PathText as _;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
@@ -91,6 +92,19 @@ impl System {
     /// Where the ioctl fails.
     pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
         self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_SUPPORTED_CPUID")
+    }
+
+    /// The numbers of the MSRs that make up the state of a vCPU: those that KVM lists (KVM API 4.3, KVM_GET_MSR_INDEX_LIST),
+    /// and the MTRRs.
+    ///
+    /// # Errors
+    /// Where the ioctl fails.
+    pub fn msrs(&self) -> Result<Vec<u32>, KvmError> {
+        let listed = self.kvm.get_msr_index_list().named("KVM_GET_MSR_INDEX_LIST")?;
+        let mut all: Vec<u32> = listed.as_slice().iter().copied().chain(MTRRS).collect();
+        all.sort_unstable();
+        all.dedup();
+        Ok(all)
     }
 
     /// Creates a machine without memory and vCPUs (KVM API 4.2, KVM_CREATE_VM).

@@ -17,7 +17,7 @@ use kvm_ioctls::{SyncReg, VcpuFd};
 use number::{KVM_PRE_FAULT_MEMORY, KVM_X86_SETUP_MCE};
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
 #[allow(missing_docs, reason = "the macro makes a public function without documentation")]
@@ -42,6 +42,8 @@ pub enum VcpuActivity {
 pub struct Vcpu {
     fd: VcpuFd,
     id: u32,
+    /// As it was set last.
+    cpuid: Mutex<Vec<kvm_cpuid_entry2>>,
     syncs_regs: bool,
     syncs_sregs: bool,
     can_sync_sregs: bool,
@@ -66,6 +68,7 @@ impl Vcpu {
         Self {
             fd,
             id,
+            cpuid: Mutex::default(),
             syncs_regs,
             syncs_sregs: false,
             can_sync_sregs: syncs(KVM_SYNC_X86_SREGS),
@@ -92,8 +95,19 @@ impl Vcpu {
     /// Where there are too many leaves, or KVM refuses them.
     pub fn set_cpuid(&self, leaves: &[kvm_cpuid_entry2]) -> Result<(), KvmError> {
         let too_many = |_| KvmError::new("KVM_SET_CPUID2 (too many leaves)", libc::E2BIG);
-        let leaves = CpuId::from_entries(leaves).map_err(too_many)?;
-        self.fd.set_cpuid2(&leaves).named("KVM_SET_CPUID2")
+        let entries = CpuId::from_entries(leaves).map_err(too_many)?;
+        self.fd.set_cpuid2(&entries).named("KVM_SET_CPUID2")?;
+        *self.cpuid.lock().unwrap_or_else(PoisonError::into_inner) = leaves.to_vec();
+        Ok(())
+    }
+
+    /// The CPUID leaves as they were set.
+    pub(super) fn cpuid(&self) -> Vec<kvm_cpuid_entry2> {
+        self.cpuid.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn fd(&self) -> &VcpuFd {
+        &self.fd
     }
 
     /// Sets MSRs (KVM API 4.19). An MSR that KVM does not have is left out: the ioctl stops at the first that it refuses, so

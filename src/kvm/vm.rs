@@ -39,6 +39,16 @@ impl Vm {
         Self { fd, routes: Mutex::default(), memory: None, pages: Arc::default() }
     }
 
+    pub(super) fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
+    /// Returns true if the I/O APIC is not in the kernel (see [`Vm::split_irqchip`]).
+    #[must_use]
+    pub fn is_split(&self) -> bool {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner).is_split()
+    }
+
     /// Sets the machine's memory: one memslot for each region (KVM API 4.35, KVM_SET_USER_MEMORY_REGION).
     ///
     /// # Errors

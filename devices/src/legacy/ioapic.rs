@@ -5,13 +5,17 @@ use crate::bus::{Action, BusDevice};
 use crate::error::chain;
 use crate::half::Half;
 use crate::pci::{MsiMessage, MsiRouter};
+use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, PoisonError};
+use thiserror::Error;
 
 /// Offset in bytes of IOREGSEL, which selects a register.
 const SELECT: u64 = 0x00;
 /// Offset in bytes of IOWIN, which accesses the selected register.
 const WINDOW: u64 = 0x10;
 const REG_ID: u8 = 0;
+/// The bits of the identification register that can be written.
+const ID: u32 = 0x0f00_0000;
 const REG_VERSION: u8 = 1;
 const REG_ARBITRATION: u8 = 2;
 const FIRST_ENTRY: u8 = 0x10;
@@ -22,6 +26,23 @@ const MASKED: u64 = 1 << 16;
 /// The read-only bits of an entry: delivery status and remote IRR.
 const READ_ONLY: u64 = 1 << 12 | 1 << 14;
 const MSI_ADDRESS: u64 = 0xfee0_0000;
+
+/// The registers of an [`IoApic`], for a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoApicState {
+    select: u8,
+    id: u32,
+    /// The redirection entries, by pin.
+    entries: Vec<u64>,
+}
+
+/// The registers are those of an I/O APIC with another number of pins.
+#[derive(Debug, Error)]
+#[error("the state of the I/O APIC has {found} pins, and the machine {pins}")]
+pub struct IoApicStateError {
+    found: usize,
+    pins: usize,
+}
 
 struct State {
     select: u8,
@@ -68,6 +89,34 @@ impl IoApic {
         Self { first_gsi, state: Mutex::new(State { select: 0, id: 0, entries }), router }
     }
 
+    /// Returns its registers.
+    #[must_use]
+    pub fn save(&self) -> IoApicState {
+        let State { select, id, entries } = &*self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        IoApicState { select: *select, id: *id, entries: entries.clone() }
+    }
+
+    /// Sets its registers, and the routes of the pins that are not masked.
+    ///
+    /// # Errors
+    /// [`IoApicStateError`], where `state` is that of another I/O APIC.
+    pub fn restore(&self, saved: &IoApicState) -> Result<(), IoApicStateError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let (found, pins) = (saved.entries.len(), state.entries.len());
+        if found != pins {
+            return Err(IoApicStateError { found, pins });
+        }
+        state.id = saved.id & ID;
+        for (pin, entry) in saved.entries.iter().enumerate() {
+            // The high half first: a route is made with the low one.
+            for half in [Half::High, Half::Low] {
+                self.set_entry(&mut state, &EntryRegister { pin, half }, half.get(*entry));
+            }
+        }
+        state.select = saved.select;
+        Ok(())
+    }
+
     fn set_entry(&self, state: &mut State, register: &EntryRegister, value: u32) {
         let pin = register.pin;
         let Some(entry) = state.entries.get_mut(pin) else { return };
@@ -112,7 +161,7 @@ impl BusDevice for IoApic {
             (WINDOW, &[a, b, c, d]) => {
                 let value = u32::from_le_bytes([a, b, c, d]);
                 match state.select {
-                    REG_ID => state.id = value & 0x0f00_0000,
+                    REG_ID => state.id = value & ID,
                     select => {
                         if let Some(register) = EntryRegister::from_select(select) {
                             self.set_entry(&mut state, &register, value);
@@ -174,6 +223,24 @@ mod tests {
         assert!(routes.0.lock().expect("lock").is_empty());
         set(&chip, 0, 0xffff_ffff);
         assert_eq!(get(&chip, 0), 0x0f00_0000);
+    }
+
+    #[test]
+    fn registers_and_routes_are_restored() {
+        let routes = || Arc::new(Routes::default());
+        let (before, after) = (routes(), routes());
+        let chip = IoApic::new(4, 3, Arc::clone(&before) as _);
+        set(&chip, 0, 0x0300_0000);
+        set(&chip, 0x13, 3 << 24);
+        set(&chip, 0x12, 0x31);
+        let state = chip.save();
+        let other = IoApic::new(4, 3, Arc::clone(&after) as _);
+        other.restore(&state).expect("as many pins");
+        assert_eq!(other.save(), state);
+        assert_eq!((get(&other, 0x12), get(&other, 0x13), get(&other, 0)), (0x31, 3 << 24, 0x0300_0000));
+        assert_eq!(*before.0.lock().expect("lock"), *after.0.lock().expect("lock"));
+        let error = IoApic::new(4, 2, routes()).restore(&state).expect_err("refused").to_string();
+        assert!(error.contains("3 pins, and the machine 2"), "{error}");
     }
 
     proptest! {

@@ -8,6 +8,11 @@ use std::sync::atomic::{AtomicU8, Ordering};
 pub struct PostPort(AtomicU8);
 
 impl PostPort {
+    /// Has `code` as the last code.
+    pub fn restore(&self, code: u8) {
+        self.0.store(code, Ordering::Relaxed);
+    }
+
     /// Returns the last code written; 0 before the first write.
     #[must_use]
     pub fn last(&self) -> u8 {

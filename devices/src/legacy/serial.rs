@@ -2,12 +2,15 @@
 //! Input waits until the guest's driver is ready for it.
 
 mod receiver;
+mod state;
 #[cfg(test)]
 mod tests;
 
 use crate::bus::{Action, BusDevice};
 use crate::console::{ConsoleInput, InputError};
 use crate::irq::IrqLine;
+pub use state::{UartState, UartStateError};
+
 use receiver::{Ready, Receiver, Reminder};
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -259,6 +262,35 @@ impl SerialPort {
             Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
+    }
+
+    /// Returns its state, but for output that is held back: [`BusDevice::flush`] comes first.
+    #[must_use]
+    pub fn save(&self) -> UartState {
+        let inner = self.lock();
+        UartState::new(&inner.uart.state(), &inner.receiver, inner.in_output)
+    }
+
+    /// Sets its state, and raises its line where the driver has interrupts on: what it had raised may not have reached the
+    /// interrupt controller. A driver finds nothing to do then.
+    ///
+    /// # Errors
+    /// [`UartStateError`].
+    pub fn restore(&self, state: &UartState) -> Result<(), UartStateError> {
+        let mut inner = self.lock();
+        let receiver = state.receiver()?;
+        let output = Collected { bytes: Vec::new() };
+        inner.uart = Serial::from_state(&state.model(), inner.irq.clone(), NoEvents, output)
+            .map_err(|error| UartStateError::Model(error.to_string()))?;
+        inner.receiver = receiver;
+        inner.in_output = state.in_output;
+        inner.wanted = inner.accepts_input();
+        if inner.receiver.interrupt_enable() != 0 {
+            inner.raise_line();
+        }
+        drop(inner);
+        self.request_input(true);
+        Ok(())
     }
 
     /// Must be called after the lock was released. Requests input where it is `wanted`, or could not be passed on meanwhile.

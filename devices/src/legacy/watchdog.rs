@@ -26,6 +26,12 @@ impl Watchdog {
         *self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Has the timer expire after `left`, or stops it.
+    pub fn restore(&self, left: Option<Duration>) {
+        let mut deadline = self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
+        *deadline = left.and_then(|left| Instant::now().checked_add(left));
+    }
+
     /// Has a timer that runs expire later by `time`, in which the guest was not run.
     pub fn extend(&self, time: Duration) {
         let mut deadline = self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
@@ -65,6 +71,8 @@ mod tests {
         let long = long + Duration::from_secs(60);
         watchdog.write(1, &[0]);
         assert_eq!(watchdog.deadline(), Some(long));
+        watchdog.restore(Some(Duration::from_secs(9)));
+        assert!(watchdog.deadline().is_some_and(|at| at < long && at > Instant::now()));
         watchdog.write(STOP, &[0]);
         watchdog.extend(Duration::from_secs(60));
         assert_eq!(watchdog.deadline(), None);

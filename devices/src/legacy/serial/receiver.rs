@@ -5,6 +5,7 @@
 //! interrupt. Here [`Receiver::remind`] does that, and from then on each byte that is read raises the line again while there is
 //! more, until the driver turns out to read until there is none.
 
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
@@ -24,11 +25,24 @@ const CREDITS: u32 = 32;
 // Bits of the registers (PC16550D data sheet §8).
 const IER_RECEIVED: u8 = 1;
 const IER_ALL: u8 = 0xf;
+/// The trigger levels of the FIFO, in bytes.
+const TRIGGERS: [usize; 4] = [1, 4, 8, 14];
 const FCR_ENABLE: u8 = 1;
 const IIR_FIFO: u8 = 0xc0;
 const IIR_RECEIVED: u8 = 4;
 /// There is less in the FIFO than its trigger level.
 const IIR_TIME_OUT: u8 = 0xc;
+
+/// What a snapshot has of the receive side. Times, and what only saves interrupts, begin anew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ReceiverState {
+    fifo: Vec<u8>,
+    interrupt_enable: u8,
+    trigger: Option<u8>,
+    /// All interrupt enable bits were set last.
+    probed: bool,
+    polls: u32,
+}
 
 /// Input that the driver has not read since [`Watch::reads`].
 struct Watch {
@@ -87,6 +101,32 @@ impl Receiver {
         }
     }
 
+    pub(super) fn save(&self) -> ReceiverState {
+        ReceiverState {
+            fifo: self.unread(),
+            interrupt_enable: self.interrupt_enable,
+            trigger: self.trigger.and_then(|trigger| u8::try_from(trigger).ok()),
+            probed: self.probed.is_some(),
+            polls: self.polls,
+        }
+    }
+
+    /// Returns the receive side of a state; `None` where it is that of no UART.
+    pub(super) fn restore(state: &ReceiverState) -> Option<Self> {
+        let ReceiverState { fifo, interrupt_enable, trigger, probed, polls } = state;
+        let is_valid = fifo.len() <= FIFO_BYTES
+            && interrupt_enable & !IER_ALL == 0
+            && trigger.is_none_or(|trigger| TRIGGERS.contains(&trigger.into()));
+        is_valid.then(|| Self {
+            fifo: fifo.iter().copied().collect(),
+            interrupt_enable: *interrupt_enable,
+            trigger: trigger.map(usize::from),
+            probed: probed.then(Instant::now),
+            polls: *polls,
+            ..Self::new()
+        })
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.fifo.is_empty()
     }
@@ -133,7 +173,7 @@ impl Receiver {
     /// Sets the FIFO control register. Its bits that clear the FIFOs are ignored: drivers set them with each new setting, and
     /// what the host's user types is no noise of a line.
     pub(super) fn set_fifo_control(&mut self, value: u8) {
-        let trigger = [1, 4, 8, 14][usize::from(value >> 6)];
+        let trigger = TRIGGERS[usize::from(value >> 6)];
         let trigger = (value & FCR_ENABLE != 0).then_some(trigger);
         if trigger.is_some() != self.trigger.is_some() {
             self.credits = if trigger.is_some() { 0 } else { CREDITS };

@@ -1,0 +1,193 @@
+//! The state of a vCPU and of a machine's own devices in KVM, as plain data, for snapshots.
+//!
+//! KVM API 4.20 ff. says what each ioctl holds; the order in which they are made is part of the state:
+//!
+//! - KVM_GET_MP_STATE comes first, as KVM then takes INIT and start-up IPIs that wait, which changes registers.
+//! - MSRs are read before the local APIC: a TSC deadline that expires in between is then an interrupt that waits in the APIC. The
+//!   other way round it would be in neither.
+//! - KVM_GET_VCPU_EVENTS comes last: the others can raise and take back events.
+//! - The local APIC is set before the TSC deadline, which it refuses in another mode, and the TSC before both.
+
+use super::error::{KvmError, Named};
+use super::vcpu::Vcpu;
+use super::vm::Vm;
+use hwvmm_arch::msr::{IA32_MCG_CAP, IA32_TSC, IA32_TSC_DEADLINE};
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs,
+    kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// An MSR and its value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Msr {
+    /// The number that RDMSR takes.
+    pub index: u32,
+    /// Its value.
+    pub value: u64,
+}
+
+/// A vCPU that does not run.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VcpuState {
+    /// The vCPU id, which is its APIC id.
+    pub id: u32,
+    /// The CPUID leaves as they were set.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// The frequency of its TSC in kHz, where KVM knows it.
+    pub tsc_khz: Option<u32>,
+    /// The MSRs that KVM lets be read.
+    pub msrs: Vec<Msr>,
+    activity: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    /// x87, SSE and what XCR0 has besides.
+    xsave: kvm_xsave,
+    xcrs: Option<kvm_xcrs>,
+    debug_regs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    events: kvm_vcpu_events,
+}
+
+impl VcpuState {
+    /// The time-stamp counter; `None` where KVM does not let it be read.
+    #[must_use]
+    pub fn tsc(&self) -> Option<u64> {
+        self.msrs.iter().find(|msr| msr.index == IA32_TSC).map(|msr| msr.value)
+    }
+}
+
+/// What KVM emulates for the whole machine.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VmState {
+    /// The time of kvmclock in nanoseconds.
+    pub clock_ns: u64,
+    /// The two PICs and the I/O APIC; `None` where hwvmm has the I/O APIC (KVM_CAP_SPLIT_IRQCHIP).
+    pub chips: Option<[kvm_irqchip; 3]>,
+}
+
+/// The interrupt controllers of a machine that has all of them in KVM.
+const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+
+impl Vcpu {
+    /// Reads the whole state, with the MSRs `msrs`, those of them that can be read. To be called by the thread that runs the
+    /// vCPU, after KVM_RUN was interrupted: KVM_RUN has then completed what the last exit left to do (KVM API 5, immediate_exit).
+    ///
+    /// # Errors
+    /// Where an ioctl fails, with its name.
+    pub fn save(&self, msrs: &[u32]) -> Result<VcpuState, KvmError> {
+        let fd = self.fd();
+        let activity = fd.get_mp_state().named("KVM_GET_MP_STATE")?;
+        let regs = fd.get_regs().named("KVM_GET_REGS")?;
+        let sregs = fd.get_sregs().named("KVM_GET_SREGS")?;
+        let xsave = fd.get_xsave().named("KVM_GET_XSAVE")?;
+        // A processor without XSAVE has none.
+        let xcrs = fd.get_xcrs().ok();
+        let debug_regs = fd.get_debug_regs().named("KVM_GET_DEBUGREGS")?;
+        let read = |&index: &u32| Some(Msr { index, value: self.msr(index)? });
+        let msrs = msrs.iter().filter_map(read).collect();
+        let lapic = fd.get_lapic().named("KVM_GET_LAPIC")?;
+        let events = fd.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
+        Ok(VcpuState {
+            id: self.id(),
+            cpuid: self.cpuid(),
+            tsc_khz: self.tsc_khz(),
+            msrs,
+            activity,
+            regs,
+            sregs,
+            xsave,
+            xcrs,
+            debug_regs,
+            lapic,
+            events,
+        })
+    }
+
+    /// Sets the whole state of a new vCPU, with `tsc` as the time-stamp counter.
+    ///
+    /// # Errors
+    /// Where KVM refuses a part of the state, with the name of the ioctl.
+    pub fn restore(&self, state: &VcpuState, tsc: Option<u64>) -> Result<(), KvmError> {
+        self.set_cpuid(&state.cpuid)?;
+        self.restore_machine_check_banks(state)?;
+        let fd = self.fd();
+        if state.tsc_khz.is_some() && state.tsc_khz != self.tsc_khz() {
+            fd.set_tsc_khz(state.tsc_khz.unwrap_or(0)).named("KVM_SET_TSC_KHZ (another TSC frequency than this host's)")?;
+        }
+        fd.set_mp_state(state.activity).named("KVM_SET_MP_STATE")?;
+        fd.set_regs(&state.regs).named("KVM_SET_REGS")?;
+        fd.set_sregs(&state.sregs).named("KVM_SET_SREGS")?;
+        if let Some(xcrs) = &state.xcrs {
+            fd.set_xcrs(xcrs).named("KVM_SET_XCRS")?;
+        }
+        // SAFETY: KVM reads as many bytes as the state of the features takes that this process has asked for permission to use
+        // (arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM). It asks for none, so that these are the 4096 of the structure.
+        unsafe { fd.set_xsave(&state.xsave) }.named("KVM_SET_XSAVE")?;
+        fd.set_debug_regs(&state.debug_regs).named("KVM_SET_DEBUGREGS")?;
+        if let Some(tsc) = tsc {
+            self.set_msr(Msr { index: IA32_TSC, value: tsc })?;
+        }
+        fd.set_lapic(&state.lapic).named("KVM_SET_LAPIC")?;
+        let (deadline, others): (Vec<&Msr>, Vec<&Msr>) =
+            state.msrs.iter().filter(|msr| msr.index != IA32_TSC).partition(|msr| msr.index == IA32_TSC_DEADLINE);
+        others.into_iter().chain(deadline).try_for_each(|msr| self.set_msr(*msr))?;
+        fd.set_vcpu_events(&state.events).named("KVM_SET_VCPU_EVENTS")?;
+        self.note_pause();
+        Ok(())
+    }
+
+    fn restore_machine_check_banks(&self, state: &VcpuState) -> Result<(), KvmError> {
+        let banks = |value: u64| u8::try_from(value & 0xff).unwrap_or(0);
+        let wanted = state.msrs.iter().find(|msr| msr.index == IA32_MCG_CAP).map(|msr| banks(msr.value));
+        match wanted {
+            Some(wanted) if self.msr(IA32_MCG_CAP).map(banks) != Some(wanted) => self.set_machine_check_banks(wanted),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sets an MSR. One that is read-only may be set to the value that it has.
+    fn set_msr(&self, Msr { index, value }: Msr) -> Result<(), KvmError> {
+        let one = kvm_bindings::Msrs::from_entries(&[kvm_msr_entry { index, data: value, ..Default::default() }]);
+        let one = one.map_err(|_| KvmError::new("KVM_SET_MSRS", libc::E2BIG))?;
+        if self.fd().set_msrs(&one).named("KVM_SET_MSRS")? == 1 || self.msr(index) == Some(value) {
+            return Ok(());
+        }
+        log::error!("vCPU {}: KVM refuses {value:#x} for the MSR {index:#x}", self.id());
+        Err(KvmError::new("KVM_SET_MSRS", libc::EINVAL))
+    }
+}
+
+impl Vm {
+    /// Reads what KVM emulates for the whole machine. No vCPU may run meanwhile.
+    ///
+    /// # Errors
+    /// Where an ioctl fails, with its name.
+    pub fn save(&self) -> Result<VmState, KvmError> {
+        let clock_ns = self.fd().get_clock().named("KVM_GET_CLOCK")?.clock;
+        let chip = |chip_id| {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            self.fd().get_irqchip(&mut chip).named("KVM_GET_IRQCHIP")?;
+            Ok(chip)
+        };
+        let [master, slave, io_apic] = CHIPS;
+        let chips = if self.is_split() { None } else { Some([chip(master)?, chip(slave)?, chip(io_apic)?]) };
+        Ok(VmState { clock_ns, chips })
+    }
+
+    /// Sets what KVM emulates for the whole machine, whose clock goes on by `passed`. To be called after the vCPUs were restored.
+    ///
+    /// # Errors
+    /// Where KVM refuses a part of the state, with the name of the ioctl.
+    pub fn restore(&self, state: &VmState, passed: Duration) -> Result<(), KvmError> {
+        for (chip, number) in state.chips.iter().flatten().zip(CHIPS) {
+            let chip = kvm_irqchip { chip_id: number, ..*chip };
+            self.fd().set_irqchip(&chip).named("KVM_SET_IRQCHIP")?;
+        }
+        let passed = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
+        let clock = kvm_clock_data { clock: state.clock_ns.saturating_add(passed), ..Default::default() };
+        self.fd().set_clock(&clock).named("KVM_SET_CLOCK")
+    }
+}
