@@ -26,6 +26,7 @@ pub mod sandbox;
 mod seqpacket;
 #[cfg(test)]
 mod skip;
+pub mod snapshot;
 pub mod supervise;
 pub mod testing;
 pub mod tune;

@@ -30,7 +30,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("boot", &["bounded_read", "config", "error", "escape", "memory", "sandbox", "skip"]),
     ("console", &["escape", "exit", "vcpu"]),
     ("logging", &["console", "escape", "seqpacket"]),
-    ("control", &["config", "exit", "kvm", "measure", "vcpu"]),
+    // The state of a machine in a folder.
+    ("snapshot", &["config", "error", "kvm", "memory"]),
+    ("control", &["config", "exit", "kvm", "measure", "snapshot", "vcpu"]),
     (
         "machine",
         &[
@@ -47,6 +49,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "memory",
             "probe",
             "sandbox",
+            "snapshot",
             "tune",
             "vcpu",
         ],
@@ -68,6 +71,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "memory",
             "sandbox",
             "seqpacket",
+            "snapshot",
         ],
     ),
     ("testing", &["bounded_read", "config", "console", "error", "escape", "exit", "probe", "profile"]),
@@ -90,6 +94,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "probe",
             "profile",
             "sandbox",
+            "snapshot",
             "supervise",
             "testing",
             "tune",

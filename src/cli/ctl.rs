@@ -1,24 +1,41 @@
 //! The subcommand `hwvmm ctl`: sends commands to the control socket of a running machine.
 
 use super::output::{fail, print_json};
-use crate::control::{Request, request};
+use crate::control::{Request, request, snapshot};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 #[derive(clap::Args)]
-#[command(about = "Control a running machine: show its state and exits, set its balloon, pause, resume or end it")]
+#[command(about = "Control a running machine: show its state and exits, set its balloon, pause, save or end it")]
 pub(super) struct Args {
     /// Control socket that the machine was started with (--api)
     socket: PathBuf,
 
     #[command(subcommand)]
-    request: Request,
+    order: Order,
+}
+
+#[derive(clap::Subcommand)]
+enum Order {
+    #[command(flatten)]
+    Request(Request),
+    /// Save the machine's memory and state in a new folder, from which `hwvmm run --from DIR` goes on. The guest is paused meanwhile
+    Snapshot {
+        /// Folder to make; only this user can read it
+        dir: PathBuf,
+    },
 }
 
 /// Prints the response as one line of JSON on stdout, or the error on stderr.
 pub(super) fn run(args: &Args) -> ExitCode {
-    match request(&args.socket, args.request) {
-        Ok(response) => print_json(&response),
-        Err(error) => fail(&error),
+    match &args.order {
+        Order::Request(order) => match request(&args.socket, *order) {
+            Ok(response) => print_json(&response),
+            Err(error) => fail(&error),
+        },
+        Order::Snapshot { dir } => match snapshot(&args.socket, dir) {
+            Ok(response) => print_json(&response),
+            Err(error) => fail(&error),
+        },
     }
 }

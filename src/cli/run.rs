@@ -11,13 +11,14 @@ use crate::error::chain;
 use crate::escape::{escape_json, escape_text};
 use crate::exit::end::status;
 use crate::exit::{EndReason, RunEnd};
-use crate::machine::{Ran, Start, Stdin, detect_disk_formats};
+use crate::machine::{Ran, Start, Stdin, configure, detect_disk_formats};
 use crate::measure::RunRecord;
 use crate::probe::{ANY_KVM, Host, check_linux};
 use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
 use crate::profile::{self, Profile, RunStats, RunSymbols};
 use crate::sandbox::keep_from_machine;
+use crate::snapshot::Opened;
 use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, Supervised};
 use hwvmm_devices::path_text::PathText as _;
 use std::cell::OnceCell;
@@ -109,6 +110,10 @@ struct Ended {
 /// Runs the guest, and prints and writes what is known of it.
 fn run_guest(mut config: RunConfig, files: &ResultFiles) -> Result<Ended, Box<dyn Error>> {
     detect_disk_formats(&mut config)?;
+    let snapshot = config.from.as_deref().map(Opened::new).transpose()?;
+    if let Some(snapshot) = &snapshot {
+        configure(&mut config, snapshot.description());
+    }
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     let host = Host::at(Path::new("/"));
     super::mmu::check(config.mmu, &host)?;
@@ -121,6 +126,7 @@ fn run_guest(mut config: RunConfig, files: &ResultFiles) -> Result<Ended, Box<dy
     let quiet = !io::stderr().is_terminal();
     let plan = Plan {
         config: &config,
+        snapshot: snapshot.as_ref(),
         expect: config.expect.as_ref().map(|pattern| pattern.0.clone()),
         stdin: if terminal.is_some() || uses_stdin(&config) && io::stdin().is_terminal() {
             Stdin::Terminal

@@ -186,8 +186,11 @@ pub enum ValueError {
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// No kernel was given.
-    #[error("no kernel given: `hwvmm run KERNEL`, or `kernel = \"...\"` in the --config file")]
+    #[error("no kernel given: `hwvmm run KERNEL`, `hwvmm run --from SNAPSHOT`, or `kernel = \"...\"` in the --config file")]
     NoKernel,
+    /// An option that a snapshot settles.
+    #[error("{0} cannot be given with --from: the machine is that of the snapshot; leave it out")]
+    NotWithFrom(&'static str),
     /// An option is about the command that the guest runs, and there is none.
     #[error("{0} is for a guest that runs a command: hwvmm run KERNEL {0} ... -- COMMAND")]
     NeedsCommand(&'static str),

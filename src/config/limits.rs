@@ -1,8 +1,8 @@
 //! The bounds of a machine's size.
 
 /// The smallest guest memory, in bytes.
-pub(super) const MIN_MEMORY_BYTES: u64 = 16 << 20;
+pub const MIN_MEMORY_BYTES: u64 = 16 << 20;
 /// The largest guest memory, in bytes.
-pub(super) const MAX_MEMORY_BYTES: u64 = 1 << 42;
+pub const MAX_MEMORY_BYTES: u64 = 1 << 42;
 /// The largest number of vCPUs: APIC IDs of one byte, less those of the I/O APIC and of broadcasts.
-pub(super) const MAX_CPUS: u32 = 254;
+pub const MAX_CPUS: u32 = 254;

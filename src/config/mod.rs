@@ -32,6 +32,7 @@ pub use devices::{
 };
 pub use error::{BudgetError, ConfigError, ValueError};
 pub use file::{FileError, parse as parse_file, read as read_file};
+pub use limits::{MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
 pub use machine::{Cpus, Memory, Pages};
 pub use options::{RunConfig, RunOptions};
 pub use quote::{list_item, toml_escaped};

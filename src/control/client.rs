@@ -1,10 +1,14 @@
 //! The client's end of the control socket.
 
-use super::protocol::{MAX_RESPONSE_BYTES, MAX_VCPUS, Request, RequestError, Response};
+use super::protocol::{MAX_FILES, MAX_RESPONSE_BYTES, MAX_VCPUS, Request, RequestError, Response};
+use crate::snapshot::{Draft, FolderError};
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::socket::connect_nonblocking;
 use rustix::process::Uid;
-use std::io::{self, Read, Write};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -91,16 +95,51 @@ pub enum ClientError {
     Refused(#[from] RequestError),
 }
 
+/// How long a machine has to write its memory.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// A snapshot was not made.
+#[derive(Debug, Error)]
+pub enum SnapshotError {
+    /// Its folder.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// The machine.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+}
+
+/// Has the machine whose control socket is at `path` write its memory and state to the new folder `target`. The folder and its
+/// files are made here, with this user's rights, and the machine gets the open files. It appears under its name when it is
+/// whole; otherwise nothing is left of it.
+///
+/// # Errors
+/// [`SnapshotError`].
+pub fn snapshot(path: &Path, target: &Path) -> Result<Response, SnapshotError> {
+    let draft = Draft::new(target)?;
+    let response = exchange(path, Request::Snapshot, &draft.files(), SNAPSHOT_TIMEOUT)?;
+    if !matches!(response, Response::Snapshot { .. }) {
+        return Err(ClientError::Mismatch { path: path.to_owned() }.into());
+    }
+    draft.keep()?;
+    Ok(response)
+}
+
 /// Sends a request to the machine whose control socket is at `path`, and waits up to 10 s for its response, which is never
 /// [`Response::Error`].
 ///
 /// # Errors
 /// [`ClientError`].
 pub fn request(path: &Path, request: Request) -> Result<Response, ClientError> {
-    exchange(path, request, TIMEOUT)
+    exchange(path, request, &[], TIMEOUT)
 }
 
-fn exchange(path: &Path, request: Request, timeout: Duration) -> Result<Response, ClientError> {
+fn exchange(
+    path: &Path,
+    request: Request,
+    files: &[BorrowedFd<'_>],
+    timeout: Duration,
+) -> Result<Response, ClientError> {
     let deadline = Instant::now() + timeout;
     let io_error = |source| ClientError::Io { path: path.to_owned(), source };
     let mut socket =
@@ -112,7 +151,7 @@ fn exchange(path: &Path, request: Request, timeout: Duration) -> Result<Response
     let mut line = serde_json::to_vec(&request).map_err(|error| io_error(error.into()))?;
     line.push(b'\n');
     // A request fits into the socket's buffer: this does not wait.
-    socket.write_all(&line).map_err(io_error)?;
+    send(&mut socket, &line, files).map_err(io_error)?;
     let line = match read_line(&mut socket, deadline) {
         Ok(line) => line,
         Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
@@ -142,6 +181,20 @@ fn check_peer(path: &Path, peer: Uid, user: Uid) -> Result<(), ClientError> {
         return Ok(());
     }
     Err(ClientError::Peer { path: path.to_owned(), uid: peer.as_raw(), user: user.as_raw() })
+}
+
+/// Sends a line, and the open files `files` with it.
+fn send(socket: &mut UnixStream, line: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
+    if files.is_empty() {
+        return socket.write_all(line);
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let sent = sendmsg(&*socket, &[IoSlice::new(line)], &mut ancillary, SendFlags::NOSIGNAL)?;
+    if sent == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
 /// Reads until a newline, the end of the stream, or more than [`MAX_RESPONSE_BYTES`]. The error is `TimedOut` or
@@ -181,7 +234,7 @@ mod tests {
                 let _ = peer.read(&mut [0; 256]);
                 answer(&mut peer);
             });
-            exchange(&path, Request::Status, timeout).expect_err("no response")
+            exchange(&path, Request::Status, &[], timeout).expect_err("no response")
         })
     }
 

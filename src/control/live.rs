@@ -1,11 +1,14 @@
 //! Exit counters of a running machine. A vCPU publishes its counters when it is kicked, so each look costs one exit a vCPU,
 //! which is counted as `interrupted`.
 
-use super::protocol::{AccessSpace, DeviceCount, LiveExits, MAX_ADDRESSES, UserspaceExits, VcpuExits};
+use super::protocol::{
+    AccessSpace, DeviceCount, LiveExits, MAX_ADDRESSES, RequestError, Response, UserspaceExits, VcpuExits,
+};
 use crate::exit::handler::BusKind;
 use crate::exit::{ExitReason, Handler};
 use crate::kvm::stats::{Kind, Reader};
 use crate::measure::{Accesses, Counters};
+use crate::snapshot::Files;
 use crate::vcpu::Inspector;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,12 +20,25 @@ const REPORT_POLL: Duration = Duration::from_micros(200);
 /// For how long a look answers later requests too. Each look kicks all vCPUs, and the event loop waits for them.
 const REPORT_LASTS: Duration = Duration::from_millis(20);
 
-/// Reads the counters of a running machine.
+/// What a snapshot has.
+#[derive(Clone, Copy, Debug)]
+pub struct Saved {
+    /// The size of guest memory.
+    pub memory_bytes: u64,
+    /// The bytes of it that are written.
+    pub written_bytes: u64,
+}
+
+/// Writes the memory and the state of a machine that is paused.
+pub type Saver = dyn Fn(&Inspector, &Files) -> Result<Saved, RequestError> + Send + Sync;
+
+/// Reads the counters of a running machine, and its state.
 pub struct Live {
     inspector: Inspector,
     handler: Arc<Handler>,
     stats: Vec<Option<Reader>>,
     start: Instant,
+    saver: Box<Saver>,
     /// When the last look ended, and what it found.
     last: Mutex<Option<(Instant, LiveExits)>>,
 }
@@ -88,9 +104,14 @@ fn kvm_counters(reader: Option<&Reader>) -> BTreeMap<String, u64> {
 
 impl Live {
     /// Makes a reader of the vCPUs of `inspector`, whose KVM statistics `stats` reads (by vCPU index; `None` where KVM has
-    /// none). The buses of `handler` name the devices.
-    pub fn new(inspector: Inspector, handler: Arc<Handler>, stats: Vec<Option<Reader>>) -> Self {
-        Self { inspector, handler, stats, start: Instant::now(), last: Mutex::new(None) }
+    /// none). The buses of `handler` name the devices. `saver` makes snapshots.
+    pub fn new(
+        inspector: Inspector,
+        handler: Arc<Handler>,
+        stats: Vec<Option<Reader>>,
+        saver: Box<Saver>,
+    ) -> Self {
+        Self { inspector, handler, stats, start: Instant::now(), saver, last: Mutex::new(None) }
     }
 
     /// Kicks all vCPUs and returns their counters, after 50 ms at most. Within 20 ms of the last time it returns the same again.
@@ -112,6 +133,26 @@ impl Live {
         self.inspector.pause()
     }
 
+    /// Writes the memory and the state of the machine to `files`, while it is paused. It goes on then, unless it was paused before.
+    ///
+    /// # Errors
+    /// [`RequestError::Busy`] where a vCPU does not come out in time, or why the snapshot cannot be made.
+    pub fn snapshot(&self, files: &Files) -> Result<Response, RequestError> {
+        let control = self.inspector.control();
+        let was_paused = control.is_paused();
+        let start = Instant::now();
+        if !self.pause() {
+            return Err(RequestError::Busy);
+        }
+        let result = (self.saver)(&self.inspector, files);
+        if !was_paused {
+            control.resume();
+        }
+        let Saved { memory_bytes, written_bytes } = result?;
+        let paused_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Ok(Response::Snapshot { memory_bytes, written_bytes, paused_ms })
+    }
+
     fn look(&self) -> LiveExits {
         self.inspector.ask();
         let deadline = Instant::now() + REPORT_TIMEOUT;
@@ -131,7 +172,7 @@ impl Live {
 
 #[cfg(test)]
 mod tests {
-    use super::super::protocol::{MAX_RESPONSE_BYTES, MAX_VCPUS, Response};
+    use super::super::protocol::{MAX_RESPONSE_BYTES, MAX_VCPUS};
     use super::*;
     use crate::exit::handler::Route;
     use hwvmm_devices::BusBuilder;

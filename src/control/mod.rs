@@ -6,7 +6,7 @@ mod live;
 pub mod protocol;
 mod server;
 
-pub use client::{ClientError, request};
-pub use live::Live;
+pub use client::{ClientError, SnapshotError, request, snapshot};
+pub use live::{Live, Saved, Saver};
 pub use protocol::{Request, RequestError, Response};
 pub use server::{ListenError, Server};

@@ -26,6 +26,9 @@ pub const MAX_REQUEST_BYTES: usize = 256;
 /// sorts take less than 6 MiB.
 pub const MAX_RESPONSE_BYTES: usize = 8 << 20;
 
+/// The largest number of files that come with a request: those of a snapshot.
+pub const MAX_FILES: usize = 3;
+
 /// The largest number of vCPUs in a response.
 pub const MAX_VCPUS: usize = 254;
 
@@ -50,6 +53,9 @@ pub enum Request {
     Pause,
     /// Let the vCPUs of a paused machine go on
     Resume,
+    /// Write memory and state to the three files that come with the request ([`super::snapshot`]).
+    #[command(skip)]
+    Snapshot,
     /// End the run: `hwvmm run` ends with status 0 (38 where it waits for --expect)
     Stop,
 }
@@ -80,6 +86,7 @@ impl FromStr for Request {
                 .map_err(|error: ValueError| RequestError::Value { message: error.to_string() }),
             ["pause"] => Ok(Self::Pause),
             ["resume"] => Ok(Self::Resume),
+            ["snapshot"] => Ok(Self::Snapshot),
             ["stop"] => Ok(Self::Stop),
             _ => Err(RequestError::Unknown { line: line.to_owned() }),
         }
@@ -100,6 +107,15 @@ pub enum Response {
     Paused,
     /// To [`Request::Resume`]: the vCPUs go on.
     Running,
+    /// To [`Request::Snapshot`]: memory and state are written, and the machine goes on as before.
+    Snapshot {
+        /// The size of guest memory.
+        memory_bytes: u64,
+        /// What of it is not zero, in pages of 4 KiB.
+        written_bytes: u64,
+        /// How long the guest did not run.
+        paused_ms: u64,
+    },
     /// To [`Request::Stop`]: the run is about to end.
     Stopping,
     /// The request was refused.
@@ -127,8 +143,23 @@ pub enum RequestError {
     /// A vCPU is held up in a device: the machine is not paused.
     #[error("a virtual processor does not stop, since it waits for a device: the machine is not paused; try again")]
     Busy,
+    /// A machine with devices whose state cannot be saved.
+    #[error("this machine cannot be saved: snapshots do not have the state of {options} yet")]
+    Unsaved {
+        /// The options that the devices are from.
+        options: String,
+    },
+    /// A request for a snapshot without the files that it goes to.
+    #[error("a snapshot goes to three empty files that come with the request: use `hwvmm ctl SOCKET snapshot DIR`")]
+    NoFiles,
+    /// The snapshot cannot be made; the guest goes on.
+    #[error("no snapshot was made, and the guest goes on: {message}")]
+    Save {
+        /// What is wrong, in English.
+        message: String,
+    },
     /// No request of this protocol.
-    #[error("unknown request '{line}'; the requests are: status, exits, balloon SIZE, pause, resume, stop")]
+    #[error("unknown request '{line}'; the requests are: status, exits, balloon SIZE, pause, resume, snapshot DIR, stop")]
     Unknown {
         /// The line as it was received.
         line: String,

@@ -1,16 +1,20 @@
 //! The machine's end of the control socket. It runs on the event loop's thread and never waits for a client.
 
 use super::live::Live;
-use super::protocol::{BalloonStatus, MAX_REQUEST_BYTES, Request, RequestError, Response, RunState, Status};
+use super::protocol::{BalloonStatus, MAX_FILES, MAX_REQUEST_BYTES, Request, RequestError, Response, RunState, Status};
 use crate::exit::EndReason;
+use crate::snapshot::check_targets;
 use crate::vcpu::Control;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::socket::Listener;
 use hwvmm_devices::virtio::balloon::{BalloonControl, STAT_NAMES};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -43,6 +47,8 @@ struct Client {
     stream: UnixStream,
     accepted: Instant,
     progress: Progress,
+    /// Files that came with the request.
+    files: Vec<OwnedFd>,
 }
 
 /// What reading from a client has brought.
@@ -56,16 +62,25 @@ enum Received {
 }
 
 /// Reads what has arrived, behind what `line` has already. A line may also end with the client's side of the connection.
-fn receive(stream: &mut UnixStream, line: &mut Vec<u8>) -> Received {
+fn receive(stream: &UnixStream, line: &mut Vec<u8>, files: &mut Vec<OwnedFd>) -> Received {
     let mut bytes = [0; MAX_REQUEST_BYTES];
-    let closed = match stream.read(&mut bytes) {
-        Ok(count) => {
-            line.extend_from_slice(&bytes[..count]);
-            count == 0
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let closed = match recvmsg(&*stream, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags) {
+        Ok(received) => {
+            line.extend_from_slice(&bytes[..received.bytes]);
+            received.bytes == 0
         }
-        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => false,
+        Err(Errno::AGAIN | Errno::INTR) => false,
         Err(_) => return Received::Closed,
     };
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            // Those beyond are closed.
+            files.extend(received.take(MAX_FILES.saturating_sub(files.len())));
+        }
+    }
     let newline = line.iter().position(|byte| *byte == b'\n');
     let end = newline.unwrap_or(line.len());
     if end >= MAX_REQUEST_BYTES {
@@ -127,7 +142,7 @@ impl Server {
         Arc::clone(&self.live)
     }
 
-    fn respond(&self, request: Request) -> Result<Response, RequestError> {
+    fn respond(&self, request: Request, files: Vec<OwnedFd>) -> Result<Response, RequestError> {
         match request {
             Request::Status => Ok(Response::Status(Status { state: self.state(), balloon: self.balloon() })),
             Request::Exits => {
@@ -150,6 +165,10 @@ impl Server {
                 self.live.get().ok_or(RequestError::NotRunning)?;
                 self.control.resume();
                 Ok(Response::Running)
+            }
+            Request::Snapshot => {
+                let live = self.live.get().ok_or(RequestError::NotRunning)?;
+                live.snapshot(&check_targets(files).ok_or(RequestError::NoFiles)?)
             }
             Request::Stop => {
                 self.control.end(EndReason::Stopped, None);
@@ -207,15 +226,15 @@ impl Server {
                 self.close_oldest(ops);
             }
             if stream.set_nonblocking(true).is_ok() && ops.add(Events::new(&stream, EventSet::IN)).is_ok() {
-                let client = Client { stream, accepted: Instant::now(), progress: Progress::Receiving(Vec::new()) };
+                let client = Client { stream, accepted: Instant::now(), progress: Progress::Receiving(Vec::new()), files: Vec::new() };
                 self.clients.insert(client.stream.as_raw_fd(), client);
             }
         }
     }
 
     /// Answers a line; empty where that fails.
-    fn response_line(&self, line: Result<String, RequestError>) -> Vec<u8> {
-        let response = line.and_then(|line| self.respond(Request::parse(&line)?)).unwrap_or_else(Response::Error);
+    fn response_line(&self, line: Result<String, RequestError>, files: Vec<OwnedFd>) -> Vec<u8> {
+        let response = line.and_then(|line| self.respond(Request::parse(&line)?, files)).unwrap_or_else(Response::Error);
         let mut bytes = serde_json::to_vec(&response).unwrap_or_else(|error| {
             log::error!("control socket: {error}");
             Vec::new()
@@ -227,12 +246,12 @@ impl Server {
     /// Goes on with a client whose socket is ready. It is closed after the response, and on any error.
     fn serve(&mut self, fd: RawFd, ops: &mut EventOps<'_>) {
         let Some(mut client) = self.clients.remove(&fd) else { return };
-        let Client { stream, progress, .. } = &mut client;
+        let Client { stream, progress, files, .. } = &mut client;
         if let Progress::Receiving(line) = progress {
-            match receive(stream, line) {
+            match receive(stream, line, files) {
                 Received::Part => return drop(self.clients.insert(fd, client)),
                 Received::Closed => return forget(stream, ops),
-                Received::Line(line) => *progress = Progress::Sending(self.response_line(line), 0),
+                Received::Line(line) => *progress = Progress::Sending(self.response_line(line, std::mem::take(files)), 0),
             }
         }
         let more = match progress {
@@ -275,7 +294,7 @@ mod tests {
     use super::super::client;
     use super::*;
     use event_manager::{EventManager, SubscriberOps};
-    use std::io::BufRead;
+    use std::io::{BufRead, Read};
     use std::os::unix::fs::PermissionsExt;
     use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -320,7 +339,7 @@ mod tests {
                 Err(client::ClientError::Refused(error)) => error,
                 other => panic!("not refused: {other:?}"),
             };
-            for early in [Request::Exits, Request::Pause, Request::Resume] {
+            for early in [Request::Exits, Request::Pause, Request::Resume, Request::Snapshot] {
                 assert_eq!(refused(early), RequestError::NotRunning);
             }
             assert_eq!(refused(Request::Balloon { target_bytes: 0 }), RequestError::NoBalloon);

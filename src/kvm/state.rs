@@ -52,6 +52,25 @@ pub struct VcpuState {
 }
 
 impl VcpuState {
+    /// A state of zeros, for tests and fuzz targets.
+    #[must_use]
+    pub fn empty(id: u32) -> Self {
+        Self {
+            id,
+            cpuid: Vec::new(),
+            tsc_khz: None,
+            msrs: Vec::new(),
+            activity: kvm_mp_state::default(),
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xsave: kvm_xsave::default(),
+            xcrs: None,
+            debug_regs: kvm_debugregs::default(),
+            lapic: kvm_lapic_state::default(),
+            events: kvm_vcpu_events::default(),
+        }
+    }
+
     /// The time-stamp counter; `None` where KVM does not let it be read.
     #[must_use]
     pub fn tsc(&self) -> Option<u64> {

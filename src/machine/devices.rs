@@ -1,6 +1,7 @@
 //! The devices that are not virtio: UARTs and their consoles, legacy ports, and the virtio console, which has a console's output too.
 
 use super::error::MachineError;
+use super::save::SavedDevices;
 use super::setup::{Setup, Start, Stdin};
 use super::virtio::VirtioBuilder;
 use crate::config::ConsoleTarget;
@@ -28,12 +29,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 #[derive(Default)]
 pub(super) struct Devices {
     pub(super) pio: BusBuilder,
-    pub(super) uarts: Vec<Arc<SerialPort>>,
+    /// Those whose state a snapshot has.
+    pub(super) saved: SavedDevices,
     pub(super) input: Option<Input>,
     pub(super) watches: Vec<Watch>,
     /// The virtio console that reports the size of the terminal to the guest.
     pub(super) resized: Option<Arc<Port>>,
-    pub(super) watchdog: Option<Arc<Watchdog>>,
 }
 
 impl Devices {
@@ -47,7 +48,8 @@ impl Devices {
         let i8042 = I8042::default();
         devices.add(0x60, 1, "i8042 data", i8042.data_port())?;
         devices.add(0x64, 1, "i8042 command", i8042.command_port())?;
-        devices.add(PORT_POST, 1, "POST code", PostPort::default())?;
+        let post: Arc<PostPort> = Arc::clone(&devices.saved.post);
+        devices.pio.insert(PORT_POST.into(), 1, "POST code", post)?;
         devices.add(PORT_MARK, 4, "mark", MarkPort)?;
         devices.add(PORT_PVPANIC, 1, "pvpanic", PvPanic)?;
         devices.add(PORT_SLEEP_CONTROL, 3, "ACPI power", Power::new(SLEEP_TYPE_S5, RESET_VALUE))?;
@@ -65,7 +67,7 @@ impl Devices {
                 "watchdog",
                 Arc::clone(&watchdog) as Arc<dyn BusDevice>,
             )?;
-            devices.watchdog = Some(watchdog);
+            devices.saved.watchdog = Some(watchdog);
         }
         Ok(devices)
     }
@@ -94,7 +96,7 @@ impl Devices {
         if *target == ConsoleTarget::Stdio {
             self.input = Some(input(setup, Arc::clone(&uart) as _, wanted, control)?);
         }
-        self.uarts.push(Arc::clone(&uart));
+        self.saved.uarts.push(Arc::clone(&uart));
         self.pio.insert(u64::from(port), 8, format!("UART {}", index + 1), uart)?;
         Ok(())
     }

@@ -101,6 +101,21 @@ pub enum MachineError {
         /// The name of the bus.
         bus: &'static str,
     },
+    /// The processor of a snapshot is not to be had.
+    #[error("the snapshot cannot be used on this host")]
+    SnapshotProcessor(#[from] crate::snapshot::FeatureError),
+    /// The state of a snapshot has vCPUs with other APIC ids than the machine.
+    #[error("the snapshot cannot be used: its vCPUs have other APIC ids than those of its machine")]
+    SnapshotIds,
+    /// The state of a snapshot has an I/O APIC, and the machine none, or the other way round.
+    #[error("the snapshot cannot be used: its I/O APIC is not that of its machine")]
+    SnapshotIoApic,
+    /// The state of the I/O APIC in a snapshot.
+    #[error("the snapshot cannot be used")]
+    SnapshotPins(#[from] hwvmm_devices::legacy::IoApicStateError),
+    /// The state of a UART in a snapshot.
+    #[error("the snapshot cannot be used")]
+    SnapshotUart(#[from] hwvmm_devices::legacy::UartStateError),
     /// A file descriptor cannot be made.
     #[error("cannot get a file descriptor")]
     Fd(#[from] io::Error),

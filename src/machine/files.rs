@@ -6,6 +6,9 @@ use crate::boot::initramfs::TerminalSize;
 use crate::boot::{self, InitrdSource, KernelError, KernelFile, Prepared};
 use crate::config::RunConfig;
 use crate::exit::EndReason;
+use crate::snapshot::{FolderError, Opened, State};
+use std::fs::File;
+use std::io;
 use thiserror::Error;
 
 /// Why the files that a guest is loaded from cannot be had.
@@ -17,13 +20,37 @@ pub enum FilesError {
     /// The initramfs of the command.
     #[error(transparent)]
     Command(#[from] CommandError),
+    /// The state of a snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] FolderError),
+    /// The memory of a snapshot.
+    #[error("cannot use the memory of the snapshot")]
+    Memory(#[source] io::Error),
+}
+
+/// What a guest starts from.
+#[allow(clippy::large_enum_variant, reason = "there is one of it")]
+pub(super) enum Source {
+    /// A kernel, which is booted.
+    Kernel {
+        /// Its file.
+        kernel: KernelFile,
+        /// What else is loaded.
+        prepared: Prepared,
+    },
+    /// A snapshot: its state and the file of its memory.
+    Snapshot {
+        /// The state.
+        state: State,
+        /// The memory.
+        memory: File,
+    },
 }
 
 /// The files that a machine's guest is loaded from: opened, identified and unpacked once for each start, before the machine is
 /// made.
 pub struct Files {
-    pub(super) kernel: KernelFile,
-    pub(super) prepared: Prepared,
+    pub(super) source: Source,
     /// If the agent of a command fails: what may have been missing.
     hint: Option<String>,
 }
@@ -54,7 +81,24 @@ impl Files {
             how: boot::UnpackOptions { cache: cache.as_ref(), isolation: boot::isolation(config.sandbox), progress },
         };
         let prepared = boot::prepare(&kernel, &wanted)?;
-        Ok(Self { kernel, prepared, hint: made.and_then(|made| made.hint) })
+        Ok(Self { source: Source::Kernel { kernel, prepared }, hint: made.and_then(|made| made.hint) })
+    }
+
+    /// Reads the state of a snapshot.
+    ///
+    /// # Errors
+    /// [`FilesError`].
+    pub fn of_snapshot(snapshot: &Opened) -> Result<Self, FilesError> {
+        let memory = snapshot.memory().try_clone().map_err(FilesError::Memory)?;
+        Ok(Self { source: Source::Snapshot { state: snapshot.state()?, memory }, hint: None })
+    }
+
+    /// Returns true if the guest is a multiboot kernel that is booted.
+    pub(super) fn is_multiboot(&self) -> bool {
+        match &self.source {
+            Source::Kernel { kernel, .. } => kernel.is_multiboot(),
+            Source::Snapshot { .. } => false,
+        }
     }
 
     /// The end of a run with what may have been missing, where the agent failed.

@@ -1,10 +1,11 @@
 //! Levers that are settings of KVM's, and what a host can do of them.
 
-use crate::boot::KernelFile;
+use super::files::{Files, Source};
 use crate::config::RunConfig;
 use crate::error::chain;
 use crate::kvm::{CoalescedRing, KvmError, System, Vcpu, Vm};
 use crate::probe::without_exits;
+use crate::snapshot::Irqchip;
 use crate::tune::{Choice, Lever, Tune};
 use hwvmm_arch::acpi::VirtioMmio;
 use hwvmm_arch::layout::{IOAPIC, UARTS};
@@ -35,22 +36,21 @@ pub(super) fn hidden_features(tune: &Tune) -> u32 {
     bits.into_iter().filter(|(lever, _)| !tune.wants(*lever)).fold(0, |mask, (_, bit)| mask | 1 << bit)
 }
 
-/// Where the interrupt controllers are emulated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Irqchip {
-    /// All of them by KVM: local APICs, I/O APIC, two PICs (KVM_CREATE_IRQCHIP).
-    Kernel,
-    /// The local APICs by KVM, the I/O APIC by hwvmm (KVM_CAP_SPLIT_IRQCHIP). There is no PIC.
-    Split,
-}
-
-/// Creates the interrupt controllers.
+/// Creates the interrupt controllers: all of them in KVM (KVM_CREATE_IRQCHIP), or the local APICs in KVM, the I/O APIC in hwvmm
+/// and no PIC (KVM_CAP_SPLIT_IRQCHIP). A snapshot has those that it was made with.
 ///
 /// # Errors
 /// Where KVM can do neither.
-pub(super) fn create_irqchip(vm: &Vm, config: &RunConfig, kernel: &KernelFile) -> Result<Irqchip, KvmError> {
+pub(super) fn create_irqchip(vm: &Vm, config: &RunConfig, files: &Files) -> Result<Irqchip, KvmError> {
+    if let Source::Snapshot { state, .. } = &files.source {
+        match state.description.irqchip {
+            Irqchip::Kernel => vm.create_irqchip()?,
+            Irqchip::Split => vm.split_irqchip()?,
+        }
+        return Ok(state.description.irqchip);
+    }
     // Test kernels want the whole PC.
-    if config.tune.wants(Lever::SplitIrqchip) && !config.testdev && !kernel.is_multiboot() {
+    if config.tune.wants(Lever::SplitIrqchip) && !config.testdev && !files.is_multiboot() {
         match vm.split_irqchip() {
             Ok(()) => return Ok(Irqchip::Split),
             Err(error) => config.tune.cannot(Lever::SplitIrqchip, &format!("{error}: {}", error.source)),

@@ -9,7 +9,9 @@ mod files;
 mod levers;
 mod net;
 mod request;
+mod restore;
 mod run;
+mod save;
 mod setup;
 mod testdev;
 mod virtio;
@@ -19,6 +21,7 @@ pub use error::MachineError;
 pub use files::{Files, FilesError};
 pub use net::PASST;
 pub use request::StopRequest;
+pub use restore::configure;
 pub use run::{Ran, RunError, run};
 pub use setup::{Event, Setup, Start, Stdin};
 
@@ -28,19 +31,23 @@ use crate::console::{Input, Watch};
 use crate::exit::Handler;
 use crate::kvm::{System, Vcpu, Vm};
 use crate::memory::{Backing, GuestRam};
+use crate::snapshot::{Irqchip, State};
 use crate::tune::{Lever, Tune};
 use crate::vcpu::Control;
 use devices::Devices;
+use hwvmm_arch::boot::BootMethod;
 use hwvmm_arch::acpi::{IoApicPins, Platform};
 use hwvmm_arch::cpuid::{self, CpuidOptions};
 use hwvmm_arch::layout::{IOAPIC, KVM_IDENTITY_MAP, KVM_TSS, UARTS, Uart, memory_below, ram_banks};
 use hwvmm_arch::{Topology, lapic, msr};
-use hwvmm_devices::legacy::{IoApic, Watchdog};
+use hwvmm_devices::legacy::IoApic;
 use hwvmm_devices::virtio::console::Port;
 use hwvmm_devices::{BusBuilder, BusError};
 use kvm_bindings::kvm_cpuid_entry2;
-use levers::{Irqchip, VirtioMmioRegisters};
+use files::Source;
+use levers::VirtioMmioRegisters;
 use net::Passt;
+use save::SavedDevices;
 use std::sync::Arc;
 use virtio::{BuiltVirtio, BusLayout, VirtioBuilder, VirtioHandle};
 
@@ -58,9 +65,12 @@ pub struct Machine {
     watches: Vec<Watch>,
     /// The virtio console that reports the size of the terminal to the guest.
     resized: Option<Arc<Port>>,
-    watchdog: Option<Arc<Watchdog>>,
+    /// The devices whose state a snapshot has.
+    saved: SavedDevices,
+    /// The MSRs that make up the state of a vCPU; none without a control socket.
+    msrs: Arc<[u32]>,
     ram: GuestRam,
-    loaded: Loaded,
+    boot: BootMethod,
     passt: Vec<Passt>,
 }
 
@@ -77,9 +87,13 @@ impl Machine {
         check_vcpus(system, &apic_ids)?;
         let supported = system.supported_cpuid()?;
         check_memory(config.memory.bytes, cpuid::address_bits(supported.as_slice()))?;
-        let ram = GuestRam::new(&ram_banks(config.memory.bytes), backing(config))?;
+        let banks = ram_banks(config.memory.bytes);
+        let ram = match &setup.files.source {
+            Source::Kernel { .. } => GuestRam::new(&banks, backing(config))?,
+            Source::Snapshot { memory, .. } => GuestRam::of_file(&banks, memory)?,
+        };
         let uarts = uarts(config);
-        let mut layout = BusLayout::new(config, &setup.files.kernel)?;
+        let mut layout = BusLayout::new(config, setup.files.is_multiboot())?;
         let (vm, irqchip) = create_vm(setup, system, &ram)?;
         let pins = match irqchip {
             Irqchip::Split => layout.pack_pins(uarts.iter().map(|uart| uart.gsi)),
@@ -98,7 +112,7 @@ impl Machine {
         let mut devices = Devices::new(setup, &vm, &control)?;
         let mut mmio = BusBuilder::default();
         if irqchip == Irqchip::Split {
-            add_io_apic(&vm, pins, &mut mmio)?;
+            devices.saved.io_apic = add_io_apic(&vm, pins, &mut mmio)?;
         }
         if config.testdev {
             testdev::add(config, &vm, &ram, &mut devices.pio, &mut mmio)?;
@@ -112,7 +126,17 @@ impl Machine {
         let serve = |path| crate::control::Server::new(path, balloon, most, Arc::clone(&control));
         let api = config.api.as_deref().map(serve).transpose()?;
         let BuiltVirtio { handles: virtio, readonly_pages } = builder.finish(&mut devices.pio)?;
-        let vcpus = create_vcpus(system, &vm, supported.as_slice(), topology, &apic_ids, &loaded, &config.tune)?;
+        let vcpus = match &loaded {
+            From::Kernel(loaded) => {
+                create_vcpus(system, &vm, supported.as_slice(), topology, &apic_ids, loaded, &config.tune)?
+            }
+            From::Snapshot(state) => {
+                let passed = restore::passed(state);
+                let vcpus = restore::vcpus(&vm, state, supported.as_slice(), &apic_ids, passed)?;
+                restore::devices(&vm, state, &devices.saved, passed)?;
+                vcpus
+            }
+        };
         if config.memory.prefault || config.tune.wants(Lever::Prefault) {
             prefault(&ram, &vcpus, config.memory.bytes)?;
         }
@@ -120,7 +144,7 @@ impl Machine {
         let ring = vcpus.first().and_then(|vcpu| levers::coalesced_io(&vm, vcpu, config, irqchip, &registers));
         if ring.is_some() {
             // The thread that drains the ring has the UARTs flushed, too.
-            devices.uarts.iter().for_each(|uart| uart.batch_output());
+            devices.saved.uarts.iter().for_each(|uart| uart.batch_output());
         }
         let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze(), ring };
         Ok(Self {
@@ -133,19 +157,42 @@ impl Machine {
             input: devices.input,
             watches: devices.watches,
             resized: devices.resized,
-            watchdog: devices.watchdog,
+            saved: devices.saved,
+            msrs: if config.api.is_some() { system.msrs()?.into() } else { Arc::default() },
             ram,
-            loaded,
+            boot: loaded.method(),
             passt,
         })
     }
 }
 
 /// Adds hwvmm's I/O APIC with `pins`; none where no pin is connected.
-fn add_io_apic(vm: &Arc<Vm>, pins: Option<IoApicPins>, mmio: &mut BusBuilder) -> Result<(), BusError> {
-    let Some(pins) = pins else { return Ok(()) };
-    let io_apic = IoApic::new(pins.first_gsi, pins.count, Arc::new(virtio::Router(Arc::clone(vm))));
-    mmio.insert(IOAPIC.into(), IoApic::BYTES, "I/O APIC", Arc::new(io_apic))
+fn add_io_apic(
+    vm: &Arc<Vm>,
+    pins: Option<IoApicPins>,
+    mmio: &mut BusBuilder,
+) -> Result<Option<Arc<IoApic>>, BusError> {
+    let Some(pins) = pins else { return Ok(None) };
+    let io_apic = Arc::new(IoApic::new(pins.first_gsi, pins.count, Arc::new(virtio::Router(Arc::clone(vm)))));
+    mmio.insert(IOAPIC.into(), IoApic::BYTES, "I/O APIC", Arc::clone(&io_apic) as _)?;
+    Ok(Some(io_apic))
+}
+
+/// What the guest goes on from.
+enum From<'a> {
+    /// A kernel in guest memory.
+    Kernel(Loaded),
+    /// A snapshot.
+    Snapshot(&'a State),
+}
+
+impl From<'_> {
+    fn method(&self) -> BootMethod {
+        match self {
+            Self::Kernel(loaded) => loaded.method,
+            Self::Snapshot(state) => state.description.boot,
+        }
+    }
 }
 
 /// The UARTs that the configuration has.
@@ -153,12 +200,16 @@ fn uarts(config: &RunConfig) -> Vec<Uart> {
     UARTS.iter().zip(&config.serial).filter(|(_, port)| port.is_some()).map(|(uart, _)| *uart).collect()
 }
 
-/// Loads the configured kernel for a machine with the hardware of `platform`.
-fn load(setup: &Setup<'_>, platform: &Platform<'_>, ram: &GuestRam) -> Result<Loaded, KernelError> {
+/// Loads the configured kernel for a machine with the hardware of `platform`. A snapshot has all of that in its memory.
+fn load<'a>(setup: &'a Setup<'_>, platform: &Platform<'_>, ram: &GuestRam) -> Result<From<'a>, KernelError> {
     let Setup { config, files, .. } = setup;
+    let (kernel, prepared) = match &files.source {
+        Source::Kernel { kernel, prepared } => (kernel, prepared),
+        Source::Snapshot { state, .. } => return Ok(From::Snapshot(state)),
+    };
     let request = boot::Request {
-        kernel: &files.kernel,
-        prepared: &files.prepared,
+        kernel,
+        prepared,
         modules: &config.module,
         cmdline: &config.kernel_cmdline(),
         arguments: &config.multiboot_cmdline(),
@@ -166,7 +217,7 @@ fn load(setup: &Setup<'_>, platform: &Platform<'_>, ram: &GuestRam) -> Result<Lo
         boot: config.boot,
         platform,
     };
-    boot::load(&request, ram)
+    boot::load(&request, ram).map(From::Kernel)
 }
 
 fn backing(config: &RunConfig) -> Backing {
@@ -205,7 +256,7 @@ fn create_vm(setup: &Setup<'_>, system: &System, ram: &GuestRam) -> Result<(Arc<
     let mut vm = system.create_vm()?;
     vm.set_real_mode_pages(KVM_TSS, KVM_IDENTITY_MAP)?;
     vm.set_memory(ram.clone())?;
-    let irqchip = levers::create_irqchip(&vm, config, &setup.files.kernel)?;
+    let irqchip = levers::create_irqchip(&vm, config, setup.files)?;
     levers::set_vm(&vm, system, &config.tune);
     if config.trap_msrs {
         vm.trap_unknown_msrs().map_err(|_| MachineError::Missing {

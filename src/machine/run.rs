@@ -2,6 +2,7 @@
 
 use super::confine::{self, device_threads, reach};
 use super::request::requests;
+use super::save::Parts;
 use super::virtio::VirtioHandle;
 use super::{Event, Machine, Setup};
 use crate::config::ProfileLevel;
@@ -321,8 +322,9 @@ pub struct Ran {
 /// # Errors
 /// Where threads or the event loop cannot be created.
 pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
-    let Machine { vcpus, vm, virtio, api, handler, control, input, watches, resized, watchdog, ram, loaded, passt } =
-        machine;
+    let Machine {
+        vcpus, vm, virtio, api, handler, control, input, watches, resized, saved, msrs, ram, boot, passt
+    } = machine;
     let live = api.as_ref().map(crate::control::Server::live);
     let unread = input.as_ref().map(Input::unread);
     let input = input.map(|input| Box::new(input) as Box<dyn MutEventSubscriber>);
@@ -355,10 +357,10 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let startup_cpu_ns = cpu_time_ns();
     log::debug!(
         "{}: {:.1} ms of CPU time before the guest runs",
-        loaded.method,
+        boot,
         Duration::from_nanos(startup_cpu_ns).as_secs_f64() * 1e3
     );
-    (setup.on_event)(Event::Started { boot: loaded.method, startup_cpu_ns });
+    (setup.on_event)(Event::Started { boot, startup_cpu_ns });
     let confinement = confine::vcpus(setup.config, sandbox);
     if handler.ring.is_some() {
         // Before the first output of the guest.
@@ -367,7 +369,16 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let threads = Threads::start(vcpus, &handler, &control, &measure, setup.flight_recorders, &confinement)
         .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
     if let Some(live) = live {
-        let _ = live.set(Live::new(threads.inspector(), Arc::clone(&handler), readers));
+        let parts = Parts {
+            vm: Arc::clone(&vm),
+            ram: ram.clone(),
+            handler: Arc::clone(&handler),
+            devices: saved.clone(),
+            boot,
+            msrs,
+        };
+        let saver = parts.saver(setup.config);
+        let _ = live.set(Live::new(threads.inspector(), Arc::clone(&handler), readers, saver));
     }
     let drain =
         Drain::start(&handler, &control, sandbox, &watches).map_err(|error| RunError::Io("start a thread", error))?;
@@ -379,7 +390,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     };
     let mut limits = Limits {
         control: &control,
-        watchdog,
+        watchdog: saved.watchdog,
         halt_detector,
         watches: &watches,
         drain: drain.as_ref(),
@@ -410,7 +421,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let record = RunRecord {
         version: VERSION,
         end,
-        boot: Some(loaded.method),
+        boot: Some(boot),
         startup_cpu_ns,
         ran_ns: nanoseconds(ran),
         vcpus,

@@ -5,7 +5,6 @@ use super::disks::Disks;
 use super::error::MachineError;
 use super::levers::options;
 use super::net::{Card, Passt, card};
-use crate::boot::KernelFile;
 use crate::config::{DiskConfig, DiskIo, RunConfig, Transport, VsockBackend, WriteError};
 use crate::kvm::Vm;
 use crate::measure::record::VirtioQueue;
@@ -49,9 +48,9 @@ pub(super) struct BusLayout {
 impl BusLayout {
     /// # Errors
     /// Where there are more devices than places.
-    pub(super) fn new(config: &RunConfig, kernel: &KernelFile) -> Result<Self, MachineError> {
+    pub(super) fn new(config: &RunConfig, multiboot: bool) -> Result<Self, MachineError> {
         let count = config.virtio_devices();
-        let pages = config.tune.wants(Lever::ReadonlyRegisters) && !kernel.is_multiboot();
+        let pages = config.tune.wants(Lever::ReadonlyRegisters) && !multiboot;
         match config.transport {
             Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new(), pages }),
             Transport::Mmio if count > VIRTIO_MMIO_GSIS.len() => {

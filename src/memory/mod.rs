@@ -1,4 +1,4 @@
-//! Guest memory: anonymous mappings, aligned so that a huge page of the host backs a huge page of the guest.
+//! Guest memory: anonymous mappings, or private ones of the file of a snapshot, aligned so that a huge page of the host backs a huge page of the guest.
 
 mod own;
 mod shared;
@@ -7,8 +7,10 @@ pub use own::give_back_startup;
 pub use shared::SharedWords;
 
 use hwvmm_arch::layout::GpaRange;
+use std::fs::File;
 use std::io;
 use std::num::TryFromIntError;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
@@ -177,11 +179,33 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError`], with its remedy.
     pub fn new(banks: &[GpaRange], backing: Backing) -> Result<Self, MemoryError> {
+        Self::of_banks(banks, |bytes| map(bytes, backing))
+    }
+
+    /// Maps `banks`, whose sizes must be multiples of 4 KiB, from `file`, which has them one behind the other. A page is read when it
+    /// is first used, and copied when it is first written: the file is not changed, and machines that are made from it share what
+    /// they do not write. If the file is made shorter while the memory is in use, an access ends the process (SIGBUS).
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn of_file(banks: &[GpaRange], file: &File) -> Result<Self, MemoryError> {
+        let mut offset = 0;
+        Self::of_banks(banks, |bytes| {
+            let mapping = map_file(bytes, file, offset);
+            offset += bytes as u64;
+            mapping
+        })
+    }
+
+    fn of_banks(
+        banks: &[GpaRange],
+        mut map: impl FnMut(usize) -> Result<Mapping, MemoryError>,
+    ) -> Result<Self, MemoryError> {
         let (mut mappings, mut regions) = (Vec::new(), Vec::new());
         for bank in banks {
             let size = bank.bytes;
             let bytes = usize::try_from(size).map_err(|source| MemoryError::TooLarge { size, source })?;
-            let mapping = map(bytes, backing)?;
+            let mapping = map(bytes)?;
             // SAFETY: the range is mapped readable and writable, page-aligned, and `mappings` keeps it as long as the
             // region's owner, `GuestRam`, lives.
             let region = unsafe {
@@ -301,6 +325,20 @@ fn map(bytes: usize, backing: Backing) -> Result<Mapping, MemoryError> {
             Ok(Mapping { address, bytes })
         }
     }
+}
+
+/// Maps `bytes` of `file` from `offset` on, private to this process.
+fn map_file(bytes: usize, file: &File, offset: u64) -> Result<Mapping, MemoryError> {
+    let size = bytes as u64;
+    let failed = |source| MemoryError::Map { size, page: None, source };
+    let offset = i64::try_from(offset).map_err(|source| MemoryError::TooLarge { size, source })?;
+    // It is replaced at once, and takes no memory.
+    let mapping = map_aligned(bytes).map_err(failed)?;
+    let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED);
+    // SAFETY: the range is the mapping just made, of which no other code has the address. Its place is taken by another mapping of
+    // the same length, which `Mapping` unmaps alike.
+    let address = unsafe { libc::mmap(mapping.address, bytes, access, flags, file.as_raw_fd(), offset) };
+    if address == libc::MAP_FAILED { Err(failed(io::Error::last_os_error())) } else { Ok(mapping) }
 }
 
 fn map_anonymous(bytes: usize, flags: i32) -> io::Result<*mut libc::c_void> {

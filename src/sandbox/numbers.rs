@@ -7,7 +7,10 @@
 )]
 #![allow(clippy::unnecessary_cast, reason = "the type of ioctl numbers differs between C libraries")]
 
-use kvm_bindings::{KVMIO, kvm_irq_level, kvm_irq_routing, kvm_irqchip, kvm_mp_state, kvm_msrs, kvm_regs};
+use kvm_bindings::{
+    KVMIO, kvm_clock_data, kvm_debugregs, kvm_irq_level, kvm_irq_routing, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_msrs, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
 const fn none(kind: u32, number: u32) -> u64 {
@@ -34,6 +37,15 @@ pub(super) const KVM_RUN: u64 = none(KVMIO, 0x80);
 pub(super) const KVM_GET_REGS: u64 = gives::<kvm_regs>(KVMIO, 0x81);
 pub(super) const KVM_GET_MSRS: u64 = both::<kvm_msrs>(KVMIO, 0x88);
 pub(super) const KVM_GET_MP_STATE: u64 = gives::<kvm_mp_state>(KVMIO, 0x98);
+// For snapshots.
+pub(super) const KVM_GET_SREGS: u64 = gives::<kvm_sregs>(KVMIO, 0x83);
+pub(super) const KVM_GET_LAPIC: u64 = gives::<kvm_lapic_state>(KVMIO, 0x8e);
+pub(super) const KVM_GET_VCPU_EVENTS: u64 = gives::<kvm_vcpu_events>(KVMIO, 0x9f);
+pub(super) const KVM_GET_DEBUGREGS: u64 = gives::<kvm_debugregs>(KVMIO, 0xa1);
+pub(super) const KVM_GET_TSC_KHZ: u64 = none(KVMIO, 0xa3);
+pub(super) const KVM_GET_XSAVE: u64 = gives::<kvm_xsave>(KVMIO, 0xa4);
+pub(super) const KVM_GET_XCRS: u64 = gives::<kvm_xcrs>(KVMIO, 0xa6);
+pub(super) const KVM_GET_CLOCK: u64 = gives::<kvm_clock_data>(KVMIO, 0x7c);
 pub(super) const KVM_KVMCLOCK_CTRL: u64 = none(KVMIO, 0xad);
 pub(super) const KVM_GET_STATS_FD: u64 = none(KVMIO, 0xce);
 pub(super) const KVM_IRQ_LINE: u64 = takes::<kvm_irq_level>(KVMIO, 0x61);
@@ -96,6 +108,9 @@ mod tests {
         // From strace's tables of Linux 6.18.
         assert_eq!((KVM_RUN, KVM_GET_REGS, KVM_GET_MP_STATE), (0xae80, 0x8090_ae81, 0x8004_ae98));
         assert_eq!(KVM_KVMCLOCK_CTRL, 0xaead);
+        assert_eq!((KVM_GET_SREGS, KVM_GET_LAPIC, KVM_GET_VCPU_EVENTS), (0x8138_ae83, 0x8400_ae8e, 0x8040_ae9f));
+        assert_eq!((KVM_GET_DEBUGREGS, KVM_GET_XSAVE, KVM_GET_XCRS), (0x8080_aea1, 0x9000_aea4, 0x8188_aea6));
+        assert_eq!((KVM_GET_TSC_KHZ, KVM_GET_CLOCK), (0xaea3, 0x8030_ae7c));
         assert_eq!((KVM_GET_MSRS, KVM_SET_GSI_ROUTING, KVM_IRQ_LINE), (0xc008_ae88, 0x4008_ae6a, 0x4008_ae61));
         assert_eq!(
             (VHOST_SET_VRING_ADDR, VHOST_SET_MEM_TABLE, VHOST_NET_SET_BACKEND),

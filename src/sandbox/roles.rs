@@ -135,6 +135,8 @@ const MAIN: &[Call] = calls![
     ioctl(1 is TIOCGWINSZ, TCGETS, TCGETS2, KVM_GET_STATS_FD),
     // Disks are flushed and unlocked at the end.
     fsync, fdatasync, flock, pwrite64, pwritev, preadv, io_uring_enter,
+    // A snapshot: a client of the control socket passes the files that it goes to.
+    recvmsg, ftruncate, ioctl(1 is KVM_GET_IRQCHIP, KVM_GET_CLOCK),
     dup, fcntl(1 is F_DUPFD_CLOEXEC, F_SETFD, F_GETFL, F_OFD_SETLK),
 ];
 
@@ -144,7 +146,9 @@ const BUS: &[Call] = calls![ioctl(1 is KVM_SET_GSI_ROUTING)];
 
 const VCPU: &[Call] = calls![
     // The filter has a fast path for KVM_RUN (seccomp.rs).
-    ioctl(1 is KVM_RUN, KVM_GET_REGS, KVM_GET_MP_STATE, KVM_GET_MSRS, KVM_GET_STATS_FD, KVM_KVMCLOCK_CTRL),
+    ioctl(1 is KVM_RUN, KVM_GET_REGS, KVM_GET_MP_STATE, KVM_GET_MSRS, KVM_GET_STATS_FD, KVM_KVMCLOCK_CTRL,
+          // A snapshot.
+          KVM_GET_SREGS, KVM_GET_LAPIC, KVM_GET_VCPU_EVENTS, KVM_GET_DEBUGREGS, KVM_GET_TSC_KHZ, KVM_GET_XSAVE, KVM_GET_XCRS),
     // KVM's statistics of the vCPU.
     pread64,
 ];

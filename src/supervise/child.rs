@@ -113,8 +113,6 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
         plan, start, parent_cpu_ns, flight_recorders, refusals, connector, kernel_log, boot_deadline, ..
     } = inherited;
     let system = System::open(&plan.config.kvm)?;
-    let kernel = KernelFile::open(&plan.config.kernel)?;
-    (plan.check)(&system, &kernel)?;
     let on_event = |event: Event<'_>| {
         let message = match event {
             Event::Progress(what) => Message::Progress(what.to_owned()),
@@ -127,7 +125,14 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
             log::debug!("the parent process takes no messages: {error}");
         }
     };
-    let files = Files::open(plan.config, kernel, plan.terminal, &|what| on_event(Event::Progress(what)))?;
+    let files = match plan.snapshot {
+        Some(snapshot) => Files::of_snapshot(snapshot)?,
+        None => {
+            let kernel = KernelFile::open(&plan.config.kernel)?;
+            (plan.check)(&system, &kernel)?;
+            Files::open(plan.config, kernel, plan.terminal, &|what| on_event(Event::Progress(what)))?
+        }
+    };
     let disks = Disks::open(plan.config)?;
     check_backing_files(plan.config, &disks)?;
     let setup = Setup {

@@ -6,6 +6,7 @@ use crate::boot::initramfs::TerminalSize;
 use crate::config::RunConfig;
 use crate::kvm::System;
 use crate::machine::Stdin;
+use crate::snapshot::Opened;
 use std::error::Error;
 use std::time::Instant;
 
@@ -16,6 +17,8 @@ pub type Check<'a> = dyn Fn(&System, &KernelFile) -> Result<(), Box<dyn Error>> 
 pub struct Plan<'a> {
     /// The configuration of the machine.
     pub config: &'a RunConfig,
+    /// The snapshot that the guest goes on from, in place of a kernel.
+    pub snapshot: Option<&'a Opened>,
     /// The pattern of `--expect`.
     pub expect: Option<regex::bytes::Regex>,
     /// The kind of stdin.

@@ -1,11 +1,12 @@
 //! Where vCPUs wait while the machine is paused.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[derive(Default)]
 struct State {
-    closed: bool,
+    /// Since when.
+    closed: Option<Instant>,
     /// vCPUs that wait.
     waiting: usize,
     /// Raised to have those that wait look around.
@@ -42,15 +43,21 @@ impl Gate {
 
     /// Has the vCPUs wait that come by.
     pub(super) fn close(&self) {
-        self.change(|state| state.closed = true);
+        self.change(|state| {
+            state.closed.get_or_insert_with(Instant::now);
+        });
     }
 
     /// Lets all vCPUs go on.
     pub(super) fn open(&self) {
-        self.change(|state| state.closed = false);
+        self.change(|state| state.closed = None);
     }
 
     pub(super) fn is_closed(&self) -> bool {
+        self.closed_since().is_some()
+    }
+
+    pub(super) fn closed_since(&self) -> Option<Instant> {
         self.lock().closed
     }
 
@@ -62,9 +69,9 @@ impl Gate {
     /// Waits for `count` vCPUs to wait, for `limit` at most. Returns true if they do.
     pub(super) fn all_wait(&self, count: usize, limit: Duration) -> bool {
         let waiting =
-            self.changed.wait_timeout_while(self.lock(), limit, |state| state.closed && state.waiting < count);
+            self.changed.wait_timeout_while(self.lock(), limit, |state| state.closed.is_some() && state.waiting < count);
         let (state, _) = waiting.unwrap_or_else(PoisonError::into_inner);
-        state.closed && state.waiting >= count
+        state.closed.is_some() && state.waiting >= count
     }
 
     /// Waits while the gate is closed. `look` is called before, and again at each [`Self::call`], without a lock held; where it
@@ -77,7 +84,7 @@ impl Gate {
                 break true;
             }
             let mut state = self.lock();
-            if !state.closed {
+            if state.closed.is_none() {
                 break false;
             }
             if !counted {
@@ -85,7 +92,7 @@ impl Gate {
                 state.waiting += 1;
                 self.changed.notify_all();
             }
-            let waited = self.changed.wait_while(state, |state| state.closed && state.call == seen);
+            let waited = self.changed.wait_while(state, |state| state.closed.is_some() && state.call == seen);
             seen = waited.unwrap_or_else(PoisonError::into_inner).call;
         };
         if counted {

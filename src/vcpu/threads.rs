@@ -6,6 +6,7 @@ use crate::error::chain;
 use crate::exit::{EndReason, Handler, RunEnd};
 use crate::kvm::clock::Anchor;
 use crate::kvm::kick::{self, KickTarget};
+use crate::kvm::state::VcpuState;
 use crate::kvm::stats::Reader;
 use crate::kvm::vcpu::{Running, VcpuActivity};
 use crate::kvm::{KvmError, Vcpu};
@@ -20,6 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 /// How often a vCPU that does not come out is kicked again: it may just have entered a system call.
@@ -31,6 +33,10 @@ const STOP: Duration = Duration::from_millis(1500);
 /// How long a vCPU may take to come out before the machine is paused, or how soon the pause is given up.
 const PAUSE: Duration = Duration::from_millis(1500);
 
+/// How long the vCPUs of a paused machine may take to tell their state.
+const SAVE: Duration = Duration::from_secs(5);
+const SAVE_POLL: Duration = Duration::from_micros(200);
+
 /// Shared by all that can end a run: the first end counts.
 pub struct Control {
     ended: Mutex<Option<RunEnd>>,
@@ -39,6 +45,27 @@ pub struct Control {
     /// Raised to have each vCPU publish whether it rests.
     inspection: AtomicU64,
     gate: Gate,
+    saving: Mutex<Saving>,
+}
+
+/// A request for the state of each vCPU.
+#[derive(Clone, Default)]
+struct Saving {
+    /// Raised with each request.
+    round: u64,
+    /// The MSRs that the state has.
+    msrs: Arc<[u32]>,
+}
+
+/// The state of a vCPU cannot be had.
+#[derive(Debug, Error)]
+pub enum SaveError {
+    /// An ioctl failed.
+    #[error("the state of a virtual processor cannot be read")]
+    Kvm(#[from] KvmError),
+    /// A vCPU did not answer in time.
+    #[error("a virtual processor does not tell its state in time")]
+    Late,
 }
 
 impl Control {
@@ -53,6 +80,7 @@ impl Control {
             event: EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)?,
             inspection: AtomicU64::new(0),
             gate: Gate::default(),
+            saving: Mutex::default(),
         })
     }
 
@@ -93,6 +121,12 @@ impl Control {
         self.gate.is_closed()
     }
 
+    /// Since when the machine is paused.
+    #[must_use]
+    pub fn paused_since(&self) -> Option<Instant> {
+        self.gate.closed_since()
+    }
+
     /// Lets the vCPUs of a paused machine go on.
     pub fn resume(&self) {
         self.gate.open();
@@ -131,6 +165,8 @@ struct VcpuShared {
     activity: AtomicU8,
     /// A copy of the counters, made when the thread was last kicked for one.
     counters: Mutex<Option<Counters>>,
+    /// The round of the last state that was asked for, and that state.
+    saved: Mutex<(u64, Option<Result<VcpuState, KvmError>>)>,
 }
 
 impl VcpuShared {
@@ -175,6 +211,42 @@ impl Inspector {
         }
         self.control.resume();
         false
+    }
+
+    /// What paused it, and since when.
+    #[must_use]
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// Returns the state of each vCPU of a machine that is paused, with the MSRs `msrs`.
+    ///
+    /// # Errors
+    /// [`SaveError`].
+    pub fn save(&self, msrs: &Arc<[u32]>) -> Result<Vec<VcpuState>, SaveError> {
+        let round = {
+            let mut saving = self.control.saving.lock().unwrap_or_else(PoisonError::into_inner);
+            saving.round = saving.round.wrapping_add(1);
+            saving.msrs = Arc::clone(msrs);
+            saving.round
+        };
+        self.control.gate.call();
+        let deadline = Instant::now() + SAVE;
+        let mut states = Vec::with_capacity(self.shared.len());
+        for shared in &self.shared {
+            states.push(loop {
+                let mut saved = shared.saved.lock().unwrap_or_else(PoisonError::into_inner);
+                match saved.1.take() {
+                    Some(state) if saved.0 == round => break state?,
+                    _ => drop(saved),
+                }
+                if Instant::now() > deadline {
+                    return Err(SaveError::Late);
+                }
+                std::thread::sleep(SAVE_POLL);
+            });
+        }
+        Ok(states)
     }
 
     /// Returns true if all vCPUs have answered the last request for a report.
@@ -233,6 +305,7 @@ impl Threads {
                 inspected: AtomicU64::new(0),
                 activity: AtomicU8::new(AWAKE),
                 counters: Mutex::new(None),
+                saved: Mutex::default(),
             });
             let work = Work {
                 index,
@@ -413,6 +486,11 @@ impl Work {
             };
             self.shared.activity.store(activity, Ordering::Release);
             self.shared.inspected.store(asked, Ordering::Release);
+        }
+        let Saving { round, msrs } = self.control.saving.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut saved = self.shared.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        if saved.0 != round {
+            *saved = (round, Some(running.vcpu().save(&msrs)));
         }
         self.control.is_stopping()
     }

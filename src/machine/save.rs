@@ -1,0 +1,123 @@
+//! The state of a running machine, written to the files of a snapshot.
+
+use crate::config::RunConfig;
+use crate::control::{RequestError, Saved, Saver};
+use crate::error::chain;
+use crate::exit::{Handler, Outcome};
+use crate::kvm::Vm;
+use crate::memory::GuestRam;
+use crate::snapshot::{Description, Files, Irqchip, STATE_VERSION, State, bytes_of_banks, encode, write_memory};
+use crate::vcpu::Inspector;
+use hwvmm_arch::boot::BootMethod;
+use hwvmm_devices::legacy::{IoApic, PostPort, SerialPort, Watchdog};
+use std::error::Error;
+use std::io::Write;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+/// The devices whose state a snapshot has.
+#[derive(Clone, Default)]
+pub(super) struct SavedDevices {
+    /// In the order of their places.
+    pub(super) uarts: Vec<Arc<SerialPort>>,
+    pub(super) watchdog: Option<Arc<Watchdog>>,
+    pub(super) io_apic: Option<Arc<IoApic>>,
+    pub(super) post: Arc<PostPort>,
+}
+
+/// What a snapshot is made from.
+pub(super) struct Parts {
+    pub(super) vm: Arc<Vm>,
+    pub(super) ram: GuestRam,
+    pub(super) handler: Arc<Handler>,
+    pub(super) devices: SavedDevices,
+    pub(super) boot: BootMethod,
+    /// The MSRs that make up the state of a vCPU.
+    pub(super) msrs: Arc<[u32]>,
+}
+
+/// The options of devices whose state cannot be saved.
+fn unsaved(config: &RunConfig) -> Vec<&'static str> {
+    let options = [
+        ("a command (-- COMMAND)", config.has_command()),
+        ("--disk", !config.disk.is_empty()),
+        ("--net", !config.net.is_empty()),
+        ("--share", !config.share.is_empty() && !config.has_command()),
+        ("--vsock", config.vsock.is_some() && !config.has_command()),
+        ("--rng", config.rng.is_some()),
+        ("--balloon", config.balloon.is_some()),
+        ("--console virtio", config.console.is_some()),
+        ("--testdev", config.testdev),
+    ];
+    options.into_iter().filter(|(_, given)| *given).map(|(option, _)| option).collect()
+}
+
+impl Parts {
+    /// Returns what makes snapshots of a machine of `config`; what refuses them where it has devices without a state.
+    pub(super) fn saver(self, config: &RunConfig) -> Box<Saver> {
+        let options = unsaved(config).join(", ");
+        if !options.is_empty() {
+            return Box::new(move |_, _| Err(RequestError::Unsaved { options: options.clone() }));
+        }
+        let description = self.describe(config);
+        Box::new(move |inspector, files| {
+            self.save(&description, inspector, files)
+                .map_err(|error| RequestError::Save { message: chain(error.as_ref()) })
+        })
+    }
+
+    /// All but the processor.
+    fn describe(&self, config: &RunConfig) -> Description {
+        let places = (1..).zip(&config.serial).filter(|(_, target)| target.is_some());
+        Description {
+            hwvmm: env!("CARGO_PKG_VERSION").into(),
+            state_version: STATE_VERSION,
+            memory_bytes: config.memory.bytes,
+            cpus: [config.cpus.sockets, config.cpus.cores, config.cpus.threads],
+            uarts: places.map(|(place, _)| place).collect(),
+            watchdog: config.watchdog,
+            debug_exit: config.debug_exit,
+            irqchip: if self.vm.is_split() { Irqchip::Split } else { Irqchip::Kernel },
+            boot: self.boot,
+            cpu_vendor: String::new(),
+            cpu_features: Vec::new(),
+        }
+    }
+
+    fn save(
+        &self,
+        description: &Description,
+        inspector: &Inspector,
+        files: &Files,
+    ) -> Result<Saved, Box<dyn Error>> {
+        // What the guest has written, and waits in the kernel or in a device.
+        if let Outcome::End(end) = self.handler.flush() {
+            return Err(format!("the run ends: {end}").into());
+        }
+        let vcpus = inspector.save(&self.msrs)?;
+        let devices = &self.devices;
+        // The watchdog does not run while the machine is paused.
+        let now = inspector.control().paused_since().unwrap_or_else(Instant::now);
+        let deadline = devices.watchdog.as_ref().and_then(|watchdog| watchdog.deadline());
+        let mut state = State {
+            description: description.clone(),
+            saved_at: SystemTime::now(),
+            vm: self.vm.save()?,
+            vcpus,
+            io_apic: devices.io_apic.as_ref().map(|io_apic| io_apic.save()),
+            uarts: devices.uarts.iter().map(|uart| uart.save()).collect(),
+            watchdog: deadline.map(|at| at.saturating_duration_since(now)),
+            post: devices.post.last(),
+        };
+        state.describe_processor();
+        let written_bytes = write_memory(&self.ram, &files.memory).map_err(|error| cannot("memory", &error))?;
+        (&files.state).write_all(&encode(&state)?).map_err(|error| cannot("state", &error))?;
+        let text = format!("{}\n", serde_json::to_string_pretty(&state.description)?);
+        (&files.description).write_all(text.as_bytes()).map_err(|error| cannot("machine.json", &error))?;
+        Ok(Saved { memory_bytes: bytes_of_banks(&self.ram), written_bytes })
+    }
+}
+
+fn cannot(name: &str, error: &std::io::Error) -> String {
+    format!("cannot write the file {name}: {error}")
+}

@@ -1,0 +1,136 @@
+use super::*;
+use crate::kvm::state::Msr;
+use hwvmm_arch::boot::{BootMethod, Decompressor, EntryProtocol};
+use hwvmm_devices::irq::IrqLine;
+use hwvmm_devices::legacy::SerialPort;
+use proptest::prelude::*;
+use std::sync::Arc;
+use vmm_sys_util::eventfd::EventFd;
+
+fn uart() -> UartState {
+    let event = || Arc::new(EventFd::new(0).expect("eventfd"));
+    SerialPort::new(IrqLine::new(event()), Box::new(std::io::sink()), event()).save()
+}
+
+fn state() -> State {
+    let vcpu = |id| {
+        let mut vcpu = VcpuState::empty(id);
+        vcpu.msrs = vec![Msr { index: 0x10, value: 1 << 40 }, Msr { index: 0x6e0, value: 7 }];
+        vcpu.tsc_khz = Some(2_000_000);
+        vcpu
+    };
+    State {
+        description: Description {
+            hwvmm: "0.1.0".into(),
+            state_version: STATE_VERSION,
+            memory_bytes: 16 << 20,
+            cpus: [1, 2, 1],
+            uarts: vec![1],
+            watchdog: true,
+            debug_exit: false,
+            irqchip: crate::snapshot::Irqchip::Split,
+            boot: BootMethod { decompressor: Decompressor::None, protocol: EntryProtocol::Multiboot },
+            cpu_vendor: "AuthenticAMD".into(),
+            cpu_features: vec!["sse3".into()],
+        },
+        saved_at: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
+        vcpus: vec![vcpu(0), vcpu(1)],
+        vm: VmState { clock_ns: 12, chips: None },
+        io_apic: None,
+        uarts: vec![uart()],
+        watchdog: Some(Duration::from_secs(9)),
+        post: 0x42,
+    }
+}
+
+#[test]
+fn a_state_is_read_back() {
+    let bytes = encode(&state()).expect("encoded");
+    let read = decode(&bytes).expect("valid");
+    assert_eq!((read.description.clone(), read.post, read.watchdog), (state().description, 0x42, state().watchdog));
+    assert_eq!((read.vcpus[1].tsc(), read.vcpus[1].id, read.saved_at), (Some(1 << 40), 1, state().saved_at));
+    assert_eq!(encode(&read).expect("encoded"), bytes);
+}
+
+/// The sample that the fuzz target starts from is of this version.
+#[test]
+fn the_corpus_has_a_state_of_this_version() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus/snapshot_state");
+    let path = folder.join("two-vcpus");
+    if std::env::var_os("HWVMM_WRITE_CORPUS").is_some() {
+        std::fs::create_dir_all(&folder).expect("made");
+        std::fs::write(&path, encode(&state()).expect("encoded")).expect("written");
+    }
+    let read = decode(&std::fs::read(path).expect("readable")).expect("of this version: HWVMM_WRITE_CORPUS=1 writes it anew");
+    assert_eq!(read.description, state().description);
+}
+
+#[test]
+fn every_shorter_file_is_an_error() {
+    let bytes = encode(&state()).expect("encoded");
+    for end in 0..bytes.len() {
+        assert!(decode(&bytes[..end]).is_err(), "{end} bytes");
+    }
+    let longer = [&bytes[..], b"x"].concat();
+    assert!(matches!(decode(&longer), Err(FormatError::Length { .. })));
+    assert!(matches!(decode(&vec![0; MAX_STATE_BYTES + 1]), Err(FormatError::TooLong)));
+}
+
+#[test]
+fn every_changed_bit_is_an_error() {
+    let bytes = encode(&state()).expect("encoded");
+    for at in 0..bytes.len() {
+        let mut changed = bytes.clone();
+        changed[at] ^= 1 << (at % 8);
+        assert!(decode(&changed).is_err(), "byte {at}");
+    }
+}
+
+/// The file with another payload, and its checksum.
+fn with_payload(payload: &[u8]) -> Vec<u8> {
+    let header = MAGIC.into_iter().chain(STATE_VERSION.to_le_bytes()).chain(crc32fast::hash(payload).to_le_bytes());
+    header.chain((payload.len() as u64).to_le_bytes()).chain(payload.iter().copied()).collect()
+}
+
+#[test]
+fn contradictions_are_refused() {
+    let refused = |change: &dyn Fn(&mut State)| {
+        let mut state = state();
+        change(&mut state);
+        assert!(matches!(decode(&encode(&state).expect("encoded")), Err(FormatError::Contradiction(_))));
+    };
+    refused(&|state| drop(state.vcpus.pop()));
+    refused(&|state| state.description.cpus = [1, 1, 0]);
+    refused(&|state| state.description.cpus = [u32::MAX; 3]);
+    refused(&|state| state.description.memory_bytes = (16 << 20) + 1);
+    refused(&|state| state.description.memory_bytes = u64::MAX & !4095);
+    refused(&|state| state.description.uarts = vec![5]);
+    refused(&|state| state.description.uarts = vec![1, 1]);
+    refused(&|state| state.uarts.clear());
+    refused(&|state| state.description.watchdog = false);
+    refused(&|state| state.watchdog = Some(Duration::from_secs(61)));
+    refused(&|state| state.description.irqchip = crate::snapshot::Irqchip::Kernel);
+    refused(&|state| state.vcpus[0].msrs = vec![Msr { index: 0, value: 0 }; MAX_ITEMS + 1]);
+    let mut version = encode(&state()).expect("encoded");
+    version[8] = 9;
+    let error = decode(&version).expect_err("refused").to_string();
+    assert!(error.contains("version 9, and this hwvmm reads version 1"), "{error}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+    /// With a right checksum, too, no payload makes it panic or take much memory.
+    #[test]
+    fn any_payload_is_survived(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8), end in any::<prop::sample::Index>()
+    ) {
+        let mut payload = encode(&state()).expect("encoded").split_off(HEADER);
+        for (at, value) in changes {
+            let at = at.index(payload.len());
+            payload[at] = value;
+        }
+        let _ = decode(&with_payload(&payload));
+        payload.truncate(end.index(payload.len()));
+        let _ = decode(&with_payload(&payload));
+    }
+}

@@ -1,0 +1,13 @@
+//! Snapshots: a machine's memory and state in a folder, from which runs start. See README.md.
+
+mod description;
+mod features;
+mod folder;
+mod format;
+mod memory;
+
+pub use description::{Description, Irqchip};
+pub use features::{FeatureError, check_features, vendor_name};
+pub use folder::{Draft, Files, FolderError, Opened, check_targets, parse_description};
+pub use format::{FormatError, MAX_STATE_BYTES, STATE_VERSION, State, decode, encode};
+pub use memory::{bytes_of_banks, write_memory};
