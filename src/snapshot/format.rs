@@ -85,6 +85,12 @@ pub enum FormatError {
     Encode(#[source] postcard::Error),
 }
 
+/// Returns the checksum of a payload (CRC-32 of IEEE 802.3).
+#[must_use]
+pub fn checksum(payload: &[u8]) -> u32 {
+    crc32fast::hash(payload)
+}
+
 /// Returns the bytes of the file.
 ///
 /// # Errors
@@ -99,7 +105,7 @@ pub fn encode(state: &State) -> Result<Vec<u8>, FormatError> {
     let fields = MAGIC
         .into_iter()
         .chain(STATE_VERSION.to_le_bytes())
-        .chain(crc32fast::hash(payload).to_le_bytes())
+        .chain(checksum(payload).to_le_bytes())
         .chain(length.to_le_bytes());
     header.iter_mut().zip(fields).for_each(|(byte, field)| *byte = field);
     Ok(file)
@@ -133,7 +139,7 @@ pub fn decode(mut bytes: &[u8]) -> Result<State, FormatError> {
     if found != expected {
         return Err(FormatError::Length { found, expected });
     }
-    if crc32fast::hash(bytes) != checksum {
+    if self::checksum(bytes) != checksum {
         return Err(FormatError::Checksum);
     }
     let (state, rest): (State, _) = postcard::take_from_bytes(bytes).map_err(FormatError::Payload)?;

@@ -9,5 +9,5 @@ mod memory;
 pub use description::{Description, Irqchip};
 pub use features::{FeatureError, check_features, vendor_name};
 pub use folder::{Draft, Files, FolderError, Opened, check_targets, parse_description};
-pub use format::{FormatError, MAX_STATE_BYTES, STATE_VERSION, State, decode, encode};
+pub use format::{FormatError, MAX_STATE_BYTES, STATE_VERSION, State, checksum, decode, encode};
 pub use memory::{bytes_of_banks, write_memory};

@@ -30,6 +30,25 @@ program!(halt, "5: cli", "hlt", "jmp 5b");
 program!(spin, "5: jmp 5b");
 // An exit to user space each time: the status of the i8042.
 program!(poll, "5: in $0x64,%al", "jmp 5b");
+// Counts in memory, and prints each number: eight digits from '0' to '?'.
+program!(
+    count,
+    "movl $0,0x90000",
+    "5: mov 0x90000,%ebx",
+    "mov $8,%ecx",
+    "6: rol $4,%ebx",
+    "mov %bl,%al",
+    "and $0xf,%al",
+    "add $0x30,%al",
+    "out %al,%dx",
+    "loop 6b",
+    "mov $10,%al",
+    "out %al,%dx",
+    "incl 0x90000",
+    "mov $20000,%ecx",
+    "7: loop 7b",
+    "jmp 5b"
+);
 program!(debug_exit, "mov $38,%eax", "out %eax,$0xf4", "hlt");
 // They say how a command ended, as the agent does.
 program!(
