@@ -117,7 +117,9 @@ impl Machine {
 
     /// Ends it, and returns what it wrote to stderr.
     fn stop(mut self) -> String {
-        wait("an answer", || self.ctl(&["status"]).status.success() || self.child.try_wait().expect("a state").is_some());
+        wait("an answer", || {
+            self.ctl(&["status"]).status.success() || self.child.try_wait().expect("a state").is_some()
+        });
         self.ctl(&["stop"]);
         let mut errors = String::new();
         std::io::Read::read_to_string(&mut self.child.stderr.take().expect("piped"), &mut errors).expect("UTF-8");
@@ -166,8 +168,10 @@ fn check_sequence(parts: &[&[u8]]) {
 }
 
 fn names(of: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        fs::read_dir(of).expect("a folder").map(|entry| entry.expect("one").file_name().into_string().expect("UTF-8")).collect();
+    let mut names: Vec<_> = fs::read_dir(of)
+        .expect("a folder")
+        .map(|entry| entry.expect("one").file_name().into_string().expect("UTF-8"))
+        .collect();
     names.sort();
     names
 }
@@ -205,10 +209,16 @@ fn a_restored_guest_goes_on_with_the_next_number() -> Outcome {
         check_sequence(&[&machine.output()]);
         assert_eq!(names(&snapshot), ["machine.json", "memory", "state"]);
         let mode = |path: &Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
-        assert_eq!((mode(&snapshot), mode(&snapshot.join("memory")), mode(&snapshot.join("state"))), (0o700, 0o600, 0o600));
+        assert_eq!(
+            (mode(&snapshot), mode(&snapshot.join("memory")), mode(&snapshot.join("state"))),
+            (0o700, 0o600, 0o600)
+        );
         let description: serde_json::Value =
             serde_json::from_slice(&fs::read(snapshot.join("machine.json")).expect("readable")).expect("JSON");
-        assert_eq!((description["memory_bytes"].as_u64(), &description["uarts"]), (Some(16 << 20), &serde_json::json!([1])));
+        assert_eq!(
+            (description["memory_bytes"].as_u64(), &description["uarts"]),
+            (Some(16 << 20), &serde_json::json!([1]))
+        );
         assert!(!description["cpu_vendor"].as_str().expect("a text").is_empty());
         let memory = fs::read(snapshot.join("memory")).expect("readable");
         // Clones run at the same time, and leave the snapshot as it is. The machine is gone.
@@ -264,8 +274,14 @@ fn a_killed_client_leaves_no_half_snapshot() -> Outcome {
         let machine = Machine::boot("killed", guests::count(), &["-m", "1G"]);
         for round in 0..5_u64 {
             let target = folder().join(format!("killed-{round}"));
-            let mut client =
-                hwvmm().arg("ctl").arg(&machine.socket).arg("snapshot").arg(&target).stdout(Stdio::null()).spawn().unwrap();
+            let mut client = hwvmm()
+                .arg("ctl")
+                .arg(&machine.socket)
+                .arg("snapshot")
+                .arg(&target)
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap();
             std::thread::sleep(Duration::from_millis(1 + 15 * round));
             client.kill().unwrap();
             client.wait().unwrap();
@@ -354,7 +370,9 @@ fn hostile_snapshots_are_refused() -> Outcome {
         expect(&["not safe to use: state"]);
         fs::remove_file(&state).unwrap();
         fs::write(&state, &whole[1]).unwrap();
-        for (options, word) in [(["-m", "32M"], "--memory (-m)"), (["-c", "2"], "--cpus (-c)"), (["--rng", "--stats"], "--rng")] {
+        for (options, word) in
+            [(["-m", "32M"], "--memory (-m)"), (["-c", "2"], "--cpus (-c)"), (["--rng", "--stats"], "--rng")]
+        {
             let (status, error) = error_of(&snapshot, &options);
             assert!(status == Some(2) && error.contains(word) && error.contains("--from"), "{status:?} {error}");
         }
@@ -372,7 +390,8 @@ fn a_restore_is_quick() -> Outcome {
         machine.snapshot(&snapshot);
         machine.stop();
         let times = (0..5).map(|round| {
-            let machine = Machine::start(&format!("quick-{round}"), &[Path::new("--from"), &snapshot], &["--stats=json"]);
+            let machine =
+                Machine::start(&format!("quick-{round}"), &[Path::new("--from"), &snapshot], &["--stats=json"]);
             machine.wait_for_lines(2);
             let errors = machine.stop();
             let json = errors.lines().find(|line| line.starts_with('{')).expect("statistics");

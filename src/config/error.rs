@@ -186,7 +186,9 @@ pub enum ValueError {
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// No kernel was given.
-    #[error("no kernel given: `hwvmm run KERNEL`, `hwvmm run --from SNAPSHOT`, or `kernel = \"...\"` in the --config file")]
+    #[error(
+        "no kernel given: `hwvmm run KERNEL`, `hwvmm run --from SNAPSHOT`, or `kernel = \"...\"` in the --config file"
+    )]
     NoKernel,
     /// An option that a snapshot settles.
     #[error("{0} cannot be given with --from: the machine is that of the snapshot; leave it out")]

@@ -361,7 +361,9 @@ impl RunOptions {
     fn kernel_or_snapshot(&self) -> Result<PathBuf, ConfigError> {
         match (&self.kernel, &self.from) {
             (Some(kernel), None) => Ok(kernel.clone()),
-            (_, Some(folder)) => self.refused_with_snapshot().map_or(Ok(folder.clone()), |option| Err(ConfigError::NotWithFrom(option))),
+            (_, Some(folder)) => {
+                self.refused_with_snapshot().map_or(Ok(folder.clone()), |option| Err(ConfigError::NotWithFrom(option)))
+            }
             (None, None) => Err(ConfigError::NoKernel),
         }
     }

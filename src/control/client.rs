@@ -4,8 +4,8 @@ use super::protocol::{MAX_FILES, MAX_RESPONSE_BYTES, MAX_VCPUS, Request, Request
 use crate::snapshot::{Draft, FolderError};
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::socket::connect_nonblocking;
-use rustix::process::Uid;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::Uid;
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;

@@ -105,12 +105,7 @@ fn kvm_counters(reader: Option<&Reader>) -> BTreeMap<String, u64> {
 impl Live {
     /// Makes a reader of the vCPUs of `inspector`, whose KVM statistics `stats` reads (by vCPU index; `None` where KVM has
     /// none). The buses of `handler` name the devices. `saver` makes snapshots.
-    pub fn new(
-        inspector: Inspector,
-        handler: Arc<Handler>,
-        stats: Vec<Option<Reader>>,
-        saver: Box<Saver>,
-    ) -> Self {
+    pub fn new(inspector: Inspector, handler: Arc<Handler>, stats: Vec<Option<Reader>>, saver: Box<Saver>) -> Self {
         Self { inspector, handler, stats, start: Instant::now(), saver, last: Mutex::new(None) }
     }
 

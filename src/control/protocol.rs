@@ -159,7 +159,9 @@ pub enum RequestError {
         message: String,
     },
     /// No request of this protocol.
-    #[error("unknown request '{line}'; the requests are: status, exits, balloon SIZE, pause, resume, snapshot DIR, stop")]
+    #[error(
+        "unknown request '{line}'; the requests are: status, exits, balloon SIZE, pause, resume, snapshot DIR, stop"
+    )]
     Unknown {
         /// The line as it was received.
         line: String,

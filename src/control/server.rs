@@ -226,7 +226,12 @@ impl Server {
                 self.close_oldest(ops);
             }
             if stream.set_nonblocking(true).is_ok() && ops.add(Events::new(&stream, EventSet::IN)).is_ok() {
-                let client = Client { stream, accepted: Instant::now(), progress: Progress::Receiving(Vec::new()), files: Vec::new() };
+                let client = Client {
+                    stream,
+                    accepted: Instant::now(),
+                    progress: Progress::Receiving(Vec::new()),
+                    files: Vec::new(),
+                };
                 self.clients.insert(client.stream.as_raw_fd(), client);
             }
         }
@@ -234,7 +239,8 @@ impl Server {
 
     /// Answers a line; empty where that fails.
     fn response_line(&self, line: Result<String, RequestError>, files: Vec<OwnedFd>) -> Vec<u8> {
-        let response = line.and_then(|line| self.respond(Request::parse(&line)?, files)).unwrap_or_else(Response::Error);
+        let response =
+            line.and_then(|line| self.respond(Request::parse(&line)?, files)).unwrap_or_else(Response::Error);
         let mut bytes = serde_json::to_vec(&response).unwrap_or_else(|error| {
             log::error!("control socket: {error}");
             Vec::new()
@@ -251,7 +257,9 @@ impl Server {
             match receive(stream, line, files) {
                 Received::Part => return drop(self.clients.insert(fd, client)),
                 Received::Closed => return forget(stream, ops),
-                Received::Line(line) => *progress = Progress::Sending(self.response_line(line, std::mem::take(files)), 0),
+                Received::Line(line) => {
+                    *progress = Progress::Sending(self.response_line(line, std::mem::take(files)), 0)
+                }
             }
         }
         let more = match progress {

@@ -134,7 +134,8 @@ impl Vcpu {
         self.restore_machine_check_banks(state)?;
         let fd = self.fd();
         if state.tsc_khz.is_some() && state.tsc_khz != self.tsc_khz() {
-            fd.set_tsc_khz(state.tsc_khz.unwrap_or(0)).named("KVM_SET_TSC_KHZ (another TSC frequency than this host's)")?;
+            fd.set_tsc_khz(state.tsc_khz.unwrap_or(0))
+                .named("KVM_SET_TSC_KHZ (another TSC frequency than this host's)")?;
         }
         fd.set_mp_state(state.activity).named("KVM_SET_MP_STATE")?;
         fd.set_regs(&state.regs).named("KVM_SET_REGS")?;

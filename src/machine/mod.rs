@@ -35,8 +35,9 @@ use crate::snapshot::{Irqchip, State};
 use crate::tune::{Lever, Tune};
 use crate::vcpu::Control;
 use devices::Devices;
-use hwvmm_arch::boot::BootMethod;
+use files::Source;
 use hwvmm_arch::acpi::{IoApicPins, Platform};
+use hwvmm_arch::boot::BootMethod;
 use hwvmm_arch::cpuid::{self, CpuidOptions};
 use hwvmm_arch::layout::{IOAPIC, KVM_IDENTITY_MAP, KVM_TSS, UARTS, Uart, memory_below, ram_banks};
 use hwvmm_arch::{Topology, lapic, msr};
@@ -44,7 +45,6 @@ use hwvmm_devices::legacy::IoApic;
 use hwvmm_devices::virtio::console::Port;
 use hwvmm_devices::{BusBuilder, BusError};
 use kvm_bindings::kvm_cpuid_entry2;
-use files::Source;
 use levers::VirtioMmioRegisters;
 use net::Passt;
 use save::SavedDevices;
@@ -167,11 +167,7 @@ impl Machine {
 }
 
 /// Adds hwvmm's I/O APIC with `pins`; none where no pin is connected.
-fn add_io_apic(
-    vm: &Arc<Vm>,
-    pins: Option<IoApicPins>,
-    mmio: &mut BusBuilder,
-) -> Result<Option<Arc<IoApic>>, BusError> {
+fn add_io_apic(vm: &Arc<Vm>, pins: Option<IoApicPins>, mmio: &mut BusBuilder) -> Result<Option<Arc<IoApic>>, BusError> {
     let Some(pins) = pins else { return Ok(None) };
     let io_apic = Arc::new(IoApic::new(pins.first_gsi, pins.count, Arc::new(virtio::Router(Arc::clone(vm)))));
     mmio.insert(IOAPIC.into(), IoApic::BYTES, "I/O APIC", Arc::clone(&io_apic) as _)?;

@@ -322,9 +322,8 @@ pub struct Ran {
 /// # Errors
 /// Where threads or the event loop cannot be created.
 pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
-    let Machine {
-        vcpus, vm, virtio, api, handler, control, input, watches, resized, saved, msrs, ram, boot, passt
-    } = machine;
+    let Machine { vcpus, vm, virtio, api, handler, control, input, watches, resized, saved, msrs, ram, boot, passt } =
+        machine;
     let live = api.as_ref().map(crate::control::Server::live);
     let unread = input.as_ref().map(Input::unread);
     let input = input.map(|input| Box::new(input) as Box<dyn MutEventSubscriber>);

@@ -84,12 +84,7 @@ impl Parts {
         }
     }
 
-    fn save(
-        &self,
-        description: &Description,
-        inspector: &Inspector,
-        files: &Files,
-    ) -> Result<Saved, Box<dyn Error>> {
+    fn save(&self, description: &Description, inspector: &Inspector, files: &Files) -> Result<Saved, Box<dyn Error>> {
         // What the guest has written, and waits in the kernel or in a device.
         if let Outcome::End(end) = self.handler.flush() {
             return Err(format!("the run ends: {end}").into());

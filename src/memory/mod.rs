@@ -334,7 +334,8 @@ fn map_file(bytes: usize, file: &File, offset: u64) -> Result<Mapping, MemoryErr
     let offset = i64::try_from(offset).map_err(|source| MemoryError::TooLarge { size, source })?;
     // It is replaced at once, and takes no memory.
     let mapping = map_aligned(bytes).map_err(failed)?;
-    let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED);
+    let (access, flags) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED);
     // SAFETY: the range is the mapping just made, of which no other code has the address. Its place is taken by another mapping of
     // the same length, which `Mapping` unmaps alike.
     let address = unsafe { libc::mmap(mapping.address, bytes, access, flags, file.as_raw_fd(), offset) };

@@ -56,7 +56,8 @@ impl Description {
     pub fn fault(&self) -> Option<&'static str> {
         let [sockets, cores, threads] = self.cpus.map(u64::from);
         let vcpus = sockets.saturating_mul(cores).saturating_mul(threads);
-        if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&self.memory_bytes) || !self.memory_bytes.is_multiple_of(4096)
+        if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&self.memory_bytes)
+            || !self.memory_bytes.is_multiple_of(4096)
         {
             Some("its size of memory is none that a machine has")
         } else if !(1..=u64::from(crate::config::MAX_CPUS)).contains(&vcpus) {

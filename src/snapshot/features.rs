@@ -123,7 +123,13 @@ const WORDS: &[Word] = &[
         other: 0,
         names: &[(0, "xsaveopt"), (1, "xsavec"), (2, "xgetbv1"), (3, "xsaves")],
     },
-    Word { leaf: 0x4000_0001, index: 0, register: Register::Eax, other: 0, names: &[(0, "kvmclock"), (3, "kvmclock2")] },
+    Word {
+        leaf: 0x4000_0001,
+        index: 0,
+        register: Register::Eax,
+        other: 0,
+        names: &[(0, "kvmclock"), (3, "kvmclock2")],
+    },
     Word {
         leaf: 0x8000_0001,
         index: 0,

@@ -205,14 +205,18 @@ impl Opened {
             check_owner(path, name, &file, FileType::RegularFile)?;
             Ok(File::from(file))
         };
-        let failed = |error: rustix::io::Errno| FolderError::Open { path: path.to_owned(), name: ".", source: error.into() };
+        let failed =
+            |error: rustix::io::Errno| FolderError::Open { path: path.to_owned(), name: ".", source: error.into() };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let folder = openat(CWD, path, flags, Mode::empty()).map_err(failed)?;
         check_owner(path, ".", &folder, FileType::Directory)?;
         let description = read_description(path, open(folder.as_fd(), DESCRIPTION)?)?;
         let [state, memory] = [open(folder.as_fd(), STATE)?, open(folder.as_fd(), MEMORY)?];
         let expected = ram_banks(description.memory_bytes).iter().map(|bank| bank.bytes).sum();
-        let found = memory.metadata().map_err(|source| FolderError::Open { path: path.to_owned(), name: MEMORY, source })?.len();
+        let found = memory
+            .metadata()
+            .map_err(|source| FolderError::Open { path: path.to_owned(), name: MEMORY, source })?
+            .len();
         if found != expected {
             return Err(FolderError::Memory { path: path.to_owned(), found, expected });
         }
@@ -245,7 +249,10 @@ impl Opened {
         })?;
         let state = decode(&bytes).map_err(|error| FolderError::State(self.path.clone(), error))?;
         if state.description != self.description {
-            return Err(FolderError::Machine { path: self.path.clone(), what: "it is of another machine than the state" });
+            return Err(FolderError::Machine {
+                path: self.path.clone(),
+                what: "it is of another machine than the state",
+            });
         }
         Ok(state)
     }
@@ -263,9 +270,11 @@ fn check_owner(path: &Path, name: &'static str, file: &OwnedFd, kind: FileType) 
 
 fn read_description(path: &Path, file: File) -> Result<Description, FolderError> {
     let mut bytes = Vec::new();
-    file.take(MAX_DESCRIPTION_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|source| FolderError::Open { path: path.to_owned(), name: DESCRIPTION, source })?;
+    file.take(MAX_DESCRIPTION_BYTES + 1).read_to_end(&mut bytes).map_err(|source| FolderError::Open {
+        path: path.to_owned(),
+        name: DESCRIPTION,
+        source,
+    })?;
     let machine = |what| FolderError::Machine { path: path.to_owned(), what };
     if bytes.len() as u64 > MAX_DESCRIPTION_BYTES {
         return Err(machine("it is too long"));
@@ -291,8 +300,10 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     fn names(folder: &Path) -> Vec<String> {
-        let mut names: Vec<_> =
-            fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("one").file_name().into_string().expect("UTF-8")).collect();
+        let mut names: Vec<_> = fs::read_dir(folder)
+            .expect("a folder")
+            .map(|entry| entry.expect("one").file_name().into_string().expect("UTF-8"))
+            .collect();
         names.sort();
         names
     }

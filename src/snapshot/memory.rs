@@ -67,7 +67,8 @@ mod tests {
     fn memory_is_written_with_holes_and_read_back() {
         let banks = [GpaRange { start: 0, bytes: 4 << 20 }, GpaRange { start: 1 << 32, bytes: 12 << 10 }];
         let ram = GuestRam::new(&banks, Backing::SmallPages).expect("4 MiB");
-        let places = [(0, 1_u64), (PIECE as u64 - 8, 2), (PIECE as u64, 3), ((4 << 20) - 8, 4), ((1 << 32) + 0x2ff8, 5)];
+        let places =
+            [(0, 1_u64), (PIECE as u64 - 8, 2), (PIECE as u64, 3), ((4 << 20) - 8, 4), ((1 << 32) + 0x2ff8, 5)];
         for (gpa, value) in places {
             ram.get().write_obj(value, GuestAddress(gpa)).expect("memory");
         }

@@ -68,8 +68,9 @@ impl Gate {
 
     /// Waits for `count` vCPUs to wait, for `limit` at most. Returns true if they do.
     pub(super) fn all_wait(&self, count: usize, limit: Duration) -> bool {
-        let waiting =
-            self.changed.wait_timeout_while(self.lock(), limit, |state| state.closed.is_some() && state.waiting < count);
+        let waiting = self
+            .changed
+            .wait_timeout_while(self.lock(), limit, |state| state.closed.is_some() && state.waiting < count);
         let (state, _) = waiting.unwrap_or_else(PoisonError::into_inner);
         state.closed.is_some() && state.waiting >= count
     }

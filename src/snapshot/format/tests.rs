@@ -61,7 +61,8 @@ fn the_corpus_has_a_state_of_this_version() {
         std::fs::create_dir_all(&folder).expect("made");
         std::fs::write(&path, encode(&state()).expect("encoded")).expect("written");
     }
-    let read = decode(&std::fs::read(path).expect("readable")).expect("of this version: HWVMM_WRITE_CORPUS=1 writes it anew");
+    let read =
+        decode(&std::fs::read(path).expect("readable")).expect("of this version: HWVMM_WRITE_CORPUS=1 writes it anew");
     assert_eq!(read.description, state().description);
 }
 
