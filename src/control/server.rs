@@ -67,7 +67,7 @@ fn receive(stream: &UnixStream, line: &mut Vec<u8>, files: &mut Vec<OwnedFd>) ->
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-    let closed = match recvmsg(&*stream, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags) {
+    let closed = match recvmsg(stream, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags) {
         Ok(received) => {
             line.extend_from_slice(&bytes[..received.bytes]);
             received.bytes == 0
@@ -258,7 +258,7 @@ impl Server {
                 Received::Part => return drop(self.clients.insert(fd, client)),
                 Received::Closed => return forget(stream, ops),
                 Received::Line(line) => {
-                    *progress = Progress::Sending(self.response_line(line, std::mem::take(files)), 0)
+                    *progress = Progress::Sending(self.response_line(line, std::mem::take(files)), 0);
                 }
             }
         }
