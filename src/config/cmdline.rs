@@ -70,6 +70,8 @@ impl RunConfig {
             (!pci && tune.wants(Lever::PciProbing), "pci=conf1,noearly"),
             (pci && tune.wants(Lever::PciProbing), "pci=noearly"),
             (tune.wants(Lever::UartCount), &*uarts),
+            // Either alone makes Linux use the timer for single shots.
+            (tune.wants(Lever::PeriodicTick), "nohz=off highres=off"),
             // With more vCPUs the others would go on after a halt, and the end of the guest would not be noticed.
             (tune.wants(Lever::AcpiReset) && self.cpus.count() == 1, "reboot=f"),
             (tune.wants(Lever::NoCryptoSelftests), "cryptomgr.notests"),
@@ -97,6 +99,8 @@ mod tests {
         assert!(!of("").contains("cryptomgr") && !of("tune = ['all=auto']").contains("cryptomgr"));
         let untested = of("tune = ['no-crypto-selftests=on']");
         assert_eq!(untested, "console=ttyS0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 reboot=f cryptomgr.notests");
+        let tick = of("tune = ['periodic-tick=on']");
+        assert_eq!(tick, "console=ttyS0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 nohz=off highres=off reboot=f");
         assert!(!of("cpus = 2").contains("reboot"), "a halt must stop all vCPUs");
         let mmio = of("disk = ['d']\ntransport = 'mmio'\ntune = ['uart-count=off']");
         assert_eq!(mmio, "console=ttyS0 panic=-1 pci=conf1,noearly reboot=f");

@@ -36,6 +36,18 @@ pub(super) fn hidden_features(tune: &Tune) -> u32 {
     bits.into_iter().filter(|(lever, _)| !tune.wants(*lever)).fold(0, |mask, (_, bit)| mask | 1 << bit)
 }
 
+/// Returns true if the local APIC timer is to have TSC-deadline mode, on a host that has it. Linux uses a timer with this mode for
+/// single shots only, which the lever of the periodic tick is to avoid.
+pub(super) fn wants_tsc_deadline(tune: &Tune) -> bool {
+    if !tune.wants(Lever::PeriodicTick) {
+        return tune.wants(Lever::TscDeadline);
+    }
+    if tune.choice(Lever::TscDeadline) == Choice::On {
+        tune.cannot(Lever::TscDeadline, "periodic-tick=on wants a timer without this mode");
+    }
+    false
+}
+
 /// Creates the interrupt controllers: all of them in KVM (KVM_CREATE_IRQCHIP), or the local APICs in KVM, the I/O APIC in hwvmm
 /// and no PIC (KVM_CAP_SPLIT_IRQCHIP). A snapshot has those that it was made with.
 ///
@@ -176,6 +188,17 @@ pub(super) fn set_vm(vm: &Vm, system: &System, tune: &Tune) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_periodic_tick_is_without_the_tsc_deadline() {
+        let wants = |text: &str| {
+            let mut tune = Tune::default();
+            tune.set(text).expect("valid");
+            wants_tsc_deadline(&tune)
+        };
+        assert!(wants("") && wants("periodic-tick=off") && !wants("tsc-deadline=off"));
+        assert!(!wants("periodic-tick=on") && !wants("periodic-tick=on,tsc-deadline=on"));
+    }
 
     #[test]
     fn each_feature_has_its_own_bit() {

@@ -272,7 +272,7 @@ fn create_vcpus(
     loaded: &Loaded,
     tune: &Tune,
 ) -> Result<Vec<Vcpu>, MachineError> {
-    let tsc_deadline = system.has_tsc_deadline() && tune.wants(Lever::TscDeadline);
+    let tsc_deadline = system.has_tsc_deadline() && levers::wants_tsc_deadline(tune);
     let mut vcpus = Vec::with_capacity(apic_ids.len());
     for (index, &apic_id) in apic_ids.iter().enumerate() {
         let vcpu = vm.create_vcpu(apic_id)?;

@@ -111,6 +111,10 @@ levers! {
     TscDeadline: "tsc-deadline", Interrupts, true,
         "The local APIC timer has TSC-deadline mode: one MSR write arms it",
         "the guest calibrates the timer's frequency and programs its count registers";
+    PeriodicTick: "periodic-tick", Interrupts, false,
+        "The local APIC timer has no TSC-deadline mode, and the default command line has nohz=off highres=off: Linux programs a \
+         periodic timer once. Off by default: an idle guest wakes up for each tick, and timers are as coarse as the tick",
+        "the guest arms its timer for each tick, with an MSR write (while it is busy) or for its next timer (while it is idle)";
     PvEoi: "pv-eoi", Interrupts, true,
         "KVM_FEATURE_PV_EOI: the guest ends an interrupt by clearing a bit in memory",
         "the guest writes the EOI register, a VM exit unless the processor has APICv or AVIC";
