@@ -5,7 +5,7 @@ use crate::error::chain;
 use crate::kvm::caps::{Capability, KernelVersion, Need, USED};
 use crate::kvm::system::DEFAULT_PATH;
 use crate::kvm::{OpenError, System};
-use crate::probe::{Host, HugePages, Mmu, STEPS, run_trial};
+use crate::probe::{ApicVirtualization, Host, HugePages, Mmu, STEPS, run_trial};
 use crate::sandbox::{OwnView, Support, ViewError};
 use hwvmm_devices::path_text::PathText as _;
 use serde::Serialize;
@@ -105,6 +105,7 @@ fn examine(kvm: &Path, host: &Host, own_view: &Result<OwnView, ViewError>) -> Re
         }
     };
     checks.extend(page_checks(host));
+    checks.extend(interrupt_checks(host));
     checks.extend(sandbox_checks(&Support::of_this_kernel()));
     checks.push(view_check(own_view));
     Report {
@@ -226,6 +227,39 @@ fn page_checks(host: &Host) -> Vec<Check> {
     std::iter::once(transparent).chain(pages).collect()
 }
 
+/// Whether guests get interrupts without exits. None where the host does not say.
+fn interrupt_checks(host: &Host) -> Vec<Check> {
+    const NAME: &str = "interrupts";
+    let apic = match host.apic_virtualization() {
+        ApicVirtualization::Unknown => return Vec::new(),
+        ApicVirtualization::Full => Check::ok(NAME, "reach a running guest without an exit"),
+        ApicVirtualization::XapicOnly => Check::note(
+            NAME,
+            "AVIC without x2AVIC: accesses to an x2APIC, which guests have by default, still exit",
+            Some("where IPIs between vCPUs matter, hwvmm run --tune x2apic=off"),
+        ),
+        ApicVirtualization::Off(parameter) => Check::note(
+            NAME,
+            format!("each one for a running guest is an exit ({parameter} is off, or the processor has none)"),
+            Some(match parameter {
+                "avic" => "modprobe -r kvm_amd; modprobe kvm_amd avic=1, if the processor has it",
+                _ => "modprobe -r kvm_intel; modprobe kvm_intel enable_apicv=1, if the processor has it",
+            }),
+        ),
+    };
+    let has_apic = !matches!(host.apic_virtualization(), ApicVirtualization::Off(_));
+    let timer = match host.posts_timers() {
+        Some(true) if has_apic => Some(Check::ok("timer interrupts", "without an exit, with --tune disable-hlt=on")),
+        // Only of use for guests with processors of their own.
+        Some(false) if has_apic => Some(Check::ok(
+            "timer interrupts",
+            "with an exit each; without, for --tune disable-hlt=on: nohz_full= for the vCPUs' processors on this kernel's command line",
+        )),
+        _ => None,
+    };
+    std::iter::once(apic).chain(timer).collect()
+}
+
 /// What the kernel has for the sandbox (`hwvmm run --sandbox`).
 fn sandbox_checks(support: &Support) -> [Check; 2] {
     let landlock = match &support.landlock_abi {
@@ -318,6 +352,35 @@ mod tests {
         let text = render(&report, Colours::None);
         assert!(text.contains("FAULT") && text.contains("fix:") && !text.contains('\x1b'));
         assert!(serde_json::to_string(&report).expect("JSON").contains("\"can_run_linux\":false"));
+    }
+
+    #[test]
+    fn interrupts_that_exit_are_noted_with_a_remedy() {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        let put = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+            std::fs::write(path, text).expect("written");
+        };
+        let checks = || interrupt_checks(&Host::at(root.path()));
+        assert!(checks().is_empty(), "nothing is known");
+        put("sys/module/kvm_amd/parameters/avic", "N\n");
+        put("sys/module/kvm/parameters/pi_inject_timer", "1\n");
+        let off = checks();
+        assert!(off.len() == 1 && off[0].verdict == Verdict::Note, "no timers without AVIC: {off:?}");
+        assert!(off[0].remedy.as_ref().is_some_and(|remedy| remedy.contains("avic=1")), "{off:?}");
+        put("sys/module/kvm_amd/parameters/avic", "Y\n");
+        let xapic = checks();
+        assert!(
+            xapic.len() == 2 && xapic[0].remedy.as_ref().is_some_and(|text| text.contains("x2apic=off")),
+            "{xapic:?}"
+        );
+        assert!(xapic[1].found.contains("disable-hlt=on") && !xapic[1].found.contains("nohz_full"), "{xapic:?}");
+        put("proc/cpuinfo", "flags: svm x2avic\n");
+        put("sys/module/kvm/parameters/pi_inject_timer", "0\n");
+        let full = checks();
+        assert!(full.iter().all(|check| check.verdict == Verdict::Ok), "{full:?}");
+        assert!(full[1].found.contains("nohz_full"), "{full:?}");
     }
 
     #[test]

@@ -37,6 +37,19 @@ pub struct HugePages {
     pub total: u64,
 }
 
+/// Whether the processor delivers interrupts to a guest without an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApicVirtualization {
+    /// APICv, or AVIC with x2AVIC: for the registers of xAPIC and of x2APIC.
+    Full,
+    /// AVIC without x2AVIC: for the registers of xAPIC only.
+    XapicOnly,
+    /// The module does not use it, by its parameter of this name or because the processor has none.
+    Off(&'static str),
+    /// The host does not say.
+    Unknown,
+}
+
 /// The host, as /sys and /proc show it below `root`.
 pub struct Host {
     root: PathBuf,
@@ -82,10 +95,42 @@ impl Host {
             None => return Mmu::Unknown,
         };
         let module = self.vendor_module().unwrap_or_default();
-        match self.read(&format!("sys/module/{module}/parameters/{parameter}")).as_deref() {
-            Some("Y" | "1") => Mmu::Nested,
-            Some("N" | "0") => Mmu::Shadow,
-            _ => Mmu::Unknown,
+        match self.switch(&format!("{module}/parameters/{parameter}")) {
+            Some(true) => Mmu::Nested,
+            Some(false) => Mmu::Shadow,
+            None => Mmu::Unknown,
+        }
+    }
+
+    /// Whether the processor delivers interrupts to guests without an exit, as far as the module's parameters say.
+    #[must_use]
+    pub fn apic_virtualization(&self) -> ApicVirtualization {
+        let (module, parameter) = match self.vendor_module() {
+            Some(module @ "kvm_amd") => (module, "avic"),
+            Some(module @ "kvm_intel") => (module, "enable_apicv"),
+            Some(_) | None => return ApicVirtualization::Unknown,
+        };
+        match self.switch(&format!("{module}/parameters/{parameter}")) {
+            Some(true) if module == "kvm_amd" && !self.has_cpu_flag("x2avic") => ApicVirtualization::XapicOnly,
+            Some(true) => ApicVirtualization::Full,
+            Some(false) => ApicVirtualization::Off(parameter),
+            None => ApicVirtualization::Unknown,
+        }
+    }
+
+    /// Returns true if KVM may send a guest's timer interrupts from another processor (`pi_inject_timer`, Linux 5.4); `None` where
+    /// it has no such parameter.
+    #[must_use]
+    pub fn posts_timers(&self) -> Option<bool> {
+        self.switch("kvm/parameters/pi_inject_timer")
+    }
+
+    /// The value of a module's parameter that is on or off.
+    fn switch(&self, parameter: &str) -> Option<bool> {
+        match self.read(&format!("sys/module/{parameter}"))?.as_str() {
+            "Y" | "1" => Some(true),
+            "N" | "0" => Some(false),
+            _ => None,
         }
     }
 
@@ -173,5 +218,29 @@ mod tests {
         assert_eq!(host.huge_pages(), [HugePages { size_kib: 2048, free: 3, total: 4 }]);
         put("sys/module/kvm_amd/parameters/npt", "1\n");
         assert_eq!(host.mmu(), Mmu::Nested);
+    }
+
+    #[test]
+    fn interrupts_without_exits_are_what_the_parameters_say() {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        let put = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+            fs::write(path, text).expect("written");
+        };
+        let host = Host::at(root.path());
+        assert_eq!((host.apic_virtualization(), host.posts_timers()), (ApicVirtualization::Unknown, None));
+        put("sys/module/kvm_intel/parameters/enable_apicv", "Y\n");
+        put("sys/module/kvm/parameters/pi_inject_timer", "1\n");
+        assert_eq!((host.apic_virtualization(), host.posts_timers()), (ApicVirtualization::Full, Some(true)));
+        put("sys/module/kvm_amd/parameters/avic", "N\n");
+        assert_eq!(host.apic_virtualization(), ApicVirtualization::Off("avic"));
+        put("sys/module/kvm_amd/parameters/avic", "Y\n");
+        put("proc/cpuinfo", "flags\t\t: svm avic\n");
+        assert_eq!(host.apic_virtualization(), ApicVirtualization::XapicOnly);
+        put("proc/cpuinfo", "flags\t\t: svm avic x2avic\n");
+        assert_eq!(host.apic_virtualization(), ApicVirtualization::Full);
+        put("sys/module/kvm/parameters/pi_inject_timer", "-1\n");
+        assert_eq!(host.posts_timers(), None, "neither on nor off");
     }
 }

@@ -6,7 +6,7 @@ mod mmu;
 mod trial;
 
 pub use cost::{Cost, Kind as CostKind, Price, costs};
-pub use host::{Host, HugePages, Mmu};
+pub use host::{ApicVirtualization, Host, HugePages, Mmu};
 pub use mmu::{Holder, MmuChange, MmuError, MmuState, ModprobeError, command_for};
 pub use trial::{ANY_KVM, CannotRunLinux, STEPS, Trial, check_linux, run as run_trial, without_exits};
 
