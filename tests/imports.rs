@@ -41,6 +41,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "control",
             "event_loop",
             "error",
+            "escape",
             "exit",
             "kvm",
             "measure",

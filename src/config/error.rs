@@ -188,6 +188,12 @@ pub enum ConfigError {
     /// No kernel was given.
     #[error("no kernel given: `hwvmm run KERNEL`, or `kernel = \"...\"` in the --config file")]
     NoKernel,
+    /// A kernel and an image with one were given.
+    #[error("--kernel-from cannot be given with a KERNEL: leave one of them out, or give the image with --disk")]
+    TwoKernels,
+    /// An entry of an image was asked for, and the kernel is a file.
+    #[error("--entry is for a kernel from a disk image: hwvmm run IMAGE, or --kernel-from IMAGE")]
+    NoImage,
     /// An option is about the command that the guest runs, and there is none.
     #[error("{0} is for a guest that runs a command: hwvmm run KERNEL {0} ... -- COMMAND")]
     NeedsCommand(&'static str),

@@ -17,7 +17,7 @@ use super::machine::{Cpus, Memory};
 use super::value::Value;
 use crate::tune::{Lever, Tune};
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Returns the help text of an option: what it is, and behind the first sentence of that the form of its values; whether it
@@ -125,6 +125,7 @@ macro_rules! options {
                     tty: config.tty,
                     kernel_log: config.kernel_log.as_deref(),
                     initrd: config.initrd.as_deref(),
+                    kernel_from: config.kernel_from.as_deref(),
                     on_reboot: config.on_reboot,
                     vsock: config.vsock.as_ref(),
                     module: &config.module,
@@ -153,7 +154,13 @@ options! {
 
     "Boot" {
         /// The kernel: a distribution's vmlinuz (bzImage), an ELF vmlinux, or a multiboot ELF
-        kernel: Option<PathBuf>, [help_heading = None::<&str>] "KERNEL" becomes PathBuf = given.kernel.clone().ok_or(ConfigError::NoKernel)?;
+        kernel: Option<PathBuf>, [help_heading = None::<&str>] "KERNEL" becomes PathBuf = given.kernel_path()?;
+        /// Take kernel, initrd and the kernel's parameters out of this disk image, which is a disk of the guest: as the image's boot
+        /// loader would (grub.cfg, or /loader/entries; on ext2 to ext4 and FAT). The default parameters come behind the image's;
+        /// --cmdline replaces both. A KERNEL that is a disk image means the same
+        kernel_from: Option<PathBuf>, [long, conflicts_with = "kernel"] "IMAGE";
+        /// The entry of the image's boot loader: its number (0; 1>0 in a submenu), its title or its id [default: the boot loader's]
+        entry: Option<String>, [long] "N|TITLE";
         /// Initial RAM disk
         initrd: Option<PathBuf>, [short, long] "FILE";
         /// Kernel command line, in place of the default, which multiboot kernels do not get [default: "console=ttyS0
@@ -202,7 +209,7 @@ options! {
 
     "Devices" {
         /// Disk
-        disk: Vec<DiskConfig>, [short, long] "PATH";
+        disk: Vec<DiskConfig>, [short, long] "PATH" becomes Vec<DiskConfig> = given.disks();
         /// Network card
         net: Vec<NetConfig>, [short, long] "BACKEND";
         /// Shared folder (virtiofs)
@@ -330,6 +337,29 @@ impl RunOptions {
         CommandOptions { command: &self.command, root: self.root.as_ref(), rw: &self.rw }
     }
 
+    /// Takes the path of the kernel for that of an image with it, if `is_image` says that it is one.
+    pub fn find_image(&mut self, is_image: impl Fn(&Path) -> bool) {
+        if self.kernel_from.is_none() {
+            self.kernel_from = self.kernel.take_if(|kernel| is_image(kernel));
+        }
+    }
+
+    fn kernel_path(&self) -> Result<PathBuf, ConfigError> {
+        match (&self.kernel, &self.kernel_from) {
+            (Some(_), Some(_)) => Err(ConfigError::TwoKernels),
+            (Some(path), None) if self.entry.is_none() => Ok(path.clone()),
+            (Some(_), None) => Err(ConfigError::NoImage),
+            (None, Some(path)) => Ok(path.clone()),
+            (None, None) => Err(ConfigError::NoKernel),
+        }
+    }
+
+    /// The disks that were given, behind the image with the kernel if it is none of them.
+    fn disks(&self) -> Vec<DiskConfig> {
+        let image = self.kernel_from.as_ref().filter(|path| self.disk.iter().all(|disk| disk.path != **path));
+        image.map(|path| DiskConfig::of_path(path)).into_iter().chain(self.disk.iter().cloned()).collect()
+    }
+
     /// What a console is connected to that is on stdin and stdout where no command has these.
     fn usual_console(&self) -> ConsoleTarget {
         if self.command.is_empty() { ConsoleTarget::Stdio } else { ConsoleTarget::Log }
@@ -344,6 +374,7 @@ impl RunOptions {
 
     fn transport(&self) -> Transport {
         let few_requests = self.disk.is_empty()
+            && self.kernel_from.is_none()
             && self.net.is_empty()
             && self.share.is_empty()
             && self.vsock.is_none()
@@ -469,5 +500,24 @@ mod tests {
         assert_eq!(config("").transport, Transport::Mmio);
         assert_eq!(config("kernel-cache = 'off'").kernel_cache, None);
         assert_eq!(config("kernel-cache = 'c'").kernel_cache, Some("c".into()));
+    }
+
+    #[test]
+    fn an_image_with_a_kernel_is_a_disk() {
+        let of = |text: &str| read(text).into_config();
+        let paths = |config: &RunConfig| config.disk.iter().map(|disk| disk.path.clone()).collect::<Vec<_>>();
+        let image = of("kernel-from = 'a=b,c.img'\ndisk = ['d']\nentry = '1>0'").expect("valid");
+        assert_eq!((image.kernel.as_path(), image.transport), (Path::new("a=b,c.img"), Transport::Pci));
+        assert_eq!(paths(&image), [Path::new("a=b,c.img"), Path::new("d")]);
+        let own = of("kernel-from = 'i'\ndisk = ['d', 'i,readonly=on']").expect("valid");
+        assert!(paths(&own) == [Path::new("d"), Path::new("i")] && own.disk[1].read_only);
+        assert!(matches!(of("kernel = 'k'\nkernel-from = 'i'"), Err(ConfigError::TwoKernels)));
+        assert!(matches!(of("kernel = 'k'\nentry = '0'"), Err(ConfigError::NoImage)));
+        assert!(of("kernel-from = 'i'\ncommand = 'sh'").is_err());
+        let mut options = read("kernel = 'i'");
+        options.find_image(|path| path == Path::new("j"));
+        assert!(options.kernel_from.is_none());
+        options.find_image(|path| path == Path::new("i"));
+        assert_eq!(options.into_config().expect("valid").disk.len(), 1);
     }
 }

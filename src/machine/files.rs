@@ -1,6 +1,7 @@
 //! The files that a machine's guest is loaded from.
 
 use super::command::{self, CommandError};
+use super::image::FromImage;
 use crate::boot::cache::Cache;
 use crate::boot::initramfs::TerminalSize;
 use crate::boot::{self, InitrdSource, KernelError, KernelFile, Prepared};
@@ -24,11 +25,27 @@ pub enum FilesError {
 pub struct Files {
     pub(super) kernel: KernelFile,
     pub(super) prepared: Prepared,
+    /// The parameters of a kernel from an image.
+    pub(super) cmdline: Option<String>,
     /// If the agent of a command fails: what may have been missing.
     hint: Option<String>,
 }
 
 impl Files {
+    /// As [`Files::open`], with the kernel of an image, and its initrd unless `config` has one.
+    ///
+    /// # Errors
+    /// [`FilesError`].
+    pub fn of_image(config: &RunConfig, image: FromImage, progress: &dyn Fn(&str)) -> Result<Self, FilesError> {
+        let initrd = match (config.initrd.as_deref(), &image.initrd) {
+            (Some(path), _) => Some(InitrdSource::Path(path)),
+            (None, Some(file)) => Some(InitrdSource::Image(file)),
+            (None, None) => None,
+        };
+        let prepared = prepare(config, &image.kernel, initrd, progress)?;
+        Ok(Self { kernel: image.kernel, prepared, cmdline: Some(image.cmdline), hint: None })
+    }
+
     /// Unpacks `kernel`, or finds it in the cache, and opens and unpacks the initrd of `config`, or makes the one of its command,
     /// which has a terminal of the size `terminal`. `progress` is called with a message before anything that takes long.
     ///
@@ -45,16 +62,8 @@ impl Files {
             Some(made) => Some(InitrdSource::Made(&made.file)),
             None => config.initrd.as_deref().map(InitrdSource::Path),
         };
-        let cache = config.kernel_cache.as_deref().map(Cache::new);
-        let wanted = boot::Wanted {
-            initrd,
-            memory_bytes: config.memory.bytes,
-            unpack: config.unpack,
-            boot: config.boot,
-            how: boot::UnpackOptions { cache: cache.as_ref(), isolation: boot::isolation(config.sandbox), progress },
-        };
-        let prepared = boot::prepare(&kernel, &wanted)?;
-        Ok(Self { kernel, prepared, hint: made.and_then(|made| made.hint) })
+        let prepared = prepare(config, &kernel, initrd, progress)?;
+        Ok(Self { kernel, prepared, cmdline: None, hint: made.and_then(|made| made.hint) })
     }
 
     /// The end of a run with what may have been missing, where the agent failed.
@@ -64,4 +73,21 @@ impl Files {
             (end, _) => end,
         }
     }
+}
+
+fn prepare(
+    config: &RunConfig,
+    kernel: &KernelFile,
+    initrd: Option<InitrdSource<'_>>,
+    progress: &dyn Fn(&str),
+) -> Result<Prepared, KernelError> {
+    let cache = config.kernel_cache.as_deref().map(Cache::new);
+    let wanted = boot::Wanted {
+        initrd,
+        memory_bytes: config.memory.bytes,
+        unpack: config.unpack,
+        boot: config.boot,
+        how: boot::UnpackOptions { cache: cache.as_ref(), isolation: boot::isolation(config.sandbox), progress },
+    };
+    boot::prepare(kernel, &wanted)
 }

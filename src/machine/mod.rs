@@ -6,6 +6,7 @@ mod devices;
 mod disks;
 mod error;
 mod files;
+mod image;
 mod levers;
 mod net;
 mod request;
@@ -14,9 +15,10 @@ mod setup;
 mod testdev;
 mod virtio;
 
-pub use disks::{Disks, detect_disk_formats};
+pub use disks::{Disks, detect_disk_formats, is_disk_image};
 pub use error::MachineError;
 pub use files::{Files, FilesError};
+pub use image::{FromImage, ImageError};
 pub use net::PASST;
 pub use request::StopRequest;
 pub use run::{Ran, RunError, run};
@@ -160,7 +162,7 @@ fn load(setup: &Setup<'_>, platform: &Platform<'_>, ram: &GuestRam) -> Result<Lo
         kernel: &files.kernel,
         prepared: &files.prepared,
         modules: &config.module,
-        cmdline: &config.kernel_cmdline(),
+        cmdline: &config.kernel_cmdline_with(files.cmdline.as_deref()),
         arguments: &config.multiboot_cmdline(),
         memory_bytes: config.memory.bytes,
         boot: config.boot,

@@ -10,7 +10,7 @@ use crate::console::{self, Announcements, line_state};
 use crate::error::chain;
 use crate::kvm::System;
 use crate::logging::{self, RelaySender};
-use crate::machine::{self, Disks, Event, Files, Machine, Ran, Setup, Start};
+use crate::machine::{self, Disks, Event, Files, FromImage, Machine, Ran, Setup, Start};
 use crate::measure::{FlightRecorders, MAX_PROFILE_BYTES};
 use crate::sandbox::{Mode, Sandbox};
 use hwvmm_devices::virtio::vsock::Connector;
@@ -108,8 +108,9 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
     }
     let Inherited { plan, start, parent_cpu_ns, flight_recorders, refusals, connector, kernel_log, .. } = inherited;
     let system = System::open(&plan.config.kvm)?;
-    let kernel = KernelFile::open(&plan.config.kernel)?;
-    (plan.check)(&system, &kernel)?;
+    let config = plan.config;
+    let source = Source::open(config)?;
+    (plan.check)(&system, source.kernel())?;
     let on_event = |event: Event<'_>| {
         let message = match event {
             Event::Progress(what) => Message::Progress(what.to_owned()),
@@ -122,9 +123,14 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
             log::debug!("the parent process takes no messages: {error}");
         }
     };
-    let files = Files::open(plan.config, kernel, plan.terminal, &|what| on_event(Event::Progress(what)))?;
-    let disks = Disks::open(plan.config)?;
-    check_backing_files(plan.config, &disks)?;
+    let progress = |what: &str| on_event(Event::Progress(what));
+    let (files, disks) = match source {
+        Source::File(kernel) => {
+            let files = Files::open(config, kernel, plan.terminal, &progress)?;
+            (files, disks(config)?)
+        }
+        Source::Image(image, disks) => (Files::of_image(config, image, &progress)?, disks),
+    };
     let setup = Setup {
         config: plan.config,
         files: &files,
@@ -141,6 +147,39 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
     };
     let machine = Machine::new(&setup, &system, disks)?;
     Ok(machine::run(machine, &setup)?)
+}
+
+/// Where the kernel is.
+enum Source {
+    /// In a file of its own.
+    File(KernelFile),
+    /// In the image of one of the disks, which are open then.
+    Image(FromImage, Disks),
+}
+
+impl Source {
+    fn open(config: &RunConfig) -> Result<Self, Box<dyn Error>> {
+        if config.kernel_from.is_some() {
+            let disks = disks(config)?;
+            if let Some(image) = disks.kernel(config)? {
+                return Ok(Self::Image(image, disks));
+            }
+        }
+        Ok(Self::File(KernelFile::open(&config.kernel)?))
+    }
+
+    fn kernel(&self) -> &KernelFile {
+        match self {
+            Self::File(kernel) => kernel,
+            Self::Image(image, _) => &image.kernel,
+        }
+    }
+}
+
+fn disks(config: &RunConfig) -> Result<Disks, Box<dyn Error>> {
+    let disks = Disks::open(config)?;
+    check_backing_files(config, &disks)?;
+    Ok(disks)
 }
 
 /// Prepares the sandbox of this process, which has one thread.
