@@ -202,7 +202,7 @@ fn leave_out_shared_cache(config: &mut RunConfig) {
 fn configuration(args: Args) -> Result<RunConfig, Box<dyn Error>> {
     let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
     let mut options = args.options.or(file);
-    options.find_image(is_disk_image);
+    options.find_images(is_disk_image);
     let mut config = options.into_config()?;
     // What -v prints is the kernel's whole log.
     if is_verbose() && config.has_command() && config.kernel_log.is_none() {

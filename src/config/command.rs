@@ -26,6 +26,8 @@ pub enum RootChoice {
     None,
     /// A folder of the host.
     Folder(PathBuf),
+    /// A disk image.
+    Image(PathBuf),
 }
 
 impl Value for RootChoice {
@@ -152,7 +154,7 @@ impl CommandOptions<'_> {
         }
         let root = match self.root.unwrap_or(&RootChoice::Host) {
             RootChoice::Host => Some(PathBuf::from("/")),
-            RootChoice::None => None,
+            RootChoice::None | RootChoice::Image(_) => None,
             RootChoice::Folder(path) => Some(path.clone()),
         };
         let share = |tag: String, path, read_only| ShareConfig { tag, path, read_only, privileged_files: false };

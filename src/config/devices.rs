@@ -7,7 +7,7 @@ use super::value::{Items, Value, choices, utf8};
 use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// The largest number of queues of a disk, and of queue pairs of a network card.
 const MAX_QUEUES: u16 = 16;
@@ -96,24 +96,6 @@ device_spec! {
         }
         let serial = if disk.serial.is_empty() { disk.id.clone().unwrap_or_default() } else { disk.serial };
         Ok(Self { serial, ..disk })
-    }
-}
-
-impl DiskConfig {
-    /// A disk with the image at `path`, and all else as if nothing was given.
-    pub(super) fn of_path(path: &Path) -> Self {
-        Self {
-            path: path.to_owned(),
-            format: DiskFormat::Auto,
-            data_file: None,
-            read_only: false,
-            direct: false,
-            queues: 1,
-            serial: String::new(),
-            id: None,
-            write_error: WriteError::Report,
-            io: DiskIo::Auto,
-        }
     }
 }
 

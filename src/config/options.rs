@@ -17,7 +17,7 @@ use super::machine::{Cpus, Memory};
 use super::value::Value;
 use crate::tune::{Lever, Tune};
 use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Returns the help text of an option: what it is, and behind the first sentence of that the form of its values; whether it
@@ -240,9 +240,10 @@ options! {
         /// Run this command in the guest, and end with its status. stdin, stdout and stderr are the command's, and not the
         /// console's. hwvmm makes the initramfs: with an agent, and the modules that the kernel needs for it
         command: Vec<OsString>, [last = true, help_heading = None::<&str>] "COMMAND";
-        /// The root file system that the command finds: host (that of this host), DIR, or none (an empty one, with the files of
-        /// --put). It is read-only for the guest; what the guest writes goes to its memory, and is gone after the run
-        root: Option<RootChoice>, [long] "host|none|DIR" default "host";
+        /// The root file system that the command finds: host (that of this host), DIR, IMAGE (a disk image, raw or qcow2, with ext2
+        /// to ext4), or none (an empty one, with the files of --put). It is read-only for the guest; what the guest writes goes to
+        /// its memory, and is gone after the run
+        root: Option<RootChoice>, [long] "host|none|DIR|IMAGE" default "host";
         /// Folder of the host that the guest can write to, at the same path
         rw: Vec<PathBuf>, [long] "DIR";
         /// Environment variable of the command; without =VALUE it has that of hwvmm
@@ -335,29 +336,6 @@ impl RunOptions {
 
     fn of_command(&self) -> CommandOptions<'_> {
         CommandOptions { command: &self.command, root: self.root.as_ref(), rw: &self.rw }
-    }
-
-    /// Takes the path of the kernel for that of an image with it, if `is_image` says that it is one.
-    pub fn find_image(&mut self, is_image: impl Fn(&Path) -> bool) {
-        if self.kernel_from.is_none() {
-            self.kernel_from = self.kernel.take_if(|kernel| is_image(kernel));
-        }
-    }
-
-    fn kernel_path(&self) -> Result<PathBuf, ConfigError> {
-        match (&self.kernel, &self.kernel_from) {
-            (Some(_), Some(_)) => Err(ConfigError::TwoKernels),
-            (Some(path), None) if self.entry.is_none() => Ok(path.clone()),
-            (Some(_), None) => Err(ConfigError::NoImage),
-            (None, Some(path)) => Ok(path.clone()),
-            (None, None) => Err(ConfigError::NoKernel),
-        }
-    }
-
-    /// The disks that were given, behind the image with the kernel if it is none of them.
-    fn disks(&self) -> Vec<DiskConfig> {
-        let image = self.kernel_from.as_ref().filter(|path| self.disk.iter().all(|disk| disk.path != **path));
-        image.map(|path| DiskConfig::of_path(path)).into_iter().chain(self.disk.iter().cloned()).collect()
     }
 
     /// What a console is connected to that is on stdin and stdout where no command has these.
@@ -500,24 +478,5 @@ mod tests {
         assert_eq!(config("").transport, Transport::Mmio);
         assert_eq!(config("kernel-cache = 'off'").kernel_cache, None);
         assert_eq!(config("kernel-cache = 'c'").kernel_cache, Some("c".into()));
-    }
-
-    #[test]
-    fn an_image_with_a_kernel_is_a_disk() {
-        let of = |text: &str| read(text).into_config();
-        let paths = |config: &RunConfig| config.disk.iter().map(|disk| disk.path.clone()).collect::<Vec<_>>();
-        let image = of("kernel-from = 'a=b,c.img'\ndisk = ['d']\nentry = '1>0'").expect("valid");
-        assert_eq!((image.kernel.as_path(), image.transport), (Path::new("a=b,c.img"), Transport::Pci));
-        assert_eq!(paths(&image), [Path::new("a=b,c.img"), Path::new("d")]);
-        let own = of("kernel-from = 'i'\ndisk = ['d', 'i,readonly=on']").expect("valid");
-        assert!(paths(&own) == [Path::new("d"), Path::new("i")] && own.disk[1].read_only);
-        assert!(matches!(of("kernel = 'k'\nkernel-from = 'i'"), Err(ConfigError::TwoKernels)));
-        assert!(matches!(of("kernel = 'k'\nentry = '0'"), Err(ConfigError::NoImage)));
-        assert!(of("kernel-from = 'i'\ncommand = 'sh'").is_err());
-        let mut options = read("kernel = 'i'");
-        options.find_image(|path| path == Path::new("j"));
-        assert!(options.kernel_from.is_none());
-        options.find_image(|path| path == Path::new("i"));
-        assert_eq!(options.into_config().expect("valid").disk.len(), 1);
     }
 }

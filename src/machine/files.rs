@@ -3,6 +3,7 @@
 use super::command::{self, CommandError};
 use super::image::FromImage;
 use crate::boot::cache::Cache;
+use crate::boot::image::Root;
 use crate::boot::initramfs::TerminalSize;
 use crate::boot::{self, InitrdSource, KernelError, KernelFile, Prepared};
 use crate::config::RunConfig;
@@ -47,17 +48,18 @@ impl Files {
     }
 
     /// Unpacks `kernel`, or finds it in the cache, and opens and unpacks the initrd of `config`, or makes the one of its command,
-    /// which has a terminal of the size `terminal`. `progress` is called with a message before anything that takes long.
+    /// whose root on a disk is `root`, and which has a terminal of the size `terminal`. `progress` is called with a message before anything that takes long.
     ///
     /// # Errors
     /// [`FilesError`].
     pub fn open(
         config: &RunConfig,
         kernel: KernelFile,
+        root: Option<&Root>,
         terminal: Option<TerminalSize>,
         progress: &dyn Fn(&str),
     ) -> Result<Self, FilesError> {
-        let made = config.has_command().then(|| command::make(config, &kernel, terminal)).transpose()?;
+        let made = config.has_command().then(|| command::make(config, &kernel, root, terminal)).transpose()?;
         let initrd = match &made {
             Some(made) => Some(InitrdSource::Made(&made.file)),
             None => config.initrd.as_deref().map(InitrdSource::Path),

@@ -1,9 +1,9 @@
 //! The kernel that is in the image of a disk (`--kernel-from`).
 
 use super::disks::Disks;
-use crate::boot::image::{ImageKernel, ImageKernelError, OpenDisk, ReadAt, kernel_of};
+use crate::boot::image::{ImageKernel, ImageKernelError, OpenDisk, ReadAt, Root, kernel_of, root_of};
 use crate::boot::{KernelError, KernelFile, isolation};
-use crate::config::RunConfig;
+use crate::config::{ROOT_DISK, RootChoice, RunConfig};
 use crate::escape::escape;
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::virtio::block::Image;
@@ -81,6 +81,24 @@ impl Disks {
         );
         let kernel = KernelFile::of_image(&named(path, &found.kernel), kernel)?;
         Ok(Some(FromImage { kernel, initrd, cmdline: found.cmdline }))
+    }
+}
+
+impl Disks {
+    /// Finds the root file system of a command on the disk that `config` says; `None` where it is no disk.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn root(&self, config: &RunConfig) -> Result<Option<Root>, ImageError> {
+        let RootChoice::Image(path) = &config.root else { return Ok(None) };
+        let Some((_, image)) = config.disk.iter().zip(&self.0).find(|(disk, _)| disk.serial == ROOT_DISK) else {
+            return Ok(None);
+        };
+        let disk = OpenDisk { files: image.file_numbers(), disk: Rc::new(Disk(Arc::clone(image))) };
+        let root = root_of(&disk, isolation(config.sandbox));
+        let root = root.map_err(|source| ImageError::Image { path: path.clone(), source: Box::new(source) })?;
+        log::info!("{}: the root is on partition {:?}", path.shown(), root.partition);
+        Ok(Some(root))
     }
 }
 

@@ -126,8 +126,9 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
     let progress = |what: &str| on_event(Event::Progress(what));
     let (files, disks) = match source {
         Source::File(kernel) => {
-            let files = Files::open(config, kernel, plan.terminal, &progress)?;
-            (files, disks(config)?)
+            let disks = disks(config)?;
+            let root = disks.root(config)?;
+            (Files::open(config, kernel, root.as_ref(), plan.terminal, &progress)?, disks)
         }
         Source::Image(image, disks) => (Files::of_image(config, image, &progress)?, disks),
     };

@@ -15,6 +15,8 @@ pub(super) const MAX_FILE_BYTES: u64 = 512 << 20;
 const MAX_INITRDS: usize = 16;
 /// The longest command line that an image gives, in bytes. Linux takes 2047.
 const CMDLINE_BYTES: usize = 4096;
+/// The largest /etc/passwd of an image in bytes.
+const PASSWD_BYTES: u64 = 64 << 10;
 /// The longest text that an answer has, in bytes.
 const TEXT_BYTES: usize = 1024;
 /// Initrds are at multiples of this behind each other, as boot loaders load them.
@@ -42,6 +44,9 @@ pub enum FindError {
          kernel out of it by other means, and give it as KERNEL with --disk", list_seen(.0)
     )]
     NoMenu(Vec<Seen>),
+    /// There is no root file system.
+    #[error("no root file system that hwvmm reads (ext2 to ext4, with /etc and one of /bin, /usr/bin, /sbin) is on it: {}", list_seen(.0))]
+    NoRoot(Vec<Seen>),
     /// The configuration cannot be read.
     #[error("its {path} cannot be read: {why}")]
     Menu {
@@ -141,6 +146,29 @@ pub fn find(
         return Err(failed(&path, format!("its parameters have more than {CMDLINE_BYTES} bytes")));
     }
     Ok(Found { entry: listed.clone(), kernel: cut(&path), initrd_bytes: bytes, cmdline })
+}
+
+/// Where the root file system of an image is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Root {
+    /// The number of its partition; `None` for the whole disk.
+    pub partition: Option<u32>,
+    /// Its list of users (passwd(5)); empty where it cannot be read.
+    pub passwd: String,
+}
+
+/// Finds the root file system of an image: the first one with /etc and with programs.
+///
+/// # Errors
+/// [`FindError::NoRoot`].
+pub fn find_root(disk: &Range) -> Result<Root, FindError> {
+    let volumes = Volumes::of(disk);
+    let Some((partition, fs)) = volumes.root() else {
+        let seen = volumes.seen().into_iter().map(|seen| Seen { what: cut(&seen.what), ..seen });
+        return Err(FindError::NoRoot(seen.collect()));
+    };
+    let passwd = fs.read("/etc/passwd", PASSWD_BYTES).unwrap_or_default();
+    Ok(Root { partition, passwd: String::from_utf8_lossy(&passwd).into_owned() })
 }
 
 /// Copies a file of an entry.

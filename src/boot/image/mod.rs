@@ -1,4 +1,5 @@
-//! The kernel of a disk image, as vendors ship images: taken out of its file systems, by the configuration of its boot loader.
+//! Disk images as vendors ship them: the kernel is taken out of their file systems, by the configuration of the boot loader; and the root file
+//! system is found.
 //!
 //! The files build on each other in one order: `disk` (bytes), `partitions` and `filesystem`; `menu` (entries), `bls` and `grub` (two
 //! kinds of configuration); `volumes` (all file systems of an image), `find`, `process` (all of it, confined).
@@ -16,9 +17,9 @@ mod tests;
 mod volumes;
 
 pub use disk::{Range, ReadAt};
-pub use find::{FindError, Found, find};
+pub use find::{FindError, Found, Root, find, find_root};
 pub use menu::Listed;
-pub use process::{ImageKernel, ImageKernelError, OpenDisk, kernel_of};
+pub use process::{ImageKernel, ImageKernelError, OpenDisk, kernel_of, root_of};
 pub use volumes::Seen;
 
 /// The entries for Linux of a grub.cfg without file systems, and the text of its grubenv: for fuzz targets and tests.

@@ -1,13 +1,14 @@
 //! Reads an image in a process of its own, which has the image's files and the two files to fill.
 
 use super::disk::{Range, ReadAt};
-use super::find::{FindError, Found, MAX_FILE_BYTES, find};
+use super::find::{FindError, Found, MAX_FILE_BYTES, Root, find, find_root};
 use crate::escape::escape;
 use crate::sandbox::{ConfinedError, Isolation, Limits, confined_with};
 use rustix::fs::{MemfdFlags, memfd_create};
+use serde::de::DeserializeOwned;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::time::Duration;
 use thiserror::Error;
@@ -26,7 +27,7 @@ const LIMITS: Limits = Limits {
     answer_bytes: ANSWER_BYTES,
 };
 
-/// Why an image gives no kernel.
+/// Why an image gives no kernel, or no root.
 #[derive(Debug, Error)]
 pub enum ImageKernelError {
     /// It has none that can be found.
@@ -36,7 +37,7 @@ pub enum ImageKernelError {
     #[error("its file systems were not read")]
     Process(#[source] ConfinedError),
     /// The kernel cannot be kept in memory.
-    #[error("cannot keep the kernel in memory")]
+    #[error("cannot keep what is in it in memory")]
     Memory(#[source] io::Error),
 }
 
@@ -72,14 +73,35 @@ pub fn kernel_of(disk: &OpenDisk, wanted: Option<&str>, isolation: Isolation) ->
         let found = find(&range, wanted, &mut &kernel, &mut &initrd);
         serde_json::to_vec(&found).unwrap_or_default()
     };
-    let answer = confined_with(isolation, &LIMITS, &[kernel.as_fd(), initrd.as_fd()], &disk.files, job);
-    let answer = answer.map_err(ImageKernelError::Process)?;
-    let nonsense = || ImageKernelError::Process(ConfinedError::Nonsense);
-    let found: Result<Found, FindError> = serde_json::from_slice(&answer).map_err(|_| nonsense())?;
-    let found = found.map_err(ImageKernelError::Find)?;
+    let found: Found = answer(disk, &[kernel.as_fd(), initrd.as_fd()], isolation, job)?;
     let bytes = initrd.metadata().map_err(ImageKernelError::Memory)?.len();
     if bytes != found.initrd_bytes || found.cmdline.contains(char::is_control) {
-        return Err(nonsense());
+        return Err(ImageKernelError::Process(ConfinedError::Nonsense));
     }
     Ok(ImageKernel { found, kernel, initrd: (bytes > 0).then_some(initrd) })
+}
+
+/// Finds the root file system of an image.
+///
+/// # Errors
+/// [`ImageKernelError`].
+pub fn root_of(disk: &OpenDisk, isolation: Isolation) -> Result<Root, ImageKernelError> {
+    let job = || {
+        let found = find_root(&Range::whole(Rc::clone(&disk.disk), READ_BYTES));
+        serde_json::to_vec(&found).unwrap_or_default()
+    };
+    answer(disk, &[], isolation, job)
+}
+
+/// Runs a job on `disk`, which fills `files`, and reads its answer.
+fn answer<T: DeserializeOwned>(
+    disk: &OpenDisk,
+    files: &[BorrowedFd<'_>],
+    isolation: Isolation,
+    job: impl FnOnce() -> Vec<u8>,
+) -> Result<T, ImageKernelError> {
+    let answer = confined_with(isolation, &LIMITS, files, &disk.files, job).map_err(ImageKernelError::Process)?;
+    let answer: Result<T, FindError> =
+        serde_json::from_slice(&answer).map_err(|_| ImageKernelError::Process(ConfinedError::Nonsense))?;
+    answer.map_err(ImageKernelError::Find)
 }

@@ -76,6 +76,18 @@ impl Volumes {
         self.0.iter().map(|volume| Seen { partition: volume.partition, what: what(&volume.content) }).collect()
     }
 
+    /// The first file system that Linux can have for a root, and the number of its partition; `None` for the whole disk.
+    #[must_use]
+    pub(super) fn root(&self) -> Option<(Option<u32>, &FileSystem)> {
+        let is_root = |fs: &FileSystem| {
+            matches!(fs, FileSystem::Ext(_))
+                && fs.exists("/etc")
+                && ["/bin", "/usr/bin", "/sbin"].iter().any(|folder| fs.exists(folder))
+        };
+        let (index, fs) = self.readable().find(|(_, fs)| is_root(fs))?;
+        Some((self.0.get(index)?.partition, fs))
+    }
+
     /// The file system that a boot loader calls `device`: by the name given here, or by the number of its partition (`hd0,gpt1`).
     #[must_use]
     pub(super) fn device(&self, device: &str) -> Option<&FileSystem> {
