@@ -1,6 +1,7 @@
 //! Hostile kernel files, profiles and symbols: the corpus of the fuzz targets and thousands of mutations of it must be loaded or
 //! refused, and never make hwvmm panic, hang or write outside of guest memory.
 
+use hwvmm::boot::image::{Range, find, grub_entries};
 use hwvmm::boot::initramfs::{Driver, IndexError, IndexFiles, ModuleIndex};
 use hwvmm::boot::unpack::{Limits, unpack, unpack_parts};
 use hwvmm::boot::{KernelError, KernelFile, Loaded, Request, UnpackOptions, Wanted, load, prepare};
@@ -16,6 +17,7 @@ use hwvmm_arch::layout::{GpaRange, UARTS};
 use proptest::prelude::*;
 use std::fs;
 use std::path::Path;
+use std::rc::Rc;
 
 const MEMORY: u64 = 16 << 20;
 
@@ -82,6 +84,30 @@ fn module_indexes_of_the_corpus_are_resolved_or_refused() {
             _ => panic!("{name} has no expected result"),
         };
         assert_eq!(found, expected, "{name}");
+    }
+}
+
+/// The number of entries of a grub.cfg and a grubenv, with NUL between them.
+fn grub(text: &str) -> Result<usize, String> {
+    let (script, environment) = text.split_once('\0').unwrap_or((text, ""));
+    grub_entries(script, environment).map(|entries| entries.len())
+}
+
+#[test]
+fn boot_loaders_of_the_corpus_are_read() {
+    for (name, bytes) in corpus("grub_config") {
+        let expected = match name.as_str() {
+            "debian-12" => 2,
+            "fedora" => 1,
+            _ => panic!("{name} has no expected result"),
+        };
+        assert_eq!(grub(&String::from_utf8(bytes).expect("text")), Ok(expected), "{name}");
+    }
+    for (name, bytes) in corpus("disk_image") {
+        let disk = Range::whole(Rc::new(bytes), 8 << 20);
+        let mut kernel = Vec::new();
+        let found = find(&disk, None, &mut kernel, &mut Vec::new()).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!((found.cmdline.as_str(), kernel.len()), ("root=/dev/vda1 ro", 6), "{name}");
     }
 }
 
@@ -184,6 +210,11 @@ proptest! {
                 let _ = render(&profile, format, Style::default());
             }
         }
+    }
+
+    #[test]
+    fn changed_boot_loaders_are_read_or_refused(bytes in changed("grub_config", 12)) {
+        let _ = grub(&String::from_utf8_lossy(&bytes));
     }
 
     #[test]

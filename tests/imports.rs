@@ -43,6 +43,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "control",
             "event_loop",
             "error",
+            "escape",
             "exit",
             "kvm",
             "measure",

@@ -69,6 +69,15 @@ impl KernelFile {
         Ok(Self { path: path.to_owned(), file, format })
     }
 
+    /// The kernel that was copied out of an image to `file`, and is called `path` in messages.
+    ///
+    /// # Errors
+    /// As [`KernelFile::open`], but for those of opening.
+    pub fn of_image(path: &Path, file: File) -> Result<Self, KernelError> {
+        let format = identify(path, &file)?;
+        Ok(Self { path: path.to_owned(), file, format })
+    }
+
     /// Returns the path as it was given.
     #[must_use]
     pub fn path(&self) -> &Path {

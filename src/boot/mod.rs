@@ -7,6 +7,7 @@ pub mod cache;
 mod error;
 mod file;
 mod identify;
+pub mod image;
 pub mod initramfs;
 mod load;
 mod placement;

@@ -21,6 +21,8 @@ use std::time::SystemTime;
 const INITRD_SHARE: u64 = 4;
 /// The name of an initramfs that hwvmm made, in messages.
 const MADE_INITRD: &str = "initramfs of the command";
+/// The name of an initrd from an image, in messages.
+const IMAGE_INITRD: &str = "initrd of the image";
 
 /// What is to be prepared, and how.
 pub struct Wanted<'a> {
@@ -43,6 +45,8 @@ pub enum InitrdSource<'a> {
     Path(&'a Path),
     /// In an open file of hwvmm's own, not compressed.
     Made(&'a File),
+    /// In an open file of hwvmm's own, as it was in an image. It is unpacked where it is compressed.
+    Image(&'a File),
 }
 
 /// How kernels and initrds are unpacked.
@@ -105,12 +109,16 @@ pub fn prepare(kernel: &KernelFile, wanted: &Wanted<'_>) -> Result<Prepared, Ker
         (KernelFormat::BzImage(image), None) => Some(Placement::of_guest_unpacked(image)),
     };
     let initrd = match wanted.initrd {
-        Some(InitrdSource::Path(path)) => Some(initrd(path, placement, wanted)?),
+        Some(InitrdSource::Path(path)) => {
+            Some(initrd(path.to_owned(), open(FileRole::Initrd, path)?, placement, wanted))
+        }
+        Some(InitrdSource::Image(file)) => {
+            let (path, file) = copied(file, IMAGE_INITRD)?;
+            Some(initrd(path, file, placement, wanted))
+        }
         Some(InitrdSource::Made(file)) => {
-            let path = PathBuf::from(MADE_INITRD);
-            let file = file.try_clone();
-            let failed = |source| KernelError::Read { role: FileRole::Initrd, path: path.clone(), source };
-            Some(InitrdFile { file: file.map_err(failed)?, path })
+            let (path, file) = copied(file, MADE_INITRD)?;
+            Some(InitrdFile { path, file })
         }
         None => None,
     };
@@ -131,15 +139,23 @@ fn vmlinux(kernel: &KernelFile, image: &BzImage, wanted: &Wanted<'_>) -> Option<
     None
 }
 
-/// Opens the initrd, and unpacks it where that is wanted. `placement` is that of a Linux kernel.
-fn initrd(path: &Path, placement: Option<Placement>, wanted: &Wanted<'_>) -> Result<InitrdFile, KernelError> {
-    let file = open(FileRole::Initrd, path)?;
+/// A copy of a descriptor, and its name for messages.
+fn copied(file: &File, name: &str) -> Result<(PathBuf, File), KernelError> {
+    let path = PathBuf::from(name);
+    match file.try_clone() {
+        Ok(file) => Ok((path, file)),
+        Err(source) => Err(KernelError::Read { role: FileRole::Initrd, path, source }),
+    }
+}
+
+/// Unpacks the initrd where that is wanted. `placement` is that of a Linux kernel.
+fn initrd(path: PathBuf, file: File, placement: Option<Placement>, wanted: &Wanted<'_>) -> InitrdFile {
     let unpacked = placement.filter(|_| wanted.unpack == Unpack::Host).and_then(|placement| {
         // The guest holds the archive and its files at the same time while it unpacks it, hence the smaller limit.
         let limit = placement.initrd_room(wanted.memory_bytes).bytes / INITRD_SHARE;
         unpack_initrd(&file, limit, &wanted.how)
     });
-    Ok(InitrdFile { path: path.to_owned(), file: unpacked.unwrap_or(file) })
+    InitrdFile { path, file: unpacked.unwrap_or(file) }
 }
 
 /// Unpacks the kernel in a bzImage into an anonymous file, or into a file of the cache, where a later call finds it,

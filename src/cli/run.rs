@@ -11,7 +11,7 @@ use crate::error::chain;
 use crate::escape::{escape_json, escape_text};
 use crate::exit::end::status;
 use crate::exit::{EndReason, RunEnd};
-use crate::machine::{Ran, Start, Stdin, configure, detect_disk_formats};
+use crate::machine::{Ran, Start, Stdin, configure, detect_disk_formats, is_disk_image};
 use crate::measure::RunRecord;
 use crate::probe::{ANY_KVM, Host, check_linux};
 use crate::profile::budget::check;
@@ -207,7 +207,9 @@ fn leave_out_shared_cache(config: &mut RunConfig) {
 /// Reads the options of the command line and of the file, and checks them.
 fn configuration(args: Args) -> Result<RunConfig, Box<dyn Error>> {
     let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
-    let mut config = args.options.or(file).into_config()?;
+    let mut options = args.options.or(file);
+    options.find_images(is_disk_image);
+    let mut config = options.into_config()?;
     // What -v prints is the kernel's whole log.
     if is_verbose() && config.has_command() && config.kernel_log.is_none() {
         config.append.insert(0, "loglevel=7".into());

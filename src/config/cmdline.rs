@@ -36,7 +36,18 @@ impl RunConfig {
     /// Returns the command line of a Linux kernel: the one given, else the default, and the words added.
     #[must_use]
     pub fn kernel_cmdline(&self) -> String {
-        self.with_added_words(self.cmdline.clone().unwrap_or_else(|| self.default_cmdline()))
+        self.kernel_cmdline_with(None)
+    }
+
+    /// As [`RunConfig::kernel_cmdline`], for a kernel to which its `image` gives these parameters: they come before the default ones,
+    /// of which the last console is the one that programs write to, and none of both is there if a command line was given.
+    #[must_use]
+    pub fn kernel_cmdline_with(&self, image: Option<&str>) -> String {
+        let own = || match image {
+            Some(image) => format!("{image} {}", self.default_cmdline()).trim().to_owned(),
+            None => self.default_cmdline(),
+        };
+        self.with_added_words(self.cmdline.clone().unwrap_or_else(own))
     }
 
     /// Returns the command line of a multiboot kernel, which gets no parameters of Linux: only what was given.
@@ -114,5 +125,8 @@ mod tests {
         let replaced = config("cmdline = ''\nappend = ['a', 'b']");
         assert_eq!((replaced.kernel_cmdline(), replaced.multiboot_cmdline()), ("a b".into(), "a b".into()));
         assert_eq!(config("append = ['a']").multiboot_cmdline(), "a");
+        assert_eq!(replaced.kernel_cmdline_with(Some("root=x")), "a b");
+        let image = config("append = ['a']\ntune = ['all=off']").kernel_cmdline_with(Some("root=x console=tty0"));
+        assert_eq!(image, "root=x console=tty0 console=ttyS0 panic=-1 a");
     }
 }

@@ -26,6 +26,8 @@ pub enum RootChoice {
     None,
     /// A folder of the host.
     Folder(PathBuf),
+    /// A disk image.
+    Image(PathBuf),
 }
 
 impl Value for RootChoice {
@@ -152,7 +154,7 @@ impl CommandOptions<'_> {
         }
         let root = match self.root.unwrap_or(&RootChoice::Host) {
             RootChoice::Host => Some(PathBuf::from("/")),
-            RootChoice::None => None,
+            RootChoice::None | RootChoice::Image(_) => None,
             RootChoice::Folder(path) => Some(path.clone()),
         };
         let share = |tag: String, path, read_only| ShareConfig { tag, path, read_only, privileged_files: false };
@@ -189,6 +191,7 @@ pub(super) struct CommandRelated<'a> {
     pub(super) tty: bool,
     pub(super) kernel_log: Option<&'a Path>,
     pub(super) initrd: Option<&'a Path>,
+    pub(super) kernel_from: Option<&'a Path>,
     pub(super) on_reboot: OnReboot,
     pub(super) vsock: Option<&'a VsockConfig>,
     pub(super) module: &'a [ModuleConfig],
@@ -215,6 +218,11 @@ pub(super) fn check(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
     }
     let refused = [
         ("--initrd", config.initrd.is_some(), "hwvmm makes the initramfs; --put SRC:DST adds files to it"),
+        (
+            "--kernel-from",
+            config.kernel_from.is_some(),
+            "the modules that the command's devices need are in the image: give a KERNEL, and the image with --root",
+        ),
         ("--on-reboot restart", config.on_reboot == OnReboot::Restart, "a command has one status, and runs once"),
         (
             "--vsock vhost=on",

@@ -193,6 +193,12 @@ pub enum ConfigError {
     /// An option that a snapshot settles.
     #[error("{0} cannot be given with --from: the machine is that of the snapshot; leave it out")]
     NotWithFrom(&'static str),
+    /// A kernel and an image with one were given.
+    #[error("--kernel-from cannot be given with a KERNEL: leave one of them out, or give the image with --disk")]
+    TwoKernels,
+    /// An entry of an image was asked for, and the kernel is a file.
+    #[error("--entry is for a kernel from a disk image: hwvmm run IMAGE, or --kernel-from IMAGE")]
+    NoImage,
     /// An option is about the command that the guest runs, and there is none.
     #[error("{0} is for a guest that runs a command: hwvmm run KERNEL {0} ... -- COMMAND")]
     NeedsCommand(&'static str),

@@ -12,6 +12,7 @@ mod devices;
 mod error;
 mod file;
 mod given;
+mod image;
 mod limits;
 mod machine;
 mod options;
@@ -32,6 +33,7 @@ pub use devices::{
 };
 pub use error::{BudgetError, ConfigError, ValueError};
 pub use file::{FileError, parse as parse_file, read as read_file};
+pub use image::ROOT_DISK;
 pub use limits::{MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
 pub use machine::{Cpus, Memory, Pages};
 pub use options::{RunConfig, RunOptions};

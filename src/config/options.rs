@@ -125,6 +125,7 @@ macro_rules! options {
                     tty: config.tty,
                     kernel_log: config.kernel_log.as_deref(),
                     initrd: config.initrd.as_deref(),
+                    kernel_from: config.kernel_from.as_deref(),
                     on_reboot: config.on_reboot,
                     vsock: config.vsock.as_ref(),
                     module: &config.module,
@@ -153,10 +154,16 @@ options! {
 
     "Boot" {
         /// The kernel: a distribution's vmlinuz (bzImage), an ELF vmlinux, or a multiboot ELF
-        kernel: Option<PathBuf>, [help_heading = None::<&str>] "KERNEL" becomes PathBuf = given.kernel_or_snapshot()?;
+        kernel: Option<PathBuf>, [help_heading = None::<&str>] "KERNEL" becomes PathBuf = given.kernel_path()?;
         /// Go on from a snapshot that `hwvmm ctl SOCKET snapshot` has made, in place of a boot. Memory, vCPUs and devices are those of the
         /// snapshot; what consoles are connected to, the control socket, time-outs and measurements are those of this run
         from: Option<PathBuf>, [long] "DIR";
+        /// Take kernel, initrd and the kernel's parameters out of this disk image, which is a disk of the guest: as the image's boot
+        /// loader would (grub.cfg, or /loader/entries; on ext2 to ext4 and FAT). The default parameters come behind the image's;
+        /// --cmdline replaces both. A KERNEL that is a disk image means the same
+        kernel_from: Option<PathBuf>, [long, conflicts_with = "kernel"] "IMAGE";
+        /// The entry of the image's boot loader: its number (0; 1>0 in a submenu), its title or its id [default: the boot loader's]
+        entry: Option<String>, [long] "N|TITLE";
         /// Initial RAM disk
         initrd: Option<PathBuf>, [short, long] "FILE";
         /// Kernel command line, in place of the default, which multiboot kernels do not get [default: "console=ttyS0
@@ -205,7 +212,7 @@ options! {
 
     "Devices" {
         /// Disk
-        disk: Vec<DiskConfig>, [short, long] "PATH";
+        disk: Vec<DiskConfig>, [short, long] "PATH" becomes Vec<DiskConfig> = given.disks();
         /// Network card
         net: Vec<NetConfig>, [short, long] "BACKEND";
         /// Shared folder (virtiofs)
@@ -236,9 +243,10 @@ options! {
         /// Run this command in the guest, and end with its status. stdin, stdout and stderr are the command's, and not the
         /// console's. hwvmm makes the initramfs: with an agent, and the modules that the kernel needs for it
         command: Vec<OsString>, [last = true, help_heading = None::<&str>] "COMMAND";
-        /// The root file system that the command finds: host (that of this host), DIR, or none (an empty one, with the files of
-        /// --put). It is read-only for the guest; what the guest writes goes to its memory, and is gone after the run
-        root: Option<RootChoice>, [long] "host|none|DIR" default "host";
+        /// The root file system that the command finds: host (that of this host), DIR, IMAGE (a disk image, raw or qcow2, with ext2
+        /// to ext4), or none (an empty one, with the files of --put). It is read-only for the guest; what the guest writes goes to
+        /// its memory, and is gone after the run
+        root: Option<RootChoice>, [long] "host|none|DIR|IMAGE" default "host";
         /// Folder of the host that the guest can write to, at the same path
         rw: Vec<PathBuf>, [long] "DIR";
         /// Environment variable of the command; without =VALUE it has that of hwvmm
@@ -350,6 +358,7 @@ impl RunOptions {
 
     fn transport(&self) -> Transport {
         let few_requests = self.disk.is_empty()
+            && self.kernel_from.is_none()
             && self.net.is_empty()
             && self.share.is_empty()
             && self.vsock.is_none()
@@ -357,22 +366,13 @@ impl RunOptions {
         self.transport.unwrap_or(if few_requests { Transport::Mmio } else { Transport::Pci })
     }
 
-    /// The path of what the guest starts from.
-    fn kernel_or_snapshot(&self) -> Result<PathBuf, ConfigError> {
-        match (&self.kernel, &self.from) {
-            (Some(kernel), None) => Ok(kernel.clone()),
-            (_, Some(folder)) => {
-                self.refused_with_snapshot().map_or(Ok(folder.clone()), |option| Err(ConfigError::NotWithFrom(option)))
-            }
-            (None, None) => Err(ConfigError::NoKernel),
-        }
-    }
-
     /// The first option that is given and is settled by a snapshot, or about a device that no snapshot has.
-    fn refused_with_snapshot(&self) -> Option<&'static str> {
+    pub(super) fn refused_with_snapshot(&self) -> Option<&'static str> {
         let on = |option: Option<bool>| option == Some(true);
         let options = [
             ("KERNEL", self.kernel.is_some()),
+            ("--kernel-from", self.kernel_from.is_some()),
+            ("--entry", self.entry.is_some()),
             ("--memory (-m)", self.memory.is_some()),
             ("--cpus (-c)", self.cpus.is_some()),
             ("--initrd", self.initrd.is_some()),

@@ -1,12 +1,13 @@
 //! The initramfs of a guest that runs one command, from the configuration.
 
+use crate::boot::image::Root;
 use crate::boot::initramfs::{
     self, Driver, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest, Instructions, Put, TerminalSize,
     Variable, WritableShare,
 };
 use crate::boot::{self, KernelFile};
 use crate::bounded_read::{ReadError, read_text};
-use crate::config::{ROOT_TAG, RootChoice, RunConfig, Transport, UserChoice, rw_tag};
+use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, Transport, UserChoice, rw_tag};
 use hwvmm_devices::path_text::PathText as _;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::ffi::OsString;
@@ -33,8 +34,8 @@ pub enum CommandError {
         "--root {}: it is no root file system: it has none of {}", .0.shown(), PARTS_OF_A_ROOT.join(", ")
     )]
     NoRoot(PathBuf),
-    /// The root is an image, or another file.
-    #[error("--root {}: it is no folder (an image of a disk is not read)", .0.shown())]
+    /// The root is neither a folder nor a disk.
+    #[error("--root {}: it is no folder", .0.shown())]
     RootIsFile(PathBuf),
     /// A folder cannot be opened.
     #[error("{option} {}: cannot open it", .path.shown())]
@@ -75,13 +76,14 @@ pub(super) struct CommandInitramfs {
     pub(super) hint: Option<String>,
 }
 
-/// Makes the initramfs for the command of `config`; `terminal` is the size of the user's, if the command gets one.
+/// Makes the initramfs for the command of `config`; `root` is its root on a disk, and `terminal` is the size of the user's, if the command gets one.
 pub(super) fn make(
     config: &RunConfig,
     kernel: &KernelFile,
+    root: Option<&Root>,
     terminal: Option<TerminalSize>,
 ) -> Result<CommandInitramfs, CommandError> {
-    let instructions = instructions(config, terminal)?;
+    let instructions = instructions(config, root, terminal)?;
     let put: Vec<Put> =
         config.put.iter().map(|put| Put { source: put.source.clone(), target: put.target.clone() }).collect();
     let made = initramfs::build(&InitramfsRequest {
@@ -119,8 +121,12 @@ fn drivers(config: &RunConfig) -> Vec<Driver> {
         Transport::Mmio => Driver::VirtioMmio,
     };
     let mut drivers = vec![bus, Driver::Vsock];
-    if config.root != RootChoice::None || !config.rw.is_empty() {
+    let on_disk = matches!(config.root, RootChoice::Image(_));
+    if config.root != RootChoice::None && !on_disk || !config.rw.is_empty() {
         drivers.push(Driver::Virtiofs);
+    }
+    if on_disk {
+        drivers.extend([Driver::VirtioBlk, Driver::Crc32c, Driver::Ext4]);
     }
     if config.root != RootChoice::None {
         drivers.push(Driver::Overlay);
@@ -128,7 +134,11 @@ fn drivers(config: &RunConfig) -> Vec<Driver> {
     drivers
 }
 
-fn instructions(config: &RunConfig, terminal: Option<TerminalSize>) -> Result<Instructions, CommandError> {
+fn instructions(
+    config: &RunConfig,
+    root: Option<&Root>,
+    terminal: Option<TerminalSize>,
+) -> Result<Instructions, CommandError> {
     let host_root = root_folder(&config.root)?;
     let absolute = |option: &'static str, path: &Path| {
         std::path::absolute(path).map_err(|source| CommandError::Folder { option, path: path.to_owned(), source })
@@ -143,9 +153,19 @@ fn instructions(config: &RunConfig, terminal: Option<TerminalSize>) -> Result<In
         })?;
         writable.push(WritableShare { tag: rw_tag(number).into(), path });
     }
-    let (user, home) = user(&config.user, host_root)?;
+    let (user, home) = match root {
+        Some(root) => user_of(&config.user, &root.passwd)?,
+        None => user(&config.user, host_root)?,
+    };
+    let guest_root = match (host_root, root) {
+        (Some(_), _) => GuestRoot::Share(ROOT_TAG.into()),
+        (None, Some(root)) => {
+            GuestRoot::Disk { serial: ROOT_DISK.into(), partition: root.partition.unwrap_or_default() }
+        }
+        (None, None) => GuestRoot::Initramfs,
+    };
     Ok(Instructions {
-        root: if host_root.is_some() { GuestRoot::Share(ROOT_TAG.into()) } else { GuestRoot::Initramfs },
+        root: guest_root,
         writable,
         command: config.command.clone(),
         environment: environment(config, home, terminal),
@@ -156,11 +176,11 @@ fn instructions(config: &RunConfig, terminal: Option<TerminalSize>) -> Result<In
     })
 }
 
-/// The folder of this host that is the guest's root; `None` where the initramfs is.
+/// The folder of this host that is the guest's root; `None` where a disk or the initramfs is.
 fn root_folder(root: &RootChoice) -> Result<Option<&Path>, CommandError> {
     let folder = match root {
         RootChoice::Host => return Ok(Some(Path::new("/"))),
-        RootChoice::None => return Ok(None),
+        RootChoice::None | RootChoice::Image(_) => return Ok(None),
         RootChoice::Folder(folder) => folder,
     };
     let metadata = std::fs::metadata(folder).map_err(|source| CommandError::Folder {
@@ -226,6 +246,14 @@ fn user(choice: &UserChoice, root: Option<&Path>) -> Result<(GuestUser, Option<O
     passwd_entry(&text, name).ok_or_else(|| CommandError::NoUser(name.clone()))
 }
 
+/// As [`user`], with the text of the root's passwd(5).
+fn user_of(choice: &UserChoice, passwd: &str) -> Result<(GuestUser, Option<OsString>), CommandError> {
+    match choice {
+        UserChoice::Ids { uid, gid } => Ok((GuestUser { uid: *uid, gid: *gid }, None)),
+        UserChoice::Name(name) => passwd_entry(passwd, name).ok_or_else(|| CommandError::NoUser(name.clone())),
+    }
+}
+
 /// Finds a user in the text of passwd(5).
 fn passwd_entry(text: &str, name: &str) -> Option<(GuestUser, Option<OsString>)> {
     let fields = text.lines().map(|line| line.split(':').collect::<Vec<_>>());
@@ -246,7 +274,7 @@ mod tests {
     }
 
     fn failure(text: &str) -> String {
-        instructions(&config(text), None).expect_err("refused").to_string()
+        instructions(&config(text), None, None).expect_err("refused").to_string()
     }
 
     #[test]
@@ -255,6 +283,14 @@ mod tests {
         assert_eq!(drivers(&config("root = 'none'\ntransport = 'mmio'")), [Driver::VirtioMmio, Driver::Vsock]);
         let writable = drivers(&config("root = 'none'\nrw = ['/tmp']"));
         assert_eq!(writable, [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs]);
+        let image = RunConfig { root: RootChoice::Image("i".into()), ..config("") };
+        let disk = [Driver::VirtioPci, Driver::Vsock, Driver::VirtioBlk, Driver::Crc32c, Driver::Ext4, Driver::Overlay];
+        assert_eq!(drivers(&image), disk);
+        let root = Root { partition: Some(2), passwd: "mail:x:8:12::/var/mail:/bin/false\n".into() };
+        let named = RunConfig { user: UserChoice::Name("mail".into()), ..image };
+        let made = instructions(&named, Some(&root), None).expect("made");
+        assert_eq!(made.root, GuestRoot::Disk { serial: ROOT_DISK.into(), partition: 2 });
+        assert_eq!((made.user, made.workdir.as_path()), (GuestUser { uid: 8, gid: 12 }, Path::new("/")));
     }
 
     #[test]
@@ -266,7 +302,7 @@ mod tests {
         std::fs::write(folder.path().join("image"), "").expect("written");
         assert!(failure(&format!("root = '{path}/image'")).contains("no folder"));
         std::fs::create_dir(folder.path().join("bin")).expect("made");
-        let made = instructions(&config(&format!("root = '{path}'")), None).expect("a root");
+        let made = instructions(&config(&format!("root = '{path}'")), None, None).expect("a root");
         assert_eq!(made.root, GuestRoot::Share(ROOT_TAG.into()));
         assert_eq!(made.workdir, Path::new("/"), "the root has no such folder");
         assert!(failure("rw = ['/missing']").contains("--rw /missing"));
@@ -275,11 +311,11 @@ mod tests {
     #[test]
     fn the_current_folder_goes_along_where_the_root_has_it() {
         let current = std::env::current_dir().expect("a folder");
-        assert_eq!(instructions(&config(""), None).expect("made").workdir, current);
-        assert_eq!(instructions(&config("root = 'none'"), None).expect("made").workdir, Path::new("/"));
+        assert_eq!(instructions(&config(""), None, None).expect("made").workdir, current);
+        assert_eq!(instructions(&config("root = 'none'"), None, None).expect("made").workdir, Path::new("/"));
         let shared = config(&format!("root = 'none'\nrw = ['{}']", current.display()));
-        assert_eq!(instructions(&shared, None).expect("made").workdir, current);
-        assert_eq!(instructions(&config("workdir = '/srv'"), None).expect("made").workdir, Path::new("/srv"));
+        assert_eq!(instructions(&shared, None, None).expect("made").workdir, current);
+        assert_eq!(instructions(&config("workdir = '/srv'"), None, None).expect("made").workdir, Path::new("/srv"));
         assert!(failure("workdir = 'srv'").contains("absolute"));
     }
 
@@ -294,7 +330,7 @@ mod tests {
 
     #[test]
     fn the_last_variable_of_a_name_wins() {
-        let made = instructions(&config("env = ['A=1', 'A=2', 'HWVMM_NOT_THERE', 'PATH']"), None).expect("made");
+        let made = instructions(&config("env = ['A=1', 'A=2', 'HWVMM_NOT_THERE', 'PATH']"), None, None).expect("made");
         let of = |name: &'static str| -> Vec<OsString> {
             made.environment.iter().filter(|one| one.name == name).map(|one| one.value.clone()).collect()
         };

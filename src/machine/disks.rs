@@ -6,8 +6,13 @@ use crate::config::{DiskConfig, DiskFormat, RunConfig};
 use crate::sandbox::{Limits, confined};
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::virtio::block::{CheckJob, Format, Image, ImageOptions};
+use rustix::fs::{Mode, OFlags};
+use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What the check of an image may take. It reads at most 1 GiB of tables.
@@ -21,7 +26,7 @@ const LIMITS: Limits = Limits {
 
 /// The images of a machine's disks, opened and locked. Header and tables of qcow2 images are checked by a process of its own, so
 /// they are opened while this process has one thread.
-pub struct Disks(pub(super) Vec<Image>);
+pub struct Disks(pub(super) Vec<Arc<Image>>);
 
 impl Disks {
     /// Opens the disks of `config`, in their order.
@@ -33,13 +38,13 @@ impl Disks {
             let answer = confined(isolation(config.sandbox), &LIMITS, &[job.file.as_fd()], || job.run());
             answer.map_err(Into::into)
         };
-        let open = |disk| Ok(Image::open_checked_at(&image_options(disk), Some(&place))?);
+        let open = |disk| Ok(Arc::new(Image::open_checked_at(&image_options(disk), Some(&place))?));
         config.disk.iter().map(open).collect::<Result<_, _>>().map(Self)
     }
 
     /// The paths of the backing files that are open.
     pub fn backing_files(&self) -> impl Iterator<Item = &Path> {
-        self.0.iter().flat_map(Image::backing_files)
+        self.0.iter().flat_map(|image| image.backing_files())
     }
 }
 
@@ -61,6 +66,26 @@ pub fn detect_disk_formats(config: &mut RunConfig) -> Result<(), MachineError> {
     Ok(())
 }
 
+/// Returns true if the file at `path` is a disk image, and no kernel: qcow2, a disk with a partition table, or one that is a
+/// file system of ext4 or FAT. Anything else is left to the code that reads kernels.
+#[must_use]
+pub fn is_disk_image(path: &Path) -> bool {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let Ok(file) = rustix::fs::open(path, flags, Mode::empty()).map(File::from) else { return false };
+    let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file() || metadata.file_type().is_block_device());
+    let mut start = [0; 2048];
+    is_file && file.read_exact_at(&mut start, 0).is_ok() && starts_disk(&start)
+}
+
+/// Returns true if a disk starts so.
+fn starts_disk(start: &[u8; 2048]) -> bool {
+    let has = |at: usize, magic: &[u8]| start.get(at..).is_some_and(|rest| rest.starts_with(magic));
+    // A bzImage has the signature of a boot sector, too.
+    let kernel = has(0, b"\x7fELF") || has(0x202, b"HdrS");
+    let disk = has(510, &[0x55, 0xaa]) || has(512, b"EFI PART") || has(1024 + 56, &[0x53, 0xef]);
+    has(0, b"QFI\xfb") || disk && !kernel
+}
+
 fn image_options(disk: &DiskConfig) -> ImageOptions {
     let format = match disk.format {
         DiskFormat::Auto => Format::Auto,
@@ -75,5 +100,24 @@ fn image_options(disk: &DiskConfig) -> ImageOptions {
         read_only: disk.read_only,
         direct: disk.direct,
         data_file: disk.data_file.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_told_from_kernels() {
+        let starts = |marks: &[(usize, &[u8])]| {
+            let mut start = [0; 2048];
+            marks.iter().for_each(|(at, bytes)| start[*at..*at + bytes.len()].copy_from_slice(bytes));
+            starts_disk(&start)
+        };
+        assert!(starts(&[(0, b"QFI\xfb")]) && starts(&[(510, &[0x55, 0xaa])]) && starts(&[(1080, &[0x53, 0xef])]));
+        assert!(!starts(&[(510, &[0x55, 0xaa]), (0x202, b"HdrS")]), "a bzImage");
+        assert!(!starts(&[(0, b"\x7fELF"), (1080, &[0x53, 0xef])]), "a vmlinux");
+        assert!(!starts(&[]));
+        assert!(!is_disk_image(Path::new("/missing")) && !is_disk_image(Path::new("/dev/null")));
     }
 }

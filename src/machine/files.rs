@@ -1,7 +1,9 @@
 //! The files that a machine's guest is loaded from.
 
 use super::command::{self, CommandError};
+use super::image::FromImage;
 use crate::boot::cache::Cache;
+use crate::boot::image::Root;
 use crate::boot::initramfs::TerminalSize;
 use crate::boot::{self, InitrdSource, KernelError, KernelFile, Prepared};
 use crate::config::RunConfig;
@@ -51,37 +53,48 @@ pub(super) enum Source {
 /// made.
 pub struct Files {
     pub(super) source: Source,
+    /// The parameters of a kernel from an image.
+    pub(super) cmdline: Option<String>,
     /// If the agent of a command fails: what may have been missing.
     hint: Option<String>,
 }
 
 impl Files {
+    /// As [`Files::open`], with the kernel of an image, and its initrd unless `config` has one.
+    ///
+    /// # Errors
+    /// [`FilesError`].
+    pub fn of_image(config: &RunConfig, image: FromImage, progress: &dyn Fn(&str)) -> Result<Self, FilesError> {
+        let initrd = match (config.initrd.as_deref(), &image.initrd) {
+            (Some(path), _) => Some(InitrdSource::Path(path)),
+            (None, Some(file)) => Some(InitrdSource::Image(file)),
+            (None, None) => None,
+        };
+        let prepared = prepare(config, &image.kernel, initrd, progress)?;
+        let source = Source::Kernel { kernel: image.kernel, prepared };
+        Ok(Self { source, cmdline: Some(image.cmdline), hint: None })
+    }
+
     /// Unpacks `kernel`, or finds it in the cache, and opens and unpacks the initrd of `config`, or makes the one of its command,
-    /// which has a terminal of the size `terminal`. `progress` is called with a message before anything that takes long.
+    /// whose root on a disk is `root`, and which has a terminal of the size `terminal`. `progress` is called with a message before anything that takes long.
     ///
     /// # Errors
     /// [`FilesError`].
     pub fn open(
         config: &RunConfig,
         kernel: KernelFile,
+        root: Option<&Root>,
         terminal: Option<TerminalSize>,
         progress: &dyn Fn(&str),
     ) -> Result<Self, FilesError> {
-        let made = config.has_command().then(|| command::make(config, &kernel, terminal)).transpose()?;
+        let made = config.has_command().then(|| command::make(config, &kernel, root, terminal)).transpose()?;
         let initrd = match &made {
             Some(made) => Some(InitrdSource::Made(&made.file)),
             None => config.initrd.as_deref().map(InitrdSource::Path),
         };
-        let cache = config.kernel_cache.as_deref().map(Cache::new);
-        let wanted = boot::Wanted {
-            initrd,
-            memory_bytes: config.memory.bytes,
-            unpack: config.unpack,
-            boot: config.boot,
-            how: boot::UnpackOptions { cache: cache.as_ref(), isolation: boot::isolation(config.sandbox), progress },
-        };
-        let prepared = boot::prepare(&kernel, &wanted)?;
-        Ok(Self { source: Source::Kernel { kernel, prepared }, hint: made.and_then(|made| made.hint) })
+        let prepared = prepare(config, &kernel, initrd, progress)?;
+        let source = Source::Kernel { kernel, prepared };
+        Ok(Self { source, cmdline: None, hint: made.and_then(|made| made.hint) })
     }
 
     /// Reads the state of a snapshot.
@@ -90,7 +103,7 @@ impl Files {
     /// [`FilesError`].
     pub fn of_snapshot(snapshot: &Opened) -> Result<Self, FilesError> {
         let memory = snapshot.memory().try_clone().map_err(FilesError::Memory)?;
-        Ok(Self { source: Source::Snapshot { state: snapshot.state()?, memory }, hint: None })
+        Ok(Self { source: Source::Snapshot { state: snapshot.state()?, memory }, cmdline: None, hint: None })
     }
 
     /// Returns true if the guest is a multiboot kernel that is booted.
@@ -108,4 +121,21 @@ impl Files {
             (end, _) => end,
         }
     }
+}
+
+fn prepare(
+    config: &RunConfig,
+    kernel: &KernelFile,
+    initrd: Option<InitrdSource<'_>>,
+    progress: &dyn Fn(&str),
+) -> Result<Prepared, KernelError> {
+    let cache = config.kernel_cache.as_deref().map(Cache::new);
+    let wanted = boot::Wanted {
+        initrd,
+        memory_bytes: config.memory.bytes,
+        unpack: config.unpack,
+        boot: config.boot,
+        how: boot::UnpackOptions { cache: cache.as_ref(), isolation: boot::isolation(config.sandbox), progress },
+    };
+    boot::prepare(kernel, &wanted)
 }

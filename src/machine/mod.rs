@@ -6,6 +6,7 @@ mod devices;
 mod disks;
 mod error;
 mod files;
+mod image;
 mod levers;
 mod net;
 mod request;
@@ -16,9 +17,10 @@ mod setup;
 mod testdev;
 mod virtio;
 
-pub use disks::{Disks, detect_disk_formats};
+pub use disks::{Disks, detect_disk_formats, is_disk_image};
 pub use error::MachineError;
 pub use files::{Files, FilesError};
+pub use image::{FromImage, ImageError};
 pub use net::PASST;
 pub use request::StopRequest;
 pub use restore::configure;
@@ -207,7 +209,7 @@ fn load<'a>(setup: &'a Setup<'_>, platform: &Platform<'_>, ram: &GuestRam) -> Re
         kernel,
         prepared,
         modules: &config.module,
-        cmdline: &config.kernel_cmdline(),
+        cmdline: &config.kernel_cmdline_with(files.cmdline.as_deref()),
         arguments: &config.multiboot_cmdline(),
         memory_bytes: config.memory.bytes,
         boot: config.boot,

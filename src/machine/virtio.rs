@@ -333,7 +333,7 @@ impl<'a> VirtioBuilder<'a> {
     }
 }
 
-fn block(disk: &DiskConfig, image: Image) -> Result<Block, MachineError> {
+fn block(disk: &DiskConfig, image: Arc<Image>) -> Result<Block, MachineError> {
     let when_full = match disk.write_error {
         WriteError::Report => WhenFull::Report,
         WriteError::Stop => WhenFull::Stop,

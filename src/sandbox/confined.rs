@@ -150,11 +150,25 @@ pub fn confined(
     files: &[BorrowedFd<'_>],
     job: impl FnOnce() -> Vec<u8>,
 ) -> Result<Vec<u8>, ConfinedError> {
+    confined_with(isolation, limits, files, &[], job)
+}
+
+/// As [`confined`], with files that another part of this process has open, by their numbers. What is not open by then is left out.
+///
+/// # Errors
+/// As [`confined`].
+pub fn confined_with(
+    isolation: Isolation,
+    limits: &Limits,
+    files: &[BorrowedFd<'_>],
+    numbers: &[RawFd],
+    job: impl FnOnce() -> Vec<u8>,
+) -> Result<Vec<u8>, ConfinedError> {
     let Isolation::Process(mode) = isolation else { return Ok(job()) };
     let limits = limits_under_test(*limits);
     let (ours, theirs) = pipes().map_err(|error| ConfinedError::Io("make a pipe", error.into()))?;
     let parent = getpid();
-    let child = fork(|| match work(mode, &limits, files, &theirs, parent, job) {
+    let child = fork(|| match work(mode, &limits, (files, numbers), &theirs, parent, job) {
         Ok(()) => 0,
         Err(error) => {
             // To the pipe that carries its messages.
@@ -170,7 +184,7 @@ pub fn confined(
 fn work(
     mode: Mode,
     limits: &Limits,
-    files: &[BorrowedFd<'_>],
+    (files, numbers): (&[BorrowedFd<'_>], &[RawFd]),
     theirs: &Ends,
     parent: Pid,
     job: impl FnOnce() -> Vec<u8>,
@@ -190,7 +204,7 @@ fn work(
     // Before anything is opened by a number that was another file's.
     inherited::close_inherited_files()?;
     let kept = files.iter().map(AsRawFd::as_raw_fd).chain([theirs.answer.as_raw_fd(), theirs.refused.as_raw_fd()]);
-    close_all_but(kept.chain([0, 1, 2]).collect());
+    close_all_but(kept.chain(numbers.iter().copied()).chain([0, 1, 2]).collect());
     set_parent_process_death_signal(Some(Signal::KILL))?;
     if getppid() != Some(parent) {
         return Ok(());

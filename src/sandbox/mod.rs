@@ -28,7 +28,7 @@ mod view;
 mod view_tests;
 mod watch;
 
-pub use confined::{ConfinedError, Isolation, Limits, confined};
+pub use confined::{ConfinedError, Isolation, Limits, confined, confined_with};
 pub use fork::{Child, ForkError, PANICKED, fork};
 pub use inherited::{keep_from_machine, note_inherited_files};
 pub use landlock::{Access, LandlockError, Reach};

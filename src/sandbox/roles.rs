@@ -200,7 +200,7 @@ const FS: &[Call] = calls![
 /// a system call for the clock of CPU time. ftruncate and pwrite64 are for the file that is unpacked into; packed files, symbol files and disk
 /// images are open for reading only, and RLIMIT_FSIZE limits what is written (confined.rs).
 const PARSER: &[Call] = calls![
-    read, pread64, write, pwrite64, lseek, ftruncate, fstat, statx,
+    read, pread64, preadv, write, pwrite64, lseek, ftruncate, fstat, statx,
     mmap(2 without PROT_EXEC), mprotect(2 without PROT_EXEC), munmap, mremap, madvise, brk,
     clock_gettime, getrandom, restart_syscall, futex,
     rt_sigreturn, rt_sigprocmask, sigaltstack, rt_sigaction(0 is SIGABRT, SIGBUS, SIGSEGV),

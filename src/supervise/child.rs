@@ -10,9 +10,10 @@ use crate::console::{self, Announcements, line_state};
 use crate::error::chain;
 use crate::kvm::System;
 use crate::logging::{self, RelaySender};
-use crate::machine::{self, Disks, Event, Files, Machine, Ran, Setup, Start};
+use crate::machine::{self, Disks, Event, Files, FromImage, Machine, Ran, Setup, Start};
 use crate::measure::{FlightRecorders, MAX_PROFILE_BYTES};
 use crate::sandbox::{Mode, Sandbox};
+use crate::snapshot::Opened;
 use hwvmm_devices::virtio::vsock::Connector;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -113,6 +114,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
         plan, start, parent_cpu_ns, flight_recorders, refusals, connector, kernel_log, boot_deadline, ..
     } = inherited;
     let system = System::open(&plan.config.kvm)?;
+    let config = plan.config;
     let on_event = |event: Event<'_>| {
         let message = match event {
             Event::Progress(what) => Message::Progress(what.to_owned()),
@@ -125,16 +127,20 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
             log::debug!("the parent process takes no messages: {error}");
         }
     };
-    let files = match plan.snapshot {
-        Some(snapshot) => Files::of_snapshot(snapshot)?,
-        None => {
-            let kernel = KernelFile::open(&plan.config.kernel)?;
+    let progress = |what: &str| on_event(Event::Progress(what));
+    let (files, disks) = match Source::open(plan)? {
+        Source::Snapshot(snapshot) => (Files::of_snapshot(snapshot)?, disks(config)?),
+        Source::File(kernel) => {
             (plan.check)(&system, &kernel)?;
-            Files::open(plan.config, kernel, plan.terminal, &|what| on_event(Event::Progress(what)))?
+            let disks = disks(config)?;
+            let root = disks.root(config)?;
+            (Files::open(config, kernel, root.as_ref(), plan.terminal, &progress)?, disks)
+        }
+        Source::Image(image, disks) => {
+            (plan.check)(&system, &image.kernel)?;
+            (Files::of_image(config, image, &progress)?, disks)
         }
     };
-    let disks = Disks::open(plan.config)?;
-    check_backing_files(plan.config, &disks)?;
     let setup = Setup {
         config: plan.config,
         files: &files,
@@ -152,6 +158,38 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
     };
     let machine = Machine::new(&setup, &system, disks)?;
     Ok(machine::run(machine, &setup)?)
+}
+
+/// What the guest starts from.
+enum Source<'a> {
+    /// A snapshot.
+    Snapshot(&'a Opened),
+    /// A kernel in a file of its own.
+    File(KernelFile),
+    /// A kernel in the image of one of the disks, which are open then.
+    Image(FromImage, Disks),
+}
+
+impl<'a> Source<'a> {
+    fn open(plan: &Plan<'a>) -> Result<Self, Box<dyn Error>> {
+        if let Some(snapshot) = plan.snapshot {
+            return Ok(Self::Snapshot(snapshot));
+        }
+        let config = plan.config;
+        if config.kernel_from.is_some() {
+            let disks = disks(config)?;
+            if let Some(image) = disks.kernel(config)? {
+                return Ok(Self::Image(image, disks));
+            }
+        }
+        Ok(Self::File(KernelFile::open(&config.kernel)?))
+    }
+}
+
+fn disks(config: &RunConfig) -> Result<Disks, Box<dyn Error>> {
+    let disks = Disks::open(config)?;
+    check_backing_files(config, &disks)?;
+    Ok(disks)
 }
 
 /// Prepares the sandbox of this process, which has one thread.

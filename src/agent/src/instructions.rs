@@ -34,6 +34,8 @@ pub(crate) enum Root {
     Initramfs,
     /// The virtiofs share with this tag, read-only, under a tmpfs that takes what is written.
     Share(OsString),
+    /// The ext file system on a partition (0: the whole) of the disk with this serial number, likewise.
+    Disk { serial: OsString, partition: u32 },
 }
 
 /// A virtiofs share that is mounted read-write.
@@ -122,10 +124,15 @@ impl Instructions {
             b"module" if value.is_empty() || value.contains(&b'/') => return Err(wrong("module", "a file name")),
             b"module" => self.modules.push(text(value)),
             b"root" => {
-                self.root = match value.strip_prefix(b"share:") {
-                    Some(tag) => Root::Share(text(tag)),
-                    None if value == b"none" => Root::Initramfs,
-                    None => return Err(wrong("root", "\"none\" or \"share:TAG\"")),
+                let disk = |value| {
+                    let (partition, serial) = split(value, b':')?;
+                    Some(Root::Disk { serial: text(serial), partition: number(partition)? })
+                };
+                self.root = match (value.strip_prefix(b"share:"), value.strip_prefix(b"disk:").and_then(disk)) {
+                    (Some(tag), _) => Root::Share(text(tag)),
+                    (None, Some(disk)) => disk,
+                    (None, None) if value == b"none" => Root::Initramfs,
+                    (None, None) => return Err(wrong("root", "\"none\", \"share:TAG\" or \"disk:PARTITION:SERIAL\"")),
                 }
             }
             b"rw" => {
@@ -180,6 +187,8 @@ mod tests {
         assert_eq!(terms, [&("TERM".into(), "".into())]);
         assert!(read.environment.iter().any(|(name, _)| name == "PATH"));
         assert_eq!(read.workdir, PathBuf::from("/tmp"));
+        let disk = Instructions::parse(b"root=disk:3:hwvmm-root\0arg=a\0").expect("instructions");
+        assert_eq!(disk.root, Root::Disk { serial: "hwvmm-root".into(), partition: 3 });
         assert_eq!(read.user, User { uid: 1000, gid: 100 });
         assert_eq!(read.terminal, Some(Window { rows: 24, columns: 80 }));
     }
@@ -199,6 +208,7 @@ mod tests {
             b"what=a\0arg=a\0",
             b"root=none\0",
             b"arg=a\0root=disk\0",
+            b"arg=a\0root=disk:x:y\0",
             b"arg=a\0module=../a\0",
             b"arg=a\0module=\0",
             b"arg=a\0user=0\0",

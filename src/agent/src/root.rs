@@ -55,6 +55,7 @@ impl<'a> Mount<'a> {
         mount(self.source, self.target, self.what, self.flags, self.data).map_err(|error| {
             let remedy = match (error, self.what) {
                 (Errno::NODEV, "virtiofs") => " (the kernel has no driver for it: CONFIG_VIRTIO_FS)",
+                (Errno::NODEV, "ext4") => " (the kernel has no driver for it: CONFIG_EXT4_FS)",
                 (Errno::NODEV, "overlay") => " (the kernel has no driver for it: CONFIG_OVERLAY_FS)",
                 (Errno::NODEV, "devtmpfs") => " (the kernel has no driver for it: CONFIG_DEVTMPFS)",
                 (Errno::NODEV, "devpts") => " (the kernel has no driver for it: CONFIG_UNIX98_PTYS)",
@@ -100,8 +101,12 @@ pub(crate) fn load_modules(names: &[OsString]) -> Result<(), Failure> {
 
 /// Makes the new root, enters it, and mounts in it what a command expects.
 pub(crate) fn enter(instructions: &Instructions) -> Result<(), Failure> {
-    if let Root::Share(tag) = &instructions.root {
-        Mount::new("virtiofs", LOWER).of(tag).with(MountFlags::RDONLY, None).mount()?;
+    match &instructions.root {
+        Root::Initramfs => {}
+        Root::Share(tag) => Mount::new("virtiofs", LOWER).of(tag).with(MountFlags::RDONLY, None).mount()?,
+        Root::Disk { serial, partition } => mount_disk(serial, *partition)?,
+    }
+    if instructions.root != Root::Initramfs {
         Mount::new("tmpfs", UPPER).with(MountFlags::empty(), Some(c"mode=0755")).mount()?;
         for folder in ["/hwvmm/upper/files", "/hwvmm/upper/work"] {
             make_folder(Path::new(folder)).map_err(|error| Stage::Root.failed(folder, error))?;
@@ -137,6 +142,36 @@ pub(crate) fn enter(instructions: &Instructions) -> Result<(), Failure> {
         return Err(Stage::Workdir.failed(instructions.workdir.display(), "it is no folder in the guest"));
     }
     Ok(())
+}
+
+/// Mounts the file system of a disk, which cannot be written.
+fn mount_disk(serial: &OsStr, partition: u32) -> Result<(), Failure> {
+    let disk = find_disk(serial).ok_or_else(|| {
+        Stage::Root.failed(
+            "disk",
+            format_args!(
+                "none has the serial number {}: the kernel has no driver for it (CONFIG_VIRTIO_BLK)",
+                serial.display()
+            ),
+        )
+    })?;
+    let mut device = OsString::from("/dev/");
+    device.push(disk);
+    if partition > 0 {
+        device.push(partition.to_string());
+    }
+    let mount = |data| Mount::new("ext4", LOWER).of(&device).with(MountFlags::RDONLY, data).mount();
+    // With a journal that is not empty, which cannot be replayed on a disk that is read-only, only noload mounts it.
+    mount(None).or_else(|_| mount(Some(c"noload")))
+}
+
+/// The name of the disk with this serial number.
+fn find_disk(serial: &OsStr) -> Option<OsString> {
+    let disks = fs::read_dir("/sys/block").ok()?.flatten();
+    disks.map(|disk| disk.file_name()).find(|name| {
+        let read = fs::read(Path::new("/sys/block").join(name).join("serial")).unwrap_or_default();
+        read.trim_ascii_end() == serial.as_encoded_bytes()
+    })
 }
 
 /// Moves /dev, /proc and /sys into the new root, and makes it the root. A root on the initramfs cannot be pivoted

@@ -79,7 +79,12 @@ pub struct ContentIdentity {
 /// Returns true if only this user and root can have chosen the file's ctime, inode or content. On a FUSE
 /// mount its server chooses them, and on a mounted file system image the image's author. Such mounts of users have `nosuid`:
 /// on a mount without it, who chooses the metadata can make files set-user-ID root, and so is root already.
+///
+/// A file without a name (memfd_create(2)) is not found again by its inode, whose number goes to another file.
 fn is_trusted(file: &File, metadata: &Metadata) -> io::Result<bool> {
+    if metadata.nlink() == 0 {
+        return Ok(false);
+    }
     let owner = metadata.uid();
     let ours = owner == 0 || owner == rustix::process::geteuid().as_raw();
     if !ours || metadata.mode() & WRITABLE_BY_OTHERS != 0 {
@@ -160,16 +165,18 @@ mod tests {
     use std::fs::Permissions;
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
+    use tempfile::{NamedTempFile, TempPath};
 
     fn later() -> SystemTime {
         SystemTime::now() + RACY + Duration::from_secs(1)
     }
 
-    fn file(mode: u32, content: &[u8]) -> File {
-        let mut file = tempfile::tempfile().expect("a file");
+    /// A file and its name, which goes with it.
+    fn file(mode: u32, content: &[u8]) -> (File, TempPath) {
+        let mut file = NamedTempFile::new().expect("a file");
         file.write_all(content).expect("written");
-        file.set_permissions(Permissions::from_mode(mode)).expect("changed");
-        file
+        file.as_file().set_permissions(Permissions::from_mode(mode)).expect("changed");
+        file.into_parts()
     }
 
     fn of(file: &File, bytes: u64) -> Identity {
@@ -178,10 +185,10 @@ mod tests {
 
     #[test]
     fn a_file_that_others_can_write_is_known_by_its_content() {
-        let identity = of(&file(0o666, b"content"), 7);
+        let identity = of(&file(0o666, b"content").0, 7);
         let sha256 = "ed7002b439e9ac845f22357d822bac1444730fbdb6016d3ec9432297b9ec9f73";
         assert_eq!(identity.to_string(), format!("sha256-{sha256}"));
-        let other = file(0o600, b"");
+        let (other, _name) = file(0o600, b"");
         let (copy, range) = identity.content(&other);
         let mut content = vec![0; usize::try_from(range.bytes).expect("small")];
         copy.read_exact_at(&mut content, range.offset).expect("readable");
@@ -190,7 +197,7 @@ mod tests {
 
     #[test]
     fn a_recent_change_gives_no_identity() {
-        let file = file(0o600, b"content");
+        let (file, _name) = file(0o600, b"content");
         let range = FileRange { offset: 0, bytes: 7 };
         let now = SystemTime::now();
         assert!(Identity::of(&file, range, now).expect("readable").is_none(), "changed just now");
@@ -204,8 +211,15 @@ mod tests {
     }
 
     #[test]
+    fn a_file_without_a_name_is_known_by_its_content() {
+        let (file, name) = file(0o600, b"content");
+        drop(name);
+        assert!(matches!(of(&file, 7), Identity::Content(_)), "another file gets its inode number");
+    }
+
+    #[test]
     fn a_change_while_it_is_read_shows() {
-        let mut file = file(0o600, b"content");
+        let (mut file, _name) = file(0o600, b"content");
         let identity = of(&file, 7);
         if matches!(identity, Identity::Content(_)) {
             return crate::skip::skipped("the temporary folder is mounted nosuid");

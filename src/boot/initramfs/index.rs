@@ -19,6 +19,13 @@ pub enum Driver {
     Virtiofs,
     /// Takes what is written to a read-only root.
     Overlay,
+    /// Disks.
+    VirtioBlk,
+    /// A checksum that ext4 asks the kernel for by its name, which modules.dep does not say. New kernels have it built in, and no
+    /// module.
+    Crc32c,
+    /// The file system of a disk: ext2 to ext4.
+    Ext4,
 }
 
 impl Driver {
@@ -31,6 +38,9 @@ impl Driver {
             Self::Vsock => "vmw_vsock_virtio_transport",
             Self::Virtiofs => "virtiofs",
             Self::Overlay => "overlay",
+            Self::VirtioBlk => "virtio_blk",
+            Self::Crc32c => "crc32c_generic",
+            Self::Ext4 => "ext4",
         }
     }
 
@@ -43,7 +53,16 @@ impl Driver {
             Self::Vsock => "CONFIG_VIRTIO_VSOCKETS",
             Self::Virtiofs => "CONFIG_VIRTIO_FS",
             Self::Overlay => "CONFIG_OVERLAY_FS",
+            Self::VirtioBlk => "CONFIG_VIRTIO_BLK",
+            Self::Crc32c => "CONFIG_CRYPTO_CRC32C",
+            Self::Ext4 => "CONFIG_EXT4_FS",
         }
+    }
+
+    /// Returns true if a kernel may be without it.
+    #[must_use]
+    fn is_optional(self) -> bool {
+        self == Self::Crc32c
     }
 }
 
@@ -121,7 +140,7 @@ impl<'a> ModuleIndex<'a> {
         for driver in drivers {
             match self.paths.get(driver.module()) {
                 Some(path) => self.visit(path, 0, &mut seen, &mut order)?,
-                None if self.builtin.contains(driver.module()) => {}
+                None if self.builtin.contains(driver.module()) || driver.is_optional() => {}
                 None => return Err(IndexError::NoDriver(*driver)),
             }
         }
@@ -196,6 +215,20 @@ mod tests {
         let error = ModuleIndex::parse(STOCK).resolve(&[Driver::VirtioPci]).expect_err("missing");
         assert_eq!(error, IndexError::NoDriver(Driver::VirtioPci));
         assert!(error.to_string().contains("CONFIG_VIRTIO_PCI"));
+    }
+
+    #[test]
+    fn ext4_has_its_checksum() {
+        let dependencies = "k/crc32c_generic.ko:\nk/ext4.ko: k/jbd2.ko k/crc16.ko\nk/jbd2.ko:\nk/crc16.ko:\n";
+        let resolve = |dependencies| {
+            let index = ModuleIndex::parse(IndexFiles { dependencies, ..IndexFiles::default() });
+            index.resolve(&[Driver::Crc32c, Driver::Ext4]).map(|paths| paths.join(" "))
+        };
+        let all = "k/crc32c_generic.ko k/crc16.ko k/jbd2.ko k/ext4.ko";
+        assert_eq!(resolve(dependencies).as_deref(), Ok(all));
+        let newer = dependencies.replace("k/crc32c_generic.ko:\n", "");
+        let index = ModuleIndex::parse(IndexFiles { dependencies: &newer, ..IndexFiles::default() });
+        assert_eq!(index.resolve(&[Driver::Crc32c, Driver::Ext4]).map(|paths| paths.len()), Ok(3));
     }
 
     #[test]

@@ -15,6 +15,13 @@ pub enum GuestRoot {
     Initramfs,
     /// The virtiofs share with this tag, read-only, under a tmpfs that takes what is written.
     Share(OsString),
+    /// The ext file system of a disk, read-only, under a tmpfs that takes what is written.
+    Disk {
+        /// The serial number of the virtio disk (virtio 1.3 section 5.2.6.1).
+        serial: String,
+        /// The number of its partition; 0 for the whole disk.
+        partition: u32,
+    },
 }
 
 /// A virtiofs share that the agent mounts read-write.
@@ -87,6 +94,9 @@ impl Instructions {
         match &self.root {
             GuestRoot::Initramfs => records.add("root", [&b"none"[..]])?,
             GuestRoot::Share(tag) => records.add("root", [b"share:", tag.as_bytes()])?,
+            GuestRoot::Disk { serial, partition } => {
+                records.add("root", [format!("disk:{partition}:{serial}").as_bytes()])?;
+            }
         }
         for share in &self.writable {
             records.add("rw", [share.tag.as_bytes(), b":", share.path.as_os_str().as_bytes()])?;
@@ -159,6 +169,9 @@ mod tests {
         let expected = b"module=a.ko\0module=b.ko\0root=share:hwvmm-root\0rw=hwvmm-rw0:/srv\0arg=sh\0arg=\0env=A=b=c\0\
             workdir=/tmp\0user=1000:100\0hostname=guest\0terminal=24x80\0";
         assert_eq!(String::from_utf8_lossy(&bytes), String::from_utf8_lossy(expected));
+        let root = GuestRoot::Disk { serial: "hwvmm-root".into(), partition: 3 };
+        let disk = Instructions { root, ..instructions() }.encode(std::iter::empty()).expect("bytes");
+        assert!(disk.starts_with(b"root=disk:3:hwvmm-root\0"));
     }
 
     #[test]

@@ -55,6 +55,9 @@ pub enum SymbolsError {
          --symbols System.map", .0.shown()
     )]
     None(PathBuf),
+    /// The kernel was taken out of an image.
+    #[error("{}: the symbols of a kernel in a disk image are not read; give them with --symbols System.map", .0.shown())]
+    InImage(PathBuf),
 }
 
 /// The symbols of a kernel.
@@ -103,6 +106,7 @@ impl Symbols {
     pub fn load(config: &RunConfig) -> Result<Self, SymbolsError> {
         let (path, file) = match &config.symbols {
             Some(path) => (path, open(path)?),
+            None if config.kernel_from.is_some() => return Err(SymbolsError::InImage(config.kernel.clone())),
             None => (&config.kernel, boot::unpacked(config)?),
         };
         // A process of its own costs two per cent of a boot's instructions. The search of the run's kernel is bounded in steps; what

@@ -8,10 +8,12 @@ use super::qcow2::{self, CheckPlace, FormatSource, OpenChain};
 use super::request::SECTOR_BYTES;
 use imago::FormatAccess;
 use std::fs::File;
-use std::os::unix::fs::FileTypeExt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
-use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock};
 
 /// A qcow2 image. A discard needs exclusive access; other operations share it.
 pub(super) type Qcow2Image = RwLock<FormatAccess<imago::file::File>>;
@@ -28,6 +30,7 @@ struct OpenImage {
     /// Other files that are locked.
     locks: Vec<LockedFile>,
     backing: Vec<PathBuf>,
+    read_files: Vec<RawFd>,
 }
 
 /// What a guest may write to the first sector of a disk.
@@ -51,8 +54,12 @@ struct BlockSizes {
 /// A disk image that is open and locked.
 pub struct Image {
     pub(super) content: Content,
-    /// The file, locked, and the other files of the image, locked too.
+    /// The file, locked.
+    file: LockedFile,
+    /// The other files of the image, locked too.
     _locks: Vec<LockedFile>,
+    /// The numbers of the files that imago has.
+    read_files: Vec<RawFd>,
     backing: Vec<PathBuf>,
     read_only: bool,
     direct: bool,
@@ -86,18 +93,20 @@ impl Image {
         let raw = |first_sector| {
             let file = open_file(options, host_cache)?;
             let bytes = size(&file).map_err(stat_error)?;
-            Ok(OpenImage { content: Content::Raw(file, first_sector), bytes, locks: Vec::new(), backing: Vec::new() })
+            let content = Content::Raw(file, first_sector);
+            Ok(OpenImage { content, bytes, locks: Vec::new(), backing: Vec::new(), read_files: Vec::new() })
         };
         let format = match options.format {
             Format::Auto => detect(&file, options)?,
             known => known,
         };
         let qcow2 = |source| {
-            let OpenChain { access, locks, backing } = qcow2::open(options, &file, source, place)?;
+            let OpenChain { access, locks, backing, storage } = qcow2::open(options, &file, source, place)?;
             let bytes = access.size();
-            Ok(OpenImage { content: Content::Qcow2(Box::new(RwLock::new(access))), bytes, locks, backing })
+            let content = Content::Qcow2(Box::new(RwLock::new(access)));
+            Ok(OpenImage { content, bytes, locks, backing, read_files: storage })
         };
-        let OpenImage { content, bytes, mut locks, backing } = match format {
+        let OpenImage { content, bytes, locks, backing, read_files } = match format {
             Format::Qcow2 => qcow2(FormatSource::Configured)?,
             Format::DetectedQcow2 => qcow2(FormatSource::Detected)?,
             Format::Raw => raw(FirstSector::Free)?,
@@ -107,10 +116,11 @@ impl Image {
             return Err(ImageError::Size { path: path.clone(), bytes });
         }
         let block_sizes = if is_device { device_block_sizes(&file) } else { file_block_sizes(&file, host_cache) };
-        locks.push(LockedFile(file));
         Ok(Self {
             content,
+            file: LockedFile(file),
             _locks: locks,
+            read_files,
             backing,
             read_only: *read_only,
             direct: options.direct,
@@ -122,6 +132,28 @@ impl Image {
     /// The paths of the backing files, which the headers of a qcow2 image name.
     pub fn backing_files(&self) -> impl Iterator<Item = &Path> {
         self.backing.iter().map(PathBuf::as_path)
+    }
+
+    /// Fills `buffer` from the offset `at` of the disk, in bytes, as the guest would read it.
+    ///
+    /// # Errors
+    /// Where the image cannot be read, or ends before the buffer is full.
+    pub fn read_exact_at(&self, buffer: &mut [u8], at: u64) -> io::Result<()> {
+        let end = at.checked_add(buffer.len() as u64);
+        if end.is_none_or(|end| end > self.bytes()) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        match &self.content {
+            // Not by the file of `content`, which may need aligned buffers.
+            Content::Raw(..) => self.file.0.read_exact_at(buffer, at),
+            Content::Qcow2(image) => image.read().unwrap_or_else(PoisonError::into_inner).read(buffer, at),
+        }
+    }
+
+    /// The numbers of the files that [`Image::read_exact_at`] reads.
+    #[must_use]
+    pub fn file_numbers(&self) -> Vec<RawFd> {
+        [&self.read_files[..], &[self.file.0.as_raw_fd()]].concat()
     }
 
     /// Returns the size of the disk in bytes, as the guest sees it.

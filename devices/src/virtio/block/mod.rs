@@ -75,13 +75,14 @@ impl Block {
     ///
     /// # Errors
     /// Returns the error of timerfd_create(2).
-    pub fn new(image: Image, options: BlockOptions) -> io::Result<Self> {
+    pub fn new(image: impl Into<Arc<Image>>, options: BlockOptions) -> io::Result<Self> {
+        let image = image.into();
         let resources = |_| {
             let ring = Slot::new(new_ring(&image, options.io_engine));
             Ok(QueueResources { ring, timer: Arc::new(Mutex::new(TimerFd::new()?)) })
         };
         let queues = (0..options.queues).map(resources).collect::<io::Result<_>>()?;
-        Ok(Self { image: Arc::new(image), options, queues })
+        Ok(Self { image, options, queues })
     }
 
     /// Returns struct virtio_blk_config (virtio 1.3 §5.2.4), up to `write_zeroes_may_unmap`.

@@ -17,7 +17,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -33,6 +33,8 @@ pub(in crate::virtio::block) struct OpenChain {
     pub(in crate::virtio::block) locks: Vec<LockedFile>,
     /// The paths of its backing files.
     pub(in crate::virtio::block) backing: Vec<PathBuf>,
+    /// The numbers of the files that `access` has; they are open as long as it is.
+    pub(in crate::virtio::block) storage: Vec<RawFd>,
 }
 
 /// Identifies a file of the host.
@@ -49,6 +51,7 @@ struct Chain<'a> {
     seen: Vec<FileId>,
     locks: Vec<LockedFile>,
     backing: Vec<PathBuf>,
+    storage: Vec<RawFd>,
 }
 
 /// An image of the chain that was opened, and not yet given to imago.
@@ -77,7 +80,8 @@ pub(in crate::virtio::block) fn open(
     }
     let host_cache = if options.direct { HostCache::Bypassed } else { HostCache::Used };
     let seen = vec![id(file).map_err(stat)?];
-    let mut chain = Chain { options, place, host_cache, seen, locks: Vec::new(), backing: Vec::new() };
+    let mut chain =
+        Chain { options, place, host_cache, seen, locks: Vec::new(), backing: Vec::new(), storage: Vec::new() };
     let data = match (&facts.data, &options.data_file) {
         (DataPlace::Image, None) => None,
         (DataPlace::Image, Some(_)) => return Err(bad(Qcow2Error::NoDataFile)),
@@ -86,7 +90,7 @@ pub(in crate::virtio::block) fn open(
     };
     let used = if options.read_only { Use::Reading } else { Use::ReadingAndWriting };
     let access = chain.image(&Layer { path, file }, facts.backing.as_ref(), data, used)?;
-    Ok(OpenChain { access, locks: chain.locks, backing: chain.backing })
+    Ok(OpenChain { access, locks: chain.locks, backing: chain.backing, storage: chain.storage })
 }
 
 /// # Errors
@@ -190,12 +194,13 @@ impl Chain<'_> {
     }
 
     /// Returns an open file as imago takes it: the same file, whatever its name means by now.
-    fn storage(&self, file: &File, used: Use) -> io::Result<imago::file::File> {
-        match self.host_cache {
+    fn storage(&mut self, file: &File, used: Use) -> io::Result<imago::file::File> {
+        let file = match self.host_cache {
             HostCache::Used => file.try_clone()?,
             HostCache::Bypassed => reopen(file, used, OFlags::DIRECT)?,
-        }
-        .try_into()
+        };
+        self.storage.push(file.as_raw_fd());
+        file.try_into()
     }
 }
 

@@ -1,0 +1,306 @@
+//! The file systems of a disk image: those that are read (ext2 to ext4, FAT), and the names of those that are not.
+
+use super::disk::Range;
+use ext4_view::{Ext4, Ext4Error, Ext4Read};
+use fatfs::FsOptions;
+use std::error::Error;
+use std::fmt;
+use std::io::{self, Read as _, Seek, SeekFrom, Write};
+use thiserror::Error;
+
+/// Bytes that are copied at once.
+const PIECE: usize = 64 << 10;
+/// The longest path in bytes (PATH_MAX).
+const PATH_BYTES: usize = 4096;
+
+/// Why a file of an image cannot be read.
+#[derive(Debug, Error)]
+pub(super) enum FileError {
+    /// There is no such file.
+    #[error("there is no such file")]
+    NotFound,
+    /// It is a folder, or another thing that is no file.
+    #[error("it is no regular file")]
+    Kind,
+    /// It is larger than such a file may be.
+    #[error("it has {bytes} bytes, and hwvmm reads at most {limit}")]
+    TooLarge {
+        /// The size that the file system gives.
+        bytes: u64,
+        /// The largest size that is read.
+        limit: u64,
+    },
+    /// The file system is damaged, or has a feature that the reader does not know.
+    #[error("the file system cannot be read: {0}")]
+    Read(String),
+    /// The file that it is copied to cannot be written.
+    #[error("it cannot be copied: {0}")]
+    Write(io::Error),
+}
+
+fn damaged(error: &dyn Error) -> FileError {
+    let mut text = error.to_string();
+    if let Some(source) = error.source() {
+        text = format!("{text}: {source}");
+    }
+    FileError::Read(text)
+}
+
+impl From<Ext4Error> for FileError {
+    fn from(error: Ext4Error) -> Self {
+        match error {
+            Ext4Error::NotFound => Self::NotFound,
+            Ext4Error::IsADirectory | Ext4Error::IsASpecialFile | Ext4Error::NotADirectory => Self::Kind,
+            error => damaged(&error),
+        }
+    }
+}
+
+impl From<io::Error> for FileError {
+    fn from(error: io::Error) -> Self {
+        if error.kind() == io::ErrorKind::NotFound { Self::NotFound } else { damaged(&error) }
+    }
+}
+
+/// What a range of a disk holds.
+pub(super) enum Content {
+    /// A file system that can be read.
+    FileSystem(FileSystem),
+    /// Something that cannot be read: what, for messages.
+    Other(String),
+}
+
+/// What has a magic number: its name, the number, and the bytes before it.
+const OTHERS: &[(&str, u64, &[u8])] = &[
+    ("xfs", 0, b"XFSB"),
+    ("btrfs", 0x1_0040, b"_BHRfS_M"),
+    ("LUKS (encrypted)", 0, b"LUKS\xba\xbe"),
+    ("LVM", 512 + 24, b"LVM2 001"),
+    ("LVM", 24, b"LVM2 001"),
+    ("a part of a RAID", 4096, &[0xfc, 0x4e, 0x2b, 0xa9]),
+    ("squashfs", 0, b"hsqs"),
+    ("erofs", 1024, &[0xe2, 0xe1, 0xf5, 0xe0]),
+    ("f2fs", 1024, &[0x10, 0x20, 0xf5, 0xf2]),
+    ("ISO 9660", 0x8001, b"CD001"),
+    ("NTFS", 3, b"NTFS    "),
+    ("exFAT", 3, b"EXFAT   "),
+    ("BitLocker", 3, b"-FVE-FS-"),
+    ("swap", 4086, b"SWAPSPACE2"),
+];
+
+/// Finds out what `range` holds.
+#[must_use]
+pub(super) fn content(range: &Range) -> Content {
+    if range.array(1024 + 56) == Some([0x53, 0xef]) {
+        return match Ext4::load(Box::new(ExtDisk(range.clone()))) {
+            Ok(ext) => Content::FileSystem(FileSystem::Ext(ext)),
+            Err(error) => Content::Other(format!("ext4 that cannot be read ({})", FileError::from(error))),
+        };
+    }
+    let has = |at, magic: &[u8]| {
+        let mut bytes = vec![0; magic.len()];
+        range.read(&mut bytes, at).is_ok() && bytes == magic
+    };
+    if let Some((name, ..)) = OTHERS.iter().find(|(_, at, magic)| has(*at, magic)) {
+        return Content::Other((*name).to_owned());
+    }
+    if !looks_like_fat(range) {
+        return Content::Other("no file system that hwvmm knows".into());
+    }
+    match fatfs::FileSystem::new(FatDisk { range: range.clone(), at: 0 }, FsOptions::new()) {
+        Ok(fat) => Content::FileSystem(FileSystem::Fat(Box::new(fat))),
+        Err(error) => Content::Other(format!("FAT that cannot be read ({error})")),
+    }
+}
+
+/// Returns true if the boot sector is that of FAT, with areas that add up: fatfs takes that for granted.
+fn looks_like_fat(range: &Range) -> bool {
+    let Some(sector) = range.array::<512>(0) else { return false };
+    let u16_at = |at: usize| u64::from(u16::from_le_bytes([sector[at], sector[at + 1]]));
+    let u32_at = |at: usize| u16_at(at) | u16_at(at + 2) << 16;
+    let or = |small: u64, large: u64| if small == 0 { large } else { small };
+    let (sector_bytes, total) = (u16_at(11), or(u16_at(19), u32_at(32)));
+    let (fats, fat_sectors) = (u64::from(sector[16]), or(u16_at(22), u32_at(36)));
+    let jump = matches!(sector[0], 0xeb | 0xe9);
+    if !jump || !sector.ends_with(&[0x55, 0xaa]) || !matches!(sector_bytes, 512 | 1024 | 2048 | 4096) {
+        return false;
+    }
+    let root_sectors = (u16_at(17) * 32).div_ceil(sector_bytes);
+    let data = u16_at(14) + fats * fat_sectors + root_sectors;
+    let whole = total.checked_mul(sector_bytes).is_some_and(|bytes| bytes <= range.bytes());
+    // FAT has at least two bytes for three clusters, and at most four bytes for one.
+    let entries = fat_sectors * sector_bytes >= 3 && fat_sectors * sector_bytes <= 1 << 30;
+    sector[13].is_power_of_two() && matches!(fats, 1 | 2) && whole && entries && data < total
+}
+
+/// A file system that can be read.
+pub(super) enum FileSystem {
+    /// ext2, ext3 or ext4.
+    Ext(Ext4),
+    /// FAT12, FAT16 or FAT32.
+    Fat(Box<fatfs::FileSystem<FatDisk>>),
+}
+
+impl FileSystem {
+    /// Its UUID as GRUB and Linux write it; for FAT its serial number.
+    #[must_use]
+    pub(super) fn uuid(&self) -> String {
+        match self {
+            Self::Ext(ext) => ext.uuid().to_string(),
+            Self::Fat(fat) => format!("{:04X}-{:04X}", fat.volume_id() >> 16, fat.volume_id() & 0xffff),
+        }
+    }
+
+    /// Its label; empty where it has none.
+    #[must_use]
+    pub(super) fn label(&self) -> String {
+        match self {
+            Self::Ext(ext) => ext.label().to_str().unwrap_or_default().to_owned(),
+            Self::Fat(fat) => fat.volume_label(),
+        }
+    }
+
+    /// Returns true if there is a file or a folder at `path`.
+    #[must_use]
+    pub(super) fn exists(&self, path: &str) -> bool {
+        path.len() <= PATH_BYTES
+            && match self {
+                Self::Ext(ext) => ext4_path(path).is_ok_and(|path| ext.exists(&path).unwrap_or(false)),
+                Self::Fat(fat) => {
+                    let path = path.trim_matches('/');
+                    let root = fat.root_dir();
+                    path.is_empty() || root.open_file(path).is_ok() || root.open_dir(path).is_ok()
+                }
+            }
+    }
+
+    /// The names in the folder at `path`, at most `limit` of them.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub(super) fn names(&self, path: &str, limit: usize) -> Result<Vec<String>, FileError> {
+        match self {
+            Self::Ext(ext) => {
+                let entries = ext.read_dir(&ext4_path(path)?)?.take(limit);
+                entries.map(|entry| Ok(String::from_utf8_lossy(entry?.file_name().as_ref()).into_owned())).collect()
+            }
+            Self::Fat(fat) => {
+                let entries = fat.root_dir().open_dir(path.trim_matches('/'))?.iter().take(limit);
+                entries.map(|entry| Ok(entry?.file_name())).collect()
+            }
+        }
+    }
+
+    /// Reads the file at `path`. Symbolic links lead to files of this file system only.
+    ///
+    /// # Errors
+    /// [`FileError`]; [`FileError::TooLarge`] with more than `limit` bytes.
+    pub(super) fn read(&self, path: &str, limit: u64) -> Result<Vec<u8>, FileError> {
+        let mut bytes = Vec::new();
+        self.copy(path, limit, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Copies the file at `path` to the end of `out`. Returns its size in bytes.
+    ///
+    /// # Errors
+    /// As [`FileSystem::read`], and [`FileError::Write`].
+    pub(super) fn copy(&self, path: &str, limit: u64, out: &mut dyn Write) -> Result<u64, FileError> {
+        if path.len() > PATH_BYTES {
+            return Err(FileError::NotFound);
+        }
+        match self {
+            Self::Ext(ext) => {
+                let mut file = ext.open(&ext4_path(path)?)?;
+                let bytes = file.metadata().len();
+                if bytes > limit {
+                    return Err(FileError::TooLarge { bytes, limit });
+                }
+                copy_pieces(limit, out, |piece| Ok(file.read_bytes(piece)?))
+            }
+            Self::Fat(fat) => {
+                let mut file = fat.root_dir().open_file(path.trim_matches('/'))?;
+                copy_pieces(limit, out, |piece| Ok(file.read(piece)?))
+            }
+        }
+    }
+}
+
+fn ext4_path(path: &str) -> Result<ext4_view::PathBuf, FileError> {
+    let absolute = format!("/{}", path.trim_start_matches('/'));
+    ext4_view::PathBuf::try_from(absolute.as_bytes()).map_err(|_| FileError::NotFound)
+}
+
+/// Copies until there is no more.
+fn copy_pieces(
+    limit: u64,
+    out: &mut dyn Write,
+    mut read: impl FnMut(&mut [u8]) -> Result<usize, FileError>,
+) -> Result<u64, FileError> {
+    let (mut piece, mut done) = (vec![0; PIECE], 0_u64);
+    loop {
+        let count = read(&mut piece)?;
+        if count == 0 {
+            return Ok(done);
+        }
+        done += count as u64;
+        if done > limit {
+            return Err(FileError::TooLarge { bytes: done, limit });
+        }
+        out.write_all(piece.get(..count).unwrap_or_default()).map_err(FileError::Write)?;
+    }
+}
+
+/// A range as ext4-view reads it.
+struct ExtDisk(Range);
+
+impl Ext4Read for ExtDisk {
+    fn read(&mut self, start_byte: u64, dst: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync + 'static>> {
+        Ok(self.0.read(dst, start_byte)?)
+    }
+}
+
+/// A range as fatfs reads it. It cannot be written.
+pub(super) struct FatDisk {
+    range: Range,
+    at: u64,
+}
+
+impl fmt::Debug for FatDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FatDisk").field("at", &self.at).finish_non_exhaustive()
+    }
+}
+
+impl io::Read for FatDisk {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.range.bytes().saturating_sub(self.at);
+        let count = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
+        let buffer = buffer.get_mut(..count).unwrap_or_default();
+        self.range.read(buffer, self.at)?;
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
+impl Seek for FatDisk {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let at = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+            SeekFrom::End(by) => self.range.bytes().checked_add_signed(by),
+        };
+        self.at = at.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
+    }
+}
+
+impl Write for FatDisk {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,33 @@
+//! Disk images as vendors ship them: the kernel is taken out of their file systems, by the configuration of the boot loader; and the root file
+//! system is found.
+//!
+//! The files build on each other in one order: `disk` (bytes), `partitions` and `filesystem`; `menu` (entries), `bls` and `grub` (two
+//! kinds of configuration); `volumes` (all file systems of an image), `find`, `process` (all of it, confined).
+
+mod bls;
+mod disk;
+mod filesystem;
+mod find;
+mod grub;
+mod menu;
+mod partitions;
+mod process;
+#[cfg(test)]
+mod tests;
+mod volumes;
+
+pub use disk::{Range, ReadAt};
+pub use find::{FindError, Found, Root, find, find_root};
+pub use menu::Listed;
+pub use process::{ImageKernel, ImageKernelError, OpenDisk, kernel_of, root_of};
+pub use volumes::Seen;
+
+/// The entries for Linux of a grub.cfg without file systems, and the text of its grubenv: for fuzz targets and tests.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn grub_entries(text: &str, environment: &str) -> Result<Vec<Listed>, String> {
+    let config = grub::Config { text, environment, device: "vol0", folder: "/boot/grub" };
+    let menu = grub::menu(&config, &volumes::Volumes::default()).map_err(|error| error.to_string())?;
+    Ok(menu.listed())
+}

@@ -1,0 +1,107 @@
+//! Reads an image in a process of its own, which has the image's files and the two files to fill.
+
+use super::disk::{Range, ReadAt};
+use super::find::{FindError, Found, MAX_FILE_BYTES, Root, find, find_root};
+use crate::escape::escape;
+use crate::sandbox::{ConfinedError, Isolation, Limits, confined_with};
+use rustix::fs::{MemfdFlags, memfd_create};
+use serde::de::DeserializeOwned;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::rc::Rc;
+use std::time::Duration;
+use thiserror::Error;
+
+/// What is read of an image at most, in bytes: kernel and initrd several times, and as much of tables.
+const READ_BYTES: u64 = 8 << 30;
+/// The longest answer in bytes: 256 entries with long titles.
+const ANSWER_BYTES: usize = 1 << 20;
+/// The longest text that is shown of an image.
+const SHOWN_BYTES: usize = 4096;
+const LIMITS: Limits = Limits {
+    memory_bytes: 512 << 20,
+    cpu: Duration::from_secs(60),
+    wall: Duration::from_secs(300),
+    file_bytes: MAX_FILE_BYTES,
+    answer_bytes: ANSWER_BYTES,
+};
+
+/// Why an image gives no kernel, or no root.
+#[derive(Debug, Error)]
+pub enum ImageKernelError {
+    /// It has none that can be found.
+    #[error("{}", escape(&.0.to_string(), SHOWN_BYTES))]
+    Find(FindError),
+    /// The process that reads it gave no answer.
+    #[error("its file systems were not read")]
+    Process(#[source] ConfinedError),
+    /// The kernel cannot be kept in memory.
+    #[error("cannot keep what is in it in memory")]
+    Memory(#[source] io::Error),
+}
+
+/// The kernel of an image.
+pub struct ImageKernel {
+    /// What was found.
+    pub found: Found,
+    /// The kernel, as it is in the image.
+    pub kernel: File,
+    /// The initrds, one behind the other; `None` where there are none.
+    pub initrd: Option<File>,
+}
+
+/// A disk and the files of this process that it reads, by their numbers.
+pub struct OpenDisk {
+    /// The disk.
+    pub disk: Rc<dyn ReadAt>,
+    /// The files.
+    pub files: Vec<RawFd>,
+}
+
+/// Takes the kernel out of an image: that of the entry which `wanted` names, or which the boot loader would start.
+///
+/// # Errors
+/// [`ImageKernelError`].
+pub fn kernel_of(disk: &OpenDisk, wanted: Option<&str>, isolation: Isolation) -> Result<ImageKernel, ImageKernelError> {
+    let memory = |name: &str| memfd_create(name, MemfdFlags::CLOEXEC).map(File::from);
+    let (kernel, initrd) = (memory("kernel"), memory("initrd"));
+    let kernel = kernel.map_err(|error| ImageKernelError::Memory(error.into()))?;
+    let initrd = initrd.map_err(|error| ImageKernelError::Memory(error.into()))?;
+    let job = || {
+        let range = Range::whole(Rc::clone(&disk.disk), READ_BYTES);
+        let found = find(&range, wanted, &mut &kernel, &mut &initrd);
+        serde_json::to_vec(&found).unwrap_or_default()
+    };
+    let found: Found = answer(disk, &[kernel.as_fd(), initrd.as_fd()], isolation, job)?;
+    let bytes = initrd.metadata().map_err(ImageKernelError::Memory)?.len();
+    if bytes != found.initrd_bytes || found.cmdline.contains(char::is_control) {
+        return Err(ImageKernelError::Process(ConfinedError::Nonsense));
+    }
+    Ok(ImageKernel { found, kernel, initrd: (bytes > 0).then_some(initrd) })
+}
+
+/// Finds the root file system of an image.
+///
+/// # Errors
+/// [`ImageKernelError`].
+pub fn root_of(disk: &OpenDisk, isolation: Isolation) -> Result<Root, ImageKernelError> {
+    let job = || {
+        let found = find_root(&Range::whole(Rc::clone(&disk.disk), READ_BYTES));
+        serde_json::to_vec(&found).unwrap_or_default()
+    };
+    answer(disk, &[], isolation, job)
+}
+
+/// Runs a job on `disk`, which fills `files`, and reads its answer.
+fn answer<T: DeserializeOwned>(
+    disk: &OpenDisk,
+    files: &[BorrowedFd<'_>],
+    isolation: Isolation,
+    job: impl FnOnce() -> Vec<u8>,
+) -> Result<T, ImageKernelError> {
+    let answer = confined_with(isolation, &LIMITS, files, &disk.files, job).map_err(ImageKernelError::Process)?;
+    let answer: Result<T, FindError> =
+        serde_json::from_slice(&answer).map_err(|_| ImageKernelError::Process(ConfinedError::Nonsense))?;
+    answer.map_err(ImageKernelError::Find)
+}

@@ -1,0 +1,209 @@
+//! The file systems of an image, and the menu of the boot loader that is installed on them.
+
+use super::bls::{self, BlsEntry};
+use super::disk::Range;
+use super::filesystem::{Content, FileError, FileSystem, content};
+use super::grub::{self, By};
+use super::menu::{Entry, MAX_ENTRIES, Menu};
+use super::partitions::partitions;
+use glob::Pattern;
+use serde::{Deserialize, Serialize};
+
+/// The most partitions that are looked at.
+const MAX_VOLUMES: usize = 128;
+/// The most names of a folder that are looked at.
+const MAX_NAMES: usize = 4096;
+/// The size of GRUB's environment is 1024 bytes.
+const GRUBENV_BYTES: u64 = 4096;
+/// The largest loader.conf in bytes.
+const LOADER_CONF_BYTES: u64 = 64 << 10;
+/// Folders of GRUB, from the root of a file system: that of the root, or one of its own for /boot.
+const GRUB: [&str; 4] = ["/boot/grub", "/boot/grub2", "/grub", "/grub2"];
+/// Folders of the Boot Loader Specification, in the same places.
+const LOADER: [&str; 2] = ["/loader", "/boot/loader"];
+/// Names of devices begin with this in what is read here; a number follows.
+const NAME: &str = "vol";
+
+/// A partition, or a whole disk without partitions, as messages name it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// The number of the partition; `None` for the whole disk.
+    pub partition: Option<u32>,
+    /// What is on it.
+    pub what: String,
+}
+
+struct Volume {
+    /// The number of its partition; `None` for the whole disk.
+    partition: Option<u32>,
+    content: Content,
+}
+
+/// The file systems of an image.
+#[derive(Default)]
+pub(super) struct Volumes(Vec<Volume>);
+
+impl Volumes {
+    /// Reads the partition table and the superblocks of `disk`.
+    #[must_use]
+    pub(super) fn of(disk: &Range) -> Self {
+        let table = partitions(disk);
+        if table.is_empty() {
+            return Self(vec![Volume { partition: None, content: content(disk) }]);
+        }
+        let volume = |partition: &super::partitions::Partition| {
+            let range = disk.part(partition.start, partition.bytes)?;
+            Some(Volume { partition: Some(partition.number), content: content(&range) })
+        };
+        Self(table.iter().take(MAX_VOLUMES).filter_map(volume).collect())
+    }
+
+    fn readable(&self) -> impl Iterator<Item = (usize, &FileSystem)> {
+        self.0.iter().enumerate().filter_map(|(index, volume)| match &volume.content {
+            Content::FileSystem(fs) => Some((index, fs)),
+            Content::Other(_) => None,
+        })
+    }
+
+    /// What is on each partition.
+    #[must_use]
+    pub(super) fn seen(&self) -> Vec<Seen> {
+        let what = |content: &Content| match content {
+            Content::FileSystem(FileSystem::Ext(_)) => "ext4".to_owned(),
+            Content::FileSystem(FileSystem::Fat(_)) => "FAT".to_owned(),
+            Content::Other(what) => what.clone(),
+        };
+        self.0.iter().map(|volume| Seen { partition: volume.partition, what: what(&volume.content) }).collect()
+    }
+
+    /// The first file system that Linux can have for a root, and the number of its partition; `None` for the whole disk.
+    #[must_use]
+    pub(super) fn root(&self) -> Option<(Option<u32>, &FileSystem)> {
+        let is_root = |fs: &FileSystem| {
+            matches!(fs, FileSystem::Ext(_))
+                && fs.exists("/etc")
+                && ["/bin", "/usr/bin", "/sbin"].iter().any(|folder| fs.exists(folder))
+        };
+        let (index, fs) = self.readable().find(|(_, fs)| is_root(fs))?;
+        Some((self.0.get(index)?.partition, fs))
+    }
+
+    /// The file system that a boot loader calls `device`: by the name given here, or by the number of its partition (`hd0,gpt1`).
+    #[must_use]
+    pub(super) fn device(&self, device: &str) -> Option<&FileSystem> {
+        let index = match device.strip_prefix(NAME) {
+            Some(index) => index.parse().ok()?,
+            None => {
+                let partition = device.split_once(',').map(|(_, partition)| partition);
+                let number = partition.map(|text| text.trim_start_matches(|c: char| c.is_ascii_alphabetic()).parse());
+                let number: Option<u32> = number.transpose().ok()?;
+                self.0.iter().position(|volume| volume.partition == number)?
+            }
+        };
+        match &self.0.get(index)?.content {
+            Content::FileSystem(fs) => Some(fs),
+            Content::Other(_) => None,
+        }
+    }
+
+    /// The menu of the boot loader: GRUB's, or else that of the Boot Loader Specification. `None` where there is none with an entry
+    /// for Linux.
+    ///
+    /// # Errors
+    /// Where a configuration is there and cannot be read: its path, and why.
+    pub(super) fn menu(&self) -> Result<Option<Menu>, (String, String)> {
+        let mut failed = None;
+        for (index, fs) in self.readable() {
+            for folder in GRUB {
+                let path = format!("{folder}/grub.cfg");
+                match self.grub_menu(index, fs, folder, &path) {
+                    Ok(Some(menu)) if menu.choose(None).is_some() => return Ok(Some(menu)),
+                    Ok(_) => {}
+                    Err(why) => failed = failed.or(Some((path, why))),
+                }
+            }
+        }
+        let menu = self.loader_menu();
+        match (menu.entries.is_empty(), failed) {
+            (false, _) => Ok(Some(menu)),
+            (true, Some(failed)) => Err(failed),
+            (true, None) => Ok(None),
+        }
+    }
+
+    fn grub_menu(&self, index: usize, fs: &FileSystem, folder: &str, path: &str) -> Result<Option<Menu>, String> {
+        let text = match fs.read(path, grub::MAX_BYTES as u64) {
+            Ok(text) => text,
+            Err(FileError::NotFound | FileError::Kind) => return Ok(None),
+            Err(error) => return Err(error.to_string()),
+        };
+        let environment = fs.read(&format!("{folder}/grubenv"), GRUBENV_BYTES).unwrap_or_default();
+        let config = grub::Config {
+            text: &String::from_utf8_lossy(&text),
+            environment: &String::from_utf8_lossy(&environment),
+            device: &format!("{NAME}{index}"),
+            folder,
+        };
+        grub::menu(&config, self).map(Some).map_err(|error| error.to_string())
+    }
+
+    /// The menu of the Boot Loader Specification, from the files of all file systems.
+    fn loader_menu(&self) -> Menu {
+        let mut found: Vec<(usize, BlsEntry)> = Vec::new();
+        let mut pattern = String::new();
+        for (index, fs) in self.readable() {
+            found.extend(entries(fs, &str::to_owned).into_iter().map(|entry| (index, entry)));
+            let conf = fs.read("/loader/loader.conf", LOADER_CONF_BYTES).unwrap_or_default();
+            let default = String::from_utf8_lossy(&conf);
+            if pattern.is_empty() {
+                pattern = bls::default_pattern(&default).to_owned();
+            }
+        }
+        found.sort_by(|(_, a), (_, b)| a.compare(b));
+        found.truncate(MAX_ENTRIES);
+        let entries: Vec<Entry> = (0..)
+            .zip(found)
+            .map(|(number, (index, entry))| entry.into_entry(number, &format!("{NAME}{index}")))
+            .collect();
+        let pattern = Pattern::new(pattern.trim_end_matches(".conf")).ok();
+        let chosen = pattern.and_then(|pattern| entries.iter().find(|entry| pattern.matches(&entry.id)));
+        let default = chosen.map(|entry| entry.id.clone()).unwrap_or_default();
+        Menu { entries, default }
+    }
+}
+
+/// The entries of the Boot Loader Specification on a file system, in no order.
+fn entries(fs: &FileSystem, expand: &dyn Fn(&str) -> String) -> Vec<BlsEntry> {
+    let read = |folder: &str| -> Vec<BlsEntry> {
+        let folder = format!("{folder}/entries");
+        let names = fs.names(&folder, MAX_NAMES).unwrap_or_default();
+        let files = names.into_iter().filter(|name| name.ends_with(".conf")).take(MAX_ENTRIES);
+        let entry = |name: String| {
+            let text = fs.read(&format!("{folder}/{name}"), bls::MAX_BYTES).ok()?;
+            BlsEntry::parse(&name, &String::from_utf8_lossy(&text), expand)
+        };
+        files.filter_map(entry).collect()
+    };
+    LOADER.iter().map(|folder| read(folder)).find(|found| !found.is_empty()).unwrap_or_default()
+}
+
+impl grub::Volumes for Volumes {
+    fn search(&self, by: By, what: &str) -> Option<String> {
+        let is_it = |fs: &FileSystem| match by {
+            By::Uuid => fs.uuid().eq_ignore_ascii_case(what),
+            By::Label => fs.label() == what,
+            By::File => fs.exists(what),
+        };
+        self.readable().find(|(_, fs)| is_it(fs)).map(|(index, _)| format!("{NAME}{index}"))
+    }
+
+    fn exists(&self, device: &str, path: &str) -> bool {
+        self.device(device).is_some_and(|fs| fs.exists(path))
+    }
+
+    fn bls(&self, device: &str, expand: &dyn Fn(&str) -> String) -> Vec<BlsEntry> {
+        let mut found = self.device(device).map(|fs| entries(fs, expand)).unwrap_or_default();
+        found.sort_by(BlsEntry::compare);
+        found
+    }
+}

@@ -1,0 +1,113 @@
+//! Options that name disk images: with a kernel (`hwvmm run IMAGE`, `--kernel-from`), or with the root of a command (`--root IMAGE`).
+
+use super::command::RootChoice;
+use super::devices::{DiskConfig, DiskFormat, DiskIo, WriteError};
+use super::error::ConfigError;
+use super::options::RunOptions;
+use std::path::{Path, PathBuf};
+
+/// The serial number of the disk with the root of a command, by which the agent finds it.
+pub const ROOT_DISK: &str = "hwvmm-root";
+
+/// A disk with the image at `path`, and all else as if nothing was given.
+fn disk(path: &Path) -> DiskConfig {
+    DiskConfig {
+        path: path.to_owned(),
+        format: DiskFormat::Auto,
+        data_file: None,
+        read_only: false,
+        direct: false,
+        queues: 1,
+        serial: String::new(),
+        id: None,
+        write_error: WriteError::Report,
+        io: DiskIo::Auto,
+    }
+}
+
+impl RunOptions {
+    /// Takes the path of the kernel for that of an image with it, if `is_image` says that it is one, and that of the root if it
+    /// is no folder.
+    pub fn find_images(&mut self, is_image: impl Fn(&Path) -> bool) {
+        if self.kernel_from.is_none() {
+            self.kernel_from = self.kernel.take_if(|kernel| is_image(kernel));
+        }
+        if let Some(RootChoice::Folder(path)) = &self.root
+            && path.metadata().is_ok_and(|metadata| !metadata.is_dir())
+        {
+            self.root = Some(RootChoice::Image(path.clone()));
+        }
+    }
+
+    pub(super) fn kernel_path(&self) -> Result<PathBuf, ConfigError> {
+        if let Some(folder) = &self.from {
+            let refused = self.refused_with_snapshot();
+            return refused.map_or(Ok(folder.clone()), |option| Err(ConfigError::NotWithFrom(option)));
+        }
+        match (&self.kernel, &self.kernel_from) {
+            (Some(_), Some(_)) => Err(ConfigError::TwoKernels),
+            (Some(path), None) if self.entry.is_none() => Ok(path.clone()),
+            (Some(_), None) => Err(ConfigError::NoImage),
+            (None, Some(path)) => Ok(path.clone()),
+            (None, None) => Err(ConfigError::NoKernel),
+        }
+    }
+
+    /// The disks that were given, behind the image with the kernel if it is none of them, and before that with the root.
+    pub(super) fn disks(&self) -> Vec<DiskConfig> {
+        let kernel = self.kernel_from.as_ref().filter(|path| self.disk.iter().all(|disk| disk.path != **path));
+        let root = match &self.root {
+            Some(RootChoice::Image(path)) if !self.command.is_empty() => {
+                Some(DiskConfig { serial: ROOT_DISK.into(), read_only: true, ..disk(path) })
+            }
+            _ => None,
+        };
+        kernel.map(|path| disk(path)).into_iter().chain(self.disk.iter().cloned()).chain(root).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{RunConfig, Transport};
+
+    fn read(text: &str) -> RunOptions {
+        toml::from_str(text).expect("valid TOML")
+    }
+
+    #[test]
+    fn an_image_with_a_kernel_is_a_disk() {
+        let of = |text: &str| read(text).into_config();
+        let paths = |config: &RunConfig| config.disk.iter().map(|disk| disk.path.clone()).collect::<Vec<_>>();
+        let image = of("kernel-from = 'a=b,c.img'\ndisk = ['d']\nentry = '1>0'").expect("valid");
+        assert_eq!((image.kernel.as_path(), image.transport), (Path::new("a=b,c.img"), Transport::Pci));
+        assert_eq!(paths(&image), [Path::new("a=b,c.img"), Path::new("d")]);
+        let own = of("kernel-from = 'i'\ndisk = ['d', 'i,readonly=on']").expect("valid");
+        assert!(paths(&own) == [Path::new("d"), Path::new("i")] && own.disk[1].read_only);
+        assert!(matches!(of("kernel = 'k'\nkernel-from = 'i'"), Err(ConfigError::TwoKernels)));
+        assert!(matches!(of("kernel = 'k'\nentry = '0'"), Err(ConfigError::NoImage)));
+        assert!(of("kernel-from = 'i'\ncommand = 'sh'").is_err());
+        let mut options = read("kernel = 'i'");
+        options.find_images(|path| path == Path::new("j"));
+        assert!(options.kernel_from.is_none());
+        options.find_images(|path| path == Path::new("i"));
+        assert_eq!(options.into_config().expect("valid").disk.len(), 1);
+    }
+
+    #[test]
+    fn an_image_with_a_root_is_a_disk_that_cannot_be_written() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let root = |path: &Path, command: &str| {
+            let mut options = read(&format!("kernel = 'k'\nroot = '{}'\n{command}disk = ['d']", path.display()));
+            options.find_images(|_| false);
+            options.into_config()
+        };
+        let image = root(file.path(), "command = 'sh'\n").expect("valid");
+        assert_eq!(image.root, RootChoice::Image(file.path().to_owned()));
+        assert!(image.share.is_empty() && image.disk.len() == 2);
+        assert!(image.disk[1].read_only && image.disk[1].serial == ROOT_DISK && image.disk[1].path == file.path());
+        let folder = root(Path::new("/"), "command = 'sh'\n").expect("valid");
+        assert!(folder.root == RootChoice::Folder("/".into()) && folder.disk.len() == 1 && folder.share.len() == 1);
+        assert!(root(file.path(), "").is_err(), "there is no command");
+    }
+}
