@@ -18,7 +18,7 @@ use kvm_bindings::{
     kvm_xsave,
 };
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
+use std::time::{Instant, SystemTime};
 
 /// An MSR and its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +27,32 @@ pub struct Msr {
     pub index: u32,
     /// Its value.
     pub value: u64,
+}
+
+/// A counter that goes on, and the host's time at which it was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counter {
+    /// Its value.
+    pub value: u64,
+    /// When it was read (CLOCK_REALTIME).
+    pub at: SystemTime,
+}
+
+impl Counter {
+    /// Calls `read`, and takes the time in the middle of the call.
+    fn read<E>(read: impl FnOnce() -> Result<u64, E>) -> Result<Self, E> {
+        let (at, start) = (SystemTime::now(), Instant::now());
+        let value = read()?;
+        Ok(Self { value, at: at + start.elapsed() / 2 })
+    }
+
+    /// Its value at `now`, where it counts `khz` thousand times a second. Where the host's clock was set back, the value is the same.
+    #[must_use]
+    pub fn value_at(self, now: SystemTime, khz: u32) -> u64 {
+        let passed = now.duration_since(self.at).unwrap_or_default().as_nanos();
+        let ticks = passed.saturating_mul(khz.into()) / 1_000_000;
+        self.value.wrapping_add(u64::try_from(ticks).unwrap_or(u64::MAX))
+    }
 }
 
 /// A vCPU that does not run.
@@ -38,7 +64,9 @@ pub struct VcpuState {
     pub cpuid: Vec<kvm_cpuid_entry2>,
     /// The frequency of its TSC in kHz, where KVM knows it.
     pub tsc_khz: Option<u32>,
-    /// The MSRs that KVM lets be read.
+    /// Its time-stamp counter, where KVM lets it be read.
+    pub tsc: Option<Counter>,
+    /// The other MSRs that KVM lets be read.
     pub msrs: Vec<Msr>,
     activity: kvm_mp_state,
     regs: kvm_regs,
@@ -59,6 +87,7 @@ impl VcpuState {
             id,
             cpuid: Vec::new(),
             tsc_khz: None,
+            tsc: None,
             msrs: Vec::new(),
             activity: kvm_mp_state::default(),
             regs: kvm_regs::default(),
@@ -70,22 +99,19 @@ impl VcpuState {
             events: kvm_vcpu_events::default(),
         }
     }
-
-    /// The time-stamp counter; `None` where KVM does not let it be read.
-    #[must_use]
-    pub fn tsc(&self) -> Option<u64> {
-        self.msrs.iter().find(|msr| msr.index == IA32_TSC).map(|msr| msr.value)
-    }
 }
 
 /// What KVM emulates for the whole machine.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VmState {
     /// The time of kvmclock in nanoseconds.
-    pub clock_ns: u64,
+    pub clock: Counter,
     /// The two PICs and the I/O APIC; `None` where hwvmm has the I/O APIC (KVM_CAP_SPLIT_IRQCHIP).
     pub chips: Option<[kvm_irqchip; 3]>,
 }
+
+/// The frequency of a counter of nanoseconds.
+const NANOSECONDS_KHZ: u32 = 1_000_000;
 
 /// The interrupt controllers of a machine that has all of them in KVM.
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
@@ -106,13 +132,15 @@ impl Vcpu {
         let xcrs = fd.get_xcrs().ok();
         let debug_regs = fd.get_debug_regs().named("KVM_GET_DEBUGREGS")?;
         let read = |&index: &u32| Some(Msr { index, value: self.msr(index)? });
-        let msrs = msrs.iter().filter_map(read).collect();
+        let tsc = Counter::read(|| self.msr(IA32_TSC).ok_or(())).ok();
+        let msrs = msrs.iter().filter(|index| **index != IA32_TSC).filter_map(read).collect();
         let lapic = fd.get_lapic().named("KVM_GET_LAPIC")?;
         let events = fd.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
         Ok(VcpuState {
             id: self.id(),
             cpuid: self.cpuid(),
             tsc_khz: self.tsc_khz(),
+            tsc,
             msrs,
             activity,
             regs,
@@ -125,11 +153,13 @@ impl Vcpu {
         })
     }
 
-    /// Sets the whole state of a new vCPU, with `tsc` as the time-stamp counter.
+    /// Sets the whole state of a new vCPU. Its time-stamp counter goes on by the host's time that has passed: each counter by its own,
+    /// since they were neither read nor are set at the same moment. KVM takes values that fit to each other, as those of the
+    /// vCPUs do, as the wish that the counters run together.
     ///
     /// # Errors
     /// Where KVM refuses a part of the state, with the name of the ioctl.
-    pub fn restore(&self, state: &VcpuState, tsc: Option<u64>) -> Result<(), KvmError> {
+    pub fn restore(&self, state: &VcpuState) -> Result<(), KvmError> {
         self.set_cpuid(&state.cpuid)?;
         self.restore_machine_check_banks(state)?;
         let fd = self.fd();
@@ -147,8 +177,9 @@ impl Vcpu {
         // (arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM). It asks for none, so that these are the 4096 of the structure.
         unsafe { fd.set_xsave(&state.xsave) }.named("KVM_SET_XSAVE")?;
         fd.set_debug_regs(&state.debug_regs).named("KVM_SET_DEBUGREGS")?;
-        if let Some(tsc) = tsc {
-            self.set_msr(Msr { index: IA32_TSC, value: tsc })?;
+        if let Some(tsc) = state.tsc {
+            let value = tsc.value_at(SystemTime::now(), state.tsc_khz.unwrap_or(0));
+            self.set_msr(Msr { index: IA32_TSC, value })?;
         }
         fd.set_lapic(&state.lapic).named("KVM_SET_LAPIC")?;
         let (deadline, others): (Vec<&Msr>, Vec<&Msr>) =
@@ -186,7 +217,7 @@ impl Vm {
     /// # Errors
     /// Where an ioctl fails, with its name.
     pub fn save(&self) -> Result<VmState, KvmError> {
-        let clock_ns = self.fd().get_clock().named("KVM_GET_CLOCK")?.clock;
+        let clock = Counter::read(|| self.fd().get_clock().map(|clock| clock.clock)).named("KVM_GET_CLOCK")?;
         let chip = |chip_id| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
             self.fd().get_irqchip(&mut chip).named("KVM_GET_IRQCHIP")?;
@@ -194,20 +225,38 @@ impl Vm {
         };
         let [master, slave, io_apic] = CHIPS;
         let chips = if self.is_split() { None } else { Some([chip(master)?, chip(slave)?, chip(io_apic)?]) };
-        Ok(VmState { clock_ns, chips })
+        Ok(VmState { clock, chips })
     }
 
-    /// Sets what KVM emulates for the whole machine, whose clock goes on by `passed`. To be called after the vCPUs were restored.
+    /// Sets what KVM emulates for the whole machine, whose clock goes on by the host's time that has passed. To be called after the vCPUs were restored.
     ///
     /// # Errors
     /// Where KVM refuses a part of the state, with the name of the ioctl.
-    pub fn restore(&self, state: &VmState, passed: Duration) -> Result<(), KvmError> {
+    pub fn restore(&self, state: &VmState) -> Result<(), KvmError> {
         for (chip, number) in state.chips.iter().flatten().zip(CHIPS) {
             let chip = kvm_irqchip { chip_id: number, ..*chip };
             self.fd().set_irqchip(&chip).named("KVM_SET_IRQCHIP")?;
         }
-        let passed = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
-        let clock = kvm_clock_data { clock: state.clock_ns.saturating_add(passed), ..Default::default() };
+        let clock =
+            kvm_clock_data { clock: state.clock.value_at(SystemTime::now(), NANOSECONDS_KHZ), ..Default::default() };
         self.fd().set_clock(&clock).named("KVM_SET_CLOCK")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn counters_go_on_by_the_time_that_has_passed() {
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        let counter = Counter { value: 7, at };
+        assert_eq!(counter.value_at(at + Duration::from_millis(1500), 2_000_000), 3_000_000_007);
+        assert_eq!(counter.value_at(at + Duration::from_secs(1 << 30), NANOSECONDS_KHZ), (1_000_000_000 << 30) + 7);
+        assert_eq!(counter.value_at(at - Duration::from_secs(5), 2_000_000), 7, "the clock was set back");
+        assert_eq!(counter.value_at(at + Duration::from_secs(5), 0), 7, "of unknown frequency");
+        let read = Counter::read(|| Ok::<_, ()>(9)).expect("read");
+        assert!(read.value == 9 && read.at.elapsed().is_ok_and(|since| since < Duration::from_secs(5)));
     }
 }

@@ -133,9 +133,8 @@ impl Machine {
                 create_vcpus(system, &vm, supported.as_slice(), topology, &apic_ids, loaded, &config.tune)?
             }
             From::Snapshot(state) => {
-                let passed = restore::passed(state);
-                let vcpus = restore::vcpus(&vm, state, supported.as_slice(), &apic_ids, passed)?;
-                restore::devices(&vm, state, &devices.saved, passed)?;
+                let vcpus = restore::vcpus(&vm, state, supported.as_slice(), &apic_ids)?;
+                restore::devices(&vm, state, &devices.saved)?;
                 vcpus
             }
         };

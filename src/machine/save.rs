@@ -13,7 +13,7 @@ use hwvmm_devices::legacy::{IoApic, PostPort, SerialPort, Watchdog};
 use std::error::Error;
 use std::io::Write;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 /// The devices whose state a snapshot has.
 #[derive(Clone, Default)]
@@ -96,7 +96,6 @@ impl Parts {
         let deadline = devices.watchdog.as_ref().and_then(|watchdog| watchdog.deadline());
         let mut state = State {
             description: description.clone(),
-            saved_at: SystemTime::now(),
             vm: self.vm.save()?,
             vcpus,
             io_apic: devices.io_apic.as_ref().map(|io_apic| io_apic.save()),

@@ -12,7 +12,7 @@ use super::description::Description;
 use crate::kvm::state::{VcpuState, VmState};
 use hwvmm_devices::legacy::{IoApicState, UartState};
 use serde::{Deserialize, Serialize};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use thiserror::Error;
 
 const MAGIC: [u8; 8] = *b"hwvmm\0SN";
@@ -32,8 +32,6 @@ const MAX_ITEMS: usize = 4096;
 pub struct State {
     /// What the machine is; the same as in `machine.json`.
     pub description: Description,
-    /// When it was saved.
-    pub saved_at: SystemTime,
     /// The vCPUs, by index.
     pub vcpus: Vec<VcpuState>,
     /// What KVM has besides.

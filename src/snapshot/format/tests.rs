@@ -1,10 +1,11 @@
 use super::*;
-use crate::kvm::state::Msr;
+use crate::kvm::state::{Counter, Msr};
 use hwvmm_arch::boot::{BootMethod, Decompressor, EntryProtocol};
 use hwvmm_devices::irq::IrqLine;
 use hwvmm_devices::legacy::SerialPort;
 use proptest::prelude::*;
 use std::sync::Arc;
+use std::time::SystemTime;
 use vmm_sys_util::eventfd::EventFd;
 
 fn uart() -> UartState {
@@ -12,10 +13,15 @@ fn uart() -> UartState {
     SerialPort::new(IrqLine::new(event()), Box::new(std::io::sink()), event()).save()
 }
 
+fn counter(value: u64) -> Counter {
+    Counter { value, at: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000) }
+}
+
 fn state() -> State {
     let vcpu = |id| {
         let mut vcpu = VcpuState::empty(id);
-        vcpu.msrs = vec![Msr { index: 0x10, value: 1 << 40 }, Msr { index: 0x6e0, value: 7 }];
+        vcpu.msrs = vec![Msr { index: 0x6e0, value: 7 }];
+        vcpu.tsc = Some(counter(1 << 40));
         vcpu.tsc_khz = Some(2_000_000);
         vcpu
     };
@@ -33,9 +39,8 @@ fn state() -> State {
             cpu_vendor: "AuthenticAMD".into(),
             cpu_features: vec!["sse3".into()],
         },
-        saved_at: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
         vcpus: vec![vcpu(0), vcpu(1)],
-        vm: VmState { clock_ns: 12, chips: None },
+        vm: VmState { clock: counter(12), chips: None },
         io_apic: None,
         uarts: vec![uart()],
         watchdog: Some(Duration::from_secs(9)),
@@ -48,7 +53,7 @@ fn a_state_is_read_back() {
     let bytes = encode(&state()).expect("encoded");
     let read = decode(&bytes).expect("valid");
     assert_eq!((read.description.clone(), read.post, read.watchdog), (state().description, 0x42, state().watchdog));
-    assert_eq!((read.vcpus[1].tsc(), read.vcpus[1].id, read.saved_at), (Some(1 << 40), 1, state().saved_at));
+    assert_eq!((read.vcpus[1].tsc, read.vcpus[1].id, read.vm.clock), (Some(counter(1 << 40)), 1, counter(12)));
     assert_eq!(encode(&read).expect("encoded"), bytes);
 }
 
