@@ -149,7 +149,7 @@ enum Command {
                             with the parameters of /etc/modprobe.d."
     )]
     Mmu(mmu::Args),
-    /// Control a running machine: show its state and its exits, set its balloon, end it
+    /// Control a running machine: show its state and exits, set its balloon, pause, save or end it
     #[command(
         after_help = "Examples:\n  hwvmm run vmlinuz --balloon --api /tmp/vm.sock ...\n  hwvmm ctl /tmp/vm.sock status\n  \
                             hwvmm ctl /tmp/vm.sock balloon 100M\n\nThe response is one line of JSON. Exit status: 0, or 1 where \
