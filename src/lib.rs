@@ -5,6 +5,7 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod boot;
+pub mod cluster;
 pub mod bounded_read;
 pub mod cli;
 pub mod config;

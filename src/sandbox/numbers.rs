@@ -7,7 +7,7 @@
 )]
 #![allow(clippy::unnecessary_cast, reason = "the type of ioctl numbers differs between C libraries")]
 
-use kvm_bindings::{KVMIO, kvm_irq_level, kvm_irq_routing, kvm_irqchip, kvm_mp_state, kvm_msrs, kvm_regs};
+use kvm_bindings::{KVMIO, kvm_debugregs, kvm_irq_level, kvm_irq_routing, kvm_irqchip, kvm_mp_state, kvm_msrs, kvm_regs};
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
 const fn none(kind: u32, number: u32) -> u64 {
@@ -32,6 +32,7 @@ const fn both<T>(kind: u32, number: u32) -> u64 {
 // include/uapi/linux/kvm.h
 pub(super) const KVM_RUN: u64 = none(KVMIO, 0x80);
 pub(super) const KVM_GET_REGS: u64 = gives::<kvm_regs>(KVMIO, 0x81);
+pub(super) const KVM_GET_DEBUGREGS: u64 = gives::<kvm_debugregs>(KVMIO, 0xa1);
 pub(super) const KVM_GET_MSRS: u64 = both::<kvm_msrs>(KVMIO, 0x88);
 pub(super) const KVM_GET_MP_STATE: u64 = gives::<kvm_mp_state>(KVMIO, 0x98);
 pub(super) const KVM_GET_STATS_FD: u64 = none(KVMIO, 0xce);

@@ -144,7 +144,7 @@ const BUS: &[Call] = calls![ioctl(1 is KVM_SET_GSI_ROUTING)];
 
 const VCPU: &[Call] = calls![
     // The filter has a fast path for KVM_RUN (seccomp.rs).
-    ioctl(1 is KVM_RUN, KVM_GET_REGS, KVM_GET_MP_STATE, KVM_GET_MSRS, KVM_GET_STATS_FD),
+    ioctl(1 is KVM_RUN, KVM_GET_REGS, KVM_GET_MP_STATE, KVM_GET_MSRS, KVM_GET_STATS_FD, KVM_GET_DEBUGREGS),
     // KVM's statistics of the vCPU.
     pread64,
 ];

@@ -1,0 +1,308 @@
+//! Exit clusters (Agesen, Mattson, Rugina and Sheldon, USENIX ATC 2012): after a userspace exit has been answered, the guest's next
+//! instructions are interpreted, up to the first that cannot be, so that those among them that would exit again do not.
+//!
+//! README.md in this folder says what is interpreted, when, and what is not done.
+
+mod arith;
+mod blocks;
+mod decode;
+mod exec;
+mod flags;
+mod mmu;
+mod op;
+mod ports;
+mod site;
+#[cfg(test)]
+mod tests;
+
+use crate::exit::{EndReason, Handler};
+use crate::kvm::vcpu::{Running, SyncedState};
+use crate::kvm::{Direction, Exit, KvmError, clock};
+use crate::memory::GuestRam;
+use blocks::Blocks;
+use exec::Cpu;
+use flags::Flags;
+use hwvmm_arch::regs::RFLAGS_IF;
+use kvm_bindings::kvm_regs;
+use mmu::{Mmu, Paging};
+use ports::HandlerPorts;
+use serde::{Deserialize, Serialize};
+use site::Sites;
+
+/// The most instructions of a cluster.
+const MOST_INSTRUCTIONS: u64 = 4096;
+/// The longest time of a cluster, in nanoseconds.
+const MOST_NS: u64 = 20_000;
+/// Exits of port I/O before KVM is asked for the whole state at each exit.
+const WARM_UP: u32 = 16;
+
+const CR0_PE: u64 = 1 << 0;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const CR4_LA57: u64 = 1 << 12;
+/// VMXE, CET, PKS and LAM_SUP: the guest may run nested guests, has shadow stacks, or its addresses mean something else.
+const CR4_REFUSED: u64 = 1 << 13 | 1 << 23 | 1 << 24 | 1 << 28;
+const EFER_LMA: u64 = 1 << 10;
+const EFER_NXE: u64 = 1 << 11;
+const EFER_SVME: u64 = 1 << 12;
+const RFLAGS_TF: u64 = 1 << 8;
+const RFLAGS_RF: u64 = 1 << 16;
+const RFLAGS_VM: u64 = 1 << 17;
+
+macro_rules! ends {
+    ($($variant:ident: $name:literal, $what:literal;)*) => {
+        /// Why a cluster ended.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum End {
+            $(#[doc = $what] $variant,)*
+        }
+
+        impl End {
+            /// The number of reasons.
+            pub(crate) const COUNT: usize = [$($name),*].len();
+            /// The names, in the order of the reasons.
+            pub(crate) const NAMES: [&'static str; Self::COUNT] = [$($name),*];
+        }
+    };
+}
+
+ends! {
+    Unsupported: "instruction", "The next instruction is not interpreted.";
+    Page: "page", "A page is not present, not permitted, or its accessed or dirty bit is clear.";
+    NoMemory: "no-memory", "An access is not to guest memory.";
+    Unaligned: "unaligned", "An access is not naturally aligned.";
+    OwnCode: "own-code", "A write is to the page of the code that is run.";
+    Port: "port", "A port is not a device's of hwvmm.";
+    Interrupt: "interrupt", "A device has raised an interrupt, and the guest takes interrupts.";
+    Stopped: "stopped", "A device access ended the run.";
+    Instructions: "instructions", "The most instructions of a cluster were run.";
+    Time: "time", "The time of a cluster was up.";
+    Kicked: "kicked", "Another thread has kicked the vCPU.";
+    State: "state", "The vCPU is in a state in which nothing is interpreted.";
+}
+
+/// What clusters have done, of one vCPU.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterCounts {
+    /// Exits that were followed.
+    pub clusters: u64,
+    /// Accesses that were answered without an exit. They are no exits, and are not among them.
+    pub avoided_exits: u64,
+    /// Instructions interpreted.
+    pub instructions: u64,
+    /// Ticks of the host's time-stamp counter spent in clusters.
+    pub ticks: u64,
+    /// The number of clusters by the reason for their end.
+    pub ends: Vec<u64>,
+}
+
+/// Port I/O that has been answered, and whose exit can be followed.
+#[derive(Clone, Copy, Debug)]
+pub struct PortExit {
+    direction: Direction,
+    width: u8,
+    value: u64,
+}
+
+impl PortExit {
+    /// Returns the port I/O of an exit that has been answered; `None` for other exits, strings, and accesses that KVM completes in
+    /// another way.
+    #[must_use]
+    pub fn of(exit: &Exit<'_>) -> Option<Self> {
+        // KVM moves RIP on at once for port 0x7e (KVM_X86_QUIRK_OUT_7E_INC_RIP).
+        let Exit::Pio { port, direction, size, data } = exit else { return None };
+        if *port == 0x7e || data.len() != *size {
+            return None;
+        }
+        let width = match size {
+            1 => 0,
+            2 => 1,
+            4 => 2,
+            _ => return None,
+        };
+        let mut bytes = [0; 8];
+        bytes.get_mut(..*size)?.copy_from_slice(data);
+        Some(Self { direction: *direction, width, value: u64::from_le_bytes(bytes) })
+    }
+}
+
+/// How KVM completes port I/O after the registers were changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Completion {
+    /// It has not been tried.
+    Unknown,
+    /// Dropped where RIP has changed (KVM's fast path of port I/O).
+    Dropped,
+    /// Carried out in any case: it must be completed before the registers are changed.
+    Always,
+}
+
+/// What a vCPU's thread has for following exits.
+pub struct Clusters {
+    ram: GuestRam,
+    blocks: Blocks,
+    sites: Sites,
+    completion: Completion,
+    warm: u32,
+    most_ticks: u64,
+    counts: ClusterCounts,
+}
+
+impl Clusters {
+    /// Makes what is needed for the vCPU. `always` follows every exit, whether it gains anything or not, for tests. `None` where this
+    /// KVM does not copy the registers at exits (KVM_CAP_SYNC_REGS).
+    #[must_use]
+    pub fn new(vcpu: &mut Running<'_>, always: bool) -> Option<Self> {
+        let ram = vcpu.memory()?;
+        vcpu.vcpu().syncs_regs().then_some(())?;
+        // Without a known frequency a slow processor's is assumed: the time is shorter then.
+        let khz = u64::from(vcpu.vcpu().tsc_khz().unwrap_or(1_000_000));
+        Some(Self {
+            ram,
+            blocks: Blocks::new(),
+            sites: Sites::new(always),
+            completion: Completion::Unknown,
+            warm: if always { WARM_UP } else { 0 },
+            most_ticks: khz * MOST_NS / 1_000_000,
+            counts: ClusterCounts { ends: vec![0; End::COUNT], ..ClusterCounts::default() },
+        })
+    }
+
+    /// Returns what was done so far.
+    #[must_use]
+    pub fn counts(&self) -> &ClusterCounts {
+        &self.counts
+    }
+
+    /// Follows an exit that has been answered. Returns how the run ended, where an access to a device in the cluster has ended it.
+    ///
+    /// # Errors
+    /// Where KVM cannot complete the instruction of the exit.
+    pub fn follow(
+        &mut self,
+        vcpu: &mut Running<'_>,
+        handler: &Handler,
+        exit: PortExit,
+    ) -> Result<Option<EndReason>, KvmError> {
+        let Some(rip) = vcpu.vcpu().synced_rip() else { return Ok(None) };
+        if !self.sites.is_followed(rip) {
+            return Ok(None);
+        }
+        let Some(state) = vcpu.synced_state() else {
+            self.warm = self.warm.saturating_add(1);
+            if self.warm >= WARM_UP {
+                vcpu.vcpu_mut().sync_state();
+            }
+            return Ok(None);
+        };
+        self.counts.clusters += 1;
+        let start = clock::tsc();
+        let paging = paging(&state).filter(|_| !vcpu.has_breakpoints());
+        let (result, avoided, instructions, end) = match paging {
+            Some(paging) => self.interpret(vcpu, handler, exit, &state, paging, start)?,
+            None => (None, 0, 0, End::State),
+        };
+        self.sites.judge(rip, avoided, instructions);
+        self.counts.avoided_exits += avoided;
+        self.counts.instructions += instructions;
+        self.counts.ticks += clock::tsc().wrapping_sub(start);
+        self.counts.ends[end as usize] += 1;
+        Ok(result)
+    }
+
+    fn interpret(
+        &mut self,
+        vcpu: &mut Running<'_>,
+        handler: &Handler,
+        exit: PortExit,
+        state: &SyncedState,
+        paging: Paging,
+        start: u64,
+    ) -> Result<(Option<EndReason>, u64, u64, End), KvmError> {
+        let Self { ram, blocks, .. } = self;
+        let mut mmu = Mmu::new(ram, paging);
+        let mut cpu = Cpu::new(state);
+        // The instruction of the exit must be the one that KVM says it is: code is read later than the processor read it.
+        let Ok(block) = blocks.at(cpu.rip, &mut mmu) else { return Ok((None, 0, 0, End::Page)) };
+        if !block.ops.first().is_some_and(|op| op.is_port_io(exit.direction == Direction::In, exit.width)) {
+            return Ok((None, 0, 0, End::Unsupported));
+        }
+        if self.completion == Completion::Unknown {
+            let dropped = vcpu.abandon_port_io(state.regs, state.regs.rip)?;
+            self.completion = if dropped { Completion::Dropped } else { Completion::Always };
+            log::debug!("exit clusters: port I/O whose RIP has changed is completed by KVM: {:?}", self.completion);
+        } else if self.completion == Completion::Always {
+            vcpu.complete()?;
+        }
+        if exit.direction == Direction::In {
+            cpu.set_accumulator(exit.width, exit.value);
+        }
+        let mut ports = HandlerPorts::new(handler, vcpu, start, self.most_ticks);
+        let (instructions, end) = exec::run(&mut cpu, &mut mmu, blocks, &mut ports, MOST_INSTRUCTIONS, true);
+        let (avoided, result) = (ports.answered, ports.end.take());
+        let mut regs = state.regs;
+        cpu.write_to(&mut regs);
+        if regs.rip == state.regs.rip && self.completion == Completion::Dropped {
+            // KVM would complete the access once more.
+            vcpu.abandon_port_io(regs, state.regs.rip)?;
+        }
+        vcpu.set_synced_regs(regs);
+        Ok((result, avoided, instructions, end))
+    }
+}
+
+/// Returns how linear addresses are translated; `None` where the state is one in which nothing is interpreted.
+fn paging(state: &SyncedState) -> Option<Paging> {
+    let (sregs, events, rflags) = (&state.sregs, &state.events, state.regs.rflags);
+    let protected = sregs.cr0 & (CR0_PE | CR0_PG) == CR0_PE | CR0_PG && sregs.cr4 & CR4_PAE != 0;
+    let long = sregs.efer & EFER_LMA != 0 && sregs.cs.l == 1 && sregs.cs.db == 0;
+    let kernel = sregs.cs.selector & 3 == 0 && sregs.cs.dpl == 0 && sregs.ss.dpl == 0;
+    let refused = sregs.cr4 & CR4_REFUSED != 0
+        || sregs.efer & EFER_SVME != 0
+        || rflags & (RFLAGS_TF | RFLAGS_RF | RFLAGS_VM) != 0;
+    let pending = events.exception.injected != 0
+        || events.exception.pending != 0
+        || events.interrupt.injected != 0
+        || events.interrupt.shadow != 0
+        || events.nmi.injected != 0
+        || events.nmi.pending != 0
+        || events.smi.pending != 0
+        || events.smi.smm != 0
+        || events.triple_fault.pending != 0;
+    (protected && long && kernel && !refused && !pending).then(|| Paging {
+        root: sregs.cr3,
+        levels: if sregs.cr4 & CR4_LA57 != 0 { 5 } else { 4 },
+        no_execute: sregs.efer & EFER_NXE != 0,
+    })
+}
+
+/// The registers in the order of their numbers (SDM vol. 2A, table 2-2).
+fn by_number(regs: &mut kvm_regs) -> [&mut u64; 16] {
+    let kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, .. } = regs;
+    [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15]
+}
+
+impl Cpu {
+    fn new(state: &SyncedState) -> Self {
+        let (mut regs, mut from) = ([0; 32], state.regs);
+        regs.iter_mut().zip(by_number(&mut from)).for_each(|(register, value)| *register = *value);
+        let bases = [0, state.sregs.fs.base, state.sregs.gs.base, 0];
+        Self { regs, rip: state.regs.rip, flags: Flags::new(state.regs.rflags), bases }
+    }
+
+    /// Sets AL, AX or EAX, as IN does.
+    fn set_accumulator(&mut self, width: u8, value: u64) {
+        self.regs[0] = match width {
+            0 => self.regs[0] & !0xff | value & 0xff,
+            1 => self.regs[0] & !0xffff | value & 0xffff,
+            _ => value & 0xffff_ffff,
+        };
+    }
+
+    fn write_to(&self, regs: &mut kvm_regs) {
+        by_number(regs).into_iter().zip(self.regs).for_each(|(register, value)| *register = value);
+        (regs.rip, regs.rflags) = (self.rip, self.flags.get());
+    }
+}
+
+const _: () = assert!(RFLAGS_IF == 1 << 9);
