@@ -15,7 +15,7 @@ use hwvmm::measure::user_profile::UserRecord;
 use hwvmm::measure::{Counters, FlightRecorders, Measured, NoProfile};
 use hwvmm::memory::{Backing, GuestRam};
 use hwvmm::sandbox::{Sandbox, ThreadRole};
-use hwvmm::vcpu::{Confinement, Control, Measure, Records, Stop, Threads};
+use hwvmm::vcpu::{Confinement, Control, FollowExits, Measure, Records, Stop, Threads};
 use hwvmm_arch::exit_code::{AccessKind, Class};
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_arch::regs::Entry;
@@ -166,7 +166,7 @@ fn run_machine(system: &System, machine: Machine, mode: Mode) -> Result<Ran, Str
     let mut vcpu = vcpu(system, &machine, mode);
     let counters = Counters::new(&machine.handler.pio, &machine.handler.mmio);
     let mut records =
-        Records { counters, flight_recorder: flight_recorders(1).of_vcpu(0).expect("a recorder"), profiler: NoProfile };
+        Records { counters, flight_recorder: flight_recorders(1).of_vcpu(0).expect("a recorder"), clusters: None, profiler: NoProfile };
     let guard = Guard::start();
     let stop = hwvmm::vcpu::run(&mut vcpu.enter(), &machine.handler, &mut records, |_, _| true).expect("KVM_RUN");
     drop(guard);
@@ -325,7 +325,7 @@ fn is_found_halted(code: &[u8]) -> Result<(bool, u64), String> {
     let control = Arc::new(Control::new().expect("control"));
     let handler = Arc::new(machine.handler);
     let threads =
-        Threads::start(vec![vcpu], &handler, &control, &Measure::Nothing, &flight_recorders(1), &unconfined())
+        Threads::start(vec![vcpu], &handler, &control, &Measure::Nothing, &flight_recorders(1), &unconfined(), FollowExits::Never)
             .expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(3);
     let mut halted = false;
@@ -360,7 +360,7 @@ fn profiled() -> Result<(Box<UserRecord>, Result<VmRecord, String>), String> {
     }
     let handle = tracer.as_ref().ok().map(Tracer::handle);
     let measure = Measure::Profile { start: Instant::now(), tracer: handle };
-    let threads = Threads::start(vec![vcpu], &handler, &control, &measure, &flight_recorders(1), &unconfined())
+    let threads = Threads::start(vec![vcpu], &handler, &control, &measure, &flight_recorders(1), &unconfined(), FollowExits::Never)
         .expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(10);
     while control.ended().is_none() && Instant::now() < deadline {

@@ -18,15 +18,15 @@ mod tests;
 use crate::exit::{EndReason, Handler};
 use crate::kvm::vcpu::{Running, SyncedState};
 use crate::kvm::{Direction, Exit, KvmError, clock};
+use crate::measure::clusters::ClusterCounts;
+use crate::measure::clusters::ClusterEnd as End;
 use crate::memory::GuestRam;
 use blocks::Blocks;
 use exec::Cpu;
 use flags::Flags;
-use hwvmm_arch::regs::RFLAGS_IF;
 use kvm_bindings::kvm_regs;
 use mmu::{Mmu, Paging};
 use ports::HandlerPorts;
-use serde::{Deserialize, Serialize};
 use site::Sites;
 
 /// The most instructions of a cluster.
@@ -48,53 +48,6 @@ const EFER_SVME: u64 = 1 << 12;
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
 const RFLAGS_VM: u64 = 1 << 17;
-
-macro_rules! ends {
-    ($($variant:ident: $name:literal, $what:literal;)*) => {
-        /// Why a cluster ended.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub(crate) enum End {
-            $(#[doc = $what] $variant,)*
-        }
-
-        impl End {
-            /// The number of reasons.
-            pub(crate) const COUNT: usize = [$($name),*].len();
-            /// The names, in the order of the reasons.
-            pub(crate) const NAMES: [&'static str; Self::COUNT] = [$($name),*];
-        }
-    };
-}
-
-ends! {
-    Unsupported: "instruction", "The next instruction is not interpreted.";
-    Page: "page", "A page is not present, not permitted, or its accessed or dirty bit is clear.";
-    NoMemory: "no-memory", "An access is not to guest memory.";
-    Unaligned: "unaligned", "An access is not naturally aligned.";
-    OwnCode: "own-code", "A write is to the page of the code that is run.";
-    Port: "port", "A port is not a device's of hwvmm.";
-    Interrupt: "interrupt", "A device has raised an interrupt, and the guest takes interrupts.";
-    Stopped: "stopped", "A device access ended the run.";
-    Instructions: "instructions", "The most instructions of a cluster were run.";
-    Time: "time", "The time of a cluster was up.";
-    Kicked: "kicked", "Another thread has kicked the vCPU.";
-    State: "state", "The vCPU is in a state in which nothing is interpreted.";
-}
-
-/// What clusters have done, of one vCPU.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ClusterCounts {
-    /// Exits that were followed.
-    pub clusters: u64,
-    /// Accesses that were answered without an exit. They are no exits, and are not among them.
-    pub avoided_exits: u64,
-    /// Instructions interpreted.
-    pub instructions: u64,
-    /// Ticks of the host's time-stamp counter spent in clusters.
-    pub ticks: u64,
-    /// The number of clusters by the reason for their end.
-    pub ends: Vec<u64>,
-}
 
 /// Port I/O that has been answered, and whose exit can be followed.
 #[derive(Clone, Copy, Debug)]
@@ -144,7 +97,8 @@ pub struct Clusters {
     sites: Sites,
     completion: Completion,
     warm: u32,
-    most_ticks: u64,
+    khz: u64,
+    ticks: u64,
     counts: ClusterCounts,
 }
 
@@ -163,15 +117,17 @@ impl Clusters {
             sites: Sites::new(always),
             completion: Completion::Unknown,
             warm: if always { WARM_UP } else { 0 },
-            most_ticks: khz * MOST_NS / 1_000_000,
-            counts: ClusterCounts { ends: vec![0; End::COUNT], ..ClusterCounts::default() },
+            khz: khz.max(1),
+            ticks: 0,
+            counts: ClusterCounts::default(),
         })
     }
 
     /// Returns what was done so far.
     #[must_use]
-    pub fn counts(&self) -> &ClusterCounts {
-        &self.counts
+    pub fn counts(&self) -> ClusterCounts {
+        let ns = u128::from(self.ticks) * 1_000_000 / u128::from(self.khz);
+        ClusterCounts { ns: u64::try_from(ns).unwrap_or(u64::MAX), ..self.counts }
     }
 
     /// Follows an exit that has been answered. Returns how the run ended, where an access to a device in the cluster has ended it.
@@ -205,7 +161,7 @@ impl Clusters {
         self.sites.judge(rip, avoided, instructions);
         self.counts.avoided_exits += avoided;
         self.counts.instructions += instructions;
-        self.counts.ticks += clock::tsc().wrapping_sub(start);
+        self.ticks += clock::tsc().wrapping_sub(start);
         self.counts.ends[end as usize] += 1;
         Ok(result)
     }
@@ -232,12 +188,12 @@ impl Clusters {
             self.completion = if dropped { Completion::Dropped } else { Completion::Always };
             log::debug!("exit clusters: port I/O whose RIP has changed is completed by KVM: {:?}", self.completion);
         } else if self.completion == Completion::Always {
-            vcpu.complete()?;
+            vcpu.complete_port_io()?;
         }
         if exit.direction == Direction::In {
             cpu.set_accumulator(exit.width, exit.value);
         }
-        let mut ports = HandlerPorts::new(handler, vcpu, start, self.most_ticks);
+        let mut ports = HandlerPorts::new(handler, vcpu, start, self.khz * MOST_NS / 1_000_000);
         let (instructions, end) = exec::run(&mut cpu, &mut mmu, blocks, &mut ports, MOST_INSTRUCTIONS, true);
         let (avoided, result) = (ports.answered, ports.end.take());
         let mut regs = state.regs;
@@ -304,5 +260,3 @@ impl Cpu {
         (regs.rip, regs.rflags) = (self.rip, self.flags.get());
     }
 }
-
-const _: () = assert!(RFLAGS_IF == 1 << 9);

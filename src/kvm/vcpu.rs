@@ -18,6 +18,7 @@ use kvm_ioctls::{SyncReg, VcpuFd};
 use number::{KVM_PRE_FAULT_MEMORY, KVM_X86_SETUP_MCE};
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
@@ -344,12 +345,26 @@ impl Running<'_> {
         let elsewhere = rip ^ 0x40_0000;
         regs.rip = elsewhere;
         self.set_synced_regs(regs);
-        let was_kicked = self.is_kicked();
-        self.complete()?;
-        if was_kicked {
-            self.vcpu.fd.set_kvm_immediate_exit(1);
-        }
+        self.complete_port_io()?;
         Ok(self.vcpu.synced_rip() == Some(elsewhere))
+    }
+
+    /// As [`Running::complete`], but a kick that comes meanwhile, or has come before, is not lost.
+    ///
+    /// # Errors
+    /// As [`Running::run`].
+    pub fn complete_port_io(&mut self) -> Result<(), KvmError> {
+        const NO_KICK: u8 = 0;
+        // KVM takes any value but 0; a kick writes 1.
+        const OWN: u8 = 2;
+        let flag = &raw mut self.vcpu.fd.get_kvm_run().immediate_exit;
+        // SAFETY: the flag is one byte of the mapping of kvm_run, which lives as long as the vCPU; besides KVM, which reads it, only this
+        // thread and its signal handler use it.
+        let flag = unsafe { AtomicU8::from_ptr(flag) };
+        let _ = flag.compare_exchange(NO_KICK, OWN, Ordering::SeqCst, Ordering::SeqCst);
+        let result = self.run().map(|_| ());
+        let _ = flag.compare_exchange(OWN, NO_KICK, Ordering::SeqCst, Ordering::SeqCst);
+        result
     }
 
     /// Returns true if a kick has come, so that KVM_RUN will not run the guest.
