@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may fail where it stands")]
 
+mod cluster_guests;
 mod guests;
 mod harness;
 
@@ -453,6 +454,10 @@ const TESTS: &[Test] = &[
     ("triple_fault_in_real_mode", || triple_fault(guests::triple_fault_real(), Mode::Real)),
     ("triple_fault_in_protected_mode", || triple_fault(guests::triple_fault_protected(), Mode::Protected)),
     ("triple_fault_in_long_mode", || triple_fault(guests::triple_fault_long(), Mode::Long)),
+    ("a_loop_of_port_io_is_followed", cluster_guests::a_loop),
+    ("a_poll_loop_is_followed", cluster_guests::a_poll_loop),
+    ("self_modifying_code_is_followed", cluster_guests::self_modifying_code),
+    ("a_fault_between_followed_accesses", cluster_guests::a_fault_in_the_middle),
     ("a_guest_that_no_interrupt_can_wake_is_detected", || {
         outcome(is_found_halted(guests::halt_for_good()).map(|(halted, _)| assert!(halted)))
     }),

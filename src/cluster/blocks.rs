@@ -1,9 +1,10 @@
 //! The cache of decoded blocks. A block is used only where the bytes at its guest physical address are still those that were decoded.
 
-use super::End;
+use super::{End, PortExit};
 use super::decode::{MAX_BYTES, decode};
 use super::mmu::Mmu;
 use super::op::Op;
+use crate::kvm::Direction;
 use crate::memory::{GuestPage, PAGE_BYTES};
 
 /// Blocks kept at most; a power of two.
@@ -63,6 +64,12 @@ impl Block {
         let length = if ops.is_empty() { LONGEST } else { length as u64 };
         let used = usize::try_from((offset % 8 + length).div_ceil(8)).unwrap_or(0).min(words.len());
         Self { rip, gpa, words: words[..used].into(), ops: ops.into() }
+    }
+
+    /// Returns the length of the first instruction if it is the port I/O of the exit.
+    pub(super) fn port_io(&self, exit: &PortExit) -> Option<u64> {
+        let input = exit.direction == Direction::In;
+        self.ops.first().filter(|op| op.is_port_io(input, exit.width)).map(|op| op.next.into())
     }
 
     /// Returns true if the block's bytes are those that were decoded.

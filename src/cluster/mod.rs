@@ -79,14 +79,16 @@ impl PortExit {
     }
 }
 
-/// How KVM completes port I/O after the registers were changed.
+/// How KVM completes port I/O. Each step is tried once, on an exit that is completed in the way that is always right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Completion {
     /// It has not been tried.
     Unknown,
-    /// Dropped where RIP has changed (KVM's fast path of port I/O).
+    /// RIP at the exit is the instruction's, and moves on when it is completed; whether a change of RIP is seen has not been tried.
+    AtInstruction,
+    /// As above, and nothing is completed where RIP has changed: KVM's fast path of port I/O.
     Dropped,
-    /// Carried out in any case: it must be completed before the registers are changed.
+    /// In another way, as by a KVM that emulates the instruction: it must be completed before the registers are changed.
     Always,
 }
 
@@ -153,10 +155,10 @@ impl Clusters {
         };
         self.counts.clusters += 1;
         let start = clock::tsc();
-        let paging = paging(&state).filter(|_| !vcpu.has_breakpoints());
-        let (result, avoided, instructions, end) = match paging {
-            Some(paging) => self.interpret(vcpu, handler, exit, &state, paging, start)?,
-            None => (None, 0, 0, End::State),
+        let (result, avoided, instructions, end) = if vcpu.has_breakpoints() {
+            (None, 0, 0, End::State)
+        } else {
+            self.interpret(vcpu, handler, exit, &state, start)?
         };
         self.sites.judge(rip, avoided, instructions);
         self.counts.avoided_exits += avoided;
@@ -166,45 +168,67 @@ impl Clusters {
         Ok(result)
     }
 
+    /// Returns how the run ended, if it did, the exits avoided, the instructions interpreted, and why the cluster ended.
     fn interpret(
         &mut self,
         vcpu: &mut Running<'_>,
         handler: &Handler,
         exit: PortExit,
         state: &SyncedState,
-        paging: Paging,
         start: u64,
     ) -> Result<(Option<EndReason>, u64, u64, End), KvmError> {
+        let nothing = |end| Ok((None, 0, 0, end));
+        let Some(paging) = paging(state) else { return nothing(End::State) };
         let Self { ram, blocks, .. } = self;
         let mut mmu = Mmu::new(ram, paging);
-        let mut cpu = Cpu::new(state);
         // The instruction of the exit must be the one that KVM says it is: code is read later than the processor read it.
-        let Ok(block) = blocks.at(cpu.rip, &mut mmu) else { return Ok((None, 0, 0, End::Page)) };
-        if !block.ops.first().is_some_and(|op| op.is_port_io(exit.direction == Direction::In, exit.width)) {
-            return Ok((None, 0, 0, End::Unsupported));
-        }
-        if self.completion == Completion::Unknown {
-            let dropped = vcpu.abandon_port_io(state.regs, state.regs.rip)?;
-            self.completion = if dropped { Completion::Dropped } else { Completion::Always };
-            log::debug!("exit clusters: port I/O whose RIP has changed is completed by KVM: {:?}", self.completion);
-        } else if self.completion == Completion::Always {
-            vcpu.complete_port_io()?;
-        }
-        if exit.direction == Direction::In {
-            cpu.set_accumulator(exit.width, exit.value);
+        let length = blocks.at(state.regs.rip, &mut mmu).ok().and_then(|block| block.port_io(&exit));
+        let (mut cpu, answered);
+        match (self.completion, length) {
+            (Completion::Unknown | Completion::Always, _) => {
+                vcpu.complete_port_io()?;
+                let Some(completed) = vcpu.synced_state() else { return nothing(End::State) };
+                if self.completion == Completion::Unknown {
+                    self.completion = completion(state, &completed, length);
+                }
+                // The access may have led to an exception.
+                if self::paging(&completed).is_none() {
+                    return nothing(End::State);
+                }
+                (cpu, answered) = (Cpu::new(&completed), false);
+            }
+            (Completion::AtInstruction | Completion::Dropped, None) => return nothing(End::Unsupported),
+            (Completion::AtInstruction | Completion::Dropped, Some(_)) => {
+                if self.completion == Completion::AtInstruction {
+                    let dropped = vcpu.abandon_port_io(state.regs, state.regs.rip)?;
+                    self.completion = if dropped { Completion::Dropped } else { Completion::Always };
+                }
+                (cpu, answered) = (Cpu::new(state), true);
+                if exit.direction == Direction::In {
+                    cpu.set_accumulator(exit.width, exit.value);
+                }
+            }
         }
         let mut ports = HandlerPorts::new(handler, vcpu, start, self.khz * MOST_NS / 1_000_000);
-        let (instructions, end) = exec::run(&mut cpu, &mut mmu, blocks, &mut ports, MOST_INSTRUCTIONS, true);
+        let (instructions, end) = exec::run(&mut cpu, &mut mmu, blocks, &mut ports, MOST_INSTRUCTIONS, answered);
         let (avoided, result) = (ports.answered, ports.end.take());
         let mut regs = state.regs;
         cpu.write_to(&mut regs);
-        if regs.rip == state.regs.rip && self.completion == Completion::Dropped {
+        if answered && regs.rip == state.regs.rip {
             // KVM would complete the access once more.
             vcpu.abandon_port_io(regs, state.regs.rip)?;
         }
         vcpu.set_synced_regs(regs);
         Ok((result, avoided, instructions, end))
     }
+}
+
+/// Judges by a first completion how KVM completes port I/O; `length` is that of the instruction at RIP, if it is the exit's.
+fn completion(before: &SyncedState, after: &SyncedState, length: Option<u64>) -> Completion {
+    let moved = after.regs.rip.wrapping_sub(before.regs.rip);
+    let completion = if length == Some(moved) { Completion::AtInstruction } else { Completion::Always };
+    log::debug!("exit clusters: RIP moves on by {moved} when port I/O is completed: {completion:?}");
+    completion
 }
 
 /// Returns how linear addresses are translated; `None` where the state is one in which nothing is interpreted.
