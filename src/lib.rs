@@ -5,9 +5,9 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod boot;
-pub mod cluster;
 pub mod bounded_read;
 pub mod cli;
+pub mod cluster;
 pub mod config;
 pub mod console;
 pub mod control;

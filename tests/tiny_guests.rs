@@ -166,8 +166,12 @@ fn run_with(code: &[u8], mode: Mode, set_up: impl FnOnce(&Machine) -> Result<(),
 fn run_machine(system: &System, machine: Machine, mode: Mode) -> Result<Ran, String> {
     let mut vcpu = vcpu(system, &machine, mode);
     let counters = Counters::new(&machine.handler.pio, &machine.handler.mmio);
-    let mut records =
-        Records { counters, flight_recorder: flight_recorders(1).of_vcpu(0).expect("a recorder"), clusters: None, profiler: NoProfile };
+    let mut records = Records {
+        counters,
+        flight_recorder: flight_recorders(1).of_vcpu(0).expect("a recorder"),
+        clusters: None,
+        profiler: NoProfile,
+    };
     let guard = Guard::start();
     let stop = hwvmm::vcpu::run(&mut vcpu.enter(), &machine.handler, &mut records, |_, _| true).expect("KVM_RUN");
     drop(guard);
@@ -325,9 +329,16 @@ fn is_found_halted(code: &[u8]) -> Result<(bool, u64), String> {
     let vcpu = vcpu(&system, &machine, Mode::Long);
     let control = Arc::new(Control::new().expect("control"));
     let handler = Arc::new(machine.handler);
-    let threads =
-        Threads::start(vec![vcpu], &handler, &control, &Measure::Nothing, &flight_recorders(1), &unconfined(), FollowExits::Never)
-            .expect("a thread");
+    let threads = Threads::start(
+        vec![vcpu],
+        &handler,
+        &control,
+        &Measure::Nothing,
+        &flight_recorders(1),
+        &unconfined(),
+        FollowExits::Never,
+    )
+    .expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(3);
     let mut halted = false;
     while !halted && control.ended().is_none() && Instant::now() < deadline {
@@ -361,8 +372,16 @@ fn profiled() -> Result<(Box<UserRecord>, Result<VmRecord, String>), String> {
     }
     let handle = tracer.as_ref().ok().map(Tracer::handle);
     let measure = Measure::Profile { start: Instant::now(), tracer: handle };
-    let threads = Threads::start(vec![vcpu], &handler, &control, &measure, &flight_recorders(1), &unconfined(), FollowExits::Never)
-        .expect("a thread");
+    let threads = Threads::start(
+        vec![vcpu],
+        &handler,
+        &control,
+        &measure,
+        &flight_recorders(1),
+        &unconfined(),
+        FollowExits::Never,
+    )
+    .expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(10);
     while control.ended().is_none() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));

@@ -8,13 +8,13 @@ pub(super) const MAX_OPS: usize = 32;
 /// The most bytes of a block.
 pub(super) const MAX_BYTES: usize = 128;
 
-/// Decodes the block in `bytes`, which lie at the linear address `rip`, in 64-bit mode. Returns its instructions and their length
+/// Decodes the block of at most `most` instructions in `bytes`, which lie at the linear address `rip`, in 64-bit mode. Returns its instructions and their length
 /// in bytes; none where the first is not interpreted.
-pub(super) fn decode(bytes: &[u8], rip: u64) -> (Vec<Op>, usize) {
+pub(super) fn decode(bytes: &[u8], rip: u64, most: usize) -> (Vec<Op>, usize) {
     let bytes = &bytes[..bytes.len().min(MAX_BYTES)];
     let mut decoder = Decoder::with_ip(64, bytes, rip, DecoderOptions::NONE);
     let (mut ops, mut length) = (Vec::new(), 0);
-    while ops.len() < MAX_OPS && decoder.can_decode() {
+    while ops.len() < most && decoder.can_decode() {
         let instruction = decoder.decode();
         if instruction.is_invalid() {
             break;
@@ -71,7 +71,9 @@ enum Operand {
 
 fn operand(instruction: &Instruction, number: u32) -> Option<Operand> {
     match instruction.op_kind(number) {
-        OpKind::Register => register(instruction.op_register(number)).map(|(number, width)| Operand::Register(number, width)),
+        OpKind::Register => {
+            register(instruction.op_register(number)).map(|(number, width)| Operand::Register(number, width))
+        }
         OpKind::Memory => Some(Operand::Memory(log2(instruction.memory_size().size())?)),
         OpKind::Immediate8
         | OpKind::Immediate16
@@ -99,7 +101,10 @@ fn address(instruction: &Instruction, op: &mut Op) -> Option<()> {
         op.scale = log2(usize::try_from(instruction.memory_index_scale()).ok()?)?;
         op.disp = instruction.memory_displacement64();
         // With 32-bit addressing the address is cut off.
-        if base == Register::None && instruction.memory_index() == Register::None && instruction.memory_displ_size() == 4 {
+        if base == Register::None
+            && instruction.memory_index() == Register::None
+            && instruction.memory_displ_size() == 4
+        {
             return None;
         }
     }
@@ -112,7 +117,19 @@ fn address(instruction: &Instruction, op: &mut Op) -> Option<()> {
 }
 
 fn empty(kind: Kind, width: u8) -> Op {
-    Op { kind, width, dst: ZERO, src: ZERO, base: ZERO, index: ZERO, scale: 0, segment: NO_SEGMENT, next: 0, imm: 0, disp: 0 }
+    Op {
+        kind,
+        width,
+        dst: ZERO,
+        src: ZERO,
+        base: ZERO,
+        index: ZERO,
+        scale: 0,
+        segment: NO_SEGMENT,
+        next: 0,
+        imm: 0,
+        disp: 0,
+    }
 }
 
 /// Returns the internal form of an instruction; `None` for one that is not interpreted.
@@ -181,8 +198,7 @@ fn condition(instruction: &Instruction) -> u8 {
 }
 
 fn direct(instruction: &Instruction, kind: Kind) -> Option<Op> {
-    (instruction.op_kind(0) == OpKind::NearBranch64)
-        .then(|| Op { imm: instruction.near_branch64(), ..empty(kind, 3) })
+    (instruction.op_kind(0) == OpKind::NearBranch64).then(|| Op { imm: instruction.near_branch64(), ..empty(kind, 3) })
 }
 
 /// An instruction with one operand, a register or memory.
@@ -366,7 +382,8 @@ fn bit(instruction: &Instruction, operation: BitOp) -> Option<Op> {
 
 /// Instructions that are recognised by their opcode alone.
 fn single(instruction: &Instruction) -> Option<Op> {
-    let port = |op: u32| u64::from(instruction.op_kind(op) == OpKind::Immediate8).checked_mul(instruction.immediate8().into());
+    let port =
+        |op: u32| u64::from(instruction.op_kind(op) == OpKind::Immediate8).checked_mul(instruction.immediate8().into());
     Some(match instruction.code() {
         Code::In_AL_DX => empty(Kind::InDx, 0),
         Code::In_AX_DX => empty(Kind::InDx, 1),

@@ -1,11 +1,11 @@
 //! The interpreter.
 
-use super::End;
 use super::arith::{alu, extend, imul, mask, mul, sign, unary};
 use super::blocks::Blocks;
 use super::flags::{CF, DF, Flags, IF};
 use super::mmu::Mmu;
 use super::op::{Alu, BitOp, Form, HIGH, Kind, Op};
+use crate::measure::clusters::ClusterEnd as End;
 use std::sync::atomic::{Ordering, fence};
 
 const RAX: u8 = 0;

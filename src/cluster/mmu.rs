@@ -4,7 +4,7 @@
 //! a write the dirty bit) set already, in guest memory. The processor may keep translations until the guest flushes them (SDM vol. 3A
 //! §4.10); instructions that flush end a cluster, and so do translations kept here.
 
-use super::End;
+use crate::measure::clusters::ClusterEnd as End;
 use crate::memory::{GuestPage, GuestRam};
 
 /// Translations kept at most, of data and of code each; powers of two.
@@ -58,15 +58,15 @@ pub(super) struct Mmu<'a> {
     paging: Paging,
     data: [Entry<'a>; DATA_ENTRIES],
     code: [Entry<'a>; CODE_ENTRIES],
-    /// The gpa of the page that holds the block that is being run: a write there ends the cluster.
-    pub(super) running: u64,
+    /// The gpas of the pages, or twice that of the page, that hold the block that is being run: a write there ends the cluster.
+    pub(super) running: [u64; 2],
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "an index is masked to its table's size")]
 impl<'a> Mmu<'a> {
     pub(super) fn new(ram: &'a GuestRam, paging: Paging) -> Self {
         let empty = Entry { tag: EMPTY, page: None, gpa: 0, writable: false };
-        Self { ram, paging, data: [empty; DATA_ENTRIES], code: [empty; CODE_ENTRIES], running: EMPTY }
+        Self { ram, paging, data: [empty; DATA_ENTRIES], code: [empty; CODE_ENTRIES], running: [EMPTY; 2] }
     }
 
     /// Reads `1 << width` bytes at a linear address.
@@ -95,11 +95,11 @@ impl<'a> Mmu<'a> {
             && entry.tag == address >> 12
             && entry.writable
         {
-            return if entry.gpa == self.running { Err(End::OwnCode) } else { Ok(page) };
+            return if self.running.contains(&entry.gpa) { Err(End::OwnCode) } else { Ok(page) };
         }
         let page = self.fill(address, Access::Write)?;
         let entry = &self.data[(address >> 12) as usize % DATA_ENTRIES];
-        if entry.gpa == self.running { Err(End::OwnCode) } else { Ok(page) }
+        if self.running.contains(&entry.gpa) { Err(End::OwnCode) } else { Ok(page) }
     }
 
     /// Returns the page of the code at a linear address, and its gpa.

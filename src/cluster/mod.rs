@@ -10,14 +10,16 @@ mod exec;
 mod flags;
 mod mmu;
 mod op;
+mod port_exit;
 mod ports;
 mod site;
+pub mod standalone;
 #[cfg(test)]
 mod tests;
 
 use crate::exit::{EndReason, Handler};
 use crate::kvm::vcpu::{Running, SyncedState};
-use crate::kvm::{Direction, Exit, KvmError, clock};
+use crate::kvm::{Direction, KvmError, clock};
 use crate::measure::clusters::ClusterCounts;
 use crate::measure::clusters::ClusterEnd as End;
 use crate::memory::GuestRam;
@@ -26,6 +28,7 @@ use exec::Cpu;
 use flags::Flags;
 use kvm_bindings::kvm_regs;
 use mmu::{Mmu, Paging};
+pub use port_exit::PortExit;
 use ports::HandlerPorts;
 use site::Sites;
 
@@ -48,36 +51,6 @@ const EFER_SVME: u64 = 1 << 12;
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
 const RFLAGS_VM: u64 = 1 << 17;
-
-/// Port I/O that has been answered, and whose exit can be followed.
-#[derive(Clone, Copy, Debug)]
-pub struct PortExit {
-    direction: Direction,
-    width: u8,
-    value: u64,
-}
-
-impl PortExit {
-    /// Returns the port I/O of an exit that has been answered; `None` for other exits, strings, and accesses that KVM completes in
-    /// another way.
-    #[must_use]
-    pub fn of(exit: &Exit<'_>) -> Option<Self> {
-        // KVM moves RIP on at once for port 0x7e (KVM_X86_QUIRK_OUT_7E_INC_RIP).
-        let Exit::Pio { port, direction, size, data } = exit else { return None };
-        if *port == 0x7e || data.len() != *size {
-            return None;
-        }
-        let width = match size {
-            1 => 0,
-            2 => 1,
-            4 => 2,
-            _ => return None,
-        };
-        let mut bytes = [0; 8];
-        bytes.get_mut(..*size)?.copy_from_slice(data);
-        Some(Self { direction: *direction, width, value: u64::from_le_bytes(bytes) })
-    }
-}
 
 /// How KVM completes port I/O. Each step is tried once, on an exit that is completed in the way that is always right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,7 +131,7 @@ impl Clusters {
         let (result, avoided, instructions, end) = if vcpu.has_breakpoints() {
             (None, 0, 0, End::State)
         } else {
-            self.interpret(vcpu, handler, exit, &state, start)?
+            self.interpret(vcpu, handler, exit, &state)?
         };
         self.sites.judge(rip, avoided, instructions);
         self.counts.avoided_exits += avoided;
@@ -175,7 +148,6 @@ impl Clusters {
         handler: &Handler,
         exit: PortExit,
         state: &SyncedState,
-        start: u64,
     ) -> Result<(Option<EndReason>, u64, u64, End), KvmError> {
         let nothing = |end| Ok((None, 0, 0, end));
         let Some(paging) = paging(state) else { return nothing(End::State) };
@@ -209,6 +181,7 @@ impl Clusters {
                 }
             }
         }
+        let start = clock::tsc();
         let mut ports = HandlerPorts::new(handler, vcpu, start, self.khz * MOST_NS / 1_000_000);
         let (instructions, end) = exec::run(&mut cpu, &mut mmu, blocks, &mut ports, MOST_INSTRUCTIONS, answered);
         let (avoided, result) = (ports.answered, ports.end.take());
@@ -249,7 +222,7 @@ fn paging(state: &SyncedState) -> Option<Paging> {
         || events.smi.pending != 0
         || events.smi.smm != 0
         || events.triple_fault.pending != 0;
-    (protected && long && kernel && !refused && !pending).then(|| Paging {
+    (protected && long && kernel && !refused && !pending).then_some(Paging {
         root: sregs.cr3,
         levels: if sregs.cr4 & CR4_LA57 != 0 { 5 } else { 4 },
         no_execute: sregs.efer & EFER_NXE != 0,

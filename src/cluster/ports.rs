@@ -1,11 +1,11 @@
 //! Port I/O within a cluster: by the same handler as that of an exit.
 
-use super::End;
 use super::exec::{PortEnd, Ports};
 use crate::exit::handler::Route;
 use crate::exit::{EndReason, Handler, Outcome};
 use crate::kvm::vcpu::Running;
 use crate::kvm::{Direction, Exit, clock};
+use crate::measure::clusters::ClusterEnd as End;
 use hwvmm_devices::irq::raised_by_this_thread;
 
 /// The ports of a machine, for the length of a cluster.

@@ -32,8 +32,8 @@ fn a_loop_of_port_io_is_run_to_its_end() {
 fn calls_and_the_stack() {
     // call 1f; push $-2; pushfq; pop %rcx; hlt; 1: mov (%rsp),%rax; lea 2f(%rip),%rdx; push %rdx; ret; nop; 2: ret
     let code = [
-        0xe8, 5, 0, 0, 0, 0x6a, 0xfe, 0x9c, 0x59, 0xf4, 0x48, 0x8b, 0x04, 0x24, 0x48, 0x8d, 0x15, 3, 0, 0, 0, 0x52, 0xc3,
-        0x90, 0xc3,
+        0xe8, 5, 0, 0, 0, 0x6a, 0xfe, 0x9c, 0x59, 0xf4, 0x48, 0x8b, 0x04, 0x24, 0x48, 0x8d, 0x15, 3, 0, 0, 0, 0x52,
+        0xc3, 0x90, 0xc3,
     ];
     let mut guest = Guest::new(&code);
     guest.cpu.flags.set(STATUS, CF | ZF);
@@ -74,9 +74,8 @@ fn conditions_follow_the_flags() {
 #[test]
 fn segments_and_absolute_addresses() {
     // mov %gs:0x40,%rax (absolute disp32); mov %fs:8(%rbx),%ecx; incl %gs:0x48; hlt
-    let code = [
-        0x65, 0x48, 0x8b, 0x04, 0x25, 0x40, 0, 0, 0, 0x64, 0x8b, 0x4b, 8, 0x65, 0xff, 0x04, 0x25, 0x48, 0, 0, 0, 0xf4,
-    ];
+    let code =
+        [0x65, 0x48, 0x8b, 0x04, 0x25, 0x40, 0, 0, 0, 0x64, 0x8b, 0x4b, 8, 0x65, 0xff, 0x04, 0x25, 0x48, 0, 0, 0, 0xf4];
     let mut guest = Guest::new(&code);
     guest.cpu.bases = [0, DATA + 0x100, DATA, 0];
     guest.cpu.regs[RBX] = 0x10;
@@ -120,7 +119,11 @@ fn what_is_not_interpreted_ends_the_cluster_before_it() {
         guest.cpu.regs[RBX] = DATA;
         let before = (guest.cpu.regs, guest.cpu.flags.get());
         assert_eq!(guest.run(), (1, End::Unsupported), "{bytes:x?}");
-        assert_eq!((guest.cpu.rip, guest.cpu.regs, guest.cpu.flags.get()), (CODE + 1, before.0, before.1), "{bytes:x?}");
+        assert_eq!(
+            (guest.cpu.rip, guest.cpu.regs, guest.cpu.flags.get()),
+            (CODE + 1, before.0, before.1),
+            "{bytes:x?}"
+        );
     }
 }
 
@@ -129,12 +132,12 @@ fn pages_that_would_fault_or_change_end_the_cluster() {
     // The 4-KiB page's entry, and whether it can be read and written.
     let cases = [
         (0x63_u64, true, true),
-        (0x62, false, false),         // not present
-        (0x61, true, false),          // read-only
-        (0x67, true, true),           // user at this level only: a supervisor page
-        (0x43, false, false),         // not accessed
-        (0x23, true, false),          // not dirty
-        (0x63 | 1 << 63, true, true), // no-execute
+        (0x62, false, false),           // not present
+        (0x61, true, false),            // read-only
+        (0x67, true, true),             // user at this level only: a supervisor page
+        (0x43, false, false),           // not accessed
+        (0x23, true, false),            // not dirty
+        (0x63 | 1 << 63, true, true),   // no-execute
         (0x63 | 1 << 40, false, false), // no memory there
     ];
     for (flags, readable, writable) in cases {
@@ -239,11 +242,34 @@ fn a_block_may_end_with_its_page() {
     guest.put(CODE + 0xffe, &[0x90, 0x90, 0x90, 0xf4]);
     guest.cpu.rip = CODE + 0xffe;
     assert_eq!(guest.run(), (3, End::Unsupported));
-    // An instruction across two pages is not interpreted.
+}
+
+#[test]
+fn an_instruction_may_lie_across_two_pages() {
+    // nop; mov %ebx,%eax; hlt
+    let mut guest = Guest::new(&[]);
     guest.put(CODE + 0xffe, &[0x90, 0x89, 0xd8, 0xf4]);
+    guest.cpu.regs[RBX] = 7;
+    for value in [7, 9] {
+        guest.cpu.regs[RBX] = value;
+        guest.cpu.rip = CODE + 0xffe;
+        assert_eq!(guest.run(), (2, End::Unsupported));
+        assert_eq!((guest.cpu.rip, guest.cpu.regs[RAX]), (CODE + 0x1001, value));
+    }
+    // The second byte is changed: mov %ebx,%ecx.
+    guest.put(CODE + 0x1000, &[0xd9]);
     guest.cpu.rip = CODE + 0xffe;
-    assert_eq!(guest.run(), (1, End::Unsupported));
-    assert_eq!(guest.cpu.rip, CODE + 0xfff);
+    assert_eq!(guest.run(), (2, End::Unsupported));
+    assert_eq!(guest.cpu.regs[RCX], 9);
+    // A write to the second page ends the cluster: mov %eax,(%rbx).
+    guest.put(CODE + 0xfff, &[0x89, 0x03, 0xf4]);
+    for (address, end) in
+        [(CODE + 0x1800, End::OwnCode), (CODE + 0x800, End::OwnCode), (CODE + 0x2000, End::Unsupported)]
+    {
+        guest.cpu.regs[RBX] = address;
+        guest.cpu.rip = CODE + 0xfff;
+        assert_eq!(guest.run().1, end, "{address:#x}");
+    }
 }
 
 /// Arbitrary bytes as code: the interpreter comes back, and never writes where the guest could not.

@@ -9,10 +9,9 @@ use crate::memory::GuestRam;
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_devices::RegisterPage;
 use kvm_bindings::{
-    CpuId, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_REGS,
-    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_SREGS, Msrs, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry, kvm_pre_fault_memory, kvm_regs,
-    kvm_sregs,
-    kvm_vcpu_events,
+    CpuId, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_EVENTS,
+    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, Msrs, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry,
+    kvm_pre_fault_memory, kvm_regs, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 use number::{KVM_PRE_FAULT_MEMORY, KVM_X86_SETUP_MCE};

@@ -325,8 +325,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
         // Before the first output of the guest.
         watches.iter().for_each(|watch| watch.note_flush(start));
     }
-    let follow =
-        if setup.config.tune.wants(Lever::ExitClusters) { FollowExits::Adaptive } else { FollowExits::Never };
+    let follow = if setup.config.tune.wants(Lever::ExitClusters) { FollowExits::Adaptive } else { FollowExits::Never };
     let threads = Threads::start(vcpus, &handler, &control, &measure, setup.flight_recorders, &confinement, follow)
         .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
     if let Some(live) = live {

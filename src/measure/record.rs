@@ -232,7 +232,13 @@ pub(crate) mod tests {
         let vcpu = VcpuRecord {
             counts,
             flight_recorder: vec![entry],
-            clusters: Some(ClusterCounts { clusters: 2, avoided_exits: 9, instructions: 300, ns: 5_000, ..ClusterCounts::default() }),
+            clusters: Some(ClusterCounts {
+                clusters: 2,
+                avoided_exits: 9,
+                instructions: 300,
+                ns: 5_000,
+                ..ClusterCounts::default()
+            }),
             measured: user_record().into(),
             stats: Some(vec![stat("exits", Kind::Cumulative, &[7]), stat("waits", Kind::Histogram, &[1, 2])]),
             rip: Some(0x1000),

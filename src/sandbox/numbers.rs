@@ -7,7 +7,9 @@
 )]
 #![allow(clippy::unnecessary_cast, reason = "the type of ioctl numbers differs between C libraries")]
 
-use kvm_bindings::{KVMIO, kvm_debugregs, kvm_irq_level, kvm_irq_routing, kvm_irqchip, kvm_mp_state, kvm_msrs, kvm_regs};
+use kvm_bindings::{
+    KVMIO, kvm_debugregs, kvm_irq_level, kvm_irq_routing, kvm_irqchip, kvm_mp_state, kvm_msrs, kvm_regs,
+};
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
 const fn none(kind: u32, number: u32) -> u64 {

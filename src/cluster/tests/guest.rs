@@ -5,20 +5,13 @@ use super::super::blocks::Blocks;
 use super::super::exec::{Cpu, PortEnd, Ports, run};
 use super::super::flags::Flags;
 use super::super::mmu::{Mmu, Paging};
-use crate::memory::{Backing, GuestRam};
-use hwvmm_arch::layout::GpaRange;
+pub(super) use super::super::standalone::{BYTES, CODE, DATA, STACK};
+use super::super::standalone::{TABLES, memory};
+use crate::memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
-/// The size of its memory, mapped at the same linear addresses by supervisor pages of 2 MiB.
-pub(super) const BYTES: u64 = 8 << 20;
-pub(super) const CODE: u64 = 0x1_0000;
-pub(super) const STACK: u64 = 0x2_0000;
-/// In another large page than the code.
-pub(super) const DATA: u64 = 0x40_0000;
-const TABLES: u64 = 0x1000;
 /// A linear address that no large page maps: 1 GiB.
 const SMALL: u64 = 1 << 30;
-const LARGE: u64 = 0xe3;
 
 #[derive(Default)]
 pub(super) struct FakePorts {
@@ -55,18 +48,10 @@ pub(super) struct Guest {
 
 impl Guest {
     pub(super) fn new(code: &[u8]) -> Self {
-        let ram = GuestRam::new(&[GpaRange { start: 0, bytes: BYTES }], Backing::SmallPages).expect("memory");
         let cpu = Cpu { regs: [0; 32], rip: CODE, flags: Flags::new(2), bases: [0; 4] };
+        let ram = memory(code).expect("memory");
         let mut guest = Self { ram, cpu, ports: FakePorts::default(), blocks: Blocks::new() };
         guest.cpu.regs[4] = STACK;
-        let entry = |at: u64, value: u64| guest.ram.get().write_obj(value, GuestAddress(at)).expect("memory");
-        entry(TABLES, TABLES + 0x1000 | 0x67);
-        entry(TABLES + 0x1000, TABLES + 0x2000 | 0x67);
-        (0..BYTES >> 21).for_each(|page| entry(TABLES + 0x2000 + page * 8, page << 21 | LARGE));
-        // The table of small pages.
-        entry(TABLES + 0x1008, TABLES + 0x3000 | 0x67);
-        entry(TABLES + 0x3000, TABLES + 0x4000 | 0x63);
-        guest.put(CODE, code);
         guest
     }
 
@@ -86,7 +71,7 @@ impl Guest {
 
     /// Makes the small page accessible to user mode at every level.
     pub(super) fn make_user(&self) {
-        self.put(TABLES + 0x3000, &(TABLES + 0x4000 | 0x67).to_le_bytes());
+        self.put(TABLES + 0x3000, &((TABLES + 0x4000) | 0x67).to_le_bytes());
     }
 
     pub(super) fn run(&mut self) -> (u64, End) {

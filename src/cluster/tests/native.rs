@@ -64,6 +64,7 @@ const SHIFTS: &[u8] = &[0, 1, 4, 5, 7];
 const BITS: u64 = OF | SF | AF | PF;
 const PRODUCT: u64 = SF | ZF | AF | PF;
 
+#[allow(clippy::cast_possible_truncation, reason = "opcodes are bytes")]
 fn opcodes() -> Vec<Opcode> {
     use Immediate::{Byte, None, Word};
     let mut all = vec![
@@ -135,15 +136,15 @@ fn opcodes() -> Vec<Opcode> {
 /// An instruction and the flags that it leaves undefined.
 fn instruction(opcode: &Opcode, random: &mut Random) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let small = random.byte() % 4 == 0;
+    let small = random.byte().is_multiple_of(4);
     if small {
         bytes.push(0x66);
     }
     // REX: W, R, B; the index of an address is never extended.
     let rex = random.byte() & 0b1101;
-    let has_rex = random.byte() % 2 == 0;
+    let has_rex = random.byte().is_multiple_of(2);
     let wide = has_rex && rex & 8 != 0;
-    let memory = opcode.memory && random.byte() % 2 == 0;
+    let memory = opcode.memory && random.byte().is_multiple_of(2);
     if has_rex {
         bytes.push(0x40 | if memory { rex & !1 } else { rex });
     }
@@ -159,7 +160,7 @@ fn instruction(opcode: &Opcode, random: &mut Random) -> Vec<u8> {
         bytes.push(0x80 | field << 3 | 3);
         bytes.extend((u32::from(random.byte()) * 8).to_le_bytes());
     } else {
-        bytes.push(0xc0 | field << 3 | random.byte() % 8);
+        bytes.push(0xc0 | field << 3 | (random.byte() % 8));
     }
     match opcode.immediate {
         Immediate::None => {}
@@ -197,8 +198,10 @@ const DATA_BYTES: usize = 4096;
 
 impl Processor {
     fn new() -> Option<Self> {
-        let (private, fixed) =
-            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE);
+        let (private, fixed) = (
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
+        );
         let writable = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: two new mappings; MAP_FIXED_NOREPLACE replaces none.
         let (code, data) = unsafe {
