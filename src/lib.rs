@@ -7,6 +7,7 @@
 pub mod boot;
 pub mod bounded_read;
 pub mod cli;
+pub mod cluster;
 pub mod config;
 pub mod console;
 pub mod control;

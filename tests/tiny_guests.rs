@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may fail where it stands")]
 
+mod cluster_guests;
 mod guests;
 mod harness;
 
@@ -15,7 +16,7 @@ use hwvmm::measure::user_profile::UserRecord;
 use hwvmm::measure::{Counters, FlightRecorders, Measured, NoProfile};
 use hwvmm::memory::{Backing, GuestRam};
 use hwvmm::sandbox::{Sandbox, ThreadRole};
-use hwvmm::vcpu::{Confinement, Control, Measure, Records, Stop, Threads};
+use hwvmm::vcpu::{Confinement, Control, FollowExits, Measure, Records, Stop, Threads};
 use hwvmm_arch::exit_code::{AccessKind, Class};
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_arch::regs::Entry;
@@ -165,8 +166,12 @@ fn run_with(code: &[u8], mode: Mode, set_up: impl FnOnce(&Machine) -> Result<(),
 fn run_machine(system: &System, machine: Machine, mode: Mode) -> Result<Ran, String> {
     let mut vcpu = vcpu(system, &machine, mode);
     let counters = Counters::new(&machine.handler.pio, &machine.handler.mmio);
-    let mut records =
-        Records { counters, flight_recorder: flight_recorders(1).of_vcpu(0).expect("a recorder"), profiler: NoProfile };
+    let mut records = Records {
+        counters,
+        flight_recorder: flight_recorders(1).of_vcpu(0).expect("a recorder"),
+        clusters: None,
+        profiler: NoProfile,
+    };
     let guard = Guard::start();
     let stop = hwvmm::vcpu::run(&mut vcpu.enter(), &machine.handler, &mut records, |_, _| true).expect("KVM_RUN");
     drop(guard);
@@ -324,9 +329,16 @@ fn is_found_halted(code: &[u8]) -> Result<(bool, u64), String> {
     let vcpu = vcpu(&system, &machine, Mode::Long);
     let control = Arc::new(Control::new().expect("control"));
     let handler = Arc::new(machine.handler);
-    let threads =
-        Threads::start(vec![vcpu], &handler, &control, &Measure::Nothing, &flight_recorders(1), &unconfined())
-            .expect("a thread");
+    let threads = Threads::start(
+        vec![vcpu],
+        &handler,
+        &control,
+        &Measure::Nothing,
+        &flight_recorders(1),
+        &unconfined(),
+        FollowExits::Never,
+    )
+    .expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(3);
     let mut halted = false;
     while !halted && control.ended().is_none() && Instant::now() < deadline {
@@ -360,8 +372,16 @@ fn profiled() -> Result<(Box<UserRecord>, Result<VmRecord, String>), String> {
     }
     let handle = tracer.as_ref().ok().map(Tracer::handle);
     let measure = Measure::Profile { start: Instant::now(), tracer: handle };
-    let threads = Threads::start(vec![vcpu], &handler, &control, &measure, &flight_recorders(1), &unconfined())
-        .expect("a thread");
+    let threads = Threads::start(
+        vec![vcpu],
+        &handler,
+        &control,
+        &measure,
+        &flight_recorders(1),
+        &unconfined(),
+        FollowExits::Never,
+    )
+    .expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(10);
     while control.ended().is_none() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
@@ -453,6 +473,10 @@ const TESTS: &[Test] = &[
     ("triple_fault_in_real_mode", || triple_fault(guests::triple_fault_real(), Mode::Real)),
     ("triple_fault_in_protected_mode", || triple_fault(guests::triple_fault_protected(), Mode::Protected)),
     ("triple_fault_in_long_mode", || triple_fault(guests::triple_fault_long(), Mode::Long)),
+    ("a_loop_of_port_io_is_followed", cluster_guests::a_loop),
+    ("a_poll_loop_is_followed", cluster_guests::a_poll_loop),
+    ("self_modifying_code_is_followed", cluster_guests::self_modifying_code),
+    ("a_fault_between_followed_accesses", cluster_guests::a_fault_in_the_middle),
     ("a_guest_that_no_interrupt_can_wake_is_detected", || {
         outcome(is_found_halted(guests::halt_for_good()).map(|(halted, _)| assert!(halted)))
     }),

@@ -9,14 +9,15 @@ use crate::memory::GuestRam;
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_devices::RegisterPage;
 use kvm_bindings::{
-    CpuId, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_REGS,
-    KVM_SYNC_X86_SREGS, Msrs, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry, kvm_pre_fault_memory, kvm_regs,
-    kvm_sregs,
+    CpuId, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_EVENTS,
+    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, Msrs, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry,
+    kvm_pre_fault_memory, kvm_regs, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 use number::{KVM_PRE_FAULT_MEMORY, KVM_X86_SETUP_MCE};
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
@@ -47,8 +48,10 @@ pub struct Vcpu {
     syncs_regs: bool,
     syncs_sregs: bool,
     can_sync_sregs: bool,
+    can_sync_events: bool,
+    syncs_events: bool,
     // Keeps guest memory mapped as long as this vCPU can run.
-    _memory: Option<GuestRam>,
+    memory: Option<GuestRam>,
     _pages: Arc<Mutex<Vec<RegisterPage>>>,
 }
 
@@ -72,7 +75,9 @@ impl Vcpu {
             syncs_regs,
             syncs_sregs: false,
             can_sync_sregs: syncs(KVM_SYNC_X86_SREGS),
-            _memory: memory,
+            can_sync_events: syncs(KVM_SYNC_X86_EVENTS),
+            syncs_events: false,
+            memory,
             _pages: pages,
         }
     }
@@ -251,6 +256,24 @@ impl Vcpu {
         self.syncs_sregs.then(|| self.fd.sync_regs().sregs.ss.dpl)
     }
 
+    /// Guest memory; `None` before it is set.
+    #[must_use]
+    pub fn memory(&self) -> Option<&GuestRam> {
+        self.memory.as_ref()
+    }
+
+    /// Makes KVM copy the whole state that [`Running::synced_state`] returns into kvm_run at every exit. Returns false where it
+    /// cannot.
+    pub fn sync_state(&mut self) -> bool {
+        let can = self.syncs_regs && self.can_sync_sregs && self.can_sync_events;
+        if can {
+            self.fd.set_sync_valid_reg(SyncReg::SystemRegister);
+            self.fd.set_sync_valid_reg(SyncReg::VcpuEvents);
+            (self.syncs_sregs, self.syncs_events) = (true, true);
+        }
+        can
+    }
+
     /// The value of the MSR `index` (KVM API 4.18, KVM_GET_MSRS); `None` where KVM does not have it.
     #[must_use]
     pub fn msr(&self, index: u32) -> Option<u64> {
@@ -273,6 +296,17 @@ impl Vcpu {
         let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;
         Running { _kickable: Kickable::new(immediate_exit), vcpu: self }
     }
+}
+
+/// What KVM has copied into kvm_run at an exit (KVM_CAP_SYNC_REGS).
+#[derive(Clone, Copy)]
+pub struct SyncedState {
+    /// The general-purpose registers, RIP and RFLAGS.
+    pub regs: kvm_regs,
+    /// The segments, the control registers and EFER.
+    pub sregs: kvm_sregs,
+    /// Exceptions, interrupts and NMIs on their way to the guest.
+    pub events: kvm_vcpu_events,
 }
 
 /// A vCPU on the thread that runs it.
@@ -305,6 +339,82 @@ impl Running<'_> {
         let result = self.run().map(|_| ());
         self.clear_kick();
         result
+    }
+
+    /// The vCPU's state at the last exit; `None` unless [`Vcpu::sync_state`] has returned true before it.
+    #[must_use]
+    pub fn synced_state(&self) -> Option<SyncedState> {
+        let sync = self.vcpu.syncs_events.then(|| self.vcpu.fd.sync_regs())?;
+        Some(SyncedState { regs: sync.regs, sregs: sync.sregs, events: sync.events })
+    }
+
+    /// Has KVM take over these registers before it runs the guest again, and before it completes the instruction of the last exit.
+    /// Port I/O that is not a string's is completed only where RIP is unchanged (complete_fast_pio_in and complete_fast_pio_out of
+    /// KVM's x86.c).
+    pub fn set_synced_regs(&mut self, regs: kvm_regs) {
+        self.vcpu.fd.sync_regs_mut().regs = regs;
+        self.vcpu.fd.set_sync_dirty_reg(SyncReg::Register);
+    }
+
+    /// Gives up the instruction of the last exit, port I/O at `rip`: nothing of it is carried out any more. Returns false where KVM has
+    /// completed it nonetheless, as one does that emulates the instruction. The registers must be set afterwards.
+    ///
+    /// # Errors
+    /// As [`Running::run`].
+    pub fn abandon_port_io(&mut self, mut regs: kvm_regs, rip: u64) -> Result<bool, KvmError> {
+        // Any other address does: the guest is not entered.
+        let elsewhere = rip ^ 0x40_0000;
+        regs.rip = elsewhere;
+        self.set_synced_regs(regs);
+        self.complete_port_io()?;
+        Ok(self.vcpu.synced_rip() == Some(elsewhere))
+    }
+
+    /// As [`Running::complete`], but a kick that comes meanwhile, or has come before, is not lost.
+    ///
+    /// # Errors
+    /// As [`Running::run`].
+    pub fn complete_port_io(&mut self) -> Result<(), KvmError> {
+        const NO_KICK: u8 = 0;
+        // KVM takes any value but 0; a kick writes 1.
+        const OWN: u8 = 2;
+        let flag = &raw mut self.vcpu.fd.get_kvm_run().immediate_exit;
+        // SAFETY: the flag is one byte of the mapping of kvm_run, which lives as long as the vCPU; besides KVM, which reads it, only this
+        // thread and its signal handler use it.
+        let flag = unsafe { AtomicU8::from_ptr(flag) };
+        let _ = flag.compare_exchange(NO_KICK, OWN, Ordering::SeqCst, Ordering::SeqCst);
+        let result = self.run().map(|_| ());
+        let _ = flag.compare_exchange(OWN, NO_KICK, Ordering::SeqCst, Ordering::SeqCst);
+        result
+    }
+
+    /// Returns true if a kick has come, so that KVM_RUN will not run the guest.
+    #[must_use]
+    pub fn is_kicked(&mut self) -> bool {
+        let flag = &raw const self.vcpu.fd.get_kvm_run().immediate_exit;
+        // SAFETY: the pointer is into the mapping of kvm_run, which lives as long as the vCPU. Volatile, because a signal handler of
+        // this thread writes it.
+        unsafe { flag.read_volatile() != 0 }
+    }
+
+    /// Returns true unless the guest's debug registers are known to be unarmed (KVM API 4.21, KVM_GET_DEBUGREGS): a breakpoint or
+    /// general detection is enabled in DR7.
+    #[must_use]
+    pub fn has_breakpoints(&self) -> bool {
+        const ENABLED: u64 = 0xff | 1 << 13;
+        self.vcpu.fd.get_debug_regs().map_or(true, |debug| debug.dr7 & ENABLED != 0)
+    }
+
+    /// Guest memory, for as long as the vCPU is not run.
+    #[must_use]
+    pub fn memory(&self) -> Option<GuestRam> {
+        self.vcpu.memory.clone()
+    }
+
+    /// Returns the vCPU that this thread runs, for changing what KVM copies at exits.
+    #[must_use]
+    pub fn vcpu_mut(&mut self) -> &mut Vcpu {
+        self.vcpu
     }
 
     /// Returns the vCPU that this thread runs.

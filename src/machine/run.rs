@@ -19,7 +19,8 @@ use crate::measure::tracer::Tracer;
 use crate::measure::{MemoryUse, cpu_time_ns};
 use crate::memory::{GuestRam, give_back_startup};
 use crate::sandbox::{Sandbox, SandboxError, ThreadRole};
-use crate::vcpu::{Control, Measure, Threads};
+use crate::tune::Lever;
+use crate::vcpu::{Control, FollowExits, Measure, Threads};
 use event_manager::MutEventSubscriber;
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_devices::legacy::Watchdog;
@@ -365,7 +366,8 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
         // Before the first output of the guest.
         watches.iter().for_each(|watch| watch.note_flush(start));
     }
-    let threads = Threads::start(vcpus, &handler, &control, &measure, setup.flight_recorders, &confinement)
+    let follow = if setup.config.tune.wants(Lever::ExitClusters) { FollowExits::Adaptive } else { FollowExits::Never };
+    let threads = Threads::start(vcpus, &handler, &control, &measure, setup.flight_recorders, &confinement, follow)
         .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
     if let Some(live) = live {
         let parts = Parts {

@@ -1,6 +1,7 @@
 //! What is written down about exits: counters, the flight recorder, profiles of userspace exits, and VM exits from KVM's
 //! tracepoints. [`record::RunRecord`] is what is left of them when a run has ended.
 
+pub mod clusters;
 pub mod counters;
 pub mod flight_recorder;
 pub mod memory_use;

@@ -4,6 +4,7 @@
 //! by the number of vCPUs, devices and KVM's statistics, and by the limits of the parts ([`ExitCounts`], [`UserRecord`],
 //! [`FlightEntry`], [`TraceRecord`]).
 
+use super::clusters::ClusterCounts;
 use super::counters::ExitCounts;
 use super::flight_recorder::FlightEntry;
 use super::memory_use::MemoryUse;
@@ -18,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of [`RunRecord`]: it changes with its fields.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// What a run leaves behind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,6 +87,8 @@ pub struct VcpuRecord {
     pub counts: ExitCounts,
     /// The last userspace exits, oldest first.
     pub flight_recorder: Vec<FlightEntry>,
+    /// What exit clusters have done; `None` where no exits were followed.
+    pub clusters: Option<ClusterCounts>,
     /// What the profiler measured.
     pub measured: Measured,
     /// KVM's statistics of the vCPU; `None` before Linux 5.14.
@@ -102,7 +105,7 @@ impl VcpuRecord {
     pub fn of_last_exits(flight_recorder: Vec<FlightEntry>) -> Self {
         let rip = flight_recorder.last().and_then(|exit| exit.rip);
         let counts = ExitCounts::default();
-        Self { counts, flight_recorder, measured: Measured::Nothing, stats: None, rip, lstar: None }
+        Self { counts, flight_recorder, clusters: None, measured: Measured::Nothing, stats: None, rip, lstar: None }
     }
 }
 
@@ -229,6 +232,13 @@ pub(crate) mod tests {
         let vcpu = VcpuRecord {
             counts,
             flight_recorder: vec![entry],
+            clusters: Some(ClusterCounts {
+                clusters: 2,
+                avoided_exits: 9,
+                instructions: 300,
+                ns: 5_000,
+                ..ClusterCounts::default()
+            }),
             measured: user_record().into(),
             stats: Some(vec![stat("exits", Kind::Cumulative, &[7]), stat("waits", Kind::Histogram, &[1, 2])]),
             rip: Some(0x1000),

@@ -2,9 +2,11 @@
 
 mod own;
 mod shared;
+mod view;
 
 pub use own::give_back_startup;
 pub use shared::SharedWords;
+pub use view::{GuestPage, PAGE_BYTES};
 
 use hwvmm_arch::layout::GpaRange;
 use std::fs::File;

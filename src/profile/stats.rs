@@ -2,6 +2,7 @@
 
 use crate::exit::{EndKind, ExitReason};
 use crate::kvm::stats::{Kind, Stat};
+use crate::measure::clusters::ClusterCounts;
 use crate::measure::counters::{AccessSpace, Accesses, DeviceCount};
 use crate::measure::record::VirtioQueue;
 use crate::measure::{Measured, MemoryUse, RunRecord};
@@ -58,12 +59,25 @@ pub struct RunStats {
     pub userspace_exits: UserspaceExits,
     /// Coalesced writes (--tune coalesced-io), drained at the next exit: each is one exit less.
     pub coalesced_writes: u64,
+    /// What exit clusters have done (--tune exit-clusters), of all vCPUs together; `None` where no exits were followed.
+    pub clusters: Option<ClusterCounts>,
     /// Queues of virtio devices on which something happened.
     pub virtio: Vec<VirtioQueue>,
     /// KVM's statistics, of the machine and of all vCPUs together; not userspace exits. `None`: KVM has none.
     pub kvm: Option<BTreeMap<String, u64>>,
     /// Memory at the end.
     pub memory: Option<MemoryUse>,
+}
+
+fn clusters(record: &RunRecord) -> Option<ClusterCounts> {
+    sum_of_clusters(record.vcpus.iter().filter_map(|vcpu| vcpu.clusters))
+}
+
+fn sum_of_clusters(counts: impl Iterator<Item = ClusterCounts>) -> Option<ClusterCounts> {
+    counts.reduce(|mut sum, counts| {
+        sum.add(&counts);
+        sum
+    })
 }
 
 /// The most names that are summed up over the starts of a guest, of each kind: its machine has the same ones each time, but a process
@@ -98,6 +112,7 @@ impl RunStats {
             startup_cpu_ns: record.startup_cpu_ns,
             userspace_exits: userspace_exits(record),
             coalesced_writes: record.coalesced_writes,
+            clusters: clusters(record),
             virtio: used_queues(record),
             kvm,
             memory: record.memory,
@@ -110,6 +125,7 @@ impl RunStats {
         add(&mut self.coalesced_writes, later.coalesced_writes);
         add(&mut self.ran_ns, later.ran_ns);
         (self.end, self.end_kind, self.status, self.memory) = (later.end, later.end_kind, later.status, later.memory);
+        self.clusters = sum_of_clusters(self.clusters.into_iter().chain(later.clusters));
         self.userspace_exits.merge(later.userspace_exits);
         self.add_queues(later.virtio);
         match (&mut self.kvm, later.kvm) {

@@ -2,6 +2,7 @@
 
 use super::stats::RunStats;
 use super::units::{milliseconds, share};
+use crate::measure::clusters::ClusterEnd;
 use crate::measure::counters::{AccessSpace, DeviceCount};
 use std::fmt;
 
@@ -30,6 +31,7 @@ impl fmt::Display for RunStats {
         if self.coalesced_writes > 0 {
             writeln!(f, "  and {} coalesced writes (drained at the next exit)", self.coalesced_writes)?;
         }
+        self.clusters(f)?;
         let mut reasons: Vec<_> = exits.by_reason.iter().collect();
         reasons.sort_by_key(|(_, count)| std::cmp::Reverse(count.count));
         if !reasons.is_empty() {
@@ -80,6 +82,22 @@ fn device_name(device: &DeviceCount) -> &str {
 }
 
 impl RunStats {
+    fn clusters(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(counts) = &self.clusters else { return Ok(()) };
+        writeln!(
+            f,
+            "  and {} exits avoided: accesses answered in {} clusters of {} interpreted instructions, {} ms in all",
+            counts.avoided_exits,
+            counts.clusters,
+            counts.instructions,
+            milliseconds(counts.ns)
+        )?;
+        let mut ends: Vec<_> = ClusterEnd::NAMES.iter().zip(counts.ends).filter(|(_, count)| *count > 0).collect();
+        ends.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        let ends: Vec<_> = ends.iter().map(|(name, count)| format!("{name} {count}")).collect();
+        writeln!(f, "    clusters by end: {}", ends.join(", "))
+    }
+
     fn virtio(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.virtio.is_empty() {
             return Ok(());
@@ -151,6 +169,7 @@ mod tests {
             kvm: Some(BTreeMap::from([("exits".into(), 123_456_789), ("tlb_flush".into(), 2), ("zero".into(), 0)])),
             memory: None,
             coalesced_writes: 0,
+            clusters: None,
         };
         let text = stats.to_string();
         assert!(text.contains("userspace exits: 3") && text.contains("100.0 %"), "{text}");

@@ -147,7 +147,7 @@ const BUS: &[Call] = calls![ioctl(1 is KVM_SET_GSI_ROUTING)];
 const VCPU: &[Call] = calls![
     // The filter has a fast path for KVM_RUN (seccomp.rs).
     ioctl(1 is KVM_RUN, KVM_GET_REGS, KVM_GET_MP_STATE, KVM_GET_MSRS, KVM_GET_STATS_FD, KVM_KVMCLOCK_CTRL,
-          // A snapshot.
+          // A snapshot; debug registers also for an exit cluster.
           KVM_GET_SREGS, KVM_GET_LAPIC, KVM_GET_VCPU_EVENTS, KVM_GET_DEBUGREGS, KVM_GET_TSC_KHZ, KVM_GET_XSAVE, KVM_GET_XCRS),
     // KVM's statistics of the vCPU.
     pread64,

@@ -5,4 +5,4 @@ mod run_loop;
 mod threads;
 
 pub use run_loop::{Records, Stop, run};
-pub use threads::{Confinement, Control, Inspector, Measure, SaveError, Threads};
+pub use threads::{Confinement, Control, FollowExits, Inspector, Measure, SaveError, Threads};

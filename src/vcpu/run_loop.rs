@@ -1,5 +1,6 @@
 //! The run loop: the only place that runs a guest, and the only place that counts.
 
+use crate::cluster::{Clusters, PortExit};
 use crate::exit::{EndReason, ExitReason, Handler, Outcome};
 use crate::kvm::vcpu::Running;
 use crate::kvm::{KvmError, clock};
@@ -21,6 +22,8 @@ pub struct Records<P> {
     pub counters: Counters,
     /// The last exits, with their details.
     pub flight_recorder: FlightRecorder,
+    /// Follows exits in software; `None` where none is followed.
+    pub clusters: Option<Clusters>,
     /// The profiler; [`crate::measure::NoProfile`] where nothing is measured.
     pub profiler: P,
 }
@@ -42,13 +45,20 @@ pub fn run<P: Profiler>(
         let stamp = records.profiler.stamp();
         let handled = handler.handle(&mut exit);
         let detail = Detail::of(&exit);
+        let port_io = records.clusters.is_some().then(|| PortExit::of(&exit)).flatten();
         let (rip, cpl) = (vcpu.vcpu().synced_rip(), vcpu.vcpu().synced_cpl());
         let record = ExitRecord { reason, detail, rip, cpl, tsc: clock::tsc() };
         records.profiler.record(record, handled.route, stamp);
         records.counters.record(reason, handled.route);
         records.flight_recorder.push(record);
         match handled.outcome {
-            Outcome::Continue => {}
+            Outcome::Continue => {
+                if let (Some(clusters), Some(exit)) = (&mut records.clusters, port_io)
+                    && let Some(end) = clusters.follow(vcpu, handler, exit)?
+                {
+                    return Ok(Stop::End(end));
+                }
+            }
             Outcome::Kicked => {
                 vcpu.clear_kick();
                 if kicked(vcpu, records) {

@@ -2,6 +2,7 @@
 
 use super::pause::{Gate, Passed};
 use super::run_loop::{Records, Stop, run};
+use crate::cluster::Clusters;
 use crate::error::chain;
 use crate::exit::{EndReason, Handler, RunEnd};
 use crate::kvm::clock::Anchor;
@@ -149,6 +150,17 @@ pub enum Measure {
     },
 }
 
+/// Which exits are followed in software (src/cluster).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FollowExits {
+    /// None.
+    Never,
+    /// Those that gain by it.
+    Adaptive,
+    /// All that can be, for tests.
+    Always,
+}
+
 /// What the threads of vCPUs may do on the host.
 #[derive(Clone)]
 pub struct Confinement {
@@ -291,6 +303,7 @@ impl Threads {
         measure: &Measure,
         flight_recorders: &FlightRecorders,
         confinement: &Confinement,
+        follow: FollowExits,
     ) -> io::Result<Self> {
         kick::install()?;
         let start = Anchor::now();
@@ -314,6 +327,7 @@ impl Threads {
                 handler: Arc::clone(handler),
                 control: Arc::clone(control),
                 confinement: confinement.clone(),
+                follow,
             };
             let measure = measure.clone();
             let body = move || work.start(vcpu, measure, flight_recorder);
@@ -400,6 +414,7 @@ struct Work {
     handler: Arc<Handler>,
     control: Arc<Control>,
     confinement: Confinement,
+    follow: FollowExits,
 }
 
 impl Work {
@@ -424,9 +439,12 @@ impl Work {
         *self.shared.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(KickTarget::current());
         let counters = Counters::new(&self.handler.pio, &self.handler.mmio);
         let _guard = EndOnPanic(&self);
-        let mut records = Records { counters, flight_recorder, profiler };
+        let mut records = Records { counters, flight_recorder, clusters: None, profiler };
         let rip = {
             let mut running = vcpu.enter();
+            if self.follow != FollowExits::Never {
+                records.clusters = Clusters::new(&mut running, self.follow == FollowExits::Always);
+            }
             let stopped = match self.confine() {
                 Err(error) => Ok(Stop::End(EndReason::Failed(chain(&error)))),
                 Ok(()) if self.control.is_stopping() => Ok(Stop::Asked),
@@ -442,11 +460,12 @@ impl Work {
             running.vcpu().regs().ok().map(|regs| regs.rip)
         };
         *self.shared.target.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        let Records { counters, flight_recorder, profiler } = records;
+        let Records { counters, flight_recorder, clusters, profiler } = records;
         let stats = vcpu.stats_fd().ok().and_then(|file| Reader::new(file).ok()?.read().ok());
         VcpuRecord {
             counts: counters.resolve(&self.handler.pio, &self.handler.mmio),
             flight_recorder: flight_recorder.resolve(&self.start, &Anchor::now()),
+            clusters: clusters.map(|clusters| clusters.counts()),
             measured: profiler.finish().into(),
             stats,
             rip,

@@ -35,9 +35,11 @@ macro_rules! payload {
     };
 }
 
+mod clusters;
 mod hostile;
 mod programs;
 
+pub(crate) use clusters::*;
 pub(crate) use hostile::*;
 pub(crate) use programs::*;
 

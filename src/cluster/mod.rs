@@ -1,0 +1,259 @@
+//! Exit clusters (Agesen, Mattson, Rugina and Sheldon, USENIX ATC 2012): after a userspace exit has been answered, the guest's next
+//! instructions are interpreted, up to the first that cannot be, so that those among them that would exit again do not.
+//!
+//! README.md in this folder says what is interpreted, when, and what is not done.
+
+mod arith;
+mod blocks;
+mod decode;
+mod exec;
+mod flags;
+mod mmu;
+mod op;
+mod port_exit;
+mod ports;
+mod site;
+pub mod standalone;
+#[cfg(test)]
+mod tests;
+
+use crate::exit::{EndReason, Handler};
+use crate::kvm::vcpu::{Running, SyncedState};
+use crate::kvm::{Direction, KvmError, clock};
+use crate::measure::clusters::ClusterCounts;
+use crate::measure::clusters::ClusterEnd as End;
+use crate::memory::GuestRam;
+use blocks::Blocks;
+use exec::Cpu;
+use flags::Flags;
+use kvm_bindings::kvm_regs;
+use mmu::{Mmu, Paging};
+pub use port_exit::PortExit;
+use ports::HandlerPorts;
+use site::Sites;
+
+/// The most instructions of a cluster.
+const MOST_INSTRUCTIONS: u64 = 4096;
+/// The longest time of a cluster, in nanoseconds.
+const MOST_NS: u64 = 20_000;
+/// Exits of port I/O before KVM is asked for the whole state at each exit.
+const WARM_UP: u32 = 16;
+
+const CR0_PE: u64 = 1 << 0;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const CR4_LA57: u64 = 1 << 12;
+/// VMXE, CET, PKS and LAM_SUP: the guest may run nested guests, has shadow stacks, or its addresses mean something else.
+const CR4_REFUSED: u64 = 1 << 13 | 1 << 23 | 1 << 24 | 1 << 28;
+const EFER_LMA: u64 = 1 << 10;
+const EFER_NXE: u64 = 1 << 11;
+const EFER_SVME: u64 = 1 << 12;
+const RFLAGS_TF: u64 = 1 << 8;
+const RFLAGS_RF: u64 = 1 << 16;
+const RFLAGS_VM: u64 = 1 << 17;
+
+/// How KVM completes port I/O. Each step is tried once, on an exit that is completed in the way that is always right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Completion {
+    /// It has not been tried.
+    Unknown,
+    /// RIP at the exit is the instruction's, and moves on when it is completed; whether a change of RIP is seen has not been tried.
+    AtInstruction,
+    /// As above, and nothing is completed where RIP has changed: KVM's fast path of port I/O.
+    Dropped,
+    /// In another way, as by a KVM that emulates the instruction: it must be completed before the registers are changed.
+    Always,
+}
+
+/// What a vCPU's thread has for following exits.
+pub struct Clusters {
+    ram: GuestRam,
+    blocks: Blocks,
+    sites: Sites,
+    completion: Completion,
+    warm: u32,
+    khz: u64,
+    ticks: u64,
+    counts: ClusterCounts,
+}
+
+impl Clusters {
+    /// Makes what is needed for the vCPU. `always` follows every exit, whether it gains anything or not, for tests. `None` where this
+    /// KVM does not copy the registers at exits (KVM_CAP_SYNC_REGS).
+    #[must_use]
+    pub fn new(vcpu: &mut Running<'_>, always: bool) -> Option<Self> {
+        let ram = vcpu.memory()?;
+        vcpu.vcpu().syncs_regs().then_some(())?;
+        // Without a known frequency a slow processor's is assumed: the time is shorter then.
+        let khz = u64::from(vcpu.vcpu().tsc_khz().unwrap_or(1_000_000));
+        Some(Self {
+            ram,
+            blocks: Blocks::new(),
+            sites: Sites::new(always),
+            completion: Completion::Unknown,
+            warm: if always { WARM_UP } else { 0 },
+            khz: khz.max(1),
+            ticks: 0,
+            counts: ClusterCounts::default(),
+        })
+    }
+
+    /// Returns what was done so far.
+    #[must_use]
+    pub fn counts(&self) -> ClusterCounts {
+        let ns = u128::from(self.ticks) * 1_000_000 / u128::from(self.khz);
+        ClusterCounts { ns: u64::try_from(ns).unwrap_or(u64::MAX), ..self.counts }
+    }
+
+    /// Follows an exit that has been answered. Returns how the run ended, where an access to a device in the cluster has ended it.
+    ///
+    /// # Errors
+    /// Where KVM cannot complete the instruction of the exit.
+    pub fn follow(
+        &mut self,
+        vcpu: &mut Running<'_>,
+        handler: &Handler,
+        exit: PortExit,
+    ) -> Result<Option<EndReason>, KvmError> {
+        let Some(rip) = vcpu.vcpu().synced_rip() else { return Ok(None) };
+        if !self.sites.is_followed(rip) {
+            return Ok(None);
+        }
+        let Some(state) = vcpu.synced_state() else {
+            self.warm = self.warm.saturating_add(1);
+            if self.warm >= WARM_UP {
+                vcpu.vcpu_mut().sync_state();
+            }
+            return Ok(None);
+        };
+        self.counts.clusters += 1;
+        let start = clock::tsc();
+        let (result, avoided, instructions, end) = if vcpu.has_breakpoints() {
+            (None, 0, 0, End::State)
+        } else {
+            self.interpret(vcpu, handler, exit, &state)?
+        };
+        self.sites.judge(rip, avoided, instructions);
+        self.counts.avoided_exits += avoided;
+        self.counts.instructions += instructions;
+        self.ticks += clock::tsc().wrapping_sub(start);
+        self.counts.ends[end as usize] += 1;
+        Ok(result)
+    }
+
+    /// Returns how the run ended, if it did, the exits avoided, the instructions interpreted, and why the cluster ended.
+    fn interpret(
+        &mut self,
+        vcpu: &mut Running<'_>,
+        handler: &Handler,
+        exit: PortExit,
+        state: &SyncedState,
+    ) -> Result<(Option<EndReason>, u64, u64, End), KvmError> {
+        let nothing = |end| Ok((None, 0, 0, end));
+        let Some(paging) = paging(state) else { return nothing(End::State) };
+        let Self { ram, blocks, .. } = self;
+        let mut mmu = Mmu::new(ram, paging);
+        // The instruction of the exit must be the one that KVM says it is: code is read later than the processor read it.
+        let length = blocks.at(state.regs.rip, &mut mmu).ok().and_then(|block| block.port_io(&exit));
+        let (mut cpu, answered);
+        match (self.completion, length) {
+            (Completion::Unknown | Completion::Always, _) => {
+                vcpu.complete_port_io()?;
+                let Some(completed) = vcpu.synced_state() else { return nothing(End::State) };
+                if self.completion == Completion::Unknown {
+                    self.completion = completion(state, &completed, length);
+                }
+                // The access may have led to an exception.
+                if self::paging(&completed).is_none() {
+                    return nothing(End::State);
+                }
+                (cpu, answered) = (Cpu::new(&completed), false);
+            }
+            (Completion::AtInstruction | Completion::Dropped, None) => return nothing(End::Unsupported),
+            (Completion::AtInstruction | Completion::Dropped, Some(_)) => {
+                if self.completion == Completion::AtInstruction {
+                    let dropped = vcpu.abandon_port_io(state.regs, state.regs.rip)?;
+                    self.completion = if dropped { Completion::Dropped } else { Completion::Always };
+                }
+                (cpu, answered) = (Cpu::new(state), true);
+                if exit.direction == Direction::In {
+                    cpu.set_accumulator(exit.width, exit.value);
+                }
+            }
+        }
+        let start = clock::tsc();
+        let mut ports = HandlerPorts::new(handler, vcpu, start, self.khz * MOST_NS / 1_000_000);
+        let (instructions, end) = exec::run(&mut cpu, &mut mmu, blocks, &mut ports, MOST_INSTRUCTIONS, answered);
+        let (avoided, result) = (ports.answered, ports.end.take());
+        let mut regs = state.regs;
+        cpu.write_to(&mut regs);
+        if answered && regs.rip == state.regs.rip {
+            // KVM would complete the access once more.
+            vcpu.abandon_port_io(regs, state.regs.rip)?;
+        }
+        vcpu.set_synced_regs(regs);
+        Ok((result, avoided, instructions, end))
+    }
+}
+
+/// Judges by a first completion how KVM completes port I/O; `length` is that of the instruction at RIP, if it is the exit's.
+fn completion(before: &SyncedState, after: &SyncedState, length: Option<u64>) -> Completion {
+    let moved = after.regs.rip.wrapping_sub(before.regs.rip);
+    let completion = if length == Some(moved) { Completion::AtInstruction } else { Completion::Always };
+    log::debug!("exit clusters: RIP moves on by {moved} when port I/O is completed: {completion:?}");
+    completion
+}
+
+/// Returns how linear addresses are translated; `None` where the state is one in which nothing is interpreted.
+fn paging(state: &SyncedState) -> Option<Paging> {
+    let (sregs, events, rflags) = (&state.sregs, &state.events, state.regs.rflags);
+    let protected = sregs.cr0 & (CR0_PE | CR0_PG) == CR0_PE | CR0_PG && sregs.cr4 & CR4_PAE != 0;
+    let long = sregs.efer & EFER_LMA != 0 && sregs.cs.l == 1 && sregs.cs.db == 0;
+    let kernel = sregs.cs.selector & 3 == 0 && sregs.cs.dpl == 0 && sregs.ss.dpl == 0;
+    let refused = sregs.cr4 & CR4_REFUSED != 0
+        || sregs.efer & EFER_SVME != 0
+        || rflags & (RFLAGS_TF | RFLAGS_RF | RFLAGS_VM) != 0;
+    let pending = events.exception.injected != 0
+        || events.exception.pending != 0
+        || events.interrupt.injected != 0
+        || events.interrupt.shadow != 0
+        || events.nmi.injected != 0
+        || events.nmi.pending != 0
+        || events.smi.pending != 0
+        || events.smi.smm != 0
+        || events.triple_fault.pending != 0;
+    (protected && long && kernel && !refused && !pending).then_some(Paging {
+        root: sregs.cr3,
+        levels: if sregs.cr4 & CR4_LA57 != 0 { 5 } else { 4 },
+        no_execute: sregs.efer & EFER_NXE != 0,
+    })
+}
+
+/// The registers in the order of their numbers (SDM vol. 2A, table 2-2).
+fn by_number(regs: &mut kvm_regs) -> [&mut u64; 16] {
+    let kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, .. } = regs;
+    [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15]
+}
+
+impl Cpu {
+    fn new(state: &SyncedState) -> Self {
+        let (mut regs, mut from) = ([0; 32], state.regs);
+        regs.iter_mut().zip(by_number(&mut from)).for_each(|(register, value)| *register = *value);
+        let bases = [0, state.sregs.fs.base, state.sregs.gs.base, 0];
+        Self { regs, rip: state.regs.rip, flags: Flags::new(state.regs.rflags), bases }
+    }
+
+    /// Sets AL, AX or EAX, as IN does.
+    fn set_accumulator(&mut self, width: u8, value: u64) {
+        self.regs[0] = match width {
+            0 => self.regs[0] & !0xff | value & 0xff,
+            1 => self.regs[0] & !0xffff | value & 0xffff,
+            _ => value & 0xffff_ffff,
+        };
+    }
+
+    fn write_to(&self, regs: &mut kvm_regs) {
+        by_number(regs).into_iter().zip(self.regs).for_each(|(register, value)| *register = value);
+        (regs.rip, regs.rflags) = (self.rip, self.flags.get());
+    }
+}

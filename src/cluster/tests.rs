@@ -1,0 +1,287 @@
+//! The interpreter by itself: its instructions against the processor, and what ends a cluster.
+
+mod guest;
+mod native;
+
+use super::End;
+use super::flags::{AF, CF, DF, IF, OF, PF, SF, STATUS, ZF};
+use guest::{CODE, DATA, Guest, STACK};
+
+const RAX: usize = 0;
+const RCX: usize = 1;
+const RDX: usize = 2;
+const RBX: usize = 3;
+const RSP: usize = 4;
+const RSI: usize = 6;
+
+#[test]
+fn a_loop_of_port_io_is_run_to_its_end() {
+    // mov $3,%ecx; 1: in (%dx),%al; inc %al; out %al,(%dx); dec %ecx; jnz 1b; hlt
+    let code = [0xb9, 3, 0, 0, 0, 0xec, 0xfe, 0xc0, 0xee, 0xff, 0xc9, 0x75, 0xf8, 0xf4];
+    let mut guest = Guest::new(&code);
+    guest.cpu.regs[RDX] = 0x3f8;
+    guest.cpu.regs[RAX] = 0x1122_3344_5566_7788;
+    let (instructions, end) = guest.run();
+    assert_eq!((instructions, end), (16, End::Unsupported));
+    assert_eq!(guest.cpu.rip, CODE + 13, "before HLT");
+    assert_eq!(guest.ports.log, ["in 3f8", "out 3f8 1", "in 3f8", "out 3f8 2", "in 3f8", "out 3f8 3"]);
+    assert_eq!((guest.cpu.regs[RAX], guest.cpu.regs[RCX]), (0x1122_3344_5566_7703, 0));
+}
+
+#[test]
+fn calls_and_the_stack() {
+    // call 1f; push $-2; pushfq; pop %rcx; hlt; 1: mov (%rsp),%rax; lea 2f(%rip),%rdx; push %rdx; ret; nop; 2: ret
+    let code = [
+        0xe8, 5, 0, 0, 0, 0x6a, 0xfe, 0x9c, 0x59, 0xf4, 0x48, 0x8b, 0x04, 0x24, 0x48, 0x8d, 0x15, 3, 0, 0, 0, 0x52,
+        0xc3, 0x90, 0xc3,
+    ];
+    let mut guest = Guest::new(&code);
+    guest.cpu.flags.set(STATUS, CF | ZF);
+    assert_eq!(guest.run(), (9, End::Unsupported));
+    assert_eq!((guest.cpu.rip, guest.cpu.regs[RAX]), (CODE + 9, CODE + 5));
+    assert_eq!(guest.cpu.regs[RDX], CODE + 24);
+    assert_eq!(guest.cpu.regs[RCX] & 0xfff, guest.cpu.flags.get() & 0xfff);
+    assert_eq!((guest.cpu.regs[RSP], guest.word(STACK - 8)), (STACK - 8, (-2_i64).cast_unsigned()));
+}
+
+#[test]
+fn conditions_follow_the_flags() {
+    for number in 0..16_u8 {
+        for bits in 0..32_u64 {
+            let flag = |bit: u64, flag: u64| if bits >> bit & 1 != 0 { flag } else { 0 };
+            let flags = flag(0, CF) | flag(1, ZF) | flag(2, SF) | flag(3, OF) | flag(4, PF);
+            // jcc +1; hlt; nop; hlt
+            let mut guest = Guest::new(&[0x70 + number, 1, 0xf4, 0x90, 0xf4]);
+            guest.cpu.flags.set(STATUS, flags);
+            guest.run();
+            let is = |flag| flags & flag != 0;
+            let base = match number / 2 {
+                0 => is(OF),
+                1 => is(CF),
+                2 => is(ZF),
+                3 => is(CF) || is(ZF),
+                4 => is(SF),
+                5 => is(PF),
+                6 => is(SF) != is(OF),
+                _ => is(ZF) || is(SF) != is(OF),
+            };
+            let taken = base != (number % 2 == 1);
+            assert_eq!(guest.cpu.rip, CODE + if taken { 4 } else { 2 }, "condition {number}, flags {flags:#x}");
+        }
+    }
+}
+
+#[test]
+fn segments_and_absolute_addresses() {
+    // mov %gs:0x40,%rax (absolute disp32); mov %fs:8(%rbx),%ecx; incl %gs:0x48; hlt
+    let code =
+        [0x65, 0x48, 0x8b, 0x04, 0x25, 0x40, 0, 0, 0, 0x64, 0x8b, 0x4b, 8, 0x65, 0xff, 0x04, 0x25, 0x48, 0, 0, 0, 0xf4];
+    let mut guest = Guest::new(&code);
+    guest.cpu.bases = [0, DATA + 0x100, DATA, 0];
+    guest.cpu.regs[RBX] = 0x10;
+    guest.put(DATA + 0x40, &0x1234_5678_9abc_def0_u64.to_le_bytes());
+    guest.put(DATA + 0x118, &[5, 0, 0, 0, 9]);
+    assert_eq!(guest.run(), (3, End::Unsupported));
+    assert_eq!((guest.cpu.regs[RAX], guest.cpu.regs[RCX]), (0x1234_5678_9abc_def0, 5));
+    assert_eq!(guest.word(DATA + 0x48), 1);
+}
+
+/// Each of these ends the cluster before it: nothing has changed.
+#[test]
+fn what_is_not_interpreted_ends_the_cluster_before_it() {
+    let instructions: [&[u8]; 22] = [
+        &[0xf4],                               // hlt
+        &[0xfb],                               // sti
+        &[0x9d],                               // popf
+        &[0xcf],                               // iret
+        &[0x0f, 0xa2],                         // cpuid
+        &[0x0f, 0x30],                         // wrmsr
+        &[0x0f, 0x22, 0xd8],                   // mov %rax,%cr3
+        &[0x0f, 0x23, 0xf8],                   // mov %rax,%dr7
+        &[0x8e, 0xd0],                         // mov %eax,%ss
+        &[0xf0, 0xff, 0x03],                   // lock incl (%rbx)
+        &[0x87, 0x03],                         // xchg %eax,(%rbx)
+        &[0x0f, 0xb1, 0x0b],                   // cmpxchg %ecx,(%rbx)
+        &[0xf3, 0xa4],                         // rep movsb
+        &[0x6e],                               // outsb
+        &[0xf7, 0xf1],                         // div %ecx
+        &[0xcc],                               // int3
+        &[0x0f, 0x0b],                         // ud2
+        &[0x67, 0x8b, 0x03],                   // mov (%ebx),%eax
+        &[0x67, 0x8b, 0x04, 0x25, 0, 0, 0, 0], // mov with a 32-bit absolute address
+        &[0xca, 0, 0],                         // lret
+        &[0x0f, 0x01, 0xf8],                   // swapgs
+        &[0x0f, 0x01, 0x3b],                   // invlpg (%rbx)
+    ];
+    for bytes in instructions {
+        let code: Vec<u8> = [0x90].iter().chain(bytes).copied().collect();
+        let mut guest = Guest::new(&code);
+        guest.cpu.regs[RBX] = DATA;
+        let before = (guest.cpu.regs, guest.cpu.flags.get());
+        assert_eq!(guest.run(), (1, End::Unsupported), "{bytes:x?}");
+        assert_eq!(
+            (guest.cpu.rip, guest.cpu.regs, guest.cpu.flags.get()),
+            (CODE + 1, before.0, before.1),
+            "{bytes:x?}"
+        );
+    }
+}
+
+#[test]
+fn pages_that_would_fault_or_change_end_the_cluster() {
+    // The 4-KiB page's entry, and whether it can be read and written.
+    let cases = [
+        (0x63_u64, true, true),
+        (0x62, false, false),           // not present
+        (0x61, true, false),            // read-only
+        (0x67, true, true),             // user at this level only: a supervisor page
+        (0x43, false, false),           // not accessed
+        (0x23, true, false),            // not dirty
+        (0x63 | 1 << 63, true, true),   // no-execute
+        (0x63 | 1 << 40, false, false), // no memory there
+    ];
+    for (flags, readable, writable) in cases {
+        for (write, works) in [(false, readable), (true, writable)] {
+            // mov (%rbx),%eax or mov %eax,(%rbx); hlt
+            let mut guest = Guest::new(&[if write { 0x89 } else { 0x8b }, 0x03, 0xf4]);
+            guest.cpu.regs[RBX] = guest.map_small(DATA, flags);
+            let (done, end) = guest.run();
+            assert_eq!(done == 1, works, "{flags:#x} {write}: {end:?}");
+            assert_eq!(matches!(end, End::Page | End::NoMemory), !works, "{flags:#x} {write}: {end:?}");
+            assert_eq!(guest.cpu.rip, CODE + if works { 2 } else { 0 });
+        }
+    }
+    let mut guest = Guest::new(&[0x8b, 0x03, 0xf4]);
+    guest.cpu.regs[RBX] = guest.map_small(DATA, 0x67);
+    guest.make_user();
+    assert_eq!(guest.run(), (0, End::Page), "a user page");
+    guest.cpu.regs[RBX] = 0x8000_0000_0000;
+    assert_eq!(guest.run(), (0, End::Page), "not canonical");
+}
+
+#[test]
+fn unaligned_accesses_and_ends_of_pages() {
+    let mut guest = Guest::new(&[0x8b, 0x03, 0xf4]);
+    guest.cpu.regs[RBX] = DATA + 2;
+    assert_eq!(guest.run(), (0, End::Unaligned));
+    guest.cpu.regs[RBX] = DATA + 0xffe;
+    assert_eq!(guest.run(), (0, End::Unaligned));
+    guest.cpu.regs[RBX] = DATA + 0xffc;
+    assert_eq!(guest.run(), (1, End::Unsupported));
+}
+
+#[test]
+fn code_that_writes_its_own_page_ends_and_changed_code_is_decoded_again() {
+    // movb $0x40,5(%rbx); inc %eax; hlt
+    let code = [0xc6, 0x43, 5, 0xc8, 0xff, 0xc0, 0xf4];
+    let mut guest = Guest::new(&code);
+    guest.cpu.regs[RBX] = CODE;
+    assert_eq!(guest.run(), (0, End::OwnCode));
+    // Another vCPU writes the code: inc becomes dec.
+    guest.cpu.regs[RBX] = DATA;
+    assert_eq!(guest.run(), (2, End::Unsupported));
+    assert_eq!(guest.cpu.regs[RAX], 1);
+    guest.put(CODE + 5, &[0xc8]);
+    guest.cpu.rip = CODE;
+    assert_eq!(guest.run(), (2, End::Unsupported));
+    assert_eq!(guest.cpu.regs[RAX], 0);
+}
+
+#[test]
+fn a_page_table_changed_by_the_guest_counts_from_the_next_cluster() {
+    let mut guest = Guest::new(&[0x8b, 0x03, 0xf4]);
+    guest.cpu.regs[RBX] = guest.map_small(DATA, 0x63);
+    guest.put(DATA, &[7, 0, 0, 0]);
+    assert_eq!(guest.run(), (1, End::Unsupported));
+    assert_eq!(guest.cpu.regs[RAX], 7);
+    guest.cpu.regs[RBX] = guest.map_small(DATA + 0x1000, 0x63);
+    guest.put(DATA + 0x1000, &[9, 0, 0, 0]);
+    guest.cpu.rip = CODE;
+    assert_eq!(guest.run(), (1, End::Unsupported));
+    assert_eq!(guest.cpu.regs[RAX], 9);
+}
+
+#[test]
+fn an_interrupt_ends_the_cluster_behind_the_access_if_the_guest_takes_it() {
+    for (flags, end, done) in [(IF, End::Interrupt, 1), (0, End::Unsupported, 2)] {
+        // out %al,(%dx); nop; hlt
+        let mut guest = Guest::new(&[0xee, 0x90, 0xf4]);
+        guest.ports.raises = true;
+        guest.cpu.flags.set(IF, flags);
+        assert_eq!(guest.run(), (done, end));
+        assert_eq!(guest.cpu.rip, CODE + done);
+    }
+    let mut guest = Guest::new(&[0xee, 0xf4]);
+    guest.ports.absent = true;
+    assert_eq!(guest.run(), (0, End::Port));
+}
+
+#[test]
+fn a_loop_without_an_end_is_left() {
+    // jmp .
+    let mut guest = Guest::new(&[0xeb, 0xfe]);
+    let (done, end) = guest.run();
+    assert!(end == End::Instructions && (4096..4096 + 512).contains(&done), "{done} {end:?}");
+    let mut guest = Guest::new(&[0xeb, 0xfe]);
+    guest.ports.late = true;
+    let (done, end) = guest.run();
+    assert!(end == End::Time && done < 512, "{done} {end:?}");
+}
+
+#[test]
+fn cld_and_cli_clear_their_flag() {
+    let mut guest = Guest::new(&[0xfc, 0xfa, 0xf4]);
+    guest.cpu.flags.set(DF | IF | STATUS, DF | IF | AF);
+    assert_eq!(guest.run(), (2, End::Unsupported));
+    assert_eq!(guest.cpu.flags.get() & (DF | IF | STATUS), AF);
+}
+
+#[test]
+fn a_block_may_end_with_its_page() {
+    let mut guest = Guest::new(&[]);
+    guest.put(CODE + 0xffe, &[0x90, 0x90, 0x90, 0xf4]);
+    guest.cpu.rip = CODE + 0xffe;
+    assert_eq!(guest.run(), (3, End::Unsupported));
+}
+
+#[test]
+fn an_instruction_may_lie_across_two_pages() {
+    // nop; mov %ebx,%eax; hlt
+    let mut guest = Guest::new(&[]);
+    guest.put(CODE + 0xffe, &[0x90, 0x89, 0xd8, 0xf4]);
+    guest.cpu.regs[RBX] = 7;
+    for value in [7, 9] {
+        guest.cpu.regs[RBX] = value;
+        guest.cpu.rip = CODE + 0xffe;
+        assert_eq!(guest.run(), (2, End::Unsupported));
+        assert_eq!((guest.cpu.rip, guest.cpu.regs[RAX]), (CODE + 0x1001, value));
+    }
+    // The second byte is changed: mov %ebx,%ecx.
+    guest.put(CODE + 0x1000, &[0xd9]);
+    guest.cpu.rip = CODE + 0xffe;
+    assert_eq!(guest.run(), (2, End::Unsupported));
+    assert_eq!(guest.cpu.regs[RCX], 9);
+    // A write to the second page ends the cluster: mov %eax,(%rbx).
+    guest.put(CODE + 0xfff, &[0x89, 0x03, 0xf4]);
+    for (address, end) in
+        [(CODE + 0x1800, End::OwnCode), (CODE + 0x800, End::OwnCode), (CODE + 0x2000, End::Unsupported)]
+    {
+        guest.cpu.regs[RBX] = address;
+        guest.cpu.rip = CODE + 0xfff;
+        assert_eq!(guest.run().1, end, "{address:#x}");
+    }
+}
+
+/// Arbitrary bytes as code: the interpreter comes back, and never writes where the guest could not.
+#[test]
+fn arbitrary_code_comes_back() {
+    let mut random = native::Random(0x1234_5678_9abc_def1);
+    for _ in 0..3_000 {
+        let code: Vec<u8> = (0..64).map(|_| random.next().to_le_bytes()[3]).collect();
+        let mut guest = Guest::new(&code);
+        guest.cpu.regs[..16].iter_mut().for_each(|register| *register = DATA + random.next() % 0x1000);
+        guest.cpu.regs[RSI] = random.next();
+        let (done, _) = guest.run();
+        assert!(done < 4096 + 512);
+    }
+}

@@ -1,0 +1,81 @@
+//! A guest in memory, without KVM.
+
+use super::super::End;
+use super::super::blocks::Blocks;
+use super::super::exec::{Cpu, PortEnd, Ports, run};
+use super::super::flags::Flags;
+use super::super::mmu::{Mmu, Paging};
+pub(super) use super::super::standalone::{BYTES, CODE, DATA, STACK};
+use super::super::standalone::{TABLES, memory};
+use crate::memory::GuestRam;
+use vm_memory::{Bytes, GuestAddress};
+
+/// A linear address that no large page maps: 1 GiB.
+const SMALL: u64 = 1 << 30;
+
+#[derive(Default)]
+pub(super) struct FakePorts {
+    pub(super) log: Vec<String>,
+    pub(super) raises: bool,
+    pub(super) absent: bool,
+    pub(super) late: bool,
+    value: u64,
+}
+
+impl Ports for FakePorts {
+    fn input(&mut self, port: u16, _width: u8) -> Option<(u64, PortEnd)> {
+        self.log.push(format!("in {port:x}"));
+        (!self.absent).then_some((self.value, PortEnd::Nothing))
+    }
+
+    fn output(&mut self, port: u16, _width: u8, value: u64) -> Option<PortEnd> {
+        self.log.push(format!("out {port:x} {value:x}"));
+        self.value = value;
+        (!self.absent).then_some(if self.raises { PortEnd::Interrupt } else { PortEnd::Nothing })
+    }
+
+    fn interrupted(&mut self) -> Option<End> {
+        self.late.then_some(End::Time)
+    }
+}
+
+pub(super) struct Guest {
+    pub(super) ram: GuestRam,
+    pub(super) cpu: Cpu,
+    pub(super) ports: FakePorts,
+    blocks: Blocks,
+}
+
+impl Guest {
+    pub(super) fn new(code: &[u8]) -> Self {
+        let cpu = Cpu { regs: [0; 32], rip: CODE, flags: Flags::new(2), bases: [0; 4] };
+        let ram = memory(code).expect("memory");
+        let mut guest = Self { ram, cpu, ports: FakePorts::default(), blocks: Blocks::new() };
+        guest.cpu.regs[4] = STACK;
+        guest
+    }
+
+    pub(super) fn put(&self, gpa: u64, bytes: &[u8]) {
+        self.ram.get().write_slice(bytes, GuestAddress(gpa)).expect("memory");
+    }
+
+    pub(super) fn word(&self, gpa: u64) -> u64 {
+        self.ram.get().read_obj(GuestAddress(gpa)).expect("memory")
+    }
+
+    /// Maps a small page to `gpa` with these flags; returns its linear address.
+    pub(super) fn map_small(&self, gpa: u64, flags: u64) -> u64 {
+        self.put(TABLES + 0x4000, &(gpa | flags).to_le_bytes());
+        SMALL
+    }
+
+    /// Makes the small page accessible to user mode at every level.
+    pub(super) fn make_user(&self) {
+        self.put(TABLES + 0x3000, &((TABLES + 0x4000) | 0x67).to_le_bytes());
+    }
+
+    pub(super) fn run(&mut self) -> (u64, End) {
+        let mut mmu = Mmu::new(&self.ram, Paging { root: TABLES, levels: 4, no_execute: true });
+        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, 4096, false)
+    }
+}
