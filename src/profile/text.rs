@@ -86,7 +86,7 @@ impl RunStats {
         let Some(counts) = &self.clusters else { return Ok(()) };
         writeln!(
             f,
-            "  and {} exits avoided: accesses answered in {} clusters of {} interpreted instructions, {} ms in all",
+            "  and {} exits avoided: accesses answered in {} clusters of {} interpreted instructions, {:.1} ms in all",
             counts.avoided_exits,
             counts.clusters,
             counts.instructions,
