@@ -20,12 +20,12 @@ set default="0"
 if [ x"\${feature_menuentry_id}" = xy ]; then menuentry_id_option="--id"; else menuentry_id_option=""; fi
 menuentry 'Small system' --class gnu-linux \$menuentry_id_option 'small' {
 	search --no-floppy --fs-uuid --set=root $uuid
-	linux /boot/vmlinuz-1 root=UUID=$uuid ro quiet "hwvmm.run=echo from-the-first-entry"
+	linux /boot/vmlinuz-1 root=UUID=$uuid ro test=from-the-first-entry
 	initrd /boot/initrd.img-1
 }
 submenu 'Advanced' {
 	menuentry 'Small system, by its link' {
-		linux (hd0,msdos2)/vmlinuz quiet "hwvmm.run=echo from-the-second-entry"
+		linux (hd0,msdos2)/vmlinuz test=from-the-second-entry
 		initrd (hd0,msdos2)/boot/initrd.img-1
 	}
 }
