@@ -11,6 +11,7 @@ mod contradictions;
 mod devices;
 mod error;
 mod file;
+mod from;
 mod given;
 mod image;
 mod limits;

@@ -349,7 +349,7 @@ impl RunOptions {
         if self.command.is_empty() { ConsoleTarget::Stdio } else { ConsoleTarget::Log }
     }
 
-    fn virtio_console(&self) -> Option<ConsoleTarget> {
+    pub(super) fn virtio_console(&self) -> Option<ConsoleTarget> {
         match self.console.as_ref().and_then(ConsoleChoice::virtio)? {
             ConsoleTarget::Stdio => Some(self.usual_console()),
             target => Some(target.clone()),
@@ -364,38 +364,6 @@ impl RunOptions {
             && self.vsock.is_none()
             && self.command.is_empty();
         self.transport.unwrap_or(if few_requests { Transport::Mmio } else { Transport::Pci })
-    }
-
-    /// The first option that is given and is settled by a snapshot, or about a device that no snapshot has.
-    pub(super) fn refused_with_snapshot(&self) -> Option<&'static str> {
-        let on = |option: Option<bool>| option == Some(true);
-        let options = [
-            ("KERNEL", self.kernel.is_some()),
-            ("--kernel-from", self.kernel_from.is_some()),
-            ("--entry", self.entry.is_some()),
-            ("--memory (-m)", self.memory.is_some()),
-            ("--cpus (-c)", self.cpus.is_some()),
-            ("--initrd", self.initrd.is_some()),
-            ("--cmdline", self.cmdline.is_some()),
-            ("--append", !self.append.is_empty()),
-            ("--module", !self.module.is_empty()),
-            ("--boot", self.boot.is_some()),
-            ("--unpack", self.unpack.is_some()),
-            ("--watchdog", on(self.watchdog)),
-            ("--debug-exit", on(self.debug_exit)),
-            ("--testdev", on(self.testdev)),
-            ("--disk", !self.disk.is_empty()),
-            ("--net", !self.net.is_empty()),
-            ("--share", !self.share.is_empty()),
-            ("--console virtio", self.virtio_console().is_some()),
-            ("--vsock", self.vsock.is_some()),
-            ("--rng", self.rng.and_then(Toggle::device).is_some()),
-            ("--balloon", self.balloon.and_then(Toggle::device).is_some()),
-            ("--transport", self.transport.is_some()),
-            ("a COMMAND", !self.command.is_empty()),
-            ("--on-reboot restart", self.on_reboot == Some(OnReboot::Restart)),
-        ];
-        options.into_iter().find(|(_, given)| *given).map(|(option, _)| option)
     }
 
     fn implies_profile(&self) -> bool {
@@ -503,25 +471,6 @@ mod tests {
         ] {
             let error = toml::from_str::<RunOptions>(text).expect_err("wrong").to_string();
             assert!(words.iter().all(|word| error.contains(word)), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_snapshot_settles_what_the_machine_is() {
-        let config = read("from = 's'\napi = 'a'\nserial = ['1=null']\nwatchdog = false").into_config().expect("valid");
-        assert_eq!((config.from, config.kernel), (Some("s".into()), "s".into()));
-        for (text, words) in [
-            ("kernel = 'k'", "KERNEL"),
-            ("memory = '64M'", "--memory (-m)"),
-            ("cpus = 1", "--cpus (-c)"),
-            ("disk = 'd'", "--disk"),
-            ("console = 'virtio'", "--console virtio"),
-            ("rng = true", "--rng"),
-            ("append = 'x'", "--append"),
-            ("on-reboot = 'restart'", "--on-reboot restart"),
-        ] {
-            let error = read(&format!("from = 's'\n{text}")).into_config().expect_err("refused").to_string();
-            assert!(error.contains(words) && error.contains("--from"), "{error}");
         }
     }
 

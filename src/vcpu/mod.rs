@@ -2,7 +2,9 @@
 
 mod pause;
 mod run_loop;
+mod saving;
 mod threads;
 
 pub use run_loop::{Records, Stop, run};
-pub use threads::{Confinement, Control, FollowExits, Inspector, Measure, SaveError, Threads};
+pub use saving::SaveError;
+pub use threads::{Confinement, Control, FollowExits, Inspector, Measure, Threads};

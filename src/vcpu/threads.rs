@@ -2,6 +2,7 @@
 
 use super::pause::{Gate, Passed};
 use super::run_loop::{Records, Stop, run};
+use super::saving::{SaveError, Saving};
 use crate::cluster::Clusters;
 use crate::error::chain;
 use crate::exit::{EndReason, Handler, RunEnd};
@@ -22,7 +23,6 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 /// How often a vCPU that does not come out is kicked again: it may just have entered a system call.
@@ -47,26 +47,6 @@ pub struct Control {
     inspection: AtomicU64,
     gate: Gate,
     saving: Mutex<Saving>,
-}
-
-/// A request for the state of each vCPU.
-#[derive(Clone, Default)]
-struct Saving {
-    /// Raised with each request.
-    round: u64,
-    /// The MSRs that the state has.
-    msrs: Arc<[u32]>,
-}
-
-/// The state of a vCPU cannot be had.
-#[derive(Debug, Error)]
-pub enum SaveError {
-    /// An ioctl failed.
-    #[error("the state of a virtual processor cannot be read")]
-    Kvm(#[from] KvmError),
-    /// A vCPU did not answer in time.
-    #[error("a virtual processor does not tell its state in time")]
-    Late,
 }
 
 impl Control {
