@@ -9,7 +9,8 @@ use crate::measure::clusters::ClusterEnd as End;
 use crate::memory::{GuestPage, PAGE_BYTES};
 
 /// Blocks kept at most; a power of two.
-const BLOCKS: usize = 1024;
+const BLOCKS: usize = 1 << BLOCKS_LOG2;
+const BLOCKS_LOG2: u32 = 12;
 /// The longest instruction in bytes (SDM vol. 2A §2.3.11).
 const LONGEST: u64 = 15;
 
@@ -62,7 +63,8 @@ impl Blocks {
 
 #[allow(clippy::cast_possible_truncation, reason = "the remainder is small")]
 fn hash(rip: u64) -> usize {
-    (rip ^ rip >> 10) as usize % BLOCKS
+    // Multiplicative hashing: the upper bits of the product depend on all of the address.
+    (rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - BLOCKS_LOG2)) as usize % BLOCKS
 }
 
 impl Rest {

@@ -15,7 +15,7 @@ const RBP: u8 = 5;
 /// RF and VM, which PUSHF stores as 0 (SDM vol. 2B).
 const NOT_PUSHED: u64 = 3 << 16;
 /// How many instructions are run between two looks at the clock.
-const STRIDE: u64 = 256;
+const STRIDE: u64 = 64;
 
 /// What a port access has led to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
