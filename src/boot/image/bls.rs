@@ -80,8 +80,8 @@ impl BlsEntry {
 /// The pattern of the entry that systemd-boot starts by itself, in its loader.conf; empty where there is none.
 #[must_use]
 pub(super) fn default_pattern(loader_conf: &str) -> &str {
-    let lines = loader_conf.lines().filter_map(|line| line.trim().split_once(char::is_whitespace));
-    lines.filter(|(key, _)| *key == "default").next_back().map_or("", |(_, value)| value.trim())
+    let mut lines = loader_conf.lines().filter_map(|line| line.trim().split_once(char::is_whitespace));
+    lines.rfind(|(key, _)| *key == "default").map_or("", |(_, value)| value.trim())
 }
 
 #[cfg(test)]
