@@ -14,6 +14,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 use thiserror::Error;
 
 /// The largest /etc/passwd that is read.
@@ -83,6 +84,7 @@ pub(super) fn make(
     root: Option<&Root>,
     terminal: Option<TerminalSize>,
 ) -> Result<CommandInitramfs, CommandError> {
+    let began = Instant::now();
     let instructions = instructions(config, root, terminal)?;
     let put: Vec<Put> =
         config.put.iter().map(|put| Put { source: put.source.clone(), target: put.target.clone() }).collect();
@@ -98,7 +100,9 @@ pub(super) fn make(
     let mut file = file.map_err(|error| CommandError::Memory(error.into()))?;
     file.write_all(&made.archive).map_err(CommandError::Memory)?;
     let from = made.modules_folder.as_deref().map_or_else(|| "none".into(), |folder| folder.shown().to_string());
-    log::info!("initramfs: {} bytes; modules: {} from {from}", made.archive.len(), made.modules.len());
+    // scripts/check-figures reads the time.
+    let ms = began.elapsed().as_secs_f64() * 1e3;
+    log::info!("initramfs: {} bytes in {ms:.1} ms; modules: {} from {from}", made.archive.len(), made.modules.len());
     Ok(CommandInitramfs { file, hint: hint(&made, kernel) })
 }
 
