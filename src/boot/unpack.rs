@@ -5,6 +5,7 @@ mod limits;
 mod process;
 
 pub use limits::{Budget, Exceeded, Limits};
+pub use process::{FailedTask, Task, run_all};
 
 use crate::sandbox::ConfinedError;
 use blocks::{Blocks, Lz4Legacy, Lzop};

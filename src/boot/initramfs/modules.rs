@@ -1,7 +1,7 @@
 //! The modules of a kernel on the host: where they are, and their contents.
 
 use super::index::{Driver, IndexError, IndexFiles, ModuleIndex};
-use crate::boot::unpack::{Content, Job, Limits, UnpackError};
+use crate::boot::unpack::{Content, FailedTask, Job, Limits, Task, UnpackError, run_all};
 use crate::bounded_read::{self, OpenError, ReadError, open_regular};
 use crate::sandbox::Isolation;
 use hwvmm_arch::boot::FileRange;
@@ -19,6 +19,8 @@ use thiserror::Error;
 const INDEX_BYTES: u64 = 32 << 20;
 /// The largest module, unpacked.
 const MODULE_BYTES: u64 = 64 << 20;
+/// Modules that are open at once, each with the file that it is unpacked into. A guest needs about ten.
+const UNPACKED_AT_ONCE: usize = 64;
 /// Where distributions keep modules.
 const SYSTEM_FOLDERS: [&str; 2] = ["/lib/modules", "/usr/lib/modules"];
 
@@ -171,11 +173,12 @@ pub(super) fn find(
         .chain([folder.as_path()])
         .filter_map(|folder| folder.canonicalize().ok())
         .collect();
-    let modules = paths
-        .into_iter()
-        .enumerate()
-        .map(|(number, path)| module(&folder.join(path), &homes, number, isolation))
-        .collect::<Result<_, _>>()?;
+    let mut modules = Vec::new();
+    let paths: Vec<_> = paths.into_iter().map(|path| folder.join(path)).enumerate().collect();
+    for some in paths.chunks(UNPACKED_AT_ONCE) {
+        let opened = some.iter().map(|(number, path)| open(path, &homes, *number)).collect::<Result<Vec<_>, _>>()?;
+        modules.extend(contents(&opened, isolation)?);
+    }
     Ok(Modules { folder: Some(folder.clone()), modules })
 }
 
@@ -185,8 +188,17 @@ fn is_below(file: &File, homes: &[PathBuf]) -> io::Result<bool> {
     Ok(homes.iter().any(|home| path.starts_with(home)))
 }
 
-/// Reads a module. Its name in the guest begins with its number: two folders may have modules of one name.
-fn module(path: &Path, homes: &[PathBuf], number: usize, isolation: Isolation) -> Result<Module, ModulesError> {
+/// A module's file, open.
+struct Opened<'a> {
+    path: &'a Path,
+    /// The file's name in the guest. It begins with the module's number: two folders may have modules of one name.
+    name: String,
+    file: File,
+    /// Where it is compressed: its length in bytes, and the file that it is unpacked into.
+    packed: Option<(u64, File)>,
+}
+
+fn open<'a>(path: &'a Path, homes: &[PathBuf], number: usize) -> Result<Opened<'a>, ModulesError> {
     let failed = |error: io::Error| ModulesError::Read { path: path.to_owned(), source: error.into() };
     let file_name = path.file_name().unwrap_or_default().to_string_lossy();
     let stem = file_name.split(".ko").next().unwrap_or_default();
@@ -200,12 +212,12 @@ fn module(path: &Path, homes: &[PathBuf], number: usize, isolation: Isolation) -
     let count = crate::boot::file::read_start(&file, &mut start).map_err(failed)?;
     let is_packed =
         Compression::detect(start.get(..count).unwrap_or_default()).is_some_and(|kind| kind != Compression::None);
-    let bytes = if is_packed {
-        unpack(path, &file, bytes, isolation)?
-    } else {
-        read(&file).map_err(|source| ModulesError::Read { path: path.to_owned(), source })?
-    };
-    Ok(Module { name, bytes })
+    let out = || memfd_create("module", MemfdFlags::CLOEXEC).map(File::from);
+    let packed = is_packed
+        .then(|| out().map(|out| (bytes, out)))
+        .transpose()
+        .map_err(|error| ModulesError::Unpack { path: path.to_owned(), source: UnpackError::Write(error.into()) })?;
+    Ok(Opened { path, name, file, packed })
 }
 
 fn read(file: &File) -> Result<Vec<u8>, ReadError> {
@@ -214,16 +226,36 @@ fn read(file: &File) -> Result<Vec<u8>, ReadError> {
     if bytes.len() as u64 > MODULE_BYTES { Err(ReadError::TooLarge { max_bytes: MODULE_BYTES }) } else { Ok(bytes) }
 }
 
-fn unpack(path: &Path, file: &File, bytes: u64, isolation: Isolation) -> Result<Vec<u8>, ModulesError> {
-    let failed = |source| ModulesError::Unpack { path: path.to_owned(), source };
-    let out = memfd_create("module", MemfdFlags::CLOEXEC)
-        .map(File::from)
-        .map_err(|error| failed(UnpackError::Write(error.into())))?;
-    let job = Job { range: FileRange { offset: 0, bytes }, content: Content::Stream, limits: Limits::of(MODULE_BYTES) };
-    let unpacked = job.run_confined(file, &out, isolation).map_err(failed)?;
-    let mut bytes = vec![0; usize::try_from(unpacked).unwrap_or_default()];
-    out.read_exact_at(&mut bytes, 0).map_err(|error| failed(UnpackError::Read(error)))?;
-    Ok(bytes)
+/// Reads modules; those that are compressed are unpacked together.
+fn contents(opened: &[Opened<'_>], isolation: Isolation) -> Result<Vec<Module>, ModulesError> {
+    let (mut tasks, mut packed) = (Vec::new(), Vec::new());
+    for module in opened {
+        if let Some((bytes, out)) = &module.packed {
+            let range = FileRange { offset: 0, bytes: *bytes };
+            let job = Job { range, content: Content::Stream, limits: Limits::of(MODULE_BYTES) };
+            tasks.push(Task { job, packed: &module.file, out });
+            packed.push(module.path);
+        }
+    }
+    let failed = |FailedTask { index, error }| ModulesError::Unpack {
+        path: packed.get(index).copied().unwrap_or(Path::new("")).to_owned(),
+        source: error,
+    };
+    let sizes = if tasks.is_empty() { Vec::new() } else { run_all(&tasks, isolation).map_err(failed)? };
+    let mut sizes = sizes.into_iter();
+    let content = |module: &Opened<'_>| {
+        let path = || module.path.to_owned();
+        let Some((_, out)) = &module.packed else {
+            return read(&module.file).map_err(|source| ModulesError::Read { path: path(), source });
+        };
+        let mut bytes = vec![0; sizes.next().and_then(|size| usize::try_from(size).ok()).unwrap_or_default()];
+        let source = UnpackError::Read;
+        out.read_exact_at(&mut bytes, 0)
+            .map_err(|error| ModulesError::Unpack { path: path(), source: source(error) })?;
+        Ok(bytes)
+    };
+    let contents: Vec<Vec<u8>> = opened.iter().map(content).collect::<Result<_, _>>()?;
+    Ok(opened.iter().zip(contents).map(|(module, bytes)| Module { name: module.name.clone(), bytes }).collect())
 }
 
 #[cfg(test)]

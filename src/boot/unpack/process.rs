@@ -1,4 +1,4 @@
-//! Unpacks in a process of its own, which has the packed file and the file to fill.
+//! Unpacks in a process of its own, which has the packed files and the files to fill.
 
 use super::limits::Exceeded;
 use super::{Job, UnpackError};
@@ -89,31 +89,102 @@ impl From<Answer> for Result<u64, UnpackError> {
     }
 }
 
+/// A packed file, and the empty file that its bytes are unpacked into.
+#[derive(Clone, Copy, Debug)]
+pub struct Task<'a> {
+    /// The range of the packed file, and its limits.
+    pub job: Job,
+    /// The file that is unpacked.
+    pub packed: &'a File,
+    /// The file that is filled.
+    pub out: &'a File,
+}
+
+/// One of several files cannot be unpacked.
+#[derive(Debug)]
+pub struct FailedTask {
+    /// Its place in the list.
+    pub index: usize,
+    /// Why it cannot.
+    pub error: UnpackError,
+}
+
 impl Job {
     /// As [`Job::run`], in a process of its own where `isolation` says so.
     ///
     /// # Errors
     /// [`UnpackError`].
     pub fn run_confined(&self, packed: &File, out: &File, isolation: Isolation) -> Result<u64, UnpackError> {
-        if isolation == Isolation::None {
-            return self.run(packed, out);
+        let sizes = run_all(&[Task { job: *self, packed, out }], isolation).map_err(|failed| failed.error)?;
+        sizes.first().copied().ok_or(UnpackError::Process(ConfinedError::Nonsense))
+    }
+}
+
+/// Runs tasks one after the other, all in one process of their own where `isolation` says so: to make a process takes as long as to
+/// unpack a small file. Together they may take the CPU time of the one with the most. Returns their unpacked sizes in bytes.
+///
+/// # Errors
+/// That of the first task that fails; those behind it are not run.
+pub fn run_all(tasks: &[Task<'_>], isolation: Isolation) -> Result<Vec<u64>, FailedTask> {
+    let failed = |index, error| FailedTask { index, error };
+    if isolation == Isolation::None {
+        let run = |(index, task): (usize, &Task<'_>)| task.run().map_err(|error| failed(index, error));
+        return tasks.iter().enumerate().map(run).collect();
+    }
+    for (index, task) in tasks.iter().enumerate() {
+        task.job.check_packed().map_err(|exceeded| failed(index, exceeded.into()))?;
+    }
+    let of_process = |error| failed(0, UnpackError::Process(error));
+    let files: Vec<_> = tasks.iter().flat_map(|task| [task.packed.as_fd(), task.out.as_fd()]).collect();
+    let job = || serde_json::to_vec(&answers(tasks)).unwrap_or_default();
+    let answer = confined(isolation, &limits(tasks), &files, job).map_err(of_process)?;
+    let answers: Vec<Answer> = serde_json::from_slice(&answer).map_err(|_| of_process(ConfinedError::Nonsense))?;
+    let mut sizes = Vec::new();
+    for (index, (task, answer)) in tasks.iter().zip(answers).enumerate() {
+        sizes.push(task.checked(answer).map_err(|error| failed(index, error))?);
+    }
+    if sizes.len() == tasks.len() { Ok(sizes) } else { Err(of_process(ConfinedError::Nonsense)) }
+}
+
+/// What the process answers: up to the first task that fails.
+fn answers(tasks: &[Task<'_>]) -> Vec<Answer> {
+    let mut answers = Vec::new();
+    for task in tasks {
+        let result = task.run();
+        let fails = result.is_err();
+        answers.push(result.into());
+        if fails {
+            break;
         }
-        self.check_packed()?;
-        let cpu = self.limits.cpu.saturating_add(SPARE);
-        let limits = sandbox::Limits {
-            memory_bytes: self.range.bytes.saturating_add(self.limits.decoder_bytes).saturating_add(BUFFER_BYTES),
-            cpu,
-            wall: cpu.saturating_mul(2),
-            file_bytes: self.limits.output_bytes,
-            answer_bytes: ANSWER_BYTES,
-        };
-        let job = || serde_json::to_vec(&Answer::from(self.run(packed, out))).unwrap_or_default();
-        let answer = confined(isolation, &limits, &[packed.as_fd(), out.as_fd()], job).map_err(UnpackError::Process)?;
-        let answer: Answer =
-            serde_json::from_slice(&answer).map_err(|_| UnpackError::Process(ConfinedError::Nonsense))?;
+    }
+    answers
+}
+
+fn limits(tasks: &[Task<'_>]) -> sandbox::Limits {
+    let most = |of: fn(&Job) -> u64| tasks.iter().map(|task| of(&task.job)).max().unwrap_or_default();
+    let cpu = tasks.iter().map(|task| task.job.limits.cpu).max().unwrap_or_default().saturating_add(SPARE);
+    sandbox::Limits {
+        // One after the other: each gives back what it took.
+        memory_bytes: most(|job| job.range.bytes)
+            .saturating_add(most(|job| job.limits.decoder_bytes))
+            .saturating_add(BUFFER_BYTES),
+        cpu,
+        wall: cpu.saturating_mul(2),
+        file_bytes: most(|job| job.limits.output_bytes),
+        answer_bytes: ANSWER_BYTES.saturating_mul(tasks.len().max(1)),
+    }
+}
+
+impl Task<'_> {
+    fn run(&self) -> Result<u64, UnpackError> {
+        self.job.run(self.packed, self.out)
+    }
+
+    /// The size that the process answers, if it is that of the file.
+    fn checked(&self, answer: Answer) -> Result<u64, UnpackError> {
         let bytes = Result::from(answer)?;
-        let written = out.metadata().map_err(UnpackError::Write)?.len();
-        if bytes != written || bytes > self.limits.output_bytes {
+        let written = self.out.metadata().map_err(UnpackError::Write)?.len();
+        if bytes != written || bytes > self.job.limits.output_bytes {
             return Err(UnpackError::Process(ConfinedError::Nonsense));
         }
         Ok(bytes)
