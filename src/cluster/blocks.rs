@@ -101,10 +101,11 @@ impl Block {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let bytes = bytes.get(usize::try_from(offset % 8).unwrap_or(0)..).unwrap_or_default();
         let (ops, length) = decode(bytes, rip, MAX_OPS);
-        if ops.is_empty() && PAGE_BYTES - offset < LONGEST {
-            if let Some(block) = Self::across(rip, gpa, bytes, &words, mmu) {
-                return block;
-            }
+        if ops.is_empty()
+            && PAGE_BYTES - offset < LONGEST
+            && let Some(block) = Self::across(rip, gpa, bytes, &words, mmu)
+        {
+            return block;
         }
         let length = if ops.is_empty() { LONGEST } else { length as u64 };
         let used = usize::try_from((offset % 8 + length).div_ceil(8)).unwrap_or(0).min(words.len());
