@@ -23,8 +23,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("sandbox", &["escape"]),
     ("kvm", &["memory"]),
     ("exit", &["escape", "kvm"]),
-    ("cluster", &["exit", "kvm", "measure", "memory"]),
     ("measure", &["error", "exit", "kvm", "memory", "sandbox"]),
+    ("cluster", &["exit", "kvm", "measure", "memory", "skip"]),
     ("vcpu", &["cluster", "error", "exit", "kvm", "measure", "sandbox"]),
     ("probe", &["error", "escape", "exit", "kvm", "memory"]),
     ("nano", &["escape", "exit", "kvm", "measure", "memory"]),
@@ -76,7 +76,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "snapshot",
         ],
     ),
-    ("testing", &["bounded_read", "config", "console", "error", "escape", "exit", "probe", "profile"]),
+    ("testing", &["bounded_read", "config", "console", "error", "escape", "exit", "probe", "profile", "tune"]),
     (
         "cli",
         &[
@@ -116,6 +116,8 @@ const UNSAFE: &[&str] = &[
     "src/sandbox/fork.rs",
     "src/sandbox/sys.rs",
     "src/sandbox/trap.rs",
+    // A test that runs generated instructions on the processor.
+    "src/cluster/tests/native.rs",
     "tests/guests/",
     "devices/src/memory.rs",
     // io_uring entries and tap ioctls: no crate makes them safe.
