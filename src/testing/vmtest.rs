@@ -3,6 +3,7 @@
 //! What vmtest does to the host is not done: the root file system and the folder of the file are copied on write, and only a mount
 //! with `writable = true` can be written to.
 
+use super::patterns::OopsKind;
 use crate::config::list_item;
 use crate::escape::escape;
 use serde::Deserialize;
@@ -164,6 +165,7 @@ fn tables(target: Target, kernel_name: &str, variables: &[String]) -> Result<(Ta
         Some(path @ ("host" | "none")) => format!("./{path}"),
         Some(path) => path.to_owned(),
     };
+    let complaints = OopsKind::ALL.iter().filter(|kind| **kind != OopsKind::Warning);
     let list = |names: &[String]| Value::Array(names.iter().map(text).collect());
     let test = Table::from_iter([
         ("name".to_owned(), text(target.name)),
@@ -176,6 +178,8 @@ fn tables(target: Target, kernel_name: &str, variables: &[String]) -> Result<(Ta
         ("append".to_owned(), Value::Array(target.kernel_args.into_iter().map(text).collect())),
         ("cpus".to_owned(), Value::Integer(target.vm.num_cpus.into())),
         ("memory".to_owned(), text(target.vm.memory)),
+        // vmtest judges by the command alone. A bug of the kernel fails the test all the same; a warning does not.
+        ("fail-on".to_owned(), Value::Array(complaints.map(|kind| text(kind.name())).collect())),
         ("silence".to_owned(), text("off")),
         ("timeout".to_owned(), text(TIMEOUT)),
     ]);
@@ -192,6 +196,7 @@ pub(super) fn variables() -> Vec<String> {
 mod tests {
     use super::super::expand::expand;
     use super::super::file::SuiteFile;
+    use super::OopsKind;
     use std::path::Path;
 
     const TWO: &str = r#"
@@ -240,6 +245,8 @@ mod tests {
         let command = a.options.get("command").and_then(toml::Value::as_array).expect("words");
         let words: Vec<_> = command.iter().filter_map(toml::Value::as_str).collect();
         assert_eq!(words[4..], ["ls -l /tmp/hosttmp", "vmtest0", "/b", "vmtest1", "/tmp/hosttmp"]);
+        let fail_on = &a.settings.fail_on;
+        assert!(!fail_on.contains(&OopsKind::Warning) && fail_on.contains(&OopsKind::Bug), "{fail_on:?}");
         assert_eq!((a.settings.silence, a.needs.timeout.as_secs()), (None, 3600));
     }
 
