@@ -63,10 +63,22 @@ impl KtapReport {
     }
 }
 
-/// A plan, `1..N`, and how many results came at its indentation.
-struct Plan {
-    planned: u64,
+/// The results at one indentation, below one parent.
+#[derive(Default)]
+struct Group {
+    /// The plan, `1..N`, where there was one.
+    planned: Option<u64>,
+    /// How many results came.
     seen: u64,
+}
+
+/// What ends a group.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Closing {
+    /// The result of the test that they are sub-tests of: it says that they have ended.
+    Parent,
+    /// The end of the console, or another group in its place. Only a plan says that none is missing.
+    Other,
 }
 
 struct Found {
@@ -78,12 +90,14 @@ struct Found {
 #[derive(Default)]
 pub struct Ktap {
     found: Vec<Found>,
-    plans: BTreeMap<usize, Plan>,
+    /// By indentation.
+    groups: BTreeMap<usize, Group>,
     report: KtapReport,
 }
 
 /// What a line says.
 enum Said<'a> {
+    Version,
     Plan { planned: u64, note: &'a str },
     Result { ok: bool, name: &'a str, note: &'a str },
     BailOut(&'a str),
@@ -97,6 +111,7 @@ impl Ktap {
         let line = String::from_utf8_lossy(&line[..line.len().min(4096)]);
         let (column, text) = indentation(&line);
         match parse(text) {
+            Some(Said::Version) => self.close_groups(column, Closing::Other),
             Some(Said::Plan { planned, note }) => self.plan(column, planned, note),
             Some(Said::Result { ok, name, note }) => self.result(column, ok, name, note),
             Some(Said::BailOut(why)) => self.problem(&format!("bailed out: {why}")),
@@ -107,7 +122,7 @@ impl Ktap {
     /// The end of the console: what there was.
     #[must_use]
     pub fn finish(mut self) -> KtapReport {
-        self.close_plans(0);
+        self.close_groups(0, Closing::Other);
         let mut names: HashMap<String, u64> = HashMap::new();
         for Found { mut subtest, .. } in self.found {
             if names.contains_key(&subtest.name) {
@@ -129,32 +144,44 @@ impl Ktap {
         self.report.problem.get_or_insert_with(|| escape(text, NAME_BYTES));
     }
 
+    /// A plan stands before its results, or, as TAP has it, behind all of them.
     fn plan(&mut self, column: usize, planned: u64, note: &str) {
-        self.close_plans(column);
+        let is_last = |group: &Group| group.planned.is_none() && group.seen == planned;
+        if self.groups.get(&column).is_some_and(is_last) {
+            self.groups.remove(&column);
+            return self.close_groups(column, Closing::Other);
+        }
+        self.close_groups(column, Closing::Other);
         if planned == 0 {
             if column == 0 {
                 let why = note.get(4..).unwrap_or_default().trim();
                 self.report.skip.get_or_insert_with(|| escape(why, NAME_BYTES));
             }
         } else {
-            self.plans.insert(column, Plan { planned, seen: 0 });
+            self.groups.insert(column, Group { planned: Some(planned), seen: 0 });
         }
     }
 
-    /// Checks the plans of this indentation and of deeper ones: all of their tests have been.
-    fn close_plans(&mut self, column: usize) {
-        for (_, Plan { planned, seen }) in self.plans.split_off(&column) {
-            if seen != planned {
-                self.problem(&format!("{planned} sub-tests were planned, and {seen} reported"));
+    /// Ends the groups of this indentation and of deeper ones, and checks that all of their tests have been.
+    fn close_groups(&mut self, column: usize, closing: Closing) {
+        for (_, Group { planned, seen }) in self.groups.split_off(&column) {
+            match planned {
+                Some(planned) if seen != planned => {
+                    self.problem(&format!("{planned} sub-tests were planned, and {seen} reported"));
+                }
+                None if closing == Closing::Other => {
+                    self.problem(&format!(
+                        "{seen} sub-tests were reported without a plan (1..N): others may be missing"
+                    ));
+                }
+                Some(_) | None => {}
             }
         }
     }
 
     fn result(&mut self, column: usize, ok: bool, name: &str, note: &str) {
-        self.close_plans(column + 1);
-        if let Some(plan) = self.plans.get_mut(&column) {
-            plan.seen += 1;
-        }
+        self.close_groups(column + 1, Closing::Parent);
+        self.groups.entry(column).or_default().seen += 1;
         let word = note.split(|c: char| !c.is_ascii_alphabetic()).next().unwrap_or_default().to_ascii_uppercase();
         let result = match (ok, word.as_str()) {
             (_, "SKIP" | "TODO" | "XFAIL") => SubtestResult::Skip,
@@ -226,6 +253,9 @@ fn indentation(line: &str) -> (usize, &str) {
 }
 
 fn parse(text: &str) -> Option<Said<'_>> {
+    if text.starts_with("KTAP version ") || text.starts_with("TAP version ") {
+        return Some(Said::Version);
+    }
     if let Some(rest) = text.strip_prefix("1..") {
         let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
         let (number, note) = rest.split_at(digits);
@@ -242,7 +272,9 @@ fn parse(text: &str) -> Option<Said<'_>> {
     };
     let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
     let (number, rest) = rest.split_at(digits);
-    if number.is_empty() || !(rest.is_empty() || rest.starts_with(' ')) {
+    // A number may be missing in TAP.
+    let begins = if number.is_empty() { rest.starts_with("- ") } else { rest.is_empty() || rest.starts_with(' ') };
+    if !begins {
         return None;
     }
     let rest = rest.trim_start();
@@ -313,7 +345,30 @@ mod tests {
         );
         assert_eq!(report("1..1\nBail out! no\x1b disk").problem.expect("one"), "bailed out: no\\x1b disk");
         assert_eq!(report("1..0 # SKIP not built in").skip.expect("skipped"), "not built in");
+        let unplanned = "2 sub-tests were reported without a plan (1..N): others may be missing";
+        for text in
+            ["ok 1 a\nok 2 b", "KTAP version 1\nok 1 a\nok 2 b\nKTAP version 1\n1..1\nok 1 a", "    ok 1 a\n    ok 2 b"]
+        {
+            assert_eq!(report(text).problem.as_deref(), Some(unplanned), "{text}");
+        }
+        assert_eq!(
+            report("ok 1 a\n1..2").problem.as_deref(),
+            Some("1 sub-tests were reported without a plan (1..N): others may be missing")
+        );
+        for whole in [
+            "ok 1 a\nok 2 b\n1..2",
+            "1..1\n  ok 1 x\nok 1 a",
+            "TAP version 13\n1..1\nok 1 a\nTAP version 13\nok 1 a\n1..1",
+        ] {
+            assert_eq!(report(whole).problem, None, "{whole}");
+        }
         assert!(report("Linux version 6.1\nok then\nokay 1\nnot ok\nok 1x\n1..x\n1..3 tests").is_empty());
+    }
+
+    #[test]
+    fn results_without_numbers_count() {
+        let report = report("1..2\nok - a\nnot ok - b # x");
+        assert_eq!((names(&report), &report.problem), (vec![("a", Pass), ("b", Fail)], &None));
     }
 
     #[test]

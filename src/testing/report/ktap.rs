@@ -38,9 +38,9 @@ pub fn ktap_lines(result: &TestResult, number: usize) -> String {
     out
 }
 
-/// Text in which `#` begins nothing.
+/// Text in which `#` begins nothing. A backslash is escaped too: one of a guest's before `#` would undo that of ours.
 fn plain(text: &str) -> String {
-    text.replace('#', "\\#")
+    text.replace('\\', r"\\").replace('#', r"\#")
 }
 
 #[cfg(test)]
@@ -48,6 +48,12 @@ mod tests {
     use super::super::super::ktap::{Ktap, KtapReport, Subtest};
     use super::super::super::record::tests::sample;
     use super::*;
+
+    #[test]
+    fn no_name_of_a_guest_is_a_directive() {
+        let text = ktap(&[sample(r"a \# SKIP", Verdict::Fail)]);
+        assert!(text.ends_with("not ok 1 a \\\\\\# SKIP # fail: why\n"), "{text}");
+    }
 
     #[test]
     fn what_is_written_is_read() {
