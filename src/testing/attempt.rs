@@ -10,7 +10,7 @@ use super::stats::Stats;
 use crate::escape::escape;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Write};
@@ -354,7 +354,8 @@ impl<'a> Watch<'a> {
     fn end(&mut self, why: Stop) {
         let signals = if why == Stop::Interrupted { &[Signal::TERM][..] } else { &[Signal::QUIT, Signal::TERM] };
         for signal in signals {
-            if let Err(error) = kill_process(Pid::from_child(self.child), *signal) {
+            // Not by its number, which is another process' once it has been waited for.
+            if let Err(error) = pidfd_send_signal(&self.pidfd, *signal) {
                 log::debug!("a run cannot be ended: {error}");
             }
         }

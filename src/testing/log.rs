@@ -18,7 +18,7 @@ const TAIL_BYTES: usize = 256 << 10;
 const TAIL_LINES: usize = 20;
 /// Bytes of each of them.
 const LINE_BYTES: usize = 300;
-/// Complaints of the kernel that are kept.
+/// Complaints of the kernel that are kept of each kind: those of one kind must not hide those of another.
 const MAX_COMPLAINTS: usize = 20;
 /// Where the kernel says that it panics (kernel/panic.c).
 const PANIC: &[u8] = b"Kernel panic - not syncing";
@@ -179,17 +179,41 @@ impl Seen {
         if self.source == Source::Command {
             return;
         }
-        let line = without_prefix(line);
-        self.panic_ended |= line.starts_with(PANIC_END);
-        if line.starts_with(PANIC) {
-            let rest = line[PANIC.len()..].trim_ascii().strip_prefix(b":").unwrap_or_default();
+        messages(line).for_each(|message| self.message(without_prefix(message)));
+    }
+
+    /// Takes what may be a message of the kernel.
+    fn message(&mut self, message: &[u8]) {
+        self.panic_ended |= message.starts_with(PANIC_END);
+        if message.starts_with(PANIC) {
+            let rest = message[PANIC.len()..].trim_ascii().strip_prefix(b":").unwrap_or_default();
             self.panic.get_or_insert_with(|| shown(rest.trim_ascii(), GUEST_BYTES));
-        } else if self.complaints.len() < MAX_COMPLAINTS
-            && let Some(kind) = OopsKind::of_line(line)
+        } else if let Some(kind) = OopsKind::of_line(message)
+            && self.complaints.iter().filter(|complaint| complaint.kind == kind).count() < MAX_COMPLAINTS
         {
-            self.complaints.push(Complaint { kind, line: shown(line, LINE_BYTES) });
+            self.complaints.push(Complaint { kind, line: shown(message, LINE_BYTES) });
         }
     }
+}
+
+/// The line up to the first time of printk that is not at its beginning, and what begins with each of those: a program may have printed
+/// no end of line when the kernel begins to print.
+fn messages(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let times = memchr::memchr_iter(b'[', line).filter(|at| *at > 0 && begins_with_time(&line[*at..]));
+    let mut starts = std::iter::once(0).chain(times).peekable();
+    std::iter::from_fn(move || {
+        let start = starts.next()?;
+        line.get(start..starts.peek().copied().unwrap_or(line.len()))
+    })
+}
+
+/// Returns true for `[    1.234567]`, and what follows it.
+fn begins_with_time(text: &[u8]) -> bool {
+    let inner = text.get(1..).unwrap_or_default();
+    let Some(end) = inner.iter().take(24).position(|byte| *byte == b']') else { return false };
+    let Some(point) = inner[..end].iter().position(|byte| *byte == b'.') else { return false };
+    let is_number = |digits: &[u8]| !digits.is_empty() && digits.iter().all(u8::is_ascii_digit);
+    is_number(inner[..point].trim_ascii_start()) && is_number(&inner[point + 1..end])
 }
 
 fn shown(line: &[u8], limit: usize) -> String {
@@ -221,6 +245,32 @@ mod tests {
         assert_eq!(findings.panic.as_deref(), Some("no init"));
         assert_eq!(findings.tail.last().map(String::as_str), Some("---[ end ]---"));
         assert!(file.starts_with(b"[    0.1] WARNING"), "the file has every byte");
+    }
+
+    #[test]
+    fn complaints_of_one_kind_do_not_hide_those_of_another() {
+        let warning = b"WARNING: CPU: 0 PID: 1 at a.c:1 f+0x1/0x2\n";
+        let mut pieces: Vec<&[u8]> = vec![warning; 1000];
+        pieces.push(b"BUG: KASAN: use-after-free in g\n");
+        let (findings, _) = log(&pieces);
+        let kasan = findings.complaints.iter().filter(|complaint| complaint.kind == OopsKind::Kasan).count();
+        assert_eq!(kasan, 1);
+        assert!(findings.complaints.len() <= MAX_COMPLAINTS + 1, "{}", findings.complaints.len());
+    }
+
+    /// A program has printed no end of line when the kernel begins to print.
+    #[test]
+    fn what_the_kernel_says_behind_other_text_is_found() {
+        let (findings, _) = log(&[
+            b"..[    5.1] WARNING: CPU: 0 PID: 1 at a.c:1 f+0x1/0x2\n# [    6.000001][    T1] BUG: KASAN: use-after-free in g\n",
+            b"login: [   12.345678] Kernel panic - not syncing: x\nroot [1.x] Oops: 0000 [#1]\n",
+        ]);
+        let kinds: Vec<_> = findings.complaints.iter().map(|complaint| complaint.kind).collect();
+        assert_eq!(kinds, [OopsKind::Warning, OopsKind::Kasan]);
+        assert!(findings.complaints[0].line.starts_with("WARNING: "), "{:?}", findings.complaints);
+        assert_eq!(findings.panic.as_deref(), Some("x"));
+        let many = b"[    5.1] ".repeat(6000);
+        assert!(log(&[&many, b"\n"]).0.complaints.is_empty());
     }
 
     #[test]

@@ -91,8 +91,8 @@ pub fn merge(folders: &[PathBuf]) -> Result<Merged, MergeError> {
     let mut merged = Merged::default();
     // By name: the place of the result, and its shard.
     let mut places: BTreeMap<String, (usize, u32)> = BTreeMap::new();
-    // By shard: the tests that it has.
-    let mut sizes: BTreeMap<u32, usize> = BTreeMap::new();
+    // By shard: the tests that it has, and those that have results.
+    let mut sizes: BTreeMap<u32, (usize, usize)> = BTreeMap::new();
     for folder in folders {
         let path = folder.join(RESULTS);
         let (header, results) = match read(&path) {
@@ -106,12 +106,13 @@ pub fn merge(folders: &[PathBuf]) -> Result<Merged, MergeError> {
             return Err(MergeError::Shards { path, found: header.shards, expected: merged.shards });
         }
         merged.shards = header.shards;
-        let size = sizes.entry(header.shard).or_default();
+        let (size, found) = sizes.entry(header.shard).or_default();
         *size = header.tests.max(*size);
         for result in results {
             let name = result.name.clone();
             match places.get(&name) {
                 None => {
+                    *found += 1;
                     places.insert(name, (merged.results.len(), header.shard));
                     merged.results.push(result);
                 }
@@ -129,8 +130,9 @@ pub fn merge(folders: &[PathBuf]) -> Result<Merged, MergeError> {
     if merged.shards == 0 && !merged.broken.is_empty() {
         return Err(merged.broken.remove(0));
     }
-    let tests: usize = sizes.values().fold(0, |sum, size| sum.saturating_add(*size));
-    merged.not_run = tests.saturating_sub(merged.results.len());
+    // Each shard by itself: the results of one do not stand for those of another.
+    let missing = sizes.values().map(|(size, found)| size.saturating_sub(*found));
+    merged.not_run = missing.fold(0, usize::saturating_add);
     let there: BTreeSet<u32> = sizes.into_keys().collect();
     merged.missing_shards = (1..=merged.shards).filter(|shard| !there.contains(shard)).collect();
     Ok(merged)
@@ -248,6 +250,16 @@ mod tests {
             // Which of two good ones it is does not matter.
             assert_eq!(of(&[two, one]).meaning(), both.meaning());
         }
+    }
+
+    #[test]
+    fn results_of_one_shard_do_not_stand_for_those_of_another() {
+        let base = tempfile::tempdir().expect("a folder");
+        let one = shard(base.path(), "1", "1/2", 1, &[sample("a", Verdict::Pass)]);
+        let renamed = shard(base.path(), "2", "1/2", 1, &[sample("a2", Verdict::Pass)]);
+        let two = shard(base.path(), "3", "2/2", 1, &[]);
+        let merged = merge(&[one, renamed, two]).expect("merged");
+        assert_eq!((merged.results.len(), merged.not_run), (2, 1));
     }
 
     #[test]

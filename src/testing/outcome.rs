@@ -14,6 +14,8 @@ use std::time::Duration;
 /// Bytes of a message.
 const MESSAGE_BYTES: usize = 600;
 
+/// The message of [`Stop::LogTooLong`].
+const LOG_TOO_LONG: &str = "the kernel's log is too long to keep";
 /// The exit status of a command that was not to be run here.
 const SKIP: u8 = 4;
 
@@ -110,7 +112,7 @@ pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
                     of(Verdict::Hang, &with_complaints(message))
                 }
                 Some(Stop::Panic) => of(Verdict::Panic, "the guest panicked"),
-                Some(Stop::LogTooLong) => of(Verdict::Fail, "the kernel's log is too long to keep"),
+                Some(Stop::LogTooLong) => of(Verdict::Fail, LOG_TOO_LONG),
                 Some(Stop::Late) => of(Verdict::Infrastructure, "hwvmm did not end at the time-out"),
                 Some(Stop::Interrupted) => of(Verdict::Infrastructure, "interrupted"),
                 Some(Stop::Output(_)) | None => of(Verdict::Infrastructure, &stats.end),
@@ -134,8 +136,16 @@ pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
     if let Some(complaints) = complaints {
         return of(Verdict::Oops, &complaints);
     }
-    // As for kselftest (Linux, tools/testing/selftests/kselftest.h, KSFT_SKIP).
+    if facts.stop == Some(Stop::LogTooLong) {
+        // Also where the run ended by itself just then: the rest of the log was not searched.
+        return of(Verdict::Fail, LOG_TOO_LONG);
+    }
+    let failed_subtests = facts.findings.ktap.as_ref().filter(|report| report.failed > 0).and_then(of_subtests);
+    // As for kselftest (Linux, tools/testing/selftests/kselftest.h, KSFT_SKIP). Sub-tests that have failed are not made good by it.
     if stats.end_kind == EndKind::Command && stats.status == SKIP && settings.status != SKIP {
+        if let Some(failed) = failed_subtests {
+            return failed;
+        }
         return of(Verdict::Skip, &stats.end);
     }
     if stats.status != settings.status {
@@ -278,6 +288,8 @@ mod tests {
         assert_eq!(stopped(silence(), quit()), Verdict::Hang);
         assert_eq!(stopped(silence(), EndReason::PowerOff), Verdict::Pass, "it ended by itself just then");
         assert_eq!(stopped(Stop::Panic, quit()), Verdict::Panic);
+        assert_eq!(stopped(Stop::LogTooLong, quit()), Verdict::Fail);
+        assert_eq!(stopped(Stop::LogTooLong, EndReason::PowerOff), Verdict::Fail, "its rest was not searched");
         let killed = |stop, stats| {
             let end = ProcessEnd::Killed(15);
             verdict(&Facts { stop, end, stats, ..facts(&EndReason::PowerOff) })
@@ -323,6 +335,10 @@ mod tests {
         assert_eq!(with(&EndReason::PowerOff, "1..2\nok 1 a\nnot ok 2 b"), Verdict::Fail);
         assert_eq!(with(&EndReason::PowerOff, "1..2\nok 1 a"), Verdict::Fail);
         assert_eq!(with(&EndReason::PowerOff, ""), Verdict::Fail);
+        assert_eq!(with(&EndReason::PowerOff, "ok 1 a"), Verdict::Fail, "there is no plan");
+        let skips = EndReason::Command(CommandEnd::Exited(4));
+        assert_eq!(with(&skips, "1..2\nok 1 a # SKIP"), Verdict::Skip);
+        assert_eq!(with(&skips, "1..2\nok 1 a\nnot ok 2 b"), Verdict::Fail, "a failure is not skipped");
         let complaint =
             |kind| Findings { complaints: vec![Complaint { kind, line: "BUG: x".into() }], ..Findings::default() };
         let complains = |kind, end: &EndReason| verdict(&Facts { findings: complaint(kind), ..facts(end) });

@@ -300,14 +300,29 @@ fn run_case(plan: &Plan<'_>, place: usize, case: &Case, room: &Room, mmu: Mmu) -
             break;
         }
     }
-    let before = result.attempts.iter().rev().nth(1).filter(|_| result.verdict == Verdict::Pass);
-    if let Some(before) = before {
-        let message =
-            format!("passed on try {}; before: {}: {}", result.attempts.len(), before.verdict, before.message);
-        (result.verdict, result.message) = (Verdict::Flaky, escape(&message, PATH_BYTES));
+    if let Some((verdict, message)) = of_tries(&result.attempts) {
+        (result.verdict, result.message) = (verdict, escape(&message, PATH_BYTES));
     }
     let passed = matches!(result.verdict, Verdict::Pass | Verdict::Flaky);
     Some(Finished { result, counts: last_counts.filter(|_| passed) })
+}
+
+/// What several tries come to, where that is not what the last one did. A try that says nothing of the guest, or was skipped, does not
+/// make good that one before it has failed.
+fn of_tries(tries: &[Attempt]) -> Option<(Verdict, String)> {
+    let (last, before) = tries.split_last()?;
+    let number = tries.len();
+    match last.verdict {
+        Verdict::Pass => {
+            let Attempt { verdict, message, .. } = before.last()?;
+            Some((Verdict::Flaky, format!("passed on try {number}; before: {verdict}: {message}")))
+        }
+        Verdict::Skip | Verdict::Infrastructure => {
+            let bad = before.iter().rev().find(|attempt| attempt.verdict.meaning() == Meaning::Bad)?;
+            Some((bad.verdict, format!("{}; try {number}: {}: {}", bad.message, last.verdict, last.message)))
+        }
+        _ => None,
+    }
 }
 
 /// A try that has ended.
@@ -378,5 +393,35 @@ fn compared(plan: &Plan<'_>, path: &Path, case: &Case, profile: &Profile) -> Jud
         Comparison::Unknown => Judgement::new(Verdict::Pass, "its baseline does not have it yet"),
         Comparison::Exceeded(lines) => Judgement::new(Verdict::OverBudget, &lines.join("; ")),
         Comparison::NotMeasured(why) => Judgement::new(Verdict::Infrastructure, &why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_made_good_by_a_pass_alone_and_that_is_said() {
+        use Verdict::{Fail, Flaky, Hang, Infrastructure, Panic, Pass, Skip};
+        let of = |verdicts: &[Verdict]| {
+            let attempt = |verdict: &Verdict| Attempt {
+                verdict: *verdict,
+                message: format!("of {verdict}"),
+                duration_ms: 1,
+                artifacts: String::new(),
+            };
+            let tries: Vec<_> = verdicts.iter().map(attempt).collect();
+            of_tries(&tries).map(|(verdict, _)| verdict)
+        };
+        assert_eq!(of(&[]), None);
+        for alone in Verdict::ALL {
+            assert_eq!(of(&[*alone]), None);
+        }
+        assert_eq!(of(&[Fail, Hang]), None);
+        assert_eq!(of(&[Fail, Pass]), Some(Flaky));
+        assert_eq!(of(&[Infrastructure, Pass]), Some(Flaky));
+        assert_eq!(of(&[Panic, Skip]), Some(Panic));
+        assert_eq!(of(&[Panic, Infrastructure, Infrastructure]), Some(Panic));
+        assert_eq!(of(&[Infrastructure, Skip]), None);
     }
 }
