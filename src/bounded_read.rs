@@ -3,8 +3,9 @@
 use rustix::fs::OFlags;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 /// A file could not be read whole.
@@ -45,6 +46,14 @@ pub fn open_regular(path: &Path) -> Result<File, OpenError> {
     let flags = i32::try_from(flags.bits()).unwrap_or(0);
     let file = File::options().read(true).custom_flags(flags).open(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(OpenError::Kind) }
+}
+
+/// The path of an open file, links resolved: what was opened, whatever has taken the place of a part of the path since.
+///
+/// # Errors
+/// Where there is no /proc.
+pub fn path_of(file: &File) -> io::Result<PathBuf> {
+    std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// Reads the file at `path`, which may have `max_bytes` bytes. The size that the file system tells is not asked for: it

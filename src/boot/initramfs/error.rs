@@ -43,6 +43,9 @@ pub enum InitramfsError {
     /// A file to put is a device, a FIFO or a socket.
     #[error("--put: {} is not a file, a folder or a symbolic link", .0.shown())]
     Special(PathBuf),
+    /// A folder to put was changed while it was read.
+    #[error("--put: {} is outside of its folder: a link has taken the place of a part of its path", .0.shown())]
+    Outside(PathBuf),
     /// A part of the command has a NUL.
     #[error("{0:?} has a NUL character, which neither arguments nor paths can have")]
     Nul(OsString),

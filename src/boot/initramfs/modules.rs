@@ -2,7 +2,7 @@
 
 use super::index::{Driver, IndexError, IndexFiles, ModuleIndex};
 use crate::boot::unpack::{Content, FailedTask, Job, Limits, Task, UnpackError, run_all};
-use crate::bounded_read::{self, OpenError, ReadError, open_regular};
+use crate::bounded_read::{OpenError, ReadError, open_regular, path_of};
 use crate::sandbox::Isolation;
 use hwvmm_arch::boot::FileRange;
 use hwvmm_arch::boot::bzimage::Compression;
@@ -10,7 +10,6 @@ use hwvmm_devices::path_text::PathText as _;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -19,8 +18,11 @@ use thiserror::Error;
 const INDEX_BYTES: u64 = 32 << 20;
 /// The largest module, unpacked.
 const MODULE_BYTES: u64 = 64 << 20;
-/// Modules that are open at once, each with the file that it is unpacked into. A guest needs about ten.
-const UNPACKED_AT_ONCE: usize = 64;
+/// The largest size of all modules together, unpacked. Those that a guest needs have less than 10 MiB.
+const TOTAL_BYTES: u64 = 256 << 20;
+/// Modules that are open at once, each with the file that it is unpacked into: what they take together before [`TOTAL_BYTES`] is looked
+/// at. A guest needs about ten.
+const UNPACKED_AT_ONCE: usize = 16;
 /// Where distributions keep modules.
 const SYSTEM_FOLDERS: [&str; 2] = ["/lib/modules", "/usr/lib/modules"];
 
@@ -54,14 +56,17 @@ pub enum ModulesError {
         /// The error of the read, or the limit that the file exceeds.
         source: ReadError,
     },
+    /// All modules together are too large.
+    #[error("the modules in {} that the guest needs have more than {} MiB", .0.shown(), TOTAL_BYTES >> 20)]
+    TooMuch(PathBuf),
     /// A link to a file that is no module of this host.
     #[error(
         "the module {} is a symbolic link to a file outside of its folder and of {}: copy the file there",
         .0.shown(), SYSTEM_FOLDERS[0]
     )]
     Outside(PathBuf),
-    /// A module cannot be opened.
-    #[error("cannot open the module {}", .path.shown())]
+    /// A module, or a file of depmod(8), cannot be opened.
+    #[error("cannot open {}", .path.shown())]
     Open {
         /// The module, or the file of depmod(8), on the host.
         path: PathBuf,
@@ -133,7 +138,11 @@ fn candidates(places: Places<'_>, release: &str) -> Vec<PathBuf> {
 }
 
 fn text(path: &Path) -> Result<String, ModulesError> {
-    bounded_read::read_text(path, INDEX_BYTES).map_err(|source| ModulesError::Read { path: path.to_owned(), source })
+    let file = open_regular(path).map_err(|source| ModulesError::Open { path: path.to_owned(), source })?;
+    let text = read(&file, INDEX_BYTES).and_then(|bytes| {
+        String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error).into())
+    });
+    text.map_err(|source| ModulesError::Read { path: path.to_owned(), source })
 }
 
 /// As [`text`], and empty where there is no such file.
@@ -173,19 +182,17 @@ pub(super) fn find(
         .chain([folder.as_path()])
         .filter_map(|folder| folder.canonicalize().ok())
         .collect();
-    let mut modules = Vec::new();
+    let mut modules: Vec<Module> = Vec::new();
     let paths: Vec<_> = paths.into_iter().map(|path| folder.join(path)).enumerate().collect();
     for some in paths.chunks(UNPACKED_AT_ONCE) {
         let opened = some.iter().map(|(number, path)| open(path, &homes, *number)).collect::<Result<Vec<_>, _>>()?;
         modules.extend(contents(&opened, isolation)?);
+        let bytes = modules.iter().fold(0_u64, |sum, Module { bytes, .. }| sum.saturating_add(bytes.len() as u64));
+        if bytes > TOTAL_BYTES {
+            return Err(ModulesError::TooMuch(folder.clone()));
+        }
     }
     Ok(Modules { folder: Some(folder.clone()), modules })
-}
-
-/// Returns true if the file, links resolved, is below one of `homes`.
-fn is_below(file: &File, homes: &[PathBuf]) -> io::Result<bool> {
-    let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-    Ok(homes.iter().any(|home| path.starts_with(home)))
 }
 
 /// A module's file, open.
@@ -204,7 +211,8 @@ fn open<'a>(path: &'a Path, homes: &[PathBuf], number: usize) -> Result<Opened<'
     let stem = file_name.split(".ko").next().unwrap_or_default();
     let name = format!("{number:02}-{stem}.ko");
     let file = open_regular(path).map_err(|source| ModulesError::Open { path: path.to_owned(), source })?;
-    if !is_below(&file, homes).map_err(failed)? {
+    let resolved = path_of(&file).map_err(failed)?;
+    if !homes.iter().any(|home| resolved.starts_with(home)) {
         return Err(ModulesError::Outside(path.to_owned()));
     }
     let bytes = file.metadata().map_err(failed)?.len();
@@ -220,10 +228,10 @@ fn open<'a>(path: &'a Path, homes: &[PathBuf], number: usize) -> Result<Opened<'
     Ok(Opened { path, name, file, packed })
 }
 
-fn read(file: &File) -> Result<Vec<u8>, ReadError> {
+fn read(file: &File, max_bytes: u64) -> Result<Vec<u8>, ReadError> {
     let mut bytes = Vec::new();
-    file.take(MODULE_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MODULE_BYTES { Err(ReadError::TooLarge { max_bytes: MODULE_BYTES }) } else { Ok(bytes) }
+    file.take(max_bytes + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max_bytes { Err(ReadError::TooLarge { max_bytes }) } else { Ok(bytes) }
 }
 
 /// Reads modules; those that are compressed are unpacked together.
@@ -246,7 +254,7 @@ fn contents(opened: &[Opened<'_>], isolation: Isolation) -> Result<Vec<Module>, 
     let content = |module: &Opened<'_>| {
         let path = || module.path.to_owned();
         let Some((_, out)) = &module.packed else {
-            return read(&module.file).map_err(|source| ModulesError::Read { path: path(), source });
+            return read(&module.file, MODULE_BYTES).map_err(|source| ModulesError::Read { path: path(), source });
         };
         let mut bytes = vec![0; sizes.next().and_then(|size| usize::try_from(size).ok()).unwrap_or_default()];
         let source = UnpackError::Read;
@@ -310,6 +318,34 @@ mod tests {
             .expect("a FIFO");
         let error = look(tree.path(), None, &[Driver::Overlay]).expect_err("a FIFO");
         assert!(matches!(error, ModulesError::Open { source: OpenError::Kind, .. }), "{error}");
+    }
+
+    #[test]
+    fn an_index_that_is_no_file_is_not_waited_for() {
+        let (tree, folder) = tree();
+        fs::write(folder.join("modules.dep"), "kernel/base.ko:\n").expect("written");
+        rustix::fs::mkfifoat(rustix::fs::CWD, folder.join("modules.softdep"), rustix::fs::Mode::RUSR).expect("a FIFO");
+        let (done, wait) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            done.send(look(tree.path(), None, &[]).map(|_| ()).map_err(|error| error.to_string()))
+        });
+        let said = wait.recv_timeout(std::time::Duration::from_secs(10)).expect("it waits for a writer");
+        assert!(said.expect_err("refused").contains("modules.softdep"));
+    }
+
+    #[test]
+    fn all_modules_together_are_bounded() {
+        let (tree, folder) = tree();
+        let count = TOTAL_BYTES / MODULE_BYTES + 1;
+        let names: Vec<String> = (0..count).map(|number| format!("kernel/m{number}.ko")).collect();
+        for name in &names {
+            fs::File::create(folder.join(name)).and_then(|file| file.set_len(MODULE_BYTES)).expect("a sparse file");
+        }
+        let lines: String = names.iter().map(|name| format!("{name}:\n")).collect();
+        let all = format!("kernel/overlay.ko.zst: {}\n{lines}", names.join(" "));
+        fs::write(folder.join("modules.dep"), all).expect("written");
+        let error = look(tree.path(), None, &[Driver::Overlay]).map(|_| ()).expect_err("too large");
+        assert!(matches!(error, ModulesError::TooMuch(_)), "{error}");
     }
 
     /// A guest that can write to the folder could read any file of the host by the next run.

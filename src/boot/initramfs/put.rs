@@ -2,7 +2,7 @@
 
 use super::cpio::Archive;
 use super::error::InitramfsError;
-use crate::bounded_read::{OpenError, ReadError, open_regular};
+use crate::bounded_read::{OpenError, ReadError, open_regular, path_of};
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
@@ -30,28 +30,34 @@ pub(super) fn all(archive: &mut Archive, put: &[Put]) -> Result<(), InitramfsErr
     // Folders wait in a list: a deep tree does not fill the stack.
     for one in put {
         let mut waiting = vec![one.clone()];
-        // The path that the user gives may be a link; links in a folder stay links.
-        let mut follow = true;
+        // The path that the user gives may be a link; links in a folder stay links, and no file is outside of it.
+        let mut home: Option<PathBuf> = None;
         while let Some(next) = waiting.pop() {
             files += 1;
-            if files > MAX_FILES {
+            waiting.extend(add(archive, &next, home.as_deref())?);
+            if files + waiting.len() > MAX_FILES {
                 return Err(InitramfsError::TooMany(MAX_FILES));
             }
-            waiting.extend(add(archive, &next, follow)?);
-            follow = false;
+            if home.is_none() {
+                let resolved = one.source.canonicalize();
+                home = Some(
+                    resolved.map_err(|error| InitramfsError::Put { path: one.source.clone(), source: error.into() })?,
+                );
+            }
         }
     }
     Ok(())
 }
 
-/// Adds one entry, and returns those that are in it.
-fn add(archive: &mut Archive, put: &Put, follow: bool) -> Result<Vec<Put>, InitramfsError> {
+/// Adds one entry, and returns those that are in it. `home` is the folder that it comes from, links resolved; `None` for the one that the
+/// user has named.
+fn add(archive: &mut Archive, put: &Put, home: Option<&Path>) -> Result<Vec<Put>, InitramfsError> {
     let (source, target) = (&put.source, &put.target);
     let failed = |error: ReadError| InitramfsError::Put { path: source.clone(), source: error };
     if RESERVED.iter().any(|reserved| target.starts_with(reserved)) {
         return Err(InitramfsError::Reserved(target.clone()));
     }
-    let metadata = if follow { fs::metadata(source) } else { fs::symlink_metadata(source) }
+    let metadata = if home.is_none() { fs::metadata(source) } else { fs::symlink_metadata(source) }
         .map_err(|error| failed(error.into()))?;
     let kind = metadata.file_type();
     if kind.is_dir() {
@@ -79,6 +85,12 @@ fn add(archive: &mut Archive, put: &Put, follow: bool) -> Result<Vec<Put>, Initr
             OpenError::Kind => InitramfsError::Special(source.clone()),
             OpenError::Io(error) => failed(error.into()),
         })?;
+        // Another user who can write to the folder could have any file of the host put into the guest.
+        if let Some(home) = home
+            && !path_of(&file).map_err(|error| failed(error.into()))?.starts_with(home)
+        {
+            return Err(InitramfsError::Outside(source.clone()));
+        }
         let mut bytes = Vec::new();
         file.take(left + 1).read_to_end(&mut bytes).map_err(|error| failed(error.into()))?;
         if bytes.len() as u64 > left {
@@ -94,6 +106,21 @@ fn add(archive: &mut Archive, put: &Put, follow: bool) -> Result<Vec<Put>, Initr
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A folder was a folder when its names were read.
+    #[test]
+    fn a_link_that_takes_the_place_of_a_folder_leads_nowhere() {
+        let (folder, other) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+        fs::write(other.path().join("secret"), "secret").expect("written");
+        std::os::unix::fs::symlink(other.path(), folder.path().join("d")).expect("linked");
+        let home = folder.path().canonicalize().expect("there");
+        let one = Put { source: folder.path().join("d/secret"), target: "/d/secret".into() };
+        let added = add(&mut Archive::default(), &one, Some(&home));
+        assert!(matches!(added, Err(InitramfsError::Outside(_))), "{added:?}");
+        let own = Put { source: other.path().join("secret"), target: "/d/secret".into() };
+        let home = other.path().canonicalize().expect("there");
+        assert!(add(&mut Archive::default(), &own, Some(&home)).is_ok());
+    }
 
     fn put(source: &Path, target: &str) -> Result<Vec<u8>, InitramfsError> {
         let mut archive = Archive::default();
