@@ -262,7 +262,8 @@ options! {
         modules: Option<PathBuf>, [long] "DIR";
         /// Give the command a terminal. stdin must be one: its size, and keys such as Ctrl-C, are for the command
         tty: Option<bool>, [short = 't', long] "on|off" or "on" default "off";
-        /// Write the kernel's log to this file. Without it the kernel is quiet, and its last lines are printed after a failure
+        /// Write the kernel's log to this file, of whatever length. Without it the kernel is quiet, and its last lines are printed
+        /// after a failure
         kernel_log: Option<PathBuf>, [long] "FILE";
     }
 

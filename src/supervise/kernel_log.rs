@@ -1,6 +1,7 @@
 //! The log of the guest's kernel, where stdin and stdout are a command's: the last of it is kept for failures.
 
 use crate::escape::{GUEST_BYTES, escape};
+use crate::exit::EndReason;
 use crate::logging;
 use rustix::io::{Errno, read};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -42,6 +43,8 @@ pub(super) struct KernelLog<'a> {
     last: VecDeque<u8>,
     /// The line that has no end yet, where lines are printed.
     line: Vec<u8>,
+    /// Why the file does not have all of it.
+    lost: Option<String>,
 }
 
 impl<'a> KernelLog<'a> {
@@ -52,8 +55,8 @@ impl<'a> KernelLog<'a> {
     pub(super) fn new(target: KernelLogTarget<'a>) -> io::Result<(Self, OwnedFd)> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
         rustix::io::ioctl_fionbio(&reader, true)?;
-        let log =
-            Self { pipe: Some(reader), file: target.file, echo: target.echo, last: VecDeque::new(), line: Vec::new() };
+        let KernelLogTarget { file, echo } = target;
+        let log = Self { pipe: Some(reader), file, echo, last: VecDeque::new(), line: Vec::new(), lost: None };
         Ok((log, writer))
     }
 
@@ -81,6 +84,8 @@ impl<'a> KernelLog<'a> {
         {
             log::warn!("--kernel-log: the rest of the kernel's log is not written: {error}");
             self.file = None;
+            // A terminal that is full for a moment is no place that has to have all of it.
+            self.lost = (error.kind() != io::ErrorKind::WouldBlock).then(|| error.to_string());
         }
         self.last.extend(bytes);
         let too_many = self.last.len().saturating_sub(KEPT_BYTES);
@@ -99,6 +104,16 @@ impl<'a> KernelLog<'a> {
                 let line = std::mem::take(&mut self.line);
                 logging::print(&format!("{}\n", shown(&line)));
             }
+        }
+    }
+
+    /// The end of a run with the fate of its log: who reads the file for what the kernel complained of must not take a part for all.
+    pub(super) fn explain(&self, end: EndReason) -> EndReason {
+        match (end, &self.lost) {
+            (EndReason::Command(command), Some(why)) => {
+                EndReason::Failed(format!("the command {command}, but --kernel-log was cut off: {why}"))
+            }
+            (end, _) => end,
         }
     }
 
@@ -139,6 +154,19 @@ mod tests {
         let mut text = String::new();
         file.read_to_string(&mut text).expect("read");
         assert!(text.starts_with("line 0\r\n") && text.contains("line 2500\r\n"));
+    }
+
+    #[test]
+    fn a_file_that_lacks_a_part_is_a_failure() {
+        use crate::exit::CommandEnd;
+        let ended = EndReason::Command(CommandEnd::Exited(0));
+        let full = File::options().write(true).open("/dev/full").expect("/dev/full");
+        let (mut log, writer) = KernelLog::new(KernelLogTarget { file: Some(&full), echo: Echo::Off }).expect("a pipe");
+        assert_eq!(log.explain(ended.clone()), ended);
+        rustix::io::write(&writer, b"BUG: x\n").expect("room");
+        log.serve();
+        assert!(matches!(log.explain(ended), EndReason::Failed(why) if why.contains("--kernel-log was cut off")));
+        assert_eq!(log.explain(EndReason::Reset), EndReason::Reset);
     }
 
     #[test]

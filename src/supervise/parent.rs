@@ -408,6 +408,10 @@ impl Watch<'_> {
             Some(session) => RunEnd { reason: session.explain(end.reason), vcpu: end.vcpu },
             None => end,
         };
+        let end = match &self.kernel_log {
+            Some(log) => RunEnd { reason: log.explain(end.reason), vcpu: end.vcpu },
+            None => end,
+        };
         let kernel_log = self.kernel_log.as_mut().map(|log| log.last_lines(KERNEL_LOG_LINES)).unwrap_or_default();
         let unread = self.assembly.take_unread();
         let mut record = self.assembly.record(end, flight_recorders);

@@ -4,7 +4,7 @@ use super::control::{ControlLines, Said};
 use super::pump::{Pump, PumpState};
 use super::stdio::{Direction, private_copy};
 use crate::console::terminal_size;
-use crate::exit::EndReason;
+use crate::exit::{EndReason, Signal};
 use crate::machine::StopRequest;
 use crate::supervise::signals::Signals;
 use hwvmm_devices::virtio::vsock::JoinedPort;
@@ -87,6 +87,17 @@ pub(in crate::supervise) struct Session {
     unsent: Vec<u8>,
     /// The size changed while a line was on its way.
     resized_again: bool,
+    /// Why not all of the command's output was written.
+    lost: Option<Lost>,
+}
+
+/// Why a command's output is not whole. Its status alone would pass for that of a run with all of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Lost {
+    /// It cannot be written, or nobody took it.
+    Unwritten(String),
+    /// A signal came while the rest of it was written.
+    Signal(Signal),
 }
 
 impl Session {
@@ -123,6 +134,7 @@ impl Session {
             resized,
             unsent: Vec::new(),
             resized_again: false,
+            lost: None,
         })
     }
 
@@ -143,11 +155,18 @@ impl Session {
         self.take_lines();
         self.tell_size();
         if let Some(stream) = &mut self.input
-            && stream.advance() == Go::Ended
+            && stream.advance() != Go::On
         {
             self.input = None;
         }
-        self.outputs.retain_mut(|stream| stream.advance() == Go::On);
+        let lost = &mut self.lost;
+        self.outputs.retain_mut(|stream| {
+            let go = stream.advance();
+            if let Go::Failed(error) = &go {
+                lost.get_or_insert_with(|| Lost::Unwritten(format!("its {} was cut off: {error}", stream.name)));
+            }
+            go == Go::On
+        });
     }
 
     /// Reads the control stream. What is not an agent's ends it: nothing after it counts.
@@ -218,6 +237,16 @@ impl Session {
     /// The end of the run with what the agent has said. A guest that cannot write to I/O ports is powered off, and the agent's word alone
     /// says how the command ended.
     pub(in crate::supervise) fn explain(&self, end: EndReason) -> EndReason {
+        match (self.explain_with_words(end), &self.lost) {
+            (EndReason::Command(command), Some(Lost::Unwritten(why))) => {
+                EndReason::Failed(format!("the command {command}, but {why}"))
+            }
+            (EndReason::Command(_), Some(Lost::Signal(signal))) => EndReason::Signal(*signal),
+            (end, _) => end,
+        }
+    }
+
+    fn explain_with_words(&self, end: EndReason) -> EndReason {
         match (end, &self.said) {
             (EndReason::PowerOff | EndReason::SystemHalted, Some(Said::Ended(end))) => EndReason::Command(*end),
             (
@@ -244,11 +273,17 @@ impl Session {
         loop {
             self.serve();
             let now = Instant::now();
-            if self.outputs.is_empty() || signals.take().is_some() {
+            if self.outputs.is_empty() {
+                return Ok(());
+            }
+            if let Some(signal) = signals.take() {
+                self.lost.get_or_insert(Lost::Signal(signal));
                 return Ok(());
             }
             if now >= give_up {
                 log::warn!("the command's output is cut off: its rest has no reader");
+                let why = "its output was cut off: the rest had no reader";
+                self.lost.get_or_insert_with(|| Lost::Unwritten(why.to_owned()));
                 return Ok(());
             }
             let limit = Timespec::try_from(give_up - now).ok();
@@ -265,10 +300,12 @@ impl Session {
 }
 
 /// Whether a stream goes on.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 enum Go {
     On,
     Ended,
+    /// It cannot go on: why.
+    Failed(String),
 }
 
 impl Stream {
@@ -281,7 +318,7 @@ impl Stream {
                 PumpState::Ended => return Go::Ended,
                 PumpState::Failed(error) => {
                     log::warn!("the command's {} is closed: {error}", self.name);
-                    return Go::Ended;
+                    return Go::Failed(error.to_string());
                 }
             }
         }
@@ -322,6 +359,7 @@ mod tests {
             resized: None,
             unsent: Vec::new(),
             resized_again: false,
+            lost: None,
         };
         (session, guest)
     }
@@ -356,6 +394,39 @@ mod tests {
         assert_eq!(after(failed, EndReason::PowerOff), EndReason::NoCommand(Some("root: no folder".into())));
         let hint = EndReason::NoCommand(Some("see --modules".into()));
         assert_eq!(after(failed, hint), EndReason::NoCommand(Some("root: no folder; see --modules".into())));
+    }
+
+    /// A full disk behind stdout.
+    #[test]
+    fn a_command_whose_output_is_cut_off_has_not_passed() {
+        let (mut session, mut guest) = session();
+        let full = std::fs::File::options().write(true).open("/dev/full").expect("/dev/full");
+        let (mut output, source) = UnixStream::pair().expect("sockets");
+        let pump = Pump::new(source.into(), full.into()).expect("a pump");
+        session.outputs.push(Stream { name: "stdout", pump });
+        output.write_all(b"not ok 1").expect("room");
+        guest.write_all(b"started\nexited 0\n").expect("room");
+        session.serve();
+        let EndReason::Failed(why) = session.explain(EndReason::Command(CommandEnd::Exited(0))) else {
+            panic!("passed")
+        };
+        assert!(why.starts_with("the command exited with status 0, but its stdout was cut off: "), "{why}");
+        assert_eq!(session.explain(EndReason::Panicked(None)), EndReason::Panicked(None));
+    }
+
+    /// Such as `head -1`.
+    #[test]
+    fn a_reader_that_has_seen_enough_is_no_failure() {
+        let (mut session, _guest) = session();
+        let (mut output, source) = UnixStream::pair().expect("sockets");
+        let (sink, reader) = UnixStream::pair().expect("sockets");
+        drop(reader);
+        let pump = Pump::new(source.into(), sink.into()).expect("a pump");
+        session.outputs.push(Stream { name: "stdout", pump });
+        output.write_all(b"text").expect("room");
+        session.serve();
+        let ended = EndReason::Command(CommandEnd::Exited(0));
+        assert_eq!((session.outputs.len(), session.explain(ended.clone())), (0, ended));
     }
 
     #[test]
