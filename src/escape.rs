@@ -72,6 +72,25 @@ pub fn escape(text: &str, limit: usize) -> String {
     out.into_string()
 }
 
+/// Returns `text` for HTML, between tags or in a quoted attribute. Characters that are active, or that HTML does not have, are U+FFFD.
+#[must_use]
+pub fn escape_html(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            '\'' => out.push_str("&#39;"),
+            '\n' | '\t' => out.push(c),
+            c if is_active(c) || matches!(c, '\u{fffe}' | '\u{ffff}') => out.push(char::REPLACEMENT_CHARACTER),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
 /// Returns `text` with each of its lines as from [`escape`]. All lines but the first are indented: none can pass for the
 /// beginning of a message of hwvmm's.
 #[must_use]

@@ -36,28 +36,15 @@ mod results;
 #[path = "command/shares.rs"]
 mod shares;
 
-use harness::{Outcome, Test};
+use harness::{Outcome, Test, folder, hwvmm, text};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Output, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-
-fn hwvmm() -> Command {
-    let path = std::env::var_os("HWVMM_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_hwvmm").into());
-    let mut command = Command::new(path);
-    command.stdin(Stdio::null()).env("HOME", folder()).env_remove("XDG_CACHE_HOME");
-    command
-}
-
-/// A temporary directory for this test run.
-fn folder() -> &'static Path {
-    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
-    FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder")).path()
-}
 
 fn file(name: &str, content: &[u8]) -> PathBuf {
     let path = folder().join(name);
@@ -67,10 +54,6 @@ fn file(name: &str, content: &[u8]) -> PathBuf {
 
 fn kernel(name: &str, code: &[u8]) -> PathBuf {
     file(&format!("{name}.elf"), &guests::multiboot(code))
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// Runs a tiny guest once, to find out if this host's KVM can. The error is what hwvmm printed.

@@ -5,30 +5,13 @@
 mod guests;
 mod harness;
 
-use harness::{Outcome, Test};
+use harness::{Outcome, Test, folder, hwvmm, text};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Output, Stdio};
+use std::process::{Child, ExitCode, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
-
-fn hwvmm() -> Command {
-    let path = std::env::var_os("HWVMM_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_hwvmm").into());
-    let mut command = Command::new(path);
-    command.stdin(Stdio::null()).env("HOME", folder()).env_remove("XDG_CACHE_HOME");
-    command
-}
-
-/// A folder for this test run.
-fn folder() -> &'static Path {
-    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
-    FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder")).path()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
 
 /// A machine that runs until it is stopped.
 struct Machine {

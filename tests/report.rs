@@ -6,18 +6,13 @@
 mod guests;
 mod harness;
 
-use harness::{Outcome, Test};
+use harness::{Outcome, Test, folder, text};
 use std::fs;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
-
-fn folder() -> &'static Path {
-    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
-    FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder")).path()
-}
 
 fn hwvmm(arguments: &[&str]) -> Output {
     command(arguments).output().expect("started")
@@ -34,10 +29,6 @@ fn file(name: &str, content: &[u8]) -> String {
     let path = folder().join(name);
     fs::write(&path, content).expect("written");
     path.display().to_string()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// Coalesced writes to the UART make no exits, and these tests count exits.

@@ -5,7 +5,7 @@
 mod guests;
 mod harness;
 
-use harness::{Outcome, Test};
+use harness::{Outcome, Test, folder, hwvmm, text};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -14,23 +14,6 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-
-fn hwvmm() -> Command {
-    let path = std::env::var_os("HWVMM_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_hwvmm").into());
-    let mut command = Command::new(path);
-    command.stdin(Stdio::null()).env("HOME", folder()).env_remove("XDG_CACHE_HOME");
-    command
-}
-
-/// A folder for this test run.
-fn folder() -> &'static Path {
-    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
-    FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder")).path()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
 
 /// Waits until `done`.
 fn wait(what: &str, mut done: impl FnMut() -> bool) {

@@ -6,7 +6,7 @@
 mod guests;
 mod harness;
 
-use harness::{Outcome, Test};
+use harness::{Outcome, Test, text};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
@@ -95,10 +95,6 @@ impl Suite {
             .map(|line| (line["name"].as_str().expect("a name").to_owned(), line))
             .collect()
     }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 const HEAD: &str = "[defaults]\nmemory = '16M'\ntimeout = '20s'\nsilence = '10s'\n";

@@ -25,14 +25,14 @@ use std::time::{Instant, SystemTime};
 pub struct Msr {
     /// The number that RDMSR takes.
     pub index: u32,
-    /// Its value.
+    /// What RDMSR returns.
     pub value: u64,
 }
 
 /// A counter that goes on, and the host's time at which it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counter {
-    /// Its value.
+    /// The count at that time.
     pub value: u64,
     /// When it was read (CLOCK_REALTIME).
     pub at: SystemTime,

@@ -42,9 +42,9 @@ pub(super) enum Source {
     },
     /// A snapshot: its state and the file of its memory.
     Snapshot {
-        /// The state.
+        /// All but its memory.
         state: State,
-        /// The memory.
+        /// The file that guest memory is mapped from.
         memory: File,
     },
 }

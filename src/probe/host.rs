@@ -197,14 +197,17 @@ impl Host {
 mod tests {
     use super::*;
 
+    /// Writes a file below `root`, with the folders above it.
+    fn put(root: &Path, path: &str, text: &str) {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+        fs::write(path, text).expect("written");
+    }
+
     #[test]
     fn module_mmu_and_pages_are_read() {
         let root = tempfile::tempdir().expect("a temporary folder");
-        let put = |path: &str, text: &str| {
-            let path = root.path().join(path);
-            fs::create_dir_all(path.parent().expect("a parent")).expect("made");
-            fs::write(path, text).expect("written");
-        };
+        let put = |path, text| put(root.path(), path, text);
         let host = Host::at(root.path());
         assert_eq!((host.vendor_module(), host.mmu(), host.is_virtual()), (None, Mmu::Unknown, false));
         put("sys/module/kvm_intel/parameters/ept", "N\n");
@@ -223,11 +226,7 @@ mod tests {
     #[test]
     fn interrupts_without_exits_are_what_the_parameters_say() {
         let root = tempfile::tempdir().expect("a temporary folder");
-        let put = |path: &str, text: &str| {
-            let path = root.path().join(path);
-            fs::create_dir_all(path.parent().expect("a parent")).expect("made");
-            fs::write(path, text).expect("written");
-        };
+        let put = |path, text| put(root.path(), path, text);
         let host = Host::at(root.path());
         assert_eq!((host.apic_virtualization(), host.posts_timers()), (ApicVirtualization::Unknown, None));
         put("sys/module/kvm_intel/parameters/enable_apicv", "Y\n");

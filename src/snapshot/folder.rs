@@ -36,11 +36,11 @@ pub enum FolderError {
     /// It cannot be opened or read.
     #[error("cannot read the snapshot {}: {name}", path.shown())]
     Open {
-        /// The folder.
+        /// The folder of the snapshot.
         path: PathBuf,
         /// The name of a file in it; `.` is the folder.
         name: &'static str,
-        /// Why.
+        /// What open(2) or read(2) failed with.
         source: io::Error,
     },
     /// Another user owns a file or can write to it: it could be changed or cut off while the guest runs.
@@ -49,7 +49,7 @@ pub enum FolderError {
          write to", path.shown()
     )]
     Unsafe {
-        /// The folder.
+        /// The folder of the snapshot.
         path: PathBuf,
         /// The name of a file in it; `.` is the folder.
         name: &'static str,
@@ -60,7 +60,7 @@ pub enum FolderError {
     /// `machine.json` is longer than one is, or describes no machine.
     #[error("the snapshot {} cannot be used: machine.json: {what}", path.shown())]
     Machine {
-        /// The folder.
+        /// The folder of the snapshot.
         path: PathBuf,
         /// What is wrong.
         what: &'static str,
@@ -71,7 +71,7 @@ pub enum FolderError {
     /// The file of the memory has another length.
     #[error("the snapshot {} cannot be used: its memory has {found} bytes, and its machine {expected}", path.shown())]
     Memory {
-        /// The folder.
+        /// The folder of the snapshot.
         path: PathBuf,
         /// The length of the file.
         found: u64,

@@ -1,6 +1,11 @@
 //! A test runner that can skip with a reason: what a host's KVM cannot run is neither passed nor failed. Its last line
 //! is `N passed, N failed, N skipped`. With HWVMM_REQUIRE_KVM=1 (in the lab) nothing may be skipped.
 
+mod program;
+
+#[allow(unused_imports, reason = "each test uses a part")]
+pub(crate) use program::{folder, hwvmm, text};
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 

@@ -72,7 +72,7 @@ pub enum FindError {
         path: String,
         /// What is wrong.
         why: String,
-        /// The partitions.
+        /// The partitions that were searched.
         seen: Vec<Seen>,
     },
 }

@@ -2,7 +2,7 @@
 
 use super::flame;
 use super::rows::{Row, rows};
-use crate::escape::is_active;
+use crate::escape::escape_html as escape;
 use crate::profile::advice::Advice;
 use crate::profile::data::{Exits, Profile};
 use crate::profile::kinds::PhaseName;
@@ -21,23 +21,6 @@ const LABELS: f64 = 34.0;
 /// Colours that most people can distinguish (after Okabe and Ito). They are used again where there are more reasons.
 const COLOURS: [&str; 10] =
     ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f", "#332288", "#88ccee"];
-
-/// Escapes text for HTML.
-fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            c if is_active(c) && c != '\n' && c != '\t' => out.push('\u{fffd}'),
-            c => out.push(c),
-        }
-    }
-    out
-}
 
 fn cell(out: &mut String, sort_by: u64, text: &str) {
     let _ = write!(out, "<td class=n data-v={sort_by}>{}", escape(text));

@@ -4,6 +4,7 @@
 use super::super::record::{Attempt, TestResult, Totals};
 use super::super::stats::ExitCounts;
 use super::super::verdict::{Meaning, Verdict};
+use crate::escape::escape_html as escaped;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -40,26 +41,6 @@ pre { white-space: pre-wrap; margin: .3rem 0; padding: .5rem; overflow-x: auto; 
 p { margin: .2rem 0; } code { font: 13px ui-monospace, monospace; } .quiet { color: var(--quiet); }
 ";
 
-/// Text between tags, or in an attribute in double quotes.
-fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            // HTML has neither these nor surrogates (HTML, "preprocessing the input stream").
-            c if (c.is_control() && c != '\n' && c != '\t') || matches!(c, '\u{fffe}' | '\u{ffff}') => {
-                out.push(char::REPLACEMENT_CHARACTER);
-            }
-            c => out.push(c),
-        }
-    }
-    out
-}
-
 /// A path as a relative reference (RFC 3986, section 4.2).
 fn reference(path: &str) -> String {
     path.bytes().fold("./".to_owned(), |mut out, byte| {
@@ -91,7 +72,7 @@ fn reasons(exits: &ExitCounts) -> String {
     text.join(", ")
 }
 
-/// Writes pages.
+/// A page that is being written.
 struct Page<'a> {
     out: String,
     /// The folder that the page is in.

@@ -24,7 +24,7 @@ pub(crate) enum SyntaxError {
     Missing {
         /// The line where it was expected, from 1.
         line: usize,
-        /// The word.
+        /// The keyword or brace that is missing.
         expected: &'static str,
     },
 }
@@ -238,7 +238,7 @@ impl Parser {
         }
     }
 
-    fn expect(&mut self, expected: &'static str) -> Result<(), SyntaxError> {
+    fn require(&mut self, expected: &'static str) -> Result<(), SyntaxError> {
         if self.plain() == Some(expected) {
             self.at += 1;
             return Ok(());
@@ -279,7 +279,7 @@ impl Parser {
             // Behind `if` or `elif`.
             self.at += 1;
             let condition = self.list(&["then"])?;
-            self.expect("then")?;
+            self.require("then")?;
             branches.push((condition, self.list(&["elif", "else", "fi"])?));
             if self.plain() != Some("elif") {
                 break;
@@ -290,16 +290,16 @@ impl Parser {
             self.at += 1;
             otherwise = self.list(&["fi"])?;
         }
-        self.expect("fi")?;
+        self.require("fi")?;
         Ok(Statement::If { branches, otherwise })
     }
 
     fn skip_loop(&mut self) -> Result<(), SyntaxError> {
         self.at += 1;
         self.list(&["do"])?;
-        self.expect("do")?;
+        self.require("do")?;
         self.list(&["done"])?;
-        self.expect("done")
+        self.require("done")
     }
 
     fn command(&mut self) -> Result<Statement, SyntaxError> {
@@ -309,7 +309,7 @@ impl Parser {
             if has_block && plain.as_deref() == Some("{") {
                 self.at += 1;
                 let block = self.list(&["}"])?;
-                self.expect("}")?;
+                self.require("}")?;
                 return Ok(Statement::Command { words, block: Some(block) });
             }
             words.push(word.clone());
