@@ -239,6 +239,16 @@ build_hwvmm() {
     (cd "$HWVMM_ROOT" && cargo build --release --quiet)
 }
 
+# test_program NAME FILE: copies the test executable of that name, without its debug information. What an instruction of a guest exits for
+# does not depend on how the host's side was optimized, and the build for "unit and host tests" is there.
+test_program() {
+    local program
+    program=$(cd "$HWVMM_ROOT" && cargo test --no-run --test "$1" --message-format=json 2>/dev/null |
+        sed -n "s/.*\"executable\":\"\([^\"]*$1-[^\"]*\)\".*/\1/p" | tail -n 1)
+    [ -n "$program" ] || die "cannot build the test $1: cargo test --no-run --test $1 says why"
+    strip -o "$2" "$program"
+}
+
 # shellcheck source=initramfs.sh
 source "$HWVMM_ROOT/scripts/lib/initramfs.sh"
 # shellcheck source=guest-image.sh
