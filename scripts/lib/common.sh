@@ -114,7 +114,10 @@ need_packages() {
     command -v apt-get >/dev/null || die "these Debian packages are needed, and there is no apt-get here: ${missing[*]}"
     say "installing Debian packages: ${missing[*]}"
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq update
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
+    # What dpkg says comes through apt's terminal, to stdout.
+    local said
+    said=$(as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}") ||
+        die "apt-get cannot install ${missing[*]}: $(tail -n 30 <<<"$said")"
 }
 
 # need_rust [COMPONENT...]: checks that cargo is there, new enough for Cargo.toml, and has the components (clippy, rustfmt).
