@@ -11,6 +11,13 @@ impl RunConfig {
         !self.command.is_empty()
     }
 
+    /// Returns true if the parameters of the kernel are those of its image, too. A command has the image's kernel alone: its parameters
+    /// are for the system in the image.
+    #[must_use]
+    pub fn has_image_cmdline(&self) -> bool {
+        self.kernel_from.is_some() && !self.has_command()
+    }
+
     /// Returns the number of virtio devices.
     #[must_use]
     pub fn virtio_devices(&self) -> usize {

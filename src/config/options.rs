@@ -125,7 +125,6 @@ macro_rules! options {
                     tty: config.tty,
                     kernel_log: config.kernel_log.as_deref(),
                     initrd: config.initrd.as_deref(),
-                    kernel_from: config.kernel_from.as_deref(),
                     on_reboot: config.on_reboot,
                     vsock: config.vsock.as_ref(),
                     module: &config.module,
@@ -160,7 +159,8 @@ options! {
         from: Option<PathBuf>, [long] "DIR";
         /// Take kernel, initrd and the kernel's parameters out of this disk image, which is a disk of the guest: as the image's boot
         /// loader would (grub.cfg, or /loader/entries; on ext2 to ext4 and FAT). The default parameters come behind the image's;
-        /// --cmdline replaces both. A KERNEL that is a disk image means the same
+        /// --cmdline replaces both. A KERNEL that is a disk image means the same. A COMMAND has only the kernel and its modules from
+        /// the image, which is read-only then
         kernel_from: Option<PathBuf>, [long, conflicts_with = "kernel"] "IMAGE";
         /// The entry of the image's boot loader: its number (0; 1>0 in a submenu), its title or its id [default: the boot loader's]
         entry: Option<String>, [long] "N|TITLE";
@@ -258,7 +258,7 @@ options! {
         /// Put a file or a folder into the initramfs, which is the root with --root none
         put: Vec<PutChoice>, [long] "SRC:DST";
         /// Where the kernel's modules are: a folder with modules.dep, or one with lib/modules/RELEASE [default: beside the
-        /// kernel, or /lib/modules/RELEASE]
+        /// kernel, or /lib/modules/RELEASE; in the image of --kernel-from]
         modules: Option<PathBuf>, [long] "DIR";
         /// Give the command a terminal. stdin must be one: its size, and keys such as Ctrl-C, are for the command
         tty: Option<bool>, [short = 't', long] "on|off" or "on" default "off";
