@@ -77,7 +77,7 @@ pub struct DiskParts {
 impl Disks {
     /// The disk that `config` has and `is_it` knows.
     fn find(&self, config: &RunConfig, is_it: impl Fn(&DiskConfig) -> bool) -> Option<OpenDisk> {
-        let (_, image) = config.disk.iter().zip(&self.0).find(|(disk, _)| is_it(disk))?;
+        let (_, image) = config.disk.iter().zip(&self.images).find(|(disk, _)| is_it(disk))?;
         Some(OpenDisk { files: image.file_numbers(), disk: Rc::new(Disk(Arc::clone(image))) })
     }
 

@@ -14,6 +14,7 @@ mod request;
 mod restore;
 mod run;
 mod save;
+mod seed;
 mod setup;
 mod testdev;
 mod virtio;
@@ -26,6 +27,7 @@ pub use net::PASST;
 pub use request::StopRequest;
 pub use restore::configure;
 pub use run::{Ran, RunError, run};
+pub use seed::SeedError;
 pub use setup::{Event, Setup, Start, Stdin};
 
 use crate::boot::{self, KernelError, Loaded};

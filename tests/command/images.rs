@@ -1,11 +1,12 @@
-//! Commands in guests whose kernel is in a disk image.
+//! Disk images: commands in guests whose kernel is in one, and the seed of cloud-init.
 
 use super::harness::{Outcome, Test};
-use super::{file, guests, hwvmm, text, when_it_runs};
+use super::{file, folder, guests, hwvmm, kernel, text, when_it_runs};
 use std::fs;
 use std::io::{Cursor, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::time::{Duration, Instant};
 
 const ENTRY: (&str, &[u8]) = ("/loader/entries/a.conf", b"title A\nlinux /linux\noptions quiet\n");
 const MODULES: &str = "/lib/modules/9.9.9-x";
@@ -116,7 +117,31 @@ fn modules_are_taken_out_of_the_image() -> Outcome {
     })
 }
 
+fn a_seed_is_read_before_the_guest_runs() -> Outcome {
+    when_it_runs(|| {
+        let seed = folder().join("seed");
+        fs::create_dir(&seed).expect("made");
+        let ends = |options: &[&str], status: i32, words: &str| {
+            let began = Instant::now();
+            let mut hwvmm = hwvmm();
+            hwvmm.args(["run", "-m", "16M", "--timeout", "20s", "--seed"]).arg(&seed).args(options);
+            let out = hwvmm.arg(kernel("seed", guests::power_off())).output().expect("started");
+            let errors = text(&out.stderr);
+            assert!(out.status.code() == Some(status) && errors.contains(words), "{status} {words}: {errors}");
+            assert!(began.elapsed() < Duration::from_secs(15), "nothing is waited for");
+        };
+        ends(&[], 42, "it has no file user-data, which cloud-init needs");
+        fs::write(seed.join("user-data"), "#cloud-config\n").expect("written");
+        for options in [&["-v"][..], &["-v", "--transport", "mmio"], &["-v", "--on-reboot", "restart"]] {
+            ends(options, 0, "--seed: user-data has 14 bytes");
+        }
+        rustix::fs::mkfifoat(rustix::fs::CWD, seed.join("vendor-data"), rustix::fs::Mode::RUSR).expect("a FIFO");
+        ends(&[], 42, "vendor-data is not a regular file");
+    })
+}
+
 pub(super) const TESTS: &[Test] = &[
+    ("a_seed_is_read_before_the_guest_runs", a_seed_is_read_before_the_guest_runs),
     ("a_command_runs_on_the_kernel_of_an_image", a_command_runs_on_the_kernel_of_an_image),
     ("an_image_without_the_modules_of_its_kernel_is_named", an_image_without_the_modules_of_its_kernel_is_named),
     ("modules_are_taken_out_of_the_image", modules_are_taken_out_of_the_image),
