@@ -11,6 +11,8 @@ mod guests;
 mod harness;
 #[path = "command/hostile.rs"]
 mod hostile;
+#[path = "command/images.rs"]
+mod images;
 #[path = "command/inherited.rs"]
 mod inherited;
 #[path = "command/input.rs"]
@@ -469,6 +471,7 @@ fn main() -> ExitCode {
         confined::TESTS,
         expect::TESTS,
         hostile::TESTS,
+        images::TESTS,
         inherited::TESTS,
         input::TESTS,
         one_command::TESTS,

@@ -106,7 +106,8 @@ fn boot_loaders_of_the_corpus_are_read() {
     for (name, bytes) in corpus("disk_image") {
         let disk = Range::whole(Rc::new(bytes), 8 << 20);
         let mut kernel = Vec::new();
-        let found = find(&disk, None, &mut kernel, &mut Vec::new()).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let found =
+            find(&disk, None, &mut kernel, Some(&mut Vec::new())).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!((found.cmdline.as_str(), kernel.len()), ("root=/dev/vda1 ro", 6), "{name}");
     }
 }

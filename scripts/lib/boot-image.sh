@@ -2,7 +2,7 @@
 # shellcheck shell=bash
 
 # boot_images DIR: makes DIR/disk.img and DIR/disk.qcow2, a disk with an MBR and two partitions: an ext4 file system with other files, and
-# one with the root of a small system, the kernel of $HWVMM_KERNEL_DIR, an initramfs and grub.cfg in it; and DIR/xfs.img, which has the
+# one with the root of a small system, the kernel of $HWVMM_KERNEL_DIR with the modules for a command, an initramfs and grub.cfg in it; and DIR/xfs.img, which has the
 # magic number of xfs alone. Needs mke2fs, qemu-img and a busybox without libraries.
 boot_images() {
     local dir=$1 uuid=6c1f3a52-0d37-4b7e-9a52-2f0a6b1c9d10
@@ -10,6 +10,7 @@ boot_images() {
     cp "$HWVMM_KERNEL_DIR/vmlinuz" "$dir/root/boot/vmlinuz-1"
     cp "$HWVMM_LAB/guest/initramfs.cpio.gz" "$dir/root/boot/initrd.img-1"
     ln -s boot/vmlinuz-1 "$dir/root/vmlinuz"
+    guest_modules "$dir/root/lib/modules/$(cat "$HWVMM_KERNEL_DIR/version")"
     cp /bin/busybox "$dir/root/bin/busybox"
     for name in sh cat id mount touch uname; do ln -s busybox "$dir/root/bin/$name"; done
     echo 'of the image' >"$dir/root/etc/marker"

@@ -24,13 +24,15 @@ Examples:
   hwvmm run vmlinuz -i initrd.img
   hwvmm run vmlinuz -i initrd.img -m 2G -c 4 --append quiet --stats
   hwvmm run vmlinux --cmdline 'console=ttyS0 root=/dev/vda rw' --timeout 60s --expect 'login: $'
-  hwvmm run vmlinuz -i initrd.img --disk debian.img --append root=/dev/vda --net tap=tap0 --rng
+  hwvmm run vmlinuz -i initrd.img --disk root.img --append root=/dev/vda --net tap=tap0 --rng
+  hwvmm run debian.qcow2 -m 1G --seed folder-with-user-data --net user
   hwvmm run vmlinuz -i initrd.img --disk a.qcow2,readonly --net user,hostfwd=tcp::2222-:22
   hwvmm run vmlinuz -i initrd.img --profile --profile-out boot.json --budget userspace=400,npf=100
   hwvmm run vmlinuz --profile --tune busy-poll=off,split-irqchip=off
   hwvmm run vmlinuz -- sh -c 'uname -r; exit 7'                        (ends with status 7)
   hwvmm run vmlinuz --rw . --env CI --timeout 5m --status-file s.json -- make test
   hwvmm run vmlinuz --root none --put ./test:/test -- /test
+  hwvmm run debian.qcow2 --root debian.qcow2 -- uname -r
   hwvmm run vmlinuz -t -- bash
   hwvmm run --tune help                         (lists the levers)
   hwvmm run test.flat --testdev --debug-exit --append 'arguments'
@@ -40,7 +42,7 @@ The file has the long names of the options, and a table for each device:
   memory = \"1G\"
   append = [\"root=/dev/vda\"]
   [[disk]]
-  path = \"debian.img\"
+  path = \"root.img\"
   readonly = true
 
 A comma in a value of a list is written twice: --disk a,,b.img; behind another comma there must be a key.

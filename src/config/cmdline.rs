@@ -11,11 +11,24 @@ impl RunConfig {
         !self.command.is_empty()
     }
 
+    /// Returns true if the parameters of the kernel are those of its image, too. A command has the image's kernel alone: its parameters
+    /// are for the system in the image.
+    #[must_use]
+    pub fn has_image_cmdline(&self) -> bool {
+        self.kernel_from.is_some() && !self.has_command()
+    }
+
     /// Returns the number of virtio devices.
     #[must_use]
     pub fn virtio_devices(&self) -> usize {
         let lists = self.disk.len() + self.net.len() + self.share.len();
-        let single = [self.rng.is_some(), self.console.is_some(), self.vsock.is_some(), self.balloon.is_some()];
+        let single = [
+            self.seed.is_some(),
+            self.rng.is_some(),
+            self.console.is_some(),
+            self.vsock.is_some(),
+            self.balloon.is_some(),
+        ];
         lists + single.iter().filter(|there| **there).count()
     }
 
@@ -116,6 +129,7 @@ mod tests {
         let mmio = of("disk = ['d']\ntransport = 'mmio'\ntune = ['uart-count=off']");
         assert_eq!(mmio, "console=ttyS0 panic=-1 pci=conf1,noearly reboot=f");
         assert_eq!(of("console = 'virtio'"), "console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=0 reboot=f");
+        assert_eq!(of("seed = 's'"), of("disk = ['d']"), "it is a disk");
         let both = of("console = 'virtio'\nserial = ['1=null']\ntransport = 'mmio'\nrng = 65536");
         assert_eq!(both, "console=ttyS0 console=hvc0 panic=-1 pci=conf1,noearly 8250.nr_uarts=1 reboot=f");
     }

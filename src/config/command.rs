@@ -191,7 +191,6 @@ pub(super) struct CommandRelated<'a> {
     pub(super) tty: bool,
     pub(super) kernel_log: Option<&'a Path>,
     pub(super) initrd: Option<&'a Path>,
-    pub(super) kernel_from: Option<&'a Path>,
     pub(super) on_reboot: OnReboot,
     pub(super) vsock: Option<&'a VsockConfig>,
     pub(super) module: &'a [ModuleConfig],
@@ -218,11 +217,6 @@ pub(super) fn check(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
     }
     let refused = [
         ("--initrd", config.initrd.is_some(), "hwvmm makes the initramfs; --put SRC:DST adds files to it"),
-        (
-            "--kernel-from",
-            config.kernel_from.is_some(),
-            "the modules that the command's devices need are in the image: give a KERNEL, and the image with --root",
-        ),
         ("--on-reboot restart", config.on_reboot == OnReboot::Restart, "a command has one status, and runs once"),
         (
             "--vsock vhost=on",

@@ -8,6 +8,9 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::Path;
 
+/// The id of the disk of `--seed` in counts and logs, and its serial number.
+pub const SEED_ID: &str = "seed";
+
 /// Returns an error if a name of `names` comes twice.
 fn once<T>(what: &'static str, remedy: &'static str, names: impl IntoIterator<Item = T>) -> Result<(), ConfigError>
 where
@@ -27,6 +30,7 @@ where
 pub(super) struct Related<'a> {
     pub(super) share: &'a [ShareConfig],
     pub(super) disk: &'a [DiskConfig],
+    pub(super) seed: Option<&'a Path>,
     pub(super) vsock: Option<&'a VsockConfig>,
     pub(super) api: Option<&'a Path>,
     pub(super) stats_out: Option<&'a Path>,
@@ -43,6 +47,7 @@ pub(super) fn check(config: &Related<'_>) -> Result<(), ConfigError> {
     once("--share: the tag", "a guest finds the first only, so give each a tag of its own", tags)?;
     let ids = config.disk.iter().enumerate();
     let ids = ids.map(|(index, disk)| disk.id.clone().unwrap_or_else(|| format!("disk{index}")));
+    let ids = ids.chain(config.seed.map(|_| SEED_ID.to_owned()));
     once("--disk: the id", "counts go by the id, so give each one of its own", ids)?;
     let uds = config.vsock.iter().filter_map(|vsock| match &vsock.backend {
         VsockBackend::Unix(path) => Some(path.as_path()),

@@ -53,16 +53,20 @@ impl RunOptions {
         }
     }
 
-    /// The disks that were given, behind the image with the kernel if it is none of them, and before that with the root.
+    /// The disks that were given, behind the image with the kernel if it is none of them, and before that with the root. A command leaves
+    /// both images as they are.
     pub(super) fn disks(&self) -> Vec<DiskConfig> {
-        let kernel = self.kernel_from.as_ref().filter(|path| self.disk.iter().all(|disk| disk.path != **path));
+        let read_only = !self.command.is_empty();
         let root = match &self.root {
             Some(RootChoice::Image(path)) if !self.command.is_empty() => {
-                Some(DiskConfig { serial: ROOT_DISK.into(), read_only: true, ..disk(path) })
+                Some(DiskConfig { serial: ROOT_DISK.into(), read_only, ..disk(path) })
             }
             _ => None,
         };
-        kernel.map(|path| disk(path)).into_iter().chain(self.disk.iter().cloned()).chain(root).collect()
+        let is_there = |path: &Path| self.disk.iter().chain(&root).any(|disk| disk.path == path);
+        let kernel = self.kernel_from.as_ref().filter(|path| !is_there(path));
+        let kernel = kernel.map(|path| DiskConfig { read_only, ..disk(path) });
+        kernel.into_iter().chain(self.disk.iter().cloned()).chain(root).collect()
     }
 }
 
@@ -86,7 +90,9 @@ mod tests {
         assert!(paths(&own) == [Path::new("d"), Path::new("i")] && own.disk[1].read_only);
         assert!(matches!(of("kernel = 'k'\nkernel-from = 'i'"), Err(ConfigError::TwoKernels)));
         assert!(matches!(of("kernel = 'k'\nentry = '0'"), Err(ConfigError::NoImage)));
-        assert!(of("kernel-from = 'i'\ncommand = 'sh'").is_err());
+        let command = of("kernel-from = 'i'\ncommand = 'sh'\ndisk = ['d']").expect("valid");
+        assert!(paths(&command) == [Path::new("i"), Path::new("d")] && command.disk[0].read_only);
+        assert!(!command.has_image_cmdline() && image.has_image_cmdline() && !image.disk[0].read_only);
         let mut options = read("kernel = 'i'");
         options.find_images(|path| path == Path::new("j"));
         assert!(options.kernel_from.is_none());
@@ -106,6 +112,11 @@ mod tests {
         assert_eq!(image.root, RootChoice::Image(file.path().to_owned()));
         assert!(image.share.is_empty() && image.disk.len() == 2);
         assert!(image.disk[1].read_only && image.disk[1].serial == ROOT_DISK && image.disk[1].path == file.path());
+        let text = format!("kernel-from = '{0}'\nroot = '{0}'\ncommand = 'sh'", file.path().display());
+        let mut both = read(&text);
+        both.find_images(|_| false);
+        let both = both.into_config().expect("valid");
+        assert!(both.disk.len() == 1 && both.disk[0].serial == ROOT_DISK, "one disk has kernel and root");
         let folder = root(Path::new("/"), "command = 'sh'\n").expect("valid");
         assert!(folder.root == RootChoice::Folder("/".into()) && folder.disk.len() == 1 && folder.share.len() == 1);
         assert!(root(file.path(), "").is_err(), "there is no command");

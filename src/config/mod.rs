@@ -28,6 +28,7 @@ pub use choices::{
 };
 pub use command::{EnvChoice, PutChoice, ROOT_TAG, Requirement, RootChoice, UserChoice, rw_tag};
 pub use console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice};
+pub use contradictions::SEED_ID;
 pub use devices::{
     BalloonConfig, DiskConfig, DiskFormat, DiskIo, Forward, MacAddress, ModuleConfig, NetBackend, NetConfig, Protocol,
     RngConfig, ShareConfig, Toggle, Transport, VsockBackend, VsockConfig, WriteError,

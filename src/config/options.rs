@@ -104,6 +104,7 @@ macro_rules! options {
                 check(&Related {
                     share: &config.share,
                     disk: &config.disk,
+                    seed: config.seed.as_deref(),
                     vsock: config.vsock.as_ref(),
                     api: config.api.as_deref(),
                     stats_out: config.stats_out.as_deref(),
@@ -125,7 +126,6 @@ macro_rules! options {
                     tty: config.tty,
                     kernel_log: config.kernel_log.as_deref(),
                     initrd: config.initrd.as_deref(),
-                    kernel_from: config.kernel_from.as_deref(),
                     on_reboot: config.on_reboot,
                     vsock: config.vsock.as_ref(),
                     module: &config.module,
@@ -160,7 +160,8 @@ options! {
         from: Option<PathBuf>, [long] "DIR";
         /// Take kernel, initrd and the kernel's parameters out of this disk image, which is a disk of the guest: as the image's boot
         /// loader would (grub.cfg, or /loader/entries; on ext2 to ext4 and FAT). The default parameters come behind the image's;
-        /// --cmdline replaces both. A KERNEL that is a disk image means the same
+        /// --cmdline replaces both. A KERNEL that is a disk image means the same. A COMMAND has only the kernel and its modules from
+        /// the image, which is read-only then
         kernel_from: Option<PathBuf>, [long, conflicts_with = "kernel"] "IMAGE";
         /// The entry of the image's boot loader: its number (0; 1>0 in a submenu), its title or its id [default: the boot loader's]
         entry: Option<String>, [long] "N|TITLE";
@@ -213,6 +214,9 @@ options! {
     "Devices" {
         /// Disk
         disk: Vec<DiskConfig>, [short, long] "PATH" becomes Vec<DiskConfig> = given.disks();
+        /// A disk for cloud-init (NoCloud): read-only, with the label cidata, made in memory of DIR's file user-data and, where it has
+        /// them, meta-data, vendor-data and network-config
+        seed: Option<PathBuf>, [long] "DIR";
         /// Network card
         net: Vec<NetConfig>, [short, long] "BACKEND";
         /// Shared folder (virtiofs)
@@ -258,7 +262,7 @@ options! {
         /// Put a file or a folder into the initramfs, which is the root with --root none
         put: Vec<PutChoice>, [long] "SRC:DST";
         /// Where the kernel's modules are: a folder with modules.dep, or one with lib/modules/RELEASE [default: beside the
-        /// kernel, or /lib/modules/RELEASE]
+        /// kernel, or /lib/modules/RELEASE; in the image of --kernel-from]
         modules: Option<PathBuf>, [long] "DIR";
         /// Give the command a terminal. stdin must be one: its size, and keys such as Ctrl-C, are for the command
         tty: Option<bool>, [short = 't', long] "on|off" or "on" default "off";
@@ -359,6 +363,7 @@ impl RunOptions {
 
     fn transport(&self) -> Transport {
         let few_requests = self.disk.is_empty()
+            && self.seed.is_none()
             && self.kernel_from.is_none()
             && self.net.is_empty()
             && self.share.is_empty()
@@ -438,6 +443,7 @@ mod tests {
             ("share = ['tag=a,path=x', 'tag=a,path=y']", "the tag 'a'"),
             ("disk = ['a,id=x', 'b,id=x']", "the id 'x'"),
             ("disk = ['a', 'b,id=disk0']", "the id 'disk0'"),
+            ("disk = ['a,id=seed']\nseed = 'd'", "the id 'seed'"),
             ("api = 's'\nvsock = 'cid=3,uds=s'", "the socket 's'"),
             ("stats-out = 'f'\nprofile-out = 'f'", "the file 'f'"),
             ("memory = '64M'\nballoon = '49M'", "51380224 bytes are more than 50331648"),
@@ -482,6 +488,7 @@ mod tests {
         assert_eq!(config("stats-out = 's'").stats, Some(StatsFormat::Json));
         assert_eq!(config("tune = ['host-unpack=off']").unpack, Unpack::Guest);
         assert_eq!(config("share = ['tag=a,path=b']").transport, Transport::Pci);
+        assert_eq!(config("seed = 'd'").transport, Transport::Pci);
         assert_eq!(config("").transport, Transport::Mmio);
         assert_eq!(config("kernel-cache = 'off'").kernel_cache, None);
         assert_eq!(config("kernel-cache = 'c'").kernel_cache, Some("c".into()));

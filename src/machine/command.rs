@@ -1,13 +1,15 @@
 //! The initramfs of a guest that runs one command, from the configuration.
 
+use super::drivers::drivers;
+use super::image::DiskParts;
 use crate::boot::image::Root;
 use crate::boot::initramfs::{
-    self, Driver, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest, Instructions, Put, TerminalSize,
-    Variable, WritableShare,
+    self, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest, Instructions, ModuleSource, Put,
+    TerminalSize, Variable, WritableShare,
 };
 use crate::boot::{self, KernelFile};
 use crate::bounded_read::{ReadError, read_text};
-use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, Transport, UserChoice, rw_tag};
+use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, UserChoice, rw_tag};
 use hwvmm_devices::path_text::PathText as _;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::ffi::OsString;
@@ -77,20 +79,24 @@ pub(super) struct CommandInitramfs {
     pub(super) hint: Option<String>,
 }
 
-/// Makes the initramfs for the command of `config`; `root` is its root on a disk, and `terminal` is the size of the user's, if the command gets one.
+/// Makes the initramfs for the command of `config`; `parts` is what it has from disks, and `terminal` is the size of the user's, if the
+/// command gets one.
 pub(super) fn make(
     config: &RunConfig,
     kernel: &KernelFile,
-    root: Option<&Root>,
+    parts: &DiskParts,
     terminal: Option<TerminalSize>,
 ) -> Result<CommandInitramfs, CommandError> {
     let began = Instant::now();
-    let instructions = instructions(config, root, terminal)?;
+    let instructions = instructions(config, parts.root.as_ref(), terminal)?;
     let put: Vec<Put> =
         config.put.iter().map(|put| Put { source: put.source.clone(), target: put.target.clone() }).collect();
     let made = initramfs::build(&InitramfsRequest {
         kernel,
-        modules: config.modules.as_deref(),
+        modules: match &parts.modules {
+            Some(copied) => ModuleSource::Copied(copied),
+            None => ModuleSource::Host(config.modules.as_deref()),
+        },
         drivers: &drivers(config),
         instructions: &instructions,
         put: &put,
@@ -103,39 +109,22 @@ pub(super) fn make(
     // scripts/check-figures reads the time.
     let ms = began.elapsed().as_secs_f64() * 1e3;
     log::info!("initramfs: {} bytes in {ms:.1} ms; modules: {} from {from}", made.archive.len(), made.modules.len());
-    Ok(CommandInitramfs { file, hint: hint(&made, kernel) })
+    Ok(CommandInitramfs { file, hint: hint(&made, kernel, parts) })
 }
 
 /// What to do about a driver that is missing.
-fn hint(made: &Initramfs, kernel: &KernelFile) -> Option<String> {
+fn hint(made: &Initramfs, kernel: &KernelFile, parts: &DiskParts) -> Option<String> {
     if made.modules_folder.is_some() {
         return None;
+    }
+    if parts.no_modules.is_some() {
+        return parts.no_modules.clone();
     }
     let release = initramfs::kernel_release(kernel).ok()??;
     Some(format!(
         "no modules of kernel {release} were found beside it or in /lib/modules: if its drivers are modules, name their \
          folder with --modules DIR"
     ))
-}
-
-/// The drivers that the guest needs, in the order in which they are loaded.
-fn drivers(config: &RunConfig) -> Vec<Driver> {
-    let bus = match config.transport {
-        Transport::Pci => Driver::VirtioPci,
-        Transport::Mmio => Driver::VirtioMmio,
-    };
-    let mut drivers = vec![bus, Driver::Vsock];
-    let on_disk = matches!(config.root, RootChoice::Image(_));
-    if config.root != RootChoice::None && !on_disk || !config.rw.is_empty() {
-        drivers.push(Driver::Virtiofs);
-    }
-    if on_disk {
-        drivers.extend([Driver::VirtioBlk, Driver::Crc32c, Driver::Ext4]);
-    }
-    if config.root != RootChoice::None {
-        drivers.push(Driver::Overlay);
-    }
-    drivers
 }
 
 fn instructions(
@@ -282,14 +271,8 @@ mod tests {
     }
 
     #[test]
-    fn the_drivers_are_those_of_the_devices() {
-        assert_eq!(drivers(&config("")), [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs, Driver::Overlay]);
-        assert_eq!(drivers(&config("root = 'none'\ntransport = 'mmio'")), [Driver::VirtioMmio, Driver::Vsock]);
-        let writable = drivers(&config("root = 'none'\nrw = ['/tmp']"));
-        assert_eq!(writable, [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs]);
+    fn a_root_on_a_disk_is_found_by_its_serial_number() {
         let image = RunConfig { root: RootChoice::Image("i".into()), ..config("") };
-        let disk = [Driver::VirtioPci, Driver::Vsock, Driver::VirtioBlk, Driver::Crc32c, Driver::Ext4, Driver::Overlay];
-        assert_eq!(drivers(&image), disk);
         let root = Root { partition: Some(2), passwd: "mail:x:8:12::/var/mail:/bin/false\n".into() };
         let named = RunConfig { user: UserChoice::Name("mail".into()), ..image };
         let made = instructions(&named, Some(&root), None).expect("made");

@@ -1,6 +1,7 @@
 //! The images of a machine's disks.
 
 use super::error::MachineError;
+use super::seed;
 use crate::boot::isolation;
 use crate::config::{DiskConfig, DiskFormat, RunConfig};
 use crate::sandbox::{Limits, confined};
@@ -26,25 +27,32 @@ const LIMITS: Limits = Limits {
 
 /// The images of a machine's disks, opened and locked. Header and tables of qcow2 images are checked by a process of its own, so
 /// they are opened while this process has one thread.
-pub struct Disks(pub(super) Vec<Arc<Image>>);
+pub struct Disks {
+    /// In the order of the configuration.
+    pub(super) images: Vec<Arc<Image>>,
+    /// That of `--seed`.
+    pub(super) seed: Option<Arc<Image>>,
+}
 
 impl Disks {
-    /// Opens the disks of `config`, in their order.
+    /// Opens the disks of `config`, and makes that of `--seed`.
     ///
     /// # Errors
-    /// [`MachineError::Disk`].
+    /// [`MachineError::Disk`] and [`MachineError::Seed`].
     pub fn open(config: &RunConfig) -> Result<Self, MachineError> {
         let place = |job: &CheckJob<'_>| {
             let answer = confined(isolation(config.sandbox), &LIMITS, &[job.file.as_fd()], || job.run());
             answer.map_err(Into::into)
         };
         let open = |disk| Ok(Arc::new(Image::open_checked_at(&image_options(disk), Some(&place))?));
-        config.disk.iter().map(open).collect::<Result<_, _>>().map(Self)
+        let images = config.disk.iter().map(open).collect::<Result<_, MachineError>>()?;
+        let seed = config.seed.as_deref().map(seed::open).transpose()?.map(Arc::new);
+        Ok(Self { images, seed })
     }
 
     /// The paths of the backing files that are open.
     pub fn backing_files(&self) -> impl Iterator<Item = &Path> {
-        self.0.iter().flat_map(|image| image.backing_files())
+        self.images.iter().flat_map(|image| image.backing_files())
     }
 }
 

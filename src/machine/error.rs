@@ -59,6 +59,9 @@ pub enum MachineError {
     /// A disk image cannot be opened.
     #[error(transparent)]
     Disk(#[from] hwvmm_devices::virtio::block::ImageError),
+    /// The disk of `--seed` cannot be made.
+    #[error(transparent)]
+    Seed(#[from] super::seed::SeedError),
     /// A tap interface cannot be opened.
     #[error(transparent)]
     Tap(#[from] hwvmm_devices::virtio::net::TapError),

@@ -1,9 +1,8 @@
 //! The files that a machine's guest is loaded from.
 
 use super::command::{self, CommandError};
-use super::image::FromImage;
+use super::image::{DiskParts, FromImage};
 use crate::boot::cache::Cache;
-use crate::boot::image::Root;
 use crate::boot::initramfs::TerminalSize;
 use crate::boot::{self, InitrdSource, KernelError, KernelFile, Prepared};
 use crate::config::RunConfig;
@@ -76,18 +75,19 @@ impl Files {
     }
 
     /// Unpacks `kernel`, or finds it in the cache, and opens and unpacks the initrd of `config`, or makes the one of its command,
-    /// whose root on a disk is `root`, and which has a terminal of the size `terminal`. `progress` is called with a message before anything that takes long.
+    /// which has `parts` from disks, and a terminal of the size `terminal`. `progress` is called with a message before anything that
+    /// takes long.
     ///
     /// # Errors
     /// [`FilesError`].
     pub fn open(
         config: &RunConfig,
         kernel: KernelFile,
-        root: Option<&Root>,
+        parts: &DiskParts,
         terminal: Option<TerminalSize>,
         progress: &dyn Fn(&str),
     ) -> Result<Self, FilesError> {
-        let made = config.has_command().then(|| command::make(config, &kernel, root, terminal)).transpose()?;
+        let made = config.has_command().then(|| command::make(config, &kernel, parts, terminal)).transpose()?;
         let initrd = match &made {
             Some(made) => Some(InitrdSource::Made(&made.file)),
             None => config.initrd.as_deref().map(InitrdSource::Path),

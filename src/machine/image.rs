@@ -1,10 +1,16 @@
-//! The kernel that is in the image of a disk (`--kernel-from`).
+//! What a guest is started from that is in the images of disks: the kernel and its modules (`--kernel-from`), and the root of a command.
 
 use super::disks::Disks;
-use crate::boot::image::{ImageKernel, ImageKernelError, OpenDisk, ReadAt, Root, kernel_of, root_of};
+use super::drivers::drivers;
+use crate::boot::image::{
+    ImageKernel, ImageKernelError, OpenDisk, ReadAt, Root, WantedKernel, WantedModules, kernel_of, list_seen,
+    modules_of, root_of,
+};
+use crate::boot::initramfs::{CopiedModule, CopiedModules, kernel_release};
 use crate::boot::{KernelError, KernelFile, isolation};
-use crate::config::{ROOT_DISK, RootChoice, RunConfig};
+use crate::config::{DiskConfig, ROOT_DISK, RootChoice, RunConfig};
 use crate::escape::escape;
+use hwvmm_arch::boot::FileRange;
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::virtio::block::Image;
 use std::ffi::OsString;
@@ -57,20 +63,36 @@ impl ReadAt for Disk {
     }
 }
 
+/// What the guest of a command has from the images of disks.
+#[derive(Debug, Default)]
+pub struct DiskParts {
+    /// Its root; `None` where that is on no disk.
+    pub(super) root: Option<Root>,
+    /// The modules of its kernel; `None` where that is in no image, or its modules are elsewhere.
+    pub(super) modules: Option<CopiedModules>,
+    /// Where the image has no modules of its kernel: what to do if there should be some.
+    pub(super) no_modules: Option<String>,
+}
+
 impl Disks {
+    /// The disk that `config` has and `is_it` knows.
+    fn find(&self, config: &RunConfig, is_it: impl Fn(&DiskConfig) -> bool) -> Option<OpenDisk> {
+        let (_, image) = config.disk.iter().zip(&self.images).find(|(disk, _)| is_it(disk))?;
+        Some(OpenDisk { files: image.file_numbers(), disk: Rc::new(Disk(Arc::clone(image))) })
+    }
+
     /// Takes the kernel out of the disk that `config` says; `None` where the kernel is a file.
     ///
     /// # Errors
     /// [`ImageError`].
     pub fn kernel(&self, config: &RunConfig) -> Result<Option<FromImage>, ImageError> {
         let Some(path) = &config.kernel_from else { return Ok(None) };
-        let Some((_, image)) = config.disk.iter().zip(&self.0).find(|(disk, _)| disk.path == *path) else {
-            return Ok(None);
-        };
-        let disk = OpenDisk { files: image.file_numbers(), disk: Rc::new(Disk(Arc::clone(image))) };
-        let taken = kernel_of(&disk, config.entry.as_deref(), isolation(config.sandbox));
-        let ImageKernel { found, kernel, initrd } =
-            taken.map_err(|source| ImageError::Image { path: path.clone(), source: Box::new(source) })?;
+        let Some(disk) = self.find(config, |disk| disk.path == *path) else { return Ok(None) };
+        // A command has an initramfs of hwvmm's own.
+        let initrd = config.initrd.is_none() && !config.has_command();
+        let wanted = WantedKernel { entry: config.entry.as_deref(), initrd };
+        let taken = kernel_of(&disk, wanted, isolation(config.sandbox));
+        let ImageKernel { found, kernel, initrd } = taken.map_err(|source| failed(path, source))?;
         log::info!(
             "{}: entry {}: kernel {}, initrd of {} bytes, parameters: {}",
             path.shown(),
@@ -82,24 +104,56 @@ impl Disks {
         let kernel = KernelFile::of_image(&named(path, &found.kernel), kernel)?;
         Ok(Some(FromImage { kernel, initrd, cmdline: found.cmdline }))
     }
-}
 
-impl Disks {
-    /// Finds the root file system of a command on the disk that `config` says; `None` where it is no disk.
+    /// Finds what the command of `config` needs of disks: its root, and the modules of `kernel` where that was in an image. Nothing
+    /// where there is no command.
     ///
     /// # Errors
     /// [`ImageError`].
-    pub fn root(&self, config: &RunConfig) -> Result<Option<Root>, ImageError> {
-        let RootChoice::Image(path) = &config.root else { return Ok(None) };
-        let Some((_, image)) = config.disk.iter().zip(&self.0).find(|(disk, _)| disk.serial == ROOT_DISK) else {
-            return Ok(None);
+    pub fn parts(&self, config: &RunConfig, kernel: &KernelFile) -> Result<DiskParts, ImageError> {
+        let parts = DiskParts { root: self.root(config)?, ..DiskParts::default() };
+        let (Some(path), None, true) = (&config.kernel_from, &config.modules, config.has_command()) else {
+            return Ok(parts);
         };
-        let disk = OpenDisk { files: image.file_numbers(), disk: Rc::new(Disk(Arc::clone(image))) };
-        let root = root_of(&disk, isolation(config.sandbox));
-        let root = root.map_err(|source| ImageError::Image { path: path.clone(), source: Box::new(source) })?;
+        let Some(disk) = self.find(config, |disk| disk.path == *path) else { return Ok(parts) };
+        // A kernel that cannot be read is reported by the one who makes the initramfs.
+        let Ok(Some(release)) = kernel_release(kernel) else { return Ok(parts) };
+        let wanted = WantedModules { release: &release, drivers: &drivers(config) };
+        let taken = modules_of(&disk, wanted, isolation(config.sandbox)).map_err(|source| failed(path, source))?;
+        let folder = taken.found.folder;
+        let no_modules = folder.is_none().then(|| {
+            format!(
+                "no modules of kernel {release} were found in {} ({}): if its drivers are modules, name their folder with \
+                 --modules DIR",
+                path.shown(),
+                escape(&list_seen(&taken.found.seen), SHOWN_BYTES)
+            )
+        });
+        let mut offset = 0;
+        let mut modules = Vec::new();
+        for module in taken.found.modules {
+            let in_image = format!("{}/{}", folder.as_deref().unwrap_or_default(), module.path);
+            modules
+                .push(CopiedModule { path: named(path, &in_image), range: FileRange { offset, bytes: module.bytes } });
+            offset = offset.saturating_add(module.bytes);
+        }
+        let folder = folder.map(|folder| named(path, &folder));
+        let modules = Some(CopiedModules { folder, file: taken.file, modules });
+        Ok(DiskParts { modules, no_modules, ..parts })
+    }
+
+    /// Finds the root file system of a command on the disk that `config` says; `None` where it is no disk.
+    fn root(&self, config: &RunConfig) -> Result<Option<Root>, ImageError> {
+        let RootChoice::Image(path) = &config.root else { return Ok(None) };
+        let Some(disk) = self.find(config, |disk| disk.serial == ROOT_DISK) else { return Ok(None) };
+        let root = root_of(&disk, isolation(config.sandbox)).map_err(|source| failed(path, source))?;
         log::info!("{}: the root is on partition {:?}", path.shown(), root.partition);
         Ok(Some(root))
     }
+}
+
+fn failed(path: &Path, source: ImageKernelError) -> ImageError {
+    ImageError::Image { path: path.to_owned(), source: Box::new(source) }
 }
 
 /// A file of an image, for messages.

@@ -41,6 +41,7 @@ fn unsaved(config: &RunConfig) -> Vec<&'static str> {
     let options = [
         ("a command (-- COMMAND)", config.has_command()),
         ("--disk", !config.disk.is_empty()),
+        ("--seed", config.seed.is_some()),
         ("--net", !config.net.is_empty()),
         ("--share", !config.share.is_empty() && !config.has_command()),
         ("--vsock", config.vsock.is_some() && !config.has_command()),

@@ -5,7 +5,7 @@ use super::disks::Disks;
 use super::error::MachineError;
 use super::levers::options;
 use super::net::{Card, Passt, card};
-use crate::config::{DiskConfig, DiskIo, RunConfig, Transport, VsockBackend, WriteError};
+use crate::config::{DiskConfig, DiskIo, RunConfig, SEED_ID, Transport, VsockBackend, WriteError};
 use crate::kvm::Vm;
 use crate::measure::record::VirtioQueue;
 use crate::memory::GuestRam;
@@ -199,9 +199,12 @@ impl<'a> VirtioBuilder<'a> {
         sandbox: &Sandbox,
         disks: Disks,
     ) -> Result<(), MachineError> {
-        for (index, (disk, image)) in config.disk.iter().zip(disks.0).enumerate() {
+        for (index, (disk, image)) in config.disk.iter().zip(disks.images).enumerate() {
             let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
             self.add(name, Box::new(block(disk, image)?))?;
+        }
+        if let Some(image) = disks.seed {
+            self.add(SEED_ID.into(), Box::new(seed(image)?))?;
         }
         for (index, net) in config.net.iter().enumerate() {
             let Card { device, passt } = card(net, &self.memory)?;
@@ -344,4 +347,10 @@ fn block(disk: &DiskConfig, image: Arc<Image>) -> Result<Block, MachineError> {
     };
     let options = BlockOptions { queues: disk.queues, serial: disk.serial.clone(), when_full, io_engine };
     Ok(Block::new(image, options)?)
+}
+
+/// The disk of `--seed`. Its file is in memory: there is nothing to wait for.
+fn seed(image: Arc<Image>) -> Result<Block, MachineError> {
+    let (when_full, io_engine) = (WhenFull::Report, IoEngine::Sync);
+    Ok(Block::new(image, BlockOptions { queues: 1, serial: SEED_ID.into(), when_full, io_engine })?)
 }

@@ -342,7 +342,7 @@ impl Profile {
             status: record.end.reason.status(),
             guest: Guest {
                 kernel: config.kernel.shown().to_string(),
-                cmdline: config.kernel_cmdline_with(config.kernel_from.as_ref().map(|_| "(those of the image)")),
+                cmdline: config.kernel_cmdline_with(config.has_image_cmdline().then_some("(those of the image)")),
                 boot: record.boot_text(),
                 vcpus: record.vcpus.len(),
                 memory_bytes: layout::ram_banks(config.memory.bytes).iter().map(|bank| bank.bytes).sum(),

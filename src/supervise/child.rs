@@ -133,8 +133,13 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
         Source::File(kernel) => {
             (plan.check)(&system, &kernel)?;
             let disks = disks(config)?;
-            let root = disks.root(config)?;
-            (Files::open(config, kernel, root.as_ref(), plan.terminal, &progress)?, disks)
+            let parts = disks.parts(config, &kernel)?;
+            (Files::open(config, kernel, &parts, plan.terminal, &progress)?, disks)
+        }
+        Source::Image(FromImage { kernel, .. }, disks) if config.has_command() => {
+            (plan.check)(&system, &kernel)?;
+            let parts = disks.parts(config, &kernel)?;
+            (Files::open(config, kernel, &parts, plan.terminal, &progress)?, disks)
         }
         Source::Image(image, disks) => {
             (plan.check)(&system, &image.kernel)?;

@@ -106,6 +106,7 @@ fn used<'a>(config: &'a RunConfig, file: Option<&'a Path>) -> Vec<Used<'a>> {
         add("--disk", &disk.path, if names_files { NAMES_BACKING } else { first });
         disk.data_file.iter().for_each(|path| add("--disk data-file=", path, first));
     }
+    config.seed.iter().for_each(|path| add("--seed", path, first));
     config.share.iter().for_each(|share| add("--share path=", &share.path, first));
     let consoles = config.serial.iter().flatten().map(|target| ("--serial", target));
     for (option, target) in consoles.chain(config.console.iter().map(|target| ("--console", target))) {
@@ -273,6 +274,7 @@ mod tests {
             ("initrd = '@/shared/x'", "--initrd"),
             ("module = '@/shared/x'", "--module"),
             ("disk = '@/shared/x'", "--disk"),
+            ("seed = '@/shared/x'", "--seed"),
             ("disk = '@/outside/x,format=qcow2,data-file=@/shared/x'", "--disk data-file="),
             ("serial = '1=file:@/shared/x'", "--serial"),
             ("console = 'virtio=file:@/shared/x'", "--console"),
@@ -297,6 +299,7 @@ mod tests {
             ("initrd = '@/shared/NAME'", "--initrd"),
             ("module = '@/shared/NAME'", "--module"),
             ("disk = '@/shared/NAME'", "--disk"),
+            ("seed = '@/shared/NAME'", "--seed"),
             ("disk = '@/shared/NAME,format=raw'", "--disk"),
             ("disk = '@/outside/x,format=qcow2,data-file=@/shared/NAME'", "--disk data-file="),
             ("serial = '1=file:@/shared/NAME'", "--serial"),

@@ -356,3 +356,30 @@ pub(crate) fn multiboot(code: &[u8]) -> Vec<u8> {
     file.extend(code);
     file
 }
+
+/// A 32-bit ELF file that is entered by its PVH note, as kernels of Linux are, with `code` at the same address as in [`multiboot`].
+pub(crate) fn pvh(code: &[u8]) -> Vec<u8> {
+    const HEADERS: u32 = 52 + 2 * 32;
+    const LOAD: u32 = 0x10_0000;
+    const NOTE_BYTES: u32 = 24;
+    let mut file = b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let half = |file: &mut Vec<u8>, value: u16| file.extend(value.to_le_bytes());
+    half(&mut file, 2);
+    half(&mut file, 3);
+    let bytes = 12 + u32::try_from(code.len()).unwrap();
+    let (note, program) = (HEADERS, HEADERS + NOTE_BYTES);
+    let word = |file: &mut Vec<u8>, words: &[u32]| file.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+    word(&mut file, &[1, LOAD + 12, 52, 0, 0]);
+    for value in [52, 32, 2, 40, 0, 0] {
+        half(&mut file, value);
+    }
+    word(&mut file, &[1, program, LOAD, LOAD, bytes, bytes + 0x1000, 7, 4]);
+    word(&mut file, &[4, note, 0, 0, NOTE_BYTES, NOTE_BYTES, 4, 4]);
+    // XEN_ELFNOTE_PHYS32_ENTRY.
+    word(&mut file, &[4, 8, 18]);
+    file.extend(b"Xen\0");
+    word(&mut file, &[LOAD + 12, 0]);
+    file.extend([0; 12]);
+    file.extend(code);
+    file
+}

@@ -29,7 +29,7 @@ pub struct Found {
     pub entry: Listed,
     /// The path of the kernel, as the entry has it.
     pub kernel: String,
-    /// The size of the initrd in bytes; 0 where the entry has none.
+    /// The size of the initrd in bytes; 0 where the entry has none, or it was not asked for.
     pub initrd_bytes: u64,
     /// The kernel's parameters.
     pub cmdline: String,
@@ -63,6 +63,14 @@ pub enum FindError {
         /// The entries.
         entries: Vec<Listed>,
     },
+    /// The kernel's modules are there, and cannot be used.
+    #[error("the kernel's modules in its {folder} cannot be used: {why}")]
+    Modules {
+        /// The folder in the image.
+        folder: String,
+        /// What is wrong.
+        why: String,
+    },
     /// The file of an entry cannot be read.
     #[error("entry {} ({}): {path} cannot be read: {why}; on it: {}", .entry.number, .entry.title, list_seen(.seen))]
     File {
@@ -79,7 +87,7 @@ pub enum FindError {
 
 /// Lists partitions for messages.
 #[must_use]
-pub(super) fn list_seen(seen: &[Seen]) -> String {
+pub fn list_seen(seen: &[Seen]) -> String {
     let one = |seen: &Seen| match seen.partition {
         Some(number) => format!("partition {number} has {}", seen.what),
         None => format!("no partitions, but {}", seen.what),
@@ -93,7 +101,7 @@ fn list_entries(entries: &[Listed]) -> String {
 }
 
 /// Cuts a text that an image gave.
-fn cut(text: &str) -> String {
+pub(super) fn cut(text: &str) -> String {
     text.chars().take(TEXT_BYTES / 4).collect()
 }
 
@@ -102,7 +110,7 @@ fn cut_listed(listed: &Listed) -> Listed {
 }
 
 /// Copies the kernel of the entry that `wanted` names, or of the one that the boot loader would start, to `kernel`, and its
-/// initrds, one behind the other, to `initrd`.
+/// initrds, one behind the other, to `initrd`, where that is given.
 ///
 /// # Errors
 /// [`FindError`].
@@ -110,7 +118,7 @@ pub fn find(
     disk: &Range,
     wanted: Option<&str>,
     kernel: &mut dyn Write,
-    initrd: &mut dyn Write,
+    initrd: Option<&mut dyn Write>,
 ) -> Result<Found, FindError> {
     let volumes = Volumes::of(disk);
     let seen = || volumes.seen().into_iter().map(|seen| Seen { what: cut(&seen.what), ..seen }).collect();
@@ -133,13 +141,16 @@ pub fn find(
     let path = entry.kernel.clone().unwrap_or_default();
     copy(&path, MAX_FILE_BYTES, kernel)?;
     let mut bytes = 0_u64;
-    for path in entry.initrds.iter().take(MAX_INITRDS) {
-        let padding = bytes.next_multiple_of(ALIGNMENT) - bytes;
-        let zeroes = [0; 8];
-        let padding_bytes = usize::try_from(padding).ok().and_then(|padding| zeroes.get(..padding)).unwrap_or_default();
-        initrd.write_all(padding_bytes).map_err(|error: io::Error| failed(path, error.to_string()))?;
-        bytes += padding;
-        bytes += copy(path, MAX_FILE_BYTES.saturating_sub(bytes), initrd)?;
+    if let Some(initrd) = initrd {
+        for path in entry.initrds.iter().take(MAX_INITRDS) {
+            let padding = bytes.next_multiple_of(ALIGNMENT) - bytes;
+            let zeroes = [0; 8];
+            let padding_bytes =
+                usize::try_from(padding).ok().and_then(|padding| zeroes.get(..padding)).unwrap_or_default();
+            initrd.write_all(padding_bytes).map_err(|error: io::Error| failed(path, error.to_string()))?;
+            bytes += padding;
+            bytes += copy(path, MAX_FILE_BYTES.saturating_sub(bytes), initrd)?;
+        }
     }
     let cmdline = entry.cmdline.chars().filter(|c| !c.is_control()).collect::<String>();
     if cmdline.len() > CMDLINE_BYTES {

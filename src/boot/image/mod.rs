@@ -1,8 +1,8 @@
 //! Disk images as vendors ship them: the kernel is taken out of their file systems, by the configuration of the boot loader; and the root file
-//! system is found.
+//! system and the kernel's modules are found.
 //!
 //! The files build on each other in one order: `disk` (bytes), `partitions` and `filesystem`; `menu` (entries), `bls` and `grub` (two
-//! kinds of configuration); `volumes` (all file systems of an image), `find`, `process` (all of it, confined).
+//! kinds of configuration); `volumes` (all file systems of an image), `find`, `modules`, `process` (all of it, confined).
 
 mod bls;
 mod disk;
@@ -10,6 +10,7 @@ mod filesystem;
 mod find;
 mod grub;
 mod menu;
+mod modules;
 mod partitions;
 mod process;
 #[cfg(test)]
@@ -17,9 +18,12 @@ mod tests;
 mod volumes;
 
 pub use disk::{Range, ReadAt};
-pub use find::{FindError, Found, Root, find, find_root};
+pub use find::{FindError, Found, Root, find, find_root, list_seen};
 pub use menu::Listed;
-pub use process::{ImageKernel, ImageKernelError, OpenDisk, kernel_of, root_of};
+pub use modules::{FoundModule, FoundModules, find_modules};
+pub use process::{
+    ImageKernel, ImageKernelError, ImageModules, OpenDisk, WantedKernel, WantedModules, kernel_of, modules_of, root_of,
+};
 pub use volumes::Seen;
 
 /// The entries for Linux of a grub.cfg without file systems, and the text of its grubenv: for fuzz targets and tests.

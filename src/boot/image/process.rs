@@ -2,12 +2,14 @@
 
 use super::disk::{Range, ReadAt};
 use super::find::{FindError, Found, MAX_FILE_BYTES, Root, find, find_root};
+use super::modules::{FoundModules, MAX_MODULES, find_modules};
+use crate::boot::initramfs::Driver;
 use crate::escape::escape;
 use crate::sandbox::{ConfinedError, Isolation, Limits, confined_with};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::de::DeserializeOwned;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::time::Duration;
@@ -59,18 +61,47 @@ pub struct OpenDisk {
     pub files: Vec<RawFd>,
 }
 
-/// Takes the kernel out of an image: that of the entry which `wanted` names, or which the boot loader would start.
+/// Which kernel is taken out of an image.
+#[derive(Clone, Copy, Debug)]
+pub struct WantedKernel<'a> {
+    /// The entry that names it; `None`: the one which the boot loader would start.
+    pub entry: Option<&'a str>,
+    /// True if the initrds of the entry are taken, too.
+    pub initrd: bool,
+}
+
+/// Which modules are taken out of an image.
+#[derive(Clone, Copy, Debug)]
+pub struct WantedModules<'a> {
+    /// The kernel's release, as `uname -r` prints it.
+    pub release: &'a str,
+    /// The drivers that a guest needs, in the order in which they are loaded.
+    pub drivers: &'a [Driver],
+}
+
+/// The modules of an image.
+pub struct ImageModules {
+    /// What was found.
+    pub found: FoundModules,
+    /// The modules as they are in the image, one behind the other.
+    pub file: File,
+}
+
+/// Takes the kernel out of an image.
 ///
 /// # Errors
 /// [`ImageKernelError`].
-pub fn kernel_of(disk: &OpenDisk, wanted: Option<&str>, isolation: Isolation) -> Result<ImageKernel, ImageKernelError> {
-    let memory = |name: &str| memfd_create(name, MemfdFlags::CLOEXEC).map(File::from);
-    let (kernel, initrd) = (memory("kernel"), memory("initrd"));
-    let kernel = kernel.map_err(|error| ImageKernelError::Memory(error.into()))?;
-    let initrd = initrd.map_err(|error| ImageKernelError::Memory(error.into()))?;
+pub fn kernel_of(
+    disk: &OpenDisk,
+    wanted: WantedKernel<'_>,
+    isolation: Isolation,
+) -> Result<ImageKernel, ImageKernelError> {
+    let (kernel, initrd) = (in_memory("kernel")?, in_memory("initrd")?);
     let job = || {
         let range = Range::whole(Rc::clone(&disk.disk), READ_BYTES);
-        let found = find(&range, wanted, &mut &kernel, &mut &initrd);
+        let mut initrd = &initrd;
+        let initrd = wanted.initrd.then_some(&mut initrd as &mut dyn Write);
+        let found = find(&range, wanted.entry, &mut &kernel, initrd);
         serde_json::to_vec(&found).unwrap_or_default()
     };
     let found: Found = answer(disk, &[kernel.as_fd(), initrd.as_fd()], isolation, job)?;
@@ -79,6 +110,34 @@ pub fn kernel_of(disk: &OpenDisk, wanted: Option<&str>, isolation: Isolation) ->
         return Err(ImageKernelError::Process(ConfinedError::Nonsense));
     }
     Ok(ImageKernel { found, kernel, initrd: (bytes > 0).then_some(initrd) })
+}
+
+/// Takes modules out of an image.
+///
+/// # Errors
+/// [`ImageKernelError`].
+pub fn modules_of(
+    disk: &OpenDisk,
+    wanted: WantedModules<'_>,
+    isolation: Isolation,
+) -> Result<ImageModules, ImageKernelError> {
+    let file = in_memory("modules")?;
+    let job = || {
+        let range = Range::whole(Rc::clone(&disk.disk), READ_BYTES);
+        let found = find_modules(&range, wanted.release, wanted.drivers, &mut &file);
+        serde_json::to_vec(&found).unwrap_or_default()
+    };
+    let found: FoundModules = answer(disk, &[file.as_fd()], isolation, job)?;
+    let bytes = file.metadata().map_err(ImageKernelError::Memory)?.len();
+    let sum = found.modules.iter().try_fold(0_u64, |sum, module| sum.checked_add(module.bytes));
+    if sum != Some(bytes) || found.modules.len() > MAX_MODULES {
+        return Err(ImageKernelError::Process(ConfinedError::Nonsense));
+    }
+    Ok(ImageModules { found, file })
+}
+
+fn in_memory(name: &str) -> Result<File, ImageKernelError> {
+    memfd_create(name, MemfdFlags::CLOEXEC).map(File::from).map_err(|error| ImageKernelError::Memory(error.into()))
 }
 
 /// Finds the root file system of an image.

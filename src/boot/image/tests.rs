@@ -1,6 +1,7 @@
 //! Whole images: partition tables, file systems made by mke2fs and fatfs, configurations of boot loaders.
 
 use super::*;
+use crate::boot::initramfs::Driver;
 use crate::sandbox::Isolation;
 use crate::skip::skipped;
 use proptest::prelude::*;
@@ -78,7 +79,7 @@ struct Taken {
 fn take(disk: &[u8], wanted: Option<&str>) -> Result<Taken, FindError> {
     let (mut kernel, mut initrd) = (Vec::new(), Vec::new());
     let range = Range::whole(Rc::new(disk.to_vec()), 256 * MIB as u64);
-    let found = find(&range, wanted, &mut kernel, &mut initrd)?;
+    let found = find(&range, wanted, &mut kernel, Some(&mut initrd))?;
     Ok(Taken { found, kernel, initrd })
 }
 
@@ -179,11 +180,60 @@ fn a_process_of_its_own_reads_the_image() {
     let mut image = tempfile::tempfile().expect("a file");
     image.write_all(&fat(2 * MIB, files)).expect("written");
     let disk = OpenDisk { disk: Rc::new(image), files: Vec::new() };
-    let ImageKernel { found, kernel, initrd } = kernel_of(&disk, None, Isolation::None).expect("found");
+    let ImageKernel { found, kernel, initrd } =
+        kernel_of(&disk, WantedKernel { entry: None, initrd: true }, Isolation::None).expect("found");
     assert_eq!((kernel.metadata().expect("known").len(), initrd.is_none()), (6, true));
     assert_eq!(found.cmdline, "a");
-    let error = kernel_of(&disk, Some("\x1b[2J"), Isolation::None).err().expect("no such entry").to_string();
+    let wanted = WantedKernel { entry: Some("\x1b[2J"), initrd: true };
+    let error = kernel_of(&disk, wanted, Isolation::None).err().expect("no such entry").to_string();
     assert!(!error.contains(char::is_control), "{error}");
+}
+
+#[test]
+fn the_modules_of_a_kernel_are_copied() {
+    let root = debian_root();
+    let folder = root.path().join("usr/lib/modules/6.1-x");
+    fs::create_dir_all(folder.join("kernel")).expect("made");
+    symlink("usr/lib", root.path().join("lib")).expect("linked");
+    let write = |name: &str, content: &str| fs::write(folder.join(name), content).expect("written");
+    write(
+        "modules.dep",
+        "kernel/overlay.ko.xz: kernel/base.ko\nkernel/base.ko:\nkernel/virtiofs.ko:\nkernel/ext4.ko:\n",
+    );
+    write("modules.builtin", "kernel/virtio_pci.ko\n");
+    write("kernel/overlay.ko.xz", "overlay");
+    write("kernel/base.ko", "base");
+    symlink("/etc/passwd", folder.join("kernel/virtiofs.ko")).expect("linked");
+    fs::File::create(folder.join("kernel/ext4.ko")).and_then(|file| file.set_len(65 << 20)).expect("a hole");
+    let Some(ext) = ext("ext4", root.path()) else { return };
+    let image = disk(&[&fat(2 * MIB, &[]), &ext]);
+    let copy = |release: &str, drivers: &[Driver]| {
+        let mut out = Vec::new();
+        let range = Range::whole(Rc::new(image.clone()), 256 * MIB as u64);
+        find_modules(&range, release, drivers, &mut out).map(|found| (found, out))
+    };
+    let (found, out) = copy("6.1-x", &[Driver::VirtioPci, Driver::Overlay]).expect("found");
+    assert_eq!(found.folder.as_deref(), Some("/lib/modules/6.1-x"));
+    let modules: Vec<_> = found.modules.iter().map(|module| (module.path.as_str(), module.bytes)).collect();
+    assert_eq!(modules, [("kernel/base.ko", 4), ("kernel/overlay.ko.xz", 7)]);
+    assert_eq!(out, b"baseoverlay");
+    let (none, out) = copy("6.2", &[Driver::Overlay]).expect("none");
+    assert!(none.folder.is_none() && none.modules.is_empty() && out.is_empty());
+    assert_eq!(list_seen(&none.seen), "partition 1 has FAT, partition 2 has ext4");
+    for (driver, why) in [
+        (Driver::Vsock, "CONFIG_VIRTIO_VSOCKETS"),
+        (Driver::Virtiofs, "kernel/virtiofs.ko: there is no such file"),
+        (Driver::Ext4, "hwvmm reads at most"),
+    ] {
+        let error = copy("6.1-x", &[driver]).expect_err("refused").to_string();
+        assert!(error.contains(why) && error.contains("/lib/modules/6.1-x"), "{error}");
+    }
+    let disk = OpenDisk { disk: Rc::new(image), files: Vec::new() };
+    let wanted = WantedModules { release: "6.1-x", drivers: &[Driver::Overlay] };
+    let taken = modules_of(&disk, wanted, Isolation::None).expect("taken");
+    assert_eq!((taken.found.modules.len(), taken.file.metadata().expect("known").len()), (2, 11));
+    let wanted = WantedKernel { entry: None, initrd: false };
+    assert!(kernel_of(&disk, wanted, Isolation::None).expect("found").initrd.is_none());
 }
 
 #[test]
@@ -201,7 +251,8 @@ fn damaged_images_are_errors() {
                 image[*at] = *byte;
             }
             let range = Range::whole(Rc::new(image), 64 * MIB as u64);
-            let _ = find(&range, None, &mut Vec::new(), &mut Vec::new());
+            let _ = find(&range, None, &mut Vec::new(), Some(&mut Vec::new()));
+            let _ = find_modules(&range, "6.1", &[Driver::Overlay], &mut Vec::new());
         }
     });
 }

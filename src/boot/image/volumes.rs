@@ -21,6 +21,8 @@ const LOADER_CONF_BYTES: u64 = 64 << 10;
 const GRUB: [&str; 4] = ["/boot/grub", "/boot/grub2", "/grub", "/grub2"];
 /// Folders of the Boot Loader Specification, in the same places.
 const LOADER: [&str; 2] = ["/loader", "/boot/loader"];
+/// Folders with those of the modules of each kernel, from the root of a file system.
+const MODULES: [&str; 2] = ["/lib/modules", "/usr/lib/modules"];
 /// Names of devices begin with this in what is read here; a number follows.
 const NAME: &str = "vol";
 
@@ -86,6 +88,15 @@ impl Volumes {
         };
         let (index, fs) = self.readable().find(|(_, fs)| is_root(fs))?;
         Some((self.0.get(index)?.partition, fs))
+    }
+
+    /// The folder with the modules of the kernel `release`, which has a modules.dep, and its file system.
+    #[must_use]
+    pub(super) fn modules(&self, release: &str) -> Option<(String, &FileSystem)> {
+        self.readable().find_map(|(_, fs)| {
+            let mut folders = MODULES.iter().map(|folder| format!("{folder}/{release}"));
+            folders.find(|folder| fs.exists(&format!("{folder}/modules.dep"))).map(|folder| (folder, fs))
+        })
     }
 
     /// The file system that a boot loader calls `device`: by the name given here, or by the number of its partition (`hd0,gpt1`).

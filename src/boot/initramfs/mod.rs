@@ -13,7 +13,7 @@ pub use cpio::{Archive, CpioError, DeviceNumber};
 pub use error::InitramfsError;
 pub use index::{Driver, IndexError, IndexFiles, ModuleIndex};
 pub use instructions::{GuestRoot, GuestUser, Instructions, TerminalSize, Variable, WritableShare};
-pub use modules::{ModulesError, Places};
+pub use modules::{CopiedModule, CopiedModules, ModulesError, Places};
 pub use put::Put;
 pub use release::kernel_release;
 
@@ -24,13 +24,22 @@ use std::path::{Path, PathBuf};
 /// The agent, which build.rs builds.
 const AGENT: &[u8] = include_bytes!(env!("HWVMM_AGENT"));
 
+/// Where the modules of a kernel are.
+#[derive(Clone, Copy, Debug)]
+pub enum ModuleSource<'a> {
+    /// On the host: in the folder of `--modules`, or else beside the kernel, and where distributions keep them.
+    Host(Option<&'a Path>),
+    /// In a disk image, which they were copied from.
+    Copied(&'a CopiedModules),
+}
+
 /// What an initramfs is made of.
 #[derive(Clone, Copy)]
 pub struct InitramfsRequest<'a> {
     /// The kernel, whose release says which modules it takes.
     pub kernel: &'a KernelFile,
-    /// The value of `--modules`.
-    pub modules: Option<&'a Path>,
+    /// Where its modules are.
+    pub modules: ModuleSource<'a>,
     /// The drivers that the guest needs, in the order in which they are loaded.
     pub drivers: &'a [Driver],
     /// What the agent is to do.
@@ -61,12 +70,13 @@ pub fn build(request: &InitramfsRequest<'_>) -> Result<Initramfs, InitramfsError
     let release =
         kernel_release(kernel).map_err(|source| InitramfsError::Release { path: kernel.path().to_owned(), source })?;
     let found = match (release, request.modules) {
-        (Some(release), given) => {
+        (Some(release), ModuleSource::Host(given)) => {
             let places = Places { kernel: kernel.path(), given };
             modules::find(places, &release, request.drivers, request.isolation)?
         }
-        (None, Some(_)) => return Err(InitramfsError::NoRelease(kernel.path().to_owned())),
-        (None, None) => modules::Modules::default(),
+        (_, ModuleSource::Copied(copied)) => modules::of_copies(copied, request.isolation)?,
+        (None, ModuleSource::Host(Some(_))) => return Err(InitramfsError::NoRelease(kernel.path().to_owned())),
+        (None, ModuleSource::Host(None)) => modules::Modules::default(),
     };
     let names: Vec<String> = found.modules.iter().map(|module| module.name.clone()).collect();
     let mut archive = Archive::default();

@@ -1,4 +1,4 @@
-//! The modules of a kernel on the host: where they are, and their contents.
+//! The modules of a kernel: where they are on the host, and their contents.
 
 use super::index::{Driver, IndexError, IndexFiles, ModuleIndex};
 use crate::boot::unpack::{Content, FailedTask, Job, Limits, Task, UnpackError, run_all};
@@ -101,6 +101,26 @@ pub(super) struct Modules {
     pub(super) modules: Vec<Module>,
 }
 
+/// Modules that were copied out of a disk image.
+#[derive(Debug)]
+pub struct CopiedModules {
+    /// Their folder in the image, for messages. `None` if it has none of this kernel.
+    pub folder: Option<PathBuf>,
+    /// What has their bytes.
+    pub file: File,
+    /// In the order in which they are to be loaded.
+    pub modules: Vec<CopiedModule>,
+}
+
+/// A module in the file of [`CopiedModules`].
+#[derive(Debug)]
+pub struct CopiedModule {
+    /// Its path in the image, for messages. The name of its file is the one in the guest.
+    pub path: PathBuf,
+    /// Where it is in the file.
+    pub range: FileRange,
+}
+
 /// Where to look for modules.
 #[derive(Clone, Copy, Debug)]
 pub struct Places<'a> {
@@ -182,50 +202,84 @@ pub(super) fn find(
         .chain([folder.as_path()])
         .filter_map(|folder| folder.canonicalize().ok())
         .collect();
-    let mut modules: Vec<Module> = Vec::new();
-    let paths: Vec<_> = paths.into_iter().map(|path| folder.join(path)).enumerate().collect();
-    for some in paths.chunks(UNPACKED_AT_ONCE) {
-        let opened = some.iter().map(|(number, path)| open(path, &homes, *number)).collect::<Result<Vec<_>, _>>()?;
-        modules.extend(contents(&opened, isolation)?);
-        let bytes = modules.iter().fold(0_u64, |sum, Module { bytes, .. }| sum.saturating_add(bytes.len() as u64));
-        if bytes > TOTAL_BYTES {
-            return Err(ModulesError::TooMuch(folder.clone()));
-        }
-    }
+    let paths: Vec<_> = paths.into_iter().map(|path| folder.join(path)).collect();
+    let modules = read_all(folder, paths.len(), isolation, |number| {
+        let path = paths.get(number).map_or(Path::new(""), PathBuf::as_path);
+        let (file, range) = open(path, &homes)?;
+        Opened::new(path, number, file, range)
+    })?;
+    Ok(Modules { folder: Some(folder.clone()), modules })
+}
+
+/// Reads copies of modules.
+///
+/// # Errors
+/// [`ModulesError`].
+pub(super) fn of_copies(copied: &CopiedModules, isolation: Isolation) -> Result<Modules, ModulesError> {
+    let Some(folder) = &copied.folder else { return Ok(Modules::default()) };
+    let modules = read_all(folder, copied.modules.len(), isolation, |number| {
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let failed = |path: &Path, error: io::Error| ModulesError::Read { path: path.to_owned(), source: error.into() };
+        let module = copied.modules.get(number).ok_or_else(|| failed(folder, missing()))?;
+        let file = copied.file.try_clone().map_err(|error| failed(&module.path, error))?;
+        Opened::new(&module.path, number, file, module.range)
+    })?;
     Ok(Modules { folder: Some(folder.clone()), modules })
 }
 
 /// A module's file, open.
-struct Opened<'a> {
-    path: &'a Path,
+struct Opened {
+    /// For messages.
+    path: PathBuf,
     /// The file's name in the guest. It begins with the module's number: two folders may have modules of one name.
     name: String,
     file: File,
-    /// Where it is compressed: its length in bytes, and the file that it is unpacked into.
-    packed: Option<(u64, File)>,
+    /// Where the module is in the file.
+    range: FileRange,
+    /// Where it is compressed: the file that it is unpacked into.
+    out: Option<File>,
 }
 
-fn open<'a>(path: &'a Path, homes: &[PathBuf], number: usize) -> Result<Opened<'a>, ModulesError> {
+impl Opened {
+    fn new(path: &Path, number: usize, file: File, range: FileRange) -> Result<Self, ModulesError> {
+        let file_name = path.file_name().unwrap_or_default().to_string_lossy();
+        let stem = file_name.split(".ko").next().unwrap_or_default();
+        let name = format!("{number:02}-{stem}.ko");
+        let mut start = [0; 16];
+        let count = usize::try_from(range.bytes).unwrap_or(usize::MAX).min(start.len());
+        let start = start.get_mut(..count).unwrap_or_default();
+        file.read_exact_at(start, range.offset)
+            .map_err(|error| ModulesError::Read { path: path.to_owned(), source: error.into() })?;
+        let is_packed = Compression::detect(start).is_some_and(|kind| kind != Compression::None);
+        let out = is_packed.then(|| memfd_create("module", MemfdFlags::CLOEXEC).map(File::from)).transpose();
+        let out = out.map_err(|error| ModulesError::Unpack {
+            path: path.to_owned(),
+            source: UnpackError::Write(error.into()),
+        })?;
+        Ok(Self { path: path.to_owned(), name, file, range, out })
+    }
+
+    /// Reads a module that is not compressed.
+    fn read(&self) -> Result<Vec<u8>, ReadError> {
+        if self.range.bytes > MODULE_BYTES {
+            return Err(ReadError::TooLarge { max_bytes: MODULE_BYTES });
+        }
+        let mut bytes = vec![0; usize::try_from(self.range.bytes).unwrap_or_default()];
+        self.file.read_exact_at(&mut bytes, self.range.offset)?;
+        Ok(bytes)
+    }
+}
+
+/// Opens the file of a module.
+fn open(path: &Path, homes: &[PathBuf]) -> Result<(File, FileRange), ModulesError> {
     let failed = |error: io::Error| ModulesError::Read { path: path.to_owned(), source: error.into() };
-    let file_name = path.file_name().unwrap_or_default().to_string_lossy();
-    let stem = file_name.split(".ko").next().unwrap_or_default();
-    let name = format!("{number:02}-{stem}.ko");
     let file = open_regular(path).map_err(|source| ModulesError::Open { path: path.to_owned(), source })?;
     let resolved = path_of(&file).map_err(failed)?;
     if !homes.iter().any(|home| resolved.starts_with(home)) {
         return Err(ModulesError::Outside(path.to_owned()));
     }
     let bytes = file.metadata().map_err(failed)?.len();
-    let mut start = [0; 16];
-    let count = crate::boot::file::read_start(&file, &mut start).map_err(failed)?;
-    let is_packed =
-        Compression::detect(start.get(..count).unwrap_or_default()).is_some_and(|kind| kind != Compression::None);
-    let out = || memfd_create("module", MemfdFlags::CLOEXEC).map(File::from);
-    let packed = is_packed
-        .then(|| out().map(|out| (bytes, out)))
-        .transpose()
-        .map_err(|error| ModulesError::Unpack { path: path.to_owned(), source: UnpackError::Write(error.into()) })?;
-    Ok(Opened { path, name, file, packed })
+    Ok((file, FileRange { offset: 0, bytes }))
 }
 
 fn read(file: &File, max_bytes: u64) -> Result<Vec<u8>, ReadError> {
@@ -234,15 +288,34 @@ fn read(file: &File, max_bytes: u64) -> Result<Vec<u8>, ReadError> {
     if bytes.len() as u64 > max_bytes { Err(ReadError::TooLarge { max_bytes }) } else { Ok(bytes) }
 }
 
+/// Reads the `count` modules of `folder`, which `open` opens by their numbers: a few at once.
+fn read_all(
+    folder: &Path,
+    count: usize,
+    isolation: Isolation,
+    open: impl Fn(usize) -> Result<Opened, ModulesError>,
+) -> Result<Vec<Module>, ModulesError> {
+    let mut modules: Vec<Module> = Vec::new();
+    let numbers: Vec<usize> = (0..count).collect();
+    for some in numbers.chunks(UNPACKED_AT_ONCE) {
+        let opened = some.iter().map(|number| open(*number)).collect::<Result<Vec<_>, _>>()?;
+        modules.extend(contents(&opened, isolation)?);
+        let bytes = modules.iter().fold(0_u64, |sum, Module { bytes, .. }| sum.saturating_add(bytes.len() as u64));
+        if bytes > TOTAL_BYTES {
+            return Err(ModulesError::TooMuch(folder.to_owned()));
+        }
+    }
+    Ok(modules)
+}
+
 /// Reads modules; those that are compressed are unpacked together.
-fn contents(opened: &[Opened<'_>], isolation: Isolation) -> Result<Vec<Module>, ModulesError> {
+fn contents(opened: &[Opened], isolation: Isolation) -> Result<Vec<Module>, ModulesError> {
     let (mut tasks, mut packed) = (Vec::new(), Vec::new());
     for module in opened {
-        if let Some((bytes, out)) = &module.packed {
-            let range = FileRange { offset: 0, bytes: *bytes };
-            let job = Job { range, content: Content::Stream, limits: Limits::of(MODULE_BYTES) };
+        if let Some(out) = &module.out {
+            let job = Job { range: module.range, content: Content::Stream, limits: Limits::of(MODULE_BYTES) };
             tasks.push(Task { job, packed: &module.file, out });
-            packed.push(module.path);
+            packed.push(module.path.as_path());
         }
     }
     let failed = |FailedTask { index, error }| ModulesError::Unpack {
@@ -251,10 +324,10 @@ fn contents(opened: &[Opened<'_>], isolation: Isolation) -> Result<Vec<Module>, 
     };
     let sizes = if tasks.is_empty() { Vec::new() } else { run_all(&tasks, isolation).map_err(failed)? };
     let mut sizes = sizes.into_iter();
-    let content = |module: &Opened<'_>| {
-        let path = || module.path.to_owned();
-        let Some((_, out)) = &module.packed else {
-            return read(&module.file, MODULE_BYTES).map_err(|source| ModulesError::Read { path: path(), source });
+    let content = |module: &Opened| {
+        let path = || module.path.clone();
+        let Some(out) = &module.out else {
+            return module.read().map_err(|source| ModulesError::Read { path: path(), source });
         };
         let mut bytes = vec![0; sizes.next().and_then(|size| usize::try_from(size).ok()).unwrap_or_default()];
         let source = UnpackError::Read;
@@ -270,6 +343,7 @@ fn contents(opened: &[Opened<'_>], isolation: Isolation) -> Result<Vec<Module>, 
 mod tests {
     use super::*;
     use std::fs;
+    use std::io::Write;
 
     /// A tree as `dpkg -x` leaves it, after depmod: the kernel in boot, a plain and a compressed module.
     fn tree() -> (tempfile::TempDir, PathBuf) {
@@ -346,6 +420,25 @@ mod tests {
         fs::write(folder.join("modules.dep"), all).expect("written");
         let error = look(tree.path(), None, &[Driver::Overlay]).map(|_| ()).expect_err("too large");
         assert!(matches!(error, ModulesError::TooMuch(_)), "{error}");
+    }
+
+    #[test]
+    fn copies_are_read_from_their_places() {
+        let mut file = tempfile::tempfile().expect("a file");
+        let packed = zstd::encode_all(&b"\x7fELF packed"[..], 1).expect("packed");
+        file.write_all(b"\x7fELF plain").and_then(|()| file.write_all(&packed)).expect("written");
+        let at = |path: &str, offset, bytes| CopiedModule { path: path.into(), range: FileRange { offset, bytes } };
+        let length = packed.len() as u64;
+        let modules = vec![at("i.img:/m/b/x-y.ko", 0, 10), at("i.img:/m/a.ko.zst", 10, length)];
+        let copied = CopiedModules { folder: Some("i.img:/m".into()), file, modules };
+        let found = of_copies(&copied, Isolation::None).expect("modules");
+        let all: Vec<_> = found.modules.iter().map(|module| (module.name.as_str(), &module.bytes[..])).collect();
+        assert_eq!(all, [("00-x-y.ko", &b"\x7fELF plain"[..]), ("01-a.ko", b"\x7fELF packed")]);
+        assert_eq!(found.folder.as_deref(), Some(Path::new("i.img:/m")));
+        let cut = CopiedModules { modules: vec![at("i.img:/m/a.ko", 5, 10 + length)], ..copied };
+        assert!(matches!(of_copies(&cut, Isolation::None), Err(ModulesError::Read { .. })), "behind the end");
+        let none = CopiedModules { folder: None, ..cut };
+        assert!(of_copies(&none, Isolation::None).expect("none").folder.is_none());
     }
 
     /// A guest that can write to the folder could read any file of the host by the next run.

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 fuzz_target!(|data: &[u8]| {
     let disk = Range::whole(Rc::new(data.to_vec()), 8 << 20);
-    match find(&disk, None, &mut Vec::new(), &mut Vec::new()) {
+    match find(&disk, None, &mut Vec::new(), Some(&mut Vec::new())) {
         Ok(found) => assert!(!found.cmdline.contains(char::is_control)),
         Err(error) => assert!(!error.to_string().is_empty()),
     }

@@ -129,6 +129,30 @@ impl Image {
         })
     }
 
+    /// A raw disk that cannot be written, with the bytes of `file`. It is not locked: `file` is one in memory (memfd_create(2)), which
+    /// no other process opens.
+    ///
+    /// # Errors
+    /// Where the file's size cannot be read, or is no number of sectors.
+    pub fn of_memory(file: File) -> io::Result<Self> {
+        let bytes = size(&file)?;
+        if !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let block_sizes = file_block_sizes(&file, HostCache::Used);
+        Ok(Self {
+            content: Content::Raw(file.try_clone()?, FirstSector::Guarded),
+            file: LockedFile(file),
+            _locks: Vec::new(),
+            read_files: Vec::new(),
+            backing: Vec::new(),
+            read_only: true,
+            direct: false,
+            bytes: AtomicU64::new(bytes),
+            block_sizes,
+        })
+    }
+
     /// The paths of the backing files, which the headers of a qcow2 image name.
     pub fn backing_files(&self) -> impl Iterator<Item = &Path> {
         self.backing.iter().map(PathBuf::as_path)

@@ -1,0 +1,46 @@
+//! The drivers that a guest with a command needs for its devices.
+
+use crate::boot::initramfs::Driver;
+use crate::config::{RootChoice, RunConfig, Transport};
+
+/// The drivers that the guest needs, in the order in which they are loaded.
+pub(super) fn drivers(config: &RunConfig) -> Vec<Driver> {
+    let bus = match config.transport {
+        Transport::Pci => Driver::VirtioPci,
+        Transport::Mmio => Driver::VirtioMmio,
+    };
+    let mut drivers = vec![bus, Driver::Vsock];
+    let on_disk = matches!(config.root, RootChoice::Image(_));
+    if config.root != RootChoice::None && !on_disk || !config.rw.is_empty() {
+        drivers.push(Driver::Virtiofs);
+    }
+    if on_disk {
+        drivers.extend([Driver::VirtioBlk, Driver::Crc32c, Driver::Ext4]);
+    }
+    if config.root != RootChoice::None {
+        drivers.push(Driver::Overlay);
+    }
+    drivers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::RunOptions;
+
+    fn config(text: &str) -> RunConfig {
+        let options: RunOptions = toml::from_str(&format!("kernel = 'k'\ncommand = ['a']\n{text}")).expect("TOML");
+        options.into_config().expect("valid")
+    }
+
+    #[test]
+    fn the_drivers_are_those_of_the_devices() {
+        assert_eq!(drivers(&config("")), [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs, Driver::Overlay]);
+        assert_eq!(drivers(&config("root = 'none'\ntransport = 'mmio'")), [Driver::VirtioMmio, Driver::Vsock]);
+        let writable = drivers(&config("root = 'none'\nrw = ['/tmp']"));
+        assert_eq!(writable, [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs]);
+        let image = RunConfig { root: RootChoice::Image("i".into()), ..config("") };
+        let disk = [Driver::VirtioPci, Driver::Vsock, Driver::VirtioBlk, Driver::Crc32c, Driver::Ext4, Driver::Overlay];
+        assert_eq!(drivers(&image), disk);
+    }
+}
