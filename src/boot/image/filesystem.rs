@@ -11,7 +11,7 @@ use thiserror::Error;
 /// Bytes that are copied at once.
 const PIECE: usize = 64 << 10;
 /// The longest path in bytes (PATH_MAX).
-const PATH_BYTES: usize = 4096;
+pub(super) const PATH_BYTES: usize = 4096;
 
 /// Why a file of an image cannot be read.
 #[derive(Debug, Error)]
@@ -92,6 +92,9 @@ const OTHERS: &[(&str, u64, &[u8])] = &[
 #[must_use]
 pub(super) fn content(range: &Range) -> Content {
     if range.array(1024 + 56) == Some([0x53, 0xef]) {
+        if !is_plausible_ext(range) {
+            return Content::Other("a damaged ext2, ext3 or ext4".into());
+        }
         return match Ext4::load(Box::new(ExtDisk(range.clone()))) {
             Ok(ext) => Content::FileSystem(FileSystem::Ext(ext)),
             Err(error) => Content::Other(format!("ext4 that cannot be read ({})", FileError::from(error))),
@@ -111,6 +114,22 @@ pub(super) fn content(range: &Range) -> Content {
         Ok(fat) => Content::FileSystem(FileSystem::Fat(Box::new(fat))),
         Err(error) => Content::Other(format!("FAT that cannot be read ({error})")),
     }
+}
+
+/// Returns true if the superblock of ext2 to ext4 has blocks of a size that there is, and not more of them than the range has:
+/// ext4-view allocates by these numbers.
+fn is_plausible_ext(range: &Range) -> bool {
+    let Some(superblock) = range.array::<1024>(1024) else { return false };
+    let u32_at = |at: usize| superblock.get(at..)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
+    let (Some(low), Some(log), Some(per_group), Some(incompatible), Some(high)) =
+        (u32_at(4), u32_at(24), u32_at(32), u32_at(96), u32_at(336))
+    else {
+        return false;
+    };
+    // INCOMPAT_64BIT: the number of blocks has an upper half.
+    let blocks = u64::from(low) | if incompatible & 0x80 == 0 { 0 } else { u64::from(high) << 32 };
+    let bytes = blocks.checked_mul(1024 << log.min(32));
+    log <= 6 && per_group >= 8 && bytes.is_some_and(|bytes| bytes <= range.bytes())
 }
 
 /// Returns true if the boot sector is that of FAT, with areas that add up: fatfs takes that for granted.
@@ -219,11 +238,34 @@ impl FileSystem {
                 copy_pieces(limit, out, |piece| Ok(file.read_bytes(piece)?))
             }
             Self::Fat(fat) => {
-                let mut file = fat.root_dir().open_file(path.trim_matches('/'))?;
-                copy_pieces(limit, out, |piece| Ok(file.read(piece)?))
+                let path = path.trim_matches('/');
+                let mut file = fat.root_dir().open_file(path)?;
+                let bytes = copy_pieces(limit, out, |piece| Ok(file.read(piece)?))?;
+                // For fatfs a chain of clusters that breaks off is the end of the file.
+                let whole = fat_file_bytes(fat, path)?;
+                if bytes == whole {
+                    Ok(bytes)
+                } else {
+                    Err(FileError::Read(format!("the file has {whole} bytes, and ends after {bytes}")))
+                }
             }
         }
     }
+}
+
+/// The size in bytes of the file at `path` in its folder's entry.
+fn fat_file_bytes(fat: &fatfs::FileSystem<FatDisk>, path: &str) -> Result<u64, FileError> {
+    let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
+    let root = fat.root_dir();
+    let folder = if folder.is_empty() { root } else { root.open_dir(folder)? };
+    let upper = |name: &str| name.to_uppercase();
+    for entry in folder.iter() {
+        let entry = entry?;
+        if entry.is_file() && (upper(&entry.file_name()) == upper(name) || entry.short_file_name() == upper(name)) {
+            return Ok(entry.len());
+        }
+    }
+    Err(FileError::NotFound)
 }
 
 fn ext4_path(path: &str) -> Result<ext4_view::PathBuf, FileError> {

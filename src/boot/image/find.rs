@@ -3,7 +3,7 @@
 use super::disk::Range;
 use super::filesystem::{FileError, FileSystem};
 use super::grub::split_device;
-use super::menu::{Entry, Listed};
+use super::menu::{Entry, Listed, MAX_INITRDS};
 use super::volumes::{Seen, Volumes};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Write};
@@ -11,8 +11,6 @@ use thiserror::Error;
 
 /// The largest kernel, and the largest initrd, in bytes.
 pub(super) const MAX_FILE_BYTES: u64 = 512 << 20;
-/// The most initrds of an entry.
-const MAX_INITRDS: usize = 16;
 /// The longest command line that an image gives, in bytes. Linux takes 2047.
 const CMDLINE_BYTES: usize = 4096;
 /// The largest /etc/passwd of an image in bytes.
@@ -63,6 +61,17 @@ pub enum FindError {
         /// The entries.
         entries: Vec<Listed>,
     },
+    /// The entry that the boot loader starts by itself is not for Linux, or in words that are not understood.
+    #[error(
+        "the entry that its boot loader starts by itself{} starts no Linux that hwvmm understands; choose one with --entry: {}",
+        named(.default), list_entries(.entries)
+    )]
+    NoDefault {
+        /// How the boot loader's configuration names it; empty for its first entry.
+        default: String,
+        /// The entries that start Linux.
+        entries: Vec<Listed>,
+    },
     /// The kernel's modules are there, and cannot be used.
     #[error("the kernel's modules in its {folder} cannot be used: {why}")]
     Modules {
@@ -100,6 +109,10 @@ fn list_entries(entries: &[Listed]) -> String {
     entries.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
+fn named(default: &str) -> String {
+    if default.is_empty() { String::new() } else { format!(" ({default})") }
+}
+
 /// Cuts a text that an image gave.
 pub(super) fn cut(text: &str) -> String {
     text.chars().take(TEXT_BYTES / 4).collect()
@@ -126,7 +139,10 @@ pub fn find(
     let menu = menu.ok_or_else(|| FindError::NoMenu(seen()))?;
     let Some(entry) = menu.choose(wanted) else {
         let entries = menu.listed().iter().map(cut_listed).collect();
-        return Err(FindError::NoEntry { wanted: cut(wanted.unwrap_or_default()), entries });
+        return Err(match wanted {
+            Some(wanted) => FindError::NoEntry { wanted: cut(wanted), entries },
+            None => FindError::NoDefault { default: cut(&menu.default), entries },
+        });
     };
     let listed = cut_listed(&entry.listed());
     let failed = |path: &str, why: String| FindError::File {
@@ -142,7 +158,10 @@ pub fn find(
     copy(&path, MAX_FILE_BYTES, kernel)?;
     let mut bytes = 0_u64;
     if let Some(initrd) = initrd {
-        for path in entry.initrds.iter().take(MAX_INITRDS) {
+        if entry.initrds.len() > MAX_INITRDS {
+            return Err(failed(&path, format!("the entry has more than {MAX_INITRDS} initrds")));
+        }
+        for path in &entry.initrds {
             let padding = bytes.next_multiple_of(ALIGNMENT) - bytes;
             let zeroes = [0; 8];
             let padding_bytes =
@@ -187,8 +206,7 @@ fn copy(volumes: &Volumes, entry: &Entry, path: &str, limit: u64, out: &mut dyn 
     let (device, path) = split_device(path);
     let fs: &FileSystem = volumes.device(device.unwrap_or(&entry.device)).ok_or(FileError::NotFound)?;
     match fs.copy(path, limit, out) {
-        // Entries of the Boot Loader Specification name files from the root of /boot, which can be a folder of the root.
-        Err(FileError::NotFound) => fs.copy(&format!("/boot/{}", path.trim_start_matches('/')), limit, out),
+        Err(FileError::NotFound) if entry.looks_in_boot => fs.copy(&format!("/boot/{}", path.trim_start_matches('/')), limit, out),
         result => result,
     }
 }

@@ -5,6 +5,8 @@ use std::cmp::Ordering;
 
 /// The most entries of a menu.
 pub(super) const MAX_ENTRIES: usize = 256;
+/// The most initrds of an entry.
+pub(super) const MAX_INITRDS: usize = 16;
 /// What is between the numbers or the titles of a submenu and its entry (GRUB manual, `default`).
 const WITHIN: char = '>';
 
@@ -25,6 +27,8 @@ pub(super) struct Entry {
     pub initrds: Vec<String>,
     /// The kernel's parameters.
     pub cmdline: String,
+    /// True if files that are not where the entry says are looked for in /boot.
+    pub looks_in_boot: bool,
 }
 
 /// An entry as messages and lists show it.
@@ -42,6 +46,14 @@ impl Entry {
     pub(super) fn listed(&self) -> Listed {
         let number = self.numbers.iter().map(ToString::to_string).collect::<Vec<_>>().join(">");
         Listed { number, title: self.titles.join(" > ") }
+    }
+
+    /// Returns true if `wanted` names a submenu that the entry is in.
+    fn is_within(&self, wanted: &str) -> bool {
+        let parts: Vec<&str> = wanted.split(WITHIN).map(str::trim).collect();
+        let levels = self.numbers.iter().zip(&self.titles);
+        parts.len() < self.titles.len()
+            && parts.iter().zip(levels).all(|(part, (number, title))| part.parse() == Ok(*number) || *part == title)
     }
 
     /// Returns true if `wanted` names the entry: by numbers or titles, with those of the submenus, or by its own title or id.
@@ -74,21 +86,28 @@ pub(super) struct Menu {
 }
 
 impl Menu {
-    /// The entry that `wanted` names, or else that which the boot loader would start. `None` where none is named so, or no
-    /// entry starts Linux.
+    /// The entry that `wanted` names, or else that which the boot loader would start. `None` where none is named so, or it starts
+    /// no Linux: another one in its place would be a guess.
     #[must_use]
     pub(super) fn choose(&self, wanted: Option<&str>) -> Option<&Entry> {
-        let mut linux = self.entries.iter().filter(|entry| entry.kernel.is_some());
         match wanted {
-            Some(wanted) => linux.find(|entry| entry.is(wanted)),
+            Some(wanted) => self.entries.iter().filter(|entry| entry.kernel.is_some()).find(|entry| entry.is(wanted)),
             None => {
-                let first = linux.clone().next();
                 // An id of a submenu with one of its entries: the last part names it.
                 let last = self.default.rsplit(WITHIN).next().filter(|last| last.parse::<usize>().is_err());
-                let named = |name: &str| linux.clone().find(|entry| entry.is(name));
-                named(&self.default).or_else(|| named(last?)).or(first)
+                let named = |name: &str| self.entries.iter().find(|entry| entry.is(name));
+                let within = || self.entries.iter().find(|entry| entry.is_within(&self.default));
+                // A default that names nothing is the first entry.
+                let default = named(&self.default).or_else(|| named(last?)).or_else(within);
+                default.or(self.entries.first()).filter(|entry| entry.kernel.is_some())
             }
         }
+    }
+
+    /// Returns true if an entry starts Linux.
+    #[must_use]
+    pub(super) fn has_linux(&self) -> bool {
+        self.entries.iter().any(|entry| entry.kernel.is_some())
     }
 
     /// The entries that start Linux, as lists show them.
@@ -176,7 +195,11 @@ mod tests {
         assert_eq!(chosen("").as_deref(), Some("0"));
         assert_eq!(chosen("1>0").as_deref(), Some("1>0"));
         assert_eq!(chosen("advanced-id>adv").as_deref(), Some("1>0"));
-        assert_eq!(chosen("fw").as_deref(), Some("0"), "an entry without Linux is none");
+        assert_eq!(chosen("1").as_deref(), Some("1>0"), "the first of a submenu");
+        assert_eq!(chosen("Advanced").as_deref(), Some("1>0"), "the first of a submenu");
+        assert_eq!(chosen("gone").as_deref(), Some("0"), "the first, as nothing is named so");
+        assert_eq!(chosen("fw"), None, "the boot loader would start no Linux");
+        assert_eq!(chosen("2"), None, "the boot loader would start no Linux");
         assert!(Menu::default().choose(None).is_none());
     }
 

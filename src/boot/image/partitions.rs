@@ -18,6 +18,8 @@ const GPT_ENTRY: std::ops::RangeInclusive<u32> = 128..=1024;
 const GPT_HEADER: usize = 92;
 /// The most logical partitions of an MBR.
 const LOGICAL: u32 = 60;
+/// The type of the partition of an MBR that stands for a GPT.
+const PROTECTIVE: u8 = 0xee;
 /// The types of an MBR's extended partitions.
 const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
 
@@ -35,13 +37,20 @@ pub(super) struct Partition {
 /// The partitions of `disk`, in the order of their numbers; none where it has no table, as a disk that is one file system.
 #[must_use]
 pub(super) fn partitions(disk: &Range) -> Vec<Partition> {
-    for sector in GPT_SECTORS {
+    // A GPT counts only behind an MBR that says so. An older one may be left on a disk that has been partitioned anew.
+    let sectors = if is_protective(disk) { GPT_SECTORS.as_slice() } else { &[] };
+    for &sector in sectors {
         let ends = [Some(sector), (disk.bytes() / sector).checked_sub(1).map(|last| last * sector)];
         if let Some(found) = ends.into_iter().flatten().find_map(|at| gpt(disk, at, sector)) {
             return found;
         }
     }
     mbr(disk).unwrap_or_default()
+}
+
+/// Returns true if the MBR has a partition of the type that stands for a GPT.
+fn is_protective(disk: &Range) -> bool {
+    mbr_entries(disk, 0).is_some_and(|entries| entries.iter().any(|entry| entry.kind == PROTECTIVE))
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
@@ -118,7 +127,7 @@ fn mbr(disk: &Range) -> Option<Vec<Partition>> {
     for (number, entry) in (1..).zip(mbr_entries(disk, 0)?) {
         if EXTENDED.contains(&entry.kind) {
             found.extend(logical(disk, entry.start));
-        } else if entry.kind != 0 && disk.part(entry.start, entry.bytes).is_some() {
+        } else if !matches!(entry.kind, 0 | PROTECTIVE) && disk.part(entry.start, entry.bytes).is_some() {
             found.push(Partition { number, start: entry.start, bytes: entry.bytes });
         }
     }
@@ -128,12 +137,16 @@ fn mbr(disk: &Range) -> Option<Vec<Partition>> {
 
 /// The logical partitions of the extended partition at `extended`: each sector has one, and where the next sector is.
 fn logical(disk: &Range, extended: u64) -> Vec<Partition> {
-    let (mut found, mut at) = (Vec::new(), extended);
-    for number in 5..5 + LOGICAL {
+    let (mut found, mut at, mut number) = (Vec::new(), extended, 5);
+    for _ in 0..LOGICAL {
         let Some([own, next, ..]) = mbr_entries(disk, at) else { break };
-        let start = at.saturating_add(own.start);
-        if own.kind != 0 && disk.part(start, own.bytes).is_some() {
-            found.push(Partition { number, start, bytes: own.bytes });
+        // A sector without a partition of its own has no number: that of a partition that was deleted.
+        if own.kind != 0 && own.bytes > 0 {
+            let start = at.saturating_add(own.start);
+            if disk.part(start, own.bytes).is_some() {
+                found.push(Partition { number, start, bytes: own.bytes });
+            }
+            number += 1;
         }
         if !EXTENDED.contains(&next.kind) {
             break;
@@ -165,6 +178,8 @@ mod tests {
     /// A disk with a GPT of two partitions, 2 and 3, whose header is in sector `at`.
     fn gpt_disk(at: usize) -> Vec<u8> {
         let mut disk = vec![0; 64 * 512];
+        put(&mut disk, 510, &[0x55, 0xaa]);
+        mbr_entry(&mut disk, 446, PROTECTIVE, 1, 63);
         for (number, first, last) in [(1, 40_u64, 47_u64), (2, 48, 63)] {
             let entry = 2 * 512 + number * 128;
             put(&mut disk, entry, &[7; 16]);
@@ -200,6 +215,25 @@ mod tests {
             damaged[at] ^= 1;
             assert!(read(damaged).is_empty(), "{at}");
         }
+    }
+
+    #[test]
+    fn a_gpt_that_was_left_behind_an_mbr_is_none() {
+        let mut disk = gpt_disk(63);
+        mbr_entry(&mut disk, 446, 0x83, 8, 8);
+        assert_eq!(read(disk), [Partition { number: 1, start: 8 * 512, bytes: 8 * 512 }]);
+    }
+
+    #[test]
+    fn a_deleted_logical_partition_has_no_number() {
+        let mut disk = vec![0; 64 * 512];
+        for at in [0, 16, 32] {
+            put(&mut disk, at * 512 + 510, &[0x55, 0xaa]);
+        }
+        mbr_entry(&mut disk, 446, 0x05, 16, 48);
+        mbr_entry(&mut disk, 16 * 512 + 462, 0x05, 16, 16);
+        mbr_entry(&mut disk, 32 * 512 + 446, 0x83, 1, 4);
+        assert_eq!(read(disk), [Partition { number: 5, start: 33 * 512, bytes: 4 * 512 }]);
     }
 
     #[test]

@@ -256,3 +256,58 @@ fn damaged_images_are_errors() {
         }
     });
 }
+
+#[test]
+fn a_file_that_breaks_off_is_an_error() {
+    let config = "menuentry 'A' { linux /linux; }\n";
+    let files: [(&str, &[u8]); 2] = [("/linux", &[7; 50_000]), ("/grub/grub.cfg", config.as_bytes())];
+    let mut volume = fat(2 * MIB, &files);
+    assert!(take(&disk(&[&volume]), None).is_ok());
+    // The second cluster of the chain is made a free one, in both copies of the FAT: FAT12 or FAT16, whichever fatfs has made.
+    let u16_at = |at: usize| usize::from(u16::from_le_bytes([volume[at], volume[at + 1]]));
+    let (first, sectors) = (u16_at(14) * 512, u16_at(22));
+    for copy in 0..2 {
+        let at = first + copy * sectors * 512;
+        // Clusters 3 to 6, whatever the width of an entry: all are of the chain.
+        volume[at + 6..at + 9].fill(0);
+    }
+    let error = take(&disk(&[&volume]), None).err().expect("an error").to_string();
+    assert!(error.contains("50000 bytes, and ends after"), "{error}");
+}
+
+#[test]
+fn what_is_there_and_cannot_be_read_is_not_passed_over() {
+    let entry: (&str, &[u8]) = ("/loader/entries/a.conf", b"linux /linux\n");
+    let linux: (&str, &[u8]) = ("/linux", b"kernel");
+    let taken = |files: &[(&str, &[u8])]| take(&disk(&[&fat(4 * MIB, files)]), None).map(|_| ());
+    assert_eq!(taken(&[entry, linux]), Ok(()));
+    let open: (&str, &[u8]) = ("/grub/grub.cfg", b"menuentry 'x");
+    assert!(matches!(taken(&[entry, linux, open]), Err(FindError::Menu { path, .. }) if path == "/grub/grub.cfg"));
+    let long = vec![b'#'; 70_000];
+    let large: (&str, &[u8]) = ("/loader/entries/b.conf", &long);
+    assert!(matches!(taken(&[entry, linux, large]), Err(FindError::Menu { path, .. }) if path.ends_with("b.conf")));
+    let many = format!("linux /linux\n{}", "initrd /linux\n".repeat(17));
+    let many: (&str, &[u8]) = ("/loader/entries/a.conf", many.as_bytes());
+    let error = taken(&[many, linux]).expect_err("17 initrds").to_string();
+    assert!(error.contains("more than 16 initrds"), "{error}");
+    // Only the Boot Loader Specification looks for files in /boot.
+    let grub: (&str, &[u8]) = ("/grub/grub.cfg", b"menuentry A { linux /gone; }");
+    let elsewhere: (&str, &[u8]) = ("/boot/gone", b"another");
+    assert!(matches!(taken(&[grub, elsewhere]), Err(FindError::File { .. })));
+}
+
+#[test]
+fn numbers_of_an_ext_superblock_that_cannot_be_are_refused() {
+    let root = debian_root();
+    let Some(mut image) = ext("ext2", root.path()) else { return };
+    for (at, byte) in [(24, 20), (24, 255), (4 + 3, 255), (32, 0)] {
+        let before = image.clone();
+        image[1024 + at] = byte;
+        if at == 32 {
+            image[1024 + 32..1024 + 36].fill(0);
+        }
+        let error = take(&disk(&[&image]), None).err().expect("an error").to_string();
+        assert!(error.contains("partition 1 has a damaged ext2"), "{error}");
+        image = before;
+    }
+}

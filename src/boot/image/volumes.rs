@@ -3,7 +3,7 @@
 use super::bls::{self, BlsEntry};
 use super::disk::Range;
 use super::filesystem::{Content, FileError, FileSystem, content};
-use super::grub::{self, By};
+use super::grub::{self, By, SourceError};
 use super::menu::{Entry, MAX_ENTRIES, Menu};
 use super::partitions::partitions;
 use glob::Pattern;
@@ -15,6 +15,8 @@ const MAX_VOLUMES: usize = 128;
 const MAX_NAMES: usize = 4096;
 /// The size of GRUB's environment is 1024 bytes.
 const GRUBENV_BYTES: u64 = 4096;
+/// The configuration of systemd-boot.
+const LOADER_CONF: &str = "/loader/loader.conf";
 /// The largest loader.conf in bytes.
 const LOADER_CONF_BYTES: u64 = 64 << 10;
 /// Folders of GRUB, from the root of a file system: that of the root, or one of its own for /boot.
@@ -123,51 +125,42 @@ impl Volumes {
     /// # Errors
     /// Where a configuration is there and cannot be read: its path, and why.
     pub(super) fn menu(&self) -> Result<Option<Menu>, (String, String)> {
-        let mut failed = None;
         for (index, fs) in self.readable() {
             for folder in GRUB {
                 let path = format!("{folder}/grub.cfg");
-                match self.grub_menu(index, fs, folder, &path) {
-                    Ok(Some(menu)) if menu.choose(None).is_some() => return Ok(Some(menu)),
-                    Ok(_) => {}
-                    Err(why) => failed = failed.or(Some((path, why))),
+                // What is there and cannot be read may be what the boot loader reads: another configuration would be a guess.
+                let menu = self.grub_menu(index, fs, folder, &path).map_err(|why| (path, why))?;
+                if let Some(menu) = menu.filter(Menu::has_linux) {
+                    return Ok(Some(menu));
                 }
             }
         }
-        let menu = self.loader_menu();
-        match (menu.entries.is_empty(), failed) {
-            (false, _) => Ok(Some(menu)),
-            (true, Some(failed)) => Err(failed),
-            (true, None) => Ok(None),
-        }
+        Ok(Some(self.loader_menu()?).filter(|menu| !menu.entries.is_empty()))
     }
 
     fn grub_menu(&self, index: usize, fs: &FileSystem, folder: &str, path: &str) -> Result<Option<Menu>, String> {
-        let text = match fs.read(path, grub::MAX_BYTES as u64) {
-            Ok(text) => text,
-            Err(FileError::NotFound | FileError::Kind) => return Ok(None),
-            Err(error) => return Err(error.to_string()),
-        };
-        let environment = fs.read(&format!("{folder}/grubenv"), GRUBENV_BYTES).unwrap_or_default();
+        let Some(text) = read(fs, path, grub::MAX_BYTES as u64)? else { return Ok(None) };
+        let environment = read(fs, &format!("{folder}/grubenv"), GRUBENV_BYTES);
+        let environment = environment.map_err(|why| format!("its grubenv: {why}"))?.unwrap_or_default();
         let config = grub::Config {
-            text: &String::from_utf8_lossy(&text),
-            environment: &String::from_utf8_lossy(&environment),
+            text: &text,
+            environment: &environment,
             device: &format!("{NAME}{index}"),
             folder,
         };
         grub::menu(&config, self).map(Some).map_err(|error| error.to_string())
     }
 
-    /// The menu of the Boot Loader Specification, from the files of all file systems.
-    fn loader_menu(&self) -> Menu {
+    /// The menu of the Boot Loader Specification, from the files of all file systems. The error is the path of what cannot be read,
+    /// and why.
+    fn loader_menu(&self) -> Result<Menu, (String, String)> {
         let mut found: Vec<(usize, BlsEntry)> = Vec::new();
         let mut pattern = String::new();
         for (index, fs) in self.readable() {
-            found.extend(entries(fs, &str::to_owned).into_iter().map(|entry| (index, entry)));
-            let conf = fs.read("/loader/loader.conf", LOADER_CONF_BYTES).unwrap_or_default();
-            let default = String::from_utf8_lossy(&conf);
+            found.extend(entries(fs, &str::to_owned)?.into_iter().map(|entry| (index, entry)));
+            let conf = read(fs, LOADER_CONF, LOADER_CONF_BYTES).map_err(|why| (LOADER_CONF.to_owned(), why))?;
             if pattern.is_empty() {
-                pattern = bls::default_pattern(&default).to_owned();
+                pattern = bls::default_pattern(&conf.unwrap_or_default()).to_owned();
             }
         }
         found.sort_by(|(_, a), (_, b)| a.compare(b));
@@ -179,23 +172,42 @@ impl Volumes {
         let pattern = Pattern::new(pattern.trim_end_matches(".conf")).ok();
         let chosen = pattern.and_then(|pattern| entries.iter().find(|entry| pattern.matches(&entry.id)));
         let default = chosen.map(|entry| entry.id.clone()).unwrap_or_default();
-        Menu { entries, default }
+        Ok(Menu { entries, default })
     }
 }
 
-/// The entries of the Boot Loader Specification on a file system, in no order.
-fn entries(fs: &FileSystem, expand: &dyn Fn(&str) -> String) -> Vec<BlsEntry> {
-    let read = |folder: &str| -> Vec<BlsEntry> {
-        let folder = format!("{folder}/entries");
-        let names = fs.names(&folder, MAX_NAMES).unwrap_or_default();
-        let files = names.into_iter().filter(|name| name.ends_with(".conf")).take(MAX_ENTRIES);
-        let entry = |name: String| {
-            let text = fs.read(&format!("{folder}/{name}"), bls::MAX_BYTES).ok()?;
-            BlsEntry::parse(&name, &String::from_utf8_lossy(&text), expand)
+/// The text of a file; `None` where there is none. The error is why it cannot be read.
+fn read(fs: &FileSystem, path: &str, limit: u64) -> Result<Option<String>, String> {
+    match fs.read(path, limit) {
+        Ok(text) => Ok(Some(String::from_utf8_lossy(&text).into_owned())),
+        Err(FileError::NotFound | FileError::Kind) => Ok(None),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// The entries of the Boot Loader Specification on a file system, in no order. The error is the path of what cannot be read, and why.
+fn entries(fs: &FileSystem, expand: &dyn Fn(&str) -> String) -> Result<Vec<BlsEntry>, (String, String)> {
+    for folder in LOADER.map(|folder| format!("{folder}/entries")) {
+        let names = match fs.names(&folder, MAX_NAMES) {
+            Ok(names) => names,
+            Err(FileError::NotFound | FileError::Kind) => continue,
+            Err(error) => return Err((folder, error.to_string())),
         };
-        files.filter_map(entry).collect()
-    };
-    LOADER.iter().map(|folder| read(folder)).find(|found| !found.is_empty()).unwrap_or_default()
+        let files: Vec<String> = names.into_iter().filter(|name| name.ends_with(".conf")).collect();
+        if files.len() > MAX_ENTRIES {
+            return Err((folder, format!("it has more than {MAX_ENTRIES} entries")));
+        }
+        let mut found = Vec::new();
+        for name in files {
+            let path = format!("{folder}/{name}");
+            let text = read(fs, &path, bls::MAX_BYTES).map_err(|why| (path, why))?;
+            found.extend(text.and_then(|text| BlsEntry::parse(&name, &text, expand)));
+        }
+        if !found.is_empty() {
+            return Ok(found);
+        }
+    }
+    Ok(Vec::new())
 }
 
 impl grub::Volumes for Volumes {
@@ -212,9 +224,15 @@ impl grub::Volumes for Volumes {
         self.device(device).is_some_and(|fs| fs.exists(path))
     }
 
-    fn bls(&self, device: &str, expand: &dyn Fn(&str) -> String) -> Vec<BlsEntry> {
-        let mut found = self.device(device).map(|fs| entries(fs, expand)).unwrap_or_default();
+    fn read(&self, device: &str, path: &str) -> Result<Option<String>, SourceError> {
+        let Some(fs) = self.device(device) else { return Ok(None) };
+        read(fs, path, grub::MAX_BYTES as u64).map_err(|why| SourceError { path: path.to_owned(), why })
+    }
+
+    fn bls(&self, device: &str, expand: &dyn Fn(&str) -> String) -> Result<Vec<BlsEntry>, SourceError> {
+        let found = self.device(device).map(|fs| entries(fs, expand)).transpose();
+        let mut found = found.map_err(|(path, why)| SourceError { path, why })?.unwrap_or_default();
         found.sort_by(BlsEntry::compare);
-        found
+        Ok(found)
     }
 }

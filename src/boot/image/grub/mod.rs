@@ -6,5 +6,5 @@ mod syntax;
 mod tests;
 mod variables;
 
-pub(super) use run::{By, Config, Volumes, menu, split_device};
+pub(super) use run::{By, Config, SourceError, Volumes, menu, split_device};
 pub(super) use syntax::MAX_BYTES;

@@ -1,5 +1,6 @@
 //! The syntax of GRUB's scripts, as far as grub.cfg has it: words, commands with a block, `if`. Loops are read, and left out.
 
+use std::rc::Rc;
 use thiserror::Error;
 
 /// The largest script in bytes.
@@ -53,8 +54,8 @@ pub(super) enum Statement {
     Command {
         /// The name of the command, and its arguments.
         words: Vec<Word>,
-        /// The block behind them.
-        block: Option<Vec<Statement>>,
+        /// The block behind them. It is run later, when the text that it is of may be gone.
+        block: Option<Rc<[Statement]>>,
     },
     /// The first branch whose condition holds, or else the last.
     If {
@@ -310,7 +311,7 @@ impl Parser {
                 self.at += 1;
                 let block = self.list(&["}"])?;
                 self.require("}")?;
-                return Ok(Statement::Command { words, block: Some(block) });
+                return Ok(Statement::Command { words, block: Some(block.into()) });
             }
             words.push(word.clone());
             self.at += 1;
@@ -356,9 +357,9 @@ mod tests {
         assert_eq!(parsed[0], Statement::If { branches, otherwise: vec![command(&["e"])] });
         let entry = Statement::Command {
             words: vec![text("menuentry"), text("x")],
-            block: Some(vec![command(&["linux", "y"])]),
+            block: Some([command(&["linux", "y"])].into()),
         };
-        assert_eq!(parsed[1], Statement::Command { words: vec![text("submenu"), text("s")], block: Some(vec![entry]) });
+        assert_eq!(parsed[1], Statement::Command { words: vec![text("submenu"), text("s")], block: Some([entry].into()) });
         assert_eq!(parsed[2], command(&["z", "}"]));
         assert_eq!(parsed.len(), 3);
     }

@@ -19,14 +19,91 @@ impl Volumes for One {
         device == "vol0" && path == "/boot/grub/grubenv"
     }
 
-    fn bls(&self, device: &str, expand: &dyn Fn(&str) -> String) -> Vec<BlsEntry> {
+    fn read(&self, _: &str, path: &str) -> Result<Option<String>, SourceError> {
+        match path {
+            "/boot/grub/custom.cfg" => Ok(Some("set default=own\nmenuentry Own --id own { linux /own $word; }\n".into())),
+            "/boot/grub/itself.cfg" => Ok(Some("source $prefix/itself.cfg\n".into())),
+            "/boot/grub/damaged.cfg" => {
+                Err(SourceError { path: path.into(), why: "the file system cannot be read".into() })
+            }
+            "/boot/grub/open.cfg" => Ok(Some("menuentry 'x".into())),
+            _ => Ok(None),
+        }
+    }
+
+    fn bls(&self, device: &str, expand: &dyn Fn(&str) -> String) -> Result<Vec<BlsEntry>, SourceError> {
         let text = "title Fedora\nlinux /vmlinuz\noptions $kernelopts\n";
-        BlsEntry::parse("fedora-1.conf", text, expand).into_iter().filter(|_| device == "vol1").collect()
+        Ok(BlsEntry::parse("fedora-1.conf", text, expand).into_iter().filter(|_| device == "vol1").collect())
     }
 }
 
+fn try_read(text: &str, environment: &str) -> Result<Menu, String> {
+    let config = Config { text, environment, device: "vol0", folder: "/boot/grub" };
+    menu(&config, &One).map_err(|error| error.to_string())
+}
+
 fn read(text: &str, environment: &str) -> Menu {
-    menu(&Config { text, environment, device: "vol0", folder: "/boot/grub" }, &One).expect("a script")
+    try_read(text, environment).expect("a script")
+}
+
+#[test]
+fn files_that_a_script_reads_are_part_of_it() {
+    for command in ["source", ".", "configfile"] {
+        let text = format!("menuentry First {{ linux /first; }}\nword=x\n{command} $prefix/custom.cfg\n");
+        let menu = read(&text, "");
+        let entry = menu.choose(None).expect("an entry");
+        assert_eq!((entry.kernel.as_deref(), entry.cmdline.as_str()), (Some("/own"), "x"), "{command}");
+    }
+    assert!(read("menuentry First { linux /first; }\nsource $prefix/none.cfg\n", "").has_linux(), "there is none");
+    for (file, why) in [
+        ("itself", "within each other"),
+        ("damaged", "/boot/grub/damaged.cfg: the file system cannot be read"),
+        ("open", "/boot/grub/open.cfg: line 1: the quote has no end"),
+    ] {
+        let text = format!("menuentry First {{ linux /first; }}\nsource ($root)/boot/grub/{file}.cfg\n");
+        let error = try_read(&text, "").expect_err(file);
+        assert!(error.contains(why), "{error}");
+    }
+}
+
+#[test]
+fn another_entry_than_the_default_is_not_taken() {
+    let text = "function b { linux /good; }\nset default=0\nmenuentry A { b; }\nmenuentry R { linux /bad; }";
+    let menu = read(text, "");
+    assert!(menu.choose(None).is_none() && menu.has_linux());
+    assert_eq!(menu.choose(Some("R")).and_then(|entry| entry.kernel.as_deref()), Some("/bad"));
+}
+
+#[test]
+fn entries_of_a_submenu_see_its_variables() {
+    let menu = read("submenu S { set o=\"root=UUID=x\"; menuentry E { linux /k $o; } }\nmenuentry F { linux /f $o; }", "");
+    let lines: Vec<_> = menu.entries.iter().map(|entry| entry.cmdline.as_str()).collect();
+    assert_eq!(lines, ["root=UUID=x", ""]);
+}
+
+#[test]
+fn long_conditions_end() {
+    let many = |word: &str| word.repeat(40_000);
+    for (condition, holds) in [
+        (format!("{}true", many("! ")), true),
+        (format!("! {}true", many("! ")), false),
+        (format!("[ {}x ]", many("! ")), true),
+        (format!("[ {}x ]", many("'' -o ")), true),
+        (format!("[ {}'' ]", many("x -a ")), false),
+    ] {
+        let menu = read(&format!("if {condition}; then menuentry A {{ linux /a; }}; fi"), "");
+        assert_eq!(menu.has_linux(), holds, "{}", &condition[..20]);
+    }
+}
+
+#[test]
+fn what_is_too_much_is_an_error() {
+    let entries = "menuentry A { linux /a; }\n".repeat(257);
+    assert!(try_read(&entries, "").expect_err("too many").contains("256 entries"));
+    let words = format!("set a={}\n{}", "x".repeat(200_000), "echo $a\n".repeat(100));
+    assert!(try_read(&words, "").expect_err("too many").contains("16 MiB"));
+    let titles = format!("set a={}\n{}{}", "x".repeat(200_000), "submenu \"$a\" { ".repeat(20), "} ".repeat(20));
+    assert!(try_read(&titles, "").is_ok());
 }
 
 /// As grub-mkconfig of Debian 12 writes it, shortened.
@@ -149,15 +226,14 @@ fn conditions_are_those_of_test() {
 
 #[test]
 fn commands_and_entries_have_a_limit() {
-    let many = "menuentry a { linux /a; }\n".repeat(2000);
-    assert_eq!(read(&many, "").entries.len(), 256);
+    let most = "menuentry a { linux /a; }\n".repeat(256);
+    assert_eq!(read(&most, "").entries.len(), 256);
     let nested = format!("{}menuentry a {{ linux /a; }}{}", "submenu s { ".repeat(20), "\n}".repeat(20));
     assert_eq!(read(&nested, "").entries[0].numbers.len(), 21);
-    // The values of variables have a budget: what comes behind its end is left out.
+    // The values of variables have a budget.
     let grows = format!(
         "menuentry a {{ linux /a $a; }}\na=aaaaaaaaaaaaaaaa\n{}menuentry $a {{ true; }}",
         "a=$a$a\n".repeat(30_000)
     );
-    let menu = read(&grows, "");
-    assert_eq!((menu.entries.len(), menu.entries[0].kernel.as_deref()), (1, None));
+    assert!(try_read(&grows, "").expect_err("too much").contains("16 MiB"));
 }

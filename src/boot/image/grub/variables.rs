@@ -39,8 +39,8 @@ impl Variables {
         }
     }
 
-    /// The words with the values of their variables, as far as they have at most [`MAX_BYTES`], and `budget` bytes, from which they
-    /// are taken.
+    /// The words with the values of their variables. Their bytes are taken from `budget`; it is 0 where it, or [`MAX_BYTES`], was not
+    /// enough, and the words are not whole then.
     pub(super) fn expand(&self, words: &[Word], budget: &mut usize) -> Vec<String> {
         let mut expanded = Vec::new();
         let mut left = MAX_BYTES;
@@ -53,7 +53,7 @@ impl Variables {
                 };
                 let bytes = text.len() + 1;
                 let (Some(rest), Some(rest_of_budget)) = (left.checked_sub(bytes), budget.checked_sub(bytes)) else {
-                    *budget = budget.saturating_sub(bytes);
+                    *budget = 0;
                     return expanded;
                 };
                 (left, *budget) = (rest, rest_of_budget);
