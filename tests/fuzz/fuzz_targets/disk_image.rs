@@ -1,7 +1,8 @@
-//! Any bytes as a disk: partition table, file systems, and the boot loader's configuration on them.
+//! Any bytes as a disk: partition table, file systems, and on them the boot loader's configuration and a kernel's modules.
 #![no_main]
 
-use hwvmm::boot::image::{Range, find};
+use hwvmm::boot::image::{Range, find, find_modules};
+use hwvmm::boot::initramfs::Driver;
 use libfuzzer_sys::fuzz_target;
 use std::rc::Rc;
 
@@ -9,6 +10,11 @@ fuzz_target!(|data: &[u8]| {
     let disk = Range::whole(Rc::new(data.to_vec()), 8 << 20);
     match find(&disk, None, &mut Vec::new(), Some(&mut Vec::new())) {
         Ok(found) => assert!(!found.cmdline.contains(char::is_control)),
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+    let mut copied = Vec::new();
+    match find_modules(&disk, "6.1", &[Driver::Overlay], &mut copied) {
+        Ok(found) => assert_eq!(found.modules.iter().map(|module| module.bytes).sum::<u64>(), copied.len() as u64),
         Err(error) => assert!(!error.to_string().is_empty()),
     }
 });
