@@ -74,6 +74,21 @@ impl GuestPage<'_> {
         Some(())
     }
 
+    /// Returns true if the page has these 8-byte words at `offset`, which must be a multiple of 8. False as well where they
+    /// would leave the page.
+    #[inline]
+    #[must_use]
+    pub fn holds(&self, offset: u64, words: &[u64]) -> bool {
+        if words.len() as u64 > PAGE_BYTES / 8 || offset > PAGE_BYTES - words.len() as u64 * 8 {
+            return false;
+        }
+        let Some(start) = self.at(offset.min(PAGE_BYTES - 8), 3) else { return false };
+        words.iter().enumerate().all(|(number, word)| {
+            // SAFETY: as in `load`: `at` has checked the alignment of the first word, and all of them end within the page.
+            unsafe { AtomicU64::from_ptr(start.cast::<u64>().add(number)) }.load(Ordering::Acquire) == *word
+        })
+    }
+
     /// The address of a naturally aligned access within the page.
     #[inline]
     fn at(&self, offset: u64, log2_bytes: u8) -> Option<*mut u8> {
@@ -117,6 +132,20 @@ mod tests {
         assert_eq!(page.load(8, 3), Some(0x1122_abcd_55ff_7788));
         assert_eq!((page.load(8, 0), page.load(8, 1), page.load(12, 2)), (Some(0x88), Some(0x7788), Some(0x1122_abcd)));
         assert_eq!(ram.get().read_obj::<u64>(GuestAddress(0x10_1008)).expect("memory"), 0x1122_abcd_55ff_7788);
+    }
+
+    #[test]
+    fn words_are_compared_within_the_page() {
+        let ram = ram();
+        let page = ram.page(0x1000).expect("memory");
+        assert_eq!((page.store(4080, 3, 7), page.store(4088, 3, 8)), (Some(()), Some(())));
+        assert!(
+            page.holds(4080, &[7, 8]) && page.holds(4088, &[8]) && page.holds(4096, &[]) && page.holds(0, &[0; 510])
+        );
+        assert!(!page.holds(4080, &[7, 9]) && !page.holds(4080, &[6, 8]));
+        // Beyond the page, and misaligned.
+        assert!(!page.holds(4088, &[8, 0]) && !page.holds(4096, &[0]) && !page.holds(u64::MAX, &[0]));
+        assert!(!page.holds(4, &[0]) && !page.holds(0, &[0; 513]));
     }
 
     #[test]
