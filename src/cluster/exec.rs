@@ -330,6 +330,13 @@ fn rare(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End> {
             cpu.set(op.dst, width, b);
             cpu.set(op.src, width, a);
         }
+        Kind::XchgMr => {
+            let address = cpu.address(op);
+            let page = mmu.writable(address)?;
+            let value = page.exchange(address & 0xfff, width, cpu.get(op.src, width)).ok_or(End::Unaligned)?;
+            cpu.set(op.src, width, value);
+        }
+        Kind::CmpxchgMr => compare_exchange(cpu, op, mmu)?,
         Kind::UnaryR(operation) => {
             let result = unary(operation, cpu.get(op.dst, width), op.imm, width, &mut cpu.flags);
             set_shifted(cpu, op, result);
@@ -398,6 +405,19 @@ fn conditional_move(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End
     };
     let value = if cpu.flags.condition(condition) { value } else { cpu.get(op.dst, op.width) };
     cpu.set(op.dst, op.width, value);
+    Ok(())
+}
+
+/// The accumulator is written only where it was not equal (SDM vol. 2A, CMPXCHG): RAX keeps its upper half where EAX was.
+fn compare_exchange(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End> {
+    let (width, address) = (op.width, cpu.address(op));
+    let (expected, new) = (cpu.get(RAX, width), cpu.get(op.src, width));
+    let page = mmu.writable(address)?;
+    let found = page.compare_exchange(address & 0xfff, width, expected, new).ok_or(End::Unaligned)?;
+    alu(Alu::Cmp, expected, found, width, &mut cpu.flags);
+    if found != expected {
+        cpu.set(RAX, width, found);
+    }
     Ok(())
 }
 
