@@ -8,15 +8,17 @@ use crate::kvm::Direction;
 use crate::measure::clusters::ClusterEnd as End;
 use crate::memory::{GuestPage, PAGE_BYTES};
 
-/// Blocks kept at most; a power of two.
-const BLOCKS: usize = 1 << BLOCKS_LOG2;
-const BLOCKS_LOG2: u32 = 12;
+/// Sets of the cache, of two blocks each; a power of two.
+const SETS: usize = 1 << SETS_LOG2;
+const SETS_LOG2: u32 = 11;
 /// The longest instruction in bytes (SDM vol. 2A §2.3.11).
 const LONGEST: u64 = 15;
 
 /// Instructions in a row, within one page; or one instruction across two pages.
 pub(super) struct Block {
     rip: u64,
+    /// The value of [`Blocks::epoch`] for which the block is known to be unchanged.
+    checked: u64,
     gpa: u64,
     /// The 8-byte words that hold the block's bytes in its first page.
     words: Box<[u64]>,
@@ -33,46 +35,74 @@ struct Rest {
     words: Box<[u64]>,
 }
 
-/// The cache: each address has one place.
+/// The cache: each address has one set, and in it the newest block comes first.
 pub(super) struct Blocks {
-    blocks: Box<[Option<Block>]>,
+    blocks: Box<[[Block; 2]]>,
+    /// Changes with each cluster, and within one where the MMU no longer watches all pages of the blocks that were checked. A block is
+    /// compared with memory once in an epoch: a write by the guest's own instructions to its pages ends the cluster, and a write
+    /// by others need not be seen before a serializing instruction (SDM vol. 3A §9.1.3), which ends it too.
+    epoch: u64,
 }
 
 impl Blocks {
     pub(super) fn new() -> Self {
-        Self { blocks: std::iter::repeat_with(|| None).take(BLOCKS).collect() }
+        let blocks = std::iter::repeat_with(|| [Block::none(), Block::none()]).take(SETS).collect();
+        Self { blocks, epoch: 1 }
     }
 
-    /// Returns the block at a linear address, and tells the MMU that it is being run.
+    /// Starts a cluster: every block is compared with memory once more.
+    pub(super) fn start(&mut self) {
+        self.epoch += 1;
+    }
+
+    /// Returns the block at a linear address, whose pages the MMU watches from then on.
     #[inline]
     pub(super) fn at(&mut self, rip: u64, mmu: &mut Mmu<'_>) -> Result<&Block, End> {
+        let set = hash(rip);
+        let is_known = |block: &Block| block.rip == rip && block.checked == self.epoch;
+        let way = if is_known(&self.blocks[set][0]) {
+            0
+        } else if is_known(&self.blocks[set][1]) {
+            1
+        } else {
+            self.check(rip, set, mmu)?
+        };
+        Ok(&self.blocks[set][way])
+    }
+
+    /// Finds the block by comparing it with memory, or decodes it. Returns its place in the set.
+    #[inline(never)]
+    fn check(&mut self, rip: u64, set: usize, mmu: &mut Mmu<'_>) -> Result<usize, End> {
         let (page, page_gpa) = mmu.code(rip)?;
-        mmu.running = [page_gpa; 2];
         let gpa = page_gpa | rip & (PAGE_BYTES - 1);
-        let place = &mut self.blocks[hash(rip)];
-        let found = place.as_ref().is_some_and(|block| {
-            let same = block.rip == rip && block.gpa == gpa && is_unchanged(&block.words, rip, page);
-            same && block.rest.as_ref().is_none_or(|rest| rest.is_unchanged(rip, mmu))
+        let ways = &mut self.blocks[set];
+        let way = ways.iter().position(|block| block.is_unchanged(rip, gpa, page, mmu)).unwrap_or_else(|| {
+            // The other one stays if this is its new version.
+            if ways[0].rip != rip {
+                ways.swap(0, 1);
+            }
+            ways[0] = Block::new(rip, gpa, page, mmu);
+            0
         });
-        if !found {
-            *place = Some(Block::new(rip, gpa, page, mmu));
+        if mmu.has_forgotten_code() {
+            self.epoch += 1;
         }
-        place.as_ref().ok_or(End::Unsupported)
+        ways[way].checked = self.epoch;
+        Ok(way)
     }
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "the remainder is small")]
 fn hash(rip: u64) -> usize {
     // Multiplicative hashing: the upper bits of the product depend on all of the address.
-    (rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - BLOCKS_LOG2)) as usize % BLOCKS
+    (rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SETS_LOG2)) as usize % SETS
 }
 
 impl Rest {
-    /// Returns true if the second page is the same, with the same bytes; tells the MMU that it is being run.
+    /// Returns true if the second page is the same, with the same bytes.
     fn is_unchanged(&self, rip: u64, mmu: &mut Mmu<'_>) -> bool {
         let Ok((page, gpa)) = mmu.code(behind(rip)) else { return false };
-        mmu.running[1] = gpa;
-        gpa == self.gpa && is_unchanged(&self.words, 0, page)
+        gpa == self.gpa && page.holds(0, &self.words)
     }
 }
 
@@ -81,18 +111,21 @@ fn behind(rip: u64) -> u64 {
     (rip & !(PAGE_BYTES - 1)).wrapping_add(PAGE_BYTES)
 }
 
-/// Returns true if the page has the words that start at the word of `address`.
-#[inline]
-fn is_unchanged(words: &[u64], address: u64, page: GuestPage<'_>) -> bool {
-    let mut at = address & (PAGE_BYTES - 8);
-    words.iter().all(|word| {
-        let same = page.load(at, 3) == Some(*word);
-        at += 8;
-        same
-    })
-}
-
 impl Block {
+    /// The content of a free place: it was never checked.
+    fn none() -> Self {
+        Self { rip: 0, checked: 0, gpa: u64::MAX, words: Box::default(), rest: None, ops: Box::default() }
+    }
+
+    /// Returns true if this is the block at the address, and memory still has its bytes.
+    #[inline]
+    fn is_unchanged(&self, rip: u64, gpa: u64, page: GuestPage<'_>, mmu: &mut Mmu<'_>) -> bool {
+        self.rip == rip
+            && self.gpa == gpa
+            && page.holds(rip & (PAGE_BYTES - 8), &self.words)
+            && self.rest.as_ref().is_none_or(|rest| rest.is_unchanged(rip, mmu))
+    }
+
     #[cold]
     fn new(rip: u64, gpa: u64, page: GuestPage<'_>, mmu: &mut Mmu<'_>) -> Self {
         let offset = rip & (PAGE_BYTES - 1);
@@ -109,7 +142,7 @@ impl Block {
         }
         let length = if ops.is_empty() { LONGEST } else { length as u64 };
         let used = usize::try_from((offset % 8 + length).div_ceil(8)).unwrap_or(0).min(words.len());
-        Self { rip, gpa, words: words[..used].into(), rest: None, ops: ops.into() }
+        Self { rip, checked: 0, gpa, words: words[..used].into(), rest: None, ops: ops.into() }
     }
 
     /// An instruction whose first bytes are the last of a page. `None` where the page behind it has no translation, or the instruction
@@ -122,9 +155,8 @@ impl Block {
         if ops.is_empty() {
             return None;
         }
-        mmu.running[1] = rest_gpa;
         let rest = Rest { gpa: rest_gpa, words: rest.into() };
-        Some(Self { rip, gpa, words: words.into(), rest: Some(rest), ops: ops.into() })
+        Some(Self { rip, checked: 0, gpa, words: words.into(), rest: Some(rest), ops: ops.into() })
     }
 
     /// Returns the length of the first instruction if it is the port I/O of the exit.

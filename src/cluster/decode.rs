@@ -134,10 +134,10 @@ fn empty(kind: Kind, width: u8) -> Op {
 
 /// Returns the internal form of an instruction; `None` for one that is not interpreted.
 fn translate(instruction: &Instruction) -> Option<Op> {
-    if instruction.has_lock_prefix() {
+    let mnemonic = instruction.mnemonic();
+    if instruction.has_lock_prefix() && !matches!(mnemonic, Mnemonic::Xchg | Mnemonic::Cmpxchg) {
         return None;
     }
-    let mnemonic = instruction.mnemonic();
     let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
     // As padding of a return or a jump; elsewhere they mean something else.
     if repeated && !matches!(mnemonic, Mnemonic::Ret | Mnemonic::Nop | Mnemonic::Pause) {
@@ -264,7 +264,12 @@ fn data_flow(instruction: &Instruction) -> Option<Op> {
         Mnemonic::Movzx => extended(instruction, Kind::MovzxR, Kind::MovzxM),
         Mnemonic::Movsx | Mnemonic::Movsxd => extended(instruction, Kind::MovsxR, Kind::MovsxM),
         Mnemonic::Lea => lea(instruction),
-        Mnemonic::Xchg => two(instruction, |form| (form == Form::Rr).then_some(Kind::XchgRr)),
+        Mnemonic::Xchg => two(instruction, |form| match form {
+            Form::Rr => Some(Kind::XchgRr),
+            Form::Mr => Some(Kind::XchgMr),
+            Form::Rm | Form::Ri | Form::Mi => None,
+        }),
+        Mnemonic::Cmpxchg => two(instruction, |form| (form == Form::Mr).then_some(Kind::CmpxchgMr)),
         Mnemonic::Add => alu(Alu::Add),
         Mnemonic::Or => alu(Alu::Or),
         Mnemonic::Adc => alu(Alu::Adc),

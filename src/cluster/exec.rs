@@ -118,6 +118,7 @@ pub(super) fn run(
     most: u64,
     answered: bool,
 ) -> (u64, End) {
+    blocks.start();
     let (mut done, mut check, mut first) = (0, STRIDE, usize::from(answered));
     loop {
         if done >= check {
@@ -163,7 +164,26 @@ pub(super) fn run(
 #[inline(always)]
 #[allow(clippy::inline_always, reason = "the loop is one function: a call an instruction is dear")]
 fn step(cpu: &mut Cpu, op: &Op, start: u64, mmu: &mut Mmu<'_>, ports: &mut impl Ports) -> Result<Next, End> {
-    let width = op.width;
+    // One copy of the code for each width: masks and sign bits are constants in it.
+    match op.width {
+        3 => step_of(3, cpu, op, start, mmu, ports),
+        2 => step_of(2, cpu, op, start, mmu, ports),
+        1 => step_of(1, cpu, op, start, mmu, ports),
+        _ => step_of(0, cpu, op, start, mmu, ports),
+    }
+}
+
+/// [`step`] for one width.
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "the width must be a constant")]
+fn step_of(
+    width: u8,
+    cpu: &mut Cpu,
+    op: &Op,
+    start: u64,
+    mmu: &mut Mmu<'_>,
+    ports: &mut impl Ports,
+) -> Result<Next, End> {
     match op.kind {
         Kind::MovRr => cpu.set(op.dst, width, cpu.get(op.src, width)),
         Kind::MovRi => cpu.set(op.dst, width, op.imm),
@@ -173,7 +193,7 @@ fn step(cpu: &mut Cpu, op: &Op, start: u64, mmu: &mut Mmu<'_>, ports: &mut impl 
         }
         Kind::Store => mmu.store(cpu.address(op), width, cpu.get(op.src, width))?,
         Kind::StoreImm => mmu.store(cpu.address(op), width, op.imm)?,
-        Kind::Alu(operation, form) => arithmetic(cpu, op, operation, form, mmu)?,
+        Kind::Alu(operation, form) => arithmetic(width, cpu, op, operation, form, mmu)?,
         Kind::Lea => {
             let address = cpu.address(op);
             cpu.set(op.dst, width, address);
@@ -211,9 +231,9 @@ fn step(cpu: &mut Cpu, op: &Op, start: u64, mmu: &mut Mmu<'_>, ports: &mut impl 
 }
 
 /// An instruction with a destination and a source.
-#[inline]
-fn arithmetic(cpu: &mut Cpu, op: &Op, operation: Alu, form: Form, mmu: &mut Mmu<'_>) -> Result<(), End> {
-    let width = op.width;
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "the width must be a constant")]
+fn arithmetic(width: u8, cpu: &mut Cpu, op: &Op, operation: Alu, form: Form, mmu: &mut Mmu<'_>) -> Result<(), End> {
     let keeps = !matches!(operation, Alu::Cmp | Alu::Test);
     match form {
         Form::Rr | Form::Ri | Form::Rm => {
@@ -310,6 +330,13 @@ fn rare(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End> {
             cpu.set(op.dst, width, b);
             cpu.set(op.src, width, a);
         }
+        Kind::XchgMr => {
+            let address = cpu.address(op);
+            let page = mmu.writable(address)?;
+            let value = page.exchange(address & 0xfff, width, cpu.get(op.src, width)).ok_or(End::Unaligned)?;
+            cpu.set(op.src, width, value);
+        }
+        Kind::CmpxchgMr => compare_exchange(cpu, op, mmu)?,
         Kind::UnaryR(operation) => {
             let result = unary(operation, cpu.get(op.dst, width), op.imm, width, &mut cpu.flags);
             set_shifted(cpu, op, result);
@@ -378,6 +405,19 @@ fn conditional_move(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End
     };
     let value = if cpu.flags.condition(condition) { value } else { cpu.get(op.dst, op.width) };
     cpu.set(op.dst, op.width, value);
+    Ok(())
+}
+
+/// The accumulator is written only where it was not equal (SDM vol. 2A, CMPXCHG): RAX keeps its upper half where EAX was.
+fn compare_exchange(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End> {
+    let (width, address) = (op.width, cpu.address(op));
+    let (expected, new) = (cpu.get(RAX, width), cpu.get(op.src, width));
+    let page = mmu.writable(address)?;
+    let found = page.compare_exchange(address & 0xfff, width, expected, new).ok_or(End::Unaligned)?;
+    alu(Alu::Cmp, expected, found, width, &mut cpu.flags);
+    if found != expected {
+        cpu.set(RAX, width, found);
+    }
     Ok(())
 }
 

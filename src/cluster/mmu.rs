@@ -7,9 +7,9 @@
 use crate::measure::clusters::ClusterEnd as End;
 use crate::memory::{GuestPage, GuestRam};
 
-/// Translations kept at most, of data and of code each; powers of two.
+/// Translations kept at most, of data and of code each; powers of two. A path through the kernel has a few dozen pages of code.
 const DATA_ENTRIES: usize = 64;
-const CODE_ENTRIES: usize = 16;
+const CODE_ENTRIES: usize = 64;
 /// The tag of an entry that has no translation: no linear address has this page number.
 const EMPTY: u64 = u64::MAX;
 
@@ -58,15 +58,30 @@ pub(super) struct Mmu<'a> {
     paging: Paging,
     data: [Entry<'a>; DATA_ENTRIES],
     code: [Entry<'a>; CODE_ENTRIES],
-    /// The gpas of the pages, or twice that of the page, that hold the block that is being run: a write there ends the cluster.
-    pub(super) running: [u64; 2],
+    /// A bit for the hash of each page that code was read from, or that was written to: which pages may be both.
+    code_pages: u64,
+    written_pages: u64,
+    /// A translation of code has been replaced.
+    forgotten: bool,
+}
+
+/// The bit of a page in a set of pages by hash.
+fn bit(gpa: u64) -> u64 {
+    1 << (gpa >> 12 & 63)
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "an index is masked to its table's size")]
 impl<'a> Mmu<'a> {
     pub(super) fn new(ram: &'a GuestRam, paging: Paging) -> Self {
         let empty = Entry { tag: EMPTY, page: None, gpa: 0, writable: false };
-        Self { ram, paging, data: [empty; DATA_ENTRIES], code: [empty; CODE_ENTRIES], running: [EMPTY; 2] }
+        let (data, code) = ([empty; DATA_ENTRIES], [empty; CODE_ENTRIES]);
+        Self { ram, paging, data, code, code_pages: 0, written_pages: 0, forgotten: false }
+    }
+
+    /// Returns true if since the last call a page has been forgotten from which code was read: a write to it ends no cluster.
+    #[inline]
+    pub(super) fn has_forgotten_code(&mut self) -> bool {
+        std::mem::take(&mut self.forgotten)
     }
 
     /// Reads `1 << width` bytes at a linear address.
@@ -87,7 +102,7 @@ impl<'a> Mmu<'a> {
         self.writable(address)?.store(address & 0xfff, width, value).ok_or(End::Unaligned)
     }
 
-    /// Returns the page of a linear address to which the guest may write.
+    /// Returns the page of a linear address to which the guest may write, and which holds no code of this cluster.
     #[inline]
     pub(super) fn writable(&mut self, address: u64) -> Result<GuestPage<'a>, End> {
         let entry = &self.data[(address >> 12) as usize % DATA_ENTRIES];
@@ -95,14 +110,12 @@ impl<'a> Mmu<'a> {
             && entry.tag == address >> 12
             && entry.writable
         {
-            return if self.running.contains(&entry.gpa) { Err(End::OwnCode) } else { Ok(page) };
+            return Ok(page);
         }
-        let page = self.fill(address, Access::Write)?;
-        let entry = &self.data[(address >> 12) as usize % DATA_ENTRIES];
-        if self.running.contains(&entry.gpa) { Err(End::OwnCode) } else { Ok(page) }
+        self.fill(address, Access::Write)
     }
 
-    /// Returns the page of the code at a linear address, and its gpa.
+    /// Returns the page of the code at a linear address, and its gpa. While its translation is kept, a write to it ends the cluster.
     #[inline]
     pub(super) fn code(&mut self, address: u64) -> Result<(GuestPage<'a>, u64), End> {
         let entry = &self.code[(address >> 12) as usize % CODE_ENTRIES];
@@ -111,10 +124,21 @@ impl<'a> Mmu<'a> {
         {
             return Ok((page, entry.gpa));
         }
+        self.fill_code(address)
+    }
+
+    #[cold]
+    fn fill_code(&mut self, address: u64) -> Result<(GuestPage<'a>, u64), End> {
         let gpa = self.walk(address, Access::Execute)?;
         let page = self.ram.page(gpa).ok_or(End::NoMemory)?;
-        self.code[(address >> 12) as usize % CODE_ENTRIES] =
-            Entry { tag: address >> 12, page: Some(page), gpa, writable: false };
+        let entry = &mut self.code[(address >> 12) as usize % CODE_ENTRIES];
+        self.forgotten |= entry.tag != EMPTY;
+        *entry = Entry { tag: address >> 12, page: Some(page), gpa, writable: false };
+        self.code_pages |= bit(gpa);
+        if self.written_pages & bit(gpa) != 0 {
+            // Under each of its addresses: the next write finds that it is code now.
+            self.data.iter_mut().filter(|entry| entry.gpa == gpa).for_each(|entry| entry.writable = false);
+        }
         Ok((page, gpa))
     }
 
@@ -122,8 +146,16 @@ impl<'a> Mmu<'a> {
     fn fill(&mut self, address: u64, access: Access) -> Result<GuestPage<'a>, End> {
         let gpa = self.walk(address, access)?;
         let page = self.ram.page(gpa).ok_or(End::NoMemory)?;
+        let writable = access == Access::Write;
+        if writable {
+            let is_code = |entry: &Entry<'_>| entry.tag != EMPTY && entry.gpa == gpa;
+            if self.code_pages & bit(gpa) != 0 && self.code.iter().any(is_code) {
+                return Err(End::OwnCode);
+            }
+            self.written_pages |= bit(gpa);
+        }
         self.data[(address >> 12) as usize % DATA_ENTRIES] =
-            Entry { tag: address >> 12, page: Some(page), gpa, writable: access == Access::Write };
+            Entry { tag: address >> 12, page: Some(page), gpa, writable };
         Ok(page)
     }
 

@@ -76,6 +76,9 @@ pub(super) enum Kind {
     MovsxM(u8),
     Lea,
     XchgRr,
+    /// With memory both are atomic, with or without LOCK.
+    XchgMr,
+    CmpxchgMr,
     Alu(Alu, Form),
     UnaryR(Unary),
     UnaryM(Unary),

@@ -89,7 +89,7 @@ fn segments_and_absolute_addresses() {
 /// Each of these ends the cluster before it: nothing has changed.
 #[test]
 fn what_is_not_interpreted_ends_the_cluster_before_it() {
-    let instructions: [&[u8]; 22] = [
+    let instructions: [&[u8]; 20] = [
         &[0xf4],                               // hlt
         &[0xfb],                               // sti
         &[0x9d],                               // popf
@@ -100,8 +100,6 @@ fn what_is_not_interpreted_ends_the_cluster_before_it() {
         &[0x0f, 0x23, 0xf8],                   // mov %rax,%dr7
         &[0x8e, 0xd0],                         // mov %eax,%ss
         &[0xf0, 0xff, 0x03],                   // lock incl (%rbx)
-        &[0x87, 0x03],                         // xchg %eax,(%rbx)
-        &[0x0f, 0xb1, 0x0b],                   // cmpxchg %ecx,(%rbx)
         &[0xf3, 0xa4],                         // rep movsb
         &[0x6e],                               // outsb
         &[0xf7, 0xf1],                         // div %ecx
@@ -185,6 +183,38 @@ fn code_that_writes_its_own_page_ends_and_changed_code_is_decoded_again() {
     guest.cpu.rip = CODE;
     assert_eq!(guest.run(), (2, End::Unsupported));
     assert_eq!(guest.cpu.regs[RAX], 0);
+}
+
+/// Blocks are compared with memory once a cluster, so a write to any page of which code was run must end it.
+#[test]
+fn a_write_to_a_page_whose_code_was_run_ends_the_cluster() {
+    let target = CODE + 0x3000;
+    // mov %al,(%rbx); call *%rcx; mov %al,(%rbx); hlt
+    let code = [0x88, 0x03, 0xff, 0xd1, 0x88, 0x03, 0xf4];
+    let mut guest = Guest::new(&code);
+    // ret. The first write makes the page's translation writable, before its code is run.
+    guest.put(target, &[0xc3]);
+    (guest.cpu.regs[RAX], guest.cpu.regs[RBX], guest.cpu.regs[RCX]) = (0xf4, target + 8, target);
+    assert_eq!(guest.run(), (3, End::OwnCode));
+    assert_eq!(guest.cpu.rip, CODE + 4, "before the second write");
+    // A write before the page's code is run is seen: it runs into the HLT that is written over RET.
+    (guest.cpu.rip, guest.cpu.regs[RBX], guest.cpu.regs[4]) = (CODE, target, STACK);
+    assert_eq!(guest.run(), (2, End::Unsupported));
+    assert_eq!(guest.cpu.rip, target);
+}
+
+/// More pages of code than are kept: a page that is forgotten may be written to, and its code is compared again.
+#[test]
+fn code_that_is_changed_after_its_page_was_forgotten_is_decoded_again() {
+    let (first, other) = (CODE + 0x1000, CODE + 0x41000);
+    // call *%rcx; call *%rsi; mov %al,(%rcx); call *%rcx; hlt
+    let mut guest = Guest::new(&[0xff, 0xd1, 0xff, 0xd6, 0x88, 0x01, 0xff, 0xd1, 0xf4]);
+    guest.put(first, &[0xc3]);
+    guest.put(other, &[0xc3]);
+    // 64 pages lie between the two: they have the same place among the translations.
+    (guest.cpu.regs[RAX], guest.cpu.regs[RCX], guest.cpu.regs[RSI]) = (0xf4, first, other);
+    assert_eq!(guest.run(), (6, End::Unsupported));
+    assert_eq!(guest.cpu.rip, first, "before the HLT that replaced RET");
 }
 
 #[test]

@@ -42,6 +42,7 @@ struct Opcode {
     /// Flags that the instruction leaves undefined.
     undefined: u64,
     memory: bool,
+    registers: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -53,11 +54,16 @@ enum Immediate {
 }
 
 const fn of(bytes: &'static [u8], extensions: &'static [u8], immediate: Immediate, undefined: u64) -> Opcode {
-    Opcode { bytes, extensions, immediate, undefined, memory: true }
+    Opcode { bytes, extensions, immediate, undefined, memory: true, registers: true }
+}
+
+/// With memory only, with or without LOCK.
+const fn locked(bytes: &'static [u8]) -> Opcode {
+    Opcode { bytes, extensions: &[], immediate: Immediate::None, undefined: 0, memory: true, registers: false }
 }
 
 const fn registers(bytes: &'static [u8], extensions: &'static [u8], immediate: Immediate, undefined: u64) -> Opcode {
-    Opcode { bytes, extensions, immediate, undefined, memory: false }
+    Opcode { bytes, extensions, immediate, undefined, memory: false, registers: true }
 }
 
 const SHIFTS: &[u8] = &[0, 1, 4, 5, 7];
@@ -75,6 +81,10 @@ fn opcodes() -> Vec<Opcode> {
         of(&[0x85], &[], None, AF),
         registers(&[0x86], &[], None, 0),
         registers(&[0x87], &[], None, 0),
+        locked(&[0x86]),
+        locked(&[0x87]),
+        locked(&[0x0f, 0xb0]),
+        locked(&[0x0f, 0xb1]),
         of(&[0x88], &[], None, 0),
         of(&[0x89], &[], None, 0),
         of(&[0x8a], &[], None, 0),
@@ -140,11 +150,14 @@ fn instruction(opcode: &Opcode, random: &mut Random) -> Vec<u8> {
     if small {
         bytes.push(0x66);
     }
+    if !opcode.registers && random.byte().is_multiple_of(2) {
+        bytes.push(0xf0);
+    }
     // REX: W, R, B; the index of an address is never extended.
     let rex = random.byte() & 0b1101;
     let has_rex = random.byte().is_multiple_of(2);
     let wide = has_rex && rex & 8 != 0;
-    let memory = opcode.memory && random.byte().is_multiple_of(2);
+    let memory = opcode.memory && (!opcode.registers || random.byte().is_multiple_of(2));
     if has_rex {
         bytes.push(0x40 | if memory { rex & !1 } else { rex });
     }
@@ -286,6 +299,13 @@ fn compare(cases: u32, seed: u64) {
         let mut state: State = [0; 17];
         state.iter_mut().for_each(|register| *register = random.value());
         state[3] = DATA;
+        // So that CMPXCHG is equal at times: the displacement comes last.
+        if !opcode.registers
+            && random.byte().is_multiple_of(2)
+            && let Some(disp) = bytes.last_chunk().map(|disp| u32::from_le_bytes(*disp) as usize)
+        {
+            state[0] = u64::from_le_bytes(memory[disp..disp + 8].try_into().expect("8 bytes"));
+        }
         state[16] = state[16] & STATUS | 0x202;
         guest.cpu.regs[..16].copy_from_slice(&state[..16]);
         guest.cpu.flags = super::super::flags::Flags::new(state[16]);
