@@ -474,6 +474,7 @@ const TESTS: &[Test] = &[
     ("triple_fault_in_protected_mode", || triple_fault(guests::triple_fault_protected(), Mode::Protected)),
     ("triple_fault_in_long_mode", || triple_fault(guests::triple_fault_long(), Mode::Long)),
     ("a_loop_of_port_io_is_followed", cluster_guests::a_loop),
+    ("accesses_that_are_alone_are_done_once", cluster_guests::accesses_alone),
     ("a_poll_loop_is_followed", cluster_guests::a_poll_loop),
     ("self_modifying_code_is_followed", cluster_guests::self_modifying_code),
     ("a_fault_between_followed_accesses", cluster_guests::a_fault_in_the_middle),

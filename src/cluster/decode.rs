@@ -1,7 +1,7 @@
 //! Decodes a block: the instructions from an address on, up to the first jump or the first instruction that is not interpreted.
 
 use super::op::{Alu, BitOp, FS, Form, GS, HIGH, Kind, NO_SEGMENT, Op, Unary, ZERO};
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 /// The most instructions of a block.
 pub(super) const MAX_OPS: usize = 32;
@@ -20,6 +20,11 @@ pub(super) fn decode(bytes: &[u8], rip: u64, most: usize) -> (Vec<Op>, usize) {
             break;
         }
         let end = decoder.position();
+        // A branch with an operand-size prefix: processors of AMD and of Intel take it differently (SDM vol. 2A, JMP; APM vol. 3, JMP).
+        let start = end.saturating_sub(instruction.len());
+        if instruction.flow_control() != FlowControl::Next && bytes.get(start..end).is_some_and(has_size_prefix) {
+            break;
+        }
         let Some(mut op) = translate(&instruction) else { break };
         let Ok(next) = u8::try_from(end) else { break };
         op.next = next;
@@ -33,6 +38,12 @@ pub(super) fn decode(bytes: &[u8], rip: u64, most: usize) -> (Vec<Op>, usize) {
 }
 
 /// The number of a general-purpose register, and the log2 of its bytes.
+/// Returns true if one of the instruction's legacy prefixes is that of the operand size.
+fn has_size_prefix(instruction: &[u8]) -> bool {
+    let prefixes = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf0, 0xf2, 0xf3];
+    instruction.iter().take_while(|byte| prefixes.contains(*byte)).any(|byte| *byte == 0x66)
+}
+
 fn register(register: Register) -> Option<(u8, u8)> {
     let high = match register {
         Register::AH => Some(0),

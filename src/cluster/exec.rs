@@ -108,18 +108,17 @@ impl Cpu {
     }
 }
 
-/// Runs instructions from RIP on until one cannot be interpreted, or the time is up. With `answered` the first has been carried out
-/// already. Returns the number of instructions run and the reason for the end; RIP is that of the next instruction.
+/// Runs instructions from RIP on until one cannot be interpreted, or the time is up. Returns the number of instructions run and the
+/// reason for the end; RIP is that of the next instruction.
 pub(super) fn run(
     cpu: &mut Cpu,
     mmu: &mut Mmu<'_>,
     blocks: &mut Blocks,
     ports: &mut impl Ports,
     most: u64,
-    answered: bool,
 ) -> (u64, End) {
     blocks.start();
-    let (mut done, mut check, mut first) = (0, STRIDE, usize::from(answered));
+    let (mut done, mut check) = (0, STRIDE);
     loop {
         if done >= check {
             if done >= most {
@@ -131,14 +130,14 @@ pub(super) fn run(
             check = done + STRIDE;
         }
         let block = match blocks.at(cpu.rip, mmu) {
-            Ok(block) if block.ops.len() > first => block,
+            Ok(block) if !block.ops.is_empty() => block,
             Ok(_) => return (done, End::Unsupported),
             Err(end) => return (done, end),
         };
         let start = cpu.rip;
-        let mut at = if first == 0 { 0 } else { block.ops[first - 1].next };
+        let mut at = 0;
         let mut jumped = false;
-        for op in block.ops.iter().skip(std::mem::take(&mut first)) {
+        for op in &block.ops {
             match step(cpu, op, start, mmu, ports) {
                 Ok(Next::Instruction) => {}
                 Ok(Next::Jumped) => jumped = true,

@@ -154,10 +154,12 @@ impl Clusters {
         let Self { ram, blocks, .. } = self;
         let mut mmu = Mmu::new(ram, paging);
         // The instruction of the exit must be the one that KVM says it is: code is read later than the processor read it.
+        // Where it is not, as with a string of one item, nothing is done: KVM may have more to ask to complete it.
         let length = blocks.at(state.regs.rip, &mut mmu).ok().and_then(|block| block.port_io(&exit));
+        let Some(length) = length else { return nothing(End::Unsupported) };
         let (mut cpu, answered);
-        match (self.completion, length) {
-            (Completion::Unknown | Completion::Always, _) => {
+        match self.completion {
+            Completion::Unknown | Completion::Always => {
                 vcpu.complete_port_io()?;
                 let Some(completed) = vcpu.synced_state() else { return nothing(End::State) };
                 if self.completion == Completion::Unknown {
@@ -169,13 +171,14 @@ impl Clusters {
                 }
                 (cpu, answered) = (Cpu::new(&completed), false);
             }
-            (Completion::AtInstruction | Completion::Dropped, None) => return nothing(End::Unsupported),
-            (Completion::AtInstruction | Completion::Dropped, Some(_)) => {
+            Completion::AtInstruction | Completion::Dropped => {
                 if self.completion == Completion::AtInstruction {
                     let dropped = vcpu.abandon_port_io(state.regs, state.regs.rip)?;
                     self.completion = if dropped { Completion::Dropped } else { Completion::Always };
                 }
+                // The instruction is carried out here, whatever comes behind it: where RIP stayed, the guest would do it again.
                 (cpu, answered) = (Cpu::new(state), true);
+                cpu.rip = cpu.rip.wrapping_add(length);
                 if exit.direction == Direction::In {
                     cpu.set_accumulator(exit.width, exit.value);
                 }
@@ -183,7 +186,7 @@ impl Clusters {
         }
         let start = clock::tsc();
         let mut ports = HandlerPorts::new(handler, vcpu, start, self.khz * MOST_NS / 1_000_000);
-        let (instructions, end) = exec::run(&mut cpu, &mut mmu, blocks, &mut ports, MOST_INSTRUCTIONS, answered);
+        let (instructions, end) = exec::run(&mut cpu, &mut mmu, blocks, &mut ports, MOST_INSTRUCTIONS);
         let (avoided, result) = (ports.answered, ports.end.take());
         let mut regs = state.regs;
         cpu.write_to(&mut regs);
@@ -196,10 +199,10 @@ impl Clusters {
     }
 }
 
-/// Judges by a first completion how KVM completes port I/O; `length` is that of the instruction at RIP, if it is the exit's.
-fn completion(before: &SyncedState, after: &SyncedState, length: Option<u64>) -> Completion {
+/// Judges by a first completion how KVM completes port I/O; `length` is that of the instruction at RIP.
+fn completion(before: &SyncedState, after: &SyncedState, length: u64) -> Completion {
     let moved = after.regs.rip.wrapping_sub(before.regs.rip);
-    let completion = if length == Some(moved) { Completion::AtInstruction } else { Completion::Always };
+    let completion = if length == moved { Completion::AtInstruction } else { Completion::Always };
     log::debug!("exit clusters: RIP moves on by {moved} when port I/O is completed: {completion:?}");
     completion
 }

@@ -88,7 +88,7 @@ impl Standalone {
     /// Runs one cluster of about `most` instructions at most. Returns the number of instructions run.
     pub fn run(&mut self, most: u64) -> u64 {
         let mut mmu = Mmu::new(&self.ram, Paging { root: TABLES, levels: 4, no_execute: true });
-        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, most, false).0
+        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, most).0
     }
 
     /// The number of port writes so far.

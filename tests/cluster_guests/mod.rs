@@ -53,6 +53,11 @@ pub(crate) fn a_loop() -> Outcome {
     compared(guests::cluster_loop(), 30)
 }
 
+/// Nothing is avoided, and nothing is done twice.
+pub(crate) fn accesses_alone() -> Outcome {
+    compared(guests::cluster_alone(), 61)
+}
+
 pub(crate) fn a_poll_loop() -> Outcome {
     compared(guests::cluster_poll(), 6)
 }

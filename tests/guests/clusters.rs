@@ -33,6 +33,31 @@ payload!(
     "ret",
 );
 
+// 20 times: accesses that are alone between instructions which are not interpreted, and a string of one item.
+payload!(
+    cluster_alone,
+    ".code64",
+    "mov $0x8000,%esp",
+    "movl $0,0x3000",
+    "mov $20,%ebx",
+    "cld",
+    "1:",
+    "rdtsc",
+    "mov $0x3000,%edi",
+    "mov $0x10,%edx",
+    "insb",
+    "rdtsc",
+    "mov %ebx,%eax",
+    "out %al,$0x10",
+    "rdtsc",
+    "in $0x10,%al",
+    "rdtsc",
+    "dec %ebx",
+    "jnz 1b",
+    "mov $1,%al",
+    "out %al,$0xf4",
+);
+
 // Waits in a loop whose first and last access are the same instruction, until the device says 0x35: its fifth read of 2 bytes.
 payload!(
     cluster_poll,

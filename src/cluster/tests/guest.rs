@@ -76,6 +76,6 @@ impl Guest {
 
     pub(super) fn run(&mut self) -> (u64, End) {
         let mut mmu = Mmu::new(&self.ram, Paging { root: TABLES, levels: 4, no_execute: true });
-        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, 4096, false)
+        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, 4096)
     }
 }
