@@ -89,7 +89,7 @@ fn segments_and_absolute_addresses() {
 /// Each of these ends the cluster before it: nothing has changed.
 #[test]
 fn what_is_not_interpreted_ends_the_cluster_before_it() {
-    let instructions: [&[u8]; 20] = [
+    let instructions: [&[u8]; 21] = [
         &[0xf4],                               // hlt
         &[0xfb],                               // sti
         &[0x9d],                               // popf
@@ -110,6 +110,7 @@ fn what_is_not_interpreted_ends_the_cluster_before_it() {
         &[0xca, 0, 0],                         // lret
         &[0x0f, 0x01, 0xf8],                   // swapgs
         &[0x0f, 0x01, 0x3b],                   // invlpg (%rbx)
+        &[0x66, 0xe9, 0, 0, 0, 0],             // jmp with an operand-size prefix
     ];
     for bytes in instructions {
         let code: Vec<u8> = [0x90].iter().chain(bytes).copied().collect();

@@ -49,6 +49,8 @@ pub(super) fn check(config: &Related<'_>) -> Result<(), ConfigError> {
     let ids = ids.map(|(index, disk)| disk.id.clone().unwrap_or_else(|| format!("disk{index}")));
     let ids = ids.chain(config.seed.map(|_| SEED_ID.to_owned()));
     once("--disk: the id", "counts go by the id, so give each one of its own", ids)?;
+    let serials = config.disk.iter().map(|disk| disk.serial.clone()).filter(|serial| !serial.is_empty());
+    once("--disk: the serial number", "the guest finds a disk by it, so give each one of its own", serials)?;
     let uds = config.vsock.iter().filter_map(|vsock| match &vsock.backend {
         VsockBackend::Unix(path) => Some(path.as_path()),
         VsockBackend::Vhost | VsockBackend::Streams => None,

@@ -80,6 +80,13 @@ pub struct VcpuState {
 }
 
 impl VcpuState {
+    /// Returns true if the guest may run guests of its own: there is state of them that [`Vcpu::save`] does not read
+    /// (KVM_GET_NESTED_STATE).
+    #[must_use]
+    pub fn runs_guests(&self) -> bool {
+        self.sregs.efer & EFER_SVME != 0 || self.sregs.cr4 & CR4_VMXE != 0
+    }
+
     /// A state of zeros, for tests and fuzz targets.
     #[must_use]
     pub fn empty(id: u32) -> Self {
@@ -109,6 +116,11 @@ pub struct VmState {
     /// The two PICs and the I/O APIC; `None` where hwvmm has the I/O APIC (KVM_CAP_SPLIT_IRQCHIP).
     pub chips: Option<[kvm_irqchip; 3]>,
 }
+
+/// EFER.SVME: the guest may enter guests of its own (APM vol. 2, 15.4).
+const EFER_SVME: u64 = 1 << 12;
+/// CR4.VMXE: the guest may be in VMX operation (SDM vol. 3C, 24.7).
+const CR4_VMXE: u64 = 1 << 13;
 
 /// The frequency of a counter of nanoseconds.
 const NANOSECONDS_KHZ: u32 = 1_000_000;

@@ -227,8 +227,8 @@ struct Limits<'a> {
     halt_detector: HaltDetector,
     watches: &'a [Watch],
     drain: Option<&'a Drain>,
-    /// Since when the machine is paused.
-    paused: Option<Instant>,
+    /// The time for which the machine was paused that the watchdog has been given.
+    paused: Duration,
     output: OutputLimit<'a>,
 }
 
@@ -271,16 +271,15 @@ impl Limits<'_> {
         again.min()
     }
 
-    /// When the watchdog expires; it does not run while the machine is paused. A pause that is over is added to its time.
-    fn watchdog_deadline(&mut self, now: Instant) -> Option<Instant> {
+    /// When the watchdog expires; it does not run while the machine is paused. Pauses that are over are added to its time, also one that
+    /// began and ended since it was looked at last, as that of a snapshot does.
+    fn watchdog_deadline(&mut self) -> Option<Instant> {
         let watchdog = self.watchdog.as_ref()?;
         if self.control.is_paused() {
-            self.paused.get_or_insert(now);
             return None;
         }
-        if let Some(since) = self.paused.take() {
-            watchdog.extend(now.saturating_duration_since(since));
-        }
+        let paused = self.control.paused_before();
+        watchdog.extend(paused.saturating_sub(std::mem::replace(&mut self.paused, paused)));
         watchdog.deadline()
     }
 
@@ -289,7 +288,7 @@ impl Limits<'_> {
         let mut next_tick = Instant::now() + TICK;
         while self.control.ended().is_none() {
             let now = Instant::now();
-            let dog = self.watchdog_deadline(now);
+            let dog = self.watchdog_deadline();
             if dog.is_some_and(|at| at <= now) {
                 self.control.end(EndReason::Watchdog, None);
             } else if next_tick <= now {
@@ -395,7 +394,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
         halt_detector,
         watches: &watches,
         drain: drain.as_ref(),
-        paused: None,
+        paused: Duration::ZERO,
         output,
     };
     let result = limits.wait(&mut event_loop, &threads);

@@ -5,6 +5,7 @@ use crate::control::{RequestError, Saved, Saver};
 use crate::error::chain;
 use crate::exit::{Handler, Outcome};
 use crate::kvm::Vm;
+use crate::kvm::state::VcpuState;
 use crate::memory::GuestRam;
 use crate::snapshot::{Description, Files, Irqchip, STATE_VERSION, State, bytes_of_banks, encode, write_memory};
 use crate::vcpu::Inspector;
@@ -91,6 +92,14 @@ impl Parts {
             return Err(format!("the run ends: {end}").into());
         }
         let vcpus = inspector.save(&self.msrs)?;
+        // KVM_GET_NESTED_STATE is not read: what is between the guest and guests of its own would be lost.
+        if vcpus.iter().any(VcpuState::runs_guests) {
+            return Err(
+                "the guest runs virtual machines of its own, whose state snapshots do not have yet: end them, and \
+                        unload its module kvm_amd or kvm_intel"
+                    .into(),
+            );
+        }
         let devices = &self.devices;
         // The watchdog does not run while the machine is paused.
         let now = inspector.control().paused_since().unwrap_or_else(Instant::now);

@@ -115,6 +115,15 @@ const WORDS: &[Word] = &[
     Word { leaf: 7, index: 0, register: Register::Ecx, other: 1 << 4, names: &[(2, "umip"), (3, "pku"), (16, "la57")] },
     Word { leaf: 7, index: 0, register: Register::Edx, other: 0, names: &[(4, "fsrm"), (26, "spec_ctrl")] },
     Word { leaf: 7, index: 1, register: Register::Eax, other: 0, names: &[(4, "avx_vnni"), (5, "avx512_bf16")] },
+    Word { leaf: 7, index: 1, register: Register::Ecx, other: 0, names: &[] },
+    Word {
+        leaf: 7,
+        index: 1,
+        register: Register::Edx,
+        other: 0,
+        names: &[(4, "avx_vnni_int8"), (5, "avx_ne_convert"), (14, "prefetchi")],
+    },
+    Word { leaf: 7, index: 2, register: Register::Edx, other: 0, names: &[(4, "bhi_ctrl")] },
     Word { leaf: 0xd, index: 0, register: Register::Eax, other: 0, names: &[] },
     Word {
         leaf: 0xd,
@@ -144,13 +153,16 @@ const WORDS: &[Word] = &[
         other: 0,
         names: &[(11, "syscall"), (20, "nx"), (26, "pdpe1gb"), (27, "rdtscp"), (29, "lm")],
     },
+    Word { leaf: 0x8000_0007, index: 0, register: Register::Edx, other: 0, names: &[(8, "constant_tsc")] },
+    Word { leaf: 0x8000_0021, index: 0, register: Register::Eax, other: 0, names: &[(8, "autoibrs")] },
     Word { leaf: 0x8000_0008, index: 0, register: Register::Ebx, other: 0, names: &[(0, "clzero"), (9, "wbnoinvd")] },
 ];
 
 impl Word {
     fn bits(&self, leaves: &[kvm_cpuid_entry2]) -> u32 {
-        let leaf = leaves.iter().find(|leaf| leaf.function == self.leaf && leaf.index == self.index);
-        leaf.map_or(0, |leaf| self.register.of(leaf) & !self.other)
+        // A snapshot that was tampered with can have a leaf twice.
+        let same = leaves.iter().filter(|leaf| leaf.function == self.leaf && leaf.index == self.index);
+        same.fold(0, |bits, leaf| bits | self.register.of(leaf)) & !self.other
     }
 
     fn name(&self, bit: u32) -> String {

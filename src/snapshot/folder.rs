@@ -137,7 +137,11 @@ impl Draft {
         self.files.iter().try_for_each(File::sync_all).map_err(failed)?;
         File::open(&self.partial).and_then(|folder| folder.sync_all()).map_err(failed)?;
         match renameat_with(CWD, &self.partial, CWD, &self.target, RenameFlags::NOREPLACE) {
-            Ok(()) => Ok(()),
+            // The name, too, is on the disk before the snapshot is said to be made.
+            Ok(()) => {
+                let parent = self.target.parent().filter(|parent| !parent.as_os_str().is_empty());
+                File::open(parent.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all()).map_err(failed)
+            }
             Err(rustix::io::Errno::EXIST) => Err(FolderError::Exists(self.target.clone())),
             // The file system cannot (renameat2(2)). A folder with files in it is not replaced by rename(2) either.
             Err(rustix::io::Errno::INVAL) => fs::rename(&self.partial, &self.target).map_err(failed),

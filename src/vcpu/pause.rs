@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 struct State {
     /// Since when.
     closed: Option<Instant>,
+    /// How long it has been closed before, in all.
+    before: Duration,
     /// vCPUs that wait.
     waiting: usize,
     /// Raised to have those that wait look around.
@@ -50,7 +52,10 @@ impl Gate {
 
     /// Lets all vCPUs go on.
     pub(super) fn open(&self) {
-        self.change(|state| state.closed = None);
+        self.change(|state| {
+            let closed = state.closed.take().map(|since| since.elapsed());
+            state.before = state.before.saturating_add(closed.unwrap_or_default());
+        });
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -59,6 +64,11 @@ impl Gate {
 
     pub(super) fn closed_since(&self) -> Option<Instant> {
         self.lock().closed
+    }
+
+    /// How long it has been closed, in all, but for the time since it was closed last.
+    pub(super) fn closed_before(&self) -> Duration {
+        self.lock().before
     }
 
     /// Has those that wait call their `look`.

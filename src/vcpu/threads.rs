@@ -108,6 +108,12 @@ impl Control {
         self.gate.closed_since()
     }
 
+    /// How long the machine was paused, in all, but for a pause that is not over.
+    #[must_use]
+    pub fn paused_before(&self) -> Duration {
+        self.gate.closed_before()
+    }
+
     /// Lets the vCPUs of a paused machine go on.
     pub fn resume(&self) {
         self.gate.open();

@@ -206,7 +206,9 @@ fn copy(volumes: &Volumes, entry: &Entry, path: &str, limit: u64, out: &mut dyn 
     let (device, path) = split_device(path);
     let fs: &FileSystem = volumes.device(device.unwrap_or(&entry.device)).ok_or(FileError::NotFound)?;
     match fs.copy(path, limit, out) {
-        Err(FileError::NotFound) if entry.looks_in_boot => fs.copy(&format!("/boot/{}", path.trim_start_matches('/')), limit, out),
+        Err(FileError::NotFound) if entry.looks_in_boot => {
+            fs.copy(&format!("/boot/{}", path.trim_start_matches('/')), limit, out)
+        }
         result => result,
     }
 }

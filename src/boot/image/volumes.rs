@@ -142,12 +142,7 @@ impl Volumes {
         let Some(text) = read(fs, path, grub::MAX_BYTES as u64)? else { return Ok(None) };
         let environment = read(fs, &format!("{folder}/grubenv"), GRUBENV_BYTES);
         let environment = environment.map_err(|why| format!("its grubenv: {why}"))?.unwrap_or_default();
-        let config = grub::Config {
-            text: &text,
-            environment: &environment,
-            device: &format!("{NAME}{index}"),
-            folder,
-        };
+        let config = grub::Config { text: &text, environment: &environment, device: &format!("{NAME}{index}"), folder };
         grub::menu(&config, self).map(Some).map_err(|error| error.to_string())
     }
 

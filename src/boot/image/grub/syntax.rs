@@ -359,7 +359,10 @@ mod tests {
             words: vec![text("menuentry"), text("x")],
             block: Some([command(&["linux", "y"])].into()),
         };
-        assert_eq!(parsed[1], Statement::Command { words: vec![text("submenu"), text("s")], block: Some([entry].into()) });
+        assert_eq!(
+            parsed[1],
+            Statement::Command { words: vec![text("submenu"), text("s")], block: Some([entry].into()) }
+        );
         assert_eq!(parsed[2], command(&["z", "}"]));
         assert_eq!(parsed.len(), 3);
     }

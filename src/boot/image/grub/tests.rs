@@ -21,7 +21,9 @@ impl Volumes for One {
 
     fn read(&self, _: &str, path: &str) -> Result<Option<String>, SourceError> {
         match path {
-            "/boot/grub/custom.cfg" => Ok(Some("set default=own\nmenuentry Own --id own { linux /own $word; }\n".into())),
+            "/boot/grub/custom.cfg" => {
+                Ok(Some("set default=own\nmenuentry Own --id own { linux /own $word; }\n".into()))
+            }
             "/boot/grub/itself.cfg" => Ok(Some("source $prefix/itself.cfg\n".into())),
             "/boot/grub/damaged.cfg" => {
                 Err(SourceError { path: path.into(), why: "the file system cannot be read".into() })
@@ -76,7 +78,8 @@ fn another_entry_than_the_default_is_not_taken() {
 
 #[test]
 fn entries_of_a_submenu_see_its_variables() {
-    let menu = read("submenu S { set o=\"root=UUID=x\"; menuentry E { linux /k $o; } }\nmenuentry F { linux /f $o; }", "");
+    let menu =
+        read("submenu S { set o=\"root=UUID=x\"; menuentry E { linux /k $o; } }\nmenuentry F { linux /f $o; }", "");
     let lines: Vec<_> = menu.entries.iter().map(|entry| entry.cmdline.as_str()).collect();
     assert_eq!(lines, ["root=UUID=x", ""]);
 }
