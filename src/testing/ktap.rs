@@ -252,6 +252,9 @@ fn indentation(line: &str) -> (usize, &str) {
     }
 }
 
+/// The name of a sub-test that has neither a name nor a number.
+const UNNAMED: &str = "unnamed";
+
 fn parse(text: &str) -> Option<Said<'_>> {
     if text.starts_with("KTAP version ") || text.starts_with("TAP version ") {
         return Some(Said::Version);
@@ -282,8 +285,8 @@ fn parse(text: &str) -> Option<Said<'_>> {
     // `\#` belongs to the name.
     let hash = rest.match_indices('#').map(|(place, _)| place).find(|place| !rest[..*place].ends_with('\\'));
     let (name, note) = hash.map_or((rest, ""), |place| (&rest[..place], rest[place + 1..].trim()));
-    let name = name.trim();
-    Some(Said::Result { ok, name: if name.is_empty() { number } else { name }, note })
+    let name = [name.trim(), number, UNNAMED].into_iter().find(|name| !name.is_empty()).unwrap_or(UNNAMED);
+    Some(Said::Result { ok, name, note })
 }
 
 #[cfg(test)]
@@ -362,6 +365,10 @@ mod tests {
         ] {
             assert_eq!(report(whole).problem, None, "{whole}");
         }
+        assert_eq!(
+            names(&report("1..2\nok - #\nok 2 - # SKIP x")),
+            [("unnamed", SubtestResult::Pass), ("2", SubtestResult::Skip)]
+        );
         assert!(report("Linux version 6.1\nok then\nokay 1\nnot ok\nok 1x\n1..x\n1..3 tests").is_empty());
     }
 

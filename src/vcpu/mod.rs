@@ -1,6 +1,7 @@
 //! vCPUs: the run loop, and one thread for each.
 
 mod pause;
+mod pausing;
 mod run_loop;
 mod saving;
 mod threads;

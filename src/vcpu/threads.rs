@@ -45,7 +45,7 @@ pub struct Control {
     event: EventFd,
     /// Raised to have each vCPU publish whether it rests.
     inspection: AtomicU64,
-    gate: Gate,
+    pub(super) gate: Gate,
     saving: Mutex<Saving>,
 }
 
@@ -94,29 +94,6 @@ impl Control {
     #[must_use]
     pub fn is_stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
-    }
-
-    /// Returns true while the machine is paused.
-    #[must_use]
-    pub fn is_paused(&self) -> bool {
-        self.gate.is_closed()
-    }
-
-    /// Since when the machine is paused.
-    #[must_use]
-    pub fn paused_since(&self) -> Option<Instant> {
-        self.gate.closed_since()
-    }
-
-    /// How long the machine was paused, in all, but for a pause that is not over.
-    #[must_use]
-    pub fn paused_before(&self) -> Duration {
-        self.gate.closed_before()
-    }
-
-    /// Lets the vCPUs of a paused machine go on.
-    pub fn resume(&self) {
-        self.gate.open();
     }
 }
 
