@@ -52,7 +52,7 @@ pub enum SeedError {
     /// A file cannot be read.
     #[error("--seed: cannot read {}", .path.shown())]
     Read {
-        /// The file.
+        /// The path of the file that cannot be read.
         path: PathBuf,
         /// The error of the system call.
         source: io::Error,

@@ -229,7 +229,7 @@ pub(super) fn of_copies(copied: &CopiedModules, isolation: Isolation) -> Result<
 
 /// A module's file, open.
 struct Opened {
-    /// For messages.
+    /// The path of the module, which messages name.
     path: PathBuf,
     /// The file's name in the guest. It begins with the module's number: two folders may have modules of one name.
     name: String,
