@@ -25,10 +25,16 @@ pub(crate) fn child_of(parent: &Child) -> Pid {
 
 /// Starts a guest, and waits until it has printed "hello".
 pub(crate) fn spin(name: &str, options: &[&str]) -> Spinning {
-    let mut parent = hwvmm()
+    // A test under nohup, or in the background of a shell, has signals ignored, which hwvmm would leave so.
+    let mut parent = Command::new("env")
+        .arg("--default-signal")
+        .arg(hwvmm().get_program())
         .args(["run", "-m", "16M", "--tune", "coalesced-io=off"])
         .args(options)
         .arg(kernel(name, guests::spin()))
+        .env("HOME", folder())
+        .env_remove("XDG_CACHE_HOME")
+        .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
