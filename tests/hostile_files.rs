@@ -44,6 +44,7 @@ fn load_bytes(bytes: &[u8], unpack: Unpack) -> Result<Loaded, KernelError> {
         pins: Some(IoApicPins { first_gsi: 0, count: 24 }),
         pci: Some(1),
         virtio_mmio: &[],
+        vmgenid: None,
     };
     let kernel = KernelFile::open(file.path())?;
     let boot = BootProtocol::Auto;

@@ -19,6 +19,10 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_MAX_BYTES: usize = 0x1_0000;
 /// The multiboot information structure, followed by its memory map, module list and strings, up to [`EBDA_START`].
 pub const MULTIBOOT_INFO: u64 = 0x9_0000;
+/// The generation identifier of the virtual machine (see [`crate::acpi`]), in the area that the memory map reserves.
+pub const VMGENID: u64 = 0xd_f000;
+/// The length of the identifier at [`VMGENID`] in bytes.
+pub const VMGENID_BYTES: usize = 16;
 /// The ACPI root pointer (RSDP), followed by the tables. It lies in the area that the guest scans for it (ACPI 6.5
 /// §5.2.5.1).
 pub const ACPI_RSDP: u64 = 0xe_0000;
@@ -46,6 +50,9 @@ pub const PCI_ECAM: u64 = 0xe000_0000;
 pub const PCI_ECAM_BYTES: u64 = 1 << 20;
 /// The GSIs for virtio-mmio devices, in the order in which they are given out: first those that no ISA device uses.
 pub const VIRTIO_MMIO_GSIS: [u32; 17] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 13, 14, 15];
+
+/// The GSI that says that the generation identifier has changed: that of a PS/2 mouse, which no machine has.
+pub const VMGENID_GSI: u32 = 12;
 
 /// The I/O APIC's registers, at their customary address.
 pub const IOAPIC: u32 = 0xfec0_0000;

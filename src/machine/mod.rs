@@ -7,6 +7,7 @@ mod disks;
 mod drivers;
 mod error;
 mod files;
+mod generation;
 mod image;
 mod levers;
 mod net;
@@ -41,6 +42,7 @@ use crate::tune::{Lever, Tune};
 use crate::vcpu::Control;
 use devices::Devices;
 use files::Source;
+use generation::GenerationId;
 use hwvmm_arch::acpi::{IoApicPins, Platform};
 use hwvmm_arch::boot::BootMethod;
 use hwvmm_arch::cpuid::{self, CpuidOptions};
@@ -98,7 +100,7 @@ impl Machine {
             Source::Snapshot { memory, .. } => GuestRam::of_file(&banks, memory)?,
         };
         let uarts = uarts(config);
-        let mut layout = BusLayout::new(config, setup.files.is_multiboot())?;
+        let mut layout = BusLayout::new(config, setup.files.is_multiboot(), has_generation_id(setup))?;
         let (vm, irqchip) = create_vm(setup, system, &ram)?;
         let pins = match irqchip {
             Irqchip::Split => layout.pack_pins(uarts.iter().map(|uart| uart.gsi)),
@@ -111,6 +113,7 @@ impl Machine {
             pins,
             pci: layout.pci.then_some(u8::from(layout.pages)),
             virtio_mmio: &layout.mmio,
+            vmgenid: layout.vmgenid,
         };
         let loaded = load(setup, &platform, &ram)?;
         let control = Arc::new(Control::new()?);
@@ -119,6 +122,11 @@ impl Machine {
         if irqchip == Irqchip::Split {
             devices.saved.io_apic = add_io_apic(&vm, pins, &mut mmio)?;
         }
+        let generation = layout.vmgenid.map(|gsi| GenerationId::new(&vm, gsi)).transpose()?;
+        if generation.is_some() {
+            GenerationId::renew(&ram)?;
+        }
+        devices.saved.has_generation_id = generation.is_some();
         if config.testdev {
             testdev::add(config, &vm, &ram, &mut devices.pio, &mut mmio)?;
         }
@@ -138,6 +146,7 @@ impl Machine {
             From::Snapshot(state) => {
                 let vcpus = restore::vcpus(&vm, state, supported.as_slice(), &apic_ids)?;
                 restore::devices(&vm, state, &devices.saved)?;
+                generation.map_or(Ok(()), |generation| generation.announce())?;
                 vcpus
             }
         };
@@ -192,6 +201,15 @@ impl From<'_> {
             Self::Kernel(loaded) => loaded.method,
             Self::Snapshot(state) => state.description.boot,
         }
+    }
+}
+
+/// Returns true if the machine has a generation identifier: where a snapshot can be made of it, or where the one that it goes on from has
+/// one. No other machine has a use for it, and its interrupt takes the guest some exits.
+fn has_generation_id(setup: &Setup<'_>) -> bool {
+    match &setup.files.source {
+        Source::Kernel { .. } => setup.config.api.is_some(),
+        Source::Snapshot { state, .. } => state.description.vmgenid,
     }
 }
 

@@ -24,6 +24,7 @@ pub(super) struct SavedDevices {
     pub(super) watchdog: Option<Arc<Watchdog>>,
     pub(super) io_apic: Option<Arc<IoApic>>,
     pub(super) post: Arc<PostPort>,
+    pub(super) has_generation_id: bool,
 }
 
 /// What a snapshot is made from.
@@ -81,6 +82,7 @@ impl Parts {
             debug_exit: config.debug_exit,
             irqchip: if self.vm.is_split() { Irqchip::Split } else { Irqchip::Kernel },
             boot: self.boot,
+            vmgenid: self.devices.has_generation_id,
             cpu_vendor: String::new(),
             cpu_features: Vec::new(),
         }

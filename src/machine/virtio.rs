@@ -12,7 +12,7 @@ use crate::memory::GuestRam;
 use crate::sandbox::Sandbox;
 use crate::tune::{Lever, Tune};
 use hwvmm_arch::acpi::{IoApicPins, VirtioMmio};
-use hwvmm_arch::layout::{GpaRange, PCI_ECAM, PCI_WINDOW, PCI_WINDOW_BYTES, VIRTIO_MMIO, VIRTIO_MMIO_GSIS};
+use hwvmm_arch::layout::{GpaRange, PCI_ECAM, PCI_WINDOW, PCI_WINDOW_BYTES, VIRTIO_MMIO, VIRTIO_MMIO_GSIS, VMGENID_GSI};
 use hwvmm_devices::memory::Memory;
 use hwvmm_devices::pci::{ConfigPorts, ECAM_BUS_BYTES, Ecam, MsiMessage, MsiRouter, MsiVector, PciRoot, RouteError};
 use hwvmm_devices::virtio::balloon::{Balloon, BalloonControl, FreePageReporting};
@@ -43,16 +43,19 @@ pub(super) struct BusLayout {
     pub(super) mmio: Vec<VirtioMmio>,
     /// If true, the guest reads registers from read-only pages, without exits. Multiboot kernels use the PCI ports instead.
     pub(super) pages: bool,
+    /// The GSI of the machine's generation identifier, if it has one.
+    pub(super) vmgenid: Option<u32>,
 }
 
 impl BusLayout {
     /// # Errors
     /// Where there are more devices than places.
-    pub(super) fn new(config: &RunConfig, multiboot: bool) -> Result<Self, MachineError> {
+    pub(super) fn new(config: &RunConfig, multiboot: bool, has_generation_id: bool) -> Result<Self, MachineError> {
         let count = config.virtio_devices();
+        let vmgenid = has_generation_id.then_some(VMGENID_GSI);
         let pages = config.tune.wants(Lever::ReadonlyRegisters) && !multiboot;
         match config.transport {
-            Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new(), pages }),
+            Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new(), pages, vmgenid }),
             Transport::Mmio if count > VIRTIO_MMIO_GSIS.len() => {
                 Err(MachineError::TooManyDevices { asked: count, max: VIRTIO_MMIO_GSIS.len(), bus: "virtio-mmio" })
             }
@@ -62,20 +65,20 @@ impl BusLayout {
                     range: GpaRange { start, bytes: REGION_BYTES },
                     gsi: *gsi,
                 };
-                Ok(Self { pci: false, mmio: gpas.zip(&VIRTIO_MMIO_GSIS).take(count).map(place).collect(), pages })
+                Ok(Self { pci: false, mmio: gpas.zip(&VIRTIO_MMIO_GSIS).take(count).map(place).collect(), pages, vmgenid })
             }
         }
     }
 }
 
 impl BusLayout {
-    /// For an I/O APIC of hwvmm's own: moves the virtio-mmio devices to pins next to those of the UARTs (GSIs `uarts`).
+    /// For an I/O APIC of hwvmm's own: moves the virtio-mmio devices and the generation identifier to pins next to those of the UARTs
+    /// (GSIs `uarts`).
     /// Returns the pins that the I/O APIC needs, or `None` where no pin is connected.
     pub(super) fn pack_pins(&mut self, uarts: impl Iterator<Item = u32>) -> Option<IoApicPins> {
-        for (gsi, place) in (FIRST_FREE_PIN..).zip(&mut self.mmio) {
-            place.gsi = gsi;
-        }
-        let wired: Vec<u32> = uarts.chain(self.mmio.iter().map(|place| place.gsi)).collect();
+        let gsis = self.mmio.iter_mut().map(|place| &mut place.gsi).chain(&mut self.vmgenid);
+        gsis.zip(FIRST_FREE_PIN..).for_each(|(gsi, pin)| *gsi = pin);
+        let wired: Vec<u32> = uarts.chain(self.mmio.iter().map(|place| place.gsi)).chain(self.vmgenid).collect();
         let (first, last) = (*wired.iter().min()?, *wired.iter().max()?);
         Some(IoApicPins { first_gsi: first, count: last - first + 1 })
     }

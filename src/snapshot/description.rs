@@ -37,6 +37,8 @@ pub struct Description {
     pub irqchip: Irqchip,
     /// How the kernel was loaded.
     pub boot: BootMethod,
+    /// The machine has a generation identifier (VMGenID).
+    pub vmgenid: bool,
     /// The vendor of the processor, as CPUID has it.
     pub cpu_vendor: String,
     /// Features of the processor that the guest was told of, those that have a name here.

@@ -49,6 +49,27 @@ program!(
     "7: loop 7b",
     "jmp 5b"
 );
+// Prints the generation identifier again and again: 32 digits from '0' to '?', the upper one of each byte first.
+program!(
+    generation,
+    "5: mov $0xdf000,%esi",
+    "mov $16,%ecx",
+    "6: lodsb",
+    "mov %al,%bl",
+    "shr $4,%al",
+    "add $0x30,%al",
+    "out %al,%dx",
+    "mov %bl,%al",
+    "and $0xf,%al",
+    "add $0x30,%al",
+    "out %al,%dx",
+    "loop 6b",
+    "mov $10,%al",
+    "out %al,%dx",
+    "mov $20000,%ecx",
+    "7: loop 7b",
+    "jmp 5b"
+);
 program!(debug_exit, "mov $38,%eax", "out %eax,$0xf4", "hlt");
 // They say how a command ended, as the agent does.
 program!(

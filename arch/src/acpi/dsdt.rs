@@ -1,13 +1,18 @@
 //! DSDT (ACPI 6.5 §5.2.11.1): the UARTs that exist, the panic port and the soft-off state.
 
 use super::platform::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, VirtioMmio};
-use crate::layout::{PCI_ECAM, PCI_ECAM_BYTES, PCI_WINDOW, PCI_WINDOW_BYTES, PORT_PVPANIC, SLEEP_TYPE_S5, Uart};
+use crate::layout::{
+    PCI_ECAM, PCI_ECAM_BYTES, PCI_WINDOW, PCI_WINDOW_BYTES, PORT_PVPANIC, SLEEP_TYPE_S5, Uart, VMGENID,
+};
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
-    ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
+    Path, ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::sdt::Sdt;
+
+/// The notification that the generation identifier has changed (its specification, §2.4).
+const VMGENID_CHANGED: u8 = 0x80;
 
 /// One 16550 as ACPI names it: PNP0501, with its eight ports and its interrupt.
 fn uart(index: usize, Uart { port, gsi }: Uart) -> Vec<u8> {
@@ -109,6 +114,40 @@ fn virtio_mmio(index: usize, VirtioMmio { range, gsi }: VirtioMmio) -> Vec<u8> {
     aml
 }
 
+/// The generation identifier (Microsoft, "Virtual Machine Generation ID", 2012), under the id that Linux' vmgenid driver matches, and a
+/// generic event device (ACPI 6.5 §5.6.9) with interrupt `gsi` that notifies its driver of a change. A hardware-reduced platform has no
+/// general-purpose event for it.
+fn vmgenid(gsi: u32) -> Vec<u8> {
+    let (low, high) = (u32::try_from(VMGENID & 0xffff_ffff).unwrap_or(0), u32::try_from(VMGENID >> 32).unwrap_or(0));
+    let mut aml = Vec::new();
+    Device::new(
+        Path::new("VGEN"),
+        vec![
+            &Name::new("_HID".into(), &"VMGENCTR"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    Device::new(
+        Path::new("GED0"),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&Interrupt::new(true, true, false, false, gsi)])),
+            &Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &VMGENID_CHANGED)],
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    aml
+}
+
 /// The bytes of the DSDT.
 pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
     let mut sdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -120,6 +159,9 @@ pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
     }
     for (index, place) in platform.virtio_mmio.iter().enumerate() {
         devices.extend(virtio_mmio(index, *place));
+    }
+    if let Some(gsi) = platform.vmgenid {
+        devices.extend(vmgenid(gsi));
     }
     sdt.append_slice(&Scope::raw("_SB_".into(), devices));
     let mut s5 = Vec::new();
@@ -136,7 +178,7 @@ mod tests {
     #[test]
     fn the_configuration_space_is_reserved_where_there_is_a_pci_bus() {
         let platform =
-            Platform { apic_ids: &[0], uarts: &[], legacy_free: true, pins: None, pci: Some(1), virtio_mmio: &[] };
+            Platform { apic_ids: &[0], uarts: &[], legacy_free: true, pins: None, pci: Some(1), virtio_mmio: &[], vmgenid: None };
         // A 32-bit fixed memory range (ACPI 6.5 §6.4.3.4): tag, length, read-write, base, length.
         let mut range = vec![0x86, 9, 0, 1];
         range.extend(u32::try_from(PCI_ECAM).expect("below 4 GiB").to_le_bytes());

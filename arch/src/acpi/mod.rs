@@ -81,6 +81,7 @@ mod tests {
             pins: Some(IoApicPins { first_gsi: 0, count: 24 }),
             pci: Some(1),
             virtio_mmio: &[VirtioMmio { range: GpaRange { start: 0xd000_0000, bytes: 4096 }, gsi: 16 }],
+            vmgenid: Some(12),
         };
         let mut all = tables(&platform).expect("254 vCPUs fit");
         for table in &all {

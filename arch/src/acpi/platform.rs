@@ -44,6 +44,8 @@ pub struct Platform<'a> {
     pub pci: Option<u8>,
     /// The virtio-mmio devices, each of which gets a device node in the DSDT.
     pub virtio_mmio: &'a [VirtioMmio],
+    /// The GSI that says that the generation identifier has changed, edge-triggered; `None` where there is no identifier.
+    pub vmgenid: Option<u32>,
 }
 
 /// The bytes of a table.

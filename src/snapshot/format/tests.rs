@@ -36,6 +36,7 @@ fn state() -> State {
             debug_exit: false,
             irqchip: crate::snapshot::Irqchip::Split,
             boot: BootMethod { decompressor: Decompressor::None, protocol: EntryProtocol::Multiboot },
+            vmgenid: true,
             cpu_vendor: "AuthenticAMD".into(),
             cpu_features: vec!["sse3".into()],
         },
@@ -120,7 +121,7 @@ fn contradictions_are_refused() {
     let mut version = encode(&state()).expect("encoded");
     version[8] = 9;
     let error = decode(&version).expect_err("refused").to_string();
-    assert!(error.contains("version 9, and this hwvmm reads version 1"), "{error}");
+    assert!(error.contains(&format!("version 9, and this hwvmm reads version {STATE_VERSION}")), "{error}");
 }
 
 proptest! {
