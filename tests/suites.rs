@@ -516,20 +516,75 @@ fn bad_suites_are_refused_with_status_2() -> Outcome {
 }
 
 fn a_suite_that_is_ended_ends_its_guests() -> Outcome {
+    use rustix::process::Signal;
     when_it_runs(|| {
-        let suite = suite(&[("spin/a", ""), ("spin/b", ""), ("spin/c", "")]);
-        let mut child = suite.command(&["-o", "results", "-j", "2"]).stdout(Stdio::null()).spawn().unwrap();
-        let log = suite.path().join("results/00001-a/try-1/console.log");
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while fs::metadata(&log).map_or(0, |found| found.len()) == 0 && Instant::now() < deadline {
+        for signal in [Signal::TERM, Signal::QUIT] {
+            end_a_suite(signal, Some(130));
+        }
+        // Nothing of the suite is left to end them.
+        end_a_suite(Signal::KILL, None);
+    })
+}
+
+/// The processes that have `text` in their command line.
+fn processes_with(text: &str) -> Vec<String> {
+    let folders = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    let lines = folders.filter_map(|folder| fs::read(folder.path().join("cmdline")).ok());
+    lines.map(|line| self::text(&line).replace('\0', " ")).filter(|line| line.contains(text)).collect()
+}
+
+/// Ends a suite of guests that run on, and sees them end.
+fn end_a_suite(signal: rustix::process::Signal, status: Option<i32>) {
+    let suite = suite(&[("spin/a", ""), ("spin/b", ""), ("spin/c", "")]);
+    let folder = suite.path().to_str().unwrap().to_owned();
+    let mut child = suite.command(&["-o", "results", "-j", "2"]).stdout(Stdio::null()).spawn().unwrap();
+    let log = suite.path().join("results/00001-a/try-1/console.log");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while fs::metadata(&log).map_or(0, |found| found.len()) == 0 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(!processes_with(&folder).is_empty(), "its guests run");
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), signal).unwrap();
+    let start = Instant::now();
+    assert_eq!(child.wait().unwrap().code(), status);
+    while !processes_with(&folder).is_empty() && start.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(start.elapsed() < Duration::from_secs(5), "{signal:?}: {:?}", processes_with(&folder));
+    assert!(suite.results("results").is_empty(), "no test has a result that it did not come to");
+}
+
+/// A shell that is left has sent SIGHUP: nohup(1) has it ignored.
+fn a_suite_under_nohup_is_not_ended_by_sighup() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[("spin", "silence = '500ms'")]);
+        let program = suite.command(&[]).get_program().to_owned();
+        let mut sh = Command::new("sh");
+        sh.args(["-c", "trap '' HUP; exec \"$0\" test -o results"]).arg(program).current_dir(suite.path());
+        ENVIRONMENT.iter().for_each(|name| _ = sh.env_remove(name));
+        let mut child = sh.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let log = suite.path().join("results/00001-spin/try-1/console.log");
+        while fs::metadata(&log).map_or(0, |found| found.len()) == 0 && child.try_wait().unwrap().is_none() {
             std::thread::sleep(Duration::from_millis(5));
         }
-        let pid = rustix::process::Pid::from_child(&child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        let start = Instant::now();
-        assert_eq!(child.wait().unwrap().code(), Some(130));
-        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
-        assert!(suite.results("results").is_empty(), "no test has a result that it did not come to");
+        rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::HUP).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(1));
+        assert_eq!(suite.results("results")["spin"]["verdict"], "hang");
+    })
+}
+
+/// A write beyond RLIMIT_FSIZE is an error that is said, no death by SIGXFSZ.
+fn a_file_that_may_not_grow_is_an_error() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[("off", ""), ("reset", "")]);
+        let program = suite.command(&[]).get_program().to_owned();
+        let mut sh = Command::new("bash");
+        sh.args(["-c", "ulimit -f 1; exec \"$0\" test -o results"]).arg(program).current_dir(suite.path());
+        ENVIRONMENT.iter().for_each(|name| _ = sh.env_remove(name));
+        let out = sh.stdin(Stdio::null()).output().unwrap();
+        assert_eq!(out.status.code(), Some(42), "{:?} {}", out.status, text(&out.stderr));
+        assert!(text(&out.stderr).contains("File too large"), "{}", text(&out.stderr));
+        assert!(text(&out.stdout).contains("results: "), "the summary is printed: {}", text(&out.stdout));
     })
 }
 
@@ -548,6 +603,8 @@ const TESTS: &[Test] = &[
     ("a_sample_is_written_and_can_be_used", a_sample_is_written_and_can_be_used),
     ("bad_suites_are_refused_with_status_2", bad_suites_are_refused_with_status_2),
     ("a_suite_that_is_ended_ends_its_guests", a_suite_that_is_ended_ends_its_guests),
+    ("a_suite_under_nohup_is_not_ended_by_sighup", a_suite_under_nohup_is_not_ended_by_sighup),
+    ("a_file_that_may_not_grow_is_an_error", a_file_that_may_not_grow_is_an_error),
 ];
 
 fn main() -> ExitCode {
