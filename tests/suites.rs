@@ -3,8 +3,12 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail where it stands")]
 
+#[path = "harness/fat.rs"]
+mod fat;
 mod guests;
 mod harness;
+#[path = "suites/images.rs"]
+mod images;
 #[path = "suites/verdicts.rs"]
 mod verdicts;
 
@@ -362,5 +366,5 @@ const TESTS: &[Test] = &[
 ];
 
 fn main() -> ExitCode {
-    harness::run("suites", &[TESTS, verdicts::TESTS].concat())
+    harness::run("suites", &[TESTS, images::TESTS, verdicts::TESTS].concat())
 }
