@@ -7,8 +7,7 @@ use std::fs;
 
 /// A disk whose first entry powers off, and whose second one resets the guest.
 fn image() -> Vec<u8> {
-    let [off, reset, command] =
-        [guests::power_off(), guests::reset(), guests::command_exited()].map(guests::multiboot);
+    let [off, reset, command] = [guests::power_off(), guests::reset(), guests::command_exited()].map(guests::multiboot);
     let entry = |name: &str| format!("title {name}\nlinux /{name}\noptions quiet\n").into_bytes();
     let [first, second, third] = ["off", "reset", "command"].map(entry);
     let files: [(&str, &[u8]); 6] = [

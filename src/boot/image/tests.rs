@@ -10,7 +10,7 @@ use crate::skip::skipped;
 use fat::fat;
 use proptest::prelude::*;
 use std::fs;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
