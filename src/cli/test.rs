@@ -3,6 +3,7 @@
 use super::output::{fail, print_all, print_stderr, print_text, say};
 use crate::exit::Signal;
 use crate::exit::end::status;
+use crate::machine::is_disk_image;
 use crate::supervise::with_default_action;
 use crate::testing::{
     Annotations, Baseline, Case, Colour, DEFAULT_FILE, Done, FailFast, Header, Interrupted, Jobs, Plan, ResultFolder,
@@ -150,7 +151,7 @@ fn prepare(args: &Args) -> Result<Prepared, Usage> {
     suites.iter().flat_map(|suite| &suite.notes).for_each(|note| say(note));
     let shard = args.shard.map_or_else(Shard::of_environment, Ok)?;
     let selection = Selection::new(args.filter.clone(), args.regex.as_deref(), shard)?;
-    let cases = selection.take(expand(&suites)?)?;
+    let cases = selection.take(expand(&suites, is_disk_image)?)?;
     let paths = cases.iter().filter_map(|case| baseline_path(args.baseline.as_deref(), case));
     let mut baselines = BTreeMap::new();
     for path in paths {
