@@ -7,6 +7,8 @@
 mod confined;
 #[path = "command/expect.rs"]
 mod expect;
+#[path = "harness/fat.rs"]
+mod fat;
 mod guests;
 mod harness;
 #[path = "command/hostile.rs"]

@@ -12,7 +12,7 @@ boot_images() {
     ln -s boot/vmlinuz-1 "$dir/root/vmlinuz"
     guest_modules "$dir/root/lib/modules/$(cat "$HWVMM_KERNEL_DIR/version")"
     cp /bin/busybox "$dir/root/bin/busybox"
-    for name in sh cat id mount touch uname; do ln -s busybox "$dir/root/bin/$name"; done
+    for name in sh cat id mkdir mount touch uname; do ln -s busybox "$dir/root/bin/$name"; done
     echo 'of the image' >"$dir/root/etc/marker"
     printf 'root:x:0:0::/root:/bin/sh\nguest:x:1000:5::/tmp:/bin/sh\n' >"$dir/root/etc/passwd"
     cat >"$dir/root/boot/grub/grub.cfg" <<EOF

@@ -106,7 +106,7 @@ Exit status:
   1    a test is not
   2    wrong option or suite
   42   hwvmm or the host failed, and no test is bad; or tests of a merge are missing
-  130  ended by SIGINT, SIGTERM or SIGHUP";
+  130  ended by SIGINT, SIGTERM, SIGHUP or SIGQUIT";
 
 /// Boots Linux guests under KVM, and shows what causes their VM exits
 #[derive(Parser)]

@@ -21,6 +21,7 @@ use crate::sandbox::keep_from_machine;
 use crate::snapshot::Opened;
 use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, Supervised};
 use hwvmm_devices::path_text::PathText as _;
+use rustix::process::{getppid, set_parent_process_death_signal};
 use std::cell::OnceCell;
 use std::error::Error;
 use std::fmt::Write as _;
@@ -39,11 +40,34 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
+    /// Ends the run, as SIGTERM does, when the process with this ID is gone, which must be its parent: `hwvmm test` gives its own.
+    #[arg(long, hide = true, value_name = "PID")]
+    end_with_parent: Option<i32>,
+
     #[command(flatten)]
     options: RunOptions,
 }
 
+/// Has SIGTERM sent to this process when its parent `parent` ends (PR_SET_PDEATHSIG).
+///
+/// # Errors
+/// Where it is gone already, or another process is the parent.
+fn end_with_parent(parent: i32) -> Result<(), String> {
+    set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
+        .map_err(|error| format!("--end-with-parent {parent}: {}", io::Error::from(error)))?;
+    // A parent that was gone before that call sends no signal.
+    if getppid().is_some_and(|found| found.as_raw_nonzero().get() == parent) {
+        Ok(())
+    } else {
+        Err(format!("--end-with-parent {parent}: this process has another parent"))
+    }
+}
+
 pub(super) fn run(args: Args) -> ExitCode {
+    if let Some(Err(problem)) = args.end_with_parent.map(end_with_parent) {
+        say(&problem);
+        return ExitCode::from(status::ERROR);
+    }
     match try_run(args) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {

@@ -1,7 +1,10 @@
 //! The subcommand `hwvmm test`: runs suites of boot tests.
 
 use super::output::{fail, print_all, print_stderr, print_text, say};
+use crate::exit::Signal;
 use crate::exit::end::status;
+use crate::machine::is_disk_image;
+use crate::supervise::with_default_action;
 use crate::testing::{
     Annotations, Baseline, Case, Colour, DEFAULT_FILE, Done, FailFast, Header, Interrupted, Jobs, Plan, ResultFolder,
     SAMPLE, Selection, Shard, SuiteFile, TestResult, Totals, UpdateBaseline, Verdict, annotation, baseline_path,
@@ -148,7 +151,7 @@ fn prepare(args: &Args) -> Result<Prepared, Usage> {
     suites.iter().flat_map(|suite| &suite.notes).for_each(|note| say(note));
     let shard = args.shard.map_or_else(Shard::of_environment, Ok)?;
     let selection = Selection::new(args.filter.clone(), args.regex.as_deref(), shard)?;
-    let cases = selection.take(expand(&suites)?)?;
+    let cases = selection.take(expand(&suites, is_disk_image)?)?;
     let paths = cases.iter().filter_map(|case| baseline_path(args.baseline.as_deref(), case));
     let mut baselines = BTreeMap::new();
     for path in paths {
@@ -178,11 +181,13 @@ fn init(args: &Args) -> ExitCode {
     }
 }
 
-/// Sets `interrupted` on SIGINT, SIGTERM and SIGHUP.
+/// Sets `interrupted` on SIGINT, SIGTERM, SIGHUP and SIGQUIT, where they are not ignored as nohup(1) has it.
 fn catch_signals(interrupted: &Interrupted) -> io::Result<()> {
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(&interrupted.0))?;
+    for signal in with_default_action([Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT]) {
+        signal_hook::flag::register(signal.number().into(), Arc::clone(&interrupted.0))?;
     }
+    // A handler that does nothing: a write beyond RLIMIT_FSIZE fails with EFBIG.
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())?;
     Ok(())
 }
 
@@ -216,13 +221,15 @@ fn run_suite(args: &Args, prepared: &Prepared) -> Result<u8, Box<dyn Error>> {
         },
     };
     let done = crate::testing::run(&plan);
-    lines.finish()?;
-    if args.update_baseline {
-        update_baselines(prepared, &done)?;
-    }
     let totals = Totals::new(&done.results, done.not_run);
-    write_reports(&folder, &done.results, &totals)?;
+    // One that cannot be written is no reason to lose the others, or the summary.
+    let written = [
+        lines.finish(),
+        if args.update_baseline { update_baselines(prepared, &done) } else { Ok(()) },
+        write_reports(&folder, &done.results, &totals),
+    ];
     printer.end(&totals, folder.path());
+    written.into_iter().collect::<Result<(), _>>()?;
     if interrupted.0.load(Ordering::Relaxed) {
         return Ok(status::QUIT);
     }

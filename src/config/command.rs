@@ -24,6 +24,8 @@ pub enum RootChoice {
     Host,
     /// The initramfs, with the files of `--put` alone.
     None,
+    /// The disk image with the kernel. In a [`RunConfig`](super::RunConfig) it is an `Image`.
+    KernelImage,
     /// A folder of the host.
     Folder(PathBuf),
     /// A disk image.
@@ -35,6 +37,7 @@ impl Value for RootChoice {
         match text.as_bytes() {
             b"host" => Ok(Self::Host),
             b"none" => Ok(Self::None),
+            b"image" => Ok(Self::KernelImage),
             _ => PathBuf::parse(text).map(Self::Folder),
         }
     }
@@ -154,7 +157,7 @@ impl CommandOptions<'_> {
         }
         let root = match self.root.unwrap_or(&RootChoice::Host) {
             RootChoice::Host => Some(PathBuf::from("/")),
-            RootChoice::None | RootChoice::Image(_) => None,
+            RootChoice::None | RootChoice::KernelImage | RootChoice::Image(_) => None,
             RootChoice::Folder(path) => Some(path.clone()),
         };
         let share = |tag: String, path, read_only| ShareConfig { tag, path, read_only, privileged_files: false };

@@ -196,9 +196,16 @@ pub enum ConfigError {
     /// A kernel and an image with one were given.
     #[error("--kernel-from cannot be given with a KERNEL: leave one of them out, or give the image with --disk")]
     TwoKernels,
-    /// An entry of an image was asked for, and the kernel is a file.
-    #[error("--entry is for a kernel from a disk image: hwvmm run IMAGE, or --kernel-from IMAGE")]
-    NoImage,
+    /// Something of the image with the kernel was asked for, and the kernel is a file.
+    #[error(
+        "{option} is for a kernel from a disk image (hwvmm run IMAGE, or --kernel-from IMAGE): {kernel} is none, or cannot be read"
+    )]
+    NoImage {
+        /// The option as it is written, with its hyphens.
+        option: &'static str,
+        /// The path of the kernel, as shown.
+        kernel: String,
+    },
     /// An option is about the command that the guest runs, and there is none.
     #[error("{0} is for a guest that runs a command: hwvmm run KERNEL {0} ... -- COMMAND")]
     NeedsCommand(&'static str),

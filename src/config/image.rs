@@ -4,6 +4,7 @@ use super::command::RootChoice;
 use super::devices::{DiskConfig, DiskFormat, DiskIo, WriteError};
 use super::error::ConfigError;
 use super::options::RunOptions;
+use hwvmm_devices::path_text::PathText as _;
 use std::path::{Path, PathBuf};
 
 /// The serial number of the disk with the root of a command, by which the agent finds it.
@@ -47,19 +48,40 @@ impl RunOptions {
         match (&self.kernel, &self.kernel_from) {
             (Some(_), Some(_)) => Err(ConfigError::TwoKernels),
             (Some(path), None) if self.entry.is_none() => Ok(path.clone()),
-            (Some(_), None) => Err(ConfigError::NoImage),
+            (Some(_), None) => Err(self.no_image("--entry")),
             (None, Some(path)) => Ok(path.clone()),
             (None, None) => Err(ConfigError::NoKernel),
         }
+    }
+
+    fn no_image(&self, option: &'static str) -> ConfigError {
+        let kernel = self.kernel.as_deref().or(self.from.as_deref()).unwrap_or(Path::new(""));
+        ConfigError::NoImage { option, kernel: kernel.shown().to_string() }
+    }
+
+    /// The root of a command, with the path of the image where it is that of the kernel.
+    pub(super) fn root_choice(&self) -> Result<RootChoice, ConfigError> {
+        match &self.root {
+            Some(RootChoice::KernelImage) => {
+                self.kernel_from.clone().map(RootChoice::Image).ok_or_else(|| self.no_image("--root image"))
+            }
+            given => Ok(given.clone().unwrap_or_default()),
+        }
+    }
+
+    /// Returns true if the image at `path` is one of the disks that were given.
+    #[must_use]
+    pub fn has_disk(&self, path: &Path) -> bool {
+        self.disk.iter().any(|disk| disk.path == path)
     }
 
     /// The disks that were given, behind the image with the kernel if it is none of them, and before that with the root. A command leaves
     /// both images as they are.
     pub(super) fn disks(&self) -> Vec<DiskConfig> {
         let read_only = !self.command.is_empty();
-        let root = match &self.root {
-            Some(RootChoice::Image(path)) if !self.command.is_empty() => {
-                Some(DiskConfig { serial: ROOT_DISK.into(), read_only, ..disk(path) })
+        let root = match self.root_choice() {
+            Ok(RootChoice::Image(path)) if !self.command.is_empty() => {
+                Some(DiskConfig { serial: ROOT_DISK.into(), read_only, ..disk(&path) })
             }
             _ => None,
         };
@@ -89,7 +111,7 @@ mod tests {
         let own = of("kernel-from = 'i'\ndisk = ['d', 'i,readonly=on']").expect("valid");
         assert!(paths(&own) == [Path::new("d"), Path::new("i")] && own.disk[1].read_only);
         assert!(matches!(of("kernel = 'k'\nkernel-from = 'i'"), Err(ConfigError::TwoKernels)));
-        assert!(matches!(of("kernel = 'k'\nentry = '0'"), Err(ConfigError::NoImage)));
+        assert!(matches!(of("kernel = 'k'\nentry = '0'"), Err(ConfigError::NoImage { option: "--entry", .. })));
         let command = of("kernel-from = 'i'\ncommand = 'sh'\ndisk = ['d']").expect("valid");
         assert!(paths(&command) == [Path::new("i"), Path::new("d")] && command.disk[0].read_only);
         assert!(!command.has_image_cmdline() && image.has_image_cmdline() && !image.disk[0].read_only);
@@ -117,6 +139,15 @@ mod tests {
         both.find_images(|_| false);
         let both = both.into_config().expect("valid");
         assert!(both.disk.len() == 1 && both.disk[0].serial == ROOT_DISK, "one disk has kernel and root");
+        let named = both.root.clone();
+        let image = |kernel: &str| read(&format!("{kernel}\nroot = 'image'\ncommand = 'sh'")).into_config();
+        let kernels = image(&format!("kernel-from = '{}'", file.path().display())).expect("valid");
+        assert!(kernels.root == named && kernels.disk == both.disk && kernels.share.is_empty());
+        let error = image("kernel = 'k'").expect_err("a file").to_string();
+        assert!(
+            error.starts_with("--root image is for a kernel from a disk image") && error.contains("k is none"),
+            "{error}"
+        );
         let folder = root(Path::new("/"), "command = 'sh'\n").expect("valid");
         assert!(folder.root == RootChoice::Folder("/".into()) && folder.disk.len() == 1 && folder.share.len() == 1);
         assert!(root(file.path(), "").is_err(), "there is no command");

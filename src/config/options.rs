@@ -248,9 +248,9 @@ options! {
         /// console's. hwvmm makes the initramfs: with an agent, and the modules that the kernel needs for it
         command: Vec<OsString>, [last = true, help_heading = None::<&str>] "COMMAND";
         /// The root file system that the command finds: host (that of this host), DIR, IMAGE (a disk image, raw or qcow2, with ext2
-        /// to ext4), or none (an empty one, with the files of --put). It is read-only for the guest; what the guest writes goes to
-        /// its memory, and is gone after the run
-        root: Option<RootChoice>, [long] "host|none|DIR|IMAGE" default "host";
+        /// to ext4), image (that of --kernel-from), or none (an empty one, with the files of --put). It is read-only for the guest;
+        /// what the guest writes goes to its memory, and is gone after the run [default: host]
+        root: Option<RootChoice>, [long] "host|none|image|DIR|IMAGE" becomes RootChoice = given.root_choice()?;
         /// Folder of the host that the guest can write to, at the same path
         rw: Vec<PathBuf>, [long] "DIR";
         /// Environment variable of the command; without =VALUE it has that of hwvmm

@@ -130,6 +130,10 @@ pub fn without_prefix(mut line: &[u8]) -> &[u8] {
             Some(b'<') => b'>',
             _ => return line,
         };
+        // What lockdep prints in brackets is the message itself.
+        if line.starts_with(b"[ BUG: ") || line.starts_with(b"[ INFO: ") {
+            return line;
+        }
         let Some(at) = line.iter().take(40).position(|byte| *byte == close) else { return line };
         line = &line[at + 1..];
     }

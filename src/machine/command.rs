@@ -173,7 +173,7 @@ fn instructions(
 fn root_folder(root: &RootChoice) -> Result<Option<&Path>, CommandError> {
     let folder = match root {
         RootChoice::Host => return Ok(Some(Path::new("/"))),
-        RootChoice::None | RootChoice::Image(_) => return Ok(None),
+        RootChoice::None | RootChoice::KernelImage | RootChoice::Image(_) => return Ok(None),
         RootChoice::Folder(folder) => folder,
     };
     let metadata = std::fs::metadata(folder).map_err(|source| CommandError::Folder {

@@ -11,7 +11,7 @@ pub(super) fn drivers(config: &RunConfig) -> Vec<Driver> {
     };
     let mut drivers = vec![bus, Driver::Vsock];
     let on_disk = matches!(config.root, RootChoice::Image(_));
-    if config.root != RootChoice::None && !on_disk || !config.rw.is_empty() {
+    if !config.share.is_empty() {
         drivers.push(Driver::Virtiofs);
     }
     if on_disk {
@@ -39,8 +39,12 @@ mod tests {
         assert_eq!(drivers(&config("root = 'none'\ntransport = 'mmio'")), [Driver::VirtioMmio, Driver::Vsock]);
         let writable = drivers(&config("root = 'none'\nrw = ['/tmp']"));
         assert_eq!(writable, [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs]);
-        let image = RunConfig { root: RootChoice::Image("i".into()), ..config("") };
+        let image = |text: &str| {
+            let text = format!("kernel-from = 'i'\nroot = 'image'\ncommand = ['a']\n{text}");
+            drivers(&toml::from_str::<RunOptions>(&text).expect("TOML").into_config().expect("valid"))
+        };
         let disk = [Driver::VirtioPci, Driver::Vsock, Driver::VirtioBlk, Driver::Crc32c, Driver::Ext4, Driver::Overlay];
-        assert_eq!(drivers(&image), disk);
+        assert_eq!(image(""), disk);
+        assert!(image("share = ['tag=a,path=b']").contains(&Driver::Virtiofs), "a folder that the command may mount");
     }
 }

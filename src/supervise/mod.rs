@@ -22,5 +22,5 @@ mod writable_shares;
 pub use kernel_log::{Echo, KernelLogTarget};
 pub use parent::{SuperviseError, Supervised, run};
 pub use plan::{Check, Plan};
-pub use signals::Signals;
+pub use signals::{Signals, with_default_action};
 pub use writable_shares::{InWritableShare, WritableShareError, check_writable_shares, is_in_writable_share};

@@ -27,17 +27,23 @@ fn set(status: &str, name: &str) -> u64 {
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }
 
+/// Returns those of `signals` whose action is the default one: nothing catches them, and nothing has set them to be ignored. nohup(1)
+/// ignores SIGHUP, and a shell without job control SIGINT and SIGQUIT for a command in the background.
+#[must_use]
+pub fn with_default_action(signals: impl IntoIterator<Item = Signal>) -> Vec<Signal> {
+    // Without /proc all are returned, as where none is ignored.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let others = set(&status, "SigIgn:") | set(&status, "SigCgt:");
+    signals.into_iter().filter(|signal| others >> (signal.number() - 1) & 1 == 0).collect()
+}
+
 impl Signals {
     /// Starts to catch the signals.
     ///
     /// # Errors
     /// Returns the error of sigaction(2) or socketpair(2).
     pub fn catch() -> io::Result<Self> {
-        // Without /proc all are caught, as where none is ignored.
-        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-        let others = set(&status, "SigIgn:") | set(&status, "SigCgt:");
-        let is_default = |signal: &Signal| others >> (signal.number() - 1) & 1 == 0;
-        let caught: Vec<Signal> = Signal::all().filter(is_default).collect();
+        let caught = with_default_action(Signal::all());
         let (receiver, sender) = UnixStream::pair()?;
         let numbers = caught.iter().map(|signal| i32::from(signal.number()));
         let delivery = SignalDelivery::with_pipe(receiver, sender, SignalOnly, numbers)?;

@@ -157,6 +157,8 @@ fn command(case: &Case, files: &Files, profiled: Profiled) -> Command {
     // This very program, also where its file has been replaced meanwhile.
     let mut command = Command::new("/proc/self/exe");
     command.arg0("hwvmm").arg("run").arg("--config").arg(files.options());
+    // Where this process is killed, its guests do not go on.
+    command.arg("--end-with-parent").arg(std::process::id().to_string());
     command.arg("--stats=json").arg("--stats-out").arg(files.stats());
     if case.needs.stdout == StdoutOf::Command {
         command.arg("--kernel-log").arg(files.console());

@@ -16,7 +16,7 @@ pub struct Case {
     pub name: String,
     /// The folder that the paths in `options` are relative to.
     pub folder: PathBuf,
-    /// The options of `hwvmm run`, with the kernel.
+    /// The options of `hwvmm run`, with the kernel, or the image that has it.
     pub options: Table,
     /// How it is run and judged.
     pub settings: Settings,
@@ -59,16 +59,21 @@ impl Case {
     }
 }
 
+/// The options of `hwvmm run` that a table has.
+///
+/// # Errors
+/// Says which option is wrong.
+pub(super) fn run_options(table: &Table) -> Result<RunOptions, String> {
+    toml::Value::Table(table.clone()).try_into().map_err(|error: toml::de::Error| error.message().to_owned())
+}
+
 impl Needs {
     /// What a run with these options needs.
     ///
     /// # Errors
     /// Says which option is wrong.
     pub(super) fn of(options: &Table) -> Result<Self, String> {
-        let options: RunOptions = toml::Value::Table(options.clone())
-            .try_into()
-            .map_err(|error: toml::de::Error| error.message().to_owned())?;
-        let config = options.into_config().map_err(|error| crate::error::chain(&error))?;
+        let config = run_options(options)?.into_config().map_err(|error| crate::error::chain(&error))?;
         Ok(Self::of_config(&config))
     }
 

@@ -1,6 +1,6 @@
 //! Makes the list of runs from a suite: each test with each of its kernels and each combination of its matrix.
 
-use super::case::{Case, Needs, TIMEOUT};
+use super::case::{Case, Needs, TIMEOUT, run_options};
 use super::file::{KernelEntry, SuiteFile, TestEntry};
 use crate::config::toml_escaped;
 use crate::escape::escape;
@@ -39,18 +39,28 @@ pub enum ExpandError {
     Twice(String),
 }
 
+/// What the file of a [`KernelEntry`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FileKind {
+    /// A kernel.
+    Kernel,
+    /// A disk image with a kernel in it.
+    Image,
+}
+
 /// A kernel that a pattern of a path has found.
 struct Found<'a> {
     label: String,
     path: PathBuf,
+    kind: FileKind,
     entry: &'a KernelEntry,
 }
 
-/// Returns the runs of `suites`, in the order of the files.
+/// Returns the runs of `suites`, in the order of the files. `is_image` says whether the file at a path is a disk image.
 ///
 /// # Errors
 /// [`ExpandError`].
-pub fn expand(suites: &[SuiteFile]) -> Result<Vec<Case>, ExpandError> {
+pub fn expand(suites: &[SuiteFile], is_image: impl Fn(&Path) -> bool) -> Result<Vec<Case>, ExpandError> {
     let mut cases = Vec::new();
     for suite in suites {
         let fail = |place: String, problem: String| ExpandError::Content {
@@ -58,10 +68,11 @@ pub fn expand(suites: &[SuiteFile]) -> Result<Vec<Case>, ExpandError> {
             place: escape(&place, 250),
             problem: escape(&problem, 2000),
         };
+        let kind = |path: &Path| if is_image(&suite.folder().join(path)) { FileKind::Image } else { FileKind::Kernel };
         let mut kernels = Vec::new();
         for entry in &suite.kernels {
-            let found =
-                find(suite.folder(), entry).map_err(|problem| fail(format!("kernel '{}'", entry.name), problem))?;
+            let found = find(suite.folder(), entry, kind);
+            let found = found.map_err(|problem| fail(format!("kernel '{}'", entry.name), problem))?;
             kernels.extend(found);
             if kernels.len() > MAX_KERNELS {
                 return Err(fail(format!("kernel '{}'", entry.name), format!("more than {MAX_KERNELS} kernels")));
@@ -91,9 +102,10 @@ pub fn expand(suites: &[SuiteFile]) -> Result<Vec<Case>, ExpandError> {
 }
 
 /// The kernels at the path of `entry`.
-fn find<'a>(folder: &Path, entry: &'a KernelEntry) -> Result<Vec<Found<'a>>, String> {
+fn find<'a>(folder: &Path, entry: &'a KernelEntry, kind: impl Fn(&Path) -> FileKind) -> Result<Vec<Found<'a>>, String> {
     if !entry.path.contains(['*', '?', '[']) {
-        return Ok(vec![Found { label: entry.name.clone(), path: PathBuf::from(&entry.path), entry }]);
+        let path = PathBuf::from(&entry.path);
+        return Ok(vec![Found { label: entry.name.clone(), kind: kind(&path), path, entry }]);
     }
     let within =
         folder.to_str().ok_or("the path of the suite's folder is not UTF-8, and the kernel's has a pattern")?;
@@ -110,7 +122,7 @@ fn find<'a>(folder: &Path, entry: &'a KernelEntry) -> Result<Vec<Found<'a>>, Str
         let path = path.map_err(|error| format!("path: {error}"))?;
         let name = path.file_name().unwrap_or_default().shown().to_string();
         let path = path.strip_prefix(folder).map_or(path.clone(), Path::to_owned);
-        found.push(Found { label: format!("{}:{name}", entry.name), path, entry });
+        found.push(Found { label: format!("{}:{name}", entry.name), kind: kind(&path), path, entry });
     }
     if found.is_empty() {
         return Err(format!("no file matches '{}'", entry.path));
@@ -183,7 +195,16 @@ fn case(
         let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         parts.push(format!("{key}={}", escape(&value, VALUE_BYTES)));
     }
-    options.insert("kernel".into(), path_value(&kernel.path));
+    let key = match kernel.kind {
+        FileKind::Kernel => "kernel",
+        FileKind::Image => "kernel-from",
+    };
+    options.insert(key.into(), path_value(&kernel.path));
+    // A command leaves it as it is.
+    let is_boot = kernel.kind == FileKind::Image && !options.contains_key("command");
+    if is_boot && !run_options(&options)?.has_disk(&kernel.path) {
+        add_read_only_disk(&mut options, &kernel.path);
+    }
     with_default_levers(&mut options);
     options.entry("timeout").or_insert_with(|| Value::String(TIMEOUT.into()));
     let needs = Needs::of(&options)?;
@@ -202,6 +223,18 @@ fn with_default_levers(options: &mut Table) {
     options.insert("tune".into(), Value::Array(levers));
 }
 
+/// Makes the image of a kernel the first disk. It is read-only: other tests, also at the same time, find it as this one does.
+fn add_read_only_disk(options: &mut Table, path: &Path) {
+    let disk = [("path".to_owned(), path_value(path)), ("readonly".to_owned(), Value::Boolean(true))];
+    let mut disks = vec![Value::Table(Table::from_iter(disk))];
+    match options.remove("disk") {
+        None => {}
+        Some(Value::Array(given)) => disks.extend(given),
+        Some(one) => disks.push(one),
+    }
+    options.insert("disk".into(), Value::Array(disks));
+}
+
 /// A path as the value of an option: as text, or with escapes where it is not UTF-8.
 fn path_value(path: &Path) -> Value {
     match path.to_str() {
@@ -215,10 +248,13 @@ fn path_value(path: &Path) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use super::super::case::StdoutOf;
     use super::*;
+    use crate::config::RootChoice;
 
     fn cases_of(text: &str) -> Result<Vec<Case>, ExpandError> {
-        expand(&[SuiteFile::parse(Path::new("suite.toml"), text).expect("a suite")])
+        let is_image = |path: &Path| path.extension().is_some_and(|extension| extension == "img");
+        expand(&[SuiteFile::parse(Path::new("suite.toml"), text).expect("a suite")], is_image)
     }
 
     fn names(text: &str) -> Vec<String> {
@@ -279,7 +315,9 @@ mod tests {
         }
         let of = |path: &str| {
             let text = format!("[[kernel]]\nname = 'k'\npath = '{path}'\n[[test]]\nname = 't'");
-            expand(&[SuiteFile::parse(&boot.join("s.toml"), &text).expect("a suite")])
+            expand(&[SuiteFile::parse(&boot.join("s.toml"), &text).expect("a suite")], |path| {
+                path.ends_with("vmlinuz-2")
+            })
         };
         let found = of("vmlinuz-*").expect("two");
         assert_eq!(
@@ -287,8 +325,43 @@ mod tests {
             ["t[k:vmlinuz-1]", "t[k:vmlinuz-2]"]
         );
         assert_eq!(found[0].options.get("kernel").and_then(Value::as_str), Some("vmlinuz-1"));
+        assert!(found[1].options.contains_key("kernel-from"), "it is looked at in the suite's folder");
         assert_eq!(of("vmlinuz-2*").expect("one")[0].name, "t", "one kernel needs no name");
         assert!(of("none-*").expect_err("none").to_string().contains("no file matches 'none-*'"));
+    }
+
+    #[test]
+    fn a_kernel_can_be_in_a_disk_image() {
+        const IMAGES: &str = "[[kernel]]\nname = 'a'\npath = 'a,b.img'\nentry = '1>0'\n";
+        let of = |text: &str| {
+            let all = cases_of(&format!("{IMAGES}[[test]]\nname = 't'\n{text}")).map(|mut cases| cases.remove(0));
+            all.map(|case| {
+                // As the run reads it.
+                let text = toml::to_string(&case.options).expect("TOML");
+                let options: crate::config::RunOptions = toml::from_str(&text).expect("options");
+                (case.needs.stdout, options.into_config().expect("valid"))
+            })
+        };
+        let disks = |config: &crate::config::RunConfig| {
+            config.disk.iter().map(|disk| (disk.path.display().to_string(), disk.read_only)).collect::<Vec<_>>()
+        };
+        let at = |path: &str, read_only| (path.to_owned(), read_only);
+        let (_, boot) = of("disk = 'd'\nseed = 's'").expect("a boot");
+        assert_eq!((boot.kernel_from.as_deref(), boot.entry.as_deref()), (Some(Path::new("a,b.img")), Some("1>0")));
+        assert_eq!(disks(&boot), [at("a,b.img", true), at("d", false)]);
+        assert_eq!(boot.seed.as_deref(), Some(Path::new("s")));
+        let (_, own) = of("disk = ['d', { path = 'a,b.img' }]").expect("a boot");
+        assert_eq!(disks(&own), [at("d", false), at("a,b.img", false)], "the suite says that it is written");
+        let (stdout, command) = of("run = 'x'\nroot = 'image'").expect("a command");
+        assert_eq!(disks(&command), [at("a,b.img", true)]);
+        assert_eq!((stdout, command.root), (StdoutOf::Command, RootChoice::Image("a,b.img".into())));
+        let kernel = "[[kernel]]\nname = 'a'\npath = 'k'\n";
+        for (key, words) in
+            [("entry = '0'", "--entry is for a kernel from a disk image"), ("root = 'image'", "k is none")]
+        {
+            let error = cases_of(&format!("{kernel}[[test]]\nname = 't'\nrun = 'x'\n{key}")).expect_err("no image");
+            assert!(error.to_string().contains(words), "{error}");
+        }
     }
 
     #[test]

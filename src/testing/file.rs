@@ -29,8 +29,19 @@ const OF_DEFAULTS: &[&str] = &["kernel", "silence", "retries", "baseline", "stat
 const OF_KERNELS: &[&str] = &["name", "path"];
 /// Keys of a matrix.
 const OF_MATRIX: &[&str] = &["kernel", "cpus", "memory", "mmu", "transport", "tune", "root", "cmdline", "append"];
-/// Options of `hwvmm run` that belong to the test command.
-const TAKEN: &[&str] = &["kernel", "stats", "stats-out", "profile-out", "api", "status-file", "kernel-log", "tty"];
+/// Options of `hwvmm run` that no table has, and why.
+const TAKEN: &[(&str, &str)] = &[
+    ("kernel", BY_COMMAND),
+    ("kernel-from", "a disk image with a kernel is the path of a [[kernel]]"),
+    ("stats", BY_COMMAND),
+    ("stats-out", BY_COMMAND),
+    ("profile-out", BY_COMMAND),
+    ("api", BY_COMMAND),
+    ("status-file", BY_COMMAND),
+    ("kernel-log", BY_COMMAND),
+    ("tty", BY_COMMAND),
+];
+const BY_COMMAND: &str = "it is set by the test command itself";
 /// Tables of the file.
 const TABLES: &[&str] = &["defaults", "kernel", "test"];
 /// The tables of a file of vmtest's.
@@ -101,7 +112,7 @@ struct Given {
 pub struct KernelEntry {
     /// The name that tests choose it by.
     pub name: String,
-    /// The path, which may have `*`, `?` and `[...]`.
+    /// The path of a kernel, or of a disk image with one, which may have `*`, `?` and `[...]`.
     pub path: String,
     /// Options of runs with it.
     pub options: Table,
@@ -227,12 +238,12 @@ impl Known<'_> {
         for (key, value) in table {
             if own.contains(&key.as_str()) {
                 split.own.insert(key, value);
-            } else if TAKEN.contains(&key.as_str()) {
-                return Err(format!("'{key}' is set by the test command itself"));
+            } else if let Some((_, why)) = TAKEN.iter().find(|(taken, _)| *taken == key) {
+                return Err(format!("'{key}' cannot be given: {why}"));
             } else if self.options.contains(&key) {
                 split.options.insert(key, value);
             } else {
-                let options = self.options.iter().filter(|option| !TAKEN.contains(&option.as_str()));
+                let options = self.options.iter().filter(|option| TAKEN.iter().all(|(taken, _)| taken != option));
                 return Err(unknown(&key, own.iter().map(ToString::to_string).chain(options.cloned())));
             }
         }
@@ -404,7 +415,8 @@ mod tests {
             ("[[test]]\nname = 'a'\nrun = []", "run must be a line"),
             ("[[test]]\nname = 'a'\nrun = 'x'\ncommand = ['x']", "give one of them"),
             ("[defaults]\nrun = 'x'", "[defaults]: unknown key 'run'"),
-            ("[[test]]\nname = 'a'\nstats-out = 'x'", "'stats-out' is set by the test command"),
+            ("[[test]]\nname = 'a'\nstats-out = 'x'", "'stats-out' cannot be given: it is set by the test command"),
+            ("[[test]]\nname = 'a'\nkernel-from = 'x'", "is the path of a [[kernel]]"),
             ("[[test]]\n[[test]]", "test 1: name is missing"),
             ("[[test]]\nname = ''", "not empty"),
             ("[[test]]\nname = \"a\\nb\"", "control characters"),

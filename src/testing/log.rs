@@ -238,10 +238,11 @@ mod tests {
         let (findings, file) = log(&[
             b"[    0.1] WARN",
             b"ING: CPU: 0 PID: 1 at a.c:1 f+0x1/0x2\r\nBUG: KASAN: use-after-free in g\n",
+            b"[    0.4][    T1] [ BUG: Invalid wait context ]\n",
             b"[    0.5][    T1] Kernel panic - not syncing: no \x1b[31minit\x07\n---[ end ]---",
         ]);
         let kinds: Vec<_> = findings.complaints.iter().map(|complaint| complaint.kind).collect();
-        assert_eq!(kinds, [OopsKind::Warning, OopsKind::Kasan]);
+        assert_eq!(kinds, [OopsKind::Warning, OopsKind::Kasan, OopsKind::Lockdep]);
         assert_eq!(findings.panic.as_deref(), Some("no init"));
         assert_eq!(findings.tail.last().map(String::as_str), Some("---[ end ]---"));
         assert!(file.starts_with(b"[    0.1] WARNING"), "the file has every byte");

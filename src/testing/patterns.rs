@@ -62,25 +62,34 @@ oopses! {
          "rcu: INFO: rcu_preempt detected expedited stalls on CPUs/tasks: { 1-... } 6 jiffies s: 33 root: 0x2/.",
          "INFO: rcu_sched self-detected stall on CPU { 0}"];
     /// The lock dependency checker: kernel/locking/lockdep.c.
-    Lockdep "lockdep" r"^WARNING: (?:possible (?:circular|recursive|irq lock inversion|irq inversion)|inconsistent lock state|bad unlock balance|suspicious RCU usage|Nested lock was not taken|lock held when returning|\S+-safe -> \S+-unsafe lock order|held lock freed)|^(?:DEBUG_LOCKS_WARN_ON|BUG: Invalid wait context)"
+    Lockdep "lockdep" r"^WARNING: (?:possible (?:circular|recursive|irq lock inversion|irq inversion)|inconsistent lock state|bad unlock balance|suspicious RCU usage|Nested lock was not taken|lock held when returning|\S+-safe -> \S+-unsafe lock order|held lock freed|bad contention detected|\S+ still has locks held)|^\[ (?:BUG|INFO): |^(?:DEBUG_LOCKS_WARN_ON|BUG: Invalid wait context)|^INFO: trying to register non-static key"
         ["WARNING: possible circular locking dependency detected", "WARNING: possible recursive locking detected",
          "WARNING: inconsistent lock state", "WARNING: bad unlock balance detected!", "WARNING: suspicious RCU usage",
-         "WARNING: SOFTIRQ-safe -> SOFTIRQ-unsafe lock order detected", "DEBUG_LOCKS_WARN_ON(1)"];
+         "WARNING: SOFTIRQ-safe -> SOFTIRQ-unsafe lock order detected", "WARNING: bad contention detected!",
+         "WARNING: sh/71 still has locks held!", "DEBUG_LOCKS_WARN_ON(1)", "[ BUG: Invalid wait context ]",
+         "[ INFO: possible recursive locking detected ]", "INFO: trying to register non-static key."];
     /// The kernel killed for want of memory: mm/oom_kill.c.
     OutOfMemory "out-of-memory" r"^Out of memory: |^Memory cgroup out of memory: |invoked oom-killer: "
         ["Out of memory: Killed process 71 (stress) total-vm:512000kB, anon-rss:400000kB",
          "Memory cgroup out of memory: Killed process 12 (sh)",
          "stress invoked oom-killer: gfp_mask=0x140dca(GFP_HIGHUSER_MOVABLE), order=0"];
+    /// The search for memory that nothing points to: mm/kmemleak.c.
+    Kmemleak "kmemleak" r"^kmemleak: \d+ new suspected memory leaks"
+        ["kmemleak: 3 new suspected memory leaks (see /sys/kernel/debug/kmemleak)"];
     /// WARN_ON: kernel/panic.c.
-    Warning "warning" r"^WARNING: (?:CPU: \d+ PID: \d+ at |\S+:\d+ at )"
-        ["WARNING: CPU: 0 PID: 1 at kernel/sched/core.c:1234 foo+0x1a/0x30", "WARNING: kernel/sched/core.c:1234 at foo+0x1a/0x30, CPU#0: init/1"];
-    /// BUG_ON, a wrong access, a fault within the kernel: arch/x86/kernel/dumpstack.c, arch/x86/mm/fault.c.
-    Bug "bug" r"^BUG: |^kernel BUG at |^Oops: |^Oops\b.*\[#\d+\]|^general protection fault|^(?:invalid opcode|divide error|stack segment|double fault|int3): [0-9a-f]{4} \[#\d+\]|^list_(?:add|del) corruption|^Unable to handle kernel |^Internal error: "
+    Warning "warning" r"^WARNING: (?:CPU: \d+ PID: \d+ at |\S+:\d+ at |at .+(?:, CPU#\d+|\+0x[0-9a-f]+/))"
+        ["WARNING: CPU: 0 PID: 1 at kernel/sched/core.c:1234 foo+0x1a/0x30", "WARNING: kernel/sched/core.c:1234 at foo+0x1a/0x30, CPU#0: init/1",
+         "WARNING: at foo+0x1a/0x30, CPU#0: init/1", "WARNING: at kernel/sched/core.c:1234 foo+0x1a/0x30()"];
+    /// BUG_ON, a wrong access, a fault within the kernel: arch/x86/kernel/dumpstack.c, arch/x86/kernel/traps.c, arch/x86/mm/fault.c. SLUB's
+    /// report has no colon behind BUG: mm/slub.c, slab_bug.
+    Bug "bug" r"^BUG: |^BUG \S+ \((?:Not tainted|Tainted: [^)]*)\): |^kernel BUG at |^Oops: |^Oops\b.*\[#\d+\]|^general protection fault|^[A-Za-z][\w ,-]*: [0-9a-f]{4} \[#\d+\]|^list_(?:add|del) corruption|^Unable to handle kernel |^Internal error: "
         ["BUG: kernel NULL pointer dereference, address: 0000000000000008", "BUG: unable to handle page fault for address: ffffc900",
          "BUG: scheduling while atomic: swapper/0/1/0x00000002", "kernel BUG at lib/foo.c:12!",
          "Oops: 0002 [#1] PREEMPT SMP NOPTI", "Oops: general protection fault, probably for non-canonical address 0xdead: 0000 [#1] SMP",
          "general protection fault, probably for non-canonical address 0xdead000000000100: 0000 [#1] SMP",
-         "invalid opcode: 0000 [#1] PREEMPT SMP", "list_add corruption. prev->next should be next"];
+         "invalid opcode: 0000 [#1] PREEMPT SMP", "segment not present: 0000 [#1]", "alignment check: 0000 [#1] SMP",
+         "invalid TSS: 0000 [#1]", "BUG kmalloc-64 (Not tainted): Redzone overwritten",
+         "BUG dentry (Tainted: G    B   W         ): Poison overwritten", "list_add corruption. prev->next should be next"];
 }
 
 impl OopsKind {
@@ -89,9 +98,8 @@ impl OopsKind {
     pub fn of_line(line: &[u8]) -> Option<Self> {
         static PATTERNS: OnceLock<Option<RegexSet>> = OnceLock::new();
         // Every pattern has one of these: most lines have none, and are compared with no pattern.
-        const WORDS: [&[u8]; 7] = [b"BUG", b"UBSAN", b"LOCKUP", b"INFO", b"WARN", b"emory", b"oom-killer"];
-        const STARTS: [&[u8]; 9] =
-            [b"Oops", b"general", b"invalid", b"divide", b"stack", b"double", b"int3", b"list_", b"Unable"];
+        const WORDS: [&[u8]; 8] = [b"BUG", b"UBSAN", b"LOCKUP", b"INFO", b"WARN", b"emory", b"oom-killer", b" [#"];
+        const STARTS: [&[u8]; 4] = [b"Oops", b"general", b"list_", b"Unable"];
         let may = STARTS.iter().any(|start| line.starts_with(start))
             || line.starts_with(b"Internal error: ")
             || WORDS.iter().any(|word| memchr::memmem::find(line, word).is_some());
@@ -133,6 +141,10 @@ mod tests {
             "x86/bugs: UBSAN",
             "ok 1 BUG: KASAN: in the name of a test",
             "INFO: task is done",
+            "kmemleak: Kernel memory leak detector initialized (mem pool available: 15679)",
+            "BUG reports (see MAINTAINERS): none",
+            "WARNING: at least two of them",
+            "step 4: 0000 [1]",
         ] {
             assert_eq!(OopsKind::of_line(line.as_bytes()), None, "{line}");
         }

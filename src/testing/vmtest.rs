@@ -119,6 +119,7 @@ fn notes(target: &Target) -> Vec<String> {
     let vm = &target.vm;
     let unused = [
         ("uefi", target.uefi, "the kernel is entered without firmware"),
+        ("rootfs", target.image.is_some() && target.rootfs.is_some(), "the root is that of the image"),
         ("kvm_cpu_args", target.kvm_cpu_args.is_some(), "the guest has the processor that KVM offers; see --tune"),
         ("qemu_command", target.qemu_command.is_some(), "hwvmm runs the guest, not QEMU"),
         ("vm.bios", vm.bios.is_some(), "the kernel is entered without firmware"),
@@ -141,10 +142,15 @@ fn share(tag: &str, path: &str, writable: bool) -> Result<Value, String> {
 
 /// The `[[kernel]]` and the `[[test]]` of a target.
 fn tables(target: Target, kernel_name: &str, variables: &[String]) -> Result<(Table, Table), String> {
-    if target.image.is_some() {
-        return Err("image: a test boots a kernel; give 'kernel', and 'rootfs' where it is not this host's".into());
+    let has_image = target.image.is_some();
+    let path = match (target.kernel, target.image) {
+        (Some(_), Some(_)) => return Err("kernel and image: give one of them".into()),
+        (None, None) => return Err("kernel or image is missing".into()),
+        (Some(path), None) | (None, Some(path)) => path,
+    };
+    if has_image && target.kernel_args.is_some() {
+        return Err("kernel_args is for a 'kernel'; an image has its own".into());
     }
-    let path = target.kernel.ok_or("kernel is missing")?;
     if let Some(arch) = target.arch.filter(|arch| arch != "x86_64") {
         return Err(format!("arch = '{arch}': guests are x86_64"));
     }
@@ -161,8 +167,9 @@ fn tables(target: Target, kernel_name: &str, variables: &[String]) -> Result<(Ta
         words.extend([text(tag), text(place.clone())]);
     }
     let root = match target.rootfs.as_deref() {
+        _ if has_image => "image".to_owned(),
         None | Some("/") => "host".to_owned(),
-        Some(path @ ("host" | "none")) => format!("./{path}"),
+        Some(path @ ("host" | "none" | "image")) => format!("./{path}"),
         Some(path) => path.to_owned(),
     };
     let complaints = OopsKind::ALL.iter().filter(|kind| **kind != OopsKind::Warning);
@@ -227,9 +234,12 @@ mod tests {
         assert_eq!(suite.notes.len(), 3, "{:?}", suite.notes);
         assert!(suite.notes[0].contains("target 'stable [x]': vm.extra_args is ignored"), "{:?}", suite.notes);
         assert!(suite.notes.iter().any(|note| note.contains("target 'root': colour is ignored")), "{:?}", suite.notes);
-        let cases = expand(std::slice::from_ref(&suite)).expect_err("k[1] is not there");
+        let cases = expand(std::slice::from_ref(&suite), |_| false).expect_err("k[1] is not there");
         assert!(cases.to_string().contains("no file matches 'k[[]1[]]'"), "{cases}");
-        let cases = expand(&[SuiteFile::parse(Path::new("vmtest.toml"), &TWO.replace("k[1]", "k")).expect("a suite")]);
+        let cases =
+            expand(&[SuiteFile::parse(Path::new("vmtest.toml"), &TWO.replace("k[1]", "k")).expect("a suite")], |_| {
+                false
+            });
         let cases = cases.expect("tests");
         let [a, b] = &cases[..] else { panic!("two") };
         assert_eq!((a.name.as_str(), a.needs.vcpus, a.needs.memory_bytes), ("stable [x]", 3, 1 << 30));
@@ -251,10 +261,29 @@ mod tests {
     }
 
     #[test]
+    fn an_image_has_kernel_and_root() {
+        let text = "[[target]]\nname = 'a'\nimage = 'x.qcow2'\nuefi = true\nrootfs = 'y'\ncommand = 'c'";
+        let suite = SuiteFile::parse(Path::new("vmtest.toml"), text).expect("a suite");
+        assert!(suite.notes.iter().any(|note| note.contains("rootfs is ignored")), "{:?}", suite.notes);
+        let case = expand(std::slice::from_ref(&suite), |_| true).expect("a test").remove(0);
+        let option = |key: &str| case.options.get(key).and_then(toml::Value::as_str);
+        assert_eq!((option("kernel-from"), option("kernel"), option("root")), (Some("x.qcow2"), None, Some("image")));
+        let error = expand(&[suite], |_| false).expect_err("it is no image").to_string();
+        assert!(error.contains("x.qcow2 is none, or cannot be read"), "{error}");
+    }
+
+    #[test]
     fn what_cannot_be_run_is_refused() {
         for (text, words) in [
-            ("[[target]]\nname = 'a'\nimage = 'x'\ncommand = 'c'", "target 'a': image: a test boots a kernel"),
-            ("[[target]]\nname = 'a'\ncommand = 'c'", "target 'a': kernel is missing"),
+            (
+                "[[target]]\nname = 'a'\nimage = 'x'\nkernel = 'k'\ncommand = 'c'",
+                "target 'a': kernel and image: give one of them",
+            ),
+            (
+                "[[target]]\nname = 'a'\nimage = 'x'\nkernel_args = 'quiet'\ncommand = 'c'",
+                "target 'a': kernel_args is for a 'kernel'",
+            ),
+            ("[[target]]\nname = 'a'\ncommand = 'c'", "target 'a': kernel or image is missing"),
             ("[[target]]\nname = 'a'\nkernel = 'k'", "target 'a': missing field `command`"),
             ("[[target]]\nkernel = 'k'\ncommand = 'c'", "target 1: missing field `name`"),
             (

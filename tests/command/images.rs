@@ -1,9 +1,9 @@
 //! Disk images: commands in guests whose kernel is in one, and the seed of cloud-init.
 
+use super::fat::fat;
 use super::harness::{Outcome, Test};
 use super::{file, folder, guests, hwvmm, kernel, text, when_it_runs};
 use std::fs;
-use std::io::{Cursor, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::{Duration, Instant};
@@ -13,22 +13,7 @@ const MODULES: &str = "/lib/modules/9.9.9-x";
 
 /// Makes a disk that is one FAT file system with these files.
 fn image(name: &str, files: &[(&str, &[u8])]) -> PathBuf {
-    let mut disk = Cursor::new(vec![0; 2 << 20]);
-    fatfs::format_volume(&mut disk, fatfs::FormatVolumeOptions::new()).expect("formatted");
-    disk.seek(SeekFrom::Start(0)).expect("start");
-    {
-        let volume = fatfs::FileSystem::new(&mut disk, fatfs::FsOptions::new()).expect("FAT");
-        for (path, content) in files {
-            let mut folder = volume.root_dir();
-            let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
-            let (name, folders) = parts.split_last().expect("a name");
-            for part in folders {
-                folder = folder.create_dir(part).expect("a folder");
-            }
-            folder.create_file(name).expect("a file").write_all(content).expect("written");
-        }
-    }
-    file(name, &disk.into_inner())
+    file(name, &fat(2 << 20, files))
 }
 
 /// A kernel as those of Linux, which says its release.

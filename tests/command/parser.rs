@@ -183,6 +183,7 @@ fn a_file_that_cannot_be_unpacked_keeps_its_error() -> Outcome {
 /// Faults that hwvmm injects into itself: not in release builds.
 #[cfg(any(debug_assertions, feature = "fault-injection"))]
 mod faults {
+    use super::super::fat::fat;
     use super::super::{file, folder, guests, hwvmm, kernel, text, when_it_runs};
     use super::{Outcome, corpus};
     use std::path::PathBuf;
@@ -320,6 +321,34 @@ mod faults {
         })
     }
 
+    pub(super) fn file_systems_of_an_image_are_read_by_the_process() -> Outcome {
+        when_it_runs(|| {
+            let entry: (&str, &[u8]) = ("/loader/entries/a.conf", b"title A\nlinux /linux\n");
+            let disk = fat(2 << 20, &[entry, ("/linux", &guests::multiboot(guests::power_off()))]);
+            let image = file("faults.img", &disk);
+            let run = |fault: &str, mode: &str| {
+                let mut hwvmm = hwvmm();
+                hwvmm.args(["run", "-m", "16M", "--timeout", "60s", "--sandbox", mode]).arg(&image);
+                let out = hwvmm.env("HWVMM_FAULT", fault).output().expect("started");
+                (out.status.code(), text(&out.stderr))
+            };
+            for mode in ["on", "log", "off"] {
+                let (status, errors) = run("", mode);
+                assert_eq!(status, Some(0), "{mode}: {errors}");
+                assert!(!errors.contains("sandbox:"), "{mode}: {errors}");
+            }
+            // It may take a minute of CPU time, and write 512 MiB: what spins or writes is left out.
+            for (fault, said) in FAULTS.into_iter().filter(|(fault, _)| !["spin", "write"].contains(fault)) {
+                let (status, errors) = run(&format!("Parser:{fault}"), "on");
+                assert_eq!(status, Some(42), "{fault}: {errors}");
+                let said = if fault == "answer" { "it answered with more than 1048576 bytes" } else { said };
+                assert!(errors.contains("faults.img: its file systems were not read: it "), "{fault}: {errors}");
+                assert!(errors.contains(said) && !errors.contains('\x1b'), "{fault}: {errors}");
+            }
+            assert!(std::fs::read(&image).expect("readable") == disk, "the guest has written nothing");
+        })
+    }
+
     pub(super) fn a_run_leaves_the_file_to_the_guest() -> Outcome {
         when_it_runs(|| {
             let left = "bzimage-gzip cannot be unpacked here (the process that unpacks it failed: it was ended by SIG";
@@ -353,6 +382,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("a_run_leaves_the_file_to_the_guest", faults::a_run_leaves_the_file_to_the_guest),
     #[cfg(any(debug_assertions, feature = "fault-injection"))]
     ("a_qcow2_image_is_checked_by_the_process", faults::a_qcow2_image_is_checked_by_the_process),
+    #[cfg(any(debug_assertions, feature = "fault-injection"))]
+    ("file_systems_of_an_image_are_read_by_the_process", faults::file_systems_of_an_image_are_read_by_the_process),
     #[cfg(any(debug_assertions, feature = "fault-injection"))]
     (
         "a_profile_goes_without_names_where_the_process_fails",

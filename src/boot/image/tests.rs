@@ -1,12 +1,16 @@
 //! Whole images: partition tables, file systems made by mke2fs and fatfs, configurations of boot loaders.
 
+#[path = "../../../tests/harness/fat.rs"]
+mod fat;
+
 use super::*;
 use crate::boot::initramfs::Driver;
 use crate::sandbox::Isolation;
 use crate::skip::skipped;
+use fat::fat;
 use proptest::prelude::*;
 use std::fs;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
@@ -32,26 +36,6 @@ fn ext(kind: &str, folder: &Path) -> Option<Vec<u8>> {
         }
     }
     Some(fs::read(image.path()).expect("read"))
-}
-
-/// Makes a FAT file system with files.
-fn fat(bytes: usize, files: &[(&str, &[u8])]) -> Vec<u8> {
-    let mut disk = std::io::Cursor::new(vec![0; bytes]);
-    fatfs::format_volume(&mut disk, fatfs::FormatVolumeOptions::new().volume_id(0x1234_abcd)).expect("formatted");
-    disk.seek(SeekFrom::Start(0)).expect("start");
-    {
-        let volume = fatfs::FileSystem::new(&mut disk, fatfs::FsOptions::new()).expect("FAT");
-        for (path, content) in files {
-            let mut folder = volume.root_dir();
-            let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
-            let (name, folders) = parts.split_last().expect("a name");
-            for part in folders {
-                folder = folder.create_dir(part).expect("a folder");
-            }
-            folder.create_file(name).expect("a file").write_all(content).expect("written");
-        }
-    }
-    disk.into_inner()
 }
 
 /// A disk with an MBR and these partitions, from 1 MiB on.
