@@ -24,8 +24,8 @@ const ENTRY_BYTES: usize = 12;
 const MAX_DEPTH: u16 = 5;
 /// An extent with a greater length has that many blocks less, and was not written (`EXT_INIT_MAX_LEN`).
 const MAX_WRITTEN: u16 = 0x8000;
-/// The most extents of a file that are read: one a block of 4 KiB in the largest kernel.
-const MAX_EXTENTS: usize = 1 << 17;
+/// The most extents of a file that are read: one a block of 1 KiB in the largest kernel.
+const MAX_EXTENTS: usize = 1 << 19;
 /// The most blocks of a folder.
 const MAX_FOLDER_BLOCKS: u64 = 1 << 16;
 
