@@ -120,8 +120,15 @@ fn load_bytes(bytes: &[u8], boot: BootProtocol) -> Result<Loaded, KernelError> {
     let file = tempfile::NamedTempFile::new().expect("a temporary file");
     fs::write(file.path(), bytes).expect("written");
     let ram = GuestRam::new(&[GpaRange { start: 0, bytes: MEMORY }], Backing::SmallPages).expect("memory");
-    let platform =
-        Platform { apic_ids: &[0], uarts: &UARTS[..1], legacy_free: true, pins: None, pci: None, virtio_mmio: &[], vmgenid: None };
+    let platform = Platform {
+        apic_ids: &[0],
+        uarts: &UARTS[..1],
+        legacy_free: true,
+        pins: None,
+        pci: None,
+        virtio_mmio: &[],
+        vmgenid: None,
+    };
     let kernel = KernelFile::open(file.path())?;
     let unpack = Unpack::Host;
     let how = UnpackOptions { cache: None, isolation: Isolation::None, progress: &|_| {} };

@@ -12,7 +12,7 @@ use crate::escape::{escape_json, escape_text};
 use crate::exit::end::status;
 use crate::exit::{EndReason, RunEnd};
 use crate::machine::{Ran, Start, Stdin, configure, detect_disk_formats, is_disk_image};
-use crate::measure::RunRecord;
+use crate::measure::{MenuEntry, RunRecord};
 use crate::probe::{ANY_KVM, Host, check_linux};
 use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
@@ -105,8 +105,8 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
     let result = run_guest(config, &files);
     let Some(file) = &files.status else { return result.map(|ended| ended.status) };
     let record = match &result {
-        Ok(ended) => StatusRecord::new(&ended.end, ended.status),
-        Err(error) => StatusRecord::new(&EndReason::Failed(chain(error.as_ref())), status::ERROR),
+        Ok(ended) => StatusRecord::new(&ended.end, ended.status, ended.entry.clone()),
+        Err(error) => StatusRecord::new(&EndReason::Failed(chain(error.as_ref())), status::ERROR, None),
     };
     let written = record.text().map_err(io::Error::from).and_then(|text| file.write(&text));
     let Err(error) = written else { return result.map(|ended| ended.status) };
@@ -129,6 +129,8 @@ struct Ended {
     end: EndReason,
     /// The exit status of hwvmm.
     status: u8,
+    /// The entry of an image's menu that ran.
+    entry: Option<MenuEntry>,
 }
 
 /// Runs the guest, and prints and writes what is known of it.
@@ -186,7 +188,7 @@ fn run_guest(mut config: RunConfig, files: &ResultFiles) -> Result<Ended, Box<dy
         (status::OK, None) if within == Within::No => status::OVER_BUDGET,
         (status, None) => status,
     };
-    Ok(Ended { end, status })
+    Ok(Ended { end, status, entry: record.entry })
 }
 
 /// Returns true if hwvmm says what it does (`-v`).

@@ -53,14 +53,23 @@ impl RunConfig {
     }
 
     /// As [`RunConfig::kernel_cmdline`], for a kernel to which its `image` gives these parameters: they come before the default ones,
-    /// of which the last console is the one that programs write to, and none of both is there if a command line was given.
+    /// of which the last console is the one that programs write to, and none of both is there if a command line was given. What the
+    /// image has for init, behind a `--`, stays the last.
     #[must_use]
     pub fn kernel_cmdline_with(&self, image: Option<&str>) -> String {
-        let own = || match image {
-            Some(image) => format!("{image} {}", self.default_cmdline()).trim().to_owned(),
-            None => self.default_cmdline(),
+        let image = match (image, &self.cmdline) {
+            (Some(image), None) => Parameters::of(image),
+            (None, None) => Parameters::default(),
+            (_, Some(given)) => return self.with_added_words(given.clone()),
         };
-        self.with_added_words(self.cmdline.clone().unwrap_or_else(own))
+        let own = format!("{} {}", image.kernel, self.default_cmdline()).trim().to_owned();
+        let text = self.with_added_words(own);
+        match image.init {
+            "" => text,
+            // The first `--` counts: a second one would be an argument of init.
+            init if self.append.iter().any(|words| Parameters::of(words).has_end) => format!("{text} {init}"),
+            init => format!("{text} -- {init}"),
+        }
     }
 
     /// Returns the command line of a multiboot kernel, which gets no parameters of Linux: only what was given.
@@ -106,6 +115,37 @@ impl RunConfig {
     }
 }
 
+/// The parameters of a command line that is not hwvmm's own, as Linux splits them (lib/cmdline.c, `next_arg`; kernel/params.c,
+/// `parse_args`).
+#[derive(Debug, Default)]
+struct Parameters<'a> {
+    /// Those of the kernel. A quote that is not closed is, so that it takes in nothing which is added.
+    kernel: String,
+    /// True if a `--` ends those of the kernel.
+    has_end: bool,
+    /// The arguments of init, behind it.
+    init: &'a str,
+}
+
+impl<'a> Parameters<'a> {
+    fn of(text: &'a str) -> Self {
+        let (mut quoted, mut word) = (false, 0);
+        for (at, c) in text.char_indices().chain([(text.len(), ' ')]) {
+            quoted ^= c == '"';
+            let is_end = at == text.len() || !quoted && c.is_ascii_whitespace();
+            if !is_end {
+                continue;
+            }
+            if matches!(text.get(word..at), Some("--" | "\"--\"")) {
+                let kernel = text.get(..word).unwrap_or_default().trim_end().to_owned();
+                return Self { kernel, has_end: true, init: text.get(at..).unwrap_or_default().trim() };
+            }
+            word = at + c.len_utf8();
+        }
+        Self { kernel: format!("{}{}", text.trim_end(), if quoted { "\"" } else { "" }), has_end: false, init: "" }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use crate::config::{RunConfig, RunOptions};
@@ -142,5 +182,30 @@ mod tests {
         assert_eq!(replaced.kernel_cmdline_with(Some("root=x")), "a b");
         let image = config("append = ['a']\ntune = ['all=off']").kernel_cmdline_with(Some("root=x console=tty0"));
         assert_eq!(image, "root=x console=tty0 console=ttyS0 panic=-1 a");
+    }
+
+    #[test]
+    fn what_an_image_has_for_init_stays_behind_what_is_added() {
+        let plain = config("append = ['a']\ntune = ['all=off']");
+        let of = |image| plain.kernel_cmdline_with(Some(image));
+        assert_eq!(of("ro -- single  x"), "ro console=ttyS0 panic=-1 a -- single  x");
+        assert_eq!(of("ro \"--\" single"), "ro console=ttyS0 panic=-1 a -- single");
+        assert_eq!(of("ro --"), "ro console=ttyS0 panic=-1 a");
+        assert_eq!(of("-- single"), "console=ttyS0 panic=-1 a -- single");
+        for none in ["a--b --c", "x=\"a -- b\" ro", "\"x=a -- b\"", "--="] {
+            assert_eq!(of(none), format!("{none} console=ttyS0 panic=-1 a"));
+        }
+        let own = config("append = ['a -- b']\ntune = ['all=off']").kernel_cmdline_with(Some("ro -- single"));
+        assert_eq!(own, "ro console=ttyS0 panic=-1 a -- b single");
+        assert_eq!(config("cmdline = 'x -- y'").kernel_cmdline_with(Some("ro -- single")), "x -- y");
+    }
+
+    #[test]
+    fn a_quote_that_an_image_leaves_open_takes_in_nothing() {
+        let plain = config("tune = ['all=off']");
+        let of = |image| plain.kernel_cmdline_with(Some(image));
+        assert_eq!(of("ro dyndbg=\"file a +p"), "ro dyndbg=\"file a +p\" console=ttyS0 panic=-1");
+        assert_eq!(of("ro x=\"a -- b"), "ro x=\"a -- b\" console=ttyS0 panic=-1");
+        assert_eq!(of("ro x=\"a b\""), "ro x=\"a b\" console=ttyS0 panic=-1");
     }
 }

@@ -2,7 +2,7 @@
 
 use super::drivers::drivers;
 use super::image::DiskParts;
-use crate::boot::image::Root;
+use crate::boot::image::{Root, RootUser};
 use crate::boot::initramfs::{
     self, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest, Instructions, ModuleSource, Put,
     TerminalSize, Variable, WritableShare,
@@ -10,6 +10,7 @@ use crate::boot::initramfs::{
 use crate::boot::{self, KernelFile};
 use crate::bounded_read::{ReadError, read_text};
 use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, UserChoice, rw_tag};
+use crate::escape::escape;
 use hwvmm_devices::path_text::PathText as _;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::ffi::OsString;
@@ -21,6 +22,8 @@ use thiserror::Error;
 
 /// The largest /etc/passwd that is read.
 const PASSWD_BYTES: u64 = 4 << 20;
+/// The longest text of an image in a message, in bytes.
+const SHOWN_BYTES: usize = 512;
 /// A root file system has one of these.
 const PARTS_OF_A_ROOT: [&str; 4] = ["bin", "usr/bin", "sbin", "etc"];
 /// Programs find it there if the command runs as this user.
@@ -62,6 +65,14 @@ pub enum CommandError {
         path: PathBuf,
         /// The error of the system call.
         source: ReadError,
+    },
+    /// The list of users in a disk's root cannot be read.
+    #[error("--user {name}: cannot read /etc/passwd of the image ({why}): give numbers, as in --user 1000:1000")]
+    ImagePasswd {
+        /// The user's name, as it was given.
+        name: String,
+        /// What is wrong.
+        why: String,
     },
     /// The root has no such user.
     #[error("--user {0}: there is no such user in the root's /etc/passwd: give numbers, as in --user 1000:1000")]
@@ -147,7 +158,7 @@ fn instructions(
         writable.push(WritableShare { tag: rw_tag(number).into(), path });
     }
     let (user, home) = match root {
-        Some(root) => user_of(&config.user, &root.passwd)?,
+        Some(root) => user_of(&config.user, &root.user)?,
         None => user(&config.user, host_root)?,
     };
     let guest_root = match (host_root, root) {
@@ -239,11 +250,18 @@ fn user(choice: &UserChoice, root: Option<&Path>) -> Result<(GuestUser, Option<O
     passwd_entry(&text, name).ok_or_else(|| CommandError::NoUser(name.clone()))
 }
 
-/// As [`user`], with the text of the root's passwd(5).
-fn user_of(choice: &UserChoice, passwd: &str) -> Result<(GuestUser, Option<OsString>), CommandError> {
-    match choice {
-        UserChoice::Ids { uid, gid } => Ok((GuestUser { uid: *uid, gid: *gid }, None)),
-        UserChoice::Name(name) => passwd_entry(passwd, name).ok_or_else(|| CommandError::NoUser(name.clone())),
+/// As [`user`], with what the root of a disk has for the user.
+fn user_of(choice: &UserChoice, found: &RootUser) -> Result<(GuestUser, Option<OsString>), CommandError> {
+    let name = match choice {
+        UserChoice::Ids { uid, gid } => return Ok((GuestUser { uid: *uid, gid: *gid }, None)),
+        UserChoice::Name(name) => name,
+    };
+    match found {
+        RootUser::Line(line) => passwd_entry(line, name).ok_or_else(|| CommandError::NoUser(name.clone())),
+        RootUser::None | RootUser::NotAsked => Err(CommandError::NoUser(name.clone())),
+        RootUser::Unreadable(why) => {
+            Err(CommandError::ImagePasswd { name: name.clone(), why: escape(why, SHOWN_BYTES) })
+        }
     }
 }
 
@@ -273,11 +291,17 @@ mod tests {
     #[test]
     fn a_root_on_a_disk_is_found_by_its_serial_number() {
         let image = RunConfig { root: RootChoice::Image("i".into()), ..config("") };
-        let root = Root { partition: Some(2), passwd: "mail:x:8:12::/var/mail:/bin/false\n".into() };
+        let line = RootUser::Line("mail:x:8:12::/var/mail:/bin/false".into());
+        let root = Root { partition: Some(2), needs_recovery: false, user: line };
         let named = RunConfig { user: UserChoice::Name("mail".into()), ..image };
         let made = instructions(&named, Some(&root), None).expect("made");
         assert_eq!(made.root, GuestRoot::Disk { serial: ROOT_DISK.into(), partition: 2 });
         assert_eq!((made.user, made.workdir.as_path()), (GuestUser { uid: 8, gid: 12 }, Path::new("/")));
+        let with =
+            |user| instructions(&named, Some(&Root { user, ..root.clone() }), None).expect_err("refused").to_string();
+        assert!(with(RootUser::None).contains("no such user"));
+        let unread = with(RootUser::Unreadable("it has 9999999 bytes\u{1b}".into()));
+        assert!(unread.contains("it has 9999999 bytes") && !unread.contains('\u{1b}'), "{unread}");
     }
 
     #[test]

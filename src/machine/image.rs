@@ -2,13 +2,14 @@
 
 use super::disks::Disks;
 use super::drivers::drivers;
+use super::setup::Event;
 use crate::boot::image::{
     ImageKernel, ImageKernelError, OpenDisk, ReadAt, Root, WantedKernel, WantedModules, kernel_of, list_seen,
     modules_of, root_of,
 };
 use crate::boot::initramfs::{CopiedModule, CopiedModules, kernel_release};
 use crate::boot::{KernelError, KernelFile, isolation};
-use crate::config::{DiskConfig, ROOT_DISK, RootChoice, RunConfig};
+use crate::config::{DiskConfig, ROOT_DISK, RootChoice, RunConfig, UserChoice};
 use crate::escape::escape;
 use hwvmm_arch::boot::FileRange;
 use hwvmm_devices::path_text::PathText as _;
@@ -81,11 +82,12 @@ impl Disks {
         Some(OpenDisk { files: image.file_numbers(), disk: Rc::new(Disk(Arc::clone(image))) })
     }
 
-    /// Takes the kernel out of the disk that `config` says; `None` where the kernel is a file.
+    /// Takes the kernel out of the disk that `config` says; `None` where the kernel is a file. The entry that names it goes to
+    /// `on_event`.
     ///
     /// # Errors
     /// [`ImageError`].
-    pub fn kernel(&self, config: &RunConfig) -> Result<Option<FromImage>, ImageError> {
+    pub fn kernel(&self, config: &RunConfig, on_event: &dyn Fn(Event<'_>)) -> Result<Option<FromImage>, ImageError> {
         let Some(path) = &config.kernel_from else { return Ok(None) };
         let Some(disk) = self.find(config, |disk| disk.path == *path) else { return Ok(None) };
         // A command has an initramfs of hwvmm's own.
@@ -93,14 +95,19 @@ impl Disks {
         let wanted = WantedKernel { entry: config.entry.as_deref(), initrd };
         let taken = kernel_of(&disk, wanted, isolation(config.sandbox));
         let ImageKernel { found, kernel, initrd } = taken.map_err(|source| failed(path, source))?;
+        let entry = escape(&format!("{} ({})", found.entry.number, found.entry.title), SHOWN_BYTES);
+        on_event(Event::Entry(&found.entry));
+        on_event(Event::Progress(&format!("{}: the kernel of entry {entry}", path.shown())));
         log::info!(
-            "{}: entry {}: kernel {}, initrd of {} bytes, parameters: {}",
+            "{}: entry {entry}: kernel {}, initrd of {} bytes, parameters: {}",
             path.shown(),
-            escape(&format!("{} ({})", found.entry.number, found.entry.title), SHOWN_BYTES),
             escape(&found.kernel, SHOWN_BYTES),
             found.initrd_bytes,
             escape(&found.cmdline, SHOWN_BYTES),
         );
+        if found.needs_recovery {
+            log::info!("{}: a journal on it is not replayed before the kernel is read, as GRUB does it", path.shown());
+        }
         let kernel = KernelFile::of_image(&named(path, &found.kernel), kernel)?;
         Ok(Some(FromImage { kernel, initrd, cmdline: found.cmdline }))
     }
@@ -146,7 +153,18 @@ impl Disks {
     fn root(&self, config: &RunConfig) -> Result<Option<Root>, ImageError> {
         let RootChoice::Image(path) = &config.root else { return Ok(None) };
         let Some(disk) = self.find(config, |disk| disk.serial == ROOT_DISK) else { return Ok(None) };
-        let root = root_of(&disk, isolation(config.sandbox)).map_err(|source| failed(path, source))?;
+        let user = match &config.user {
+            UserChoice::Name(name) => Some(name.as_str()),
+            UserChoice::Ids { .. } => None,
+        };
+        let root = root_of(&disk, user, isolation(config.sandbox)).map_err(|source| failed(path, source))?;
+        if root.needs_recovery {
+            log::warn!(
+                "{}: the root was not unmounted, and its journal is not replayed (mount option noload): the command may see old or damaged \
+                 files; start the image once as it is, or run `fsck.ext4` on it",
+                path.shown()
+            );
+        }
         log::info!("{}: the root is on partition {:?}", path.shown(), root.partition);
         Ok(Some(root))
     }

@@ -422,6 +422,8 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
         version: VERSION,
         end,
         boot: Some(boot),
+        // Whoever opened the image knows it.
+        entry: None,
         startup_cpu_ns,
         ran_ns: nanoseconds(ran),
         vcpus,

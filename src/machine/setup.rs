@@ -1,6 +1,7 @@
 //! What a machine is made and run with.
 
 use super::files::Files;
+use crate::boot::image::Listed;
 use crate::config::RunConfig;
 use crate::console::{Announcements, UnreadInput};
 use crate::exit::RunEnd;
@@ -37,6 +38,8 @@ pub enum Start {
 pub enum Event<'a> {
     /// Something that takes long begins: what, for the user.
     Progress(&'a str),
+    /// The kernel is that of an entry in the menu of an image's boot loader.
+    Entry(&'a Listed),
     /// The machine is complete, and its guest is about to run.
     Started {
         /// How the kernel was loaded and how it is entered.

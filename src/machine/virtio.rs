@@ -12,7 +12,9 @@ use crate::memory::GuestRam;
 use crate::sandbox::Sandbox;
 use crate::tune::{Lever, Tune};
 use hwvmm_arch::acpi::{IoApicPins, VirtioMmio};
-use hwvmm_arch::layout::{GpaRange, PCI_ECAM, PCI_WINDOW, PCI_WINDOW_BYTES, VIRTIO_MMIO, VIRTIO_MMIO_GSIS, VMGENID_GSI};
+use hwvmm_arch::layout::{
+    GpaRange, PCI_ECAM, PCI_WINDOW, PCI_WINDOW_BYTES, VIRTIO_MMIO, VIRTIO_MMIO_GSIS, VMGENID_GSI,
+};
 use hwvmm_devices::memory::Memory;
 use hwvmm_devices::pci::{ConfigPorts, ECAM_BUS_BYTES, Ecam, MsiMessage, MsiRouter, MsiVector, PciRoot, RouteError};
 use hwvmm_devices::virtio::balloon::{Balloon, BalloonControl, FreePageReporting};
@@ -65,7 +67,12 @@ impl BusLayout {
                     range: GpaRange { start, bytes: REGION_BYTES },
                     gsi: *gsi,
                 };
-                Ok(Self { pci: false, mmio: gpas.zip(&VIRTIO_MMIO_GSIS).take(count).map(place).collect(), pages, vmgenid })
+                Ok(Self {
+                    pci: false,
+                    mmio: gpas.zip(&VIRTIO_MMIO_GSIS).take(count).map(place).collect(),
+                    pages,
+                    vmgenid,
+                })
             }
         }
     }

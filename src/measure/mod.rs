@@ -17,7 +17,7 @@ pub use counters::{Accesses, Counters};
 pub use flight_recorder::{ExitRecord, FlightRecorder, FlightRecorders};
 pub use memory_use::MemoryUse;
 pub use profiler::{HandlerTime, NoProfile, Profiler};
-pub use record::{Measured, RunRecord, VcpuRecord};
+pub use record::{Measured, MenuEntry, RunRecord, VcpuRecord};
 pub use record_check::{RecordError, check_totals, check_trace};
 pub use user_profile::UserProfile;
 

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of [`RunRecord`]: it changes with its fields.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// What a run leaves behind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +30,8 @@ pub struct RunRecord {
     pub end: RunEnd,
     /// How the kernel was loaded and entered; `None` where the guest never ran.
     pub boot: Option<BootMethod>,
+    /// The entry of a boot loader's menu whose kernel the guest has; `None` where the kernel was in a file of its own.
+    pub entry: Option<MenuEntry>,
     /// CPU time of hwvmm from its start until the guest ran, in nanoseconds.
     pub startup_cpu_ns: u64,
     /// How long the guest ran, in nanoseconds of wall-clock time.
@@ -60,6 +62,7 @@ impl RunRecord {
             version: VERSION,
             end,
             boot: None,
+            entry: None,
             startup_cpu_ns: 0,
             ran_ns: 0,
             vcpus: Vec::new(),
@@ -78,6 +81,15 @@ impl RunRecord {
     pub fn boot_text(&self) -> String {
         self.boot.map_or_else(|| "not started".to_owned(), |boot| boot.to_string())
     }
+}
+
+/// An entry in the menu of an image's boot loader.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MenuEntry {
+    /// Its number: `0`, or `1>0` in a submenu.
+    pub number: String,
+    /// Its title, with those of the submenus.
+    pub title: String,
 }
 
 /// What a vCPU's thread leaves behind.
@@ -248,6 +260,7 @@ pub(crate) mod tests {
             version: VERSION,
             end: RunEnd { reason: EndReason::PowerOff, vcpu: Some(0) },
             boot: Some(BootMethod { decompressor: Decompressor::Host, protocol: EntryProtocol::Linux64 }),
+            entry: Some(MenuEntry { number: "1>0".into(), title: "More > Linux".into() }),
             startup_cpu_ns: 1_000,
             ran_ns: 2_000,
             vcpus: vec![vcpu],

@@ -2,7 +2,7 @@
 
 use super::counters::MAX_ADDRESSES;
 use super::flight_recorder::KEPT;
-use super::record::{DeviceRange, Measured, RunRecord, VERSION, VcpuRecord, VirtioQueue};
+use super::record::{DeviceRange, Measured, MenuEntry, RunRecord, VERSION, VcpuRecord, VirtioQueue};
 use super::tally::TallyRecord;
 use super::tracer::{self, VmRecord};
 use super::user_profile;
@@ -90,6 +90,7 @@ impl RunRecord {
     /// [`RecordError::TooMany`] or [`RecordError::Text`].
     pub fn check_lengths(&self) -> Result<(), RecordError> {
         check_totals(&self.devices, &self.virtio, &self.missing, self.vm_stats.as_deref())?;
+        self.entry.iter().try_for_each(MenuEntry::check_lengths)?;
         self.vcpus.iter().try_for_each(VcpuRecord::check_lengths)?;
         let Some(trace) = &self.trace else { return Ok(()) };
         check_trace(&trace.mmu, &trace.missing)?;
@@ -145,6 +146,16 @@ pub fn check_trace(mmu: &BTreeMap<String, u64>, missing: &[String]) -> Result<()
     limit("events of the MMU", mmu.len(), MAX_ITEMS)?;
     limit("messages about missing data", missing.len(), MAX_ITEMS)?;
     check_texts(missing.iter().chain(mmu.keys()))
+}
+
+impl MenuEntry {
+    /// Checks the lengths of texts.
+    ///
+    /// # Errors
+    /// [`RecordError::Text`].
+    pub fn check_lengths(&self) -> Result<(), RecordError> {
+        check_texts([&self.number, &self.title].into_iter())
+    }
 }
 
 impl VcpuRecord {
@@ -211,7 +222,7 @@ mod tests {
             damage(&mut record);
             record.check(2).expect_err("refused").to_string()
         };
-        assert_eq!(damaged(|record| record.version = 9), "its version is 9, not 4");
+        assert_eq!(damaged(|record| record.version = 9), "its version is 9, not 5");
         assert_eq!(damaged(|record| record.vcpus.truncate(1)), "it has 1 records of vCPUs; the machine has 2");
         assert_eq!(damaged(|record| record.end.vcpu = Some(2)), "it ended on vCPU 2, which does not exist");
         assert!(

@@ -6,7 +6,7 @@ use crate::exit::RunEnd;
 use crate::kvm::clock::Anchor;
 use crate::measure::record::VcpuRecord;
 use crate::measure::tracer::{TraceRecord, VmRecord};
-use crate::measure::{FlightRecorders, RecordError, RunRecord, check_totals, check_trace};
+use crate::measure::{FlightRecorders, MenuEntry, RecordError, RunRecord, check_totals, check_trace};
 use hwvmm_arch::boot::BootMethod;
 use thiserror::Error;
 
@@ -54,6 +54,7 @@ fn check(message: &Message) -> Result<(), RecordError> {
         Message::Vcpu(vcpu) => vcpu.check_lengths(),
         Message::Trace { mmu, missing } => check_trace(mmu, missing),
         Message::VcpuTrace(Some(vcpu)) => vcpu.check_lengths(),
+        Message::Entry(entry) => entry.check_lengths(),
         Message::Progress(_)
         | Message::Failed(_)
         | Message::Started { .. }
@@ -82,6 +83,7 @@ pub(super) struct Assembly {
     /// The number of vCPUs: a record has no more.
     max_vcpus: usize,
     boot: Option<BootMethod>,
+    entry: Option<MenuEntry>,
     startup_cpu_ns: u64,
     started: Option<Anchor>,
     end: Option<RunEnd>,
@@ -101,6 +103,7 @@ impl Assembly {
             phase: Phase::Starting,
             max_vcpus,
             boot: None,
+            entry: None,
             startup_cpu_ns: 0,
             started: None,
             end: None,
@@ -148,6 +151,7 @@ impl Assembly {
             return Err(Unusable::Buckets);
         }
         match message {
+            Message::Entry(entry) if phase == Phase::Starting && self.entry.is_none() => self.entry = Some(entry),
             Message::Started { boot, startup_cpu_ns } if phase == Phase::Starting => {
                 (self.boot, self.startup_cpu_ns, self.started) = (Some(boot), startup_cpu_ns, Some(Anchor::now()));
                 self.phase = Phase::Running;
@@ -179,6 +183,7 @@ impl Assembly {
                 self.line = line;
                 self.phase = Phase::Complete;
             }
+            Message::Entry(_) => return out_of_place("Entry"),
             Message::Started { .. } => return out_of_place("Started"),
             Message::Unread(_) => return out_of_place("Unread"),
             Message::Ended(_) => return out_of_place("Ended"),
@@ -197,7 +202,8 @@ impl Assembly {
     /// whose record is missing are taken from `flight_recorders`.
     pub(super) fn record(self, end: RunEnd, flight_recorders: &FlightRecorders) -> RunRecord {
         let now = Anchor::now();
-        let mut record = RunRecord { boot: self.boot, startup_cpu_ns: self.startup_cpu_ns, ..RunRecord::ended(end) };
+        let (boot, entry, startup_cpu_ns) = (self.boot, self.entry, self.startup_cpu_ns);
+        let mut record = RunRecord { boot, entry, startup_cpu_ns, ..RunRecord::ended(end) };
         if let Some(totals) = self.totals {
             let Totals { version, end: _, ran_ns, devices, coalesced_writes, vm_stats, virtio, memory, missing } =
                 totals;
@@ -229,9 +235,10 @@ mod tests {
     use crate::measure::record::tests::sample;
     use crate::supervise::message::of_record;
 
-    fn started(record: &RunRecord) -> [Message; 2] {
+    fn started(record: &RunRecord) -> [Message; 3] {
         let boot = record.boot.expect("it started");
-        [Message::Started { boot, startup_cpu_ns: record.startup_cpu_ns }, Message::Ended(record.end.clone())]
+        let entry = Message::Entry(record.entry.clone().expect("an entry"));
+        [entry, Message::Started { boot, startup_cpu_ns: record.startup_cpu_ns }, Message::Ended(record.end.clone())]
     }
 
     #[test]
@@ -253,11 +260,13 @@ mod tests {
     fn messages_out_of_place_are_refused() {
         let record = sample();
         let mut assembly = Assembly::new(1);
-        let [start, end] = started(&record);
+        let [entry, start, end] = started(&record);
+        assembly.take(entry.clone()).expect("in its place");
+        assert!(assembly.take(entry.clone()).is_err(), "two entries");
         assert!(assembly.take(end.clone()).is_err(), "an end before the start");
         assert!(assembly.take(Message::Complete(LineState::Start)).is_err());
         assembly.take(start.clone()).expect("in its place");
-        assert!(assembly.take(start).is_err(), "twice");
+        assert!(assembly.take(start).is_err() && assembly.take(entry).is_err(), "after the start");
         let parts: Vec<Message> = of_record(record).collect();
         assert!(assembly.take(parts[0].clone()).is_err(), "a record before the end");
         assembly.take(end).expect("in its place");
@@ -294,7 +303,7 @@ mod tests {
         use crate::measure::ExitRecord;
         use crate::measure::flight_recorder::Detail;
         let mut assembly = Assembly::new(2);
-        assembly.take(started(&sample())[0].clone()).expect("in its place");
+        assembly.take(started(&sample())[1].clone()).expect("in its place");
         let recorders = FlightRecorders::new(2).expect("memory");
         let exit = ExitRecord {
             reason: crate::exit::ExitReason::Hlt,

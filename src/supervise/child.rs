@@ -5,13 +5,14 @@ use super::message::{Message, of_record};
 use super::plan::Plan;
 use super::writable_shares::check_backing_files;
 use crate::boot::KernelFile;
+use crate::boot::image::Listed;
 use crate::config::{RunConfig, SandboxMode};
 use crate::console::{self, Announcements, line_state};
 use crate::error::chain;
 use crate::kvm::System;
 use crate::logging::{self, RelaySender};
 use crate::machine::{self, Disks, Event, Files, FromImage, Machine, Ran, Setup, Start};
-use crate::measure::{FlightRecorders, MAX_PROFILE_BYTES};
+use crate::measure::{FlightRecorders, MAX_PROFILE_BYTES, MenuEntry};
 use crate::sandbox::{Mode, Sandbox};
 use crate::snapshot::Opened;
 use hwvmm_devices::virtio::vsock::Connector;
@@ -118,6 +119,9 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
     let on_event = |event: Event<'_>| {
         let message = match event {
             Event::Progress(what) => Message::Progress(what.to_owned()),
+            Event::Entry(Listed { number, title }) => {
+                Message::Entry(MenuEntry { number: number.clone(), title: title.clone() })
+            }
             Event::Started { boot, startup_cpu_ns } => {
                 Message::Started { boot, startup_cpu_ns: startup_cpu_ns.saturating_add(*parent_cpu_ns) }
             }
@@ -128,7 +132,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
         }
     };
     let progress = |what: &str| on_event(Event::Progress(what));
-    let (files, disks) = match Source::open(plan)? {
+    let (files, disks) = match Source::open(plan, &on_event)? {
         Source::Snapshot(snapshot) => (Files::of_snapshot(snapshot)?, disks(config)?),
         Source::File(kernel) => {
             (plan.check)(&system, &kernel)?;
@@ -176,14 +180,14 @@ enum Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    fn open(plan: &Plan<'a>) -> Result<Self, Box<dyn Error>> {
+    fn open(plan: &Plan<'a>, on_event: &dyn Fn(Event<'_>)) -> Result<Self, Box<dyn Error>> {
         if let Some(snapshot) = plan.snapshot {
             return Ok(Self::Snapshot(snapshot));
         }
         let config = plan.config;
         if config.kernel_from.is_some() {
             let disks = disks(config)?;
-            if let Some(image) = disks.kernel(config)? {
+            if let Some(image) = disks.kernel(config, on_event)? {
                 return Ok(Self::Image(image, disks));
             }
         }

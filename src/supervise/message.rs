@@ -5,7 +5,7 @@ use crate::exit::RunEnd;
 use crate::kvm::stats::Stat;
 use crate::measure::record::{DeviceRange, VcpuRecord, VirtioQueue};
 use crate::measure::tracer::VmRecord;
-use crate::measure::{MemoryUse, RunRecord};
+use crate::measure::{MemoryUse, MenuEntry, RunRecord};
 use hwvmm_arch::boot::BootMethod;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -15,6 +15,8 @@ use std::collections::BTreeMap;
 pub(super) enum Message {
     /// Something that takes long begins: what, for the user.
     Progress(String),
+    /// The kernel is that of an entry of a boot loader's menu.
+    Entry(MenuEntry),
     /// The machine could not be made, or not be run: the error with its causes.
     Failed(String),
     /// The guest is about to run.

@@ -5,7 +5,7 @@ use super::harness::{Outcome, Test};
 use super::{file, folder, guests, hwvmm, kernel, text, when_it_runs};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 const ENTRY: (&str, &[u8]) = ("/loader/entries/a.conf", b"title A\nlinux /linux\noptions quiet\n");
@@ -45,8 +45,47 @@ fn a_command_runs_on_the_kernel_of_an_image() -> Outcome {
             assert_eq!(out.status.code(), Some(status), "{options:?}: {errors}");
         }
         assert!(fs::read(&image).expect("read") == before, "the image is read-only");
+        // What was started is said with -v (and on a terminal), and is in the status file.
+        let status = folder().join("entry.status");
+        let out = run(&image, &["-v", "--status-file", status.to_str().expect("UTF-8")]);
+        let errors = text(&out.stderr);
+        assert!(errors.contains("exited.img: the kernel of entry 0 (A)"), "{errors}");
+        let status: serde_json::Value = serde_json::from_slice(&fs::read(&status).expect("written")).expect("JSON");
+        assert_eq!(status["entry"], serde_json::json!({ "number": "0", "title": "A" }), "{status}");
         let out = run(&image, &["--entry", "b"]);
         assert!(out.status.code() == Some(42) && text(&out.stderr).contains("there are: 0 (A)"), "{out:?}");
+    })
+}
+
+/// An image whose guest was killed. A guest that cannot write it mounts it as it is.
+fn a_root_that_was_not_unmounted_is_said() -> Outcome {
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let (root, image) = (folder().join("dirty-root"), folder().join("dirty.img"));
+    for name in ["etc", "bin"] {
+        fs::create_dir_all(root.join(name)).expect("made");
+    }
+    fs::File::create(&image).and_then(|file| file.set_len(8 << 20)).expect("made");
+    let tool = |name: &str, arguments: &[&str]| {
+        let out = Command::new(name).env("PATH", &path).args(arguments).arg(&image).output();
+        out.is_ok_and(|out| out.status.success())
+    };
+    let made = tool("mke2fs", &["-q", "-F", "-t", "ext4", "-d", root.to_str().expect("UTF-8")]);
+    if !made {
+        return Outcome::Skipped("mke2fs or debugfs is missing (apt install e2fsprogs)".into());
+    }
+    when_it_runs(|| {
+        let run = || {
+            let mut hwvmm = hwvmm();
+            hwvmm.args(["run", "-m", "32M", "--timeout", "20s", "--root"]).arg(&image);
+            let out =
+                hwvmm.arg(kernel("dirty-root", guests::command_exited())).args(["--", "x"]).output().expect("started");
+            assert_eq!(out.status.code(), Some(34), "{out:?}");
+            text(&out.stderr)
+        };
+        assert_eq!(run(), "");
+        assert!(tool("debugfs", &["-w", "-R", "feature needs_recovery"]), "debugfs");
+        let errors = run();
+        assert!(errors.contains("dirty.img") && errors.contains("its journal is not replayed"), "{errors}");
     })
 }
 
@@ -128,6 +167,7 @@ fn a_seed_is_read_before_the_guest_runs() -> Outcome {
 pub(super) const TESTS: &[Test] = &[
     ("a_seed_is_read_before_the_guest_runs", a_seed_is_read_before_the_guest_runs),
     ("a_command_runs_on_the_kernel_of_an_image", a_command_runs_on_the_kernel_of_an_image),
+    ("a_root_that_was_not_unmounted_is_said", a_root_that_was_not_unmounted_is_said),
     ("an_image_without_the_modules_of_its_kernel_is_named", an_image_without_the_modules_of_its_kernel_is_named),
     ("modules_are_taken_out_of_the_image", modules_are_taken_out_of_the_image),
 ];

@@ -136,12 +136,7 @@ fn vmgenid(gsi: u32) -> Vec<u8> {
             &Name::new("_HID".into(), &"ACPI0013"),
             &Name::new("_UID".into(), &ZERO),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&Interrupt::new(true, true, false, false, gsi)])),
-            &Method::new(
-                "_EVT".into(),
-                1,
-                true,
-                vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &VMGENID_CHANGED)],
-            ),
+            &Method::new("_EVT".into(), 1, true, vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &VMGENID_CHANGED)]),
         ],
     )
     .to_aml_bytes(&mut aml);
@@ -177,8 +172,15 @@ mod tests {
     /// Linux checks that firmware reserves the configuration space (arch/x86/pci/mmconfig-shared.c).
     #[test]
     fn the_configuration_space_is_reserved_where_there_is_a_pci_bus() {
-        let platform =
-            Platform { apic_ids: &[0], uarts: &[], legacy_free: true, pins: None, pci: Some(1), virtio_mmio: &[], vmgenid: None };
+        let platform = Platform {
+            apic_ids: &[0],
+            uarts: &[],
+            legacy_free: true,
+            pins: None,
+            pci: Some(1),
+            virtio_mmio: &[],
+            vmgenid: None,
+        };
         // A 32-bit fixed memory range (ACPI 6.5 §6.4.3.4): tag, length, read-write, base, length.
         let mut range = vec![0x86, 9, 0, 1];
         range.extend(u32::try_from(PCI_ECAM).expect("below 4 GiB").to_le_bytes());

@@ -1,7 +1,8 @@
 //! The file systems of a disk image: those that are read (ext2 to ext4, FAT), and the names of those that are not.
 
 use super::disk::Range;
-use ext4_view::{Ext4, Ext4Error, Ext4Read};
+use super::ext::Ext;
+use ext4_view::Ext4Error;
 use fatfs::FsOptions;
 use std::error::Error;
 use std::fmt;
@@ -92,12 +93,9 @@ const OTHERS: &[(&str, u64, &[u8])] = &[
 #[must_use]
 pub(super) fn content(range: &Range) -> Content {
     if range.array(1024 + 56) == Some([0x53, 0xef]) {
-        if !is_plausible_ext(range) {
-            return Content::Other("a damaged ext2, ext3 or ext4".into());
-        }
-        return match Ext4::load(Box::new(ExtDisk(range.clone()))) {
-            Ok(ext) => Content::FileSystem(FileSystem::Ext(ext)),
-            Err(error) => Content::Other(format!("ext4 that cannot be read ({})", FileError::from(error))),
+        return match Ext::load(range) {
+            Ok(ext) => Content::FileSystem(FileSystem::Ext(Box::new(ext))),
+            Err(what) => Content::Other(what),
         };
     }
     let has = |at, magic: &[u8]| {
@@ -114,22 +112,6 @@ pub(super) fn content(range: &Range) -> Content {
         Ok(fat) => Content::FileSystem(FileSystem::Fat(Box::new(fat))),
         Err(error) => Content::Other(format!("FAT that cannot be read ({error})")),
     }
-}
-
-/// Returns true if the superblock of ext2 to ext4 has blocks of a size that there is, and not more of them than the range has:
-/// ext4-view allocates by these numbers.
-fn is_plausible_ext(range: &Range) -> bool {
-    let Some(superblock) = range.array::<1024>(1024) else { return false };
-    let u32_at = |at: usize| superblock.get(at..)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
-    let (Some(low), Some(log), Some(per_group), Some(incompatible), Some(high)) =
-        (u32_at(4), u32_at(24), u32_at(32), u32_at(96), u32_at(336))
-    else {
-        return false;
-    };
-    // INCOMPAT_64BIT: the number of blocks has an upper half.
-    let blocks = u64::from(low) | if incompatible & 0x80 == 0 { 0 } else { u64::from(high) << 32 };
-    let bytes = blocks.checked_mul(1024 << log.min(32));
-    log <= 6 && per_group >= 8 && bytes.is_some_and(|bytes| bytes <= range.bytes())
 }
 
 /// Returns true if the boot sector is that of FAT, with areas that add up: fatfs takes that for granted.
@@ -155,7 +137,7 @@ fn looks_like_fat(range: &Range) -> bool {
 /// A file system that can be read.
 pub(super) enum FileSystem {
     /// ext2, ext3 or ext4.
-    Ext(Ext4),
+    Ext(Box<Ext>),
     /// FAT12, FAT16 or FAT32.
     Fat(Box<fatfs::FileSystem<FatDisk>>),
 }
@@ -165,7 +147,7 @@ impl FileSystem {
     #[must_use]
     pub(super) fn uuid(&self) -> String {
         match self {
-            Self::Ext(ext) => ext.uuid().to_string(),
+            Self::Ext(ext) => ext.uuid(),
             Self::Fat(fat) => format!("{:04X}-{:04X}", fat.volume_id() >> 16, fat.volume_id() & 0xffff),
         }
     }
@@ -174,8 +156,17 @@ impl FileSystem {
     #[must_use]
     pub(super) fn label(&self) -> String {
         match self {
-            Self::Ext(ext) => ext.label().to_str().unwrap_or_default().to_owned(),
+            Self::Ext(ext) => ext.label(),
             Self::Fat(fat) => fat.volume_label(),
+        }
+    }
+
+    /// Returns true if its journal is to be replayed. FAT has none.
+    #[must_use]
+    pub(super) fn needs_recovery(&self) -> bool {
+        match self {
+            Self::Ext(ext) => ext.needs_recovery(),
+            Self::Fat(_) => false,
         }
     }
 
@@ -184,7 +175,7 @@ impl FileSystem {
     pub(super) fn exists(&self, path: &str) -> bool {
         path.len() <= PATH_BYTES
             && match self {
-                Self::Ext(ext) => ext4_path(path).is_ok_and(|path| ext.exists(&path).unwrap_or(false)),
+                Self::Ext(ext) => ext.exists(path),
                 Self::Fat(fat) => {
                     let path = path.trim_matches('/');
                     let root = fat.root_dir();
@@ -199,10 +190,7 @@ impl FileSystem {
     /// [`FileError`].
     pub(super) fn names(&self, path: &str, limit: usize) -> Result<Vec<String>, FileError> {
         match self {
-            Self::Ext(ext) => {
-                let entries = ext.read_dir(&ext4_path(path)?)?.take(limit);
-                entries.map(|entry| Ok(String::from_utf8_lossy(entry?.file_name().as_ref()).into_owned())).collect()
-            }
+            Self::Ext(ext) => ext.names(path, limit),
             Self::Fat(fat) => {
                 let entries = fat.root_dir().open_dir(path.trim_matches('/'))?.iter().take(limit);
                 entries.map(|entry| Ok(entry?.file_name())).collect()
@@ -229,14 +217,7 @@ impl FileSystem {
             return Err(FileError::NotFound);
         }
         match self {
-            Self::Ext(ext) => {
-                let mut file = ext.open(&ext4_path(path)?)?;
-                let bytes = file.metadata().len();
-                if bytes > limit {
-                    return Err(FileError::TooLarge { bytes, limit });
-                }
-                copy_pieces(limit, out, |piece| Ok(file.read_bytes(piece)?))
-            }
+            Self::Ext(ext) => ext.copy(path, limit, out),
             Self::Fat(fat) => {
                 let path = path.trim_matches('/');
                 let mut file = fat.root_dir().open_file(path)?;
@@ -268,13 +249,8 @@ fn fat_file_bytes(fat: &fatfs::FileSystem<FatDisk>, path: &str) -> Result<u64, F
     Err(FileError::NotFound)
 }
 
-fn ext4_path(path: &str) -> Result<ext4_view::PathBuf, FileError> {
-    let absolute = format!("/{}", path.trim_start_matches('/'));
-    ext4_view::PathBuf::try_from(absolute.as_bytes()).map_err(|_| FileError::NotFound)
-}
-
 /// Copies until there is no more.
-fn copy_pieces(
+pub(super) fn copy_pieces(
     limit: u64,
     out: &mut dyn Write,
     mut read: impl FnMut(&mut [u8]) -> Result<usize, FileError>,
@@ -290,15 +266,6 @@ fn copy_pieces(
             return Err(FileError::TooLarge { bytes: done, limit });
         }
         out.write_all(piece.get(..count).unwrap_or_default()).map_err(FileError::Write)?;
-    }
-}
-
-/// A range as ext4-view reads it.
-struct ExtDisk(Range);
-
-impl Ext4Read for ExtDisk {
-    fn read(&mut self, start_byte: u64, dst: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync + 'static>> {
-        Ok(self.0.read(dst, start_byte)?)
     }
 }
 

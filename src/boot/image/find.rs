@@ -13,8 +13,11 @@ use thiserror::Error;
 pub(super) const MAX_FILE_BYTES: u64 = 512 << 20;
 /// The longest command line that an image gives, in bytes. Linux takes 2047.
 const CMDLINE_BYTES: usize = 4096;
-/// The largest /etc/passwd of an image in bytes.
-const PASSWD_BYTES: u64 = 64 << 10;
+/// The list of users of a root (passwd(5)), and its largest size in bytes, as on the host.
+const PASSWD: &str = "/etc/passwd";
+const PASSWD_BYTES: u64 = 4 << 20;
+/// The longest line of it that an answer has, in bytes.
+const PASSWD_LINE_BYTES: usize = 4096;
 /// The longest text that an answer has, in bytes.
 const TEXT_BYTES: usize = 1024;
 /// Initrds are at multiples of this behind each other, as boot loaders load them.
@@ -31,6 +34,8 @@ pub struct Found {
     pub initrd_bytes: u64,
     /// The kernel's parameters.
     pub cmdline: String,
+    /// True if a file system on it has a journal that was not replayed.
+    pub needs_recovery: bool,
 }
 
 /// Why no kernel was found.
@@ -72,6 +77,12 @@ pub enum FindError {
         /// The entries that start Linux.
         entries: Vec<Listed>,
     },
+    /// A reader of file systems panicked.
+    #[error(
+        "its file systems are damaged in a way that their reader does not expect ({0}): check the file systems (fsck), and do not trust \
+         the image"
+    )]
+    Reader(String),
     /// The kernel's modules are there, and cannot be used.
     #[error("the kernel's modules in its {folder} cannot be used: {why}")]
     Modules {
@@ -171,11 +182,18 @@ pub fn find(
             bytes += copy(path, MAX_FILE_BYTES.saturating_sub(bytes), initrd)?;
         }
     }
-    let cmdline = entry.cmdline.chars().filter(|c| !c.is_control()).collect::<String>();
+    // A tab is between two words.
+    let cmdline = entry.cmdline.chars().map(|c| if c.is_control() { ' ' } else { c }).collect::<String>();
     if cmdline.len() > CMDLINE_BYTES {
         return Err(failed(&path, format!("its parameters have more than {CMDLINE_BYTES} bytes")));
     }
-    Ok(Found { entry: listed.clone(), kernel: cut(&path), initrd_bytes: bytes, cmdline })
+    Ok(Found {
+        entry: listed.clone(),
+        kernel: cut(&path),
+        initrd_bytes: bytes,
+        cmdline,
+        needs_recovery: volumes.needs_recovery(),
+    })
 }
 
 /// Where the root file system of an image is.
@@ -183,22 +201,53 @@ pub fn find(
 pub struct Root {
     /// The number of its partition; `None` for the whole disk.
     pub partition: Option<u32>,
-    /// Its list of users (passwd(5)); empty where it cannot be read.
-    pub passwd: String,
+    /// True if its journal was not replayed: neither this program nor a guest that cannot write it sees what is in that.
+    pub needs_recovery: bool,
+    /// The user that was asked for.
+    pub user: RootUser,
 }
 
-/// Finds the root file system of an image: the first one with /etc and with programs.
+/// A user in the list of a root (passwd(5)).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RootUser {
+    /// None was asked for.
+    NotAsked,
+    /// The line of the list.
+    Line(String),
+    /// The list has no such user.
+    None,
+    /// The list cannot be read, and why.
+    Unreadable(String),
+}
+
+/// Finds the root file system of an image: the first one with /etc and with programs; and the user of this name in it.
 ///
 /// # Errors
 /// [`FindError::NoRoot`].
-pub fn find_root(disk: &Range) -> Result<Root, FindError> {
+pub fn find_root(disk: &Range, user: Option<&str>) -> Result<Root, FindError> {
     let volumes = Volumes::of(disk);
     let Some((partition, fs)) = volumes.root() else {
         let seen = volumes.seen().into_iter().map(|seen| Seen { what: cut(&seen.what), ..seen });
         return Err(FindError::NoRoot(seen.collect()));
     };
-    let passwd = fs.read("/etc/passwd", PASSWD_BYTES).unwrap_or_default();
-    Ok(Root { partition, passwd: String::from_utf8_lossy(&passwd).into_owned() })
+    let user = user.map_or(RootUser::NotAsked, |name| root_user(fs, name));
+    Ok(Root { partition, needs_recovery: fs.needs_recovery(), user })
+}
+
+fn root_user(fs: &FileSystem, name: &str) -> RootUser {
+    let text = match fs.read(PASSWD, PASSWD_BYTES) {
+        Ok(text) => text,
+        Err(error) => return RootUser::Unreadable(cut(&error.to_string())),
+    };
+    let mut lines = text.split(|byte| *byte == b'\n');
+    let line = lines.find(|line| line.split(|byte| *byte == b':').next() == Some(name.as_bytes()));
+    match line {
+        None => RootUser::None,
+        Some(line) if line.len() > PASSWD_LINE_BYTES => {
+            RootUser::Unreadable(format!("the line of this user has more than {PASSWD_LINE_BYTES} bytes"))
+        }
+        Some(line) => RootUser::Line(String::from_utf8_lossy(line).into_owned()),
+    }
 }
 
 /// Copies a file of an entry.

@@ -1,14 +1,16 @@
 //! Disk images as vendors ship them: the kernel is taken out of their file systems, by the configuration of the boot loader; and the root file
 //! system and the kernel's modules are found.
 //!
-//! The files build on each other in one order: `disk` (bytes), `partitions` and `filesystem`; `menu` (entries), `bls` and `grub` (two
+//! The files build on each other in one order: `disk` (bytes), `partitions` and `filesystem` (with `ext` and `inode`); `menu` (entries), `bls` and `grub` (two
 //! kinds of configuration); `volumes` (all file systems of an image), `find`, `modules`, `process` (all of it, confined).
 
 mod bls;
 mod disk;
+mod ext;
 mod filesystem;
 mod find;
 mod grub;
+mod inode;
 mod menu;
 mod modules;
 mod partitions;
@@ -18,7 +20,7 @@ mod tests;
 mod volumes;
 
 pub use disk::{Range, ReadAt};
-pub use find::{FindError, Found, Root, find, find_root, list_seen};
+pub use find::{FindError, Found, Root, RootUser, find, find_root, list_seen};
 pub use menu::Listed;
 pub use modules::{FoundModule, FoundModules, find_modules};
 pub use process::{

@@ -1,16 +1,19 @@
 //! Reads an image in a process of its own, which has the image's files and the two files to fill.
 
 use super::disk::{Range, ReadAt};
-use super::find::{FindError, Found, MAX_FILE_BYTES, Root, find, find_root};
+use super::find::{FindError, Found, MAX_FILE_BYTES, Root, cut, find, find_root};
 use super::modules::{FoundModules, MAX_MODULES, find_modules};
 use crate::boot::initramfs::Driver;
 use crate::escape::escape;
 use crate::sandbox::{ConfinedError, Isolation, Limits, confined_with};
 use rustix::fs::{MemfdFlags, memfd_create};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::any::Any;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::time::Duration;
 use thiserror::Error;
@@ -101,8 +104,7 @@ pub fn kernel_of(
         let range = Range::whole(Rc::clone(&disk.disk), READ_BYTES);
         let mut initrd = &initrd;
         let initrd = wanted.initrd.then_some(&mut initrd as &mut dyn Write);
-        let found = find(&range, wanted.entry, &mut &kernel, initrd);
-        serde_json::to_vec(&found).unwrap_or_default()
+        find(&range, wanted.entry, &mut &kernel, initrd)
     };
     let found: Found = answer(disk, &[kernel.as_fd(), initrd.as_fd()], isolation, job)?;
     let bytes = initrd.metadata().map_err(ImageKernelError::Memory)?.len();
@@ -124,8 +126,7 @@ pub fn modules_of(
     let file = in_memory("modules")?;
     let job = || {
         let range = Range::whole(Rc::clone(&disk.disk), READ_BYTES);
-        let found = find_modules(&range, wanted.release, wanted.drivers, &mut &file);
-        serde_json::to_vec(&found).unwrap_or_default()
+        find_modules(&range, wanted.release, wanted.drivers, &mut &file)
     };
     let found: FoundModules = answer(disk, &[file.as_fd()], isolation, job)?;
     let bytes = file.metadata().map_err(ImageKernelError::Memory)?.len();
@@ -140,27 +141,34 @@ fn in_memory(name: &str) -> Result<File, ImageKernelError> {
     memfd_create(name, MemfdFlags::CLOEXEC).map(File::from).map_err(|error| ImageKernelError::Memory(error.into()))
 }
 
-/// Finds the root file system of an image.
+/// Finds the root file system of an image, and the user of this name in it.
 ///
 /// # Errors
 /// [`ImageKernelError`].
-pub fn root_of(disk: &OpenDisk, isolation: Isolation) -> Result<Root, ImageKernelError> {
-    let job = || {
-        let found = find_root(&Range::whole(Rc::clone(&disk.disk), READ_BYTES));
-        serde_json::to_vec(&found).unwrap_or_default()
-    };
-    answer(disk, &[], isolation, job)
+pub fn root_of(disk: &OpenDisk, user: Option<&str>, isolation: Isolation) -> Result<Root, ImageKernelError> {
+    answer(disk, &[], isolation, || find_root(&Range::whole(Rc::clone(&disk.disk), READ_BYTES), user))
 }
 
 /// Runs a job on `disk`, which fills `files`, and reads its answer.
-fn answer<T: DeserializeOwned>(
+pub(super) fn answer<T: Serialize + DeserializeOwned>(
     disk: &OpenDisk,
     files: &[BorrowedFd<'_>],
     isolation: Isolation,
-    job: impl FnOnce() -> Vec<u8>,
+    job: impl FnOnce() -> Result<T, FindError>,
 ) -> Result<T, ImageKernelError> {
+    let job = || {
+        // The readers of file systems are other crates: what makes one panic is the image. What it had is not used again.
+        let found = catch_unwind(AssertUnwindSafe(job)).unwrap_or_else(|panic| Err(FindError::Reader(said(&*panic))));
+        serde_json::to_vec(&found).unwrap_or_default()
+    };
     let answer = confined_with(isolation, &LIMITS, files, &disk.files, job).map_err(ImageKernelError::Process)?;
     let answer: Result<T, FindError> =
         serde_json::from_slice(&answer).map_err(|_| ImageKernelError::Process(ConfinedError::Nonsense))?;
     answer.map_err(ImageKernelError::Find)
+}
+
+/// The message of a panic.
+fn said(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    cut(text.unwrap_or("without a message"))
 }

@@ -1,5 +1,7 @@
 //! Whole images: partition tables, file systems made by mke2fs and fatfs, configurations of boot loaders.
 
+mod ext;
+
 #[path = "../../../tests/harness/fat.rs"]
 mod fat;
 

@@ -73,11 +73,20 @@ impl Volumes {
     #[must_use]
     pub(super) fn seen(&self) -> Vec<Seen> {
         let what = |content: &Content| match content {
+            Content::FileSystem(fs @ FileSystem::Ext(_)) if fs.needs_recovery() => {
+                "ext4 whose journal was not replayed".to_owned()
+            }
             Content::FileSystem(FileSystem::Ext(_)) => "ext4".to_owned(),
             Content::FileSystem(FileSystem::Fat(_)) => "FAT".to_owned(),
             Content::Other(what) => what.clone(),
         };
         self.0.iter().map(|volume| Seen { partition: volume.partition, what: what(&volume.content) }).collect()
+    }
+
+    /// Returns true if the journal of one was not replayed.
+    #[must_use]
+    pub(super) fn needs_recovery(&self) -> bool {
+        self.readable().any(|(_, fs)| fs.needs_recovery())
     }
 
     /// The first file system that Linux can have for a root, and the number of its partition; `None` for the whole disk.

@@ -6,7 +6,7 @@ use super::options::{Format, ImageOptions};
 use rustix::fs::OFlags;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 
 /// The way of I/O on an image: through the host's page cache, or past it.
@@ -24,19 +24,17 @@ impl ImageOptions {
     /// [`ImageError`] where the image cannot be read, or is of a format that this program does not know.
     pub fn detect(&self) -> Result<Format, ImageError> {
         match self.format {
-            Format::Auto => detect(&open_file(self, HostCache::Used)?, self),
+            Format::Auto => detect(&open_file(self)?, self),
             known => Ok(known),
         }
     }
 }
 
-pub(super) fn open_file(options: &ImageOptions, host_cache: HostCache) -> Result<File, ImageError> {
+/// Opens the file of an image by its path.
+pub(super) fn open_file(options: &ImageOptions) -> Result<File, ImageError> {
     let ImageOptions { path, read_only, .. } = options;
     // NONBLOCK, as the open of a FIFO would block.
-    let mut flags = OFlags::NONBLOCK | OFlags::CLOEXEC;
-    if host_cache == HostCache::Bypassed {
-        flags |= OFlags::DIRECT;
-    }
+    let flags = OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = File::options()
         .read(true)
         .write(!read_only)
@@ -45,6 +43,24 @@ pub(super) fn open_file(options: &ImageOptions, host_cache: HostCache) -> Result
         .map_err(|source| ImageError::Open { path: path.clone(), read_only: *read_only, source })?;
     let kind = file.metadata().map_err(|source| ImageError::Stat { path: path.clone(), source })?;
     if kind.file_type().is_block_device() || kind.is_file() { Ok(file) } else { Err(ImageError::Kind(path.clone())) }
+}
+
+/// An open file once more, for this way of I/O: the same file, whatever its path means by now.
+pub(super) fn again(file: &File, read_only: bool, host_cache: HostCache) -> io::Result<File> {
+    match host_cache {
+        HostCache::Used => file.try_clone(),
+        HostCache::Bypassed => reopen(file, read_only, OFlags::DIRECT),
+    }
+}
+
+/// Opens the file of a descriptor with other flags, which two descriptors of one open file would share.
+pub(super) fn reopen(file: &File, read_only: bool, flags: OFlags) -> io::Result<File> {
+    let flags = flags | OFlags::CLOEXEC;
+    File::options()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(i32::try_from(flags.bits()).unwrap_or(0))
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// Returns [`Format::DetectedRaw`] or [`Format::DetectedQcow2`].

@@ -1,7 +1,7 @@
 //! Disk images on the host: opening, locking, size and block size.
 
 use super::error::ImageError;
-use super::file::{HostCache, detect, open_file, size};
+use super::file::{HostCache, again, detect, open_file, size};
 use super::lock::{LockError, LockedFile, Use, lock};
 use super::options::{Format, ImageOptions};
 use super::qcow2::{self, CheckPlace, FormatSource, OpenChain};
@@ -81,17 +81,27 @@ impl Image {
     /// # Errors
     /// As [`Image::open`].
     pub fn open_checked_at(options: &ImageOptions, place: Option<&CheckPlace<'_>>) -> Result<Self, ImageError> {
+        Self::of_file(open_file(options)?, options, place)
+    }
+
+    /// The image that is open as `file`. Its path is not opened again: it may be another file's by now, and what was read of this one
+    /// (its format, a kernel) would be no part of what the guest has.
+    pub(super) fn of_file(
+        file: File,
+        options: &ImageOptions,
+        place: Option<&CheckPlace<'_>>,
+    ) -> Result<Self, ImageError> {
         let ImageOptions { path, read_only, .. } = options;
         let stat_error = |source| ImageError::Stat { path: path.clone(), source };
         let host_cache = if options.direct { HostCache::Bypassed } else { HostCache::Used };
-        let file = open_file(options, HostCache::Used)?;
         let is_device = file.metadata().map_err(stat_error)?.file_type().is_block_device();
         lock(&file, if *read_only { Use::Reading } else { Use::ReadingAndWriting }).map_err(|error| match error {
             LockError::Conflict(conflict) => ImageError::Locked { path: path.clone(), conflict },
             LockError::Host(source) => ImageError::Lock { path: path.clone(), source },
         })?;
         let raw = |first_sector| {
-            let file = open_file(options, host_cache)?;
+            let open_error = |source| ImageError::Open { path: path.clone(), read_only: *read_only, source };
+            let file = again(&file, *read_only, host_cache).map_err(open_error)?;
             let bytes = size(&file).map_err(stat_error)?;
             let content = Content::Raw(file, first_sector);
             Ok(OpenImage { content, bytes, locks: Vec::new(), backing: Vec::new(), read_files: Vec::new() })

@@ -2,7 +2,7 @@
 //! file that the command line names.
 
 use super::super::error::{FileRole, ImageError};
-use super::super::file::{HostCache, open_file, size};
+use super::super::file::{HostCache, again, open_file, reopen, size};
 use super::super::lock::{LockedFile, Use, lock};
 use super::super::options::ImageOptions;
 use super::error::{NamedFileError, Qcow2Error};
@@ -19,7 +19,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// The most backing files of an image.
@@ -170,7 +170,7 @@ impl Chain<'_> {
             source,
         };
         let options = ImageOptions { path: path.to_owned(), ..self.options.clone() };
-        let file = open_file(&options, HostCache::Used)?;
+        let file = open_file(&options)?;
         let used = if options.read_only { Use::Reading } else { Use::ReadingAndWriting };
         let new = id(&file).map_err(|source| bad(NamedFileError::Open(source)))?;
         if self.seen.contains(&new) {
@@ -195,10 +195,7 @@ impl Chain<'_> {
 
     /// Returns an open file as imago takes it: the same file, whatever its name means by now.
     fn storage(&mut self, file: &File, used: Use) -> io::Result<imago::file::File> {
-        let file = match self.host_cache {
-            HostCache::Used => file.try_clone()?,
-            HostCache::Bypassed => reopen(file, used, OFlags::DIRECT)?,
-        };
+        let file = again(file, used == Use::Reading, self.host_cache)?;
         self.storage.push(file.as_raw_fd());
         file.try_into()
     }
@@ -213,7 +210,7 @@ fn checked(
 ) -> Result<Facts, Qcow2Error> {
     let Some(place) = place else { return inspect(file, file_bytes, format, None) };
     let read = |source| Qcow2Error::Read { at: 0, bytes: 0, source };
-    inspect(&reopen(file, Use::Reading, OFlags::empty()).map_err(read)?, file_bytes, format, Some(place))
+    inspect(&reopen(file, true, OFlags::empty()).map_err(read)?, file_bytes, format, Some(place))
 }
 
 /// Returns the path of a file that the header of `image` names: relative to the folder of the image. `None` where the name
@@ -232,17 +229,7 @@ fn open_regular(path: &Path) -> Result<File, NamedFileError> {
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(NamedFileError::Kind);
     }
-    reopen(&found, Use::Reading, OFlags::empty()).map_err(NamedFileError::Open)
-}
-
-/// Opens the file of a descriptor again.
-fn reopen(file: &File, used: Use, flags: OFlags) -> io::Result<File> {
-    let flags = flags | OFlags::CLOEXEC;
-    File::options()
-        .read(true)
-        .write(used == Use::ReadingAndWriting)
-        .custom_flags(i32::try_from(flags.bits()).unwrap_or(0))
-        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+    reopen(&found, true, OFlags::empty()).map_err(NamedFileError::Open)
 }
 
 fn id(file: &File) -> io::Result<FileId> {
