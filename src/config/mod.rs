@@ -30,7 +30,7 @@ pub use command::{EnvChoice, PutChoice, ROOT_TAG, Requirement, RootChoice, UserC
 pub use console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice};
 pub use contradictions::SEED_ID;
 pub use devices::{
-    BalloonConfig, DiskConfig, DiskFormat, DiskIo, Forward, MacAddress, ModuleConfig, NetBackend, NetConfig, Protocol,
+    BalloonConfig, DiskConfig, DiskFormat, DiskIo, Forward, MAX_QUEUES, MacAddress, ModuleConfig, NetBackend, NetConfig, Protocol,
     RngConfig, ShareConfig, Toggle, Transport, VsockBackend, VsockConfig, WriteError,
 };
 pub use error::{BudgetError, ConfigError, ValueError};

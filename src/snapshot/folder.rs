@@ -368,7 +368,7 @@ mod tests {
         assert!(error().contains("machine.json is not of this version's format"), "{}", error());
         fs::write(target.join(DESCRIPTION), "{\"state_version\":99,\"new\":1}").expect("written");
         let text = crate::error::chain(&Opened::new(&target).err().expect("refused"));
-        assert!(text.contains("version 99") && text.contains("reads version 1"), "{text}");
+        assert!(text.contains("version 99") && text.contains("reads version 2"), "{text}");
         let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("set");
         set(&target.join(DESCRIPTION), 0o620);
         assert!(error().contains("not safe to use: machine.json"), "{}", error());
