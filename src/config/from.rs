@@ -24,7 +24,6 @@ impl RunOptions {
             ("--debug-exit", on(self.debug_exit)),
             ("--testdev", on(self.testdev)),
             ("--seed", self.seed.is_some()),
-            ("--net", !self.net.is_empty()),
             ("--share", !self.share.is_empty()),
             ("--vsock", self.vsock.is_some()),
             ("--rng", self.rng.and_then(Toggle::device).is_some()),

@@ -4,9 +4,7 @@ use super::error::MachineError;
 use crate::measure::record::VirtioQueue;
 use crate::snapshot::State;
 use hwvmm_devices::pci::{ConfigPorts, PciRoot, PciState};
-use hwvmm_devices::virtio::{
-    PauseError, QueueCounts, ThreadStart, TransportError, VirtioState, VirtioTransport,
-};
+use hwvmm_devices::virtio::{PauseError, QueueCounts, ThreadStart, TransportError, VirtioState, VirtioTransport};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};

@@ -1,11 +1,14 @@
 //! A machine that goes on from a snapshot.
 
 use super::error::MachineError;
+use super::net::is_vhost;
 use super::save::SavedDevices;
-use crate::config::{ConsoleTarget, DiskConfig, DiskFormat, RngConfig, RunConfig};
+use crate::config::{
+    BalloonConfig, ConsoleTarget, DiskConfig, DiskFormat, NetBackend, NetConfig, RngConfig, RunConfig,
+};
 use crate::escape::escape;
 use crate::kvm::{Vcpu, Vm};
-use crate::snapshot::{Description, DiskDescription, ImageFormat, State, check_features};
+use crate::snapshot::{Description, DiskDescription, ImageFormat, NetDescription, State, check_features};
 use hwvmm_devices::path_text::PathText as _;
 use kvm_bindings::kvm_cpuid_entry2;
 use std::path::PathBuf;
@@ -48,6 +51,24 @@ pub enum Mismatch {
         /// The key of the option.
         key: &'static str,
     },
+    /// Another number of network cards.
+    #[error(
+        "the snapshot has {expected} network cards, and {given} were given: connect each of them with --net, in the same order"
+    )]
+    Nets {
+        /// The number of its cards.
+        expected: usize,
+        /// The number of those that were given.
+        given: usize,
+    },
+    /// A network card that is connected in another way than the guest knows it.
+    #[error("--net: network card {number} of the snapshot {what}")]
+    Net {
+        /// Which one, counted from 1.
+        number: usize,
+        /// What it needs.
+        what: &'static str,
+    },
 }
 
 impl Mismatch {
@@ -67,14 +88,23 @@ pub fn configure(config: &mut RunConfig, description: &Description) -> Result<()
     config.watchdog = description.watchdog;
     config.debug_exit = description.debug_exit;
     config.transport = description.transport;
+    config.balloon = description.balloon.then(BalloonConfig::default);
     config.rng = description.rng.map(|rng| RngConfig { bytes_per_second: rng.bytes_per_second });
     for (place, target) in (1_u8..).zip(&mut config.serial) {
         let there = description.uarts.contains(&place);
         connect(target, there, || format!("UART {place}"));
     }
     connect(&mut config.console, description.virtio_console, || "virtio console".into());
+    let (expected, given) = (description.nets.len(), config.net.len());
+    if expected != given {
+        return Err(Mismatch::Nets { expected, given });
+    }
+    for (number, (net, described)) in (1..).zip(config.net.iter_mut().zip(&description.nets)) {
+        configure_net(net, described).map_err(|what| Mismatch::Net { number, what })?;
+    }
     if config.disk.len() != description.disks.len() {
-        let names = description.disks.iter().map(|disk| format!("{}: {}", disk.id, escape(&disk.path, MAX_NAME))).collect();
+        let names =
+            description.disks.iter().map(|disk| format!("{}: {}", disk.id, escape(&disk.path, MAX_NAME))).collect();
         return Err(Mismatch::Disks { names, given: config.disk.len() });
     }
     config.disk.iter_mut().zip(&description.disks).try_for_each(|(disk, described)| configure_disk(disk, described))
@@ -90,6 +120,22 @@ fn connect(target: &mut Option<ConsoleTarget>, there: bool, name: impl Fn() -> S
         }
         _ => {}
     }
+}
+
+/// Returns what the card needs.
+fn configure_net(net: &mut NetConfig, described: &NetDescription) -> Result<(), &'static str> {
+    let is_tap = matches!(net.backend, NetBackend::Tap { .. });
+    if described.tap && !is_tap {
+        return Err("needs a tap interface, whose offloads the guest uses");
+    } else if is_vhost(net) {
+        return Err("cannot be one with vhost=on");
+    } else if net.mac.is_some() {
+        return Err("has its hardware address: leave mac out");
+    } else if net.queues != described.queues && (net.queues != 1 || !is_tap) {
+        return Err("has another number of queues: leave queues out, and give it a tap interface");
+    }
+    net.queues = described.queues;
+    Ok(())
 }
 
 fn configure_disk(disk: &mut DiskConfig, described: &DiskDescription) -> Result<(), Mismatch> {

@@ -1,8 +1,8 @@
 //! Running a machine to its end: vCPU threads, the event loop, and what ends a run from outside.
 
 use super::confine::{self, device_threads, reach};
-use super::request::requests;
 use super::paused::VirtioDevices;
+use super::request::requests;
 use super::save::Parts;
 use super::{Event, Machine, Setup};
 use crate::config::ProfileLevel;

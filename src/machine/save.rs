@@ -1,8 +1,9 @@
 //! The state of a running machine, written to the files of a snapshot.
 
 use super::disks::disk_name;
+use super::net::{is_vhost, mac_of};
 use super::paused::VirtioDevices;
-use crate::config::{DiskConfig, DiskFormat, RunConfig};
+use crate::config::{DiskConfig, DiskFormat, NetBackend, NetConfig, RunConfig};
 use crate::control::{RequestError, Saved, Saver};
 use crate::error::chain;
 use crate::exit::{Handler, Outcome};
@@ -10,8 +11,8 @@ use crate::kvm::Vm;
 use crate::kvm::state::VcpuState;
 use crate::memory::GuestRam;
 use crate::snapshot::{
-    Description, DiskDescription, Files, ImageFormat, Irqchip, RngDescription, STATE_VERSION, State, bytes_of_banks, encode,
-    write_memory,
+    Description, DiskDescription, Files, ImageFormat, Irqchip, NetDescription, RngDescription, STATE_VERSION, State,
+    bytes_of_banks, encode, write_memory,
 };
 use crate::vcpu::Inspector;
 use hwvmm_arch::boot::BootMethod;
@@ -51,10 +52,9 @@ fn unsaved(config: &RunConfig) -> Vec<&'static str> {
     let options = [
         ("a command (-- COMMAND)", config.has_command()),
         ("--seed", config.seed.is_some()),
-        ("--net", !config.net.is_empty()),
+        ("--net with vhost=on", config.net.iter().any(is_vhost)),
         ("--share", !config.share.is_empty() && !config.has_command()),
         ("--vsock", config.vsock.is_some() && !config.has_command()),
-        ("--balloon", config.balloon.is_some()),
         ("--testdev", config.testdev),
     ];
     options.into_iter().filter(|(_, given)| *given).map(|(option, _)| option).collect()
@@ -89,6 +89,8 @@ impl Parts {
             transport: config.transport,
             register_pages: self.register_pages,
             disks: (0..).zip(&config.disk).map(|(index, disk)| describe_disk(index, disk)).collect(),
+            nets: config.net.iter().map(describe_net).collect(),
+            balloon: config.balloon.is_some(),
             rng: config.rng.map(|rng| RngDescription { bytes_per_second: rng.bytes_per_second }),
             virtio_console: config.console.is_some(),
             boot: self.boot,
@@ -149,6 +151,11 @@ fn describe_disk(index: usize, disk: &DiskConfig) -> DiskDescription {
         queues: disk.queues,
         serial: disk.serial.clone(),
     }
+}
+
+fn describe_net(net: &NetConfig) -> NetDescription {
+    let mac = mac_of(net).map(|byte| format!("{byte:02x}")).join(":");
+    NetDescription { mac, queues: net.queues, tap: matches!(net.backend, NetBackend::Tap { .. }) }
 }
 
 fn cannot(name: &str, error: &std::io::Error) -> String {

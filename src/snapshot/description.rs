@@ -43,6 +43,18 @@ pub struct DiskDescription {
     pub serial: String,
 }
 
+/// A network card. What it is connected to is a run's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetDescription {
+    /// Its hardware address, for people: the state has it.
+    pub mac: String,
+    /// The number of its queue pairs.
+    pub queues: u16,
+    /// It was connected to a tap interface, whose offloads the guest may use.
+    pub tap: bool,
+}
+
 /// The entropy device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -51,7 +63,7 @@ pub struct RngDescription {
     pub bytes_per_second: Option<u64>,
 }
 
-/// The most disks, as a PCI bus has 31 places.
+/// The most disks, and the most network cards, as a PCI bus has 31 places.
 const MAX_DISKS: usize = 31;
 /// The longest text of a disk in bytes: paths are shorter.
 const MAX_TEXT: usize = 8192;
@@ -82,6 +94,10 @@ pub struct Description {
     pub register_pages: bool,
     /// The disks, in their order.
     pub disks: Vec<DiskDescription>,
+    /// The network cards, in their order.
+    pub nets: Vec<NetDescription>,
+    /// The machine has a memory balloon.
+    pub balloon: bool,
     /// The entropy device, where there is one.
     pub rng: Option<RngDescription>,
     /// The machine has a virtio console.
@@ -113,7 +129,8 @@ impl Description {
     /// The number of virtio devices.
     #[must_use]
     pub fn virtio_devices(&self) -> usize {
-        self.disks.len() + usize::from(self.rng.is_some()) + usize::from(self.virtio_console)
+        let single = [self.rng.is_some(), self.balloon, self.virtio_console];
+        self.disks.len() + self.nets.len() + single.into_iter().filter(|there| *there).count()
     }
 
     /// Returns what is wrong with it, in English; `None` where a machine can be made from it.
@@ -133,6 +150,10 @@ impl Description {
             Some("its UARTs are none that a machine has")
         } else if self.disks.len() > MAX_DISKS || self.disks.iter().any(DiskDescription::is_none) {
             Some("its disks are none that a machine has")
+        } else if self.nets.len() > MAX_DISKS
+            || self.nets.iter().any(|net| !(1..=MAX_QUEUES).contains(&net.queues) || net.mac.len() > MAX_TEXT)
+        {
+            Some("its network cards are none that a machine has")
         } else if self.rng.is_some_and(|rng| rng.bytes_per_second == Some(0)) {
             Some("its entropy device gives nothing")
         } else {

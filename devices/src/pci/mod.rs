@@ -9,6 +9,6 @@ pub use config::{BarLayout, Capability, ConfigSpace, ConfigSpaceState, Identity}
 pub use msi::{MsiMessage, MsiRouter, MsiVector, RouteError};
 pub use msix::{Msix, MsixControl, MsixState};
 pub use root::{
-    ConfigPorts, ECAM_BUS_BYTES, Ecam, PCI_CFG_CAPABILITY_BYTES, PCI_CFG_DATA_BYTES, PciFunction, PciRoot, PciRootError,
-    PciState,
+    ConfigPorts, ECAM_BUS_BYTES, Ecam, PCI_CFG_CAPABILITY_BYTES, PCI_CFG_DATA_BYTES, PciFunction, PciRoot,
+    PciRootError, PciState,
 };

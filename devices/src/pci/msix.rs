@@ -201,7 +201,8 @@ impl Msix {
     #[must_use]
     pub fn save(&self) -> MsixState {
         let state = self.state();
-        let entry = |&Entry { address, data, control, pending, .. }: &Entry| EntryState { address, data, control, pending };
+        let entry =
+            |&Entry { address, data, control, pending, .. }: &Entry| EntryState { address, data, control, pending };
         MsixState { entries: state.entries.iter().map(entry).collect() }
     }
 
@@ -293,7 +294,10 @@ mod tests {
         assert_eq!(routes.0.lock().expect("not poisoned").pop(), Some((30, message)));
         assert_eq!(other_event.read().unwrap_or(0), 1, "the pending bit came along");
         let none = MsixState { entries: Vec::new() };
-        assert!(!other.restore(&none, masked) && other.save().entries == [EntryState { pending: false, ..saved.entries[0] }]);
+        assert!(
+            !other.restore(&none, masked)
+                && other.save().entries == [EntryState { pending: false, ..saved.entries[0] }]
+        );
         msix.set_control(unmasked);
         // Beyond the table, invalid lengths, not aligned: ignored.
         msix.write_table(16, &[0xff; 4]);

@@ -279,7 +279,14 @@ fn states_that_no_driver_could_set_are_refused() {
     assert!(matches!(refused(&|state| state.device = DeviceState::Console), StateFault::Device(DeviceFault::Other)));
     let bus = BusState::Pci {
         config: crate::pci::ConfigSpace::new(
-            crate::pci::Identity { vendor: 0, device: 0, revision: 0, class: 0, subsystem_vendor: 0, subsystem_device: 0 },
+            crate::pci::Identity {
+                vendor: 0,
+                device: 0,
+                revision: 0,
+                class: 0,
+                subsystem_vendor: 0,
+                subsystem_device: 0,
+            },
             None,
         )
         .save(),

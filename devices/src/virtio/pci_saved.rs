@@ -35,10 +35,8 @@ impl PciDevice {
             vector.store(self.existing_vector(*saved), Ordering::Release);
         }
         let control = self.config().byte(self.msix_capability + 3);
-        let control = MsixControl {
-            enabled: control & MSIX_ENABLE != 0,
-            function_masked: control & MSIX_MASK_ALL != 0,
-        };
+        let control =
+            MsixControl { enabled: control & MSIX_ENABLE != 0, function_masked: control & MSIX_MASK_ALL != 0 };
         if interrupt.msix.restore(msix, control) { Ok(()) } else { Err(StateFault::Queues) }
     }
 }

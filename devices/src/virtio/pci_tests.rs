@@ -254,7 +254,9 @@ fn a_new_device_has_the_registers_and_messages_of_the_old_one() {
     assert_eq!(new.events[1].read().unwrap_or(0), 0, "it is masked");
     new.write(MSIX_TABLE + 16 + 12, 0, 4);
     assert_eq!(new.events[1].read().unwrap_or(0), 1, "the pending message is sent");
-    assert!(new.routes.0.lock().expect("not poisoned").contains(&(25, MsiMessage { address: 0xfee0_0000, data: 0x41 })));
+    assert!(
+        new.routes.0.lock().expect("not poisoned").contains(&(25, MsiMessage { address: 0xfee0_0000, data: 0x41 }))
+    );
     // The next request.
     new.memory.write_obj(2_u16, GuestAddress(0x2002)).expect("memory");
     new.write(NOTIFY, 0, 2);

@@ -61,6 +61,20 @@ pub enum DeviceState {
     Console,
     /// A disk.
     Block(DiskState),
+    /// A memory balloon.
+    Balloon {
+        /// The size in pages of 4 KiB that the guest is asked for (`num_pages`, virtio 1.3 §5.5.4).
+        target_pages: u32,
+        /// The size that it has reported (`actual`).
+        actual_pages: u32,
+    },
+    /// A network card.
+    Net {
+        /// Its hardware address.
+        mac: [u8; 6],
+        /// The number of queue pairs that the driver uses (virtio 1.3 §5.1.6.5.5).
+        active_pairs: u16,
+    },
 }
 
 /// By what a disk is told from others.

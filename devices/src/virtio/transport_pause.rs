@@ -6,9 +6,7 @@ use super::position::QueuePosition;
 use super::saved::{
     BusState, DeviceState, MAX_QUEUES, PauseError, QueueState, StateFault, VirtioState, VirtioStateError,
 };
-use super::transport_state::{
-    ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, RESET_WORK, TransportState,
-};
+use super::transport_state::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, RESET_WORK, TransportState};
 use super::worker_thread::WorkerThread;
 use crate::error::chain;
 use std::io;

@@ -1,7 +1,7 @@
 use super::*;
 use crate::config::Transport;
 use crate::kvm::state::{Counter, Msr};
-use crate::snapshot::description::{DiskDescription, ImageFormat, RngDescription};
+use crate::snapshot::description::{DiskDescription, ImageFormat, NetDescription, RngDescription};
 use hwvmm_arch::boot::{BootMethod, Decompressor, EntryProtocol};
 use hwvmm_devices::irq::IrqLine;
 use hwvmm_devices::legacy::SerialPort;
@@ -46,6 +46,8 @@ fn state() -> State {
             transport: Transport::Pci,
             register_pages: true,
             disks: Vec::new(),
+            nets: Vec::new(),
+            balloon: false,
             rng: Some(RngDescription { bytes_per_second: None }),
             virtio_console: false,
             boot: BootMethod { decompressor: Decompressor::None, protocol: EntryProtocol::Multiboot },
@@ -183,6 +185,12 @@ fn contradictions_are_refused() {
     refused(&|state| with_disks(state, vec![disk(17, 1)]));
     refused(&|state| with_disks(state, vec![disk(1, 10_000)]));
     refused(&|state| with_disks(state, vec![disk(1, 1); 32]));
+    refused(&|state| {
+        let net = NetDescription { mac: String::new(), queues: 0, tap: false };
+        state.description.nets = vec![net];
+        state.virtio = vec![virtio(); 2];
+    });
+    refused(&|state| state.description.balloon = true);
     refused(&|state| state.vcpus[0].msrs = vec![Msr { index: 0, value: 0 }; MAX_ITEMS + 1]);
     let mut version = encode(&state()).expect("encoded");
     version[8] = 9;

@@ -13,7 +13,8 @@ pub(super) fn state(image: &Image, config: &[u8]) -> io::Result<DiskState> {
 /// Checks that the disk with `image` and `config` is the one that `state` is of, as it was then, or looks like a copy of it: a file
 /// with another number may have been written at any time.
 pub(super) fn check(state: &DiskState, image: &Image, config: &[u8]) -> Result<(), DeviceFault> {
-    let bytes = |config: &[u8]| config.first_chunk().map_or(0, |sectors| u64::from_le_bytes(*sectors).saturating_mul(512));
+    let bytes =
+        |config: &[u8]| config.first_chunk().map_or(0, |sectors| u64::from_le_bytes(*sectors).saturating_mul(512));
     let (expected, found) = (bytes(&state.config), bytes(config));
     if expected != found {
         return Err(DeviceFault::DiskSize { expected, found });
