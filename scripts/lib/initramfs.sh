@@ -106,12 +106,30 @@ fill_root() {
 guest_console_initramfs() {
     guest_kernel
     initramfs "$HWVMM_LAB/guest/console${HWVMM_GUEST_KERNEL:+-$HWVMM_GUEST_KERNEL}.cpio.gz" fill_console \
-        "$HWVMM_ROOT/scripts/in-guest/init" "$HWVMM_KERNEL_DIR/version"
+        "$HWVMM_ROOT/scripts/in-guest/init" "$HWVMM_KERNEL_DIR/version" start_guest_init
 }
 fill_console() {
-    local module
     add_applets "$1" sh mount insmod sleep poweroff reboot halt echo cat
     add_modules "$1" virtio_pci virtio_mmio virtio_console
+    start_guest_init "$1"
+}
+
+# The busybox guest with drivers for a disk and an entropy device, too.
+guest_devices_initramfs() {
+    guest_kernel
+    initramfs "$HWVMM_LAB/guest/devices.cpio.gz" fill_devices "$HWVMM_ROOT/scripts/in-guest/init" "$HWVMM_KERNEL_DIR/version" \
+        start_guest_init
+}
+fill_devices() {
+    # shellcheck disable=SC2046 # names of applets
+    add_applets "$1" $(busybox --list)
+    add_modules "$1" virtio_pci virtio_mmio virtio_console virtio_blk virtio_rng
+    start_guest_init "$1"
+}
+
+# start_guest_init ROOT: an /init that loads the modules, and starts scripts/in-guest/init.
+start_guest_init() {
+    local module
     {
         printf '#!/bin/sh\nmount -t devtmpfs dev /dev\n'
         if [ -e "$1/modules/order" ]; then while read -r module; do printf 'insmod /modules/%s\n' "$module"; done <"$1/modules/order"; fi

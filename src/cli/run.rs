@@ -138,7 +138,7 @@ fn run_guest(mut config: RunConfig, files: &ResultFiles) -> Result<Ended, Box<dy
     detect_disk_formats(&mut config)?;
     let snapshot = config.from.as_deref().map(Opened::new).transpose()?;
     if let Some(snapshot) = &snapshot {
-        configure(&mut config, snapshot.description());
+        configure(&mut config, snapshot.description())?;
     }
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     let host = Host::at(Path::new("/"));

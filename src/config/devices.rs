@@ -10,14 +10,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 /// The largest number of queues of a disk, and of queue pairs of a network card.
-const MAX_QUEUES: u16 = 16;
+pub const MAX_QUEUES: u16 = 16;
 /// The smallest context ID of a guest (virtio 1.3, section 5.10.4).
 const MIN_CID: u32 = 3;
 /// The largest context ID of a guest; `u32::MAX` is the broadcast address.
 const MAX_CID: u32 = u32::MAX - 1;
 
 /// The transport of virtio devices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Transport {
     /// virtio-pci: one interrupt (MSI-X) and one notification address for each queue.
     Pci,

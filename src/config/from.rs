@@ -23,11 +23,8 @@ impl RunOptions {
             ("--watchdog", on(self.watchdog)),
             ("--debug-exit", on(self.debug_exit)),
             ("--testdev", on(self.testdev)),
-            ("--disk", !self.disk.is_empty()),
             ("--seed", self.seed.is_some()),
-            ("--net", !self.net.is_empty()),
             ("--share", !self.share.is_empty()),
-            ("--console virtio", self.virtio_console().is_some()),
             ("--vsock", self.vsock.is_some()),
             ("--rng", self.rng.and_then(Toggle::device).is_some()),
             ("--balloon", self.balloon.and_then(Toggle::device).is_some()),
@@ -47,13 +44,14 @@ mod tests {
     fn a_snapshot_settles_what_the_machine_is() {
         let config = read("from = 's'\napi = 'a'\nserial = ['1=null']\nwatchdog = false").into_config().expect("valid");
         assert_eq!((config.from, config.kernel), (Some("s".into()), "s".into()));
+        // What its disks and consoles are connected to is this run's.
+        let config = read("from = 's'\ndisk = ['d']\nconsole = 'virtio=null'").into_config().expect("valid");
+        assert!(config.disk.len() == 1 && config.console.is_some());
         for (text, words) in [
             ("kernel = 'k'", "KERNEL"),
             ("memory = '64M'", "--memory (-m)"),
             ("cpus = 1", "--cpus (-c)"),
-            ("disk = 'd'", "--disk"),
             ("seed = 'd'", "--seed"),
-            ("console = 'virtio'", "--console virtio"),
             ("rng = true", "--rng"),
             ("append = 'x'", "--append"),
             ("on-reboot = 'restart'", "--on-reboot restart"),

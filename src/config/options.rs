@@ -156,7 +156,8 @@ options! {
         /// The kernel: a distribution's vmlinuz (bzImage), an ELF vmlinux, or a multiboot ELF
         kernel: Option<PathBuf>, [help_heading = None::<&str>] "KERNEL" becomes PathBuf = given.kernel_path()?;
         /// Go on from a snapshot that `hwvmm ctl SOCKET snapshot` has made, in place of a boot. Memory, vCPUs and devices are those of the
-        /// snapshot; what consoles are connected to, the control socket, time-outs and measurements are those of this run
+        /// snapshot; what consoles are connected to, the images of disks (--disk for each, as it was then), the control socket, time-outs and
+        /// measurements are those of this run
         from: Option<PathBuf>, [long] "DIR";
         /// Take kernel, initrd and the kernel's parameters out of this disk image, which is a disk of the guest: as the image's boot
         /// loader would (grub.cfg, or /loader/entries; on ext2 to ext4 and FAT). The default parameters come behind the image's;

@@ -94,6 +94,11 @@ fn starts_disk(start: &[u8; 2048]) -> bool {
     has(0, b"QFI\xfb") || disk && !kernel
 }
 
+/// The name of the disk with `index` in counts and logs.
+pub(super) fn disk_name(index: usize, disk: &DiskConfig) -> String {
+    disk.id.clone().unwrap_or_else(|| format!("disk{index}"))
+}
+
 fn image_options(disk: &DiskConfig) -> ImageOptions {
     let format = match disk.format {
         DiskFormat::Auto => Format::Auto,

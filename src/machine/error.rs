@@ -119,6 +119,12 @@ pub enum MachineError {
     /// The state of a UART in a snapshot.
     #[error("the snapshot cannot be used")]
     SnapshotUart(#[from] hwvmm_devices::legacy::UartStateError),
+    /// The state of a virtio device in a snapshot.
+    #[error(transparent)]
+    SnapshotVirtio(#[from] hwvmm_devices::virtio::VirtioStateError),
+    /// The state of the PCI bus in a snapshot.
+    #[error("the snapshot cannot be used: its state of the PCI bus is none")]
+    SnapshotPci,
     /// A file descriptor cannot be made.
     #[error("cannot get a file descriptor")]
     Fd(#[from] io::Error),

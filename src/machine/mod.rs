@@ -11,6 +11,7 @@ mod generation;
 mod image;
 mod levers;
 mod net;
+mod paused;
 mod request;
 mod restore;
 mod run;
@@ -26,7 +27,7 @@ pub use files::{Files, FilesError};
 pub use image::{DiskParts, FromImage, ImageError};
 pub use net::PASST;
 pub use request::StopRequest;
-pub use restore::configure;
+pub use restore::{Mismatch, configure};
 pub use run::{Ran, RunError, run};
 pub use seed::SeedError;
 pub use setup::{Event, Setup, Start, Stdin};
@@ -54,16 +55,17 @@ use hwvmm_devices::{BusBuilder, BusError};
 use kvm_bindings::kvm_cpuid_entry2;
 use levers::VirtioMmioRegisters;
 use net::Passt;
+use paused::VirtioDevices;
 use save::SavedDevices;
 use std::sync::Arc;
-use virtio::{BuiltVirtio, BusLayout, VirtioBuilder, VirtioHandle};
+use virtio::{BuiltVirtio, BusLayout, VirtioBuilder};
 
 /// A machine that is ready to run.
 pub struct Machine {
     /// Dropped first: vCPUs keep guest memory mapped, and are closed before the machine.
     vcpus: Vec<Vcpu>,
     vm: Arc<Vm>,
-    virtio: Vec<VirtioHandle>,
+    virtio: Arc<VirtioDevices>,
     api: Option<crate::control::Server>,
     handler: Arc<Handler>,
     control: Arc<Control>,
@@ -78,6 +80,8 @@ pub struct Machine {
     msrs: Arc<[u32]>,
     ram: GuestRam,
     boot: BootMethod,
+    /// The guest was told to find registers in memory.
+    register_pages: bool,
     passt: Vec<Passt>,
 }
 
@@ -100,7 +104,7 @@ impl Machine {
             Source::Snapshot { memory, .. } => GuestRam::of_file(&banks, memory)?,
         };
         let uarts = uarts(config);
-        let mut layout = BusLayout::new(config, setup.files.is_multiboot(), has_generation_id(setup))?;
+        let mut layout = BusLayout::new(config, &setup.files.source)?;
         let (vm, irqchip) = create_vm(setup, system, &ram)?;
         let pins = match irqchip {
             Irqchip::Split => layout.pack_pins(uarts.iter().map(|uart| uart.gsi)),
@@ -138,7 +142,7 @@ impl Machine {
         let most = config.memory.max_balloon_bytes();
         let serve = |path| crate::control::Server::new(path, balloon, most, Arc::clone(&control));
         let api = config.api.as_deref().map(serve).transpose()?;
-        let BuiltVirtio { handles: virtio, readonly_pages } = builder.finish(&mut devices.pio)?;
+        let BuiltVirtio { devices: virtio, readonly_pages } = builder.finish(&mut devices.pio)?;
         let vcpus = match &loaded {
             From::Kernel(loaded) => {
                 create_vcpus(system, &vm, supported.as_slice(), topology, &apic_ids, loaded, &config.tune)?
@@ -146,6 +150,7 @@ impl Machine {
             From::Snapshot(state) => {
                 let vcpus = restore::vcpus(&vm, state, supported.as_slice(), &apic_ids)?;
                 restore::devices(&vm, state, &devices.saved)?;
+                virtio.restore(state)?;
                 generation.map_or(Ok(()), |generation| generation.announce())?;
                 vcpus
             }
@@ -163,7 +168,8 @@ impl Machine {
         Ok(Self {
             vcpus,
             vm,
-            virtio,
+            virtio: Arc::new(virtio),
+            register_pages: layout.pages,
             api,
             handler: Arc::new(handler),
             control,
@@ -201,15 +207,6 @@ impl From<'_> {
             Self::Kernel(loaded) => loaded.method,
             Self::Snapshot(state) => state.description.boot,
         }
-    }
-}
-
-/// Returns true if the machine has a generation identifier: where a snapshot can be made of it, or where the one that it goes on from has
-/// one. No other machine has a use for it, and its interrupt takes the guest some exits.
-fn has_generation_id(setup: &Setup<'_>) -> bool {
-    match &setup.files.source {
-        Source::Kernel { .. } => setup.config.api.is_some(),
-        Source::Snapshot { state, .. } => state.description.vmgenid,
     }
 }
 

@@ -37,23 +37,37 @@ pub(super) struct Card {
 /// A card for `net`, whose queues are in `memory`.
 pub(super) fn card(net: &NetConfig, memory: &Memory) -> Result<Card, MachineError> {
     let mut passt = None;
-    let (name, backends): (&str, Vec<Box<dyn Backend>>) = match &net.backend {
+    let backends: Vec<Box<dyn Backend>> = match &net.backend {
         NetBackend::Tap { name, .. } => {
             let queues = Tap::open(name, net.queues)?;
-            (name, queues.into_iter().map(|tap| Box::new(tap) as Box<dyn Backend>).collect())
+            queues.into_iter().map(|tap| Box::new(tap) as Box<dyn Backend>).collect()
         }
         NetBackend::User(forwards) => {
             let (socket, process) = start_passt(forwards)?;
             passt = Some(process);
-            ("user", vec![Box::new(Stream::new(socket)?)])
+            vec![Box::new(Stream::new(socket)?)]
         }
     };
-    let card = Net::new(net.mac.unwrap_or_else(|| stable_mac(name)), backends)?;
+    let card = Net::new(mac_of(net), backends)?;
     let device: Box<dyn VirtioDevice> = match net.backend {
         NetBackend::Tap { vhost: true, .. } => Box::new(card.with_vhost(memory).map_err(MachineError::Vhost)?),
         NetBackend::Tap { .. } | NetBackend::User(_) => Box::new(card),
     };
     Ok(Card { device, passt })
+}
+
+/// The hardware address of a card.
+pub(super) fn mac_of(net: &NetConfig) -> [u8; 6] {
+    let name = match &net.backend {
+        NetBackend::Tap { name, .. } => name,
+        NetBackend::User(_) => "user",
+    };
+    net.mac.unwrap_or_else(|| stable_mac(name))
+}
+
+/// Returns true if the host's kernel has the queues of the card.
+pub(super) fn is_vhost(net: &NetConfig) -> bool {
+    matches!(net.backend, NetBackend::Tap { vhost: true, .. })
 }
 
 /// An address that is the same in every run: locally administered, the rest from the backend's name (FNV-1a).

@@ -1,28 +1,163 @@
 //! A machine that goes on from a snapshot.
 
 use super::error::MachineError;
+use super::net::is_vhost;
 use super::save::SavedDevices;
-use crate::config::{ConsoleTarget, RunConfig};
+use crate::config::{
+    BalloonConfig, ConsoleTarget, DiskConfig, DiskFormat, NetBackend, NetConfig, RngConfig, RunConfig,
+};
+use crate::escape::escape;
 use crate::kvm::{Vcpu, Vm};
-use crate::snapshot::{Description, State, check_features};
+use crate::snapshot::{Description, DiskDescription, ImageFormat, NetDescription, State, check_features};
+use hwvmm_devices::path_text::PathText as _;
 use kvm_bindings::kvm_cpuid_entry2;
+use std::path::PathBuf;
+use thiserror::Error;
 
-/// Gives `config` what the machine of a snapshot has: memory, vCPUs, devices.
-pub fn configure(config: &mut RunConfig, description: &Description) {
+/// The most bytes of a name in a message.
+const MAX_NAME: usize = 200;
+
+/// What is given does not fit to the machine of a snapshot.
+#[derive(Debug, Error)]
+pub enum Mismatch {
+    /// Another number of disks.
+    #[error(
+        "the snapshot has {} disks{}, and {given} were given: give the image of each with --disk, in this order; it has to be as it was \
+         when the snapshot was made", names.len(), Self::listed(names)
+    )]
+    Disks {
+        /// The names of its disks, and the paths that they had.
+        names: Vec<String>,
+        /// The number of those that were given.
+        given: usize,
+    },
+    /// A disk of another format.
+    #[error("the snapshot's disk {name} is of the format {expected}, and {} is not: give the image that it had, or format={expected}", path.shown())]
+    Format {
+        /// The name of the disk.
+        name: String,
+        /// The format that it had.
+        expected: &'static str,
+        /// The path that was given.
+        path: PathBuf,
+    },
+    /// An option of a disk that the guest knows.
+    #[error("--disk {}: the snapshot's disk {name} has another {key}: leave it out", path.shown())]
+    Disk {
+        /// The name of the disk.
+        name: String,
+        /// The path that was given.
+        path: PathBuf,
+        /// The key of the option.
+        key: &'static str,
+    },
+    /// Another number of network cards.
+    #[error(
+        "the snapshot has {expected} network cards, and {given} were given: connect each of them with --net, in the same order"
+    )]
+    Nets {
+        /// The number of its cards.
+        expected: usize,
+        /// The number of those that were given.
+        given: usize,
+    },
+    /// A network card that is connected in another way than the guest knows it.
+    #[error("--net: network card {number} of the snapshot {what}")]
+    Net {
+        /// Which one, counted from 1.
+        number: usize,
+        /// What it needs.
+        what: &'static str,
+    },
+}
+
+impl Mismatch {
+    fn listed(names: &[String]) -> String {
+        if names.is_empty() { String::new() } else { format!(" ({})", names.join(", ")) }
+    }
+}
+
+/// Gives `config` what the machine of a snapshot has: memory, vCPUs, devices. The images of disks are those of `config`: nothing in a
+/// snapshot, which a guest may have had a hand in, decides what is opened.
+///
+/// # Errors
+/// [`Mismatch`].
+pub fn configure(config: &mut RunConfig, description: &Description) -> Result<(), Mismatch> {
     config.memory.bytes = description.memory_bytes;
     config.cpus = description.vcpus();
     config.watchdog = description.watchdog;
     config.debug_exit = description.debug_exit;
+    config.transport = description.transport;
+    config.balloon = description.balloon.then(BalloonConfig::default);
+    config.rng = description.rng.map(|rng| RngConfig { bytes_per_second: rng.bytes_per_second });
     for (place, target) in (1_u8..).zip(&mut config.serial) {
-        match (description.uarts.contains(&place), &target) {
-            (true, None) => *target = Some(ConsoleTarget::Null),
-            (false, Some(_)) => {
-                log::info!("the machine of the snapshot has no UART {place}");
-                *target = None;
-            }
-            _ => {}
-        }
+        let there = description.uarts.contains(&place);
+        connect(target, there, || format!("UART {place}"));
     }
+    connect(&mut config.console, description.virtio_console, || "virtio console".into());
+    let (expected, given) = (description.nets.len(), config.net.len());
+    if expected != given {
+        return Err(Mismatch::Nets { expected, given });
+    }
+    for (number, (net, described)) in (1..).zip(config.net.iter_mut().zip(&description.nets)) {
+        configure_net(net, described).map_err(|what| Mismatch::Net { number, what })?;
+    }
+    if config.disk.len() != description.disks.len() {
+        let names =
+            description.disks.iter().map(|disk| format!("{}: {}", disk.id, escape(&disk.path, MAX_NAME))).collect();
+        return Err(Mismatch::Disks { names, given: config.disk.len() });
+    }
+    config.disk.iter_mut().zip(&description.disks).try_for_each(|(disk, described)| configure_disk(disk, described))
+}
+
+/// A console that was not given goes nowhere.
+fn connect(target: &mut Option<ConsoleTarget>, there: bool, name: impl Fn() -> String) {
+    match (there, &target) {
+        (true, None) => *target = Some(ConsoleTarget::Null),
+        (false, Some(_)) => {
+            log::info!("the machine of the snapshot has no {}", name());
+            *target = None;
+        }
+        _ => {}
+    }
+}
+
+/// Returns what the card needs.
+fn configure_net(net: &mut NetConfig, described: &NetDescription) -> Result<(), &'static str> {
+    let is_tap = matches!(net.backend, NetBackend::Tap { .. });
+    if described.tap && !is_tap {
+        return Err("needs a tap interface, whose offloads the guest uses");
+    } else if is_vhost(net) {
+        return Err("cannot be one with vhost=on");
+    } else if net.mac.is_some() {
+        return Err("has its hardware address: leave mac out");
+    } else if net.queues != described.queues && (net.queues != 1 || !is_tap) {
+        return Err("has another number of queues: leave queues out, and give it a tap interface");
+    }
+    net.queues = described.queues;
+    Ok(())
+}
+
+fn configure_disk(disk: &mut DiskConfig, described: &DiskDescription) -> Result<(), Mismatch> {
+    let name = || escape(&described.id, MAX_NAME);
+    let is_qcow2 = matches!(disk.format, DiskFormat::Qcow2 | DiskFormat::DetectedQcow2);
+    if is_qcow2 != (described.format == ImageFormat::Qcow2) {
+        let expected = if is_qcow2 { "raw" } else { "qcow2" };
+        return Err(Mismatch::Format { name: name(), expected, path: disk.path.clone() });
+    }
+    let wrong = [
+        ("readonly", disk.read_only && !described.read_only),
+        ("queues", disk.queues != 1 && disk.queues != described.queues),
+        ("serial", !disk.serial.is_empty() && disk.serial != described.serial),
+    ];
+    if let Some((key, _)) = wrong.into_iter().find(|(_, wrong)| *wrong) {
+        return Err(Mismatch::Disk { name: name(), path: disk.path.clone(), key });
+    }
+    disk.read_only = described.read_only;
+    disk.queues = described.queues;
+    disk.serial.clone_from(&described.serial);
+    disk.id.get_or_insert_with(|| described.id.clone());
+    Ok(())
 }
 
 /// Creates the vCPUs, which have to have the features that the guest was told of.

@@ -1,9 +1,9 @@
 //! Running a machine to its end: vCPU threads, the event loop, and what ends a run from outside.
 
 use super::confine::{self, device_threads, reach};
+use super::paused::VirtioDevices;
 use super::request::requests;
 use super::save::Parts;
-use super::virtio::VirtioHandle;
 use super::{Event, Machine, Setup};
 use crate::config::ProfileLevel;
 use crate::console::{Announcements, Input, Look, UnreadInput, Watch, terminal_size};
@@ -226,6 +226,7 @@ struct Limits<'a> {
     watchdog: Option<Arc<Watchdog>>,
     halt_detector: HaltDetector,
     watches: &'a [Watch],
+    virtio: &'a VirtioDevices,
     drain: Option<&'a Drain>,
     /// The time for which the machine was paused that the watchdog has been given.
     paused: Duration,
@@ -293,6 +294,7 @@ impl Limits<'_> {
                 self.control.end(EndReason::Watchdog, None);
             } else if next_tick <= now {
                 next_tick = now + TICK;
+                self.virtio.resume_late();
                 if !self.control.is_paused() && self.halt_detector.tick(threads) {
                     self.control.end(EndReason::Halted, None);
                 }
@@ -322,8 +324,8 @@ pub struct Ran {
 /// # Errors
 /// Where threads or the event loop cannot be created.
 pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
-    let Machine { vcpus, vm, virtio, api, handler, control, input, watches, resized, saved, msrs, ram, boot, passt } =
-        machine;
+    let Machine { vcpus, vm, virtio, api, handler, control, input, watches, resized, saved, .. } = machine;
+    let Machine { msrs, ram, boot, register_pages, passt, .. } = machine;
     let live = api.as_ref().map(crate::control::Server::live);
     let unread = input.as_ref().map(Input::unread);
     let input = input.map(|input| Box::new(input) as Box<dyn MutEventSubscriber>);
@@ -348,7 +350,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
         process.attend(sandbox).map_err(|error| RunError::Io("start a thread", error))?;
     }
     let thread_start = device_threads(sandbox);
-    virtio.iter().try_for_each(|device| device.start_threads(&thread_start))?;
+    virtio.start(&thread_start)?;
     if let Some(tracer) = &mut tracer {
         tracer.start(sandbox).map_err(|error| RunError::Io("start a thread", error))?;
     }
@@ -374,7 +376,9 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
             ram: ram.clone(),
             handler: Arc::clone(&handler),
             devices: saved.clone(),
+            virtio: Arc::clone(&virtio),
             boot,
+            register_pages,
             msrs,
         };
         let saver = parts.saver(setup.config);
@@ -393,6 +397,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
         watchdog: saved.watchdog,
         halt_detector,
         watches: &watches,
+        virtio: &virtio,
         drain: drain.as_ref(),
         paused: Duration::ZERO,
         output,
@@ -410,7 +415,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     drain.into_iter().for_each(Drain::stop);
     handler.flush();
     let trace = tracer.map(Tracer::finish);
-    VirtioHandle::stop_all(&virtio, Instant::now() + DEVICES_END);
+    virtio.stop(Instant::now() + DEVICES_END);
     result?;
     if let Some(end) = control.ended() {
         watches.iter().for_each(|watch| watch.finish(&end.reason));
@@ -430,7 +435,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
         devices: devices(&handler),
         coalesced_writes: handler.ring.as_ref().map_or(0, CoalescedRing::drained),
         vm_stats: vm.stats_fd().ok().and_then(|file| Reader::new(file).ok()?.read().ok()),
-        virtio: virtio.iter().flat_map(VirtioHandle::queues).collect(),
+        virtio: virtio.queues(),
         memory,
         trace,
         missing,

@@ -1,16 +1,23 @@
 //! The state of a running machine, written to the files of a snapshot.
 
-use crate::config::RunConfig;
+use super::disks::disk_name;
+use super::net::{is_vhost, mac_of};
+use super::paused::VirtioDevices;
+use crate::config::{DiskConfig, DiskFormat, NetBackend, NetConfig, RunConfig};
 use crate::control::{RequestError, Saved, Saver};
 use crate::error::chain;
 use crate::exit::{Handler, Outcome};
 use crate::kvm::Vm;
 use crate::kvm::state::VcpuState;
 use crate::memory::GuestRam;
-use crate::snapshot::{Description, Files, Irqchip, STATE_VERSION, State, bytes_of_banks, encode, write_memory};
+use crate::snapshot::{
+    Description, DiskDescription, Files, ImageFormat, Irqchip, NetDescription, RngDescription, STATE_VERSION, State,
+    bytes_of_banks, encode, write_memory,
+};
 use crate::vcpu::Inspector;
 use hwvmm_arch::boot::BootMethod;
 use hwvmm_devices::legacy::{IoApic, PostPort, SerialPort, Watchdog};
+use hwvmm_devices::path_text::PathText as _;
 use std::error::Error;
 use std::io::Write;
 use std::sync::Arc;
@@ -33,7 +40,10 @@ pub(super) struct Parts {
     pub(super) ram: GuestRam,
     pub(super) handler: Arc<Handler>,
     pub(super) devices: SavedDevices,
+    pub(super) virtio: Arc<VirtioDevices>,
     pub(super) boot: BootMethod,
+    /// The guest was told to find registers in memory.
+    pub(super) register_pages: bool,
     /// The MSRs that make up the state of a vCPU.
     pub(super) msrs: Arc<[u32]>,
 }
@@ -42,14 +52,10 @@ pub(super) struct Parts {
 fn unsaved(config: &RunConfig) -> Vec<&'static str> {
     let options = [
         ("a command (-- COMMAND)", config.has_command()),
-        ("--disk", !config.disk.is_empty()),
         ("--seed", config.seed.is_some()),
-        ("--net", !config.net.is_empty()),
+        ("--net with vhost=on", config.net.iter().any(is_vhost)),
         ("--share", !config.share.is_empty() && !config.has_command()),
         ("--vsock", config.vsock.is_some() && !config.has_command()),
-        ("--rng", config.rng.is_some()),
-        ("--balloon", config.balloon.is_some()),
-        ("--console virtio", config.console.is_some()),
         ("--testdev", config.testdev),
     ];
     options.into_iter().filter(|(_, given)| *given).map(|(option, _)| option).collect()
@@ -81,6 +87,13 @@ impl Parts {
             watchdog: config.watchdog,
             debug_exit: config.debug_exit,
             irqchip: if self.vm.is_split() { Irqchip::Split } else { Irqchip::Kernel },
+            transport: config.transport,
+            register_pages: self.register_pages,
+            disks: (0..).zip(&config.disk).map(|(index, disk)| describe_disk(index, disk)).collect(),
+            nets: config.net.iter().map(describe_net).collect(),
+            balloon: config.balloon.is_some(),
+            rng: config.rng.map(|rng| RngDescription { bytes_per_second: rng.bytes_per_second }),
+            virtio_console: config.console.is_some(),
             boot: self.boot,
             vmgenid: self.devices.has_generation_id,
             cpu_vendor: String::new(),
@@ -93,6 +106,8 @@ impl Parts {
         if let Outcome::End(end) = self.handler.flush() {
             return Err(format!("the run ends: {end}").into());
         }
+        // Before the vCPUs, to which the interrupts of their last requests go.
+        let virtio = self.virtio.pause()?;
         let vcpus = inspector.save(&self.msrs)?;
         // KVM_GET_NESTED_STATE is not read: what is between the guest and guests of its own would be lost.
         if vcpus.iter().any(VcpuState::runs_guests) {
@@ -114,6 +129,8 @@ impl Parts {
             uarts: devices.uarts.iter().map(|uart| uart.save()).collect(),
             watchdog: deadline.map(|at| at.saturating_duration_since(now)),
             post: devices.post.last(),
+            pci: virtio.save_bus(),
+            virtio: virtio.save()?,
         };
         state.describe_processor();
         let written_bytes = write_memory(&self.ram, &files.memory).map_err(|error| cannot("memory", &error))?;
@@ -122,6 +139,25 @@ impl Parts {
         (&files.description).write_all(text.as_bytes()).map_err(|error| cannot("machine.json", &error))?;
         Ok(Saved { memory_bytes: bytes_of_banks(&self.ram), written_bytes })
     }
+}
+
+fn describe_disk(index: usize, disk: &DiskConfig) -> DiskDescription {
+    DiskDescription {
+        id: disk_name(index, disk),
+        path: disk.path.shown().to_string(),
+        format: match disk.format {
+            DiskFormat::Qcow2 | DiskFormat::DetectedQcow2 => ImageFormat::Qcow2,
+            DiskFormat::Raw | DiskFormat::DetectedRaw | DiskFormat::Auto => ImageFormat::Raw,
+        },
+        read_only: disk.read_only,
+        queues: disk.queues,
+        serial: disk.serial.clone(),
+    }
+}
+
+fn describe_net(net: &NetConfig) -> NetDescription {
+    let mac = mac_of(net).map(|byte| format!("{byte:02x}")).join(":");
+    NetDescription { mac, queues: net.queues, tap: matches!(net.backend, NetBackend::Tap { .. }) }
 }
 
 fn cannot(name: &str, error: &std::io::Error) -> String {

@@ -1,13 +1,14 @@
 //! Virtio devices: made from the configuration, put on their transport, connected to KVM.
 
 use super::confine;
-use super::disks::Disks;
+use super::disks::{Disks, disk_name};
 use super::error::MachineError;
+use super::files::Source;
 use super::levers::options;
 use super::net::{Card, Passt, card};
+use super::paused::{PciBus, VirtioDevices, VirtioHandle};
 use crate::config::{DiskConfig, DiskIo, RunConfig, SEED_ID, Transport, VsockBackend, WriteError};
 use crate::kvm::Vm;
-use crate::measure::record::VirtioQueue;
 use crate::memory::GuestRam;
 use crate::sandbox::Sandbox;
 use crate::tune::{Lever, Tune};
@@ -24,14 +25,10 @@ use hwvmm_devices::virtio::mmio::{MmioDevice, REGION_BYTES};
 use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
 use hwvmm_devices::virtio::rng::{Rate, Rng};
 use hwvmm_devices::virtio::vsock::{Connector, KernelVsock, Vsock};
-use hwvmm_devices::virtio::{
-    Doorbell, QueueCounts, ThreadStart, TransportError, TransportOptions, VirtioDevice, VirtioTransport,
-};
+use hwvmm_devices::virtio::{Doorbell, TransportOptions, VirtioDevice, VirtioTransport};
 use hwvmm_devices::{BusBuilder, BusDevice, RegisterPage};
 use std::cell::OnceCell;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The pin behind those of the UARTs.
@@ -43,19 +40,33 @@ pub(super) struct BusLayout {
     pub(super) pci: bool,
     /// The virtio-mmio devices, in the order in which they are added.
     pub(super) mmio: Vec<VirtioMmio>,
-    /// If true, the guest reads registers from read-only pages, without exits. Multiboot kernels use the PCI ports instead.
+    /// If true, the guest reads registers from read-only pages, without exits where the host can. Multiboot kernels use the PCI ports
+    /// instead.
     pub(super) pages: bool,
     /// The GSI of the machine's generation identifier, if it has one.
     pub(super) vmgenid: Option<u32>,
 }
 
+/// Returns true if the machine has a generation identifier: where a snapshot can be made of it, or where the one that it goes on from has
+/// one. No other machine has a use for it, and its interrupt takes the guest some exits.
+fn has_generation_id(config: &RunConfig, source: &Source) -> bool {
+    match source {
+        Source::Kernel { .. } => config.api.is_some(),
+        Source::Snapshot { state, .. } => state.description.vmgenid,
+    }
+}
+
 impl BusLayout {
     /// # Errors
     /// Where there are more devices than places.
-    pub(super) fn new(config: &RunConfig, multiboot: bool, has_generation_id: bool) -> Result<Self, MachineError> {
+    pub(super) fn new(config: &RunConfig, source: &Source) -> Result<Self, MachineError> {
         let count = config.virtio_devices();
-        let vmgenid = has_generation_id.then_some(VMGENID_GSI);
-        let pages = config.tune.wants(Lever::ReadonlyRegisters) && !multiboot;
+        let vmgenid = has_generation_id(config, source).then_some(VMGENID_GSI);
+        let pages = match source {
+            Source::Kernel { kernel, .. } => config.tune.wants(Lever::ReadonlyRegisters) && !kernel.is_multiboot(),
+            // The guest knows already where it finds them.
+            Source::Snapshot { state, .. } => state.description.register_pages,
+        };
         match config.transport {
             Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new(), pages, vmgenid }),
             Transport::Mmio if count > VIRTIO_MMIO_GSIS.len() => {
@@ -91,43 +102,6 @@ impl BusLayout {
     }
 }
 
-/// A virtio device of a machine.
-pub(super) struct VirtioHandle {
-    /// Name, such as `disk0`.
-    name: String,
-    /// Counts of its queues, by index.
-    counts: Vec<Arc<QueueCounts>>,
-    transport: Arc<dyn VirtioTransport>,
-}
-
-impl VirtioHandle {
-    /// Starts the device's threads, which call `start` first. The vCPUs must not have started.
-    ///
-    /// # Errors
-    /// Where a thread cannot be started.
-    pub(super) fn start_threads(&self, start: &ThreadStart) -> Result<(), TransportError> {
-        self.transport.start_threads(start)
-    }
-
-    /// Ends the threads of all `devices`, after they have completed the requests that are available, by `deadline`. The vCPUs
-    /// must have stopped.
-    pub(super) fn stop_all(devices: &[Self], deadline: Instant) {
-        devices.iter().for_each(|device| device.transport.request_stop());
-        devices.iter().for_each(|device| device.transport.wait_stopped(deadline));
-    }
-
-    /// Returns the counts of the queues so far.
-    pub(super) fn queues(&self) -> impl Iterator<Item = VirtioQueue> {
-        self.counts.iter().enumerate().map(|(queue, counts)| VirtioQueue {
-            device: self.name.clone(),
-            queue,
-            kicks: counts.kicks.load(Ordering::Relaxed),
-            interrupts: counts.interrupts.load(Ordering::Relaxed),
-            requests: counts.requests.load(Ordering::Relaxed),
-        })
-    }
-}
-
 /// Sets MSI routes in KVM (KVM_SET_GSI_ROUTING).
 pub(super) struct Router(pub(super) Arc<Vm>);
 
@@ -144,7 +118,7 @@ impl MsiRouter for Router {
 
 /// The virtio devices of a machine that has all of them.
 pub(super) struct BuiltVirtio {
-    pub(super) handles: Vec<VirtioHandle>,
+    pub(super) devices: VirtioDevices,
     /// If true, the guest reads the devices' registers from read-only pages, without exits.
     pub(super) readonly_pages: bool,
 }
@@ -195,7 +169,7 @@ impl<'a> VirtioBuilder<'a> {
             root: PciRoot::default(),
             next_message,
             handles: Vec::new(),
-            pages: layout.pages,
+            pages: layout.pages && tune.wants(Lever::ReadonlyRegisters),
             balloon: None,
             passt: Vec::new(),
         }
@@ -210,8 +184,7 @@ impl<'a> VirtioBuilder<'a> {
         disks: Disks,
     ) -> Result<(), MachineError> {
         for (index, (disk, image)) in config.disk.iter().zip(disks.images).enumerate() {
-            let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
-            self.add(name, Box::new(block(disk, image)?))?;
+            self.add(disk_name(index, disk), Box::new(block(disk, image)?))?;
         }
         if let Some(image) = disks.seed {
             self.add(SEED_ID.into(), Box::new(seed(image)?))?;
@@ -296,7 +269,7 @@ impl<'a> VirtioBuilder<'a> {
             }
         }
         self.mmio.insert(base, bytes, format!("virtio {name}"), Arc::clone(&transport) as Arc<dyn BusDevice>)?;
-        self.handles.push(VirtioHandle { name, counts: transport.counts(), transport });
+        self.handles.push(VirtioHandle::new(name, transport));
         Ok(())
     }
 
@@ -338,11 +311,12 @@ impl<'a> VirtioBuilder<'a> {
         // one before it believes in the ports. Without devices too: it complains on its console where it finds no way to ask.
         let by_ports = if self.layout.pages { Arc::new(PciRoot::default()) } else { Arc::clone(&root) };
         let ports = Arc::new(ConfigPorts::new(by_ports));
+        let bus = PciBus { ports: Arc::clone(&ports), root: Arc::clone(&root) };
         pio.insert(ConfigPorts::BASE.into(), ConfigPorts::LEN, "PCI configuration", ports)?;
         if self.layout.pci {
             self.mmio.insert(PCI_ECAM, ECAM_BUS_BYTES, "PCI configuration", Arc::new(Ecam(root)))?;
         }
-        Ok(BuiltVirtio { handles: self.handles, readonly_pages: self.pages })
+        Ok(BuiltVirtio { devices: VirtioDevices::new(self.handles, bus), readonly_pages: self.pages })
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a machine is: the readable part of a snapshot (`machine.json`), and what a restored run has to have as well.
 
-use crate::config::{Cpus, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
+use crate::config::{Cpus, MAX_MEMORY_BYTES, MAX_QUEUES, MIN_MEMORY_BYTES, Transport};
 use hwvmm_arch::boot::BootMethod;
 use hwvmm_arch::layout::UARTS;
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,59 @@ pub enum Irqchip {
     /// In hwvmm.
     Split,
 }
+
+/// The format of a disk's image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// The sectors of the disk, one after the other.
+    Raw,
+    /// qcow2.
+    Qcow2,
+}
+
+/// A disk. Its image is not a part of the snapshot: a run names it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskDescription {
+    /// Its name in counts and logs.
+    pub id: String,
+    /// The path that its image had, for people: it decides nothing.
+    pub path: String,
+    /// The format of its image.
+    pub format: ImageFormat,
+    /// The guest cannot write it.
+    pub read_only: bool,
+    /// The number of its queues.
+    pub queues: u16,
+    /// The serial number that the guest sees.
+    pub serial: String,
+}
+
+/// A network card. What it is connected to is a run's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetDescription {
+    /// Its hardware address, for people: the state has it.
+    pub mac: String,
+    /// The number of its queue pairs.
+    pub queues: u16,
+    /// It was connected to a tap interface, whose offloads the guest may use.
+    pub tap: bool,
+}
+
+/// The entropy device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RngDescription {
+    /// The largest number of bytes a second.
+    pub bytes_per_second: Option<u64>,
+}
+
+/// The most disks, and the most network cards, as a PCI bus has 31 places.
+const MAX_DISKS: usize = 31;
+/// The longest text of a disk in bytes: paths are shorter.
+const MAX_TEXT: usize = 8192;
 
 /// What a machine is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +88,20 @@ pub struct Description {
     pub debug_exit: bool,
     /// Where the I/O APIC is.
     pub irqchip: Irqchip,
+    /// How virtio devices are connected.
+    pub transport: Transport,
+    /// The guest was told to find registers in memory that it can read by itself.
+    pub register_pages: bool,
+    /// The disks, in their order.
+    pub disks: Vec<DiskDescription>,
+    /// The network cards, in their order.
+    pub nets: Vec<NetDescription>,
+    /// The machine has a memory balloon.
+    pub balloon: bool,
+    /// The entropy device, where there is one.
+    pub rng: Option<RngDescription>,
+    /// The machine has a virtio console.
+    pub virtio_console: bool,
     /// How the kernel was loaded.
     pub boot: BootMethod,
     /// The machine has a generation identifier (VMGenID).
@@ -45,12 +112,27 @@ pub struct Description {
     pub cpu_features: Vec<String>,
 }
 
+impl DiskDescription {
+    /// Returns true if no machine has such a disk.
+    fn is_none(&self) -> bool {
+        !(1..=MAX_QUEUES).contains(&self.queues)
+            || [&self.id, &self.path, &self.serial].iter().any(|text| text.len() > MAX_TEXT)
+    }
+}
+
 impl Description {
     /// The vCPUs as a configuration has them.
     #[must_use]
     pub fn vcpus(&self) -> Cpus {
         let [sockets, cores, threads] = self.cpus;
         Cpus { sockets, cores, threads }
+    }
+
+    /// The number of virtio devices.
+    #[must_use]
+    pub fn virtio_devices(&self) -> usize {
+        let single = [self.rng.is_some(), self.balloon, self.virtio_console];
+        self.disks.len() + self.nets.len() + single.into_iter().filter(|there| *there).count()
     }
 
     /// Returns what is wrong with it, in English; `None` where a machine can be made from it.
@@ -68,6 +150,14 @@ impl Description {
             || !self.uarts.iter().all(|uart| (1..=UARTS.len()).contains(&usize::from(*uart)))
         {
             Some("its UARTs are none that a machine has")
+        } else if self.disks.len() > MAX_DISKS || self.disks.iter().any(DiskDescription::is_none) {
+            Some("its disks are none that a machine has")
+        } else if self.nets.len() > MAX_DISKS
+            || self.nets.iter().any(|net| !(1..=MAX_QUEUES).contains(&net.queues) || net.mac.len() > MAX_TEXT)
+        {
+            Some("its network cards are none that a machine has")
+        } else if self.rng.is_some_and(|rng| rng.bytes_per_second == Some(0)) {
+            Some("its entropy device gives nothing")
         } else {
             None
         }

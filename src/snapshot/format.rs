@@ -11,6 +11,8 @@
 use super::description::Description;
 use crate::kvm::state::{VcpuState, VmState};
 use hwvmm_devices::legacy::{IoApicState, UartState};
+use hwvmm_devices::pci::PciState;
+use hwvmm_devices::virtio::{MAX_QUEUES, VirtioState};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use thiserror::Error;
@@ -44,6 +46,10 @@ pub struct State {
     pub watchdog: Option<Duration>,
     /// The last POST code.
     pub post: u8,
+    /// The PCI bus; its ports are there without devices, too.
+    pub pci: PciState,
+    /// The virtio devices, in the order of their places.
+    pub virtio: Vec<VirtioState>,
 }
 
 /// A file is no state of a machine that can be used.
@@ -155,7 +161,7 @@ impl State {
 
     /// What contradicts, in English.
     fn fault(&self) -> Option<&'static str> {
-        let Self { description, vcpus, vm, io_apic, uarts, watchdog, .. } = self;
+        let Self { description, vcpus, vm, io_apic, uarts, watchdog, virtio, .. } = self;
         let split = description.irqchip == super::Irqchip::Split;
         if let Some(fault) = description.fault() {
             Some(fault)
@@ -169,6 +175,10 @@ impl State {
             Some("the number of UARTs is another than that of the machine")
         } else if watchdog.is_some_and(|left| !description.watchdog || left > Duration::from_secs(60)) {
             Some("the watchdog has a time that it cannot have")
+        } else if virtio.len() != description.virtio_devices() {
+            Some("the number of virtio devices is another than that of the machine")
+        } else if virtio.iter().any(|device| device.queues.len() > MAX_QUEUES) {
+            Some("a virtio device has more queues than there are")
         } else {
             None
         }

@@ -6,7 +6,7 @@ mod folder;
 mod format;
 mod memory;
 
-pub use description::{Description, Irqchip};
+pub use description::{Description, DiskDescription, ImageFormat, Irqchip, NetDescription, RngDescription};
 pub use features::{FeatureError, check_features, vendor_name};
 pub use folder::{Draft, Files, FolderError, Opened, check_targets, parse_description};
 pub use format::{FormatError, MAX_STATE_BYTES, STATE_VERSION, State, checksum, decode, encode};

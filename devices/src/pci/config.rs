@@ -1,5 +1,7 @@
 //! The configuration space of a PCI function (PCI Local Bus 3.0 §6.1).
 
+use serde::{Deserialize, Serialize};
+
 /// Size of the configuration space in bytes. Offsets beyond read as zeros: there are no extended capabilities.
 const BYTES: usize = 256;
 
@@ -67,7 +69,33 @@ pub struct ConfigSpace {
     last_link: usize,
 }
 
+/// What the guest can have changed in a configuration space, for a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigSpaceState {
+    /// All bytes, of which only those are used that the guest can write.
+    bytes: Vec<u8>,
+    /// BAR 0 reads as its size mask.
+    sizing: bool,
+}
+
 impl ConfigSpace {
+    /// Returns the state.
+    #[must_use]
+    pub fn save(&self) -> ConfigSpaceState {
+        ConfigSpaceState { bytes: self.bytes.to_vec(), sizing: self.sizing }
+    }
+
+    /// Sets the bits that the guest can write. Returns false, and changes nothing, where the state has another size.
+    #[must_use]
+    pub fn restore(&mut self, state: &ConfigSpaceState) -> bool {
+        let Ok(bytes) = <&[u8; BYTES]>::try_from(state.bytes.as_slice()) else { return false };
+        for ((byte, mask), saved) in self.bytes.iter_mut().zip(&self.writable).zip(bytes) {
+            *byte = *byte & !mask | saved & mask;
+        }
+        self.sizing = state.sizing && self.bar.is_some();
+        true
+    }
+
     /// Makes a configuration space without capabilities.
     #[must_use]
     pub fn new(identity: Identity, bar: Option<BarLayout>) -> Self {
@@ -215,6 +243,26 @@ mod tests {
         space.write(second + 2, &[0xff; 3]);
         assert_eq!([2, 3, 4].map(|i| space.byte(second + i)), [2, 0xf2, 2]);
         assert!(space.add_capability(&Capability { id: 9, body: &[0; 250], writable: &[] }).is_none());
+    }
+
+    #[test]
+    fn a_state_sets_what_the_guest_can_write_and_nothing_else() {
+        let mut old = space();
+        old.write(COMMAND, &[0, COMMAND_INTX_OFF]);
+        old.write(0x3c, &[7]);
+        old.write(BAR0, &[0xff; 4]);
+        let mut new = space();
+        assert!(new.restore(&old.save()));
+        assert_eq!(new.save(), old.save());
+        assert!(!new.memory_enabled() && dword(&new, BAR0) == 0xffff_8000);
+        let hostile = ConfigSpaceState { bytes: vec![0xff; BYTES], sizing: false };
+        assert!(new.restore(&hostile));
+        assert_eq!((dword(&new, 0), dword(&new, 8), dword(&new, BAR0)), (0x1042_1af4, 0x0180_0001, 0xc000_8000));
+        let before = new.save();
+        for bytes in [0, 1, BYTES - 1, BYTES + 1] {
+            assert!(!new.restore(&ConfigSpaceState { bytes: vec![0; bytes], sizing: true }));
+        }
+        assert_eq!(new.save(), before);
     }
 
     proptest! {

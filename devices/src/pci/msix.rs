@@ -3,6 +3,7 @@
 use super::msi::{MsiMessage, MsiRouter, MsiVector};
 use crate::error::chain;
 use crate::half::Half;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -44,6 +45,21 @@ impl MsixControl {
     fn may_send(self) -> bool {
         self.enabled && !self.function_masked
     }
+}
+
+/// An entry of the table, for a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct EntryState {
+    address: u64,
+    data: u32,
+    control: u32,
+    pending: bool,
+}
+
+/// The table, for a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixState {
+    entries: Vec<EntryState>,
 }
 
 struct State {
@@ -181,6 +197,33 @@ impl Msix {
         }
     }
 
+    /// Returns the table's state.
+    #[must_use]
+    pub fn save(&self) -> MsixState {
+        let state = self.state();
+        let entry =
+            |&Entry { address, data, control, pending, .. }: &Entry| EntryState { address, data, control, pending };
+        MsixState { entries: state.entries.iter().map(entry).collect() }
+    }
+
+    /// Sets the table's state and the message control, with routes for the entries that are not masked. What is pending and not masked
+    /// is sent. Returns false, and changes nothing, where the state has another number of entries.
+    #[must_use]
+    pub fn restore(&self, saved: &MsixState, control: MsixControl) -> bool {
+        let mut state = self.state();
+        if saved.entries.len() != state.entries.len() {
+            return false;
+        }
+        for (entry, &EntryState { address, data, control, pending }) in state.entries.iter_mut().zip(&saved.entries) {
+            // As after a write of the guest: the address is a multiple of 4.
+            (entry.address, entry.data) = (address & !3, data);
+            (entry.control, entry.pending) = (control & MASKED, pending);
+        }
+        drop(state);
+        self.set_control(control);
+        true
+    }
+
     /// Disables MSI-X, masks all entries and clears all pending bits, as a reset of the function does.
     pub fn reset(&self) {
         let mut state = self.state();
@@ -238,6 +281,24 @@ mod tests {
         assert_eq!(sent(), 1);
         let message = MsiMessage { address: 0xfee0_0000, data: 0x41 };
         assert_eq!(*routes.0.lock().expect("not poisoned"), [(24, message)]);
+        // Another table has the same messages, with routes.
+        msix.set_control(masked);
+        msix.trigger(0).expect("pending");
+        let saved = msix.save();
+        let other_event = Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+        let vector = MsiVector { gsi: 30, event: Arc::clone(&other_event) };
+        let other = Msix::new(vec![vector], Arc::clone(&routes) as Arc<dyn MsiRouter>);
+        assert!(other.restore(&saved, masked) && other.save() == saved);
+        assert_eq!(routes.0.lock().expect("not poisoned").len(), 1, "it is masked");
+        other.set_control(unmasked);
+        assert_eq!(routes.0.lock().expect("not poisoned").pop(), Some((30, message)));
+        assert_eq!(other_event.read().unwrap_or(0), 1, "the pending bit came along");
+        let none = MsixState { entries: Vec::new() };
+        assert!(
+            !other.restore(&none, masked)
+                && other.save().entries == [EntryState { pending: false, ..saved.entries[0] }]
+        );
+        msix.set_control(unmasked);
         // Beyond the table, invalid lengths, not aligned: ignored.
         msix.write_table(16, &[0xff; 4]);
         msix.write_table(2, &[0xff; 4]);

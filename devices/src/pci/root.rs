@@ -1,11 +1,12 @@
 //! The PCI root: configuration accesses through memory (ECAM, PCI Express Base 4.0 §7.2.2) and through the ports 0xcf8 and
 //! 0xcfc (PCI Local Bus 3.0 §3.2.2.3.2).
 
-use super::config::{ConfigSpace, Identity};
+use super::config::{ConfigSpace, ConfigSpaceState, Identity};
 use crate::bus::{Action, BusDevice};
 use crate::page::{PageError, RegisterPage};
+use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use thiserror::Error;
 
 /// Size in bytes of the ECAM region of one bus.
@@ -38,6 +39,7 @@ pub struct PciRootError;
 
 /// Bus 0, whose device 0 is the host bridge.
 pub struct PciRoot {
+    bridge: Arc<HostBridge>,
     functions: Vec<Arc<dyn PciFunction>>,
     /// The configuration spaces as pages, by device number; set by [`PciRoot::pages`].
     pages: OnceLock<Vec<RegisterPage>>,
@@ -56,13 +58,19 @@ struct ConfigAddress {
 
 struct HostBridge(Mutex<ConfigSpace>);
 
+impl HostBridge {
+    fn config(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl PciFunction for HostBridge {
     fn read_config(&self, offset: usize, data: &mut [u8]) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+        self.config().read(offset, data);
     }
 
     fn write_config(&self, offset: usize, data: &[u8]) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        self.config().write(offset, data);
     }
 }
 
@@ -77,8 +85,9 @@ impl Default for PciRoot {
             subsystem_vendor: 0x1af4,
             subsystem_device: 0x1100,
         };
-        let bridge: Arc<dyn PciFunction> = Arc::new(HostBridge(Mutex::new(ConfigSpace::new(identity, None))));
-        Self { functions: vec![bridge], pages: OnceLock::new(), write_order: Mutex::default() }
+        let bridge = Arc::new(HostBridge(Mutex::new(ConfigSpace::new(identity, None))));
+        let functions = vec![Arc::clone(&bridge) as Arc<dyn PciFunction>];
+        Self { bridge, functions, pages: OnceLock::new(), write_order: Mutex::default() }
     }
 }
 
@@ -143,6 +152,24 @@ impl PciRoot {
         Ok(self.pages.get_or_init(|| pages))
     }
 
+    /// Returns the state of the host bridge's configuration space.
+    #[must_use]
+    pub fn save_bridge(&self) -> ConfigSpaceState {
+        self.bridge.config().save()
+    }
+
+    /// Sets the state of the host bridge. To be called once the functions have their states: the pages show them all then. Returns
+    /// false where it is none of a configuration space.
+    #[must_use]
+    pub fn restore_bridge(&self, state: &ConfigSpaceState) -> bool {
+        let fits = self.bridge.config().restore(state);
+        let _guard = self.write_order.lock().unwrap_or_else(PoisonError::into_inner);
+        for (function, page) in self.functions.iter().zip(self.pages.get().into_iter().flatten()) {
+            update_page(function.as_ref(), page, 0, RegisterPage::BYTES);
+        }
+        fits
+    }
+
     /// Bytes of ECAM between two devices.
     pub const PAGE_STRIDE: u64 = 1 << 15;
 }
@@ -188,6 +215,15 @@ impl BusDevice for Ecam {
     }
 }
 
+/// The state of a PCI bus besides its devices, for a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciState {
+    /// `CONFIG_ADDRESS`.
+    pub address: u32,
+    /// The host bridges: that of the ports, and that of ECAM.
+    pub bridges: [ConfigSpaceState; 2],
+}
+
 /// Configuration accesses through ports, for guests without ECAM: `CONFIG_ADDRESS` at 0xcf8, `CONFIG_DATA` at 0xcfc.
 pub struct ConfigPorts {
     root: Arc<PciRoot>,
@@ -204,6 +240,23 @@ impl ConfigPorts {
     #[must_use]
     pub fn new(root: Arc<PciRoot>) -> Self {
         Self { root, address: AtomicU32::new(0) }
+    }
+
+    /// Returns the bus.
+    #[must_use]
+    pub fn root(&self) -> &PciRoot {
+        &self.root
+    }
+
+    /// Returns `CONFIG_ADDRESS`.
+    #[must_use]
+    pub fn address(&self) -> u32 {
+        self.address.load(Ordering::Acquire)
+    }
+
+    /// Sets `CONFIG_ADDRESS`.
+    pub fn set_address(&self, address: u32) {
+        self.address.store(address, Ordering::Release);
     }
 
     /// Returns the address that an access at `offset` from the first port is for, where `CONFIG_ADDRESS` is enabled and names

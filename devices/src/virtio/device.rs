@@ -4,6 +4,7 @@ use super::device_thread::{DeviceThread, ThreadPreparation};
 use super::interrupt::DeviceInterrupt;
 use super::queue::{RingAddresses, Virtqueue};
 use super::ring_area::RingArea;
+use super::saved::{DeviceFault, DeviceState};
 use super::worker::{Worker, WorkerError};
 use crate::memory::Memory;
 use std::error::Error as StdError;
@@ -14,6 +15,9 @@ use thiserror::Error;
 /// The most bytes of a chain for a device that does not say otherwise: 1 MiB of data, the longest request of a FUSE file
 /// system, and as much again for headers and what else a driver adds.
 pub const DEFAULT_MAX_CHAIN_BYTES: u32 = 2 << 20;
+
+/// Brings what was written to stable storage; returns the error of fsync(2) or of a write.
+pub type FlushWork = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
 /// The type of a device (virtio 1.3 §5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +86,30 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// Returns an error where the device cannot start; the driver then sees `DEVICE_NEEDS_RESET`.
     fn activate(&mut self, activation: Activation) -> Result<Vec<Worker>, ActivateError>;
+
+    /// Returns what brings to stable storage what the driver has written, for a snapshot. It is run on a thread of the device that
+    /// has no worker then. Most devices have nothing to do.
+    fn flush(&self) -> Option<FlushWork> {
+        None
+    }
+
+    /// Returns what the device has besides its queues, for a snapshot. Called while no worker has its queues; `None` where the
+    /// device cannot be saved.
+    ///
+    /// # Errors
+    /// Returns the error of a system call on what the device has open.
+    fn save(&self) -> io::Result<Option<DeviceState>> {
+        Ok(None)
+    }
+
+    /// Sets what [`VirtioDevice::save`] has returned, in another run, or checks that it is of this device.
+    ///
+    /// # Errors
+    /// Returns [`DeviceFault`] where it is of another device.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceFault> {
+        let _ = state;
+        Err(DeviceFault::Other)
+    }
 
     /// Returns the device to its state before [`VirtioDevice::activate`]. Its workers were dropped when this is called.
     fn reset(&mut self) {}

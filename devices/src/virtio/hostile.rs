@@ -8,7 +8,7 @@ mod rings;
 
 pub use frames::receive_frames;
 pub use packets::send_packets;
-pub use pci::drive_pci;
+pub use pci::{drive_pci, restore};
 pub use rings::{drive_concurrently, place_rings};
 
 use super::balloon::{Balloon, FreePageReporting};
@@ -20,17 +20,23 @@ use super::fs::{Fs, FsOptions};
 use super::mock::{Descriptor, Driver, MEMORY_BYTES};
 use super::net::{Net, Stream};
 use super::rng::Rng;
+use super::saved::PauseError;
+use super::transport::VirtioTransport;
 use super::vsock;
 use std::error::Error;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The number of devices that [`drive`] can test.
 pub const DEVICES: u8 = 8;
+
+/// How long a pause may take.
+const PAUSE: Duration = Duration::from_secs(10);
 
 /// Reads numbers from the input; zeros after its end.
 struct Source<'a>(&'a [u8]);
@@ -117,6 +123,19 @@ pub fn drive(bytes: &[u8], folder: &Path) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// Pauses the device, and lets it go on. Whatever the driver has done, its state can be saved, where it has one.
+fn pause(device: &dyn VirtioTransport) {
+    if device.pause(Instant::now() + PAUSE).is_ok() {
+        let state = device.save();
+        assert!(matches!(state, Ok(_) | Err(PauseError::Unsaved { .. })), "{state:?}");
+    }
+    let start = Instant::now();
+    while !device.resume() {
+        assert!(start.elapsed() < PAUSE, "it does not go on");
+        std::thread::yield_now();
+    }
+}
+
 fn step(driver: &mut Driver, source: &mut Source<'_>) {
     let queue = usize::from(source.byte()) % driver.queues();
     match source.byte() % 10 {
@@ -141,6 +160,7 @@ fn step(driver: &mut Driver, source: &mut Source<'_>) {
             let _ = driver.memory.write_slice(&data, GuestAddress(gpa));
         }
         6 => driver.start(u64::MAX),
+        7 => pause(driver.device()),
         // Requests with the layout that devices expect and any content.
         _ => {
             let mut header = [0; 48];

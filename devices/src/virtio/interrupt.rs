@@ -24,6 +24,15 @@ pub trait VirtioInterrupt: Send + Sync {
     /// Clears the transport's interrupt status, at the end of a reset.
     fn clear(&self);
 
+    /// Raises the interrupt again where the driver has not acknowledged it: on its way it may have been lost with the machine that a
+    /// snapshot was made of.
+    ///
+    /// # Errors
+    /// Returns the error of the write to the eventfd behind the interrupt.
+    fn repeat(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Called on a device's thread when a reset has ended that the driver's write of the device status did not wait for. A
     /// transport whose driver sees the status without an access updates it.
     fn reset_ended(&self) {}
@@ -60,6 +69,13 @@ impl DeviceInterrupt {
         }
     }
 
+    /// Raises an interrupt again that the driver has not acknowledged.
+    pub(crate) fn repeat(&self) {
+        if let Err(error) = self.interrupt.repeat() {
+            log::error!("virtio: cannot raise the interrupt again: {error}");
+        }
+    }
+
     /// Says that a reset has ended that the driver's write of the device status did not wait for.
     pub(crate) fn reset_ended(&self) {
         self.interrupt.reset_ended();
@@ -71,6 +87,12 @@ impl DeviceInterrupt {
 
     pub(crate) fn needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// Sets what a snapshot has, without a notification.
+    pub(crate) fn restore(&self, config_generation: u32, needs_reset: bool) {
+        self.config_generation.store(config_generation, Ordering::Release);
+        self.needs_reset.store(needs_reset, Ordering::Release);
     }
 
     /// Clears `DEVICE_NEEDS_RESET` and what interrupts were for, at the end of a reset: no worker can raise one any more.

@@ -7,6 +7,7 @@ use super::device_thread::ThreadStart;
 use super::interrupt::{InterruptSource, VirtioInterrupt};
 use super::queue::QueueCounts;
 use super::ring_area::QueueArea;
+use super::saved::{BusState, PauseError, StateFault, VirtioState, VirtioStateError};
 use super::transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
 use super::transport_state::TransportState;
 use crate::bus::{Action, BusDevice};
@@ -117,6 +118,11 @@ impl VirtioInterrupt for InterruptLine {
 
     fn clear(&self) {
         self.page.write_register(page_offset(INTERRUPT_STATUS), 0);
+    }
+
+    fn repeat(&self) -> io::Result<()> {
+        let raised = self.page.register(page_offset(INTERRUPT_STATUS)).load(Ordering::Acquire) != 0;
+        if raised { self.event.write(1) } else { Ok(()) }
     }
 
     fn reset_ended(&self) {
@@ -324,6 +330,32 @@ impl VirtioTransport for MmioDevice {
 
     fn start_threads(&self, start: &ThreadStart) -> Result<(), TransportError> {
         Ok(self.with_state(|state| state.start_threads(start))?)
+    }
+
+    fn pause(&self, deadline: Instant) -> Result<(), PauseError> {
+        self.with_state(|state| state.pause(deadline))
+    }
+
+    fn save(&self) -> Result<VirtioState, PauseError> {
+        let bus = BusState::Mmio { interrupt_status: self.interrupt_status() };
+        self.with_state(|state| state.save(bus))
+    }
+
+    fn restore(&self, saved: &VirtioState) -> Result<(), VirtioStateError> {
+        self.with_state(|state| {
+            let BusState::Mmio { interrupt_status } = saved.bus else {
+                return Err(VirtioStateError { name: state.name.clone(), source: StateFault::Bus });
+            };
+            state.restore(saved)?;
+            let status = interrupt_status & (USED_BUFFER | CONFIG_CHANGED);
+            self.page.write_register(page_offset(INTERRUPT_STATUS), status);
+            self.update_page(state);
+            Ok(())
+        })
+    }
+
+    fn resume(&self) -> bool {
+        self.with_state(TransportState::resume)
     }
 
     fn request_stop(&self) {

@@ -4,6 +4,7 @@ use super::device::VirtioDevice;
 use super::device_thread::ThreadStart;
 use super::features::F_VERSION_1;
 use super::mmio::MmioDevice;
+use super::saved::{VirtioState, VirtioStateError};
 use super::transport::VirtioTransport;
 use crate::bus::BusDevice;
 use crate::memory::Memory;
@@ -118,6 +119,29 @@ impl Driver {
         let device = MmioDevice::new("mock", device, memory.clone(), Arc::clone(&interrupt)).expect("a device");
         device.start_threads(&(Arc::new(|_| Ok(())) as ThreadStart)).expect("threads");
         Self { device, memory, interrupt, rings: vec![Ring::default(); queues], next_buffer: BUFFERS }
+    }
+
+    /// Pauses the device, and puts `device` in its place with its state, in the same guest memory. The driver does not notice; what it
+    /// made available meanwhile waits for [`VirtioTransport::resume`].
+    ///
+    /// # Errors
+    /// Returns the error of the restore; the driver still has the old device then, which is paused.
+    pub fn replace(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), VirtioStateError> {
+        self.device.pause(Instant::now() + TIMEOUT).expect("paused");
+        let state = self.device.save().expect("a state");
+        self.replace_with(device, &state)
+    }
+
+    /// As [`Driver::replace`], with `state`.
+    ///
+    /// # Errors
+    /// As [`Driver::replace`].
+    pub fn replace_with(&mut self, device: Box<dyn VirtioDevice>, state: &VirtioState) -> Result<(), VirtioStateError> {
+        let new = MmioDevice::new("mock", device, self.memory.clone(), Arc::clone(&self.interrupt)).expect("a device");
+        new.restore(state)?;
+        new.start_threads(&(Arc::new(|_| Ok(())) as ThreadStart)).expect("threads");
+        self.device = new;
+        Ok(())
     }
 
     /// As [`Driver::new`], and starts the device with all its features.

@@ -24,19 +24,24 @@ pub mod net;
 mod notify_coalescer;
 #[cfg(test)]
 mod notify_tests;
+#[cfg(test)]
+mod pause_tests;
 pub mod pci;
+mod position;
 mod queue;
 mod ring_area;
 #[cfg(test)]
 mod ring_tests;
 pub mod rng;
 mod round;
+mod saved;
 mod slot;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod thread_tests;
 mod transport;
+mod transport_pause;
 mod transport_state;
 mod vhost;
 pub mod vsock;
@@ -44,11 +49,15 @@ mod worker;
 mod worker_thread;
 
 pub use chain::Chain;
-pub use device::{ActivateError, Activation, DEFAULT_MAX_CHAIN_BYTES, DeviceKind, VirtioDevice};
+pub use device::{ActivateError, Activation, DEFAULT_MAX_CHAIN_BYTES, DeviceKind, FlushWork, VirtioDevice};
 pub use device_thread::{DeviceThread, ThreadPreparation, ThreadStart};
 pub use features::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 pub use interrupt::{DeviceInterrupt, InterruptSource, VirtioInterrupt};
 pub use queue::{QueueCounts, RingAddresses, Virtqueue};
 pub use ring_area::{QueueArea, RingArea};
+pub use saved::{
+    BusState, DeviceFault, DeviceState, DiskState, FileMark, MAX_QUEUES, PauseError, QueueState, StateFault,
+    VirtioState, VirtioStateError,
+};
 pub use transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
 pub use worker::{Worker, WorkerError};

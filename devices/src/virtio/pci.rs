@@ -5,6 +5,7 @@ use super::device_thread::ThreadStart;
 use super::interrupt::{InterruptSource, VirtioInterrupt};
 use super::queue::QueueCounts;
 use super::ring_area::QueueArea;
+use super::saved::{PauseError, VirtioState, VirtioStateError};
 use super::transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
 use super::transport_state::TransportState;
 use crate::bus::{Action, BusDevice};
@@ -416,6 +417,25 @@ impl VirtioTransport for PciDevice {
         Ok(self.state().start_threads(start)?)
     }
 
+    fn pause(&self, deadline: Instant) -> Result<(), PauseError> {
+        self.state().pause(deadline)
+    }
+
+    fn save(&self) -> Result<VirtioState, PauseError> {
+        self.state().save(self.save_bus())
+    }
+
+    fn restore(&self, saved: &VirtioState) -> Result<(), VirtioStateError> {
+        let mut state = self.state();
+        let fault = |source| VirtioStateError { name: Arc::clone(&state.name), source };
+        self.restore_bus(&saved.bus).map_err(fault)?;
+        state.restore(saved)
+    }
+
+    fn resume(&self) -> bool {
+        self.state().resume()
+    }
+
     fn request_stop(&self) {
         self.state().request_stop();
     }
@@ -444,6 +464,8 @@ impl BusDevice for PciDevice {
     }
 }
 
+#[path = "pci_saved.rs"]
+mod saved;
 #[cfg(test)]
 #[path = "pci_tests.rs"]
 mod tests;

@@ -218,3 +218,62 @@ proptest! {
         prop_assert_eq!(function.read(COMMON + 0x14, 1), 15);
     }
 }
+
+/// Another device with the state of the first sends the same messages, and shows the same registers.
+#[test]
+fn a_new_device_has_the_registers_and_messages_of_the_old_one() {
+    let (old, mut new) = (function(), function());
+    old.start();
+    // The vector of the queue is masked, and its message pending.
+    old.write(MSIX_TABLE + 16 + 12, 1, 4);
+    old.device.write_config(0x3c, &[9]);
+    old.memory.write_obj(0x1_0000_u64, GuestAddress(0x1000)).expect("memory");
+    old.memory.write_obj(16_u32, GuestAddress(0x1008)).expect("memory");
+    old.memory.write_obj(2_u16, GuestAddress(0x100c)).expect("memory");
+    old.memory.write_obj(1_u16, GuestAddress(0x2002)).expect("memory");
+    old.write(NOTIFY, 0, 2);
+    old.device.pause(Instant::now() + Duration::from_secs(20)).expect("paused");
+    let used: u16 = old.memory.read_obj(GuestAddress(0x3002)).expect("memory");
+    assert_eq!(used, 1, "what was available is used before");
+    let saved = old.device.save().expect("a state");
+    new.memory = old.memory.clone();
+    let device = Box::new(Rng::new(None).expect("a device"));
+    let vectors = (24..).zip(&new.events).map(|(gsi, event)| MsiVector { gsi, event: Arc::clone(event) }).collect();
+    let router: Arc<dyn MsiRouter> = Arc::clone(&new.routes) as Arc<dyn MsiRouter>;
+    new.device = PciDevice::new("rng", device, new.memory.clone(), BAR, vectors, router).expect("a device");
+    new.device.restore(&saved).expect("of the same device");
+    assert_eq!(new.device.save().expect("a state"), saved);
+    let registers = |function: &Function| -> Vec<u32> {
+        let config = (0..64).map(|word| function.config(word * 4));
+        let common = (0..16).map(|word| function.read(COMMON + word * 4, 4));
+        config.chain(common).chain((0..8).map(|word| function.read(MSIX_TABLE + word * 4, 4))).collect()
+    };
+    assert_eq!(registers(&new), registers(&old));
+    new.device.start_threads(&(Arc::new(|_| Ok(())) as ThreadStart)).expect("threads");
+    assert!(new.device.resume());
+    assert_eq!(new.events[1].read().unwrap_or(0), 0, "it is masked");
+    new.write(MSIX_TABLE + 16 + 12, 0, 4);
+    assert_eq!(new.events[1].read().unwrap_or(0), 1, "the pending message is sent");
+    assert!(
+        new.routes.0.lock().expect("not poisoned").contains(&(25, MsiMessage { address: 0xfee0_0000, data: 0x41 }))
+    );
+    // The next request.
+    new.memory.write_obj(2_u16, GuestAddress(0x2002)).expect("memory");
+    new.write(NOTIFY, 0, 2);
+    let start = Instant::now();
+    while new.events[1].read().is_err() {
+        assert!(start.elapsed() < Duration::from_secs(20), "no message");
+        std::thread::yield_now();
+    }
+    let used: u16 = new.memory.read_obj(GuestAddress(0x3002)).expect("memory");
+    assert_eq!(used, 2);
+    // One that does not fit.
+    let mut other = saved.clone();
+    other.bus = crate::virtio::BusState::Mmio { interrupt_status: 0 };
+    assert!(function().device.restore(&other).is_err());
+    let mut other = saved;
+    if let crate::virtio::BusState::Pci { queue_vectors, .. } = &mut other.bus {
+        queue_vectors.push(0);
+    }
+    assert!(function().device.restore(&other).is_err());
+}

@@ -5,9 +5,11 @@ use super::busy_poll::BusyPoller;
 use super::chain::{Chain, ChainLimits, Descriptors, read_chain};
 use super::interrupt::DeviceInterrupt;
 use super::notify_coalescer::{MAX_WAIT, NotifyCoalescer};
+use super::position::{LastPosition, QueuePosition};
 use super::round::Round;
 use crate::error::chain as error_chain;
 use crate::memory::{BufferError, Memory, read_u16};
+use serde::{Deserialize, Serialize};
 use std::error::Error as StdError;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -37,7 +39,7 @@ impl QueueCounts {
 }
 
 /// Guest physical addresses of a queue's rings.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingAddresses {
     /// The descriptor table (virtio 1.3 §2.7.5).
     pub descriptor_table: u64,
@@ -61,6 +63,8 @@ pub(super) struct QueueSetup {
     pub(super) max_chain_bytes: u32,
     /// Set when the worker is to do nothing more, as the driver resets the device or the run ends.
     pub(super) abort: Arc<AtomicBool>,
+    /// Told where the queue was when it is dropped.
+    pub(super) last: Arc<LastPosition>,
 }
 
 /// A queue that its driver enabled.
@@ -74,6 +78,9 @@ pub struct Virtqueue {
     name: Arc<str>,
     limits: ChainLimits,
     abort: Arc<AtomicBool>,
+    last: Arc<LastPosition>,
+    /// The chains that the device has taken and not used, by their heads, in this order.
+    taken: Vec<u16>,
     round: Round,
     /// The driver broke the queue; it is not used until a reset.
     broken: bool,
@@ -87,7 +94,7 @@ pub struct Virtqueue {
 
 impl Virtqueue {
     pub(super) fn new(setup: QueueSetup) -> Self {
-        let QueueSetup { index, queue, memory, kick, interrupt, counts, name, max_chain_bytes, abort } = setup;
+        let QueueSetup { index, queue, memory, kick, interrupt, counts, name, max_chain_bytes, abort, last } = setup;
         let limits = ChainLimits { descriptors: queue.size(), bytes: max_chain_bytes };
         let round = Round::new(queue.size());
         Self {
@@ -100,6 +107,8 @@ impl Virtqueue {
             name,
             limits,
             abort,
+            last,
+            taken: Vec::new(),
             round,
             broken: false,
             unsignalled_since: None,
@@ -172,11 +181,14 @@ impl Virtqueue {
             }
         };
         if !self.may_go_on() {
-            self.undo_pop();
+            self.step_back();
             return None;
         }
         match read_chain(descriptors, memory, self.limits) {
-            Ok(chain) => Some(chain),
+            Ok(chain) => {
+                self.taken.push(chain.head);
+                Some(chain)
+            }
             Err(error) => {
                 self.fail(&error);
                 None
@@ -205,6 +217,11 @@ impl Virtqueue {
 
     /// Makes the chain that was popped last available again, as the next one.
     pub fn undo_pop(&mut self) {
+        self.taken.pop();
+        self.step_back();
+    }
+
+    fn step_back(&mut self) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 
@@ -213,6 +230,9 @@ impl Virtqueue {
     pub fn push(&mut self, head: u16, len: u32) {
         if self.broken {
             return;
+        }
+        if let Some(at) = self.taken.iter().position(|taken| *taken == head) {
+            self.taken.remove(at);
         }
         QueueCounts::add(&self.counts.requests, 1);
         if let Err(error) = self.queue.add_used(&*self.memory, head, len) {
@@ -386,6 +406,13 @@ impl Virtqueue {
             log::warn!("{}: queue {} is broken and the device needs a reset: {error}", self.name, self.index);
             self.interrupt.set_needs_reset();
         }
+    }
+}
+
+impl Drop for Virtqueue {
+    fn drop(&mut self) {
+        let (next_available, next_used) = (self.queue.next_avail(), self.queue.next_used());
+        self.last.set(QueuePosition { next_available, next_used, taken: std::mem::take(&mut self.taken) });
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::device_thread::ThreadStart;
 use super::queue::QueueCounts;
+use super::saved::{PauseError, VirtioState, VirtioStateError};
 use super::worker::WorkerError;
 use crate::bus::BusDevice;
 use crate::page::PageError;
@@ -25,6 +26,29 @@ pub trait VirtioTransport: BusDevice {
     /// # Errors
     /// Returns [`TransportError`] where a thread cannot be started or prepared.
     fn start_threads(&self, start: &ThreadStart) -> Result<(), TransportError>;
+
+    /// Pauses the device: its requests in flight are completed, what was written is flushed, and no worker has its queues. The vCPUs
+    /// must wait. [`VirtioTransport::resume`] is to be called afterwards, whatever this returns.
+    ///
+    /// # Errors
+    /// Returns [`PauseError`] where that is not so by `deadline`.
+    fn pause(&self, deadline: Instant) -> Result<(), PauseError>;
+
+    /// Returns the state of a device that is paused.
+    ///
+    /// # Errors
+    /// Returns [`PauseError`] where the device has no state that can be saved.
+    fn save(&self) -> Result<VirtioState, PauseError>;
+
+    /// Sets the state of a device that no driver has accessed. It is paused then.
+    ///
+    /// # Errors
+    /// Returns [`VirtioStateError`] where it is none that this device can have.
+    fn restore(&self, state: &VirtioState) -> Result<(), VirtioStateError>;
+
+    /// Lets a device that is paused go on; each queue is looked at once, and each interrupt that may have been lost is repeated.
+    /// Returns false where its old workers still wait for the host: it is to be called again later.
+    fn resume(&self) -> bool;
 
     /// Has the device's threads end once their workers have handled all buffers that are available. The vCPUs must have
     /// stopped.

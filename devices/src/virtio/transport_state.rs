@@ -5,6 +5,7 @@ use super::device::{ActivateError, Activation, DeviceKind, VirtioDevice};
 use super::device_thread::ThreadStart;
 use super::features::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use super::interrupt::{DeviceInterrupt, VirtioInterrupt};
+use super::position::{LastPosition, QueuePosition};
 use super::queue::{QueueCounts, QueueSetup, RingAddresses, Virtqueue};
 use super::ring_area::{EventFields, QueueArea, RingArea, areas, overlap};
 use super::transport::{TransportError, TransportOptions};
@@ -22,7 +23,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The longest time that a reset waits for the workers to handle what was available before it. Then they handle no more.
-const RESET_WORK: Duration = Duration::from_millis(500);
+pub(super) const RESET_WORK: Duration = Duration::from_millis(500);
 /// The longest time that a reset waits after that. A worker that does not end then either waits for the host, and the device
 /// status shows the end of the reset later (virtio 1.3 §2.4).
 const RESET_WAIT: Duration = Duration::from_millis(500);
@@ -30,12 +31,12 @@ const RESET_WAIT: Duration = Duration::from_millis(500);
 const DROP_WAIT: Duration = Duration::from_secs(2);
 
 // Bits of the device status (virtio 1.3 §2.1).
-const ACKNOWLEDGE: u8 = 1;
-const DRIVER: u8 = 2;
-const DRIVER_OK: u8 = 4;
-const FEATURES_OK: u8 = 8;
+pub(super) const ACKNOWLEDGE: u8 = 1;
+pub(super) const DRIVER: u8 = 2;
+pub(super) const DRIVER_OK: u8 = 4;
+pub(super) const FEATURES_OK: u8 = 8;
 const DEVICE_NEEDS_RESET: u8 = 64;
-const FAILED: u8 = 128;
+pub(super) const FAILED: u8 = 128;
 
 impl RingAddresses {
     fn area(&self, area: QueueArea) -> u64 {
@@ -64,7 +65,7 @@ pub(super) struct QueueConfig {
     pub(super) size: u16,
     /// The driver has enabled the queue.
     pub(super) ready: bool,
-    rings: RingAddresses,
+    pub(super) rings: RingAddresses,
 }
 
 impl QueueConfig {
@@ -75,21 +76,27 @@ impl QueueConfig {
 
 /// A device with the state that its transport keeps for it.
 pub(super) struct TransportState {
-    device: Box<dyn VirtioDevice>,
-    memory: Memory,
-    name: Arc<str>,
-    interrupt: Arc<DeviceInterrupt>,
-    kicks: Vec<Arc<EventFd>>,
+    pub(super) device: Box<dyn VirtioDevice>,
+    pub(super) memory: Memory,
+    pub(super) name: Arc<str>,
+    pub(super) interrupt: Arc<DeviceInterrupt>,
+    pub(super) kicks: Vec<Arc<EventFd>>,
     counts: Vec<Arc<QueueCounts>>,
-    queues: Vec<QueueConfig>,
-    threads: Vec<WorkerThread>,
+    pub(super) queues: Vec<QueueConfig>,
+    /// Where each queue was when its worker ended, and is to go on.
+    pub(super) positions: Vec<Arc<LastPosition>>,
+    pub(super) threads: Vec<WorkerThread>,
+    /// The device has workers, or those that a pause has ended are to have successors.
+    pub(super) is_active: bool,
+    /// No workers have the queues, and the driver waits for that to end.
+    pub(super) is_paused: bool,
     /// Set when the present workers are to do nothing more.
-    abort: Arc<AtomicBool>,
+    pub(super) abort: Arc<AtomicBool>,
     /// The driver has reset the device, whose workers have not ended.
-    resetting: bool,
-    status: u8,
+    pub(super) resetting: bool,
+    pub(super) status: u8,
     options: TransportOptions,
-    driver_features: u64,
+    pub(super) driver_features: u64,
     /// Which 32 bits of the feature bits the feature registers access: 0 for bits 0 to 31, 1 for bits 32 to 63.
     pub(super) device_features_select: u32,
     pub(super) driver_features_select: u32,
@@ -116,6 +123,9 @@ impl TransportState {
             name: name.into(),
             interrupt: DeviceInterrupt::new(interrupt),
             kicks: kicks?,
+            positions: queues.iter().map(|_| Arc::default()).collect(),
+            is_active: false,
+            is_paused: false,
             counts: queues.iter().map(|_| Arc::default()).collect(),
             queues,
             abort: Arc::default(),
@@ -180,7 +190,7 @@ impl TransportState {
         self.interrupt.config_generation()
     }
 
-    fn offered_features(&self) -> u64 {
+    pub(super) fn offered_features(&self) -> u64 {
         let event_idx = if self.options.event_idx { F_EVENT_IDX } else { 0 };
         self.device.device_features() | F_VERSION_1 | F_INDIRECT_DESC | event_idx
     }
@@ -297,7 +307,7 @@ impl TransportState {
         }
     }
 
-    fn activate(&mut self) -> Result<(), ActivateError> {
+    pub(super) fn activate(&mut self) -> Result<(), ActivateError> {
         self.abort = Arc::default();
         let activation = Activation {
             features: self.driver_features,
@@ -308,18 +318,18 @@ impl TransportState {
         for (index, worker) in self.device.activate(activation)?.into_iter().enumerate() {
             self.threads.get(index).ok_or(WorkerError::NoThread(index))?.activate(worker)?;
         }
+        self.is_active = true;
         Ok(())
     }
 
-    /// Makes the queues that the driver enabled; `None` for the others.
-    fn virtqueues(&self) -> Result<Vec<Option<Virtqueue>>, ActivateError> {
+    /// Makes the queues that the driver enabled; `None` for the others. They start at [`Self::positions`].
+    pub(super) fn virtqueues(&self) -> Result<Vec<Option<Virtqueue>>, ActivateError> {
         if let Some((first, second)) = overlap(&mut self.ring_areas()) {
             return Err(ActivateError::OverlappingRings { first, second });
         }
         let mut virtqueues = Vec::new();
-        for (index, (config, (kick, counts))) in
-            (0_u16..).zip(self.queues.iter().zip(self.kicks.iter().zip(&self.counts)))
-        {
+        let queues = self.queues.iter().zip(&self.positions).zip(self.kicks.iter().zip(&self.counts));
+        for (index, ((config, last), (kick, counts))) in (0_u16..).zip(queues) {
             if !config.ready {
                 virtqueues.push(None);
                 continue;
@@ -334,6 +344,7 @@ impl TransportState {
                 name: Arc::clone(&self.name),
                 max_chain_bytes: self.device.max_chain_bytes(),
                 abort: Arc::clone(&self.abort),
+                last: Arc::clone(last),
             });
             if !self.options.coalesce_notifications {
                 queue.disable_coalescing();
@@ -363,6 +374,9 @@ impl TransportState {
         queue.try_set_avail_ring_address(GuestAddress(rings.available_ring)).map_err(invalid)?;
         queue.try_set_used_ring_address(GuestAddress(rings.used_ring)).map_err(invalid)?;
         queue.set_event_idx(self.driver_features & F_EVENT_IDX != 0);
+        let position = self.positions.get(usize::from(index)).map(|last| last.get()).unwrap_or_default();
+        queue.set_next_avail(position.next_available);
+        queue.set_next_used(position.next_used);
         queue.set_ready(true);
         if !queue.is_valid(&*self.memory) {
             return Err(ActivateError::RingsOutsideMemory { index, rings });
@@ -404,8 +418,10 @@ impl TransportState {
         self.device_features_select = 0;
         self.driver_features_select = 0;
         self.queue_select = 0;
-        for queue in &mut self.queues {
+        (self.is_active, self.is_paused) = (false, false);
+        for (queue, last) in self.queues.iter_mut().zip(&self.positions) {
             *queue = QueueConfig::new(queue.max_size);
+            last.set(QueuePosition::default());
         }
         for kick in &self.kicks {
             // Kicks from before the reset must not reach the next workers.

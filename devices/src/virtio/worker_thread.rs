@@ -34,12 +34,17 @@ pub(super) struct StartPlan {
     pub(super) interrupt: Arc<DeviceInterrupt>,
 }
 
+/// Work of a device on a thread of its own, while it has no workers.
+pub(super) type Job = Box<dyn FnOnce() + Send>;
+
 /// An order to a thread.
 enum Command {
     /// Run this worker: the driver has set `DRIVER_OK`.
     Activate(Worker),
-    /// Drop the worker: the driver has reset the device.
+    /// Drop the worker: the driver has reset the device, or it is paused.
     Reset,
+    /// Do this, with no worker.
+    Run(Job),
     /// Handle what is available, drop the worker, and end.
     Stop,
 }
@@ -198,13 +203,26 @@ impl WorkerThread {
     /// # Errors
     /// Returns an error where the thread has ended, or was never started.
     pub(super) fn activate(&self, worker: Worker) -> Result<(), WorkerError> {
+        self.order(Command::Activate(worker))
+    }
+
+    /// Gives the thread, which must be idle, something to do.
+    fn order(&self, command: Command) -> Result<(), WorkerError> {
         let mut state = self.shared.state();
         if !matches!(state.stage, Stage::Idle) {
             return Err(WorkerError::Ended { name: self.name.clone() });
         }
         state.stage = Stage::Busy;
-        self.shared.send(state, Command::Activate(worker));
+        self.shared.send(state, command);
         Ok(())
+    }
+
+    /// Has the thread do `job`.
+    ///
+    /// # Errors
+    /// Returns an error where the thread has a worker, has ended, or was never started.
+    pub(super) fn run(&self, job: Job) -> Result<(), WorkerError> {
+        self.order(Command::Run(job))
     }
 
     /// Has the thread drop its worker, where it has one.
@@ -322,6 +340,12 @@ impl Body {
                     Command::Activate(worker) => self.worker = Some(self.event_loop.add_subscriber(worker)),
                     Command::Reset => {
                         self.end_worker();
+                        if self.shared.end_reset() {
+                            interrupt.reset_ended();
+                        }
+                    }
+                    Command::Run(job) => {
+                        job();
                         if self.shared.end_reset() {
                             interrupt.reset_ended();
                         }

@@ -1,11 +1,19 @@
 use super::*;
+use crate::config::Transport;
 use crate::kvm::state::{Counter, Msr};
+use crate::snapshot::description::{DiskDescription, ImageFormat, NetDescription, RngDescription};
 use hwvmm_arch::boot::{BootMethod, Decompressor, EntryProtocol};
 use hwvmm_devices::irq::IrqLine;
 use hwvmm_devices::legacy::SerialPort;
+use hwvmm_devices::memory::Memory;
+use hwvmm_devices::pci::{MsiMessage, MsiRouter, MsiVector, PciRoot, RouteError};
+use hwvmm_devices::virtio::pci::PciDevice;
+use hwvmm_devices::virtio::rng::Rng;
+use hwvmm_devices::virtio::{QueueState, RingAddresses, VirtioTransport as _};
 use proptest::prelude::*;
 use std::sync::Arc;
 use std::time::SystemTime;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 fn uart() -> UartState {
@@ -35,6 +43,13 @@ fn state() -> State {
             watchdog: true,
             debug_exit: false,
             irqchip: crate::snapshot::Irqchip::Split,
+            transport: Transport::Pci,
+            register_pages: true,
+            disks: Vec::new(),
+            nets: Vec::new(),
+            balloon: false,
+            rng: Some(RngDescription { bytes_per_second: None }),
+            virtio_console: false,
             boot: BootMethod { decompressor: Decompressor::None, protocol: EntryProtocol::Multiboot },
             vmgenid: true,
             cpu_vendor: "AuthenticAMD".into(),
@@ -46,7 +61,41 @@ fn state() -> State {
         uarts: vec![uart()],
         watchdog: Some(Duration::from_secs(9)),
         post: 0x42,
+        pci: pci(),
+        virtio: vec![virtio()],
     }
+}
+
+fn pci() -> PciState {
+    let root = PciRoot::default();
+    PciState { address: 0x8000_0800, bridges: [root.save_bridge(), root.save_bridge()] }
+}
+
+struct NoRoutes;
+
+impl MsiRouter for NoRoutes {
+    fn route(&self, _gsi: u32, _message: MsiMessage) -> Result<(), RouteError> {
+        Ok(())
+    }
+
+    fn unroute(&self, _gsi: u32) -> Result<(), RouteError> {
+        Ok(())
+    }
+}
+
+/// The state of an entropy device on PCI that a driver has told of its queue.
+fn virtio() -> VirtioState {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory");
+    let memory = Memory::new(memory, Arc::new(()));
+    let rng = Box::new(Rng::new(None).expect("a timer"));
+    let vector = |gsi| MsiVector { gsi, event: Arc::new(EventFd::new(0).expect("eventfd")) };
+    let vectors = vec![vector(24), vector(25)];
+    let device = PciDevice::new("rng", rng, memory, 0xc000_0000, vectors, Arc::new(NoRoutes)).expect("a device");
+    let mut state = device.save().expect("a state");
+    (state.status, state.driver_features) = (15, 1 << 32);
+    let rings = RingAddresses { descriptor_table: 0x1000, available_ring: 0x2000, used_ring: 0x3000 };
+    state.queues[0] = QueueState { size: 64, ready: true, rings, next_available: 65530, next_used: 65529 };
+    state
 }
 
 #[test]
@@ -117,6 +166,32 @@ fn contradictions_are_refused() {
     refused(&|state| state.description.watchdog = false);
     refused(&|state| state.watchdog = Some(Duration::from_secs(61)));
     refused(&|state| state.description.irqchip = crate::snapshot::Irqchip::Kernel);
+    refused(&|state| state.virtio.clear());
+    refused(&|state| state.description.rng = None);
+    refused(&|state| state.description.rng = Some(RngDescription { bytes_per_second: Some(0) }));
+    refused(&|state| state.virtio[0].queues = vec![state.virtio[0].queues[0]; MAX_QUEUES + 1]);
+    let disk = |queues, bytes| DiskDescription {
+        id: "x".repeat(bytes),
+        path: String::new(),
+        format: ImageFormat::Raw,
+        read_only: false,
+        queues,
+        serial: String::new(),
+    };
+    let with_disks = |state: &mut State, disks: Vec<DiskDescription>| {
+        (state.description.rng, state.virtio) = (None, vec![virtio(); disks.len()]);
+        state.description.disks = disks;
+    };
+    refused(&|state| with_disks(state, vec![disk(0, 1)]));
+    refused(&|state| with_disks(state, vec![disk(17, 1)]));
+    refused(&|state| with_disks(state, vec![disk(1, 10_000)]));
+    refused(&|state| with_disks(state, vec![disk(1, 1); 32]));
+    refused(&|state| {
+        let net = NetDescription { mac: String::new(), queues: 0, tap: false };
+        state.description.nets = vec![net];
+        state.virtio = vec![virtio(); 2];
+    });
+    refused(&|state| state.description.balloon = true);
     refused(&|state| state.vcpus[0].msrs = vec![Msr { index: 0, value: 0 }; MAX_ITEMS + 1]);
     let mut version = encode(&state()).expect("encoded");
     version[8] = 9;

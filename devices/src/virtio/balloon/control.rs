@@ -116,6 +116,12 @@ impl BalloonControl {
         self.actual_pages.store(pages, Ordering::Release);
     }
 
+    /// Sets what a snapshot has, which the guest knows.
+    pub(super) fn restore(&self, target_pages: u32, actual_pages: u32) {
+        self.target_pages.store(target_pages, Ordering::Release);
+        self.set_actual_pages(actual_pages);
+    }
+
     pub(super) fn set_interrupt(&self, interrupt: Option<Arc<DeviceInterrupt>>) {
         *lock(&self.interrupt) = interrupt;
     }

@@ -10,6 +10,7 @@ pub use control::{BalloonControl, BalloonStats, STAT_NAMES};
 
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
+use crate::virtio::saved::{DeviceFault, DeviceState};
 use crate::virtio::worker::Worker;
 use std::io;
 use std::sync::Arc;
@@ -99,6 +100,17 @@ impl VirtioDevice for Balloon {
         if let (4, Ok(actual)) = (offset, <[u8; 4]>::try_from(data)) {
             self.control.set_actual_pages(u32::from_le_bytes(actual));
         }
+    }
+
+    fn save(&self) -> io::Result<Option<DeviceState>> {
+        let (target_pages, actual_pages) = (self.control.target_pages(), self.control.actual_pages());
+        Ok(Some(DeviceState::Balloon { target_pages, actual_pages }))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceFault> {
+        let DeviceState::Balloon { target_pages, actual_pages } = *state else { return Err(DeviceFault::Other) };
+        self.control.restore(target_pages, actual_pages);
+        Ok(())
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {

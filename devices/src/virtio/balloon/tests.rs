@@ -93,3 +93,30 @@ fn ten_statistics_are_read_at_most() {
     }
     assert_eq!(control.stats().values, [Some(100); 10]);
 }
+
+/// The new balloon has the size of the old one, and the driver's buffer for statistics, which the device kept.
+#[test]
+fn a_new_balloon_goes_on_where_the_old_one_was() {
+    let old = Balloon::new(0, FreePageReporting::On).expect("a balloon");
+    old.control().set_target(8 << 20);
+    let mut driver = Driver::running(Box::new(old));
+    driver.write_bytes(0x104, &7_u32.to_le_bytes());
+    let stats: Vec<u8> = 4_u16.to_le_bytes().into_iter().chain(9_u64.to_le_bytes()).collect();
+    let kept = driver.submit(2, &[&stats], &[]);
+    let new = Balloon::new(0, FreePageReporting::On).expect("a balloon");
+    let control = new.control();
+    driver.replace(Box::new(new)).expect("restored");
+    assert_eq!((control.target(), control.actual()), (8 << 20, 7 * PAGE_BYTES));
+    assert_eq!((driver.read(0x100), driver.read(0x104)), (2048, 7));
+    assert!(driver.device().resume());
+    let start = std::time::Instant::now();
+    while control.stats().values[4] != Some(9) {
+        assert!(start.elapsed().as_secs() < 10, "no statistics");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert_eq!(driver.wait_used(2).head, u32::from(kept.head));
+    let _ = driver.interrupts();
+    control.set_target(4 << 20);
+    assert_eq!((driver.read(0x100), driver.interrupts()), (1024, 1));
+    driver.request(0, &[&0x800_u32.to_le_bytes()], &[]);
+}

@@ -6,11 +6,12 @@ use super::lock::{LockError, LockedFile, Use, lock};
 use super::options::{Format, ImageOptions};
 use super::qcow2::{self, CheckPlace, FormatSource, OpenChain};
 use super::request::SECTOR_BYTES;
+use crate::virtio::saved::FileMark;
 use imago::FormatAccess;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
@@ -57,7 +58,7 @@ pub struct Image {
     /// The file, locked.
     file: LockedFile,
     /// The other files of the image, locked too.
-    _locks: Vec<LockedFile>,
+    locks: Vec<LockedFile>,
     /// The numbers of the files that imago has.
     read_files: Vec<RawFd>,
     backing: Vec<PathBuf>,
@@ -129,7 +130,7 @@ impl Image {
         Ok(Self {
             content,
             file: LockedFile(file),
-            _locks: locks,
+            locks,
             read_files,
             backing,
             read_only: *read_only,
@@ -153,7 +154,7 @@ impl Image {
         Ok(Self {
             content: Content::Raw(file.try_clone()?, FirstSector::Guarded),
             file: LockedFile(file),
-            _locks: Vec::new(),
+            locks: Vec::new(),
             read_files: Vec::new(),
             backing: Vec::new(),
             read_only: true,
@@ -188,6 +189,32 @@ impl Image {
     #[must_use]
     pub fn file_numbers(&self) -> Vec<RawFd> {
         [&self.read_files[..], &[self.file.0.as_raw_fd()]].concat()
+    }
+
+    /// Brings all that was written to stable storage.
+    ///
+    /// # Errors
+    /// Returns the error of a write or of fsync(2).
+    pub(super) fn flush(&self) -> io::Result<()> {
+        match &self.content {
+            // Not only the data: the time of the last write is a part of the image's marks.
+            Content::Raw(file, _) => file.sync_all(),
+            Content::Qcow2(image) => {
+                let image = image.read().unwrap_or_else(PoisonError::into_inner);
+                image.flush()?;
+                image.sync()?;
+                drop(image);
+                self.file.0.sync_all()
+            }
+        }
+    }
+
+    /// Returns by what the files of the image are told from others: first its own, then its data and backing files.
+    ///
+    /// # Errors
+    /// Returns the error of fstat(2).
+    pub(super) fn marks(&self) -> io::Result<Vec<FileMark>> {
+        std::iter::once(&self.file).chain(&self.locks).map(|file| mark(&file.0)).collect()
     }
 
     /// Returns the size of the disk in bytes, as the guest sees it.
@@ -243,6 +270,16 @@ impl Drop for Image {
             log::error!("block: cannot write the metadata of the qcow2 image: {error}");
         }
     }
+}
+
+fn mark(file: &File) -> io::Result<FileMark> {
+    let metadata = file.metadata()?;
+    let is_file = metadata.is_file();
+    Ok(FileMark {
+        number: [metadata.dev(), metadata.ino()],
+        bytes: size(file)?,
+        modified: is_file.then(|| (metadata.mtime(), metadata.mtime_nsec())),
+    })
 }
 
 /// Returns the block sizes of a block device.

@@ -13,6 +13,7 @@ mod qcow2;
 #[cfg(test)]
 mod qemu_tests;
 mod request;
+mod saved;
 #[cfg(test)]
 mod stall_tests;
 #[cfg(test)]
@@ -27,8 +28,9 @@ pub use magic::ForeignFormat;
 pub use options::{BlockOptions, Format, ImageOptions, IoEngine, WhenFull};
 pub use qcow2::{CheckJob, CheckPlace, FeatureBit, NamedFileError, Qcow2Error, Table};
 
-use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, FlushWork, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
+use crate::virtio::saved::{DeviceFault, DeviceState};
 use crate::virtio::slot::Slot;
 use crate::virtio::worker::Worker;
 use engine::{Engine, new_ring};
@@ -148,6 +150,20 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&self.config(), offset, data);
+    }
+
+    fn flush(&self) -> Option<FlushWork> {
+        let image = Arc::clone(&self.image);
+        (!image.is_read_only()).then(|| Box::new(move || image.flush()) as FlushWork)
+    }
+
+    fn save(&self) -> io::Result<Option<DeviceState>> {
+        Ok(Some(DeviceState::Block(saved::state(&self.image, &self.config())?)))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceFault> {
+        let DeviceState::Block(state) = state else { return Err(DeviceFault::Other) };
+        saved::check(state, &self.image, &self.config())
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {

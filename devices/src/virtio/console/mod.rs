@@ -11,6 +11,7 @@ pub use worker::ConsoleOutput;
 
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
+use crate::virtio::saved::{DeviceFault, DeviceState};
 use crate::virtio::slot::Slot;
 use crate::virtio::worker::Worker;
 use std::io;
@@ -77,6 +78,14 @@ impl VirtioDevice for Console {
         config[..2].copy_from_slice(&size.columns.to_le_bytes());
         config[2..].copy_from_slice(&size.rows.to_le_bytes());
         read_config_bytes(&config, offset, data);
+    }
+
+    fn save(&self) -> io::Result<Option<DeviceState>> {
+        Ok(Some(DeviceState::Console))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceFault> {
+        if *state == DeviceState::Console { Ok(()) } else { Err(DeviceFault::Other) }
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {

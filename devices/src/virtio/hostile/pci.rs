@@ -2,10 +2,11 @@
 
 use super::super::device::VirtioDevice;
 use super::super::device_thread::ThreadStart;
-use super::super::mock::MEMORY_BYTES;
+use super::super::mock::{Driver, MEMORY_BYTES};
 use super::super::pci::{BAR_BYTES, PciDevice};
+use super::super::saved::{BusState, VirtioState};
 use super::super::transport::VirtioTransport;
-use super::{DEVICES, Source, device};
+use super::{DEVICES, Source, device, pause};
 use crate::bus::BusDevice;
 use crate::memory::Memory;
 use crate::pci::{MsiMessage, MsiRouter, MsiVector, PciFunction, RouteError};
@@ -111,6 +112,32 @@ impl Function {
     }
 }
 
+/// Gives `state` to an entropy device and to a console, on both transports. What one takes it has then.
+///
+/// # Errors
+/// Returns an error where a device cannot be made.
+///
+/// # Panics
+/// Panics where a device does not have the state that it has taken, or the rings of a driver that runs are not in its memory.
+pub fn restore(state: &VirtioState, folder: &Path) -> Result<(), Box<dyn Error>> {
+    for kind in [0, 3] {
+        let function = Function::new(device(kind, folder)?)?;
+        let mut driver = Driver::new(device(kind, folder)?);
+        if function.device.restore(state).is_err() && driver.replace_with(device(kind, folder)?, state).is_err() {
+            continue;
+        }
+        let on_pci = matches!(state.bus, BusState::Pci { .. });
+        let device: &dyn VirtioTransport = if on_pci { &function.device } else { driver.device() };
+        let saved = device.save()?;
+        assert_eq!((&saved.queues, saved.status, &saved.device), (&state.queues, state.status, &state.device));
+        pause(device);
+        driver.start(u64::MAX);
+        function.start();
+        assert_eq!((function.status(), driver.status()), (15, 15), "a reset and a start");
+    }
+    Ok(())
+}
+
 /// As [`drive`](super::drive), on the PCI transport.
 ///
 /// # Errors
@@ -167,6 +194,9 @@ fn step(function: &Function, source: &mut Source<'_>) {
             data.iter_mut().for_each(|byte| *byte = source.byte());
             let _ = function.memory.write_slice(&data, GuestAddress(gpa));
         }
-        _ => function.write(NOTIFY + u64::from(source.byte() % 32) * 4, source.word(), usize::from(source.byte() % 5)),
+        _ => match source.byte() {
+            0xe0.. => pause(&function.device),
+            queue => function.write(NOTIFY + u64::from(queue % 32) * 4, source.word(), usize::from(source.byte() % 5)),
+        },
     }
 }

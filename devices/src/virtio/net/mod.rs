@@ -3,6 +3,7 @@
 mod backend;
 mod control;
 mod header;
+mod link;
 mod pair;
 mod stream;
 mod tap;
@@ -18,9 +19,11 @@ pub use vhost::VhostNetError;
 use crate::memory::Memory;
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
+use crate::virtio::saved::{DeviceFault, DeviceState};
 use crate::virtio::slot::Slot;
 use crate::virtio::worker::Worker;
-use control::Control;
+use control::{ActivePairs, Control};
+use link::Link;
 use pair::{Negotiated, Pair, PairResources, RxBuffers};
 use std::io;
 use std::sync::Arc;
@@ -60,6 +63,9 @@ pub struct Net {
     pairs: Vec<PairResources>,
     /// vhost-net for each queue pair, where it processes the queues.
     vhost: Vec<VhostPair>,
+    /// The number of queue pairs that the driver uses.
+    active_pairs: ActivePairs,
+    link: Arc<Link>,
 }
 
 impl Net {
@@ -74,9 +80,11 @@ impl Net {
             let switch = backend.queue_switch()?;
             let initial_state = if pairs.is_empty() { QueueState::Attached } else { QueueState::Detached };
             switch(initial_state)?;
-            pairs.push(PairResources { backend: Slot::new(Some(backend)), switch, initial_state });
+            let (backend, waiting) = (Slot::new(Some(backend)), Slot::new(None));
+            pairs.push(PairResources { backend, waiting, switch, initial_state });
         }
-        Ok(Self { mac, offloads, pairs, vhost: Vec::new() })
+        let (active_pairs, link) = (ActivePairs::default(), Arc::new(Link::new()?));
+        Ok(Self { mac, offloads, pairs, vhost: Vec::new(), active_pairs, link })
     }
 
     /// Lets vhost-net in the host's kernel process the queues, which are in `memory`. The backends must be tap interfaces.
@@ -133,9 +141,32 @@ impl VirtioDevice for Net {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; 10];
         config[..6].copy_from_slice(&self.mac);
-        config[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
+        let status = if self.link.is_up() { LINK_UP } else { 0 };
+        config[6..8].copy_from_slice(&status.to_le_bytes());
         config[8..].copy_from_slice(&self.pair_count().to_le_bytes());
         read_config_bytes(&config, offset, data);
+    }
+
+    fn save(&self) -> io::Result<Option<DeviceState>> {
+        // Where the host's kernel has the queues, it has their state, too.
+        let state = DeviceState::Net { mac: self.mac, active_pairs: self.active_pairs.get() };
+        Ok(self.vhost.is_empty().then_some(state))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceFault> {
+        let DeviceState::Net { mac, active_pairs } = *state else { return Err(DeviceFault::Other) };
+        if !self.vhost.is_empty() || !(1..=self.pair_count()).contains(&active_pairs) {
+            return Err(DeviceFault::Other);
+        }
+        self.mac = mac;
+        self.active_pairs.set(active_pairs);
+        self.link.announce();
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.active_pairs.set(1);
+        self.pairs.iter().for_each(|pair| drop(pair.waiting.take()));
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
@@ -161,7 +192,8 @@ impl VirtioDevice for Net {
                 Some(vhost) => Box::new(vhost.worker(pair, offloads, vec![receive, transmit], &activation)),
                 None => {
                     let interrupt = Arc::clone(&activation.interrupt);
-                    Box::new(Pair::new(pair.clone(), interrupt, receive, transmit, negotiated))
+                    let link = (index == 0).then(|| Arc::clone(&self.link));
+                    Box::new(Pair::new(pair.clone(), interrupt, link, receive, transmit, negotiated))
                 }
             });
         }
@@ -169,7 +201,7 @@ impl VirtioDevice for Net {
             && let Ok(queue) = activation.take_queue(self.pair_count() * 2)
         {
             let pairs = self.pairs.iter().take(workers.len()).cloned().collect();
-            workers.push(Box::new(Control::new(queue, pairs)));
+            workers.push(Box::new(Control::new(queue, pairs, self.active_pairs.clone())));
         }
         Ok(workers)
     }

@@ -2,6 +2,7 @@
 
 use super::backend::{Backend, BackendError, Offloads, QueueState, QueueSwitch};
 use super::header::{FRAME_BYTES, HEADER_BYTES};
+use super::link::Link;
 use crate::error::chain as error_chain;
 use crate::memory::Memory;
 use crate::virtio::chain::Chain;
@@ -13,6 +14,9 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+
+/// Data of the event of the link's timer; the others have 0.
+const LINK: u32 = 1;
 
 /// The most frames received before frames are sent again.
 const BATCH: usize = 64;
@@ -30,6 +34,8 @@ pub(super) enum RxBuffers {
 #[derive(Clone)]
 pub(super) struct PairResources {
     pub(super) backend: Slot<Box<dyn Backend>>,
+    /// A received frame, with its header, that waits for receive buffers over a pause.
+    pub(super) waiting: Slot<Vec<u8>>,
     pub(super) switch: QueueSwitch,
     /// The state of the backend's queue until the driver enables queue pairs by a control command (virtio 1.3 §5.1.6.5.5).
     pub(super) initial_state: QueueState,
@@ -66,6 +72,8 @@ pub(super) struct Pair {
     resources: PairResources,
     backend: Option<Box<dyn Backend>>,
     interrupt: Arc<DeviceInterrupt>,
+    /// For one of the pairs: the link, which it watches.
+    link: Option<Arc<Link>>,
     offloads: Offloads,
     receive: Virtqueue,
     transmit: Virtqueue,
@@ -82,6 +90,7 @@ impl Pair {
     pub(super) fn new(
         resources: PairResources,
         interrupt: Arc<DeviceInterrupt>,
+        link: Option<Arc<Link>>,
         receive: Virtqueue,
         mut transmit: Virtqueue,
         negotiated: Negotiated,
@@ -92,16 +101,20 @@ impl Pair {
         if !backend.as_ref().is_some_and(|backend| backend.has_header()) {
             transmit.disable_coalescing();
         }
+        let mut frame = resources.waiting.take().unwrap_or_default();
+        let pending_rx = frame.len();
+        frame.resize(FRAME_BYTES.max(pending_rx), 0);
         Self {
             resources,
             backend,
             interrupt,
+            link,
             offloads: negotiated.offloads,
             receive,
             transmit,
             rx_buffers: negotiated.rx_buffers,
-            frame: vec![0; FRAME_BYTES],
-            pending_rx: 0,
+            frame,
+            pending_rx,
             tx_blocked: false,
         }
     }
@@ -207,6 +220,10 @@ fn undo_pops(queue: &mut Virtqueue, count: usize) {
 
 impl MutEventSubscriber for Pair {
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        if events.data() == LINK {
+            self.link.iter().for_each(|link| link.timer_expired(&self.interrupt));
+            return;
+        }
         let fd = self.backend.as_ref().map(|backend| backend.fd().as_raw_fd());
         if Some(events.fd()) == fd && events.event_set().contains(EventSet::OUT) {
             let flushed = self.backend.as_mut().is_none_or(|backend| backend.flush().is_ok());
@@ -237,6 +254,10 @@ impl MutEventSubscriber for Pair {
         watch(ops, Events::new(self.receive.kick(), EventSet::IN));
         watch(ops, Events::new(self.transmit.kick(), EventSet::IN));
         watch(ops, Events::new(&backend.fd(), EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED));
+        if let Some(link) = &self.link {
+            link.start(&self.interrupt);
+            watch(ops, Events::with_data(&*link.timer(), LINK, EventSet::IN));
+        }
     }
 }
 
@@ -244,5 +265,8 @@ impl Drop for Pair {
     fn drop(&mut self) {
         self.resources.reset_queue();
         self.resources.backend.put(self.backend.take());
+        self.frame.truncate(self.pending_rx);
+        let waits = self.pending_rx > 0;
+        self.resources.waiting.put(waits.then(|| std::mem::take(&mut self.frame)));
     }
 }

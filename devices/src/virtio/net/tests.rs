@@ -3,13 +3,15 @@
 
 use super::{Backend, BackendError, Net, QueueState, QueueSwitch, Stream};
 use crate::memory::Buffers;
+use crate::virtio::device::VirtioDevice as _;
 use crate::virtio::mock::{Driver, Used};
+use crate::virtio::saved::DeviceState;
 use proptest::prelude::*;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const MAC: [u8; 6] = [2, 1, 2, 3, 4, 5];
 
@@ -187,4 +189,65 @@ proptest! {
         driver.start(u64::MAX);
         driver.request(1, &[&[0; 12], b"still there"], &[]);
     }
+}
+
+/// A frame that waits for receive buffers is not lost by a pause, and others come in their order behind it.
+#[test]
+fn a_pause_loses_no_frame() {
+    let (mut socket, mut driver) = card();
+    let device = |driver: &Driver| {
+        driver.device().pause(Instant::now() + Duration::from_secs(20)).expect("paused");
+        assert!(driver.device().resume());
+    };
+    for round in 0..20_u8 {
+        send(&mut socket, &[round; 100]);
+        send(&mut socket, &[round + 100; 100]);
+        if round.is_multiple_of(2) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        device(&driver);
+        for expected in [round, round + 100] {
+            let buffer = driver.submit(0, &[], &[1000]);
+            let Used { head, len } = driver.wait_used(0);
+            assert_eq!((head, len), (u32::from(buffer.head), 112));
+            assert_eq!(driver.contents(&buffer, len)[12..], [expected; 100]);
+        }
+        driver.submit(1, &[&[0; 12], &[round; 60]], &[]);
+        device(&driver);
+        driver.wait_used(1);
+        assert_eq!(take(&mut socket), [round; 60]);
+    }
+}
+
+/// The card of a machine that goes on from a snapshot has the address of the old one, and its link is down for a moment.
+#[test]
+fn a_new_card_announces_itself() {
+    let (_old, mut driver) = card();
+    driver.request(1, &[&[0; 12], b"a frame"], &[]);
+    let (ours, mut socket) = UnixStream::pair().expect("a pair");
+    let backend: Box<dyn Backend> = Box::new(Stream::new(ours).expect("non-blocking"));
+    driver.replace(Box::new(Net::new([2; 6], vec![backend]).expect("a device"))).expect("restored");
+    let config = |driver: &Driver| {
+        let mut config = [0; 8];
+        driver.read_bytes(0x100, &mut config);
+        (config[..6] == MAC, config[6])
+    };
+    assert_eq!(config(&driver), (true, 1));
+    let generation = driver.read(0xfc);
+    assert!(driver.device().resume());
+    let wait = |status: u8| {
+        let start = Instant::now();
+        while config(&driver) != (true, status) {
+            assert!(start.elapsed() < Duration::from_secs(20), "the link does not become {status}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    wait(0);
+    wait(1);
+    assert_eq!(driver.read(0xfc), generation + 2, "the driver is told of both");
+    driver.request(1, &[&[0; 12], b"another"], &[]);
+    assert_eq!(take(&mut socket), b"another");
+    let (ours, _socket) = UnixStream::pair().expect("a pair");
+    let two: Vec<Box<dyn Backend>> = vec![Box::new(Stream::new(ours).expect("non-blocking"))];
+    assert!(Net::new(MAC, two).expect("a device").restore(&DeviceState::Rng).is_err());
 }

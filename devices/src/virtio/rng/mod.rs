@@ -8,6 +8,7 @@ use crate::memory::Buffers;
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice};
 use crate::virtio::device_thread::DeviceThread;
 use crate::virtio::queue::Virtqueue;
+use crate::virtio::saved::{DeviceFault, DeviceState};
 use crate::virtio::worker::{Worker, watch};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rate::TokenBucket;
@@ -49,6 +50,14 @@ impl VirtioDevice for Rng {
 
     fn thread_role(&self) -> DeviceThread {
         DeviceThread::Rng
+    }
+
+    fn save(&self) -> io::Result<Option<DeviceState>> {
+        Ok(Some(DeviceState::Rng))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceFault> {
+        if *state == DeviceState::Rng { Ok(()) } else { Err(DeviceFault::Other) }
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {

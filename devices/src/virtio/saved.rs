@@ -1,0 +1,245 @@
+//! The state of a device and its transport, as plain data, for snapshots. What is read from a file is as hostile as what a driver
+//! writes: it is checked in the same way before it is used.
+
+use super::device::ActivateError;
+use super::queue::RingAddresses;
+use crate::pci::{ConfigSpaceState, MsixState};
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::sync::Arc;
+use thiserror::Error;
+
+/// The most queues that a state may have; no device has as many.
+pub const MAX_QUEUES: usize = 64;
+
+/// A device on its transport that is paused: no worker has its queues.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioState {
+    /// The virtio device ID (virtio 1.3 §5).
+    pub kind: u16,
+    /// The device status (virtio 1.3 §2.1), without `DEVICE_NEEDS_RESET`.
+    pub status: u8,
+    /// `DEVICE_NEEDS_RESET` is set.
+    pub needs_reset: bool,
+    /// The configuration generation (virtio 1.3 §2.5).
+    pub config_generation: u32,
+    /// The feature bits that the driver has accepted, those that it has written so far.
+    pub driver_features: u64,
+    /// The feature selectors: device, driver.
+    pub feature_selectors: [u32; 2],
+    /// The queue that the queue registers access.
+    pub queue_select: u16,
+    /// The queues, by index.
+    pub queues: Vec<QueueState>,
+    /// What the device itself has.
+    pub device: DeviceState,
+    /// What only this kind of transport has.
+    pub bus: BusState,
+}
+
+/// A queue as its driver has configured it, and where the device is in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    /// The size that the driver chose, in descriptors.
+    pub size: u16,
+    /// The driver has enabled the queue.
+    pub ready: bool,
+    /// Where its rings are.
+    pub rings: RingAddresses,
+    /// The index in the available ring of the chain that the device takes next.
+    pub next_available: u16,
+    /// The index in the used ring of the next chain that the device uses.
+    pub next_used: u16,
+}
+
+/// What a device has besides its queues.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceState {
+    /// The entropy device has nothing.
+    Rng,
+    /// The console has nothing: input that the guest has not taken is the host's.
+    Console,
+    /// A disk.
+    Block(DiskState),
+    /// A memory balloon.
+    Balloon {
+        /// The size in pages of 4 KiB that the guest is asked for (`num_pages`, virtio 1.3 §5.5.4).
+        target_pages: u32,
+        /// The size that it has reported (`actual`).
+        actual_pages: u32,
+    },
+    /// A network card.
+    Net {
+        /// Its hardware address.
+        mac: [u8; 6],
+        /// The number of queue pairs that the driver uses (virtio 1.3 §5.1.6.5.5).
+        active_pairs: u16,
+    },
+}
+
+/// By what a disk is told from others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskState {
+    /// The device configuration (struct virtio_blk_config, virtio 1.3 §5.2.4), which has the disk's size and block sizes.
+    pub config: Vec<u8>,
+    /// The files of the image: first its own, then its data and backing files.
+    pub files: Vec<FileMark>,
+}
+
+/// By what a file of the host is told from others, and from itself at another time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileMark {
+    /// The number of the device that has it (`st_dev`), and its number there (`st_ino`).
+    pub number: [u64; 2],
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// When it was written last: seconds and nanoseconds since 1970. `None` for a block device, for which the time says nothing.
+    pub modified: Option<(i64, i64)>,
+}
+
+/// What only one kind of transport has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BusState {
+    /// virtio-mmio.
+    Mmio {
+        /// InterruptStatus (virtio 1.3 §4.2.2).
+        interrupt_status: u32,
+    },
+    /// virtio-pci.
+    Pci {
+        /// The configuration space.
+        config: ConfigSpaceState,
+        /// The ISR status (virtio 1.3 §4.1.4.5).
+        isr_status: u8,
+        /// The MSI-X vector for configuration changes.
+        config_vector: u16,
+        /// The MSI-X vectors of the queues.
+        queue_vectors: Vec<u16>,
+        /// The MSI-X table.
+        msix: MsixState,
+    },
+}
+
+/// A device cannot be paused, or its state cannot be saved.
+#[derive(Debug, Error)]
+pub enum PauseError {
+    /// The driver has reset the device, whose workers wait for the host.
+    #[error("{name} is being reset by its driver, which waits for the host: try again")]
+    Resetting {
+        /// Name of the device.
+        name: Arc<str>,
+    },
+    /// Its requests in flight are not completed in time.
+    #[error("{name} does not complete its requests in time: it waits for the host")]
+    Late {
+        /// Name of the device.
+        name: Arc<str>,
+    },
+    /// What was written cannot be brought to stable storage.
+    #[error("{name} cannot be flushed")]
+    Flush {
+        /// Name of the device.
+        name: Arc<str>,
+        /// What fsync(2) or a write failed with.
+        source: io::Error,
+    },
+    /// The device has no state for snapshots.
+    #[error("{name} has no state that can be saved")]
+    Unsaved {
+        /// Name of the device.
+        name: Arc<str>,
+    },
+    /// What tells the device from others cannot be read.
+    #[error("the state of {name} cannot be read")]
+    State {
+        /// Name of the device.
+        name: Arc<str>,
+        /// What fstat(2) failed with.
+        source: io::Error,
+    },
+}
+
+/// The state of a snapshot is none that this device can have.
+#[derive(Debug, Error)]
+#[error("the snapshot cannot be used: its state of {name}")]
+pub struct VirtioStateError {
+    /// Name of the device.
+    pub name: Arc<str>,
+    /// What is wrong.
+    pub source: StateFault,
+}
+
+/// What is wrong with a state.
+#[derive(Debug, Error)]
+pub enum StateFault {
+    /// It is of another type of device.
+    #[error("is of the virtio device type {found}, and the device's is {expected}")]
+    Kind {
+        /// The type in the state.
+        found: u16,
+        /// The device's.
+        expected: u16,
+    },
+    /// It is of another transport.
+    #[error("is of another transport")]
+    Bus,
+    /// No driver can bring a device to this status.
+    #[error("has the device status {0:#x}, which no driver can set")]
+    Status(u8),
+    /// The driver accepted features that this run does not offer.
+    #[error("has the feature bits {0:#x}, which this run does not offer")]
+    Features(u64),
+    /// Another number of queues, or of their interrupt vectors.
+    #[error("has another number of queues or vectors")]
+    Queues,
+    /// A size that no driver can set.
+    #[error("has a queue {index} of {size} descriptors, where {max} are the most")]
+    QueueSize {
+        /// Index of the queue.
+        index: usize,
+        /// Its size.
+        size: u16,
+        /// The largest.
+        max: u16,
+    },
+    /// The queues cannot be used.
+    #[error(transparent)]
+    Rings(ActivateError),
+    /// The configuration space is not as long as one is.
+    #[error("has a PCI configuration space of another size")]
+    ConfigSpace,
+    /// What the device itself has.
+    #[error(transparent)]
+    Device(#[from] DeviceFault),
+}
+
+/// What a device's own state does not fit to.
+#[derive(Debug, Error)]
+pub enum DeviceFault {
+    /// It is of another device.
+    #[error("is of another device")]
+    Other,
+    /// The disk has another size.
+    #[error("is of a disk of {expected} bytes, and this one has {found}: give it the disk that it had, or a copy")]
+    DiskSize {
+        /// The size in the state.
+        expected: u64,
+        /// That of the disk.
+        found: u64,
+    },
+    /// The disk has other properties that the guest knows.
+    #[error("is of a disk with other block sizes or queues: it must be on a file system like the one that it was on")]
+    DiskProperties,
+    /// The disk's file was written since.
+    #[error(
+        "is of the disk as it was then, and its file {place} was changed since: give a copy that was made when the snapshot was, \
+         or make the snapshot anew"
+    )]
+    DiskChanged {
+        /// Which of the image's files, counted from 1.
+        place: usize,
+    },
+    /// What tells the disk from others cannot be read.
+    #[error("cannot be compared with the disk")]
+    Io(#[source] io::Error),
+}
