@@ -65,6 +65,7 @@ fn flag(flag: u64, set: bool) -> u64 {
 }
 
 /// The result of an operation with one operand, or with a `count`. The operand must be zero-extended.
+#[inline]
 pub(super) fn unary(operation: Unary, a: u64, count: u64, width: u8, flags: &mut Flags) -> u64 {
     let all = mask(width);
     match operation {
@@ -78,8 +79,13 @@ pub(super) fn unary(operation: Unary, a: u64, count: u64, width: u8, flags: &mut
             let carry = flags.cf();
             let (result, carries) =
                 if operation == Unary::Inc { added(a, 1, 0, all) } else { subtracted(a, 1, 0, all) };
-            flags.set_lazy(result, carries, sign(width));
-            flags.set(CF, flag(CF, carry));
+            // CF is the carry out of the highest bit, and OF is where it differs from that of the bit below: both of these carries are
+            // set so that CF stays and OF is the result's.
+            let top = sign(width);
+            let overflow = (carries >> top ^ carries >> (top - 1)) & 1;
+            let kept = u64::from(carry);
+            let carries = carries & !(3 << (top - 1)) | kept << top | (kept ^ overflow) << (top - 1);
+            flags.set_lazy(result, carries, top);
             result
         }
         Unary::Shl | Unary::Shr | Unary::Sar => shift(operation, a, count, width, flags),

@@ -4,6 +4,7 @@ use super::decode::{MAX_BYTES, MAX_OPS, decode};
 use super::mmu::Mmu;
 use super::op::Op;
 use super::port_exit::PortExit;
+use super::steps::Step;
 use crate::kvm::Direction;
 use crate::measure::clusters::ClusterEnd as End;
 use crate::memory::{GuestPage, PAGE_BYTES};
@@ -25,7 +26,7 @@ pub(super) struct Block {
     /// The instruction's bytes in the page behind it.
     rest: Option<Rest>,
     /// None where the first instruction is not interpreted.
-    pub(super) ops: Box<[Op]>,
+    pub(super) steps: Box<[Step]>,
 }
 
 struct Rest {
@@ -42,12 +43,25 @@ pub(super) struct Blocks {
     /// compared with memory once in an epoch: a write by the guest's own instructions to its pages ends the cluster, and a write
     /// by others need not be seen before a serializing instruction (SDM vol. 3A §9.1.3), which ends it too.
     epoch: u64,
+    /// Blocks that were decoded, and that were compared with memory.
+    decoded: u64,
+    compared: u64,
 }
 
 impl Blocks {
     pub(super) fn new() -> Self {
         let blocks = std::iter::repeat_with(|| [Block::none(), Block::none()]).take(SETS).collect();
-        Self { blocks, epoch: 1 }
+        Self { blocks, epoch: 1, decoded: 0, compared: 0 }
+    }
+
+    /// How many blocks were decoded so far.
+    pub(super) fn decoded(&self) -> u64 {
+        self.decoded
+    }
+
+    /// How many blocks were compared with memory so far, or decoded.
+    pub(super) fn compared(&self) -> u64 {
+        self.compared
     }
 
     /// Starts a cluster: every block is compared with memory once more.
@@ -75,8 +89,11 @@ impl Blocks {
     fn check(&mut self, rip: u64, set: usize, mmu: &mut Mmu<'_>) -> Result<usize, End> {
         let (page, page_gpa) = mmu.code(rip)?;
         let gpa = page_gpa | rip & (PAGE_BYTES - 1);
+        self.compared += 1;
         let ways = &mut self.blocks[set];
+        let decoded = &mut self.decoded;
         let way = ways.iter().position(|block| block.is_unchanged(rip, gpa, page, mmu)).unwrap_or_else(|| {
+            *decoded += 1;
             // The other one stays if this is its new version.
             if ways[0].rip != rip {
                 ways.swap(0, 1);
@@ -114,7 +131,7 @@ fn behind(rip: u64) -> u64 {
 impl Block {
     /// The content of a free place: it was never checked.
     fn none() -> Self {
-        Self { rip: 0, checked: 0, gpa: u64::MAX, words: Box::default(), rest: None, ops: Box::default() }
+        Self { rip: 0, checked: 0, gpa: u64::MAX, words: Box::default(), rest: None, steps: Box::default() }
     }
 
     /// Returns true if this is the block at the address, and memory still has its bytes.
@@ -142,7 +159,7 @@ impl Block {
         }
         let length = if ops.is_empty() { LONGEST } else { length as u64 };
         let used = usize::try_from((offset % 8 + length).div_ceil(8)).unwrap_or(0).min(words.len());
-        Self { rip, checked: 0, gpa, words: words[..used].into(), rest: None, ops: ops.into() }
+        Self { rip, checked: 0, gpa, words: words[..used].into(), rest: None, steps: steps(ops) }
     }
 
     /// An instruction whose first bytes are the last of a page. `None` where the page behind it has no translation, or the instruction
@@ -156,14 +173,18 @@ impl Block {
             return None;
         }
         let rest = Rest { gpa: rest_gpa, words: rest.into() };
-        Some(Self { rip, checked: 0, gpa, words: words.into(), rest: Some(rest), ops: ops.into() })
+        Some(Self { rip, checked: 0, gpa, words: words.into(), rest: Some(rest), steps: steps(ops) })
     }
 
     /// Returns the length of the first instruction if it is the port I/O of the exit.
     pub(super) fn port_io(&self, exit: &PortExit) -> Option<u64> {
         let input = exit.direction == Direction::In;
-        self.ops.first().filter(|op| op.is_port_io(input, exit.width)).map(|op| op.next.into())
+        self.steps.first().filter(|step| step.op.is_port_io(input, exit.width)).map(|step| step.op.next.into())
     }
+}
+
+fn steps(ops: Vec<Op>) -> Box<[Step]> {
+    ops.into_iter().map(Step::new).collect()
 }
 
 /// Reads the words of `bytes` bytes from an offset on, up to the end of the page.

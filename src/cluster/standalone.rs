@@ -1,7 +1,8 @@
 //! The interpreter on guest memory alone, without KVM: for its tests, its bench and its fuzz target.
 
 use super::blocks::Blocks;
-use super::exec::{Cpu, PortEnd, Ports, run};
+use super::cpu::Cpu;
+use super::exec::{Access, Interrupts, Limits, PortEnd, Ports, run};
 use super::flags::Flags;
 use super::mmu::{Mmu, Paging};
 use crate::measure::clusters::ClusterEnd as End;
@@ -47,16 +48,16 @@ pub(super) fn memory(code: &[u8]) -> Result<GuestRam, MemoryError> {
 struct Counting(u64);
 
 impl Ports for Counting {
-    fn input(&mut self, _port: u16, _width: u8) -> Option<(u64, PortEnd)> {
+    fn input(&mut self, _access: Access) -> Option<(u64, PortEnd)> {
         Some((0x60, PortEnd::Nothing))
     }
 
-    fn output(&mut self, _port: u16, _width: u8, _value: u64) -> Option<PortEnd> {
+    fn output(&mut self, _access: Access, _value: u64) -> Option<PortEnd> {
         self.0 += 1;
         Some(PortEnd::Nothing)
     }
 
-    fn interrupted(&mut self) -> Option<End> {
+    fn interrupted(&mut self, _interrupts: Interrupts) -> Option<End> {
         None
     }
 }
@@ -88,7 +89,7 @@ impl Standalone {
     /// Runs one cluster of about `most` instructions at most. Returns the number of instructions run.
     pub fn run(&mut self, most: u64) -> u64 {
         let mut mmu = Mmu::new(&self.ram, Paging { root: TABLES, levels: 4, no_execute: true });
-        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, most).0
+        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, Limits { most, alone: most }).0
     }
 
     /// The number of port writes so far.

@@ -89,7 +89,7 @@ fn segments_and_absolute_addresses() {
 /// Each of these ends the cluster before it: nothing has changed.
 #[test]
 fn what_is_not_interpreted_ends_the_cluster_before_it() {
-    let instructions: [&[u8]; 21] = [
+    let instructions: [&[u8]; 22] = [
         &[0xf4],                               // hlt
         &[0xfb],                               // sti
         &[0x9d],                               // popf
@@ -99,7 +99,8 @@ fn what_is_not_interpreted_ends_the_cluster_before_it() {
         &[0x0f, 0x22, 0xd8],                   // mov %rax,%cr3
         &[0x0f, 0x23, 0xf8],                   // mov %rax,%dr7
         &[0x8e, 0xd0],                         // mov %eax,%ss
-        &[0xf0, 0xff, 0x03],                   // lock incl (%rbx)
+        &[0xf0, 0x39, 0x03],                   // lock cmp %eax,(%rbx), which is invalid
+        &[0xf0, 0x0f, 0xc7, 0x0b],             // lock cmpxchg8b (%rbx)
         &[0xf3, 0xa4],                         // rep movsb
         &[0x6e],                               // outsb
         &[0xf7, 0xf1],                         // div %ecx

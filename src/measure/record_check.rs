@@ -1,5 +1,6 @@
 //! Checks of a record that another process has sent.
 
+use super::clusters::MOST_PLACES;
 use super::counters::MAX_ADDRESSES;
 use super::flight_recorder::KEPT;
 use super::record::{DeviceRange, Measured, RunRecord, VERSION, VcpuRecord, VirtioQueue};
@@ -167,6 +168,10 @@ impl VcpuRecord {
         limit("devices of a vCPU", self.counts.by_device.len(), MAX_ITEMS + 2 * MAX_ADDRESSES)?;
         check_texts(self.counts.by_device.iter().filter_map(|count| count.device.as_ref()))?;
         check_stats(self.stats.as_deref())?;
+        if let Some(clusters) = &self.clusters {
+            limit("places of avoided exits", clusters.avoided_at.len(), MOST_PLACES)?;
+            limit("places of the ends of clusters", clusters.ended_at.len(), MOST_PLACES)?;
+        }
         match &self.measured {
             Measured::Nothing | Measured::HandlerTime(_) => Ok(()),
             Measured::Profile(profile) => {

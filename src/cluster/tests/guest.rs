@@ -2,7 +2,8 @@
 
 use super::super::End;
 use super::super::blocks::Blocks;
-use super::super::exec::{Cpu, PortEnd, Ports, run};
+use super::super::cpu::Cpu;
+use super::super::exec::{Access, Interrupts, Limits, PortEnd, Ports, run};
 use super::super::flags::Flags;
 use super::super::mmu::{Mmu, Paging};
 pub(super) use super::super::standalone::{BYTES, CODE, DATA, STACK};
@@ -23,18 +24,18 @@ pub(super) struct FakePorts {
 }
 
 impl Ports for FakePorts {
-    fn input(&mut self, port: u16, _width: u8) -> Option<(u64, PortEnd)> {
-        self.log.push(format!("in {port:x}"));
+    fn input(&mut self, access: Access) -> Option<(u64, PortEnd)> {
+        self.log.push(format!("in {:x}", access.port));
         (!self.absent).then_some((self.value, PortEnd::Nothing))
     }
 
-    fn output(&mut self, port: u16, _width: u8, value: u64) -> Option<PortEnd> {
-        self.log.push(format!("out {port:x} {value:x}"));
+    fn output(&mut self, access: Access, value: u64) -> Option<PortEnd> {
+        self.log.push(format!("out {:x} {value:x}", access.port));
         self.value = value;
         (!self.absent).then_some(if self.raises { PortEnd::Interrupt } else { PortEnd::Nothing })
     }
 
-    fn interrupted(&mut self) -> Option<End> {
+    fn interrupted(&mut self, _interrupts: Interrupts) -> Option<End> {
         self.late.then_some(End::Time)
     }
 }
@@ -76,6 +77,6 @@ impl Guest {
 
     pub(super) fn run(&mut self) -> (u64, End) {
         let mut mmu = Mmu::new(&self.ram, Paging { root: TABLES, levels: 4, no_execute: true });
-        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, 4096)
+        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, Limits { most: 4096, alone: 4096 })
     }
 }

@@ -1,0 +1,344 @@
+//! The instructions that a path through a driver is made of: one function for each form and width, so that an instruction costs one
+//! indirect call, and its masks and sign bits are constants. What is less frequent goes to [`rare`].
+
+use super::arith::{alu, extend, mask, unary};
+use super::cpu::{Cpu, Flow, RSP};
+use super::mmu::Mmu;
+use super::op::{Alu, Form, Kind, Op, Unary, is_canonical};
+use super::rare::rare;
+use crate::measure::clusters::ClusterEnd as End;
+
+/// Carries an instruction out. Where it ends the cluster nothing has changed.
+type Run = fn(&mut Cpu, &mut Mmu<'_>, &Op) -> Flow;
+
+/// An instruction with the function that carries it out.
+#[derive(Clone, Copy)]
+pub(super) struct Step {
+    run: Run,
+    pub(super) op: Op,
+}
+
+impl Step {
+    pub(super) fn new(op: Op) -> Self {
+        Self { run: function(&op), op }
+    }
+
+    #[inline]
+    pub(super) fn run(&self, cpu: &mut Cpu, mmu: &mut Mmu<'_>) -> Flow {
+        (self.run)(cpu, mmu, &self.op)
+    }
+}
+
+/// The value of a result, or the end of the cluster.
+macro_rules! value {
+    ($result:expr) => {
+        match $result {
+            Ok(value) => value,
+            Err(end) => return Flow::End(end),
+        }
+    };
+}
+
+/// The instance of a function for the width, which is its last parameter.
+macro_rules! of_width {
+    ($width:expr, $function:ident $(, $parameter:expr)*) => {
+        match $width {
+            3 => $function::<$({ $parameter },)* 3>,
+            2 => $function::<$({ $parameter },)* 2>,
+            1 => $function::<$({ $parameter },)* 1>,
+            _ => $function::<$({ $parameter },)* 0>,
+        }
+    };
+}
+
+fn function(op: &Op) -> Run {
+    if op.locked {
+        return slow;
+    }
+    match op.kind {
+        Kind::MovRr => of_width!(op.width, move_register),
+        Kind::MovRi => of_width!(op.width, move_immediate),
+        Kind::Load => of_width!(op.width, load),
+        Kind::Store => of_width!(op.width, store),
+        Kind::StoreImm => of_width!(op.width, store_immediate),
+        // A destination of 32 bits has its upper half cleared: that of 64 bits has the same value.
+        Kind::MovzxR(0) if op.width > 1 => zero_extend::<0>,
+        Kind::MovzxR(1) if op.width > 1 => zero_extend::<1>,
+        Kind::MovzxM(0) if op.width > 1 => load_zero_extended::<0>,
+        Kind::MovzxM(1) if op.width > 1 => load_zero_extended::<1>,
+        Kind::MovsxR(2) if op.width == 3 => sign_extend::<2>,
+        Kind::MovsxM(2) if op.width == 3 => load_sign_extended::<2>,
+        Kind::Lea => of_width!(op.width, load_address),
+        Kind::Alu(operation, form) => arithmetic(operation, form, op.width),
+        Kind::UnaryR(operation) => shift(operation, op.width),
+        Kind::Jcc(condition) => conditional_jump(condition),
+        Kind::Jmp => jump,
+        Kind::JmpR | Kind::JmpM => jump_indirect,
+        Kind::Call => call,
+        Kind::CallR | Kind::CallM => call_indirect,
+        Kind::Ret => ret,
+        Kind::PushR => push,
+        Kind::Pop => pop,
+        Kind::Nop => nop,
+        Kind::InDx | Kind::InImm | Kind::OutDx | Kind::OutImm => port,
+        _ => slow,
+    }
+}
+
+fn arithmetic(operation: Alu, form: Form, width: u8) -> Run {
+    match operation {
+        Alu::Add => of_form::<0>(form, width),
+        Alu::Or => of_form::<1>(form, width),
+        Alu::Adc => of_form::<2>(form, width),
+        Alu::Sbb => of_form::<3>(form, width),
+        Alu::And => of_form::<4>(form, width),
+        Alu::Sub => of_form::<5>(form, width),
+        Alu::Xor => of_form::<6>(form, width),
+        Alu::Cmp => of_form::<7>(form, width),
+        Alu::Test => of_form::<8>(form, width),
+    }
+}
+
+/// The operation of [`of_form`]'s parameter.
+const fn alu_of(number: u8) -> Alu {
+    match number {
+        0 => Alu::Add,
+        1 => Alu::Or,
+        2 => Alu::Adc,
+        3 => Alu::Sbb,
+        4 => Alu::And,
+        5 => Alu::Sub,
+        6 => Alu::Xor,
+        7 => Alu::Cmp,
+        _ => Alu::Test,
+    }
+}
+
+fn of_form<const ALU: u8>(form: Form, width: u8) -> Run {
+    match form {
+        Form::Rr => of_width!(width, alu_rr, ALU),
+        Form::Ri => of_width!(width, alu_ri, ALU),
+        Form::Rm => of_width!(width, alu_rm, ALU),
+        Form::Mr => of_width!(width, alu_mr, ALU),
+        Form::Mi => of_width!(width, alu_mi, ALU),
+    }
+}
+
+fn shift(operation: Unary, width: u8) -> Run {
+    match operation {
+        Unary::Inc => of_width!(width, unary_r, 0),
+        Unary::Dec => of_width!(width, unary_r, 1),
+        Unary::Neg => of_width!(width, unary_r, 2),
+        Unary::Not => of_width!(width, unary_r, 3),
+        Unary::Shl => of_width!(width, unary_r, 4),
+        Unary::Shr => of_width!(width, unary_r, 5),
+        Unary::Sar => of_width!(width, unary_r, 6),
+        Unary::Rol | Unary::Ror => slow,
+    }
+}
+
+const fn unary_of(number: u8) -> Unary {
+    match number {
+        0 => Unary::Inc,
+        1 => Unary::Dec,
+        2 => Unary::Neg,
+        3 => Unary::Not,
+        4 => Unary::Shl,
+        5 => Unary::Shr,
+        _ => Unary::Sar,
+    }
+}
+
+fn conditional_jump(condition: u8) -> Run {
+    const JUMPS: [Run; 16] = [
+        jump_if::<0>,
+        jump_if::<1>,
+        jump_if::<2>,
+        jump_if::<3>,
+        jump_if::<4>,
+        jump_if::<5>,
+        jump_if::<6>,
+        jump_if::<7>,
+        jump_if::<8>,
+        jump_if::<9>,
+        jump_if::<10>,
+        jump_if::<11>,
+        jump_if::<12>,
+        jump_if::<13>,
+        jump_if::<14>,
+        jump_if::<15>,
+    ];
+    JUMPS[usize::from(condition & 15)]
+}
+
+fn slow(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    rare(cpu, op, mmu).into()
+}
+
+fn port(_: &mut Cpu, _: &mut Mmu<'_>, _: &Op) -> Flow {
+    Flow::Port
+}
+
+fn nop(_: &mut Cpu, _: &mut Mmu<'_>, _: &Op) -> Flow {
+    Flow::Next
+}
+
+fn move_register<const W: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
+    cpu.set(op.dst, W, cpu.get(op.src, W));
+    Flow::Next
+}
+
+fn move_immediate<const W: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
+    cpu.set(op.dst, W, op.imm);
+    Flow::Next
+}
+
+fn load<const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    let value = value!(cpu.load(op, W, mmu));
+    cpu.set(op.dst, W, value);
+    Flow::Next
+}
+
+fn store<const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    mmu.store(cpu.address(op), W, cpu.get(op.src, W)).into()
+}
+
+fn store_immediate<const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    mmu.store(cpu.address(op), W, op.imm).into()
+}
+
+fn zero_extend<const FROM: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
+    cpu.set(op.dst, 3, cpu.get(op.src, FROM));
+    Flow::Next
+}
+
+fn load_zero_extended<const FROM: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    let value = value!(cpu.load(op, FROM, mmu));
+    cpu.set(op.dst, 3, value);
+    Flow::Next
+}
+
+fn sign_extend<const FROM: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
+    cpu.set(op.dst, 3, extend(cpu.get(op.src, FROM), FROM));
+    Flow::Next
+}
+
+fn load_sign_extended<const FROM: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    let value = value!(cpu.load(op, FROM, mmu));
+    cpu.set(op.dst, 3, extend(value, FROM));
+    Flow::Next
+}
+
+fn load_address<const W: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
+    let address = cpu.address(op);
+    cpu.set(op.dst, W, address);
+    Flow::Next
+}
+
+/// Sets the flags, and the destination unless the operation is CMP or TEST.
+#[inline]
+fn to_register<const ALU: u8, const W: u8>(cpu: &mut Cpu, op: &Op, b: u64) -> Flow {
+    let operation = alu_of(ALU);
+    let result = alu(operation, cpu.get(op.dst, W), b, W, &mut cpu.flags);
+    if !operation.only_compares() {
+        cpu.set(op.dst, W, result);
+    }
+    Flow::Next
+}
+
+#[inline]
+fn to_memory<const ALU: u8, const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op, b: u64) -> Flow {
+    let (operation, address) = (alu_of(ALU), cpu.address(op));
+    if operation.only_compares() {
+        alu(operation, value!(mmu.load(address, W)), b, W, &mut cpu.flags);
+        return Flow::Next;
+    }
+    let page = value!(mmu.writable(address));
+    let a = value!(page.load(address & 0xfff, W).ok_or(End::Unaligned));
+    let result = alu(operation, a, b, W, &mut cpu.flags);
+    page.store(address & 0xfff, W, result).ok_or(End::Unaligned).into()
+}
+
+fn alu_rr<const ALU: u8, const W: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
+    to_register::<ALU, W>(cpu, op, cpu.get(op.src, W))
+}
+
+fn alu_ri<const ALU: u8, const W: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
+    to_register::<ALU, W>(cpu, op, op.imm & mask(W))
+}
+
+fn alu_rm<const ALU: u8, const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    let b = value!(cpu.load(op, W, mmu));
+    to_register::<ALU, W>(cpu, op, b)
+}
+
+fn alu_mr<const ALU: u8, const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    let b = cpu.get(op.src, W);
+    to_memory::<ALU, W>(cpu, mmu, op, b)
+}
+
+fn alu_mi<const ALU: u8, const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    to_memory::<ALU, W>(cpu, mmu, op, op.imm & mask(W))
+}
+
+fn unary_r<const UNARY: u8, const W: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
+    let result = unary(unary_of(UNARY), cpu.get(op.dst, W), op.imm, W, &mut cpu.flags);
+    // A shift of a 32-bit register by 0 clears the upper half as well.
+    cpu.set(op.dst, W, result);
+    Flow::Next
+}
+
+fn jump_if<const CONDITION: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
+    cpu.rip = if cpu.flags.condition(CONDITION) { op.imm } else { op.disp };
+    Flow::Jumped
+}
+
+fn jump(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
+    cpu.rip = op.imm;
+    Flow::Jumped
+}
+
+/// The target of an indirect jump or call.
+#[inline]
+fn target(cpu: &Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Result<u64, End> {
+    let target = if matches!(op.kind, Kind::JmpM | Kind::CallM) { cpu.load(op, 3, mmu)? } else { cpu.whole(op.dst) };
+    if is_canonical(target) { Ok(target) } else { Err(End::Page) }
+}
+
+fn jump_indirect(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    cpu.rip = value!(target(cpu, mmu, op));
+    Flow::Jumped
+}
+
+fn call(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    value!(cpu.push(op.disp, mmu));
+    cpu.rip = op.imm;
+    Flow::Jumped
+}
+
+fn call_indirect(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    let target = value!(target(cpu, mmu, op));
+    value!(cpu.push(op.imm, mmu));
+    cpu.rip = target;
+    Flow::Jumped
+}
+
+fn ret(cpu: &mut Cpu, mmu: &mut Mmu<'_>, _: &Op) -> Flow {
+    let target = value!(mmu.load(cpu.whole(RSP), 3));
+    if !is_canonical(target) {
+        return Flow::End(End::Page);
+    }
+    cpu.set(RSP, 3, cpu.whole(RSP).wrapping_add(8));
+    cpu.rip = target;
+    Flow::Jumped
+}
+
+fn push(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    cpu.push(cpu.whole(op.src), mmu).into()
+}
+
+fn pop(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    let value = value!(cpu.pop(mmu));
+    cpu.set(op.dst, 3, value);
+    Flow::Next
+}
