@@ -5,6 +5,7 @@ use super::cpu::{Cpu, Flow, RAX, RDX};
 use super::flags::IF;
 use super::mmu::Mmu;
 use super::op::{Kind, Op};
+use super::steps::Step;
 use crate::measure::clusters::ClusterEnd as End;
 
 /// How many instructions are run between two looks at the clock.
@@ -77,47 +78,54 @@ pub(super) fn run(
             }
             check = done + STRIDE;
         }
-        let block = match blocks.at(cpu.rip, mmu) {
-            Ok(block) if !block.steps.is_empty() => block,
+        let steps = match blocks.at(cpu.rip, mmu) {
+            Ok(block) if !block.steps.is_empty() => &block.steps,
             Ok(_) => return (done, End::Unsupported),
             Err(end) => return (done, end),
         };
         let start = cpu.rip;
-        let mut at = 0;
-        let mut jumped = false;
-        for step in &block.steps {
-            let end = match step.run(cpu, mmu) {
-                Flow::Next => None,
-                Flow::Jumped => {
-                    jumped = true;
-                    None
-                }
-                Flow::Port => {
+        let mut next = 0;
+        loop {
+            let (number, flow) = run_steps(&steps[next..], cpu, mmu);
+            done += number as u64;
+            if matches!(flow, Flow::Jumped) {
+                done += 1;
+                break;
+            }
+            next += number;
+            // The address of the instruction at which the steps ended, or of the one behind the block.
+            cpu.rip = start.wrapping_add(steps[..next].last().map_or(0, |step| step.op.next.into()));
+            match (flow, steps.get(next)) {
+                (Flow::Port, Some(step)) => {
                     accessed = done;
-                    match port_io(cpu, &step.op, start.wrapping_add(at), ports) {
+                    let end = match port_io(cpu, &step.op, ports) {
                         Ok(end) => end,
-                        Err(end) => {
-                            cpu.rip = start.wrapping_add(at);
-                            return (done, end);
-                        }
+                        Err(end) => return (done, end),
+                    };
+                    (done, next) = (done + 1, next + 1);
+                    if let Some(end) = end {
+                        cpu.rip = start.wrapping_add(step.op.next.into());
+                        return (done, end);
                     }
                 }
-                Flow::End(end) => {
-                    cpu.rip = start.wrapping_add(at);
-                    return (done, end);
-                }
-            };
-            done += 1;
-            at = step.op.next.into();
-            if let Some(end) = end {
-                cpu.rip = start.wrapping_add(at);
-                return (done, end);
+                (Flow::End(end), _) => return (done, end),
+                _ => break,
             }
         }
-        if !jumped {
-            cpu.rip = start.wrapping_add(at);
+    }
+}
+
+/// Runs steps up to the first that is not followed by the next one. Returns the number of those before it, and what it has led to.
+#[inline]
+fn run_steps(steps: &[Step], cpu: &mut Cpu, mmu: &mut Mmu<'_>) -> (usize, Flow) {
+    for (number, step) in steps.iter().enumerate() {
+        let flow = step.run(cpu, mmu);
+        // Not by `==`: a comparison of the byte, where the derived one takes the payload apart first.
+        if !matches!(flow, Flow::Next) {
+            return (number, flow);
         }
     }
+    (steps.len(), Flow::Next)
 }
 
 /// The reason where a cluster has run enough instructions.
@@ -132,12 +140,12 @@ fn interrupts(cpu: &Cpu) -> Interrupts {
     if cpu.flags.control(IF) == 0 { Interrupts::Masked } else { Interrupts::Taken }
 }
 
-/// Carries out IN or OUT at `rip`. Returns the reason where the cluster ends behind it.
+/// Carries out IN or OUT at RIP. Returns the reason where the cluster ends behind it.
 #[inline(never)]
 #[allow(clippy::cast_possible_truncation, reason = "a port's number is 16 bits")]
-fn port_io(cpu: &mut Cpu, op: &Op, rip: u64, ports: &mut impl Ports) -> Result<Option<End>, End> {
+fn port_io(cpu: &mut Cpu, op: &Op, ports: &mut impl Ports) -> Result<Option<End>, End> {
     let port = if matches!(op.kind, Kind::InDx | Kind::OutDx) { cpu.whole(RDX) } else { op.imm };
-    let access = Access { rip, port: port as u16, width: op.width };
+    let access = Access { rip: cpu.rip, port: port as u16, width: op.width };
     let end = if matches!(op.kind, Kind::InDx | Kind::InImm) {
         let (value, end) = ports.input(access).ok_or(End::Port)?;
         cpu.set(RAX, op.width, value);

@@ -92,6 +92,26 @@ impl<'a> Mmu<'a> {
         std::mem::take(&mut self.forgotten)
     }
 
+    /// Reads as [`Self::load`] where the translation is kept already; else `None`.
+    #[inline]
+    pub(super) fn load_kept(&self, address: u64, width: u8) -> Option<u64> {
+        let entry = &self.data[(address >> 12) as usize % DATA_ENTRIES];
+        if entry.tag == address >> 12 { entry.page?.load(address & 0xfff, width) } else { None }
+    }
+
+    /// As [`Self::writable`] where the translation is kept already; else `None`.
+    #[inline]
+    pub(super) fn writable_kept(&self, address: u64) -> Option<GuestPage<'a>> {
+        let entry = &self.data[(address >> 12) as usize % DATA_ENTRIES];
+        if entry.writable == address >> 12 { entry.page } else { None }
+    }
+
+    /// Writes as [`Self::store`] where the translation is kept already; else `None`, and nothing is written.
+    #[inline]
+    pub(super) fn store_kept(&self, address: u64, width: u8, value: u64) -> Option<()> {
+        self.writable_kept(address)?.store(address & 0xfff, width, value)
+    }
+
     /// Reads `1 << width` bytes at a linear address.
     #[inline]
     pub(super) fn load(&mut self, address: u64, width: u8) -> Result<u64, End> {

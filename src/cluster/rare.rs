@@ -1,10 +1,10 @@
-//! Instructions that are less frequent, and forms of the others: by one function, for all widths.
+//! All instructions but port I/O, by one function for all forms and widths. `steps.rs` has shorter ways for the frequent ones.
 
 use super::arith::{alu, extend, imul, mask, mul, sign, unary};
-use super::cpu::{Cpu, RAX, RBP, RCX, RDX, RSP};
+use super::cpu::{Cpu, Flow, RAX, RBP, RCX, RDX, RSP};
 use super::flags::{CF, DF, Flags, IF};
 use super::mmu::Mmu;
-use super::op::{Alu, BitOp, Form, Kind, Op};
+use super::op::{Alu, BitOp, Form, Kind, Op, is_canonical};
 use crate::measure::clusters::ClusterEnd as End;
 use std::sync::atomic::{Ordering, fence};
 
@@ -40,11 +40,61 @@ fn in_place(
     Err(End::Contended)
 }
 
-/// Instructions that are less frequent.
-#[inline(never)]
-pub(super) fn rare(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End> {
+/// Carries any instruction out, but port I/O.
+pub(super) fn any(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    match op.kind {
+        Kind::Jcc(_) | Kind::Jmp | Kind::JmpR | Kind::JmpM | Kind::Call | Kind::CallR | Kind::CallM | Kind::Ret => {
+            jump(cpu, op, mmu).map_or_else(Flow::End, |()| Flow::Jumped)
+        }
+        _ => data(cpu, op, mmu).into(),
+    }
+}
+
+/// Jumps, calls and returns.
+fn jump(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End> {
+    let target = match op.kind {
+        Kind::JmpR | Kind::CallR => cpu.whole(op.dst),
+        Kind::JmpM | Kind::CallM => cpu.load(op, 3, mmu)?,
+        Kind::Ret => mmu.load(cpu.whole(RSP), 3)?,
+        Kind::Jcc(condition) if !cpu.flags.condition(condition) => op.disp,
+        _ => op.imm,
+    };
+    if !is_canonical(target) {
+        return Err(End::Page);
+    }
+    match op.kind {
+        Kind::Call => cpu.push(op.disp, mmu)?,
+        Kind::CallR | Kind::CallM => cpu.push(op.imm, mmu)?,
+        Kind::Ret => cpu.set(RSP, 3, cpu.whole(RSP).wrapping_add(8)),
+        _ => {}
+    }
+    cpu.rip = target;
+    Ok(())
+}
+
+/// What is neither a jump nor port I/O.
+fn data(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End> {
     let width = op.width;
     match op.kind {
+        Kind::MovRr => cpu.set(op.dst, width, cpu.get(op.src, width)),
+        Kind::MovRi => cpu.set(op.dst, width, op.imm),
+        Kind::Load => {
+            let value = cpu.load(op, width, mmu)?;
+            cpu.set(op.dst, width, value);
+        }
+        Kind::Store => mmu.store(cpu.address(op), width, cpu.get(op.src, width))?,
+        Kind::StoreImm => mmu.store(cpu.address(op), width, op.imm)?,
+        Kind::Lea => {
+            let address = cpu.address(op);
+            cpu.set(op.dst, width, address);
+        }
+        Kind::Nop => {}
+        Kind::PushR => cpu.push(cpu.whole(op.src), mmu)?,
+        Kind::Pop => {
+            let value = cpu.pop(mmu)?;
+            cpu.set(op.dst, 3, value);
+        }
+        Kind::Alu(operation, form) => arithmetic(cpu, op, operation, form, mmu)?,
         Kind::XchgRr => {
             let (a, b) = (cpu.get(op.dst, width), cpu.get(op.src, width));
             cpu.set(op.dst, width, b);
@@ -73,12 +123,6 @@ pub(super) fn rare(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End>
         Kind::ShiftClM(operation) => {
             let count = cpu.get(RCX, 0);
             in_place(cpu, op, cpu.address(op), mmu, |value, flags| unary(operation, value, count, width, flags))?;
-        }
-        // With LOCK: the others are steps of their own.
-        Kind::Alu(operation, Form::Mr | Form::Mi) => {
-            let b =
-                if matches!(op.kind, Kind::Alu(_, Form::Mr)) { cpu.get(op.src, width) } else { op.imm & mask(width) };
-            in_place(cpu, op, cpu.address(op), mmu, |value, flags| alu(operation, value, b, width, flags))?;
         }
         Kind::XaddMr => {
             let b = cpu.get(op.src, width);
@@ -130,8 +174,45 @@ pub(super) fn rare(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End>
         Kind::Fence => fence(Ordering::SeqCst),
         Kind::Cld => cpu.flags.clear_control(DF),
         Kind::Cli => cpu.flags.clear_control(IF),
-        // The others are steps.rs's own.
-        _ => return Err(End::Unsupported),
+        // Jumps and port I/O are not for this function.
+        Kind::Jcc(_)
+        | Kind::Jmp
+        | Kind::JmpR
+        | Kind::JmpM
+        | Kind::Call
+        | Kind::CallR
+        | Kind::CallM
+        | Kind::Ret
+        | Kind::InDx
+        | Kind::InImm
+        | Kind::OutDx
+        | Kind::OutImm => return Err(End::Unsupported),
+    }
+    Ok(())
+}
+
+/// An instruction with a destination and a source.
+fn arithmetic(cpu: &mut Cpu, op: &Op, operation: Alu, form: Form, mmu: &mut Mmu<'_>) -> Result<(), End> {
+    let width = op.width;
+    let b = match form {
+        Form::Rr | Form::Mr => cpu.get(op.src, width),
+        Form::Ri | Form::Mi => op.imm & mask(width),
+        Form::Rm => cpu.load(op, width, mmu)?,
+    };
+    match form {
+        Form::Rr | Form::Ri | Form::Rm => {
+            let result = alu(operation, cpu.get(op.dst, width), b, width, &mut cpu.flags);
+            if !operation.only_compares() {
+                cpu.set(op.dst, width, result);
+            }
+        }
+        Form::Mr | Form::Mi if operation.only_compares() => {
+            let a = cpu.load(op, width, mmu)?;
+            alu(operation, a, b, width, &mut cpu.flags);
+        }
+        Form::Mr | Form::Mi => {
+            in_place(cpu, op, cpu.address(op), mmu, |value, flags| alu(operation, value, b, width, flags))?;
+        }
     }
     Ok(())
 }

@@ -1,12 +1,12 @@
 //! The instructions that a path through a driver is made of: one function for each form and width, so that an instruction costs one
-//! indirect call, and its masks and sign bits are constants. What is less frequent goes to [`rare`].
+//! indirect call, and its masks and sign bits are constants. What is less frequent, and what
+//! needs a page to be translated first, goes to [`any`].
 
 use super::arith::{alu, extend, mask, unary};
 use super::cpu::{Cpu, Flow, RSP};
 use super::mmu::Mmu;
 use super::op::{Alu, Form, Kind, Op, Unary, is_canonical};
-use super::rare::rare;
-use crate::measure::clusters::ClusterEnd as End;
+use super::rare::any;
 
 /// Carries an instruction out. Where it ends the cluster nothing has changed.
 type Run = fn(&mut Cpu, &mut Mmu<'_>, &Op) -> Flow;
@@ -29,12 +29,13 @@ impl Step {
     }
 }
 
-/// The value of a result, or the end of the cluster.
-macro_rules! value {
-    ($result:expr) => {
-        match $result {
-            Ok(value) => value,
-            Err(end) => return Flow::End(end),
+/// The value, where the page's translation is kept and the access is aligned. Else the instruction is carried out by [`slow`], from its
+/// start: a call in the last place costs no registers to be saved.
+macro_rules! kept {
+    ($value:expr, $cpu:ident, $mmu:ident, $op:ident) => {
+        match $value {
+            Some(value) => value,
+            None => return slow($cpu, $mmu, $op),
         }
     };
 }
@@ -53,7 +54,7 @@ macro_rules! of_width {
 
 fn function(op: &Op) -> Run {
     if op.locked {
-        return slow;
+        return any;
     }
     match op.kind {
         Kind::MovRr => of_width!(op.width, move_register),
@@ -73,15 +74,14 @@ fn function(op: &Op) -> Run {
         Kind::UnaryR(operation) => shift(operation, op.width),
         Kind::Jcc(condition) => conditional_jump(condition),
         Kind::Jmp => jump,
-        Kind::JmpR | Kind::JmpM => jump_indirect,
+        Kind::JmpR => jump_register,
         Kind::Call => call,
-        Kind::CallR | Kind::CallM => call_indirect,
         Kind::Ret => ret,
         Kind::PushR => push,
         Kind::Pop => pop,
         Kind::Nop => nop,
         Kind::InDx | Kind::InImm | Kind::OutDx | Kind::OutImm => port,
-        _ => slow,
+        _ => any,
     }
 }
 
@@ -133,7 +133,7 @@ fn shift(operation: Unary, width: u8) -> Run {
         Unary::Shl => of_width!(width, unary_r, 4),
         Unary::Shr => of_width!(width, unary_r, 5),
         Unary::Sar => of_width!(width, unary_r, 6),
-        Unary::Rol | Unary::Ror => slow,
+        Unary::Rol | Unary::Ror => any,
     }
 }
 
@@ -171,8 +171,9 @@ fn conditional_jump(condition: u8) -> Run {
     JUMPS[usize::from(condition & 15)]
 }
 
+#[cold]
 fn slow(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    rare(cpu, op, mmu).into()
+    any(cpu, mmu, op)
 }
 
 fn port(_: &mut Cpu, _: &mut Mmu<'_>, _: &Op) -> Flow {
@@ -194,17 +195,19 @@ fn move_immediate<const W: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow 
 }
 
 fn load<const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    let value = value!(cpu.load(op, W, mmu));
+    let value = kept!(mmu.load_kept(cpu.address(op), W), cpu, mmu, op);
     cpu.set(op.dst, W, value);
     Flow::Next
 }
 
 fn store<const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    mmu.store(cpu.address(op), W, cpu.get(op.src, W)).into()
+    kept!(mmu.store_kept(cpu.address(op), W, cpu.get(op.src, W)), cpu, mmu, op);
+    Flow::Next
 }
 
 fn store_immediate<const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    mmu.store(cpu.address(op), W, op.imm).into()
+    kept!(mmu.store_kept(cpu.address(op), W, op.imm), cpu, mmu, op);
+    Flow::Next
 }
 
 fn zero_extend<const FROM: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
@@ -213,7 +216,7 @@ fn zero_extend<const FROM: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow 
 }
 
 fn load_zero_extended<const FROM: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    let value = value!(cpu.load(op, FROM, mmu));
+    let value = kept!(mmu.load_kept(cpu.address(op), FROM), cpu, mmu, op);
     cpu.set(op.dst, 3, value);
     Flow::Next
 }
@@ -224,7 +227,7 @@ fn sign_extend<const FROM: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow 
 }
 
 fn load_sign_extended<const FROM: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    let value = value!(cpu.load(op, FROM, mmu));
+    let value = kept!(mmu.load_kept(cpu.address(op), FROM), cpu, mmu, op);
     cpu.set(op.dst, 3, extend(value, FROM));
     Flow::Next
 }
@@ -250,13 +253,17 @@ fn to_register<const ALU: u8, const W: u8>(cpu: &mut Cpu, op: &Op, b: u64) -> Fl
 fn to_memory<const ALU: u8, const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op, b: u64) -> Flow {
     let (operation, address) = (alu_of(ALU), cpu.address(op));
     if operation.only_compares() {
-        alu(operation, value!(mmu.load(address, W)), b, W, &mut cpu.flags);
+        let a = kept!(mmu.load_kept(address, W), cpu, mmu, op);
+        alu(operation, a, b, W, &mut cpu.flags);
         return Flow::Next;
     }
-    let page = value!(mmu.writable(address));
-    let a = value!(page.load(address & 0xfff, W).ok_or(End::Unaligned));
-    let result = alu(operation, a, b, W, &mut cpu.flags);
-    page.store(address & 0xfff, W, result).ok_or(End::Unaligned).into()
+    let page = kept!(mmu.writable_kept(address), cpu, mmu, op);
+    let a = kept!(page.load(address & 0xfff, W), cpu, mmu, op);
+    let mut flags = cpu.flags;
+    let result = alu(operation, a, b, W, &mut flags);
+    kept!(page.store(address & 0xfff, W, result), cpu, mmu, op);
+    cpu.flags = flags;
+    Flow::Next
 }
 
 fn alu_rr<const ALU: u8, const W: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
@@ -268,7 +275,7 @@ fn alu_ri<const ALU: u8, const W: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -
 }
 
 fn alu_rm<const ALU: u8, const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    let b = value!(cpu.load(op, W, mmu));
+    let b = kept!(mmu.load_kept(cpu.address(op), W), cpu, mmu, op);
     to_register::<ALU, W>(cpu, op, b)
 }
 
@@ -298,47 +305,45 @@ fn jump(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
     Flow::Jumped
 }
 
-/// The target of an indirect jump or call.
-#[inline]
-fn target(cpu: &Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Result<u64, End> {
-    let target = if matches!(op.kind, Kind::JmpM | Kind::CallM) { cpu.load(op, 3, mmu)? } else { cpu.whole(op.dst) };
-    if is_canonical(target) { Ok(target) } else { Err(End::Page) }
-}
-
-fn jump_indirect(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    cpu.rip = value!(target(cpu, mmu, op));
-    Flow::Jumped
-}
-
-fn call(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    value!(cpu.push(op.disp, mmu));
-    cpu.rip = op.imm;
-    Flow::Jumped
-}
-
-fn call_indirect(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    let target = value!(target(cpu, mmu, op));
-    value!(cpu.push(op.imm, mmu));
+fn jump_register(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    let target = cpu.whole(op.dst);
+    if !is_canonical(target) {
+        return slow(cpu, mmu, op);
+    }
     cpu.rip = target;
     Flow::Jumped
 }
 
-fn ret(cpu: &mut Cpu, mmu: &mut Mmu<'_>, _: &Op) -> Flow {
-    let target = value!(mmu.load(cpu.whole(RSP), 3));
+fn call(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    let top = cpu.whole(RSP).wrapping_sub(8);
+    kept!(mmu.store_kept(top, 3, op.disp), cpu, mmu, op);
+    cpu.set(RSP, 3, top);
+    cpu.rip = op.imm;
+    Flow::Jumped
+}
+
+fn ret(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
+    let top = cpu.whole(RSP);
+    let target = kept!(mmu.load_kept(top, 3), cpu, mmu, op);
     if !is_canonical(target) {
-        return Flow::End(End::Page);
+        return slow(cpu, mmu, op);
     }
-    cpu.set(RSP, 3, cpu.whole(RSP).wrapping_add(8));
+    cpu.set(RSP, 3, top.wrapping_add(8));
     cpu.rip = target;
     Flow::Jumped
 }
 
 fn push(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    cpu.push(cpu.whole(op.src), mmu).into()
+    let top = cpu.whole(RSP).wrapping_sub(8);
+    kept!(mmu.store_kept(top, 3, cpu.whole(op.src)), cpu, mmu, op);
+    cpu.set(RSP, 3, top);
+    Flow::Next
 }
 
 fn pop(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
-    let value = value!(cpu.pop(mmu));
+    let top = cpu.whole(RSP);
+    let value = kept!(mmu.load_kept(top, 3), cpu, mmu, op);
+    cpu.set(RSP, 3, top.wrapping_add(8));
     cpu.set(op.dst, 3, value);
     Flow::Next
 }

@@ -214,5 +214,8 @@ mod tests {
         assert_eq!(hidden_features(&tune), 1 << 6 | 1 << 11);
         tune.set("all=off").expect("valid");
         assert_eq!(hidden_features(&tune).count_ones(), 5);
+        let mut tune = Tune::default();
+        tune.set("exit-clusters=on").expect("valid");
+        assert_eq!(hidden_features(&tune), 1 << KVM_FEATURE_PV_TLB_FLUSH, "an interpreted vCPU counts as preempted");
     }
 }

@@ -216,7 +216,7 @@ mod tests {
             damage(&mut record);
             record.check(2).expect_err("refused").to_string()
         };
-        assert_eq!(damaged(|record| record.version = 9), "its version is 9, not 4");
+        assert_eq!(damaged(|record| record.version = 9), "its version is 9, not 5");
         assert_eq!(damaged(|record| record.vcpus.truncate(1)), "it has 1 records of vCPUs; the machine has 2");
         assert_eq!(damaged(|record| record.end.vcpu = Some(2)), "it ended on vCPU 2, which does not exist");
         assert!(
@@ -243,7 +243,7 @@ mod tests {
     fn every_list_has_a_bound() {
         let stat = |values| Stat { name: "exits".into(), kind: Kind::Instant, values: vec![1; values] };
         type Damage<'a> = (&'a str, Box<dyn Fn(&mut RunRecord) + 'a>);
-        let cases: [Damage<'_>; 11] = [
+        let cases: [Damage<'_>; 13] = [
             ("statistics of KVM", Box::new(|record| record.vm_stats = Some(vec![stat(1); 4097]))),
             ("statistics of KVM", Box::new(|record| record.vcpus[1].stats = Some(vec![stat(1); 4097]))),
             ("values of a statistic", Box::new(|record| record.vm_stats = Some(vec![stat(1025)]))),
@@ -253,6 +253,20 @@ mod tests {
                 Box::new(|record| {
                     let one = record.vcpus[0].counts.by_device[0].clone();
                     record.vcpus[1].counts.by_device = vec![one; 6145];
+                }),
+            ),
+            (
+                "places of avoided exits",
+                Box::new(|record| {
+                    let places = &mut record.vcpus[1].clusters.as_mut().expect("clusters").avoided_at;
+                    *places = vec![places[0]; MOST_PLACES + 1];
+                }),
+            ),
+            (
+                "places of the ends of clusters",
+                Box::new(|record| {
+                    let places = &mut record.vcpus[1].clusters.as_mut().expect("clusters").ended_at;
+                    *places = vec![places[0]; MOST_PLACES + 1];
                 }),
             ),
             (

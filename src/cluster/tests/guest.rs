@@ -7,12 +7,9 @@ use super::super::exec::{Access, Interrupts, Limits, PortEnd, Ports, run};
 use super::super::flags::Flags;
 use super::super::mmu::{Mmu, Paging};
 pub(super) use super::super::standalone::{BYTES, CODE, DATA, STACK};
-use super::super::standalone::{TABLES, memory};
+use super::super::standalone::{SMALL, TABLES, memory};
 use crate::memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
-
-/// A linear address that no large page maps: 1 GiB.
-const SMALL: u64 = 1 << 30;
 
 #[derive(Default)]
 pub(super) struct FakePorts {
@@ -44,6 +41,7 @@ pub(super) struct Guest {
     pub(super) ram: GuestRam,
     pub(super) cpu: Cpu,
     pub(super) ports: FakePorts,
+    pub(super) limits: Limits,
     blocks: Blocks,
 }
 
@@ -51,7 +49,13 @@ impl Guest {
     pub(super) fn new(code: &[u8]) -> Self {
         let cpu = Cpu { regs: [0; 32], rip: CODE, flags: Flags::new(2), bases: [0; 4] };
         let ram = memory(code).expect("memory");
-        let mut guest = Self { ram, cpu, ports: FakePorts::default(), blocks: Blocks::new() };
+        let mut guest = Self {
+            ram,
+            cpu,
+            ports: FakePorts::default(),
+            limits: Limits { most: 4096, alone: 4096 },
+            blocks: Blocks::new(),
+        };
         guest.cpu.regs[4] = STACK;
         guest
     }
@@ -77,6 +81,6 @@ impl Guest {
 
     pub(super) fn run(&mut self) -> (u64, End) {
         let mut mmu = Mmu::new(&self.ram, Paging { root: TABLES, levels: 4, no_execute: true });
-        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, Limits { most: 4096, alone: 4096 })
+        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, self.limits)
     }
 }
