@@ -9,9 +9,10 @@ use crate::kvm::Direction;
 use crate::measure::clusters::ClusterEnd as End;
 use crate::memory::{GuestPage, PAGE_BYTES};
 
-/// Sets of the cache, of two blocks each; a power of two.
-const SETS: usize = 1 << SETS_LOG2;
+/// Sets of the cache, of two blocks each: log2 of their number.
 const SETS_LOG2: u32 = 11;
+/// Blocks in the cache.
+const PLACES: usize = 2 << SETS_LOG2;
 /// The longest instruction in bytes (SDM vol. 2A §2.3.11).
 const LONGEST: u64 = 15;
 
@@ -38,7 +39,7 @@ struct Rest {
 
 /// The cache: each address has one set, and in it the newest block comes first.
 pub(super) struct Blocks {
-    blocks: Box<[[Block; 2]]>,
+    blocks: Box<[Block]>,
     /// Changes with each cluster, and within one where the MMU no longer watches all pages of the blocks that were checked. A block is
     /// compared with memory once in an epoch: a write by the guest's own instructions to its pages ends the cluster, and a write
     /// by others need not be seen before a serializing instruction (SDM vol. 3A §9.1.3), which ends it too.
@@ -50,7 +51,7 @@ pub(super) struct Blocks {
 
 impl Blocks {
     pub(super) fn new() -> Self {
-        let blocks = std::iter::repeat_with(|| [Block::none(), Block::none()]).take(SETS).collect();
+        let blocks = std::iter::repeat_with(Block::none).take(PLACES).collect();
         Self { blocks, epoch: 1, decoded: 0, compared: 0 }
     }
 
@@ -72,25 +73,25 @@ impl Blocks {
     /// Returns the block at a linear address, whose pages the MMU watches from then on.
     #[inline]
     pub(super) fn at(&mut self, rip: u64, mmu: &mut Mmu<'_>) -> Result<&Block, End> {
-        let set = hash(rip);
+        let first = first_place(rip);
         let is_known = |block: &Block| block.rip == rip && block.checked == self.epoch;
-        let way = if is_known(&self.blocks[set][0]) {
-            0
-        } else if is_known(&self.blocks[set][1]) {
-            1
+        let place = if is_known(&self.blocks[first]) {
+            first
+        } else if is_known(&self.blocks[first + 1]) {
+            first + 1
         } else {
-            self.check(rip, set, mmu)?
+            self.check(rip, first, mmu)?
         };
-        Ok(&self.blocks[set][way])
+        Ok(&self.blocks[place])
     }
 
-    /// Finds the block by comparing it with memory, or decodes it. Returns its place in the set.
+    /// Finds the block by comparing it with memory, or decodes it. Returns its place, which is `first` or the next one.
     #[inline(never)]
-    fn check(&mut self, rip: u64, set: usize, mmu: &mut Mmu<'_>) -> Result<usize, End> {
+    fn check(&mut self, rip: u64, first: usize, mmu: &mut Mmu<'_>) -> Result<usize, End> {
         let (page, page_gpa) = mmu.code(rip)?;
         let gpa = page_gpa | rip & (PAGE_BYTES - 1);
         self.compared += 1;
-        let ways = &mut self.blocks[set];
+        let ways = &mut self.blocks[first..first + 2];
         let decoded = &mut self.decoded;
         let way = ways.iter().position(|block| block.is_unchanged(rip, gpa, page, mmu)).unwrap_or_else(|| {
             *decoded += 1;
@@ -105,14 +106,15 @@ impl Blocks {
             self.epoch += 1;
         }
         ways[way].checked = self.epoch;
-        Ok(way)
+        Ok(first + way)
     }
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "the remainder is small")]
-fn hash(rip: u64) -> usize {
+/// The first of the two places that an address has.
+#[allow(clippy::cast_possible_truncation, reason = "less than the number of places")]
+fn first_place(rip: u64) -> usize {
     // Multiplicative hashing: the upper bits of the product depend on all of the address.
-    (rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SETS_LOG2)) as usize % SETS
+    (rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SETS_LOG2)) as usize * 2
 }
 
 impl Rest {

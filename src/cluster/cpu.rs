@@ -14,6 +14,7 @@ pub(super) const RBP: u8 = 5;
 
 /// What an instruction has led to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub(super) enum Flow {
     /// The next instruction is the one behind it.
     Next,
@@ -21,15 +22,8 @@ pub(super) enum Flow {
     Jumped,
     /// It is port I/O, which the caller carries out.
     Port,
-    /// It cannot be carried out; nothing has changed.
-    End(End),
-}
-
-impl From<Result<(), End>> for Flow {
-    #[inline]
-    fn from(result: Result<(), End>) -> Self {
-        result.map_or_else(Self::End, |()| Self::Next)
-    }
+    /// It cannot be carried out, for the reason in [`Cpu::end`]; nothing else has changed.
+    End,
 }
 
 /// The registers of an interpreted vCPU.
@@ -40,9 +34,28 @@ pub(super) struct Cpu {
     pub(super) flags: Flags,
     /// The segment bases, by [`Op::segment`].
     pub(super) bases: [u64; 4],
+    /// Why the last instruction with [`Flow::End`] cannot be carried out. Not in it, so that it is a byte that is compared with 0.
+    pub(super) end: End,
 }
 
 impl Cpu {
+    /// A vCPU with these registers.
+    pub(super) fn new(regs: [u64; 32], rip: u64, flags: Flags, bases: [u64; 4]) -> Self {
+        Self { regs, rip, flags, bases, end: End::Unsupported }
+    }
+
+    /// What a result means for the instructions behind it.
+    #[inline]
+    pub(super) fn flow(&mut self, result: Result<(), End>, done: Flow) -> Flow {
+        match result {
+            Ok(()) => done,
+            Err(end) => {
+                self.end = end;
+                Flow::End
+            }
+        }
+    }
+
     #[inline]
     pub(super) fn get(&self, number: u8, width: u8) -> u64 {
         let value = self.regs[usize::from(number & 31)];
@@ -69,9 +82,12 @@ impl Cpu {
     /// The linear address of the memory operand.
     #[inline]
     pub(super) fn address(&self, op: &Op) -> u64 {
+        let address = self.whole(op.base).wrapping_add(op.disp);
+        if !op.indexed {
+            return address;
+        }
         let index = self.whole(op.index) << (op.scale & 3);
-        let base = self.whole(op.base).wrapping_add(self.bases[usize::from(op.segment & 3)]);
-        base.wrapping_add(index).wrapping_add(op.disp)
+        address.wrapping_add(index).wrapping_add(self.bases[usize::from(op.segment & 3)])
     }
 
     #[inline]

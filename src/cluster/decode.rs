@@ -129,6 +129,7 @@ fn address(instruction: &Instruction, op: &mut Op) -> Option<()> {
         Register::GS => GS,
         _ => NO_SEGMENT,
     };
+    op.indexed = op.index != ZERO || op.segment != NO_SEGMENT;
     Some(())
 }
 
@@ -141,6 +142,7 @@ fn empty(kind: Kind, width: u8) -> Op {
         base: ZERO,
         index: ZERO,
         scale: 0,
+        indexed: false,
         locked: false,
         segment: NO_SEGMENT,
         next: 0,
@@ -378,6 +380,7 @@ fn lea(instruction: &Instruction) -> Option<Op> {
     let mut op = Op { dst, ..empty(Kind::Lea, width) };
     address(instruction, &mut op)?;
     op.segment = NO_SEGMENT;
+    op.indexed = op.index != ZERO;
     Some(op)
 }
 

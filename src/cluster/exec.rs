@@ -71,7 +71,7 @@ pub(super) fn run(
 ) -> (u64, End) {
     blocks.start();
     let (mut done, mut check, mut accessed) = (0, STRIDE, 0);
-    loop {
+    'blocks: loop {
         if done >= check {
             if let Some(end) = limit(done, accessed, limits).or_else(|| ports.interrupted(interrupts(cpu))) {
                 return (done, end);
@@ -84,48 +84,36 @@ pub(super) fn run(
             Err(end) => return (done, end),
         };
         let start = cpu.rip;
-        let mut next = 0;
-        loop {
-            let (number, flow) = run_steps(&steps[next..], cpu, mmu);
-            done += number as u64;
-            if matches!(flow, Flow::Jumped) {
-                done += 1;
-                break;
+        let mut rest = steps.iter();
+        while let Some(step) = rest.next() {
+            let flow = step.run(cpu, mmu);
+            done += 1;
+            // Most lead to the next one.
+            if flow == Flow::Next {
+                continue;
             }
-            next += number;
-            // The address of the instruction at which the steps ended, or of the one behind the block.
-            cpu.rip = start.wrapping_add(steps[..next].last().map_or(0, |step| step.op.next.into()));
-            match (flow, steps.get(next)) {
-                (Flow::Port, Some(step)) => {
-                    accessed = done;
-                    let end = match port_io(cpu, &step.op, ports) {
-                        Ok(end) => end,
-                        Err(end) => return (done, end),
-                    };
-                    (done, next) = (done + 1, next + 1);
-                    if let Some(end) = end {
-                        cpu.rip = start.wrapping_add(step.op.next.into());
-                        return (done, end);
-                    }
+            if flow == Flow::Jumped {
+                continue 'blocks;
+            }
+            cpu.rip = start.wrapping_add(offset(steps, rest.len()));
+            let end = if flow == Flow::End { Err(cpu.end) } else { port_io(cpu, &step.op, ports) };
+            match end {
+                Err(end) => return (done - 1, end),
+                Ok(None) => accessed = done,
+                Ok(Some(end)) => {
+                    cpu.rip = start.wrapping_add(step.op.next.into());
+                    return (done, end);
                 }
-                (Flow::End(end), _) => return (done, end),
-                _ => break,
             }
         }
+        cpu.rip = start.wrapping_add(steps.last().map_or(0, |step| step.op.next.into()));
     }
 }
 
-/// Runs steps up to the first that is not followed by the next one. Returns the number of those before it, and what it has led to.
-#[inline]
-fn run_steps(steps: &[Step], cpu: &mut Cpu, mmu: &mut Mmu<'_>) -> (usize, Flow) {
-    for (number, step) in steps.iter().enumerate() {
-        let flow = step.run(cpu, mmu);
-        // Not by `==`: a comparison of the byte, where the derived one takes the payload apart first.
-        if !matches!(flow, Flow::Next) {
-            return (number, flow);
-        }
-    }
-    (steps.len(), Flow::Next)
+/// The offset from the block's start of the step behind which `rest` steps are left.
+fn offset(steps: &[Step], rest: usize) -> u64 {
+    let number = steps.len().saturating_sub(rest + 1);
+    number.checked_sub(1).and_then(|before| steps.get(before)).map_or(0, |step| step.op.next.into())
 }
 
 /// The reason where a cluster has run enough instructions.

@@ -212,7 +212,7 @@ impl Clusters {
                 if self::paging(&completed).is_none() {
                     return nothing(End::State);
                 }
-                (cpu, answered) = (Cpu::new(&completed), false);
+                (cpu, answered) = (Cpu::of(&completed), false);
             }
             Completion::AtInstruction | Completion::Dropped => {
                 if self.completion == Completion::AtInstruction {
@@ -220,7 +220,7 @@ impl Clusters {
                     self.completion = if dropped { Completion::Dropped } else { Completion::Always };
                 }
                 // The instruction is carried out here, whatever comes behind it: where RIP stayed, the guest would do it again.
-                (cpu, answered) = (Cpu::new(state), true);
+                (cpu, answered) = (Cpu::of(state), true);
                 cpu.rip = cpu.rip.wrapping_add(length);
                 if exit.direction == Direction::In {
                     cpu.set_accumulator(exit.width, exit.value);
@@ -284,11 +284,11 @@ fn by_number(regs: &mut kvm_regs) -> [&mut u64; 16] {
 }
 
 impl Cpu {
-    fn new(state: &SyncedState) -> Self {
+    fn of(state: &SyncedState) -> Self {
         let (mut regs, mut from) = ([0; 32], state.regs);
         regs.iter_mut().zip(by_number(&mut from)).for_each(|(register, value)| *register = *value);
         let bases = [0, state.sregs.fs.base, state.sregs.gs.base, 0];
-        Self { regs, rip: state.regs.rip, flags: Flags::new(state.regs.rflags), bases }
+        Self::new(regs, state.regs.rip, Flags::new(state.regs.rflags), bases)
     }
 
     /// Sets AL, AX or EAX, as IN does.

@@ -168,6 +168,8 @@ pub(super) struct Op {
     pub(super) index: u8,
     /// How far the index is shifted left.
     pub(super) scale: u8,
+    /// The address has an index or a segment.
+    pub(super) indexed: bool,
     /// It has a LOCK prefix, and its operand in memory is changed in one step for all processors.
     pub(super) locked: bool,
     pub(super) segment: u8,

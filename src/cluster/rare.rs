@@ -44,9 +44,13 @@ fn in_place(
 pub(super) fn any(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op) -> Flow {
     match op.kind {
         Kind::Jcc(_) | Kind::Jmp | Kind::JmpR | Kind::JmpM | Kind::Call | Kind::CallR | Kind::CallM | Kind::Ret => {
-            jump(cpu, op, mmu).map_or_else(Flow::End, |()| Flow::Jumped)
+            let result = jump(cpu, op, mmu);
+            cpu.flow(result, Flow::Jumped)
         }
-        _ => data(cpu, op, mmu).into(),
+        _ => {
+            let result = data(cpu, op, mmu);
+            cpu.flow(result, Flow::Next)
+        }
     }
 }
 

@@ -83,7 +83,7 @@ impl Standalone {
     /// # Errors
     /// Where there is no memory, or the code is too long.
     pub fn new(code: &[u8]) -> Result<Self, MemoryError> {
-        let mut cpu = Cpu { regs: [0; 32], rip: CODE, flags: Flags::new(2), bases: [0; 4] };
+        let mut cpu = Cpu::new([0; 32], CODE, Flags::new(2), [0; 4]);
         cpu.regs[4] = STACK;
         Ok(Self { ram: memory(code)?, blocks: Blocks::new(), cpu, ports: Counting(0) })
     }

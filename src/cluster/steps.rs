@@ -3,7 +3,7 @@
 //! needs a page to be translated first, goes to [`any`].
 
 use super::arith::{alu, extend, mask, unary};
-use super::cpu::{Cpu, Flow, RSP};
+use super::cpu::{Cpu, Flow, RCX, RSP};
 use super::mmu::Mmu;
 use super::op::{Alu, Form, Kind, Op, Unary, is_canonical};
 use super::rare::any;
@@ -71,7 +71,8 @@ fn function(op: &Op) -> Run {
         Kind::MovsxM(2) if op.width == 3 => load_sign_extended::<2>,
         Kind::Lea => of_width!(op.width, load_address),
         Kind::Alu(operation, form) => arithmetic(operation, form, op.width),
-        Kind::UnaryR(operation) => shift(operation, op.width),
+        Kind::UnaryR(operation) => one_operand(operation, op.width),
+        Kind::ShiftClR(operation) => shift_by_cl(operation, op.width),
         Kind::Jcc(condition) => conditional_jump(condition),
         Kind::Jmp => jump,
         Kind::JmpR => jump_register,
@@ -124,7 +125,7 @@ fn of_form<const ALU: u8>(form: Form, width: u8) -> Run {
     }
 }
 
-fn shift(operation: Unary, width: u8) -> Run {
+fn one_operand(operation: Unary, width: u8) -> Run {
     match operation {
         Unary::Inc => of_width!(width, unary_r, 0),
         Unary::Dec => of_width!(width, unary_r, 1),
@@ -134,6 +135,15 @@ fn shift(operation: Unary, width: u8) -> Run {
         Unary::Shr => of_width!(width, unary_r, 5),
         Unary::Sar => of_width!(width, unary_r, 6),
         Unary::Rol | Unary::Ror => any,
+    }
+}
+
+fn shift_by_cl(operation: Unary, width: u8) -> Run {
+    match operation {
+        Unary::Shl => of_width!(width, shift_cl_r, 4),
+        Unary::Shr => of_width!(width, shift_cl_r, 5),
+        Unary::Sar => of_width!(width, shift_cl_r, 6),
+        _ => any,
     }
 }
 
@@ -291,6 +301,13 @@ fn alu_mi<const ALU: u8, const W: u8>(cpu: &mut Cpu, mmu: &mut Mmu<'_>, op: &Op)
 fn unary_r<const UNARY: u8, const W: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
     let result = unary(unary_of(UNARY), cpu.get(op.dst, W), op.imm, W, &mut cpu.flags);
     // A shift of a 32-bit register by 0 clears the upper half as well.
+    cpu.set(op.dst, W, result);
+    Flow::Next
+}
+
+fn shift_cl_r<const UNARY: u8, const W: u8>(cpu: &mut Cpu, _: &mut Mmu<'_>, op: &Op) -> Flow {
+    let count = cpu.get(RCX, 0);
+    let result = unary(unary_of(UNARY), cpu.get(op.dst, W), count, W, &mut cpu.flags);
     cpu.set(op.dst, W, result);
     Flow::Next
 }

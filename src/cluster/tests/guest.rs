@@ -47,7 +47,7 @@ pub(super) struct Guest {
 
 impl Guest {
     pub(super) fn new(code: &[u8]) -> Self {
-        let cpu = Cpu { regs: [0; 32], rip: CODE, flags: Flags::new(2), bases: [0; 4] };
+        let cpu = Cpu::new([0; 32], CODE, Flags::new(2), [0; 4]);
         let ram = memory(code).expect("memory");
         let mut guest = Self {
             ram,
