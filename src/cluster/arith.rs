@@ -1,7 +1,7 @@
 //! Arithmetic with its flags. Flags that the architecture leaves undefined are those that AMD's and Intel's processors leave: unchanged
 //! by bit operations, and otherwise as said at each function; no code may depend on them.
 
-use super::flags::{AF, CF, Flags, OF, PF, SF, STATUS, ZF};
+use super::flags::{CF, Flags, OF, PF, SF, ZF};
 use super::op::{Alu, Unary};
 
 /// The bits of a width (log2 of its bytes).
@@ -65,6 +65,7 @@ fn flag(flag: u64, set: bool) -> u64 {
 }
 
 /// The result of an operation with one operand, or with a `count`. The operand must be zero-extended.
+#[inline]
 pub(super) fn unary(operation: Unary, a: u64, count: u64, width: u8, flags: &mut Flags) -> u64 {
     let all = mask(width);
     match operation {
@@ -78,8 +79,13 @@ pub(super) fn unary(operation: Unary, a: u64, count: u64, width: u8, flags: &mut
             let carry = flags.cf();
             let (result, carries) =
                 if operation == Unary::Inc { added(a, 1, 0, all) } else { subtracted(a, 1, 0, all) };
-            flags.set_lazy(result, carries, sign(width));
-            flags.set(CF, flag(CF, carry));
+            // CF is the carry out of the highest bit, and OF is where it differs from that of the bit below: both of these carries are
+            // set so that CF stays and OF is the result's.
+            let top = sign(width);
+            let overflow = (carries >> top ^ carries >> (top - 1)) & 1;
+            let kept = u64::from(carry);
+            let carries = carries & !(3 << (top - 1)) | kept << top | (kept ^ overflow) << (top - 1);
+            flags.set_lazy(result, carries, top);
             result
         }
         Unary::Shl | Unary::Shr | Unary::Sar => shift(operation, a, count, width, flags),
@@ -94,6 +100,7 @@ fn bits(count: u64, width: u8) -> u32 {
 }
 
 /// AF is undefined: 0. OF is defined for a shift by one only: as for one, of the last bit's step.
+#[inline]
 fn shift(operation: Unary, a: u64, count: u64, width: u8, flags: &mut Flags) -> u64 {
     let (all, top, count) = (mask(width), sign(width), bits(count, width));
     if count == 0 {
@@ -120,7 +127,7 @@ fn shift(operation: Unary, a: u64, count: u64, width: u8, flags: &mut Flags) -> 
             overflow = false;
         }
     }
-    flags.set(STATUS, of_result(result, width) | flag(CF, carry) | flag(OF, overflow));
+    flags.set_status(of_result(result, width) | flag(CF, carry) | flag(OF, overflow));
     result
 }
 
@@ -148,7 +155,7 @@ pub(super) fn imul(a: u64, b: u64, width: u8, flags: &mut Flags) -> u64 {
     let (low, high) = multiply(a, b, width, true);
     let overflow = high != if low >> sign(width) & 1 != 0 { mask(width) } else { 0 };
     let carry = if overflow { CF | OF } else { 0 };
-    flags.set(STATUS & !AF | AF, of_result(low, width) | carry);
+    flags.set_status(of_result(low, width) | carry);
     low
 }
 
@@ -157,7 +164,7 @@ pub(super) fn mul(a: u64, b: u64, width: u8, signed: bool, flags: &mut Flags) ->
     let (low, high) = multiply(a, b, width, signed);
     let none = if signed && low >> sign(width) & 1 != 0 { mask(width) } else { 0 };
     let carry = if high == none { 0 } else { CF | OF };
-    flags.set(STATUS, of_result(low, width) | carry);
+    flags.set_status(of_result(low, width) | carry);
     (low, high)
 }
 

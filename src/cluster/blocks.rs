@@ -4,13 +4,15 @@ use super::decode::{MAX_BYTES, MAX_OPS, decode};
 use super::mmu::Mmu;
 use super::op::Op;
 use super::port_exit::PortExit;
+use super::steps::Step;
 use crate::kvm::Direction;
 use crate::measure::clusters::ClusterEnd as End;
 use crate::memory::{GuestPage, PAGE_BYTES};
 
-/// Sets of the cache, of two blocks each; a power of two.
-const SETS: usize = 1 << SETS_LOG2;
+/// Sets of the cache, of two blocks each: log2 of their number.
 const SETS_LOG2: u32 = 11;
+/// Blocks in the cache.
+const PLACES: usize = 2 << SETS_LOG2;
 /// The longest instruction in bytes (SDM vol. 2A §2.3.11).
 const LONGEST: u64 = 15;
 
@@ -25,7 +27,7 @@ pub(super) struct Block {
     /// The instruction's bytes in the page behind it.
     rest: Option<Rest>,
     /// None where the first instruction is not interpreted.
-    pub(super) ops: Box<[Op]>,
+    pub(super) steps: Box<[Step]>,
 }
 
 struct Rest {
@@ -37,17 +39,30 @@ struct Rest {
 
 /// The cache: each address has one set, and in it the newest block comes first.
 pub(super) struct Blocks {
-    blocks: Box<[[Block; 2]]>,
+    blocks: Box<[Block]>,
     /// Changes with each cluster, and within one where the MMU no longer watches all pages of the blocks that were checked. A block is
     /// compared with memory once in an epoch: a write by the guest's own instructions to its pages ends the cluster, and a write
     /// by others need not be seen before a serializing instruction (SDM vol. 3A §9.1.3), which ends it too.
     epoch: u64,
+    /// Blocks that were decoded, and that were compared with memory.
+    decoded: u64,
+    compared: u64,
 }
 
 impl Blocks {
     pub(super) fn new() -> Self {
-        let blocks = std::iter::repeat_with(|| [Block::none(), Block::none()]).take(SETS).collect();
-        Self { blocks, epoch: 1 }
+        let blocks = std::iter::repeat_with(Block::none).take(PLACES).collect();
+        Self { blocks, epoch: 1, decoded: 0, compared: 0 }
+    }
+
+    /// How many blocks were decoded so far.
+    pub(super) fn decoded(&self) -> u64 {
+        self.decoded
+    }
+
+    /// How many blocks were compared with memory so far, or decoded.
+    pub(super) fn compared(&self) -> u64 {
+        self.compared
     }
 
     /// Starts a cluster: every block is compared with memory once more.
@@ -58,25 +73,28 @@ impl Blocks {
     /// Returns the block at a linear address, whose pages the MMU watches from then on.
     #[inline]
     pub(super) fn at(&mut self, rip: u64, mmu: &mut Mmu<'_>) -> Result<&Block, End> {
-        let set = hash(rip);
+        let first = first_place(rip);
         let is_known = |block: &Block| block.rip == rip && block.checked == self.epoch;
-        let way = if is_known(&self.blocks[set][0]) {
-            0
-        } else if is_known(&self.blocks[set][1]) {
-            1
+        let place = if is_known(&self.blocks[first]) {
+            first
+        } else if is_known(&self.blocks[first + 1]) {
+            first + 1
         } else {
-            self.check(rip, set, mmu)?
+            self.check(rip, first, mmu)?
         };
-        Ok(&self.blocks[set][way])
+        Ok(&self.blocks[place])
     }
 
-    /// Finds the block by comparing it with memory, or decodes it. Returns its place in the set.
+    /// Finds the block by comparing it with memory, or decodes it. Returns its place, which is `first` or the next one.
     #[inline(never)]
-    fn check(&mut self, rip: u64, set: usize, mmu: &mut Mmu<'_>) -> Result<usize, End> {
+    fn check(&mut self, rip: u64, first: usize, mmu: &mut Mmu<'_>) -> Result<usize, End> {
         let (page, page_gpa) = mmu.code(rip)?;
         let gpa = page_gpa | rip & (PAGE_BYTES - 1);
-        let ways = &mut self.blocks[set];
+        self.compared += 1;
+        let ways = &mut self.blocks[first..first + 2];
+        let decoded = &mut self.decoded;
         let way = ways.iter().position(|block| block.is_unchanged(rip, gpa, page, mmu)).unwrap_or_else(|| {
+            *decoded += 1;
             // The other one stays if this is its new version.
             if ways[0].rip != rip {
                 ways.swap(0, 1);
@@ -88,14 +106,15 @@ impl Blocks {
             self.epoch += 1;
         }
         ways[way].checked = self.epoch;
-        Ok(way)
+        Ok(first + way)
     }
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "the remainder is small")]
-fn hash(rip: u64) -> usize {
+/// The first of the two places that an address has.
+#[allow(clippy::cast_possible_truncation, reason = "less than the number of places")]
+fn first_place(rip: u64) -> usize {
     // Multiplicative hashing: the upper bits of the product depend on all of the address.
-    (rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SETS_LOG2)) as usize % SETS
+    (rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SETS_LOG2)) as usize * 2
 }
 
 impl Rest {
@@ -114,7 +133,7 @@ fn behind(rip: u64) -> u64 {
 impl Block {
     /// The content of a free place: it was never checked.
     fn none() -> Self {
-        Self { rip: 0, checked: 0, gpa: u64::MAX, words: Box::default(), rest: None, ops: Box::default() }
+        Self { rip: 0, checked: 0, gpa: u64::MAX, words: Box::default(), rest: None, steps: Box::default() }
     }
 
     /// Returns true if this is the block at the address, and memory still has its bytes.
@@ -142,7 +161,7 @@ impl Block {
         }
         let length = if ops.is_empty() { LONGEST } else { length as u64 };
         let used = usize::try_from((offset % 8 + length).div_ceil(8)).unwrap_or(0).min(words.len());
-        Self { rip, checked: 0, gpa, words: words[..used].into(), rest: None, ops: ops.into() }
+        Self { rip, checked: 0, gpa, words: words[..used].into(), rest: None, steps: steps(ops) }
     }
 
     /// An instruction whose first bytes are the last of a page. `None` where the page behind it has no translation, or the instruction
@@ -156,14 +175,18 @@ impl Block {
             return None;
         }
         let rest = Rest { gpa: rest_gpa, words: rest.into() };
-        Some(Self { rip, checked: 0, gpa, words: words.into(), rest: Some(rest), ops: ops.into() })
+        Some(Self { rip, checked: 0, gpa, words: words.into(), rest: Some(rest), steps: steps(ops) })
     }
 
     /// Returns the length of the first instruction if it is the port I/O of the exit.
     pub(super) fn port_io(&self, exit: &PortExit) -> Option<u64> {
         let input = exit.direction == Direction::In;
-        self.ops.first().filter(|op| op.is_port_io(input, exit.width)).map(|op| op.next.into())
+        self.steps.first().filter(|step| step.op.is_port_io(input, exit.width)).map(|step| step.op.next.into())
     }
+}
+
+fn steps(ops: Vec<Op>) -> Box<[Step]> {
+    ops.into_iter().map(Step::new).collect()
 }
 
 /// Reads the words of `bytes` bytes from an offset on, up to the end of the page.

@@ -1,6 +1,6 @@
 //! Decodes a block: the instructions from an address on, up to the first jump or the first instruction that is not interpreted.
 
-use super::op::{Alu, BitOp, FS, Form, GS, HIGH, Kind, NO_SEGMENT, Op, Unary, ZERO};
+use super::op::{Alu, BitOp, FS, Form, GS, HIGH, Kind, NO_SEGMENT, Op, Unary, ZERO, is_canonical};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 /// The most instructions of a block.
@@ -28,6 +28,11 @@ pub(super) fn decode(bytes: &[u8], rip: u64, most: usize) -> (Vec<Op>, usize) {
         let Some(mut op) = translate(&instruction) else { break };
         let Ok(next) = u8::try_from(end) else { break };
         op.next = next;
+        match op.kind {
+            Kind::Jcc(_) | Kind::Call => op.disp = instruction.next_ip(),
+            Kind::CallR | Kind::CallM => op.imm = instruction.next_ip(),
+            _ => {}
+        }
         length = end;
         ops.push(op);
         if op.kind.ends_block() {
@@ -124,6 +129,7 @@ fn address(instruction: &Instruction, op: &mut Op) -> Option<()> {
         Register::GS => GS,
         _ => NO_SEGMENT,
     };
+    op.indexed = op.index != ZERO || op.segment != NO_SEGMENT;
     Some(())
 }
 
@@ -136,6 +142,8 @@ fn empty(kind: Kind, width: u8) -> Op {
         base: ZERO,
         index: ZERO,
         scale: 0,
+        indexed: false,
+        locked: false,
         segment: NO_SEGMENT,
         next: 0,
         imm: 0,
@@ -146,15 +154,24 @@ fn empty(kind: Kind, width: u8) -> Op {
 /// Returns the internal form of an instruction; `None` for one that is not interpreted.
 fn translate(instruction: &Instruction) -> Option<Op> {
     let mnemonic = instruction.mnemonic();
-    if instruction.has_lock_prefix() && !matches!(mnemonic, Mnemonic::Xchg | Mnemonic::Cmpxchg) {
-        return None;
-    }
     let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
     // As padding of a return or a jump; elsewhere they mean something else.
     if repeated && !matches!(mnemonic, Mnemonic::Ret | Mnemonic::Nop | Mnemonic::Pause) {
         return None;
     }
-    control_flow(instruction).or_else(|| data_flow(instruction)).or_else(|| single(instruction))
+    let mut op = control_flow(instruction).or_else(|| data_flow(instruction)).or_else(|| single(instruction))?;
+    op.locked = instruction.has_lock_prefix();
+    (!op.locked || can_be_locked(op.kind)).then_some(op)
+}
+
+/// Returns true for the forms that may have a LOCK prefix and are interpreted with one.
+fn can_be_locked(kind: Kind) -> bool {
+    match kind {
+        Kind::Alu(operation, Form::Mr | Form::Mi) => !operation.only_compares(),
+        Kind::UnaryM(operation) => matches!(operation, Unary::Inc | Unary::Dec | Unary::Neg | Unary::Not),
+        Kind::BitM(operation, _) => operation != BitOp::Test,
+        kind => matches!(kind, Kind::XchgMr | Kind::CmpxchgMr | Kind::XaddMr),
+    }
 }
 
 /// Jumps, calls, returns and the stack.
@@ -209,7 +226,9 @@ fn condition(instruction: &Instruction) -> u8 {
 }
 
 fn direct(instruction: &Instruction, kind: Kind) -> Option<Op> {
-    (instruction.op_kind(0) == OpKind::NearBranch64).then(|| Op { imm: instruction.near_branch64(), ..empty(kind, 3) })
+    let target = instruction.near_branch64();
+    let is_direct = instruction.op_kind(0) == OpKind::NearBranch64 && is_canonical(target);
+    is_direct.then(|| Op { imm: target, ..empty(kind, 3) })
 }
 
 /// An instruction with one operand, a register or memory.
@@ -278,6 +297,11 @@ fn data_flow(instruction: &Instruction) -> Option<Op> {
         Mnemonic::Xchg => two(instruction, |form| match form {
             Form::Rr => Some(Kind::XchgRr),
             Form::Mr => Some(Kind::XchgMr),
+            Form::Rm | Form::Ri | Form::Mi => None,
+        }),
+        Mnemonic::Xadd => two(instruction, |form| match form {
+            Form::Rr => Some(Kind::XaddRr),
+            Form::Mr => Some(Kind::XaddMr),
             Form::Rm | Form::Ri | Form::Mi => None,
         }),
         Mnemonic::Cmpxchg => two(instruction, |form| (form == Form::Mr).then_some(Kind::CmpxchgMr)),
@@ -356,6 +380,7 @@ fn lea(instruction: &Instruction) -> Option<Op> {
     let mut op = Op { dst, ..empty(Kind::Lea, width) };
     address(instruction, &mut op)?;
     op.segment = NO_SEGMENT;
+    op.indexed = op.index != ZERO;
     Some(op)
 }
 

@@ -44,6 +44,13 @@ impl Flags {
         self.sign = 0;
     }
 
+    /// Sets all status flags to those of `value`.
+    #[inline]
+    pub(super) fn set_status(&mut self, value: u64) {
+        self.bits = self.bits & !STATUS | value & STATUS;
+        self.sign = 0;
+    }
+
     /// Returns all flags.
     #[inline]
     pub(super) fn get(&self) -> u64 {

@@ -46,10 +46,11 @@ pub(super) struct Paging {
 struct Entry<'a> {
     /// The page number of the linear address.
     tag: u64,
+    /// The same where the page may be written to, else [`EMPTY`].
+    writable: u64,
     page: Option<GuestPage<'a>>,
     /// The page's gpa.
     gpa: u64,
-    writable: bool,
 }
 
 /// The translations of one cluster.
@@ -63,6 +64,8 @@ pub(super) struct Mmu<'a> {
     written_pages: u64,
     /// A translation of code has been replaced.
     forgotten: bool,
+    /// Walks of the guest's page tables.
+    walks: u64,
 }
 
 /// The bit of a page in a set of pages by hash.
@@ -73,15 +76,40 @@ fn bit(gpa: u64) -> u64 {
 #[allow(clippy::cast_possible_truncation, reason = "an index is masked to its table's size")]
 impl<'a> Mmu<'a> {
     pub(super) fn new(ram: &'a GuestRam, paging: Paging) -> Self {
-        let empty = Entry { tag: EMPTY, page: None, gpa: 0, writable: false };
+        let empty = Entry { tag: EMPTY, writable: EMPTY, page: None, gpa: 0 };
         let (data, code) = ([empty; DATA_ENTRIES], [empty; CODE_ENTRIES]);
-        Self { ram, paging, data, code, code_pages: 0, written_pages: 0, forgotten: false }
+        Self { ram, paging, data, code, code_pages: 0, written_pages: 0, forgotten: false, walks: 0 }
+    }
+
+    /// How often the guest's page tables were walked.
+    pub(super) fn walks(&self) -> u64 {
+        self.walks
     }
 
     /// Returns true if since the last call a page has been forgotten from which code was read: a write to it ends no cluster.
     #[inline]
     pub(super) fn has_forgotten_code(&mut self) -> bool {
         std::mem::take(&mut self.forgotten)
+    }
+
+    /// Reads as [`Self::load`] where the translation is kept already; else `None`.
+    #[inline]
+    pub(super) fn load_kept(&self, address: u64, width: u8) -> Option<u64> {
+        let entry = &self.data[(address >> 12) as usize % DATA_ENTRIES];
+        if entry.tag == address >> 12 { entry.page?.load(address & 0xfff, width) } else { None }
+    }
+
+    /// As [`Self::writable`] where the translation is kept already; else `None`.
+    #[inline]
+    pub(super) fn writable_kept(&self, address: u64) -> Option<GuestPage<'a>> {
+        let entry = &self.data[(address >> 12) as usize % DATA_ENTRIES];
+        if entry.writable == address >> 12 { entry.page } else { None }
+    }
+
+    /// Writes as [`Self::store`] where the translation is kept already; else `None`, and nothing is written.
+    #[inline]
+    pub(super) fn store_kept(&self, address: u64, width: u8, value: u64) -> Option<()> {
+        self.writable_kept(address)?.store(address & 0xfff, width, value)
     }
 
     /// Reads `1 << width` bytes at a linear address.
@@ -107,8 +135,7 @@ impl<'a> Mmu<'a> {
     pub(super) fn writable(&mut self, address: u64) -> Result<GuestPage<'a>, End> {
         let entry = &self.data[(address >> 12) as usize % DATA_ENTRIES];
         if let Some(page) = entry.page
-            && entry.tag == address >> 12
-            && entry.writable
+            && entry.writable == address >> 12
         {
             return Ok(page);
         }
@@ -133,11 +160,11 @@ impl<'a> Mmu<'a> {
         let page = self.ram.page(gpa).ok_or(End::NoMemory)?;
         let entry = &mut self.code[(address >> 12) as usize % CODE_ENTRIES];
         self.forgotten |= entry.tag != EMPTY;
-        *entry = Entry { tag: address >> 12, page: Some(page), gpa, writable: false };
+        *entry = Entry { tag: address >> 12, writable: EMPTY, page: Some(page), gpa };
         self.code_pages |= bit(gpa);
         if self.written_pages & bit(gpa) != 0 {
             // Under each of its addresses: the next write finds that it is code now.
-            self.data.iter_mut().filter(|entry| entry.gpa == gpa).for_each(|entry| entry.writable = false);
+            self.data.iter_mut().filter(|entry| entry.gpa == gpa).for_each(|entry| entry.writable = EMPTY);
         }
         Ok((page, gpa))
     }
@@ -146,21 +173,23 @@ impl<'a> Mmu<'a> {
     fn fill(&mut self, address: u64, access: Access) -> Result<GuestPage<'a>, End> {
         let gpa = self.walk(address, access)?;
         let page = self.ram.page(gpa).ok_or(End::NoMemory)?;
-        let writable = access == Access::Write;
-        if writable {
+        let tag = address >> 12;
+        let mut writable = EMPTY;
+        if access == Access::Write {
+            writable = tag;
             let is_code = |entry: &Entry<'_>| entry.tag != EMPTY && entry.gpa == gpa;
             if self.code_pages & bit(gpa) != 0 && self.code.iter().any(is_code) {
                 return Err(End::OwnCode);
             }
             self.written_pages |= bit(gpa);
         }
-        self.data[(address >> 12) as usize % DATA_ENTRIES] =
-            Entry { tag: address >> 12, page: Some(page), gpa, writable };
+        self.data[tag as usize % DATA_ENTRIES] = Entry { tag, writable, page: Some(page), gpa };
         Ok(page)
     }
 
     /// Returns the gpa of the 4-KiB page at a linear address.
-    fn walk(&self, address: u64, access: Access) -> Result<u64, End> {
+    fn walk(&mut self, address: u64, access: Access) -> Result<u64, End> {
+        self.walks += 1;
         let bits = 12 + 9 * self.paging.levels;
         // Canonical: the bits above the translated ones are copies of the highest of them.
         let high = address.cast_signed() >> (bits - 1);

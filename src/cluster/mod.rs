@@ -5,37 +5,45 @@
 
 mod arith;
 mod blocks;
+mod cpu;
 mod decode;
 mod exec;
 mod flags;
 mod mmu;
 mod op;
+mod places;
 mod port_exit;
 mod ports;
+mod rare;
 mod site;
 pub mod standalone;
+mod steps;
 #[cfg(test)]
 mod tests;
 
 use crate::exit::{EndReason, Handler};
 use crate::kvm::vcpu::{Running, SyncedState};
 use crate::kvm::{Direction, KvmError, clock};
-use crate::measure::clusters::ClusterCounts;
 use crate::measure::clusters::ClusterEnd as End;
+use crate::measure::clusters::{ClusterCounts, ClusterRecord};
 use crate::memory::GuestRam;
 use blocks::Blocks;
-use exec::Cpu;
+use cpu::Cpu;
+use exec::Limits;
 use flags::Flags;
 use kvm_bindings::kvm_regs;
 use mmu::{Mmu, Paging};
+use places::Places;
 pub use port_exit::PortExit;
-use ports::HandlerPorts;
+use ports::{Deadline, HandlerPorts};
 use site::Sites;
 
-/// The most instructions of a cluster.
-const MOST_INSTRUCTIONS: u64 = 4096;
-/// The longest time of a cluster, in nanoseconds.
+/// The instructions of a cluster: a line on a UART takes about 90 a byte. Where there is no access in a while, the cluster's gain is over.
+const LIMITS: Limits = Limits { most: 16_384, alone: 1_024 };
+/// The longest time of a cluster, in nanoseconds: what an interrupt may have to wait that comes meanwhile.
 const MOST_NS: u64 = 20_000;
+/// The same while the guest takes no interrupts.
+const MOST_NS_MASKED: u64 = 1_000_000;
 /// Exits of port I/O before KVM is asked for the whole state at each exit.
 const WARM_UP: u32 = 16;
 
@@ -75,15 +83,46 @@ pub struct Clusters {
     khz: u64,
     ticks: u64,
     counts: ClusterCounts,
+    places: Places,
+}
+
+/// A cluster that has ended.
+struct Ended {
+    /// The end of the run, where an access has ended it.
+    run: Option<EndReason>,
+    /// The exits avoided.
+    avoided: u64,
+    /// The instructions interpreted.
+    instructions: u64,
+    /// The address of the next instruction.
+    rip: u64,
+    /// Why it ended.
+    reason: End,
+    /// Walks of the guest's page tables.
+    walks: u64,
+}
+
+impl Ended {
+    /// A cluster without instructions.
+    fn at_once(rip: u64, reason: End) -> Self {
+        Self { run: None, avoided: 0, instructions: 0, rip, reason, walks: 0 }
+    }
 }
 
 impl Clusters {
     /// Makes what is needed for the vCPU. `always` follows every exit, whether it gains anything or not, for tests. `None` where this
-    /// KVM does not copy the registers at exits (KVM_CAP_SYNC_REGS).
+    /// KVM does not copy the registers at exits (KVM_CAP_SYNC_REGS), and where the guest flushes TLBs by KVM_FEATURE_PV_TLB_FLUSH: KVM
+    /// shows a vCPU outside of KVM_RUN to the others as preempted, and they would not wait for what is interpreted meanwhile.
     #[must_use]
     pub fn new(vcpu: &mut Running<'_>, always: bool) -> Option<Self> {
         let ram = vcpu.memory()?;
         vcpu.vcpu().syncs_regs().then_some(())?;
+        if vcpu.vcpu().has_pv_tlb_flush() {
+            log::warn!(
+                "exit clusters: the guest has KVM_FEATURE_PV_TLB_FLUSH, as a snapshot may; exits are not followed"
+            );
+            return None;
+        }
         // Without a known frequency a slow processor's is assumed: the time is shorter then.
         let khz = u64::from(vcpu.vcpu().tsc_khz().unwrap_or(1_000_000));
         Some(Self {
@@ -95,14 +134,17 @@ impl Clusters {
             khz: khz.max(1),
             ticks: 0,
             counts: ClusterCounts::default(),
+            places: Places::default(),
         })
     }
 
     /// Returns what was done so far.
     #[must_use]
-    pub fn counts(&self) -> ClusterCounts {
+    pub fn record(&self) -> ClusterRecord {
         let ns = u128::from(self.ticks) * 1_000_000 / u128::from(self.khz);
-        ClusterCounts { ns: u64::try_from(ns).unwrap_or(u64::MAX), ..self.counts }
+        let (compared, decoded) = (self.blocks.compared(), self.blocks.decoded());
+        let counts = ClusterCounts { ns: u64::try_from(ns).unwrap_or(u64::MAX), compared, decoded, ..self.counts };
+        ClusterRecord { counts, avoided_at: self.places.all_avoided(), ended_at: self.places.all_ended() }
     }
 
     /// Follows an exit that has been answered. Returns how the run ended, where an access to a device in the cluster has ended it.
@@ -128,30 +170,31 @@ impl Clusters {
         };
         self.counts.clusters += 1;
         let start = clock::tsc();
-        let (result, avoided, instructions, end) = if vcpu.has_breakpoints() {
-            (None, 0, 0, End::State)
+        let ended = if vcpu.has_breakpoints() {
+            Ended::at_once(rip, End::State)
         } else {
             self.interpret(vcpu, handler, exit, &state)?
         };
-        self.sites.judge(rip, avoided, instructions);
-        self.counts.avoided_exits += avoided;
-        self.counts.instructions += instructions;
+        self.sites.judge(rip, ended.avoided, ended.instructions);
+        self.counts.avoided_exits += ended.avoided;
+        self.counts.instructions += ended.instructions;
+        self.counts.walks += ended.walks;
         self.ticks += clock::tsc().wrapping_sub(start);
-        self.counts.ends[end as usize] += 1;
-        Ok(result)
+        self.counts.ends[ended.reason as usize] += 1;
+        self.places.ended(ended.rip, ended.reason);
+        Ok(ended.run)
     }
 
-    /// Returns how the run ended, if it did, the exits avoided, the instructions interpreted, and why the cluster ended.
     fn interpret(
         &mut self,
         vcpu: &mut Running<'_>,
         handler: &Handler,
         exit: PortExit,
         state: &SyncedState,
-    ) -> Result<(Option<EndReason>, u64, u64, End), KvmError> {
-        let nothing = |end| Ok((None, 0, 0, end));
+    ) -> Result<Ended, KvmError> {
+        let nothing = |reason| Ok(Ended::at_once(state.regs.rip, reason));
         let Some(paging) = paging(state) else { return nothing(End::State) };
-        let Self { ram, blocks, .. } = self;
+        let Self { ram, blocks, places, .. } = self;
         let mut mmu = Mmu::new(ram, paging);
         // The instruction of the exit must be the one that KVM says it is: code is read later than the processor read it.
         // Where it is not, as with a string of one item, nothing is done: KVM may have more to ask to complete it.
@@ -169,7 +212,7 @@ impl Clusters {
                 if self::paging(&completed).is_none() {
                     return nothing(End::State);
                 }
-                (cpu, answered) = (Cpu::new(&completed), false);
+                (cpu, answered) = (Cpu::of(&completed), false);
             }
             Completion::AtInstruction | Completion::Dropped => {
                 if self.completion == Completion::AtInstruction {
@@ -177,7 +220,7 @@ impl Clusters {
                     self.completion = if dropped { Completion::Dropped } else { Completion::Always };
                 }
                 // The instruction is carried out here, whatever comes behind it: where RIP stayed, the guest would do it again.
-                (cpu, answered) = (Cpu::new(state), true);
+                (cpu, answered) = (Cpu::of(state), true);
                 cpu.rip = cpu.rip.wrapping_add(length);
                 if exit.direction == Direction::In {
                     cpu.set_accumulator(exit.width, exit.value);
@@ -185,9 +228,11 @@ impl Clusters {
             }
         }
         let start = clock::tsc();
-        let mut ports = HandlerPorts::new(handler, vcpu, start, self.khz * MOST_NS / 1_000_000);
-        let (instructions, end) = exec::run(&mut cpu, &mut mmu, blocks, &mut ports, MOST_INSTRUCTIONS);
-        let (avoided, result) = (ports.answered, ports.end.take());
+        let ticks = |ns| self.khz * ns / 1_000_000;
+        let deadline = Deadline { start, taken: ticks(MOST_NS), masked: ticks(MOST_NS_MASKED) };
+        let mut ports = HandlerPorts::new(handler, vcpu, places, deadline);
+        let (instructions, reason) = exec::run(&mut cpu, &mut mmu, blocks, &mut ports, LIMITS);
+        let (avoided, run) = (ports.answered, ports.end.take());
         let mut regs = state.regs;
         cpu.write_to(&mut regs);
         if answered && regs.rip == state.regs.rip {
@@ -195,7 +240,7 @@ impl Clusters {
             vcpu.abandon_port_io(regs, state.regs.rip)?;
         }
         vcpu.set_synced_regs(regs);
-        Ok((result, avoided, instructions, end))
+        Ok(Ended { run, avoided, instructions, rip: cpu.rip, reason, walks: mmu.walks() })
     }
 }
 
@@ -239,11 +284,11 @@ fn by_number(regs: &mut kvm_regs) -> [&mut u64; 16] {
 }
 
 impl Cpu {
-    fn new(state: &SyncedState) -> Self {
+    fn of(state: &SyncedState) -> Self {
         let (mut regs, mut from) = ([0; 32], state.regs);
         regs.iter_mut().zip(by_number(&mut from)).for_each(|(register, value)| *register = *value);
         let bases = [0, state.sregs.fs.base, state.sregs.gs.base, 0];
-        Self { regs, rip: state.regs.rip, flags: Flags::new(state.regs.rflags), bases }
+        Self::new(regs, state.regs.rip, Flags::new(state.regs.rflags), bases)
     }
 
     /// Sets AL, AX or EAX, as IN does.

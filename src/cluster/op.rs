@@ -25,6 +25,19 @@ pub(super) enum Alu {
     Test,
 }
 
+impl Alu {
+    /// Returns true for an operation that sets flags only.
+    pub(super) const fn only_compares(self) -> bool {
+        matches!(self, Self::Cmp | Self::Test)
+    }
+}
+
+/// Returns true if an address is canonical with four levels of page tables (SDM vol. 1 §3.3.7.1). A jump to one that is not faults
+/// before it; with five levels some of those that are refused here are canonical.
+pub(super) const fn is_canonical(address: u64) -> bool {
+    (address.cast_signed() >> 47).wrapping_add(1).cast_unsigned() <= 1
+}
+
 /// The operation of an instruction with one operand, or with one operand and a count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -79,6 +92,8 @@ pub(super) enum Kind {
     /// With memory both are atomic, with or without LOCK.
     XchgMr,
     CmpxchgMr,
+    XaddRr,
+    XaddMr,
     Alu(Alu, Form),
     UnaryR(Unary),
     UnaryM(Unary),
@@ -109,12 +124,14 @@ pub(super) enum Kind {
     SetccM(u8),
     CmovR(u8),
     CmovM(u8),
-    /// A conditional jump; the immediate is the target.
+    /// A conditional jump; the immediate is the target, the displacement the address behind it.
     Jcc(u8),
     Jmp,
     JmpR,
     JmpM,
+    /// The immediate is the target, the displacement the return address.
     Call,
+    /// The immediate is the return address.
     CallR,
     CallM,
     Ret,
@@ -151,6 +168,10 @@ pub(super) struct Op {
     pub(super) index: u8,
     /// How far the index is shifted left.
     pub(super) scale: u8,
+    /// The address has an index or a segment.
+    pub(super) indexed: bool,
+    /// It has a LOCK prefix, and its operand in memory is changed in one step for all processors.
+    pub(super) locked: bool,
     pub(super) segment: u8,
     /// The offset of the next instruction from the block's start.
     pub(super) next: u8,

@@ -1,6 +1,7 @@
 //! Port I/O within a cluster: by the same handler as that of an exit.
 
-use super::exec::{PortEnd, Ports};
+use super::exec::{Access, Interrupts, PortEnd, Ports};
+use super::places::Places;
 use crate::exit::handler::Route;
 use crate::exit::{EndReason, Handler, Outcome};
 use crate::kvm::vcpu::Running;
@@ -8,12 +9,23 @@ use crate::kvm::{Direction, Exit, clock};
 use crate::measure::clusters::ClusterEnd as End;
 use hwvmm_devices::irq::raised_by_this_thread;
 
+/// How long a cluster may be, in ticks of the TSC.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Deadline {
+    /// The TSC at its start.
+    pub(super) start: u64,
+    /// While the guest takes interrupts: what came meanwhile waits.
+    pub(super) taken: u64,
+    /// While it takes none.
+    pub(super) masked: u64,
+}
+
 /// The ports of a machine, for the length of a cluster.
 pub(super) struct HandlerPorts<'a, 'b> {
     handler: &'a Handler,
     vcpu: &'a mut Running<'b>,
-    start: u64,
-    most_ticks: u64,
+    places: &'a mut Places,
+    deadline: Deadline,
     /// The accesses that were answered.
     pub(super) answered: u64,
     /// The end of the run, where an access has ended it.
@@ -21,12 +33,18 @@ pub(super) struct HandlerPorts<'a, 'b> {
 }
 
 impl<'a, 'b> HandlerPorts<'a, 'b> {
-    pub(super) fn new(handler: &'a Handler, vcpu: &'a mut Running<'b>, start: u64, most_ticks: u64) -> Self {
-        Self { handler, vcpu, start, most_ticks, answered: 0, end: None }
+    pub(super) fn new(
+        handler: &'a Handler,
+        vcpu: &'a mut Running<'b>,
+        places: &'a mut Places,
+        deadline: Deadline,
+    ) -> Self {
+        Self { handler, vcpu, places, deadline, answered: 0, end: None }
     }
 
     /// Answers an access to a port of a device; `None` where there is none.
-    fn access(&mut self, port: u16, direction: Direction, data: &mut [u8]) -> Option<PortEnd> {
+    fn access(&mut self, access: Access, direction: Direction, data: &mut [u8]) -> Option<PortEnd> {
+        let port = access.port;
         // Ports that no device of hwvmm's claims may be KVM's.
         self.handler.pio.find(port.into())?;
         let raised = raised_by_this_thread();
@@ -34,6 +52,7 @@ impl<'a, 'b> HandlerPorts<'a, 'b> {
         let handled = self.handler.handle(&mut Exit::Pio { port, direction, size, data });
         debug_assert!(matches!(handled.route, Route::Slot(..) | Route::None));
         self.answered += 1;
+        self.places.avoided(access.rip, port, direction);
         match handled.outcome {
             Outcome::End(end) => {
                 self.end = Some(end);
@@ -46,21 +65,25 @@ impl<'a, 'b> HandlerPorts<'a, 'b> {
 }
 
 impl Ports for HandlerPorts<'_, '_> {
-    fn input(&mut self, port: u16, width: u8) -> Option<(u64, PortEnd)> {
+    fn input(&mut self, access: Access) -> Option<(u64, PortEnd)> {
         let mut bytes = [0; 8];
-        let end = self.access(port, Direction::In, bytes.get_mut(..1 << width)?)?;
+        let end = self.access(access, Direction::In, bytes.get_mut(..1 << access.width)?)?;
         Some((u64::from_le_bytes(bytes), end))
     }
 
-    fn output(&mut self, port: u16, width: u8, value: u64) -> Option<PortEnd> {
+    fn output(&mut self, access: Access, value: u64) -> Option<PortEnd> {
         let mut bytes = value.to_le_bytes();
-        self.access(port, Direction::Out, bytes.get_mut(..1 << width)?)
+        self.access(access, Direction::Out, bytes.get_mut(..1 << access.width)?)
     }
 
-    fn interrupted(&mut self) -> Option<End> {
+    fn interrupted(&mut self, interrupts: Interrupts) -> Option<End> {
         if self.vcpu.is_kicked() {
             return Some(End::Kicked);
         }
-        (clock::tsc().wrapping_sub(self.start) >= self.most_ticks).then_some(End::Time)
+        let most = match interrupts {
+            Interrupts::Taken => self.deadline.taken,
+            Interrupts::Masked => self.deadline.masked,
+        };
+        (clock::tsc().wrapping_sub(self.deadline.start) >= most).then_some(End::Time)
     }
 }

@@ -5,6 +5,7 @@ mod native;
 
 use super::End;
 use super::flags::{AF, CF, DF, IF, OF, PF, SF, STATUS, ZF};
+use super::standalone::run_bytes;
 use guest::{CODE, DATA, Guest, STACK};
 
 const RAX: usize = 0;
@@ -89,7 +90,7 @@ fn segments_and_absolute_addresses() {
 /// Each of these ends the cluster before it: nothing has changed.
 #[test]
 fn what_is_not_interpreted_ends_the_cluster_before_it() {
-    let instructions: [&[u8]; 21] = [
+    let instructions: [&[u8]; 22] = [
         &[0xf4],                               // hlt
         &[0xfb],                               // sti
         &[0x9d],                               // popf
@@ -99,7 +100,8 @@ fn what_is_not_interpreted_ends_the_cluster_before_it() {
         &[0x0f, 0x22, 0xd8],                   // mov %rax,%cr3
         &[0x0f, 0x23, 0xf8],                   // mov %rax,%dr7
         &[0x8e, 0xd0],                         // mov %eax,%ss
-        &[0xf0, 0xff, 0x03],                   // lock incl (%rbx)
+        &[0xf0, 0x39, 0x03],                   // lock cmp %eax,(%rbx), which is invalid
+        &[0xf0, 0x0f, 0xc7, 0x0b],             // lock cmpxchg8b (%rbx)
         &[0xf3, 0xa4],                         // rep movsb
         &[0x6e],                               // outsb
         &[0xf7, 0xf1],                         // div %ecx
@@ -315,4 +317,68 @@ fn arbitrary_code_comes_back() {
         let (done, _) = guest.run();
         assert!(done < 4096 + 512);
     }
+}
+
+/// The corpus of the fuzz target, and mutations of it.
+#[test]
+fn the_fuzz_corpus_and_mutations_of_it_come_back() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/corpus/cluster");
+    let mut random = native::Random(0x0bad_cafe_dead_beef);
+    let mut files = 0;
+    for entry in std::fs::read_dir(folder).expect("the corpus") {
+        let bytes = std::fs::read(entry.expect("an entry").path()).expect("readable");
+        run_bytes(&bytes);
+        for _ in 0..200 {
+            let mut mutated = bytes.clone();
+            for _ in 0..=random.next() % 8 {
+                let at = usize::try_from(random.next() % mutated.len() as u64).expect("small");
+                mutated[at] = random.next().to_le_bytes()[3];
+            }
+            run_bytes(&mutated);
+        }
+        files += 1;
+    }
+    assert!(files >= 3, "{files}");
+}
+
+/// Two processors add to one word: none of the additions is lost.
+#[test]
+fn locked_instructions_are_atomic() {
+    const TIMES: u64 = 20_000;
+    // 1: lock incl (%rbx); lock xadd %eax,4(%rbx); dec %ecx; jnz 1b; hlt, and %eax is 1 each time.
+    let code = [0xf0, 0xff, 0x03, 0xb8, 1, 0, 0, 0, 0xf0, 0x0f, 0xc1, 0x43, 4, 0xff, 0xc9, 0x75, 0xef, 0xf4];
+    let mut guest = Guest::new(&code);
+    let ram = guest.ram.clone();
+    let other = std::thread::spawn(move || {
+        let page = ram.page(DATA).expect("memory");
+        for _ in 0..TIMES {
+            for offset in [0, 4] {
+                let mut old = page.load(offset, 2).expect("aligned");
+                loop {
+                    let found = page.compare_exchange(offset, 2, old, old + 1).expect("aligned");
+                    if found == old {
+                        break;
+                    }
+                    old = found;
+                }
+            }
+        }
+    });
+    (guest.cpu.regs[RBX], guest.cpu.regs[RCX]) = (DATA, TIMES);
+    while !matches!(guest.run().1, End::Unsupported) {}
+    other.join().expect("no panic");
+    assert_eq!(guest.word(DATA), 2 * TIMES << 32 | 2 * TIMES);
+}
+
+#[test]
+fn a_cluster_without_accesses_is_left_early() {
+    // jmp .
+    let mut guest = Guest::new(&[0xeb, 0xfe]);
+    guest.limits.alone = 256;
+    let (done, end) = guest.run();
+    assert!(end == End::NoAccess && (256..256 + 128).contains(&done), "{done} {end:?}");
+    // 1: in (%dx),%al; jmp 1b
+    let mut guest = Guest::new(&[0xec, 0xeb, 0xfd]);
+    guest.limits.alone = 256;
+    assert_eq!(guest.run().1, End::Instructions);
 }

@@ -111,6 +111,16 @@ impl Vcpu {
         self.cpuid.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Returns true if the guest is told of KVM_FEATURE_PV_TLB_FLUSH (Documentation/virt/kvm/x86/cpuid.rst): it takes the TLB of a vCPU
+    /// that is not in KVM_RUN for flushed before the vCPU goes on.
+    #[must_use]
+    pub fn has_pv_tlb_flush(&self) -> bool {
+        const KVM_FEATURES: u32 = 0x4000_0001;
+        const PV_TLB_FLUSH: u32 = 1 << 9;
+        let leaves = self.cpuid.lock().unwrap_or_else(PoisonError::into_inner);
+        leaves.iter().any(|leaf| leaf.function == KVM_FEATURES && leaf.eax & PV_TLB_FLUSH != 0)
+    }
+
     pub(super) fn fd(&self) -> &VcpuFd {
         &self.fd
     }

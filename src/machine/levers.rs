@@ -24,7 +24,8 @@ const KVM_FEATURE_PV_SCHED_YIELD: u32 = 13;
 /// The longest time that a halted vCPU is waited for, in microseconds, where the lever is just on.
 const HALT_POLL_US: u32 = 200;
 
-/// KVM's paravirtual features (leaf 0x4000_0001 EAX) whose levers are off.
+/// KVM's paravirtual features (leaf 0x4000_0001 EAX) whose levers are off. While hwvmm interprets a vCPU, KVM shows it to the others as
+/// preempted: they would take its TLB for flushed when it runs next, and the interpreter would go on with translations of before.
 pub(super) fn hidden_features(tune: &Tune) -> u32 {
     let bits = [
         (Lever::PvEoi, KVM_FEATURE_PV_EOI),
@@ -33,7 +34,12 @@ pub(super) fn hidden_features(tune: &Tune) -> u32 {
         (Lever::PvSchedYield, KVM_FEATURE_PV_SCHED_YIELD),
         (Lever::PvUnhalt, KVM_FEATURE_PV_UNHALT),
     ];
-    bits.into_iter().filter(|(lever, _)| !tune.wants(*lever)).fold(0, |mask, (_, bit)| mask | 1 << bit)
+    let interprets = tune.wants(Lever::ExitClusters);
+    if interprets && tune.choice(Lever::PvTlbFlush) == Choice::On {
+        tune.cannot(Lever::PvTlbFlush, "exit-clusters=on interprets a vCPU while it counts as preempted");
+    }
+    let is_hidden = |lever| !tune.wants(lever) || interprets && lever == Lever::PvTlbFlush;
+    bits.into_iter().filter(|(lever, _)| is_hidden(*lever)).fold(0, |mask, (_, bit)| mask | 1 << bit)
 }
 
 /// Returns true if the local APIC timer is to have TSC-deadline mode, on a host that has it. Linux uses a timer with this mode for
@@ -208,5 +214,8 @@ mod tests {
         assert_eq!(hidden_features(&tune), 1 << 6 | 1 << 11);
         tune.set("all=off").expect("valid");
         assert_eq!(hidden_features(&tune).count_ones(), 5);
+        let mut tune = Tune::default();
+        tune.set("exit-clusters=on").expect("valid");
+        assert_eq!(hidden_features(&tune), 1 << KVM_FEATURE_PV_TLB_FLUSH, "an interpreted vCPU counts as preempted");
     }
 }

@@ -4,7 +4,7 @@
 //! by the number of vCPUs, devices and KVM's statistics, and by the limits of the parts ([`ExitCounts`], [`UserRecord`],
 //! [`FlightEntry`], [`TraceRecord`]).
 
-use super::clusters::ClusterCounts;
+use super::clusters::ClusterRecord;
 use super::counters::ExitCounts;
 use super::flight_recorder::FlightEntry;
 use super::memory_use::MemoryUse;
@@ -100,7 +100,7 @@ pub struct VcpuRecord {
     /// The last userspace exits, oldest first.
     pub flight_recorder: Vec<FlightEntry>,
     /// What exit clusters have done; `None` where no exits were followed.
-    pub clusters: Option<ClusterCounts>,
+    pub clusters: Option<ClusterRecord>,
     /// What the profiler measured.
     pub measured: Measured,
     /// KVM's statistics of the vCPU; `None` before Linux 5.14.
@@ -191,6 +191,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::exit::{EndReason, Route, Signal};
     use crate::kvm::stats::Kind;
+    use crate::measure::clusters::{AvoidedAt, ClusterCounts, EndedAt};
     use crate::measure::counters::{AccessSpace, Accesses, DeviceCount};
     use crate::measure::flight_recorder::Detail;
     use crate::measure::tally::Tally;
@@ -244,12 +245,16 @@ pub(crate) mod tests {
         let vcpu = VcpuRecord {
             counts,
             flight_recorder: vec![entry],
-            clusters: Some(ClusterCounts {
-                clusters: 2,
-                avoided_exits: 9,
-                instructions: 300,
-                ns: 5_000,
-                ..ClusterCounts::default()
+            clusters: Some(ClusterRecord {
+                counts: ClusterCounts {
+                    clusters: 2,
+                    avoided_exits: 9,
+                    instructions: 300,
+                    ns: 5_000,
+                    ..ClusterCounts::default()
+                },
+                avoided_at: vec![AvoidedAt { rip: 0xffff_ffff_8100_0000, port: 0x3f8, write: true, count: 9 }],
+                ended_at: vec![EndedAt { rip: 0xffff_ffff_8100_0010, end: 1, count: 2 }],
             }),
             measured: user_record().into(),
             stats: Some(vec![stat("exits", Kind::Cumulative, &[7]), stat("waits", Kind::Histogram, &[1, 2])]),

@@ -1,5 +1,6 @@
 //! Checks of a record that another process has sent.
 
+use super::clusters::MOST_PLACES;
 use super::counters::MAX_ADDRESSES;
 use super::flight_recorder::KEPT;
 use super::record::{DeviceRange, Measured, MenuEntry, RunRecord, VERSION, VcpuRecord, VirtioQueue};
@@ -178,6 +179,10 @@ impl VcpuRecord {
         limit("devices of a vCPU", self.counts.by_device.len(), MAX_ITEMS + 2 * MAX_ADDRESSES)?;
         check_texts(self.counts.by_device.iter().filter_map(|count| count.device.as_ref()))?;
         check_stats(self.stats.as_deref())?;
+        if let Some(clusters) = &self.clusters {
+            limit("places of avoided exits", clusters.avoided_at.len(), MOST_PLACES)?;
+            limit("places of the ends of clusters", clusters.ended_at.len(), MOST_PLACES)?;
+        }
         match &self.measured {
             Measured::Nothing | Measured::HandlerTime(_) => Ok(()),
             Measured::Profile(profile) => {
@@ -249,7 +254,7 @@ mod tests {
     fn every_list_has_a_bound() {
         let stat = |values| Stat { name: "exits".into(), kind: Kind::Instant, values: vec![1; values] };
         type Damage<'a> = (&'a str, Box<dyn Fn(&mut RunRecord) + 'a>);
-        let cases: [Damage<'_>; 11] = [
+        let cases: [Damage<'_>; 13] = [
             ("statistics of KVM", Box::new(|record| record.vm_stats = Some(vec![stat(1); 4097]))),
             ("statistics of KVM", Box::new(|record| record.vcpus[1].stats = Some(vec![stat(1); 4097]))),
             ("values of a statistic", Box::new(|record| record.vm_stats = Some(vec![stat(1025)]))),
@@ -259,6 +264,20 @@ mod tests {
                 Box::new(|record| {
                     let one = record.vcpus[0].counts.by_device[0].clone();
                     record.vcpus[1].counts.by_device = vec![one; 6145];
+                }),
+            ),
+            (
+                "places of avoided exits",
+                Box::new(|record| {
+                    let places = &mut record.vcpus[1].clusters.as_mut().expect("clusters").avoided_at;
+                    *places = vec![places[0]; MOST_PLACES + 1];
+                }),
+            ),
+            (
+                "places of the ends of clusters",
+                Box::new(|record| {
+                    let places = &mut record.vcpus[1].clusters.as_mut().expect("clusters").ended_at;
+                    *places = vec![places[0]; MOST_PLACES + 1];
                 }),
             ),
             (

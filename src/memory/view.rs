@@ -6,6 +6,7 @@
 
 use super::GuestRam;
 use std::marker::PhantomData;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -15,7 +16,7 @@ pub const PAGE_BYTES: u64 = 4096;
 /// One page of guest memory, mapped for as long as the [`GuestRam`] that it came from lives.
 #[derive(Clone, Copy)]
 pub struct GuestPage<'a> {
-    start: *mut u8,
+    start: NonNull<u8>,
     _ram: PhantomData<&'a GuestRam>,
 }
 
@@ -31,7 +32,8 @@ impl GuestRam {
             }
             let offset = usize::try_from(offset).ok()?;
             // SAFETY: the page lies within the region's mapping, which `self` keeps mapped, readable and writable.
-            Some(GuestPage { start: unsafe { region.as_ptr().add(offset) }, _ram: PhantomData })
+            let start = NonNull::new(unsafe { region.as_ptr().add(offset) })?;
+            Some(GuestPage { start, _ram: PhantomData })
         })
     }
 }
@@ -144,7 +146,7 @@ impl GuestPage<'_> {
         }
         #[allow(clippy::cast_possible_truncation, reason = "less than a page")]
         // SAFETY: the offset is less than a page, and the page is mapped. An aligned access that starts in a page ends in it.
-        Some(unsafe { self.start.add(offset as usize) })
+        Some(unsafe { self.start.as_ptr().add(offset as usize) })
     }
 }
 

@@ -1,14 +1,15 @@
 //! Makes a [`Profile`] of a run's record.
 
-use super::data::{Cause, Exits, FORMAT, Guest, Host, Mark, Phase, Profile, Timeline, VERSION};
+use super::data::{Avoided, Cause, Exits, FORMAT, Guest, Host, Mark, Phase, Profile, Timeline, VERSION};
 use super::histogram;
 use super::kinds::{AddressSpace, CodeMode, ExitClass, PhaseName};
-use super::stats::{add_kvm, used_queues};
+use super::stats::{self, add_kvm, used_queues};
 use super::symbols::Symbols;
 use crate::config::RunConfig;
 use crate::error::chain;
 use crate::exit::handler::BusKind;
 use crate::exit::{ExitReason, Route};
+use crate::measure::clusters::{AvoidedAt, ClusterEnd, EndedAt};
 use crate::measure::record::DeviceRange;
 use crate::measure::tally::TallyRecord;
 use crate::measure::timeline;
@@ -122,6 +123,29 @@ impl Names<'_> {
         named
     }
 
+    fn avoided(&self, at: &AvoidedAt) -> Cause {
+        let reason = if at.write { ExitReason::PioOut } else { ExitReason::PioIn };
+        let mut named = Cause {
+            reason: reason.name().into(),
+            class: ExitClass::Pio,
+            space: Some(AddressSpace::Port),
+            address: Some(at.port.into()),
+            write: Some(at.write),
+            device: self.at(BusKind::Pio, at.port.into()),
+            rip: Some(at.rip),
+            ..Cause::default()
+        };
+        self.place(&mut named, &Evidence::Level(Some(0)));
+        named
+    }
+
+    fn ended(&self, at: &EndedAt) -> Cause {
+        let reason = ClusterEnd::NAMES.get(at.end).copied().unwrap_or("unknown");
+        let mut named = Cause { reason: reason.into(), rip: Some(at.rip), ..Cause::default() };
+        self.place(&mut named, &Evidence::Level(Some(0)));
+        named
+    }
+
     fn vm(&self, cause: &VmCause) -> Cause {
         let mut named = Cause {
             reason: cause.isa.reason(cause.code),
@@ -231,6 +255,41 @@ fn vm_exits(records: &[Option<VmRecord>], names: &Names<'_>) -> Option<Exits> {
     }
     exits.timeline = named_timeline(&line, Class::name);
     Some(finish_exits(exits, causes.into_values()))
+}
+
+/// What exit clusters have avoided, and where they ended. A port's RIP is that of the kernel: only it is interpreted.
+fn avoided(record: &RunRecord, names: &Names<'_>) -> Option<Avoided> {
+    let counts = stats::clusters(record)?;
+    let mut avoided = Avoided {
+        total: counts.avoided_exits,
+        clusters: counts.clusters,
+        instructions: counts.instructions,
+        time_ns: counts.ns,
+        ..Avoided::default()
+    };
+    let (mut causes, mut ends) = (BTreeMap::new(), BTreeMap::new());
+    for (vcpu, record) in record.vcpus.iter().enumerate() {
+        let Some(clusters) = &record.clusters else { continue };
+        for at in &clusters.avoided_at {
+            let cause = causes.entry((at.rip, at.port, at.write)).or_insert_with(|| names.avoided(at));
+            add_count(cause, vcpu, at.count);
+        }
+        for at in &clusters.ended_at {
+            add_count(ends.entry((at.rip, at.end)).or_insert_with(|| names.ended(at)), vcpu, at.count);
+        }
+    }
+    let most_first = |causes: &mut Vec<Cause>| causes.sort_by_key(|cause| (std::cmp::Reverse(cause.count), cause.rip));
+    avoided.causes = causes.into_values().collect();
+    avoided.ends = ends.into_values().collect();
+    most_first(&mut avoided.causes);
+    most_first(&mut avoided.ends);
+    Some(avoided)
+}
+
+fn add_count(into: &mut Cause, vcpu: usize, count: u64) {
+    into.count = into.count.saturating_add(count);
+    let of_vcpu = into.by_vcpu.entry(vcpu).or_default();
+    *of_vcpu = of_vcpu.saturating_add(count);
 }
 
 fn marks(records: &[&UserRecord]) -> Vec<Mark> {
@@ -357,6 +416,7 @@ impl Profile {
             marks,
             vm_exits: (!vm.is_empty()).then(|| vm_exits(vm, &names)).flatten(),
             userspace_exits: userspace_exits(&users, &names),
+            avoided: avoided(record, &names),
             kvm: kvm_statistics(record),
             virtio: used_queues(record),
             memory: record.memory,

@@ -50,6 +50,9 @@ pub struct Profile {
     pub vm_exits: Option<Exits>,
     /// Userspace exits: KVM_RUN returned to hwvmm.
     pub userspace_exits: Exits,
+    /// Exits that were avoided; `None` where none were followed in software (--tune exit-clusters).
+    #[serde(default)]
+    pub avoided: Option<Avoided>,
     /// KVM's statistics, of the machine and all vCPUs together.
     pub kvm: BTreeMap<String, u64>,
     /// Queues of virtio devices.
@@ -166,6 +169,23 @@ pub struct Cause {
     pub handler_ns: u64,
     /// Histogram of the times.
     pub histogram: Vec<Bucket>,
+}
+
+/// Exits that were avoided: accesses that hwvmm answered while it interpreted the guest after an exit. They are no exits.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Avoided {
+    /// The accesses.
+    pub total: u64,
+    /// The exits that were followed.
+    pub clusters: u64,
+    /// The instructions that were interpreted.
+    pub instructions: u64,
+    /// The time that took, with what devices did in it.
+    pub time_ns: u64,
+    /// The accesses by port and instruction, most first; without times. The rarest may be missing.
+    pub causes: Vec<Cause>,
+    /// Why the interpreter stopped, and before which instruction, most first: `reason` is that of the end. The rarest may be missing.
+    pub ends: Vec<Cause>,
 }
 
 /// Counts of exits over time.
@@ -325,7 +345,23 @@ pub(crate) mod tests {
             ],
             marks: vec![Mark { name: MarkKind::Console, at_ns: 5_000_000 }],
             vm_exits: Some(exits(cpuid)),
-            userspace_exits: exits(cause),
+            userspace_exits: exits(cause.clone()),
+            avoided: Some(Avoided {
+                total: 7_000,
+                clusters: 250,
+                instructions: 300_000,
+                time_ns: 4_500_000,
+                causes: vec![Cause { count: 7_000, time_ns: 0, histogram: Vec::new(), ..cause.clone() }],
+                ends: vec![Cause {
+                    reason: "instruction".into(),
+                    class: ExitClass::Other,
+                    space: None,
+                    device: None,
+                    function: Some("console_unlock".into()),
+                    count: 250,
+                    ..cause
+                }],
+            }),
             ..Profile::default()
         }
     }

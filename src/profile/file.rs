@@ -1,6 +1,6 @@
 //! The file of a profile: read with a limit, and checked before anything is made from it.
 
-use super::data::{Exits, FORMAT, Profile, Timeline, VERSION};
+use super::data::{Avoided, Exits, FORMAT, Profile, Timeline, VERSION};
 use crate::bounded_read::{self, ReadError};
 use hwvmm_devices::path_text::PathText as _;
 use serde::Deserialize;
@@ -128,6 +128,17 @@ impl Exits {
     }
 }
 
+impl Avoided {
+    /// The rarest causes may be missing.
+    fn check(&self) -> Result<(), CountMismatch> {
+        let counted = self.causes.iter().try_fold(0_u64, |sum, cause| sum.checked_add(cause.count));
+        if counted.is_some_and(|counted| counted <= self.total) {
+            return Ok(());
+        }
+        Err(CountMismatch { exits: "avoided exits", total: self.total, how: "by cause", counted })
+    }
+}
+
 impl Profile {
     /// Reads and checks a profile.
     ///
@@ -167,6 +178,7 @@ impl Profile {
             Some(exits) => exits.check("VM exits"),
             None => Ok(()),
         });
+        let checked = checked.and_then(|()| profile.avoided.as_ref().map_or(Ok(()), Avoided::check));
         checked.map_err(|mismatch| ProfileError::Damaged { path: path.to_owned(), mismatch })?;
         Ok(profile)
     }
@@ -202,6 +214,10 @@ mod tests {
             let error = parse(text).expect_err("no profile").to_string();
             assert!(error.contains(words) && error.contains("p.json"), "{error}");
         }
+        let mut damaged = sample();
+        damaged.avoided.as_mut().expect("there").total = 6_999;
+        let error = parse(&serde_json::to_string(&damaged).expect("JSON")).expect_err("damaged").to_string();
+        assert!(error.contains("is damaged") && error.contains("avoided exits"), "{error}");
         let mut damaged = sample();
         damaged.userspace_exits.causes[0].count = u64::MAX;
         damaged.userspace_exits.causes.push(damaged.userspace_exits.causes[0].clone());

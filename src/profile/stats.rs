@@ -69,8 +69,8 @@ pub struct RunStats {
     pub memory: Option<MemoryUse>,
 }
 
-fn clusters(record: &RunRecord) -> Option<ClusterCounts> {
-    sum_of_clusters(record.vcpus.iter().filter_map(|vcpu| vcpu.clusters))
+pub(super) fn clusters(record: &RunRecord) -> Option<ClusterCounts> {
+    sum_of_clusters(record.vcpus.iter().filter_map(|vcpu| vcpu.clusters.as_ref()).map(|clusters| clusters.counts))
 }
 
 fn sum_of_clusters(counts: impl Iterator<Item = ClusterCounts>) -> Option<ClusterCounts> {

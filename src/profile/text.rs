@@ -95,7 +95,12 @@ impl RunStats {
         let mut ends: Vec<_> = ClusterEnd::NAMES.iter().zip(counts.ends).filter(|(_, count)| *count > 0).collect();
         ends.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         let ends: Vec<_> = ends.iter().map(|(name, count)| format!("{name} {count}")).collect();
-        writeln!(f, "    clusters by end: {}", ends.join(", "))
+        writeln!(f, "    clusters by end: {}", ends.join(", "))?;
+        writeln!(
+            f,
+            "    {} walks of the guest's page tables, {} blocks of instructions compared with memory, {} of them decoded",
+            counts.walks, counts.compared, counts.decoded
+        )
     }
 
     fn virtio(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -428,7 +428,7 @@ impl Work {
         VcpuRecord {
             counts: counters.resolve(&self.handler.pio, &self.handler.mmio),
             flight_recorder: flight_recorder.resolve(&self.start, &Anchor::now()),
-            clusters: clusters.map(|clusters| clusters.counts()),
+            clusters: clusters.map(|clusters| clusters.record()),
             measured: profiler.finish().into(),
             stats,
             rip,

@@ -21,7 +21,7 @@ fn followed(code: &[u8]) -> Result<Followed, String> {
     let mut records = Records { counters, flight_recorder, clusters: Some(clusters), profiler: NoProfile };
     let stop = hwvmm::vcpu::run(&mut running, &machine.handler, &mut records, |_, _| true).expect("KVM_RUN");
     drop(guard);
-    let clusters = records.clusters.as_ref().expect("there").counts();
+    let clusters = records.clusters.as_ref().expect("there").record().counts;
     let last = records.flight_recorder.iter().last();
     match stop {
         Stop::Asked => Err("this host's KVM never comes back from it".into()),

@@ -2,16 +2,14 @@
 
 use super::super::End;
 use super::super::blocks::Blocks;
-use super::super::exec::{Cpu, PortEnd, Ports, run};
+use super::super::cpu::Cpu;
+use super::super::exec::{Access, Interrupts, Limits, PortEnd, Ports, run};
 use super::super::flags::Flags;
 use super::super::mmu::{Mmu, Paging};
 pub(super) use super::super::standalone::{BYTES, CODE, DATA, STACK};
-use super::super::standalone::{TABLES, memory};
+use super::super::standalone::{SMALL, TABLES, memory};
 use crate::memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
-
-/// A linear address that no large page maps: 1 GiB.
-const SMALL: u64 = 1 << 30;
 
 #[derive(Default)]
 pub(super) struct FakePorts {
@@ -23,18 +21,18 @@ pub(super) struct FakePorts {
 }
 
 impl Ports for FakePorts {
-    fn input(&mut self, port: u16, _width: u8) -> Option<(u64, PortEnd)> {
-        self.log.push(format!("in {port:x}"));
+    fn input(&mut self, access: Access) -> Option<(u64, PortEnd)> {
+        self.log.push(format!("in {:x}", access.port));
         (!self.absent).then_some((self.value, PortEnd::Nothing))
     }
 
-    fn output(&mut self, port: u16, _width: u8, value: u64) -> Option<PortEnd> {
-        self.log.push(format!("out {port:x} {value:x}"));
+    fn output(&mut self, access: Access, value: u64) -> Option<PortEnd> {
+        self.log.push(format!("out {:x} {value:x}", access.port));
         self.value = value;
         (!self.absent).then_some(if self.raises { PortEnd::Interrupt } else { PortEnd::Nothing })
     }
 
-    fn interrupted(&mut self) -> Option<End> {
+    fn interrupted(&mut self, _interrupts: Interrupts) -> Option<End> {
         self.late.then_some(End::Time)
     }
 }
@@ -43,14 +41,21 @@ pub(super) struct Guest {
     pub(super) ram: GuestRam,
     pub(super) cpu: Cpu,
     pub(super) ports: FakePorts,
+    pub(super) limits: Limits,
     blocks: Blocks,
 }
 
 impl Guest {
     pub(super) fn new(code: &[u8]) -> Self {
-        let cpu = Cpu { regs: [0; 32], rip: CODE, flags: Flags::new(2), bases: [0; 4] };
+        let cpu = Cpu::new([0; 32], CODE, Flags::new(2), [0; 4]);
         let ram = memory(code).expect("memory");
-        let mut guest = Self { ram, cpu, ports: FakePorts::default(), blocks: Blocks::new() };
+        let mut guest = Self {
+            ram,
+            cpu,
+            ports: FakePorts::default(),
+            limits: Limits { most: 4096, alone: 4096 },
+            blocks: Blocks::new(),
+        };
         guest.cpu.regs[4] = STACK;
         guest
     }
@@ -76,6 +81,6 @@ impl Guest {
 
     pub(super) fn run(&mut self) -> (u64, End) {
         let mut mmu = Mmu::new(&self.ram, Paging { root: TABLES, levels: 4, no_execute: true });
-        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, 4096)
+        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, self.limits)
     }
 }

@@ -58,8 +58,8 @@ const fn of(bytes: &'static [u8], extensions: &'static [u8], immediate: Immediat
 }
 
 /// With memory only, with or without LOCK.
-const fn locked(bytes: &'static [u8]) -> Opcode {
-    Opcode { bytes, extensions: &[], immediate: Immediate::None, undefined: 0, memory: true, registers: false }
+const fn locked(bytes: &'static [u8], extensions: &'static [u8], immediate: Immediate, undefined: u64) -> Opcode {
+    Opcode { bytes, extensions, immediate, undefined, memory: true, registers: false }
 }
 
 const fn registers(bytes: &'static [u8], extensions: &'static [u8], immediate: Immediate, undefined: u64) -> Opcode {
@@ -81,10 +81,22 @@ fn opcodes() -> Vec<Opcode> {
         of(&[0x85], &[], None, AF),
         registers(&[0x86], &[], None, 0),
         registers(&[0x87], &[], None, 0),
-        locked(&[0x86]),
-        locked(&[0x87]),
-        locked(&[0x0f, 0xb0]),
-        locked(&[0x0f, 0xb1]),
+        locked(&[0x86], &[], None, 0),
+        locked(&[0x87], &[], None, 0),
+        locked(&[0x0f, 0xb0], &[], None, 0),
+        locked(&[0x0f, 0xb1], &[], None, 0),
+        locked(&[0x0f, 0xc0], &[], None, 0),
+        locked(&[0x0f, 0xc1], &[], None, 0),
+        registers(&[0x0f, 0xc0], &[], None, 0),
+        registers(&[0x0f, 0xc1], &[], None, 0),
+        locked(&[0x80], &[0, 1, 2, 3, 4, 5, 6], Byte, AF),
+        locked(&[0x81], &[0, 1, 2, 3, 4, 5, 6], Word, AF),
+        locked(&[0x83], &[0, 1, 2, 3, 4, 5, 6], Byte, AF),
+        locked(&[0xf6], &[2, 3], None, 0),
+        locked(&[0xf7], &[2, 3], None, 0),
+        locked(&[0xfe], &[0, 1], None, 0),
+        locked(&[0xff], &[0, 1], None, 0),
+        locked(&[0x0f, 0xba], &[5, 6, 7], Byte, BITS),
         of(&[0x88], &[], None, 0),
         of(&[0x89], &[], None, 0),
         of(&[0x8a], &[], None, 0),
@@ -130,6 +142,8 @@ fn opcodes() -> Vec<Opcode> {
     };
     static ALL: [u8; 32] = ARITHMETIC;
     all.extend((0..32).map(|at| of(&ALL[at..=at], &[], None, AF)));
+    // With memory as the destination, but for CMP.
+    all.extend((0..28).filter(|at| at % 4 < 2).map(|at| locked(&ALL[at..=at], &[], None, AF)));
     // CMOVcc and SETcc.
     static CONDITIONAL: [[u8; 2]; 32] = {
         let (mut bytes, mut at) = ([[0x0f, 0]; 32], 0);
@@ -300,7 +314,8 @@ fn compare(cases: u32, seed: u64) {
         state.iter_mut().for_each(|register| *register = random.value());
         state[3] = DATA;
         // So that CMPXCHG is equal at times: the displacement comes last.
-        if !opcode.registers
+        if opcode.bytes[0] == 0x0f
+            && opcode.bytes[1] & 0xfe == 0xb0
             && random.byte().is_multiple_of(2)
             && let Some(disp) = bytes.last_chunk().map(|disp| u32::from_le_bytes(*disp) as usize)
         {

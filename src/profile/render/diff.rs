@@ -41,6 +41,8 @@ pub struct Difference {
     pub vm_exits: Option<Pair>,
     /// Userspace exits before and after.
     pub userspace_exits: Pair,
+    /// Exits that were avoided, before and after, where one of them tells; they are no exits.
+    pub avoided_exits: Option<Pair>,
     /// How long the guest ran, in nanoseconds.
     pub ran_ns: Pair,
     /// What changed, most first; what did not is left out.
@@ -80,9 +82,16 @@ pub fn diff(before: &Profile, after: &Profile) -> Difference {
     Difference {
         vm_exits: both.map(|(before, after)| Pair { before: before.total, after: after.total }),
         userspace_exits: Pair { before: before.userspace_exits.total, after: after.userspace_exits.total },
+        avoided_exits: avoided_exits(before, after),
         ran_ns: Pair { before: before.ran_ns, after: after.ran_ns },
         changes: all,
     }
+}
+
+fn avoided_exits(before: &Profile, after: &Profile) -> Option<Pair> {
+    let total = |profile: &Profile| profile.avoided.as_ref().map(|avoided| avoided.total);
+    let (before, after) = (total(before), total(after));
+    before.or(after).map(|_| Pair { before: before.unwrap_or(0), after: after.unwrap_or(0) })
 }
 
 fn signed(before: u64, after: u64) -> String {
@@ -102,6 +111,9 @@ impl Difference {
             total("VM exits", exits);
         }
         total("userspace exits", self.userspace_exits);
+        if let Some(avoided) = self.avoided_exits {
+            total("exits avoided", avoided);
+        }
         if self.vm_exits.is_none() {
             let _ = writeln!(out, "(VM exits are not in both profiles)");
         }
@@ -149,7 +161,9 @@ mod tests {
             exits.causes[0].count = 301;
             exits.total = 301;
         }
+        after.avoided = None;
         let difference = diff(&before, &after);
+        assert_eq!(difference.avoided_exits, Some(Pair { before: 7_000, after: 0 }));
         let found: Vec<_> = difference.changes.iter().map(|c| (c.sort, c.before, c.after)).collect();
         assert_eq!(found, [("vm", 0, 301), ("vm", 300, 0), ("userspace", 300, 10)]);
         let json = serde_json::to_value(&difference).expect("JSON");

@@ -3,7 +3,7 @@
 use super::rows::{Row, rows};
 use crate::escape::plain as clean;
 use crate::profile::advice::Advice;
-use crate::profile::data::{Exits, Profile};
+use crate::profile::data::{Avoided, Exits, Profile};
 use crate::profile::kinds::ExitClass;
 use crate::profile::mmu_work;
 use crate::profile::units::{float, number, share, time};
@@ -155,6 +155,34 @@ fn cost(profile: &Profile) -> Option<String> {
     Some(format!("by what one exit costs on this host (hwvmm bench exits), about {} of this run", time(all)))
 }
 
+/// What exit clusters have avoided, and why the interpreter stopped.
+fn avoided(out: &mut String, avoided: &Avoided, style: Style) {
+    let title = format!("exits avoided: {}", number(avoided.total));
+    let _ = writeln!(
+        out,
+        "\n{} ({} instructions interpreted in {} clusters; {})",
+        style.bold(&title),
+        number(avoided.instructions),
+        number(avoided.clusters),
+        time(avoided.time_ns)
+    );
+    let _ = writeln!(
+        out,
+        "{}",
+        style.dim(&format!("{:>9} {:>7}  {:<11} {:<24} function", "count", "share", "reason", "what"))
+    );
+    for one in rows(&avoided.causes).iter().take(style.rows) {
+        let cells = cells(&[(&one.reason, 11), (&one.what, 24), (&one.function, 26)]);
+        let _ = writeln!(out, "{:>9} {:>7}  {}", number(one.count), share(one.count, avoided.total), cells.trim_end());
+    }
+    let _ = writeln!(out, "{}", style.dim(&format!("{:>9} {:>7}  {:<11} before", "clusters", "share", "ended by")));
+    for one in avoided.ends.iter().take(style.rows) {
+        let cells = cells(&[(&one.reason, 11), (&one.place(), 51)]);
+        let _ =
+            writeln!(out, "{:>9} {:>7}  {}", number(one.count), share(one.count, avoided.clusters), cells.trim_end());
+    }
+}
+
 /// Renders the profile and the advice as text for a terminal.
 pub(super) fn render(profile: &Profile, advice: &[Advice], style: Style) -> String {
     let mut out = String::new();
@@ -201,6 +229,9 @@ pub(super) fn render(profile: &Profile, advice: &[Advice], style: Style) -> Stri
     let _ = writeln!(out, "\n{} (KVM_RUN returned to hwvmm; {} in its handler)", style.bold(&title), time(handler));
     by_reason(&mut out, exits);
     table(&mut out, exits, style);
+    if let Some(some) = &profile.avoided {
+        avoided(&mut out, some, style);
+    }
     if !advice.is_empty() {
         let _ = writeln!(out, "\n{}", style.bold("what to do:"));
         for (index, one) in advice.iter().enumerate() {
@@ -231,6 +262,7 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("UART 1 0x3f8 write") && text.contains("10.0 µs") && text.contains("50.0 µs"), "{text}");
+        assert!(text.contains("exits avoided: 7,000") && text.contains("console_unlock+0x16"), "{text}");
         assert!(text.lines().all(|line| line.chars().count() <= WIDTH), "{text}");
         assert!(!text.contains('\x1b'), "no colour unless asked for");
         assert!(render(&profile, &[], Style { colour: true, rows: 1 }).contains("\x1b[1m"));
@@ -243,6 +275,8 @@ mod tests {
         profile.end = "\x1b[31m".into();
         profile.userspace_exits.causes[0].function = Some("\x1b[2J".into());
         profile.userspace_exits.causes[0].device = Some("\x1b[2J".into());
+        let avoided = profile.avoided.as_mut().expect("there");
+        (avoided.ends[0].reason, avoided.ends[0].function) = ("\x1b[2J".into(), Some("\x1b[2J".into()));
         assert!(!render(&profile, &[], Style::default()).contains('\x1b'));
     }
 
