@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail where it stands")]
 
+#[path = "suites/full_disk.rs"]
+mod full_disk;
 mod guests;
 mod harness;
 
@@ -545,6 +547,7 @@ const TESTS: &[Test] = &[
     ("baselines_are_written_and_held", baselines_are_written_and_held),
     ("shards_run_all_tests_and_merge", shards_run_all_tests_and_merge),
     ("tests_are_listed_filtered_and_stopped", tests_are_listed_filtered_and_stopped),
+    ("no_space_for_results_is_no_success", full_disk::no_space_for_results_is_no_success),
     ("a_sample_is_written_and_can_be_used", a_sample_is_written_and_can_be_used),
     ("bad_suites_are_refused_with_status_2", bad_suites_are_refused_with_status_2),
     ("a_suite_that_is_ended_ends_its_guests", a_suite_that_is_ended_ends_its_guests),
