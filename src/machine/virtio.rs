@@ -1,10 +1,12 @@
 //! Virtio devices: made from the configuration, put on their transport, connected to KVM.
 
+use super::agent_ports::AGENT_PORTS;
 use super::confine;
 use super::disks::Disks;
 use super::error::MachineError;
 use super::levers::options;
 use super::net::{Card, Passt, card};
+use crate::boot::initramfs::AgentLink;
 use crate::config::{DiskConfig, DiskIo, RunConfig, SEED_ID, Transport, VsockBackend, WriteError};
 use crate::kvm::Vm;
 use crate::measure::record::VirtioQueue;
@@ -20,6 +22,7 @@ use hwvmm_devices::virtio::block::{Block, BlockOptions, Image, IoEngine, WhenFul
 use hwvmm_devices::virtio::fs::{Fs, FsOptions};
 use hwvmm_devices::virtio::mmio::{MmioDevice, REGION_BYTES};
 use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
+use hwvmm_devices::virtio::ports::Ports;
 use hwvmm_devices::virtio::rng::{Rate, Rng};
 use hwvmm_devices::virtio::vsock::{Connector, KernelVsock, Vsock};
 use hwvmm_devices::virtio::{
@@ -198,6 +201,7 @@ impl<'a> VirtioBuilder<'a> {
         connector: Option<&Arc<Connector>>,
         sandbox: &Sandbox,
         disks: Disks,
+        link: AgentLink,
     ) -> Result<(), MachineError> {
         for (index, (disk, image)) in config.disk.iter().zip(disks.images).enumerate() {
             let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
@@ -222,15 +226,22 @@ impl<'a> VirtioBuilder<'a> {
                     Box::new(Vsock::new(vsock.cid, Some(path), Arc::clone(connector))?)
                 }
                 VsockBackend::Streams => {
-                    let connector = connector.ok_or(MachineError::NoConnector)?;
-                    Box::new(Vsock::new(vsock.cid, None, Arc::clone(connector))?)
+                    let connector = Arc::clone(connector.ok_or(MachineError::NoConnector)?);
+                    match link {
+                        AgentLink::Vsock => Box::new(Vsock::new(vsock.cid, None, connector)?),
+                        AgentLink::Ports => Box::new(Ports::new(connector, AGENT_PORTS)),
+                    }
                 }
                 VsockBackend::Vhost => {
                     let device = KernelVsock::new(vsock.cid, &self.memory).map_err(MachineError::VhostVsock)?;
                     Box::new(device)
                 }
             };
-            self.add("vsock".into(), device)?;
+            let name = match link {
+                AgentLink::Vsock => "vsock",
+                AgentLink::Ports => "ports",
+            };
+            self.add(name.into(), device)?;
         }
         for share in &config.share {
             let options = FsOptions {

@@ -19,6 +19,7 @@ use super::features::F_VERSION_1;
 use super::fs::{Fs, FsOptions};
 use super::mock::{Descriptor, Driver, MEMORY_BYTES};
 use super::net::{Net, Stream};
+use super::ports;
 use super::rng::Rng;
 use super::vsock;
 use std::error::Error;
@@ -30,7 +31,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The number of devices that [`drive`] can test.
-pub const DEVICES: u8 = 8;
+pub const DEVICES: u8 = 9;
 
 /// Reads numbers from the input; zeros after its end.
 struct Source<'a>(&'a [u8]);
@@ -82,6 +83,7 @@ pub(super) fn device(kind: u8, folder: &Path) -> Result<Box<dyn VirtioDevice>, B
             Box::new(Net::new([2; 6], vec![Box::new(Stream::new(ours)?)])?)
         }
         5 => Box::new(vsock::mock::device(3, &folder.join("vsock"))?),
+        8 => Box::new(ports::mock::device()?.0),
         6 => Box::new(Balloon::new(1 << 20, FreePageReporting::On)?),
         _ => {
             let shared = folder.join("shared");

@@ -25,6 +25,7 @@ mod notify_coalescer;
 #[cfg(test)]
 mod notify_tests;
 pub mod pci;
+pub mod ports;
 mod queue;
 mod ring_area;
 #[cfg(test)]
