@@ -5,6 +5,8 @@
 
 #[path = "harness/fat.rs"]
 mod fat;
+#[path = "suites/full_disk.rs"]
+mod full_disk;
 mod guests;
 mod harness;
 #[path = "suites/images.rs"]
@@ -151,35 +153,6 @@ fn results_need_a_folder_of_their_own() -> Outcome {
             assert_eq!(out.status.code(), Some(42), "{}", text(&out.stderr));
             assert!(text(&out.stderr).contains(words), "{}", text(&out.stderr));
         }
-    })
-}
-
-/// Results are on a file system with room for this much, from nothing to enough.
-fn a_disk_that_is_full_is_said() -> Outcome {
-    let script = "mkdir -p small && mount -t tmpfs -o size=$1 none small || exit 77; exec \"$0\" test -o small/results";
-    when_it_runs_or(|| {
-        let suite = suite(&[("off", ""), ("reset/other", "status = 32")]);
-        let run = |size: &str| {
-            let program = suite.command(&[]).get_program().to_owned();
-            let mut command = Command::new("unshare");
-            command.args(["--mount", "sh", "-c", script]).arg(program).arg(size).current_dir(suite.path());
-            ENVIRONMENT.iter().for_each(|name| _ = command.env_remove(name));
-            command.stdin(Stdio::null()).output()
-        };
-        match run("1M") {
-            Ok(out) if out.status.code() == Some(0) => {}
-            Ok(out) if out.status.code() == Some(77) || text(&out.stderr).contains("unshare") => {
-                return Outcome::Skipped("no file system can be mounted".into());
-            }
-            out => panic!("{out:?}"),
-        }
-        for size in ["4k", "16k", "32k"] {
-            let out = run(size).expect("started");
-            let (said, errors) = (text(&out.stdout), text(&out.stderr));
-            assert_eq!(out.status.code(), Some(42), "{size}: {said}{errors}");
-            assert!((said + &errors).contains("No space left on device"), "{size}: {errors}");
-        }
-        Outcome::Passed
     })
 }
 
@@ -441,12 +414,12 @@ fn a_file_that_may_not_grow_is_an_error() -> Outcome {
 
 const TESTS: &[Test] = &[
     ("results_need_a_folder_of_their_own", results_need_a_folder_of_their_own),
-    ("a_disk_that_is_full_is_said", a_disk_that_is_full_is_said),
     ("a_hostile_log_stays_in_its_test", a_hostile_log_stays_in_its_test),
     ("the_line_to_run_it_again_does", the_line_to_run_it_again_does),
     ("baselines_are_written_and_held", baselines_are_written_and_held),
     ("shards_run_all_tests_and_merge", shards_run_all_tests_and_merge),
     ("tests_are_listed_filtered_and_stopped", tests_are_listed_filtered_and_stopped),
+    ("no_space_for_results_is_no_success", full_disk::no_space_for_results_is_no_success),
     ("a_sample_is_written_and_can_be_used", a_sample_is_written_and_can_be_used),
     ("bad_suites_are_refused_with_status_2", bad_suites_are_refused_with_status_2),
     ("a_suite_that_is_ended_ends_its_guests", a_suite_that_is_ended_ends_its_guests),

@@ -152,7 +152,8 @@ rust_is_at_least() {
 # The packages that the lab and its guest are made from.
 lab_packages() { need_packages qemu-system-x86 seabios busybox-static cpio; }
 
-# Where the guest's kernel is: another flavour of Debian's beside the usual one, such as HWVMM_GUEST_KERNEL=cloud.
+# Where the guest's kernel is: another flavour of Debian's beside the usual one, such as HWVMM_GUEST_KERNEL=cloud; or `backports`, that of
+# Debian 12's backports (Linux 6.12), whatever this host is.
 HWVMM_GUEST_KERNEL=${HWVMM_GUEST_KERNEL:-}
 HWVMM_KERNEL_DIR=$HWVMM_LAB/kernel${HWVMM_GUEST_KERNEL:+-$HWVMM_GUEST_KERNEL}
 
@@ -165,19 +166,36 @@ guest_kernel() {
 
 have_kernel() { [ -s "$HWVMM_KERNEL_DIR/version" ] && [ -s "$HWVMM_KERNEL_DIR/modules/modules.dep" ]; }
 
+# backports_apt DIR: sets $apt to options with which apt knows Debian 12's backports alone, and keeps what it keeps in DIR.
+backports_apt() {
+    mkdir -p "$1/lists/partial" "$1/cache/archives/partial"
+    echo 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm-backports main' >"$1/list"
+    apt=(-o "Dir::Etc::SourceList=$1/list" -o Dir::Etc::SourceParts=- -o "Dir::State::Lists=$1/lists" -o "Dir::Cache=$1/cache"
+        -o APT::Sandbox::User=root)
+}
+
 fetch_kernel() {
     # By another script, while this one waited.
     if have_kernel; then return 0; fi
     local work package dir=$HWVMM_KERNEL_DIR meta=linux-image-${HWVMM_GUEST_KERNEL:+$HWVMM_GUEST_KERNEL-}amd64
+    local apt=() update=(as_root apt-get -qq update)
     work=$(mktemp -d "$HWVMM_LAB/work/kernel.XXXXXX")
-    package=$(apt-cache depends "$meta" 2>/dev/null | awk '/Depends: linux-image/ {print $2; exit}')
-    if [ -z "$package" ]; then
-        as_root apt-get -qq update
-        package=$(apt-cache depends "$meta" | awk '/Depends: linux-image/ {print $2; exit}')
+    if [ "$HWVMM_GUEST_KERNEL" = backports ]; then
+        meta=linux-image-amd64
+        backports_apt "$work/apt"
+        update=(apt-get "${apt[@]}" -qq update)
     fi
+    # Nothing, where apt has no lists yet.
+    of_meta() { { apt-cache ${apt[@]+"${apt[@]}"} depends "$meta" 2>/dev/null || true; } | awk '/Depends: linux-image/ && !found {print $2; found = 1}'; }
+    package=$(of_meta)
+    if [ -z "$package" ]; then
+        "${update[@]}"
+        package=$(of_meta)
+    fi
+    [ -n "$package" ] || die "apt has no package $meta: check the network and /etc/apt/sources.list"
     say "fetching Debian's kernel: $package (about 70 MB, once)"
-    (cd "$work" && apt-get -qq download "$package" 2>/dev/null) ||
-        { as_root apt-get -qq update; (cd "$work" && apt-get -qq download "$package" 2>/dev/null); } ||
+    download() { (cd "$work" && apt-get ${apt[@]+"${apt[@]}"} -qq download "$package" 2>/dev/null); }
+    download || { "${update[@]}"; download; } ||
         die "cannot download $package with apt-get: check the network and /etc/apt/sources.list"
     dpkg -x "$work"/"$package"_*.deb "$work/root"
     local version=${package#linux-image-}
@@ -198,7 +216,7 @@ guest_modules() {
     cp "$HWVMM_KERNEL_DIR"/modules/modules.{dep,builtin,softdep,order} "$dir/"
     awk -F: '
         { name = $1; sub(/.*\//, "", name); sub(/\.ko.*/, "", name); gsub(/-/, "_", name) }
-        name ~ /^(virtio_pci|virtio_mmio|vmw_vsock_virtio_transport|virtiofs|overlay|virtio_blk|crc32c_generic|ext4)$/ { print $1; n = split($2, need, " "); for (i = 1; i <= n; i++) print need[i] }
+        name ~ /^(virtio_pci|virtio_mmio|vmw_vsock_virtio_transport|virtio_console|virtiofs|overlay|virtio_blk|crc32c_generic|ext4)$/ { print $1; n = split($2, need, " "); for (i = 1; i <= n; i++) print need[i] }
         ' "$dir/modules.dep" | sort -u >"$dir/needed"
     while read -r path; do
         mkdir -p "$dir/${path%/*}"

@@ -145,7 +145,7 @@ lab_initramfs() {
     guest_initramfs
     guest_vmlinux
     initramfs "$HWVMM_LAB/l1-base.cpio" fill_lab "$HWVMM_ROOT/scripts/in-lab/init" "$HWVMM_LAB/guest/initramfs.cpio.gz" \
-        "$HWVMM_LAB/kernel/version"
+        "$HWVMM_LAB/kernel/version" guest_modules
 }
 fill_lab() {
     local module file
@@ -160,4 +160,6 @@ fill_lab() {
     add_modules "$1/devices" tun vhost_net vhost_vsock loop
     install -m 755 "$HWVMM_ROOT/scripts/in-lab/init" "$1/init"
     install -m 644 "$HWVMM_LAB/kernel/vmlinuz" "$HWVMM_LAB/kernel/vmlinux" "$HWVMM_LAB/guest/initramfs.cpio.gz" "$1/guest/"
+    # Beside the kernel, where `hwvmm run /guest/vmlinuz -- COMMAND` looks for them.
+    HWVMM_KERNEL_DIR=$HWVMM_LAB/kernel guest_modules "$1/guest/modules"
 }

@@ -7,9 +7,10 @@
 #   verdict "a name" STATUS [WHY]          # passed where STATUS is 0
 #   hold "what" VALUE BOUND                # passed where VALUE is a number not above BOUND
 #   ok "a name"; failed "a name" WHY; skipped "a name" WHY
+#   flaky "a name" WHY                     # passed, but only when it was tried again
 #   results_end                            # "N passed, N failed, N skipped"; returns 0 where nothing failed
 #
-# scripts/test adds up the last lines, and repeats the lines of checks that were skipped.
+# scripts/test adds up the last lines, and repeats the lines of checks that were skipped or flaky.
 # shellcheck shell=dash
 
 results_begin() {
@@ -33,6 +34,11 @@ failed() {
 skipped() {
     results_skipped=$((results_skipped + 1))
     printf '%sskipped %s%s\n' "$results_prefix" "$1" "${2:+: $2}"
+}
+
+flaky() {
+    results_passed=$((results_passed + 1))
+    printf '%sflaky   %s%s\n' "$results_prefix" "$1" "${2:+: $2}"
 }
 
 verdict() {

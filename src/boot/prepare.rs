@@ -77,6 +77,18 @@ pub struct Prepared {
     pub(super) initrd: Option<InitrdFile>,
 }
 
+impl Prepared {
+    /// The kernel as an ELF file; `None` where the guest unpacks it.
+    #[must_use]
+    pub fn vmlinux<'a>(&'a self, kernel: &'a KernelFile) -> Option<&'a File> {
+        match (&self.unpacked, kernel.format()) {
+            (Some(unpacked), _) => Some(&unpacked.file),
+            (None, KernelFormat::Elf(_)) => Some(kernel.file()),
+            (None, KernelFormat::BzImage(_) | KernelFormat::Multiboot(_)) => None,
+        }
+    }
+}
+
 /// A kernel that was unpacked from a bzImage.
 pub(super) struct UnpackedKernel {
     pub(super) file: File,

@@ -4,12 +4,12 @@ use super::drivers::drivers;
 use super::image::DiskParts;
 use crate::boot::image::{Root, RootUser};
 use crate::boot::initramfs::{
-    self, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest, Instructions, ModuleSource, Put,
-    TerminalSize, Variable, WritableShare,
+    self, AgentLink, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest, Instructions, ModuleSource,
+    Put, TerminalSize, Variable, WritableShare,
 };
 use crate::boot::{self, KernelFile};
 use crate::bounded_read::{ReadError, read_text};
-use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, UserChoice, rw_tag};
+use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, UserChoice, VsockBackend, rw_tag};
 use crate::escape::escape;
 use hwvmm_devices::path_text::PathText as _;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -88,6 +88,8 @@ pub(super) struct CommandInitramfs {
     pub(super) file: File,
     /// If the agent fails: what may have been missing.
     pub(super) hint: Option<String>,
+    /// What the agent reaches the host by, where the kernel's modules say that.
+    pub(super) link: Option<AgentLink>,
 }
 
 /// Makes the initramfs for the command of `config`; `parts` is what it has from disks, and `terminal` is the size of the user's, if the
@@ -109,6 +111,7 @@ pub(super) fn make(
             None => ModuleSource::Host(config.modules.as_deref()),
         },
         drivers: &drivers(config),
+        other_link: other_link(config),
         instructions: &instructions,
         put: &put,
         isolation: boot::isolation(config.sandbox),
@@ -120,7 +123,13 @@ pub(super) fn make(
     // scripts/check-figures reads the time.
     let ms = began.elapsed().as_secs_f64() * 1e3;
     log::info!("initramfs: {} bytes in {ms:.1} ms; modules: {} from {from}", made.archive.len(), made.modules.len());
-    Ok(CommandInitramfs { file, hint: hint(&made, kernel, parts) })
+    Ok(CommandInitramfs { file, hint: hint(&made, kernel, parts), link: made.link })
+}
+
+/// What the agent may use in place of vsock. A user who asks for a vsock device has a kernel with vsock.
+pub(super) fn other_link(config: &RunConfig) -> Option<AgentLink> {
+    let own = config.vsock.as_ref().is_some_and(|vsock| vsock.backend == VsockBackend::Streams);
+    own.then_some(AgentLink::Ports)
 }
 
 /// What to do about a driver that is missing.

@@ -3,7 +3,7 @@
 use super::command::{self, CommandError};
 use super::image::{DiskParts, FromImage};
 use crate::boot::cache::Cache;
-use crate::boot::initramfs::TerminalSize;
+use crate::boot::initramfs::{AgentLink, TerminalSize};
 use crate::boot::{self, InitrdSource, KernelError, KernelFile, Prepared};
 use crate::config::RunConfig;
 use crate::exit::EndReason;
@@ -21,6 +21,9 @@ pub enum FilesError {
     /// The initramfs of the command.
     #[error(transparent)]
     Command(#[from] CommandError),
+    /// The kernel's drivers.
+    #[error("cannot search the kernel for its drivers")]
+    Search(#[source] io::Error),
     /// The state of a snapshot.
     #[error(transparent)]
     Snapshot(#[from] FolderError),
@@ -56,6 +59,8 @@ pub struct Files {
     pub(super) cmdline: Option<String>,
     /// If the agent of a command fails: what may have been missing.
     hint: Option<String>,
+    /// What the agent of a command reaches the host by.
+    pub(super) link: AgentLink,
 }
 
 impl Files {
@@ -71,7 +76,7 @@ impl Files {
         };
         let prepared = prepare(config, &image.kernel, initrd, progress)?;
         let source = Source::Kernel { kernel: image.kernel, prepared };
-        Ok(Self { source, cmdline: Some(image.cmdline), hint: None })
+        Ok(Self { source, cmdline: Some(image.cmdline), hint: None, link: AgentLink::default() })
     }
 
     /// Unpacks `kernel`, or finds it in the cache, and opens and unpacks the initrd of `config`, or makes the one of its command,
@@ -93,8 +98,12 @@ impl Files {
             None => config.initrd.as_deref().map(InitrdSource::Path),
         };
         let prepared = prepare(config, &kernel, initrd, progress)?;
+        let link = match &made {
+            Some(made) => made.link.map_or_else(|| link_of(config, &kernel, &prepared), Ok)?,
+            None => AgentLink::default(),
+        };
         let source = Source::Kernel { kernel, prepared };
-        Ok(Self { source, cmdline: None, hint: made.and_then(|made| made.hint) })
+        Ok(Self { source, cmdline: None, hint: made.and_then(|made| made.hint), link })
     }
 
     /// Reads the state of a snapshot.
@@ -103,7 +112,12 @@ impl Files {
     /// [`FilesError`].
     pub fn of_snapshot(snapshot: &Opened) -> Result<Self, FilesError> {
         let memory = snapshot.memory().try_clone().map_err(FilesError::Memory)?;
-        Ok(Self { source: Source::Snapshot { state: snapshot.state()?, memory }, cmdline: None, hint: None })
+        Ok(Self {
+            source: Source::Snapshot { state: snapshot.state()?, memory },
+            cmdline: None,
+            hint: None,
+            link: AgentLink::default(),
+        })
     }
 
     /// Returns true if the guest is a multiboot kernel that is booted.
@@ -120,6 +134,14 @@ impl Files {
             (EndReason::NoCommand(None), Some(hint)) => EndReason::NoCommand(Some(hint.clone())),
             (end, _) => end,
         }
+    }
+}
+
+/// What the agent reaches the host by, as the kernel itself says: no list of its modules was found.
+fn link_of(config: &RunConfig, kernel: &KernelFile, prepared: &Prepared) -> Result<AgentLink, FilesError> {
+    match (command::other_link(config), prepared.vmlinux(kernel)) {
+        (Some(_), Some(vmlinux)) => AgentLink::of_vmlinux(vmlinux).map_err(FilesError::Search),
+        _ => Ok(AgentLink::Vsock),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The composition root: makes a machine out of a configuration, and runs it.
 
+mod agent_ports;
 mod command;
 mod confine;
 mod devices;
@@ -21,6 +22,7 @@ mod setup;
 mod testdev;
 mod virtio;
 
+pub use agent_ports::FIRST_AGENT_PORT;
 pub use disks::{Disks, detect_disk_formats, is_disk_image};
 pub use error::MachineError;
 pub use files::{Files, FilesError};
@@ -135,7 +137,7 @@ impl Machine {
             testdev::add(config, &vm, &ram, &mut devices.pio, &mut mmio)?;
         }
         let mut builder = VirtioBuilder::new(&vm, &ram, &layout, config, &mut mmio);
-        builder.add_configured(config, setup.connector.as_ref(), &setup.sandbox, disks)?;
+        builder.add_configured(config, setup.connector.as_ref(), &setup.sandbox, disks, setup.files.link)?;
         devices.add_virtio_console(setup, &control, &mut builder)?;
         let balloon = builder.balloon.take();
         let passt = std::mem::take(&mut builder.passt);

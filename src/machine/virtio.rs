@@ -1,5 +1,6 @@
 //! Virtio devices: made from the configuration, put on their transport, connected to KVM.
 
+use super::agent_ports::AGENT_PORTS;
 use super::confine;
 use super::disks::{Disks, disk_name};
 use super::error::MachineError;
@@ -7,6 +8,7 @@ use super::files::Source;
 use super::levers::options;
 use super::net::{Card, Passt, card};
 use super::paused::{PciBus, VirtioDevices, VirtioHandle};
+use crate::boot::initramfs::AgentLink;
 use crate::config::{DiskConfig, DiskIo, RunConfig, SEED_ID, Transport, VsockBackend, WriteError};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
@@ -23,6 +25,7 @@ use hwvmm_devices::virtio::block::{Block, BlockOptions, Image, IoEngine, WhenFul
 use hwvmm_devices::virtio::fs::{Fs, FsOptions};
 use hwvmm_devices::virtio::mmio::{MmioDevice, REGION_BYTES};
 use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
+use hwvmm_devices::virtio::ports::Ports;
 use hwvmm_devices::virtio::rng::{Rate, Rng};
 use hwvmm_devices::virtio::vsock::{Connector, KernelVsock, Vsock};
 use hwvmm_devices::virtio::{Doorbell, TransportOptions, VirtioDevice, VirtioTransport};
@@ -182,6 +185,7 @@ impl<'a> VirtioBuilder<'a> {
         connector: Option<&Arc<Connector>>,
         sandbox: &Sandbox,
         disks: Disks,
+        link: AgentLink,
     ) -> Result<(), MachineError> {
         for (index, (disk, image)) in config.disk.iter().zip(disks.images).enumerate() {
             self.add(disk_name(index, disk), Box::new(block(disk, image)?))?;
@@ -205,15 +209,22 @@ impl<'a> VirtioBuilder<'a> {
                     Box::new(Vsock::new(vsock.cid, Some(path), Arc::clone(connector))?)
                 }
                 VsockBackend::Streams => {
-                    let connector = connector.ok_or(MachineError::NoConnector)?;
-                    Box::new(Vsock::new(vsock.cid, None, Arc::clone(connector))?)
+                    let connector = Arc::clone(connector.ok_or(MachineError::NoConnector)?);
+                    match link {
+                        AgentLink::Vsock => Box::new(Vsock::new(vsock.cid, None, connector)?),
+                        AgentLink::Ports => Box::new(Ports::new(connector, AGENT_PORTS)),
+                    }
                 }
                 VsockBackend::Vhost => {
                     let device = KernelVsock::new(vsock.cid, &self.memory).map_err(MachineError::VhostVsock)?;
                     Box::new(device)
                 }
             };
-            self.add("vsock".into(), device)?;
+            let name = match link {
+                AgentLink::Vsock => "vsock",
+                AgentLink::Ports => "ports",
+            };
+            self.add(name.into(), device)?;
         }
         for share in &config.share {
             let options = FsOptions {

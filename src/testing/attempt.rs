@@ -32,6 +32,9 @@ const LATE: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_secs(25);
 /// How often the user's wish to end the suite, and what the run writes to the kernel's log, are looked for.
 const LOOK: Duration = Duration::from_millis(20);
+/// The longest that a panic may go unnoticed behind its last line.
+const PANIC_KNOWN: Duration = Duration::from_millis(100);
+const _: () = assert!(PANIC_QUIET.as_millis() + LOOK.as_millis() <= PANIC_KNOWN.as_millis());
 /// Bytes that are read at once.
 const READ_BYTES: usize = 64 << 10;
 /// Bytes of hwvmm's messages that are kept.

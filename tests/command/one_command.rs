@@ -5,6 +5,7 @@ use crate::guests;
 use crate::harness::{Outcome, Test};
 use crate::{folder, hwvmm, kernel, text, when_it_runs};
 use std::fs;
+use std::path::Path;
 use std::process::Output;
 
 struct Run {
@@ -169,6 +170,27 @@ fn options_that_do_not_fit_are_refused() -> Outcome {
     Outcome::Passed
 }
 
+/// What this host has is told by the kernel's list of modules, and not by hwvmm's.
+fn hardware_is_required() -> Outcome {
+    when_it_runs(|| {
+        let has_hardware = ["kvm_amd", "kvm_intel"].iter().any(|module| Path::new("/sys/module").join(module).exists());
+        let path = kernel("require-hardware", guests::power_off());
+        let run = |options: &[&str]| {
+            let out = hwvmm().args(["run", "-m", "16M", "--timeout", "10s"]).args(options).arg(&path).output();
+            let out = out.expect("started");
+            (out.status.code(), text(&out.stdout), text(&out.stderr))
+        };
+        let (status, said, errors) = run(&["--require", "hardware"]);
+        if has_hardware {
+            assert_eq!((status, said.as_str()), (Some(0), "hello\n"), "{errors}");
+        } else {
+            assert_eq!((status, said.as_str()), (Some(42), ""), "the guest ran: {errors}");
+            assert!(errors.contains("--require hardware: this host has "), "{errors}");
+        }
+        assert_eq!(run(&[]).0, Some(0), "it runs without the option");
+    })
+}
+
 pub(super) const TESTS: &[Test] = &[
     ("a_command_ends_with_its_status", a_command_ends_with_its_status),
     ("a_signal_is_128_and_its_number", a_signal_is_128_and_its_number),
@@ -179,5 +201,6 @@ pub(super) const TESTS: &[Test] = &[
     ("the_log_of_a_guest_has_no_escape_sequences", the_log_of_a_guest_has_no_escape_sequences),
     ("the_machine_has_neither_stdin_nor_stdout", the_machine_has_neither_stdin_nor_stdout),
     ("a_run_that_does_not_start_has_a_status_file", a_run_that_does_not_start_has_a_status_file),
+    ("hardware_is_required", hardware_is_required),
     ("options_that_do_not_fit_are_refused", options_that_do_not_fit_are_refused),
 ];

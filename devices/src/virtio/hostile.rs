@@ -19,6 +19,7 @@ use super::features::F_VERSION_1;
 use super::fs::{Fs, FsOptions};
 use super::mock::{Descriptor, Driver, MEMORY_BYTES};
 use super::net::{Net, Stream};
+use super::ports;
 use super::rng::Rng;
 use super::saved::PauseError;
 use super::transport::VirtioTransport;
@@ -33,7 +34,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The number of devices that [`drive`] can test.
-pub const DEVICES: u8 = 8;
+pub const DEVICES: u8 = 9;
 
 /// How long a pause may take.
 const PAUSE: Duration = Duration::from_secs(10);
@@ -88,6 +89,7 @@ pub(super) fn device(kind: u8, folder: &Path) -> Result<Box<dyn VirtioDevice>, B
             Box::new(Net::new([2; 6], vec![Box::new(Stream::new(ours)?)])?)
         }
         5 => Box::new(vsock::mock::device(3, &folder.join("vsock"))?),
+        8 => Box::new(ports::mock::device()?.0),
         6 => Box::new(Balloon::new(1 << 20, FreePageReporting::On)?),
         _ => {
             let shared = folder.join("shared");

@@ -27,6 +27,7 @@ mod notify_tests;
 #[cfg(test)]
 mod pause_tests;
 pub mod pci;
+pub mod ports;
 mod position;
 mod queue;
 mod ring_area;

@@ -1,5 +1,5 @@
 //! The /init of a guest that runs one command. hwvmm puts it into the initramfs that it makes, with the kernel modules that the
-//! guest needs and `/hwvmm/instructions`. It mounts the root, connects the command's streams to the host by vsock, runs the
+//! guest needs and `/hwvmm/instructions`. It mounts the root, connects the command's streams to the host by vsock or a console's ports, runs the
 //! command, and reports its status by a write to an I/O port, which needs no driver.
 //!
 //! It waits in poll(2) and wait4(2) only: an idle command causes no VM exits.
@@ -7,6 +7,7 @@
 mod command;
 mod control;
 mod instructions;
+mod ports;
 mod report;
 mod root;
 mod session;
@@ -43,8 +44,8 @@ fn run(reporter: &mut Reporter) -> Result<End, Failure> {
     let instructions = Instructions::parse(&bytes).map_err(|error| Stage::Instructions.failed(INSTRUCTIONS, error))?;
     reporter.open(instructions.ports.as_deref());
     root::load_modules(&instructions.modules)?;
-    let sockets = transport::connect(&instructions)?;
-    let control = reporter.control(sockets.control)?;
+    let connections = transport::connect(&instructions)?;
+    let control = reporter.control(connections.control)?;
     root::enter(&instructions)?;
-    session::run(&instructions, sockets.streams, control, reporter)
+    session::run(&instructions, connections.streams, control, reporter)
 }

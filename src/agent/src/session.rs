@@ -5,7 +5,7 @@ use crate::control::{End, FromHost, Lines, ToHost};
 use crate::instructions::{Instructions, Window};
 use crate::report::{Failure, Reporter, Stage, kernel_log};
 use crate::streams::{Kind, Progress, Pump, Side, timespec};
-use crate::transport::StreamSockets;
+use crate::transport::{self, Connection};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -24,14 +24,14 @@ const QUIET: Duration = Duration::from_millis(200);
 /// Runs the command, and returns when all that it wrote has reached the host.
 pub(crate) fn run(
     instructions: &Instructions,
-    sockets: StreamSockets,
+    connections: transport::Streams,
     control: Rc<OwnedFd>,
     reporter: &Reporter,
 ) -> Result<End, Failure> {
     let io = |error: Errno| Stage::Streams.failed("the command's streams", error);
     let (stdios, pumps, terminal) = match instructions.terminal {
-        Some(window) => on_terminal(sockets, window)?,
-        None => on_pipes(sockets).map_err(io)?,
+        Some(window) => on_terminal(connections, window)?,
+        None => on_pipes(connections).map_err(io)?,
     };
     reporter.say(&ToHost::Started).map_err(|error| Stage::Connect.failed("control", error))?;
     let command = command::start(instructions, stdios)?;
@@ -45,22 +45,27 @@ pub(crate) fn run(
     Ok(end)
 }
 
+/// The host's side of a stream.
+fn host(connection: Connection) -> Result<Side, Errno> {
+    Side::new(connection.file, connection.kind)
+}
+
 type Streams = (Stdios, Vec<Pump>, Option<OwnedFd>);
 
-fn on_pipes(sockets: StreamSockets) -> Result<Streams, Errno> {
+fn on_pipes(connections: transport::Streams) -> Result<Streams, Errno> {
     let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
     let ((stdin, to_stdin), (from_stdout, stdout), (from_stderr, stderr)) = (pipe()?, pipe()?, pipe()?);
     let mut pumps = vec![
-        Pump::new(Side::new(sockets.stdin, Kind::Socket)?, Side::new(to_stdin, Kind::Pipe)?),
-        Pump::new(Side::new(from_stdout, Kind::Pipe)?, Side::new(sockets.stdout, Kind::Socket)?),
+        Pump::new(host(connections.stdin)?, Side::new(to_stdin, Kind::Pipe)?),
+        Pump::new(Side::new(from_stdout, Kind::Pipe)?, host(connections.stdout)?),
     ];
-    if let Some(socket) = sockets.stderr {
-        pumps.push(Pump::new(Side::new(from_stderr, Kind::Pipe)?, Side::new(socket, Kind::Socket)?));
+    if let Some(connection) = connections.stderr {
+        pumps.push(Pump::new(Side::new(from_stderr, Kind::Pipe)?, host(connection)?));
     }
     Ok((Stdios { stdin, stdout, stderr }, pumps, None))
 }
 
-fn on_terminal(sockets: StreamSockets, window: Window) -> Result<Streams, Failure> {
+fn on_terminal(connections: transport::Streams, window: Window) -> Result<Streams, Failure> {
     let failed = |error: Errno| Stage::Terminal.failed("/dev/ptmx", error);
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = rustix::pty::openpt(flags).map_err(failed)?;
@@ -72,11 +77,10 @@ fn on_terminal(sockets: StreamSockets, window: Window) -> Result<Streams, Failur
         Stdios { stdin: open().map_err(failed)?, stdout: open().map_err(failed)?, stderr: open().map_err(failed)? };
     set_window(&master, window);
     let copy = || rustix::io::fcntl_dupfd_cloexec(&master, 3);
-    let side = |file, kind| Side::new(file, kind).map_err(failed);
-    let pumps = vec![
-        Pump::new(side(sockets.stdin, Kind::Socket)?, side(copy().map_err(failed)?, Kind::Pipe)?),
-        Pump::new(side(copy().map_err(failed)?, Kind::Pipe)?, side(sockets.stdout, Kind::Socket)?),
-    ];
+    let pty = || Side::new(copy()?, Kind::Pipe);
+    let pumps =
+        (|| Ok(vec![Pump::new(host(connections.stdin)?, pty()?), Pump::new(pty()?, host(connections.stdout)?)]))()
+            .map_err(failed)?;
     Ok((stdios, pumps, Some(master)))
 }
 

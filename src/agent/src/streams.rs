@@ -1,5 +1,7 @@
 //! Bytes on their way between the command and the host.
 
+use crate::ports::PortDevice;
+use crate::report::kernel_log;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, read, write};
 use rustix::net::{Shutdown, shutdown};
@@ -10,12 +12,14 @@ use std::time::{Duration, Instant};
 const BUFFER_BYTES: usize = 64 << 10;
 
 /// What a descriptor is, which says how its end is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Kind {
     /// Closed at its end.
     Pipe,
     /// Shut down at its end, and kept until the host has answered.
     Socket,
+    /// Closed at its end, which the host is told, and opened again to see the host's answer.
+    Port(PortDevice),
 }
 
 /// One end of a [`Pump`].
@@ -33,8 +37,15 @@ impl Side {
     }
 
     fn end(&mut self, how: Shutdown) {
-        match self.kind {
+        match &self.kind {
             Kind::Pipe => self.file = None,
+            Kind::Port(port) => {
+                // Before it is opened again: a port has one user.
+                self.file = None;
+                if how == Shutdown::Write {
+                    self.file = port.open().inspect_err(|error| kernel_log(&format!("a port's end: {error}"))).ok();
+                }
+            }
             Kind::Socket => {
                 if let Some(file) = &self.file {
                     // The host may have closed it already.

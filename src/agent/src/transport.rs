@@ -1,7 +1,9 @@
-//! The connections to the host: vsock, or Unix sockets in tests.
+//! The connections to the host: vsock; ports of a virtio console, where the kernel has no vsock; Unix sockets in tests.
 
 use crate::instructions::Instructions;
+use crate::ports::{self, Ports};
 use crate::report::{Failure, Stage};
+use crate::streams::Kind;
 use rustix::io::Errno;
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::io;
@@ -12,42 +14,75 @@ const HOST_CID: u32 = 2;
 /// The port of the control stream. Stdin, stdout and stderr are at the next three.
 const FIRST_PORT: u32 = 0x6877_0000;
 
+/// One connection.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) file: OwnedFd,
+    /// How its end is told.
+    pub(crate) kind: Kind,
+}
+
 /// The command's streams.
 #[derive(Debug)]
-pub(crate) struct StreamSockets {
-    pub(crate) stdin: OwnedFd,
-    pub(crate) stdout: OwnedFd,
+pub(crate) struct Streams {
+    pub(crate) stdin: Connection,
+    pub(crate) stdout: Connection,
     /// None with a terminal.
-    pub(crate) stderr: Option<OwnedFd>,
+    pub(crate) stderr: Option<Connection>,
 }
 
 /// All connections.
 #[derive(Debug)]
-pub(crate) struct Sockets {
+pub(crate) struct Connections {
     pub(crate) control: OwnedFd,
-    pub(crate) streams: StreamSockets,
+    pub(crate) streams: Streams,
 }
 
-/// Connects all streams. The kernel gives up each connection after 2 s (`VSOCK_DEFAULT_CONNECT_TIMEOUT`).
-pub(crate) fn connect(instructions: &Instructions) -> Result<Sockets, Failure> {
-    let one = |name: &str, offset: u32| {
-        let port = FIRST_PORT + offset;
-        open(instructions, port).map_err(|error| {
-            let option = match error.raw_os_error().map(Errno::from_raw_os_error) {
-                Some(Errno::AFNOSUPPORT | Errno::NODEV) => {
-                    " (the kernel has no driver for it: CONFIG_VSOCKETS and CONFIG_VIRTIO_VSOCKETS)"
-                }
-                _ => "",
-            };
-            Stage::Connect
-                .failed(format_args!("vsock port {port:#x} of the host, for {name}"), format_args!("{error}{option}"))
-        })
+/// Connects all streams: by vsock, whose connections the kernel gives up after 2 s (`VSOCK_DEFAULT_CONNECT_TIMEOUT`), or by the console's
+/// ports where the kernel has no driver for vsock, or the machine no such device.
+pub(crate) fn connect(instructions: &Instructions) -> Result<Connections, Failure> {
+    let socket = |name: &'static str, offset: u32| {
+        open(instructions, FIRST_PORT + offset)
+            .map(|file| Connection { file, kind: Kind::Socket })
+            .map_err(|error| (name, offset, error))
     };
-    let control = one("control", 0)?;
+    let ports = match socket("control", 0) {
+        Ok(control) => {
+            return all(instructions, control, socket).map_err(|(name, offset, error)| vsock_failed(name, offset, error));
+        }
+        Err((name, offset, error)) => match error.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::AFNOSUPPORT | Errno::NODEV) => Ports::find().map_err(|missing| {
+                let what = format_args!("vsock port {:#x} of the host, for {name}", FIRST_PORT + offset);
+                Stage::Connect.failed(
+                    what,
+                    format_args!("{error} (the kernel has no driver for it: CONFIG_VSOCKETS and CONFIG_VIRTIO_VSOCKETS); {missing}"),
+                )
+            })?,
+            _ => return Err(vsock_failed(name, offset, error)),
+        },
+    };
+    let port = |name: &'static str, _| ports.open(name).map_err(|error| (name, error));
+    let failed = |(name, error): (&str, ports::PortError)| {
+        Stage::Connect.failed(format_args!("the console's port for {name}"), error)
+    };
+    let control = port("control", 0).map_err(failed)?;
+    all(instructions, control, port).map_err(failed)
+}
+
+/// The connections beside `control`, each made by `one`, which is given its name and how far it is behind the first port.
+fn all<E>(
+    instructions: &Instructions,
+    control: Connection,
+    one: impl Fn(&'static str, u32) -> Result<Connection, E>,
+) -> Result<Connections, E> {
     let stdin = one("stdin", 1)?;
     let stdout = one("stdout", 2)?;
     let stderr = if instructions.terminal.is_some() { None } else { Some(one("stderr", 3)?) };
-    Ok(Sockets { control, streams: StreamSockets { stdin, stdout, stderr } })
+    Ok(Connections { control: control.file, streams: Streams { stdin, stdout, stderr } })
+}
+
+fn vsock_failed(name: &str, offset: u32, error: io::Error) -> Failure {
+    Stage::Connect.failed(format_args!("vsock port {:#x} of the host, for {name}", FIRST_PORT + offset), error)
 }
 
 fn open(instructions: &Instructions, port: u32) -> io::Result<OwnedFd> {

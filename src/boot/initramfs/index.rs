@@ -15,6 +15,8 @@ pub enum Driver {
     VirtioPci,
     /// Sockets to the host: the command's streams.
     Vsock,
+    /// Ports to the host, which can have the command's streams in place of sockets.
+    VirtioConsole,
     /// Folders of the host.
     Virtiofs,
     /// Takes what is written to a read-only root.
@@ -36,6 +38,7 @@ impl Driver {
             Self::VirtioMmio => "virtio_mmio",
             Self::VirtioPci => "virtio_pci",
             Self::Vsock => "vmw_vsock_virtio_transport",
+            Self::VirtioConsole => "virtio_console",
             Self::Virtiofs => "virtiofs",
             Self::Overlay => "overlay",
             Self::VirtioBlk => "virtio_blk",
@@ -51,6 +54,7 @@ impl Driver {
             Self::VirtioMmio => "CONFIG_VIRTIO_MMIO",
             Self::VirtioPci => "CONFIG_VIRTIO_PCI",
             Self::Vsock => "CONFIG_VIRTIO_VSOCKETS",
+            Self::VirtioConsole => "CONFIG_VIRTIO_CONSOLE",
             Self::Virtiofs => "CONFIG_VIRTIO_FS",
             Self::Overlay => "CONFIG_OVERLAY_FS",
             Self::VirtioBlk => "CONFIG_VIRTIO_BLK",

@@ -5,6 +5,7 @@ mod cpio;
 mod error;
 mod index;
 mod instructions;
+mod link;
 mod modules;
 mod put;
 mod release;
@@ -13,6 +14,7 @@ pub use cpio::{Archive, CpioError, DeviceNumber};
 pub use error::InitramfsError;
 pub use index::{Driver, IndexError, IndexFiles, ModuleIndex};
 pub use instructions::{GuestRoot, GuestUser, Instructions, TerminalSize, Variable, WritableShare};
+pub use link::AgentLink;
 pub use modules::{CopiedModule, CopiedModules, ModulesError, Places};
 pub use put::Put;
 pub use release::kernel_release;
@@ -40,8 +42,10 @@ pub struct InitramfsRequest<'a> {
     pub kernel: &'a KernelFile,
     /// Where its modules are.
     pub modules: ModuleSource<'a>,
-    /// The drivers that the guest needs, in the order in which they are loaded.
+    /// The drivers that the guest needs, in the order in which they are loaded. Vsock is among them.
     pub drivers: &'a [Driver],
+    /// What the agent may use where the kernel has no vsock.
+    pub other_link: Option<AgentLink>,
     /// What the agent is to do.
     pub instructions: &'a Instructions,
     /// Files of the host that the initramfs has.
@@ -59,6 +63,8 @@ pub struct Initramfs {
     pub modules_folder: Option<PathBuf>,
     /// The modules' names, in the order in which they are loaded.
     pub modules: Vec<String>,
+    /// What the agent reaches the host by, as the kernel's list of modules says; `None` where there is no list.
+    pub link: Option<AgentLink>,
 }
 
 /// Makes the initramfs.
@@ -72,7 +78,7 @@ pub fn build(request: &InitramfsRequest<'_>) -> Result<Initramfs, InitramfsError
     let found = match (release, request.modules) {
         (Some(release), ModuleSource::Host(given)) => {
             let places = Places { kernel: kernel.path(), given };
-            modules::find(places, &release, request.drivers, request.isolation)?
+            modules::find(places, &release, request.drivers, request.other_link, request.isolation)?
         }
         (_, ModuleSource::Copied(copied)) => modules::of_copies(copied, request.isolation)?,
         (None, ModuleSource::Host(Some(_))) => return Err(InitramfsError::NoRelease(kernel.path().to_owned())),
@@ -90,5 +96,5 @@ pub fn build(request: &InitramfsRequest<'_>) -> Result<Initramfs, InitramfsError
         archive.file(&Path::new("/hwvmm/modules").join(&module.name), 0o600, &module.bytes)?;
     }
     put::all(&mut archive, request.put)?;
-    Ok(Initramfs { archive: archive.finish()?, modules_folder: found.folder, modules: names })
+    Ok(Initramfs { archive: archive.finish()?, modules_folder: found.folder, modules: names, link: found.link })
 }

@@ -1,6 +1,7 @@
 //! The modules of a kernel: where they are on the host, and their contents.
 
 use super::index::{Driver, IndexError, IndexFiles, ModuleIndex};
+use super::link::AgentLink;
 use crate::boot::unpack::{Content, FailedTask, Job, Limits, Task, UnpackError, run_all};
 use crate::bounded_read::{OpenError, ReadError, open_regular, path_of};
 use crate::sandbox::Isolation;
@@ -99,6 +100,8 @@ pub(super) struct Modules {
     pub(super) folder: Option<PathBuf>,
     /// In the order in which they are to be loaded.
     pub(super) modules: Vec<Module>,
+    /// What the agent reaches the host by; `None` where no modules were found.
+    pub(super) link: Option<AgentLink>,
 }
 
 /// Modules that were copied out of a disk image.
@@ -170,7 +173,27 @@ fn text_if_there(path: &Path) -> Result<String, ModulesError> {
     if path.exists() { text(path) } else { Ok(String::new()) }
 }
 
-/// Finds and reads the modules that `drivers` need.
+/// The paths of the modules that `drivers` need, and what the agent reaches the host by: vsock, or `other` where the kernel has that alone.
+fn resolve<'a>(
+    index: &ModuleIndex<'a>,
+    drivers: &[Driver],
+    other: Option<AgentLink>,
+) -> Result<(Vec<&'a str>, AgentLink), IndexError> {
+    let error = match (index.resolve(drivers), other) {
+        (Err(error @ IndexError::NoDriver(Driver::Vsock)), Some(_)) => error,
+        (resolved, _) => return Ok((resolved?, AgentLink::Vsock)),
+    };
+    let link = other.unwrap_or_default();
+    let drivers: Vec<Driver> =
+        drivers.iter().map(|driver| if *driver == Driver::Vsock { link.driver() } else { *driver }).collect();
+    match index.resolve(&drivers) {
+        // The kernel has neither: vsock is what it should have.
+        Err(IndexError::NoDriver(driver)) if driver == link.driver() => Err(error),
+        resolved => Ok((resolved?, link)),
+    }
+}
+
+/// Finds and reads the modules that `drivers` need, with `other` in place of vsock where the kernel has that alone.
 ///
 /// # Errors
 /// [`ModulesError`].
@@ -178,6 +201,7 @@ pub(super) fn find(
     places: Places<'_>,
     release: &str,
     drivers: &[Driver],
+    other: Option<AgentLink>,
     isolation: Isolation,
 ) -> Result<Modules, ModulesError> {
     let folders = candidates(places, release);
@@ -194,7 +218,8 @@ pub(super) fn find(
     let builtin = text_if_there(&folder.join("modules.builtin"))?;
     let soft = text_if_there(&folder.join("modules.softdep"))?;
     let index = ModuleIndex::parse(IndexFiles { dependencies: &dependencies, builtin: &builtin, soft: &soft });
-    let paths = index.resolve(drivers).map_err(|source| ModulesError::Index { folder: folder.clone(), source })?;
+    let resolved = resolve(&index, drivers, other);
+    let (paths, link) = resolved.map_err(|source| ModulesError::Index { folder: folder.clone(), source })?;
     // Symbolic links to modules of other kernels are usual (weak-modules). One to anything else would give its contents to the guest.
     let homes: Vec<PathBuf> = SYSTEM_FOLDERS
         .iter()
@@ -208,7 +233,7 @@ pub(super) fn find(
         let (file, range) = open(path, &homes)?;
         Opened::new(path, number, file, range)
     })?;
-    Ok(Modules { folder: Some(folder.clone()), modules })
+    Ok(Modules { folder: Some(folder.clone()), modules, link: Some(link) })
 }
 
 /// Reads copies of modules.
@@ -224,7 +249,7 @@ pub(super) fn of_copies(copied: &CopiedModules, isolation: Isolation) -> Result<
         let file = copied.file.try_clone().map_err(|error| failed(&module.path, error))?;
         Opened::new(&module.path, number, file, module.range)
     })?;
-    Ok(Modules { folder: Some(folder.clone()), modules })
+    Ok(Modules { folder: Some(folder.clone()), modules, link: Some(AgentLink::Vsock) })
 }
 
 /// A module's file, open.
@@ -359,7 +384,13 @@ mod tests {
     }
 
     fn look(tree: &Path, given: Option<&Path>, drivers: &[Driver]) -> Result<Modules, ModulesError> {
-        find(Places { kernel: &tree.join("boot/vmlinuz"), given }, "6.1-x", drivers, Isolation::None)
+        find(
+            Places { kernel: &tree.join("boot/vmlinuz"), given },
+            "6.1-x",
+            drivers,
+            Some(AgentLink::Ports),
+            Isolation::None,
+        )
     }
 
     #[test]
@@ -378,6 +409,22 @@ mod tests {
         let error = look(tree.path(), None, &[Driver::Vsock]).expect_err("missing");
         let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
         assert!(source.contains("CONFIG_VIRTIO_VSOCKETS"), "{source}");
+    }
+
+    #[test]
+    fn a_kernel_without_vsock_is_reached_by_its_console() {
+        let drivers = [Driver::VirtioPci, Driver::Vsock];
+        let link = |dependencies: &str, other| {
+            let files = IndexFiles { dependencies, builtin: "kernel/virtio_pci.ko\n", soft: "" };
+            resolve(&ModuleIndex::parse(files), &drivers, other).map(|(paths, link)| (paths.concat(), link))
+        };
+        let (vsock, console) = ("k/vmw_vsock_virtio_transport.ko:\n", "k/virtio_console.ko:\n");
+        let both = vsock.to_owned() + console;
+        let ports = Some(AgentLink::Ports);
+        assert_eq!(link(&both, ports), Ok(("k/vmw_vsock_virtio_transport.ko".into(), AgentLink::Vsock)));
+        assert_eq!(link(console, ports), Ok(("k/virtio_console.ko".into(), AgentLink::Ports)));
+        assert_eq!(link(console, None), Err(IndexError::NoDriver(Driver::Vsock)), "a vsock device was asked for");
+        assert_eq!(link("", ports), Err(IndexError::NoDriver(Driver::Vsock)));
     }
 
     #[test]

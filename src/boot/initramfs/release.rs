@@ -25,7 +25,7 @@ fn release_at(text: &[u8]) -> Option<String> {
 }
 
 /// Reads at `offset` what is there of `buffer`'s size.
-fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+pub(super) fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
         match file.read_at(&mut buffer[filled..], offset + filled as u64) {

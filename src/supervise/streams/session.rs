@@ -5,7 +5,7 @@ use super::pump::{Pump, PumpState};
 use super::stdio::{Direction, private_copy};
 use crate::console::terminal_size;
 use crate::exit::{EndReason, Signal};
-use crate::machine::StopRequest;
+use crate::machine::{FIRST_AGENT_PORT, StopRequest};
 use crate::supervise::signals::Signals;
 use hwvmm_devices::virtio::vsock::JoinedPort;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -17,8 +17,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// The vsock port of the control stream (src/agent/README.md). Those of stdin, stdout and stderr follow.
-const FIRST_PORT: u32 = 0x6877_0000;
 /// How long the guest may go on once its command's status is known: the agent syncs for 5 s at most.
 const GUEST_END: Duration = Duration::from_secs(10);
 /// How long the readers of stdout and stderr may take nothing once the guest is gone.
@@ -55,7 +53,7 @@ impl Ends {
             let (near, far) = UnixStream::pair()?;
             near.set_nonblocking(true)?;
             far.set_nonblocking(true)?;
-            ports.push(JoinedPort { port: FIRST_PORT + offset, socket: far });
+            ports.push(JoinedPort { port: FIRST_AGENT_PORT + offset, socket: far });
             Ok::<_, io::Error>(near)
         };
         let (control, stdin, stdout) = (next(0)?, next(1)?, next(2)?);
@@ -347,7 +345,7 @@ mod tests {
     fn session() -> (Session, UnixStream) {
         let (ends, mut ports) = Ends::new(CommandTerminal::None).expect("sockets");
         let numbers: Vec<u32> = ports.iter().map(|joined| joined.port).collect();
-        assert_eq!(numbers, [FIRST_PORT, FIRST_PORT + 1, FIRST_PORT + 2, FIRST_PORT + 3]);
+        assert_eq!(numbers, [FIRST_AGENT_PORT, FIRST_AGENT_PORT + 1, FIRST_AGENT_PORT + 2, FIRST_AGENT_PORT + 3]);
         let guest = ports.remove(0).socket;
         let session = Session {
             control: Some(ends.control),

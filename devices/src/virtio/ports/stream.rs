@@ -1,0 +1,228 @@
+//! A port: its queues, and the connection behind it.
+
+use super::MAX_CHAIN_BYTES;
+use crate::virtio::queue::Virtqueue;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use std::os::unix::net::UnixStream;
+
+/// Bytes that are moved to the guest at once.
+const READ_BYTES: usize = 16 << 10;
+
+/// Which way the bytes of a port go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    /// From the host: a guest that has closed the port reads no more.
+    ToGuest,
+    /// To the host: a guest that has closed the port has sent all, and the host closes the connection when it has all.
+    FromGuest,
+    /// Both ways.
+    Both,
+}
+
+/// A port of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortSpec {
+    /// The name that the guest sees in /sys/class/virtio-ports/*/name.
+    pub name: &'static str,
+    /// The port of the host that its connection is asked for by, as one of the vsock device's is.
+    pub host_port: u32,
+    /// Which way its bytes go.
+    pub flow: Flow,
+}
+
+/// The connection behind a port.
+#[derive(Debug)]
+enum Connection {
+    /// The guest has not opened the port yet.
+    None,
+    /// It was asked for, by this number.
+    Asked(u32),
+    /// There is one.
+    Open(UnixStream),
+    /// There was one, or none could be had. A port has one connection until the driver resets the device.
+    Over,
+}
+
+/// A port.
+pub(super) struct Stream {
+    pub(super) spec: PortSpec,
+    receive: Virtqueue,
+    transmit: Virtqueue,
+    connection: Connection,
+    /// Bytes of the guest that the connection has not taken, of one chain: at most [`MAX_CHAIN_BYTES`], from `sent` on.
+    held: Vec<u8>,
+    sent: usize,
+    /// The guest has closed the port, and sends no more.
+    closing: bool,
+}
+
+/// Whether a connection goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Go {
+    On,
+    /// The host's end is gone.
+    Ended,
+}
+
+impl Stream {
+    pub(super) fn new(spec: PortSpec, receive: Virtqueue, transmit: Virtqueue) -> Self {
+        Self { spec, receive, transmit, connection: Connection::None, held: Vec::new(), sent: 0, closing: false }
+    }
+
+    /// The eventfds that the driver kicks.
+    pub(super) fn kicks(&self) -> [&vmm_sys_util::eventfd::EventFd; 2] {
+        [self.receive.kick(), self.transmit.kick()]
+    }
+
+    /// Returns true if the guest opens the port for the first time.
+    pub(super) fn wants_connection(&self) -> bool {
+        matches!(self.connection, Connection::None)
+    }
+
+    /// The connection was asked for by this number; `None` where that is impossible.
+    pub(super) fn asked(&mut self, number: Option<u32>) {
+        self.connection = number.map_or(Connection::Over, Connection::Asked);
+    }
+
+    /// Returns true if its connection was asked for by this number.
+    pub(super) fn is_asked(&self, number: u32) -> bool {
+        matches!(self.connection, Connection::Asked(asked) if asked == number)
+    }
+
+    /// Takes the connection; `None` where there is none to be had. Returns it to be watched.
+    pub(super) fn connect(&mut self, socket: Option<UnixStream>) -> Option<&UnixStream> {
+        self.connection = socket.map_or(Connection::Over, Connection::Open);
+        self.socket()
+    }
+
+    fn socket(&self) -> Option<&UnixStream> {
+        match &self.connection {
+            Connection::Open(socket) => Some(socket),
+            Connection::None | Connection::Asked(_) | Connection::Over => None,
+        }
+    }
+
+    /// The guest has closed the port. What it sent before is in the queue.
+    pub(super) fn close(&mut self) {
+        self.closing = true;
+    }
+
+    /// Moves what can be moved. Returns the connection where it has ended, to be watched no more.
+    pub(super) fn serve(&mut self) -> Option<UnixStream> {
+        let go = match (self.send(), self.deliver()) {
+            (Go::On, Go::On) => self.finish(),
+            _ => Go::Ended,
+        };
+        if go == Go::On {
+            return None;
+        }
+        (self.held, self.sent) = (Vec::new(), 0);
+        match std::mem::replace(&mut self.connection, Connection::Over) {
+            Connection::Open(socket) => Some(socket),
+            Connection::None | Connection::Asked(_) | Connection::Over => None,
+        }
+    }
+
+    /// Ends what the guest has closed, once all that it sent was taken.
+    fn finish(&mut self) -> Go {
+        if !self.closing || !self.held.is_empty() {
+            return Go::On;
+        }
+        let Some(socket) = self.socket() else { return Go::On };
+        if self.spec.flow == Flow::ToGuest {
+            return Go::Ended;
+        }
+        match shutdown(socket, Shutdown::Write) {
+            Ok(()) => {
+                self.closing = false;
+                Go::On
+            }
+            Err(_) => Go::Ended,
+        }
+    }
+
+    /// Takes what the guest sends. Without a connection it stays in the queue, and behind one it is dropped.
+    fn send(&mut self) -> Go {
+        let Self { transmit, connection, held, sent, .. } = self;
+        let mut go = Go::On;
+        transmit.serve(|chain| {
+            let socket = match &*connection {
+                Connection::Open(socket) if go == Go::On => socket,
+                Connection::Open(_) | Connection::None | Connection::Asked(_) => return None,
+                Connection::Over => return Some(0),
+            };
+            // What is left of the chain before.
+            if drain(socket, held, sent, &mut go) == Taken::Not {
+                return None;
+            }
+            held.resize(chain.readable.len().min(MAX_CHAIN_BYTES as usize), 0);
+            let read = chain.readable.read(held);
+            held.truncate(read);
+            // The chain is the guest's again, and its bytes are held here where the connection does not take them.
+            drain(socket, held, sent, &mut go);
+            Some(0)
+        });
+        if let Connection::Open(socket) = &*connection
+            && go == Go::On
+        {
+            drain(socket, held, sent, &mut go);
+        }
+        go
+    }
+
+    /// Gives the guest what comes, as it has buffers for it.
+    fn deliver(&mut self) -> Go {
+        let Self { receive, connection, .. } = self;
+        let mut bytes = [0; READ_BYTES];
+        let mut go = Go::On;
+        receive.serve(|chain| {
+            let Connection::Open(socket) = &*connection else { return None };
+            if go == Go::Ended {
+                return None;
+            }
+            let wanted = chain.writable.len().min(bytes.len());
+            if wanted == 0 {
+                return Some(0);
+            }
+            match recv(socket, &mut bytes[..wanted], RecvFlags::DONTWAIT) {
+                Ok((count, _)) if count > 0 => {
+                    Some(u32::try_from(chain.writable.write(bytes.get(..count).unwrap_or_default())).unwrap_or(0))
+                }
+                Err(Errno::AGAIN | Errno::INTR) => None,
+                // The end, or a connection that was reset.
+                Ok(_) | Err(_) => {
+                    go = Go::Ended;
+                    None
+                }
+            }
+        });
+        go
+    }
+}
+
+/// What became of bytes that are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Taken {
+    All,
+    /// Some are left.
+    Not,
+}
+
+/// Sends what is held, as far as the connection takes it. Where that is gone, `go` says so, and the bytes are dropped.
+fn drain(socket: &UnixStream, held: &mut Vec<u8>, sent: &mut usize, go: &mut Go) -> Taken {
+    while *sent < held.len() {
+        match send(socket, held.get(*sent..).unwrap_or_default(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(count) => *sent += count,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Taken::Not,
+            Err(_) => {
+                *go = Go::Ended;
+                break;
+            }
+        }
+    }
+    held.clear();
+    *sent = 0;
+    Taken::All
+}
