@@ -20,6 +20,7 @@ mod testdev;
 mod virtio;
 
 pub use disks::{Disks, detect_disk_formats, is_disk_image};
+pub use drivers::with_transport;
 pub use error::MachineError;
 pub use files::{Files, FilesError};
 pub use image::{DiskParts, FromImage, ImageError};

@@ -52,7 +52,7 @@ impl BusLayout {
         let count = config.virtio_devices();
         let pages = config.tune.wants(Lever::ReadonlyRegisters) && !multiboot;
         match config.transport {
-            Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new(), pages }),
+            Transport::Pci | Transport::ByKernel => Ok(Self { pci: count > 0, mmio: Vec::new(), pages }),
             Transport::Mmio if count > VIRTIO_MMIO_GSIS.len() => {
                 Err(MachineError::TooManyDevices { asked: count, max: VIRTIO_MMIO_GSIS.len(), bus: "virtio-mmio" })
             }

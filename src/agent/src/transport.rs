@@ -58,8 +58,7 @@ fn failed(name: &str, port: u32, error: &io::Error) -> Failure {
         }
         _ => "",
     };
-    Stage::Connect
-        .failed(format_args!("vsock port {port:#x} of the host, for {name}"), format_args!("{error}{option}"))
+    Stage::Connect.failed(format_args!("vsock port {port:#x} of the host, for {name}"), format_args!("{error}{option}"))
 }
 
 /// A connection that the host may not have answered yet.

@@ -61,6 +61,14 @@ pub struct Initramfs {
     pub modules: Vec<String>,
 }
 
+/// Returns true if `kernel` has `driver` for certain: its modules are found, in the folder `given` by `--modules` or else beside the kernel and
+/// where distributions keep them, and it is one of them or built in.
+#[must_use]
+pub fn has_driver(kernel: &KernelFile, given: Option<&Path>, driver: Driver) -> bool {
+    let places = Places { kernel: kernel.path(), given };
+    kernel_release(kernel).ok().flatten().is_some_and(|release| modules::has(places, &release, driver))
+}
+
 /// Makes the initramfs.
 ///
 /// # Errors
