@@ -5,11 +5,12 @@ use super::image::DiskParts;
 use crate::boot::image::Root;
 use crate::boot::initramfs::{
     self, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest, Instructions, ModuleSource, Put,
-    TerminalSize, Variable, WritableShare,
+    Signatures, TerminalSize, Variable, WritableShare,
 };
 use crate::boot::{self, KernelFile};
 use crate::bounded_read::{ReadError, read_text};
 use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, UserChoice, rw_tag};
+use crate::tune::Lever;
 use hwvmm_devices::path_text::PathText as _;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::ffi::OsString;
@@ -157,7 +158,9 @@ fn instructions(
         }
         (None, None) => GuestRoot::Initramfs,
     };
+    let unchecked = config.tune.wants(Lever::UncheckedModules);
     Ok(Instructions {
+        signatures: if unchecked { Signatures::LeftOut } else { Signatures::Checked },
         root: guest_root,
         writable,
         command: config.command.clone(),

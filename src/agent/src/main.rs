@@ -7,6 +7,7 @@
 mod command;
 mod control;
 mod instructions;
+mod modules;
 mod report;
 mod root;
 mod session;
@@ -42,7 +43,7 @@ fn run(reporter: &mut Reporter) -> Result<End, Failure> {
     let bytes = std::fs::read(INSTRUCTIONS).map_err(|error| Stage::Instructions.failed(INSTRUCTIONS, error))?;
     let instructions = Instructions::parse(&bytes).map_err(|error| Stage::Instructions.failed(INSTRUCTIONS, error))?;
     reporter.open(instructions.ports.as_deref());
-    root::load_modules(&instructions.modules)?;
+    modules::load(&instructions.modules, instructions.signatures)?;
     let sockets = transport::connect(&instructions)?;
     let control = reporter.control(sockets.control)?;
     root::enter(&instructions)?;

@@ -1,16 +1,14 @@
-//! The file systems that the command finds, and the kernel modules that they need.
+//! The file systems that the command finds.
 
 use crate::instructions::{Instructions, Root};
 use crate::report::{Failure, Stage, kernel_log};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_move};
 use std::ffi::{CStr, OsStr, OsString};
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::fs::{self, DirBuilder, Permissions};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
-/// Where the modules are in the initramfs.
-const MODULES: &str = "/hwvmm/modules";
 /// Where the read-only share is mounted, then the tmpfs that takes what is written, and the overlay of both.
 const LOWER: &str = "/hwvmm/lower";
 const UPPER: &str = "/hwvmm/upper";
@@ -84,22 +82,6 @@ pub(crate) fn early_mounts() -> Result<(), Failure> {
     Mount::new("devtmpfs", "/dev").with(MountFlags::NOSUID, None).mount().map_err(stage)?;
     Mount::new("proc", "/proc").with(safe, None).mount().map_err(stage)?;
     Mount::new("sysfs", "/sys").with(safe, None).mount().map_err(stage)
-}
-
-/// Loads the modules in their order.
-pub(crate) fn load_modules(names: &[OsString]) -> Result<(), Failure> {
-    for name in names {
-        let path = Path::new(MODULES).join(name);
-        let failed = |error: &dyn std::fmt::Display| Stage::Modules.failed(path.display(), error);
-        let file = File::open(&path).map_err(|error| failed(&error))?;
-        match rustix::system::finit_module(&file, c"", 0) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(failed(&error)),
-        }
-        // The initramfs is memory of the guest.
-        let _ = fs::remove_file(&path);
-    }
-    Ok(())
 }
 
 /// Makes the new root, enters it, and mounts in it what a command expects.

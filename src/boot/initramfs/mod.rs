@@ -12,7 +12,7 @@ mod release;
 pub use cpio::{Archive, CpioError, DeviceNumber};
 pub use error::InitramfsError;
 pub use index::{Driver, IndexError, IndexFiles, ModuleIndex};
-pub use instructions::{GuestRoot, GuestUser, Instructions, TerminalSize, Variable, WritableShare};
+pub use instructions::{GuestRoot, GuestUser, Instructions, Signatures, TerminalSize, Variable, WritableShare};
 pub use modules::{CopiedModule, CopiedModules, ModulesError, Places};
 pub use put::Put;
 pub use release::kernel_release;
