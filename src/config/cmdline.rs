@@ -93,7 +93,7 @@ impl RunConfig {
     fn default_cmdline(&self) -> String {
         let tune = &self.tune;
         let serial = self.serial.first().is_some_and(Option::is_some);
-        let pci = self.transport == Transport::Pci && self.virtio_devices() > 0;
+        let pci = self.transport != Transport::Mmio && self.virtio_devices() > 0;
         // Linux numbers the UARTs that exist in order.
         let uarts = format!("8250.nr_uarts={}", self.serial.iter().flatten().count());
         let words = [

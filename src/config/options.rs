@@ -239,8 +239,8 @@ options! {
         /// Memory balloon; SIZE is its size at the start [default: 0]. It also returns memory that the guest has free
         balloon: Option<Toggle<BalloonConfig>>, [long] "SIZE" or "on"
             becomes Option<BalloonConfig> = given.balloon.and_then(Toggle::device);
-        /// Transport of virtio devices [default: mmio with consoles, entropy and balloon alone: fewest exits at boot; else
-        /// pci: fewest exits a request]
+        /// Transport of virtio devices [default: mmio with consoles, entropy and balloon alone, and for a command with a
+        /// read-only root, where the kernel has the driver: fewest exits at boot; else pci: fewest exits a request]
         transport: Option<Transport>, [long] "BUS" becomes Transport = given.transport();
     }
 
@@ -368,9 +368,14 @@ impl RunOptions {
             && self.kernel_from.is_none()
             && self.net.is_empty()
             && self.share.is_empty()
-            && self.vsock.is_none()
-            && self.command.is_empty();
-        self.transport.unwrap_or(if few_requests { Transport::Mmio } else { Transport::Pci })
+            && self.vsock.is_none();
+        // What a command works on is in a folder that it can write to: then there are many requests.
+        let only_reads = self.rw.is_empty() && !matches!(self.root, Some(RootChoice::Image(_)));
+        self.transport.unwrap_or(match (few_requests, self.command.is_empty()) {
+            (true, true) => Transport::Mmio,
+            (true, false) if only_reads => Transport::ByKernel,
+            _ => Transport::Pci,
+        })
     }
 
     fn implies_profile(&self) -> bool {
@@ -491,6 +496,11 @@ mod tests {
         assert_eq!(config("share = ['tag=a,path=b']").transport, Transport::Pci);
         assert_eq!(config("seed = 'd'").transport, Transport::Pci);
         assert_eq!(config("").transport, Transport::Mmio);
+        let command = |text: &str| config(&format!("command = ['a']\n{text}")).transport;
+        assert_eq!((command(""), command("root = 'none'")), (Transport::ByKernel, Transport::ByKernel));
+        for text in ["rw = ['/tmp']", "disk = ['d']", "transport = 'pci'", "share = ['tag=a,path=b']"] {
+            assert_eq!(command(text), Transport::Pci, "{text}");
+        }
         assert_eq!(config("kernel-cache = 'off'").kernel_cache, None);
         assert_eq!(config("kernel-cache = 'c'").kernel_cache, Some("c".into()));
     }

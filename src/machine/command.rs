@@ -5,12 +5,13 @@ use super::image::DiskParts;
 use crate::boot::image::{Root, RootUser};
 use crate::boot::initramfs::{
     self, AgentLink, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest, Instructions, ModuleSource,
-    Put, TerminalSize, Variable, WritableShare,
+    Put, Signatures, TerminalSize, Variable, WritableShare,
 };
 use crate::boot::{self, KernelFile};
 use crate::bounded_read::{ReadError, read_text};
 use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, UserChoice, VsockBackend, rw_tag};
 use crate::escape::escape;
+use crate::tune::Lever;
 use hwvmm_devices::path_text::PathText as _;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::ffi::OsString;
@@ -177,7 +178,9 @@ fn instructions(
         }
         (None, None) => GuestRoot::Initramfs,
     };
+    let unchecked = config.tune.wants(Lever::UncheckedModules);
     Ok(Instructions {
+        signatures: if unchecked { Signatures::LeftOut } else { Signatures::Checked },
         root: guest_root,
         writable,
         command: config.command.clone(),

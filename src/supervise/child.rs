@@ -18,6 +18,7 @@ use crate::snapshot::Opened;
 use hwvmm_devices::virtio::vsock::Connector;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::borrow::Cow;
 use std::error::Error;
 use std::fs::File;
 use std::io;
@@ -115,7 +116,6 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
         plan, start, parent_cpu_ns, flight_recorders, refusals, connector, kernel_log, boot_deadline, ..
     } = inherited;
     let system = System::open(&plan.config.kvm)?;
-    let config = plan.config;
     let on_event = |event: Event<'_>| {
         let message = match event {
             Event::Progress(what) => Message::Progress(what.to_owned()),
@@ -131,8 +131,14 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
             log::debug!("the parent process takes no messages: {error}");
         }
     };
+    let source = Source::open(plan, &on_event)?;
+    let config = match &source {
+        Source::File(kernel) => machine::with_transport(plan.config, kernel),
+        Source::Snapshot(_) | Source::Image(..) => Cow::Borrowed(plan.config),
+    };
+    let config = &*config;
     let progress = |what: &str| on_event(Event::Progress(what));
-    let (files, disks) = match Source::open(plan, &on_event)? {
+    let (files, disks) = match source {
         Source::Snapshot(snapshot) => (Files::of_snapshot(snapshot)?, disks(config)?),
         Source::File(kernel) => {
             (plan.check)(&system, &kernel)?;
@@ -151,7 +157,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
         }
     };
     let setup = Setup {
-        config: plan.config,
+        config,
         files: &files,
         expect: plan.expect.clone(),
         kernel_log: *kernel_log,

@@ -185,6 +185,10 @@ levers! {
         "The default command line has cryptomgr.notests: Linux does not test its ciphers and hashes. Off by default, but for the \
          tests of `hwvmm test`: a kernel that is built to test them is then not tested",
         "Linux runs the test vectors of each algorithm that it registers, for more than half of the time of a stock kernel's boot";
+    UncheckedModules: "unchecked-modules", Kernel, false,
+        "The modules that a guest with a command needs are loaded without their signatures, where Linux takes them so. Off by default: \
+         such a kernel is marked as tainted (E in /proc/sys/kernel/tainted)",
+        "Linux checks the signature of each module, for a fifth of the time until a command runs";
 }
 
 impl Lever {

@@ -38,6 +38,16 @@ pub(crate) enum Root {
     Disk { serial: OsString, partition: u32 },
 }
 
+/// What becomes of the signatures of modules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Signatures {
+    /// The kernel checks them.
+    #[default]
+    Checked,
+    /// They are left out, where the kernel takes modules without them.
+    LeftOut,
+}
+
 /// A virtiofs share that is mounted read-write.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Writable {
@@ -65,6 +75,7 @@ pub(crate) struct Window {
 pub(crate) struct Instructions {
     /// File names below /hwvmm/modules, in the order in which they are loaded.
     pub(crate) modules: Vec<OsString>,
+    pub(crate) signatures: Signatures,
     pub(crate) root: Root,
     pub(crate) writable: Vec<Writable>,
     /// The command and its arguments; never empty.
@@ -123,6 +134,8 @@ impl Instructions {
         match key {
             b"module" if value.is_empty() || value.contains(&b'/') => return Err(wrong("module", "a file name")),
             b"module" => self.modules.push(text(value)),
+            b"signatures" if value == b"left-out" => self.signatures = Signatures::LeftOut,
+            b"signatures" => return Err(wrong("signatures", "\"left-out\"")),
             b"root" => {
                 let disk = |value| {
                     let (partition, serial) = split(value, b':')?;
@@ -189,6 +202,9 @@ mod tests {
         assert_eq!(read.workdir, PathBuf::from("/tmp"));
         let disk = Instructions::parse(b"root=disk:3:hwvmm-root\0arg=a\0").expect("instructions");
         assert_eq!(disk.root, Root::Disk { serial: "hwvmm-root".into(), partition: 3 });
+        assert_eq!((read.signatures, disk.signatures), (Signatures::Checked, Signatures::Checked));
+        let unsigned = Instructions::parse(b"signatures=left-out\0arg=a\0").expect("instructions");
+        assert_eq!(unsigned.signatures, Signatures::LeftOut);
         assert_eq!(read.user, User { uid: 1000, gid: 100 });
         assert_eq!(read.terminal, Some(Window { rows: 24, columns: 80 }));
     }
@@ -216,6 +232,7 @@ mod tests {
             b"arg=a\0user=4294967296:1\0",
             b"arg=a\0terminal=70000x1\0",
             b"arg=a\0workdir=tmp\0",
+            b"arg=a\0signatures=x\0",
             b"arg=a\0rw=tag:tmp\0",
             b"arg=a\0env==b\0",
             b"arg=a\0\0",

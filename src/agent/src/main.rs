@@ -7,6 +7,7 @@
 mod command;
 mod control;
 mod instructions;
+mod modules;
 mod ports;
 mod report;
 mod root;
@@ -43,7 +44,7 @@ fn run(reporter: &mut Reporter) -> Result<End, Failure> {
     let bytes = std::fs::read(INSTRUCTIONS).map_err(|error| Stage::Instructions.failed(INSTRUCTIONS, error))?;
     let instructions = Instructions::parse(&bytes).map_err(|error| Stage::Instructions.failed(INSTRUCTIONS, error))?;
     reporter.open(instructions.ports.as_deref());
-    root::load_modules(&instructions.modules)?;
+    modules::load(&instructions.modules, instructions.signatures)?;
     let connections = transport::connect(&instructions)?;
     let control = reporter.control(connections.control)?;
     root::enter(&instructions)?;

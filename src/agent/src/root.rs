@@ -1,20 +1,21 @@
-//! The file systems that the command finds, and the kernel modules that they need.
+//! The file systems that the command finds.
 
 use crate::instructions::{Instructions, Root};
 use crate::report::{Failure, Stage, kernel_log};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_move};
 use std::ffi::{CStr, OsStr, OsString};
-use std::fs::{self, DirBuilder, File, Permissions};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::fs::{self, DirBuilder, Permissions};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
-/// Where the modules are in the initramfs.
-const MODULES: &str = "/hwvmm/modules";
 /// Where the read-only share is mounted, then the tmpfs that takes what is written, and the overlay of both.
 const LOWER: &str = "/hwvmm/lower";
 const UPPER: &str = "/hwvmm/upper";
 const NEW_ROOT: &str = "/hwvmm/root";
+/// What Linux reads ahead of a virtiofs share, in KiB. It would be 128: the programs and libraries that a command maps are larger, and
+/// each read is a request to the host.
+const READ_AHEAD_KIB: &str = "512";
 /// Links that programs expect in /dev, and devtmpfs does not have.
 const LINKS: &[(&str, &str)] = &[
     ("/proc/self/fd", "/dev/fd"),
@@ -83,27 +84,11 @@ pub(crate) fn early_mounts() -> Result<(), Failure> {
     Mount::new("sysfs", "/sys").with(safe, None).mount().map_err(stage)
 }
 
-/// Loads the modules in their order.
-pub(crate) fn load_modules(names: &[OsString]) -> Result<(), Failure> {
-    for name in names {
-        let path = Path::new(MODULES).join(name);
-        let failed = |error: &dyn std::fmt::Display| Stage::Modules.failed(path.display(), error);
-        let file = File::open(&path).map_err(|error| failed(&error))?;
-        match rustix::system::finit_module(&file, c"", 0) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(failed(&error)),
-        }
-        // The initramfs is memory of the guest.
-        let _ = fs::remove_file(&path);
-    }
-    Ok(())
-}
-
 /// Makes the new root, enters it, and mounts in it what a command expects.
 pub(crate) fn enter(instructions: &Instructions) -> Result<(), Failure> {
     match &instructions.root {
         Root::Initramfs => {}
-        Root::Share(tag) => Mount::new("virtiofs", LOWER).of(tag).with(MountFlags::RDONLY, None).mount()?,
+        Root::Share(tag) => mount_share(tag, Path::new(LOWER), MountFlags::RDONLY)?,
         Root::Disk { serial, partition } => mount_disk(serial, *partition)?,
     }
     if instructions.root != Root::Initramfs {
@@ -128,7 +113,7 @@ pub(crate) fn enter(instructions: &Instructions) -> Result<(), Failure> {
         Mount::new("tmpfs", target).with(safe, Some(mode)).mount()?;
     }
     for share in &instructions.writable {
-        Mount { target: &share.path, ..Mount::new("virtiofs", "").of(&share.tag) }.mount()?;
+        mount_share(&share.tag, &share.path, MountFlags::empty())?;
     }
     for (target, link) in LINKS {
         if let Err(error) = rustix::fs::symlink(*target, *link)
@@ -140,6 +125,20 @@ pub(crate) fn enter(instructions: &Instructions) -> Result<(), Failure> {
     loopback_and_name(instructions.hostname.as_deref());
     if !instructions.workdir.is_dir() {
         return Err(Stage::Workdir.failed(instructions.workdir.display(), "it is no folder in the guest"));
+    }
+    Ok(())
+}
+
+/// Mounts a virtiofs share, from which Linux then reads ahead more than it would.
+fn mount_share(tag: &OsStr, target: &Path, flags: MountFlags) -> Result<(), Failure> {
+    Mount { target, ..Mount::new("virtiofs", "") }.of(tag).with(flags, None).mount()?;
+    let set = fs::metadata(target).and_then(|root| {
+        let (major, minor) = (rustix::fs::major(root.dev()), rustix::fs::minor(root.dev()));
+        fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), READ_AHEAD_KIB)
+    });
+    // It is slower then.
+    if let Err(error) = set {
+        kernel_log(&format!("read-ahead of {}: {error}", target.display()));
     }
     Ok(())
 }

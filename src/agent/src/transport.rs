@@ -1,13 +1,15 @@
 //! The connections to the host: vsock; ports of a virtio console, where the kernel has no vsock; Unix sockets in tests.
 
 use crate::instructions::Instructions;
-use crate::ports::{self, Ports};
-use crate::report::{Failure, Stage};
-use crate::streams::Kind;
+use crate::ports::Ports;
+use crate::report::{Failure, PATIENCE, Stage};
+use crate::streams::{Kind, wait_for};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 /// The host's CID (virtio 1.3, 5.10.4).
 const HOST_CID: u32 = 2;
@@ -38,59 +40,134 @@ pub(crate) struct Connections {
     pub(crate) streams: Streams,
 }
 
-/// Connects all streams: by vsock, whose connections the kernel gives up after 2 s (`VSOCK_DEFAULT_CONNECT_TIMEOUT`), or by the console's
-/// ports where the kernel has no driver for vsock, or the machine no such device.
+/// Connects all streams: by vsock, or by the console's ports where the kernel has no driver for vsock, or the machine no such device.
 pub(crate) fn connect(instructions: &Instructions) -> Result<Connections, Failure> {
-    let socket = |name: &'static str, offset: u32| {
-        open(instructions, FIRST_PORT + offset)
-            .map(|file| Connection { file, kind: Kind::Socket })
-            .map_err(|error| (name, offset, error))
-    };
-    let ports = match socket("control", 0) {
-        Ok(control) => {
-            return all(instructions, control, socket).map_err(|(name, offset, error)| vsock_failed(name, offset, error));
-        }
-        Err((name, offset, error)) => match error.raw_os_error().map(Errno::from_raw_os_error) {
-            Some(Errno::AFNOSUPPORT | Errno::NODEV) => Ports::find().map_err(|missing| {
-                let what = format_args!("vsock port {:#x} of the host, for {name}", FIRST_PORT + offset);
-                Stage::Connect.failed(
-                    what,
-                    format_args!("{error} (the kernel has no driver for it: CONFIG_VSOCKETS and CONFIG_VIRTIO_VSOCKETS); {missing}"),
-                )
-            })?,
-            _ => return Err(vsock_failed(name, offset, error)),
+    match Connecting::begin(instructions, "control", 0) {
+        Ok(control) => by_sockets(instructions, control),
+        Err(failed) if failed.has_no_driver() => match Ports::find() {
+            Ok(ports) => by_ports(instructions, &ports),
+            Err(missing) => Err(failed.because(format_args!(
+                " (the kernel has no driver for it: CONFIG_VSOCKETS and CONFIG_VIRTIO_VSOCKETS); {missing}"
+            ))),
         },
+        Err(failed) => Err(failed.into()),
+    }
+}
+
+/// Connects all sockets at once: the guest sleeps once for all answers of the host, not for each. The kernel gives up a connection after 2 s
+/// (`VSOCK_DEFAULT_CONNECT_TIMEOUT`).
+fn by_sockets(instructions: &Instructions, control: Connecting) -> Result<Connections, Failure> {
+    let stdin = Connecting::begin(instructions, "stdin", 1)?;
+    let stdout = Connecting::begin(instructions, "stdout", 2)?;
+    let stderr = match instructions.terminal {
+        Some(_) => None,
+        None => Some(Connecting::begin(instructions, "stderr", 3)?),
     };
-    let port = |name: &'static str, _| ports.open(name).map_err(|error| (name, error));
-    let failed = |(name, error): (&str, ports::PortError)| {
-        Stage::Connect.failed(format_args!("the console's port for {name}"), error)
+    let streams = Streams {
+        stdin: stdin.finish()?,
+        stdout: stdout.finish()?,
+        stderr: stderr.map(Connecting::finish).transpose()?,
     };
-    let control = port("control", 0).map_err(failed)?;
-    all(instructions, control, port).map_err(failed)
+    Ok(Connections { control: control.finish()?.file, streams })
 }
 
-/// The connections beside `control`, each made by `one`, which is given its name and how far it is behind the first port.
-fn all<E>(
-    instructions: &Instructions,
-    control: Connection,
-    one: impl Fn(&'static str, u32) -> Result<Connection, E>,
-) -> Result<Connections, E> {
-    let stdin = one("stdin", 1)?;
-    let stdout = one("stdout", 2)?;
-    let stderr = if instructions.terminal.is_some() { None } else { Some(one("stderr", 3)?) };
-    Ok(Connections { control: control.file, streams: Streams { stdin, stdout, stderr } })
+fn by_ports(instructions: &Instructions, ports: &Ports) -> Result<Connections, Failure> {
+    let open = |name: &'static str| {
+        ports.open(name).map_err(|error| Stage::Connect.failed(format_args!("the console's port for {name}"), error))
+    };
+    let control = open("control")?.file;
+    let (stdin, stdout) = (open("stdin")?, open("stdout")?);
+    let stderr = if instructions.terminal.is_some() { None } else { Some(open("stderr")?) };
+    Ok(Connections { control, streams: Streams { stdin, stdout, stderr } })
 }
 
-fn vsock_failed(name: &str, offset: u32, error: io::Error) -> Failure {
-    Stage::Connect.failed(format_args!("vsock port {:#x} of the host, for {name}", FIRST_PORT + offset), error)
+/// A socket that cannot be connected.
+struct SocketFailure {
+    name: &'static str,
+    port: u32,
+    error: io::Error,
 }
 
-fn open(instructions: &Instructions, port: u32) -> io::Result<OwnedFd> {
+impl SocketFailure {
+    /// Returns true if the kernel has no driver for vsock, or the machine no such device.
+    fn has_no_driver(&self) -> bool {
+        let errno = self.error.raw_os_error().map(Errno::from_raw_os_error);
+        matches!(errno, Some(Errno::AFNOSUPPORT | Errno::NODEV))
+    }
+
+    fn because(&self, reason: impl std::fmt::Display) -> Failure {
+        let Self { name, port, error } = self;
+        Stage::Connect
+            .failed(format_args!("vsock port {port:#x} of the host, for {name}"), format_args!("{error}{reason}"))
+    }
+}
+
+impl From<SocketFailure> for Failure {
+    fn from(failed: SocketFailure) -> Self {
+        failed.because("")
+    }
+}
+
+/// A connection that the host may not have answered yet.
+struct Connecting {
+    name: &'static str,
+    port: u32,
+    socket: Socket,
+}
+
+impl Connecting {
+    /// Begins to connect the stream `name`, whose port is `offset` behind the first.
+    fn begin(instructions: &Instructions, name: &'static str, offset: u32) -> Result<Self, SocketFailure> {
+        let port = FIRST_PORT + offset;
+        match begin(instructions, port) {
+            Ok(socket) => Ok(Self { name, port, socket }),
+            Err(error) => Err(SocketFailure { name, port, error }),
+        }
+    }
+
+    /// Waits for the answer. The socket stays in non-blocking mode.
+    fn finish(self) -> Result<Connection, SocketFailure> {
+        let answered = wait_for(&self.socket, PollFlags::OUT, Instant::now() + PATIENCE).map_err(io::Error::from);
+        match answered.and_then(|()| self.socket.take_error()) {
+            Ok(None) => Ok(Connection { file: self.socket.into(), kind: Kind::Socket }),
+            Ok(Some(error)) | Err(error) => Err(SocketFailure { name: self.name, port: self.port, error }),
+        }
+    }
+}
+
+fn begin(instructions: &Instructions, port: u32) -> io::Result<Socket> {
     let (domain, address) = match &instructions.sockets {
         Some(folder) => (Domain::UNIX, SockAddr::unix(folder.join(port.to_string()))?),
         None => (Domain::VSOCK, SockAddr::vsock(HOST_CID, port)),
     };
-    let socket = Socket::new(domain, Type::STREAM, None)?;
-    socket.connect(&address)?;
-    Ok(socket.into())
+    let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
+    match socket.connect(&address) {
+        Err(error) if error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error()) => Err(error),
+        _ => Ok(socket),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    fn instructions(folder: &std::path::Path) -> Instructions {
+        Instructions { sockets: Some(folder.to_owned()), ..Instructions::default() }
+    }
+
+    #[test]
+    fn all_streams_are_connected_or_the_one_that_is_not_is_named() {
+        let folder = std::env::temp_dir().join(format!("hwvmm-agent-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("made");
+        let listen = |offset: u32| UnixListener::bind(folder.join((FIRST_PORT + offset).to_string())).expect("bound");
+        let mut hosts: Vec<UnixListener> = (0..3).map(listen).collect();
+        let failure = connect(&instructions(&folder)).expect_err("nobody listens for stderr").to_string();
+        assert!(failure.contains("vsock port 0x68770003 of the host, for stderr"), "{failure}");
+        hosts.push(listen(3));
+        let connections = connect(&instructions(&folder)).expect("connected");
+        assert!(connections.streams.stderr.is_some());
+        rustix::io::write(&connections.control, b"started").expect("written");
+        std::fs::remove_dir_all(&folder).expect("removed");
+    }
 }

@@ -24,6 +24,16 @@ pub enum GuestRoot {
     },
 }
 
+/// What becomes of the signatures of modules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Signatures {
+    /// The kernel checks them.
+    #[default]
+    Checked,
+    /// They are left out, where the kernel takes modules without them.
+    LeftOut,
+}
+
 /// A virtiofs share that the agent mounts read-write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WritableShare {
@@ -63,6 +73,8 @@ pub struct TerminalSize {
 /// What the agent is told to do, as plain data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Instructions {
+    /// What becomes of the signatures of modules.
+    pub signatures: Signatures,
     /// Where the command's root file system comes from.
     pub root: GuestRoot,
     /// Shares over folders of the root.
@@ -90,6 +102,9 @@ impl Instructions {
         let mut records = Records::default();
         for module in modules {
             records.add("module", [module.as_bytes()])?;
+        }
+        if self.signatures == Signatures::LeftOut {
+            records.add("signatures", [&b"left-out"[..]])?;
         }
         match &self.root {
             GuestRoot::Initramfs => records.add("root", [&b"none"[..]])?,
@@ -151,6 +166,7 @@ mod tests {
 
     fn instructions() -> Instructions {
         Instructions {
+            signatures: Signatures::Checked,
             root: GuestRoot::Share("hwvmm-root".into()),
             writable: vec![WritableShare { tag: "hwvmm-rw0".into(), path: "/srv".into() }],
             command: vec!["sh".into(), "".into()],
@@ -172,6 +188,13 @@ mod tests {
         let root = GuestRoot::Disk { serial: "hwvmm-root".into(), partition: 3 };
         let disk = Instructions { root, ..instructions() }.encode(std::iter::empty()).expect("bytes");
         assert!(disk.starts_with(b"root=disk:3:hwvmm-root\0"));
+        let unsigned = Instructions { signatures: Signatures::LeftOut, ..instructions() };
+        assert!(
+            unsigned
+                .encode(["a.ko"].into_iter())
+                .expect("bytes")
+                .starts_with(b"module=a.ko\0signatures=left-out\0root=")
+        );
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod release;
 pub use cpio::{Archive, CpioError, DeviceNumber};
 pub use error::InitramfsError;
 pub use index::{Driver, IndexError, IndexFiles, ModuleIndex};
-pub use instructions::{GuestRoot, GuestUser, Instructions, TerminalSize, Variable, WritableShare};
+pub use instructions::{GuestRoot, GuestUser, Instructions, Signatures, TerminalSize, Variable, WritableShare};
 pub use link::AgentLink;
 pub use modules::{CopiedModule, CopiedModules, ModulesError, Places};
 pub use put::Put;
@@ -65,6 +65,14 @@ pub struct Initramfs {
     pub modules: Vec<String>,
     /// What the agent reaches the host by, as the kernel's list of modules says; `None` where there is no list.
     pub link: Option<AgentLink>,
+}
+
+/// Returns true if `kernel` has `driver` for certain: its modules are found, in the folder `given` by `--modules` or else beside the kernel and
+/// where distributions keep them, and it is one of them or built in.
+#[must_use]
+pub fn has_driver(kernel: &KernelFile, given: Option<&Path>, driver: Driver) -> bool {
+    let places = Places { kernel: kernel.path(), given };
+    kernel_release(kernel).ok().flatten().is_some_and(|release| modules::has(places, &release, driver))
 }
 
 /// Makes the initramfs.

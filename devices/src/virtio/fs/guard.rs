@@ -19,6 +19,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
+/// What Linux may do to make fewer requests, each of which is a kick, an interrupt and mostly a halt of the guest:
+/// - names and attributes of a directory in one request (`DO_READDIRPLUS`, where it looks as if both are wanted: `AUTO`);
+/// - up to 1 MiB of data a request, in place of 4 KiB (WRITE) and 128 KiB (READ): `MAX_PAGES`, and `BIG_WRITES` for Linux before 4.20;
+/// - several requests at a time, for one file (`ASYNC_READ`) and for the names of one directory (`PARALLEL_DIROPS`): they share a
+///   kick and an interrupt;
+/// - a symbolic link is read once (`CACHE_SYMLINKS`): its target never changes, as another link is another inode, and the number of
+///   an inode that the guest knows is not used again on the host, where it is open.
+const REQUEST_SAVERS: FsOptions = FsOptions::DO_READDIRPLUS
+    .union(FsOptions::READDIRPLUS_AUTO)
+    .union(FsOptions::MAX_PAGES)
+    .union(FsOptions::BIG_WRITES)
+    .union(FsOptions::ASYNC_READ)
+    .union(FsOptions::PARALLEL_DIROPS)
+    .union(FsOptions::CACHE_SYMLINKS);
+
 /// Decodes requests for a shared directory.
 pub(super) type FsServer = Server<Arc<GuardedFs>>;
 
@@ -143,7 +158,7 @@ impl FileSystem for GuardedFs {
     /// Starts a new session. `inner` has no part in it: it would open the shared directory by its path again.
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         self.reset(self.tables());
-        let mut options = FsOptions::DO_READDIRPLUS | FsOptions::READDIRPLUS_AUTO;
+        let mut options = REQUEST_SAVERS;
         // The host takes set-user-ID bits and capabilities from files that this thread writes, as it has no CAP_FSETID. A guest
         // that does not know that asks for the attribute `security.capability` before each write, which doubles its requests:
         // then there are no extended attributes.
@@ -328,7 +343,12 @@ impl FileSystem for GuardedFs {
         inner.write(ctx, inode, handle, reader, size, offset, lock_owner, delayed_write, flags, fuse_flags)
     }
 
+    /// # Errors
+    /// Returns ENOSYS where the directory is read-only: there is nothing to write when a file is closed, and the guest asks no more.
     fn flush(&self, ctx: &Context, inode: u64, handle: u64, lock_owner: u64) -> io::Result<()> {
+        if self.rules.access == Access::ReadOnly {
+            return Err(Errno::NOSYS.into());
+        }
         self.inner.flush(ctx, inode, handle, lock_owner)
     }
 

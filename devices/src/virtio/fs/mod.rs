@@ -38,8 +38,9 @@ use xattr::Attributes;
 const TAG_BYTES: usize = 36;
 /// Number of queues: the high priority queue (for FORGET) and one request queue.
 const QUEUES: u16 = 2;
-/// Maximum size of a queue, in descriptors.
-const QUEUE_SIZE: u16 = 256;
+/// Maximum size of a queue, in descriptors: a request of 1 MiB has 256 for its pages, and up to four for its headers. Linux from 5.14 on
+/// makes its requests smaller than the queue, older ones do not.
+const QUEUE_SIZE: u16 = 512;
 
 /// A directory cannot be shared.
 #[derive(Debug, Error)]

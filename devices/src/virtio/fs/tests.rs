@@ -3,6 +3,7 @@
 
 mod bounds;
 mod hostile;
+mod savers;
 mod xattr;
 
 use super::{Fs, FsOptions, ShareError};
