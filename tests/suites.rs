@@ -17,6 +17,7 @@ mod verdicts;
 use harness::{Outcome, Test, text};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitCode, Output, Stdio};
@@ -37,6 +38,10 @@ const ENVIRONMENT: &[&str] = &[
     "GITHUB_STEP_SUMMARY",
     "XDG_CACHE_HOME",
 ];
+
+fn binary() -> OsString {
+    std::env::var_os("HWVMM_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_hwvmm").into())
+}
 
 /// A folder with the kernels, and with the suites of this test.
 struct Suite {
@@ -81,9 +86,15 @@ impl Suite {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let binary = std::env::var_os("HWVMM_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_hwvmm").into());
-        let mut command = Command::new(binary);
-        command.arg("test").args(arguments).current_dir(self.path()).stdin(Stdio::null());
+        // A test under nohup, or in the background of a shell, has signals ignored, which hwvmm would leave so.
+        let mut command = Command::new("env");
+        command
+            .arg("--default-signal")
+            .arg(binary())
+            .arg("test")
+            .args(arguments)
+            .current_dir(self.path())
+            .stdin(Stdio::null());
         ENVIRONMENT.iter().for_each(|name| _ = command.env_remove(name));
         command.env("HOME", self.path());
         command
@@ -194,8 +205,7 @@ fn the_line_to_run_it_again_does() -> Outcome {
         let again = result["again"].as_str().unwrap();
         let bin = suite.path().join("bin");
         fs::create_dir(&bin).unwrap();
-        let binary = std::env::var_os("HWVMM_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_hwvmm").into());
-        std::os::unix::fs::symlink(binary, bin.join("hwvmm")).unwrap();
+        std::os::unix::fs::symlink(binary(), bin.join("hwvmm")).unwrap();
         let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default());
         let out = Command::new("sh").args(["-c", again]).env("PATH", path).output().unwrap();
         assert_eq!((out.status.code(), &out.stdout[..]), (Some(32), &b"hello\n"[..]), "{}", text(&out.stderr));

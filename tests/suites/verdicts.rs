@@ -1,7 +1,7 @@
 //! Verdicts: a suite with every one is held to its expected results.
 
 use super::harness::{Outcome, Test, text};
-use super::{ENVIRONMENT, Suite, suite, when_it_runs};
+use super::{ENVIRONMENT, Suite, binary, suite, when_it_runs};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -182,10 +182,9 @@ fn a_panic_is_known_at_once() -> Outcome {
 fn a_suite_in_the_background_finds_what_hangs() -> Outcome {
     when_it_runs(|| {
         let suite = suite(&[("spin", "silence = '300ms'")]);
-        let program = suite.command(&[]).get_program().to_owned();
         let start = Instant::now();
         let mut sh = Command::new("sh");
-        sh.args(["-c", "trap '' INT QUIT; exec \"$0\" test -o results"]).arg(program).current_dir(suite.path());
+        sh.args(["-c", "trap '' INT QUIT; exec \"$0\" test -o results"]).arg(binary()).current_dir(suite.path());
         ENVIRONMENT.iter().for_each(|name| _ = sh.env_remove(name));
         assert_eq!(sh.stdin(Stdio::null()).output().unwrap().status.code(), Some(1));
         assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
