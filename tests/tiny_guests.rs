@@ -478,6 +478,8 @@ const TESTS: &[Test] = &[
     ("a_poll_loop_is_followed", cluster_guests::a_poll_loop),
     ("self_modifying_code_is_followed", cluster_guests::self_modifying_code),
     ("a_fault_between_followed_accesses", cluster_guests::a_fault_in_the_middle),
+    ("locked_instructions_between_followed_accesses", cluster_guests::locked_instructions),
+    ("accesses_in_the_shadow_of_sti", cluster_guests::the_shadow_of_sti),
     ("a_guest_that_no_interrupt_can_wake_is_detected", || {
         outcome(is_found_halted(guests::halt_for_good()).map(|(halted, _)| assert!(halted)))
     }),

@@ -367,7 +367,7 @@ fn locked_instructions_are_atomic() {
     (guest.cpu.regs[RBX], guest.cpu.regs[RCX]) = (DATA, TIMES);
     while !matches!(guest.run().1, End::Unsupported) {}
     other.join().expect("no panic");
-    assert_eq!(guest.word(DATA), 2 * TIMES << 32 | 2 * TIMES);
+    assert_eq!(guest.word(DATA), (2 * TIMES) << 32 | (2 * TIMES));
 }
 
 #[test]

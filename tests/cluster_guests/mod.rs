@@ -69,3 +69,12 @@ pub(crate) fn self_modifying_code() -> Outcome {
 pub(crate) fn a_fault_in_the_middle() -> Outcome {
     compared(guests::cluster_fault(), 31)
 }
+
+pub(crate) fn locked_instructions() -> Outcome {
+    compared(guests::cluster_locked(), 30)
+}
+
+/// The access behind STI, the one behind that, and what ends the run.
+pub(crate) fn the_shadow_of_sti() -> Outcome {
+    compared(guests::cluster_sti(), 41)
+}
