@@ -162,3 +162,42 @@ fn qcow2(path: &Path) {
     assert!(convert().success());
     check_disk(&raw, rounds(&all));
 }
+
+/// Devices whose guest does not drive them: what the host has of them goes on, and what is a run's has to be given.
+pub(super) fn other_devices_are_there_again() -> Outcome {
+    with_kvm(|| {
+        for transport in ["pci", "mmio"] {
+            let name = format!("others-{transport}");
+            let vsock = |name: &str| format!("--vsock=cid=3,uds={}", folder().join(name).display());
+            let own = vsock(&format!("{name}.v"));
+            let options =
+                ["-m", "64M", "--transport", transport, "--rng=64K", "--balloon=8M", "--console=virtio=null", &own];
+            let machine = Machine::boot(&name, guests::count(), &options);
+            machine.answer(&["balloon", "16M"]);
+            machine.answer(&["pause"]);
+            let (snapshot, before) = (folder().join(&name), machine.output());
+            machine.snapshot(&snapshot);
+            machine.stop();
+            let (status, error) = error_of(&snapshot, &[]);
+            assert!(status == Some(42) && error.contains("has a socket device"), "{status:?} {error}");
+            let (status, error) = error_of(&snapshot, &[&own, "--net=tap=hwvmm-none"]);
+            assert!(status == Some(42) && error.contains("0 network cards, and 1 were given"), "{status:?} {error}");
+            let other = vsock(&format!("{name}.w"));
+            let machine = Machine::start(&format!("{name}-on"), &[Path::new("--from"), &snapshot], &[&other]);
+            machine.wait_for_lines(10);
+            check_sequence(&[&before, &machine.output()]);
+            let status = machine.answer(&["status"]).to_string();
+            assert!(status.contains("\"target_bytes\":16777216"), "{status}");
+            // Snapshots of what goes on from a snapshot.
+            machine.answer(&["pause"]);
+            let all = [&before[..], &machine.output()].concat();
+            let again = folder().join(format!("{name}-again"));
+            machine.snapshot(&again);
+            machine.stop();
+            let machine = Machine::start(&format!("{name}-again"), &[Path::new("--from"), &again], &[&own]);
+            machine.wait_for_lines(10);
+            check_sequence(&[&all, &machine.output()]);
+            machine.stop();
+        }
+    })
+}
