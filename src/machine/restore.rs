@@ -1,8 +1,9 @@
 //! A machine that goes on from a snapshot.
 
+use super::disks::disk_name;
 use super::error::MachineError;
 use super::net::is_vhost;
-use super::save::SavedDevices;
+use super::save::{SavedDevices, has_kernel_vsock};
 use crate::config::{
     BalloonConfig, ConsoleTarget, DiskConfig, DiskFormat, NetBackend, NetConfig, RngConfig, RunConfig,
 };
@@ -51,6 +52,9 @@ pub enum Mismatch {
         /// The key of the option.
         key: &'static str,
     },
+    /// A socket device that the guest does not have, or the other way round.
+    #[error("--vsock: the snapshot {0}")]
+    Vsock(&'static str),
     /// Another number of network cards.
     #[error(
         "the snapshot has {expected} network cards, and {given} were given: connect each of them with --net, in the same order"
@@ -95,6 +99,12 @@ pub fn configure(config: &mut RunConfig, description: &Description) -> Result<()
         connect(target, there, || format!("UART {place}"));
     }
     connect(&mut config.console, description.virtio_console, || "virtio console".into());
+    match (description.vsock, config.vsock.is_some()) {
+        (true, false) => return Err(Mismatch::Vsock("has a socket device: say where its sockets are, cid=N,uds=PATH")),
+        (false, true) => return Err(Mismatch::Vsock("has no socket device: leave it out")),
+        _ if has_kernel_vsock(config) => return Err(Mismatch::Vsock("cannot go on with vhost=on: give it uds=PATH")),
+        _ => {}
+    }
     let (expected, given) = (description.nets.len(), config.net.len());
     if expected != given {
         return Err(Mismatch::Nets { expected, given });
@@ -103,11 +113,13 @@ pub fn configure(config: &mut RunConfig, description: &Description) -> Result<()
         configure_net(net, described).map_err(|what| Mismatch::Net { number, what })?;
     }
     if config.disk.len() != description.disks.len() {
-        let names =
-            description.disks.iter().map(|disk| format!("{}: {}", disk.id, escape(&disk.path, MAX_NAME))).collect();
+        let named =
+            |disk: &DiskDescription| format!("{}: {}", escape(&disk.id, MAX_NAME), escape(&disk.path, MAX_NAME));
+        let names = description.disks.iter().map(named).collect();
         return Err(Mismatch::Disks { names, given: config.disk.len() });
     }
-    config.disk.iter_mut().zip(&description.disks).try_for_each(|(disk, described)| configure_disk(disk, described))
+    let disks = config.disk.iter_mut().zip(&description.disks);
+    (0..).zip(disks).try_for_each(|(index, (disk, described))| configure_disk(index, disk, described))
 }
 
 /// A console that was not given goes nowhere.
@@ -138,8 +150,8 @@ fn configure_net(net: &mut NetConfig, described: &NetDescription) -> Result<(), 
     Ok(())
 }
 
-fn configure_disk(disk: &mut DiskConfig, described: &DiskDescription) -> Result<(), Mismatch> {
-    let name = || escape(&described.id, MAX_NAME);
+fn configure_disk(index: usize, disk: &mut DiskConfig, described: &DiskDescription) -> Result<(), Mismatch> {
+    let name = || disk_name(index, disk);
     let is_qcow2 = matches!(disk.format, DiskFormat::Qcow2 | DiskFormat::DetectedQcow2);
     if is_qcow2 != (described.format == ImageFormat::Qcow2) {
         let expected = if is_qcow2 { "raw" } else { "qcow2" };
@@ -156,7 +168,6 @@ fn configure_disk(disk: &mut DiskConfig, described: &DiskDescription) -> Result<
     disk.read_only = described.read_only;
     disk.queues = described.queues;
     disk.serial.clone_from(&described.serial);
-    disk.id.get_or_insert_with(|| described.id.clone());
     Ok(())
 }
 

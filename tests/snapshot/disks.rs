@@ -17,6 +17,11 @@ fn disk(path: &Path, options: &str) -> String {
     format!("--disk={}{options}", path.display())
 }
 
+/// A copy with the times.
+fn copy_disk(from: &Path, to: &Path) {
+    assert!(Command::new("cp").arg("-p").args([from, to]).status().unwrap().success());
+}
+
 fn empty(name: &str) -> PathBuf {
     let path = folder().join(name);
     File::create(&path).unwrap().set_len(SECTORS * 512).unwrap();
@@ -72,7 +77,7 @@ pub(super) fn a_disk_loses_nothing_and_writes_nothing_twice() -> Outcome {
                 let last = folder().join(format!("{name}-{round}-paused"));
                 machine.snapshot(&last);
                 let copy = folder().join(format!("{name}-{round}.img"));
-                fs::copy(&path, &copy).unwrap();
+                copy_disk(&path, &copy);
                 machine.stop();
                 let given = disk(&copy, engine);
                 let restored = format!("{name}-{round}-on");
@@ -146,7 +151,7 @@ fn qcow2(path: &Path) {
     machine.answer(&["pause"]);
     machine.snapshot(&snapshot);
     let copy = folder().join("qcow2-copy.qcow2");
-    fs::copy(path, &copy).unwrap();
+    copy_disk(path, &copy);
     let before = machine.output();
     machine.stop();
     let raw = folder().join("qcow2.raw");
@@ -161,4 +166,43 @@ fn qcow2(path: &Path) {
     machine.stop();
     assert!(convert().success());
     check_disk(&raw, rounds(&all));
+}
+
+/// Devices whose guest does not drive them: what the host has of them goes on, and what is a run's has to be given.
+pub(super) fn other_devices_are_there_again() -> Outcome {
+    with_kvm(|| {
+        for transport in ["pci", "mmio"] {
+            let name = format!("others-{transport}");
+            let vsock = |name: &str| format!("--vsock=cid=3,uds={}", folder().join(name).display());
+            let own = vsock(&format!("{name}.v"));
+            let options =
+                ["-m", "64M", "--transport", transport, "--rng=64K", "--balloon=8M", "--console=virtio=null", &own];
+            let machine = Machine::boot(&name, guests::count(), &options);
+            machine.answer(&["balloon", "16M"]);
+            machine.answer(&["pause"]);
+            let (snapshot, before) = (folder().join(&name), machine.output());
+            machine.snapshot(&snapshot);
+            machine.stop();
+            let (status, error) = error_of(&snapshot, &[]);
+            assert!(status == Some(42) && error.contains("has a socket device"), "{status:?} {error}");
+            let (status, error) = error_of(&snapshot, &[&own, "--net=tap=hwvmm-none"]);
+            assert!(status == Some(42) && error.contains("0 network cards, and 1 were given"), "{status:?} {error}");
+            let other = vsock(&format!("{name}.w"));
+            let machine = Machine::start(&format!("{name}-on"), &[Path::new("--from"), &snapshot], &[&other]);
+            machine.wait_for_lines(10);
+            check_sequence(&[&before, &machine.output()]);
+            let status = machine.answer(&["status"]).to_string();
+            assert!(status.contains("\"target_bytes\":16777216"), "{status}");
+            // Snapshots of what goes on from a snapshot.
+            machine.answer(&["pause"]);
+            let all = [&before[..], &machine.output()].concat();
+            let again = folder().join(format!("{name}-again"));
+            machine.snapshot(&again);
+            machine.stop();
+            let machine = Machine::start(&format!("{name}-again"), &[Path::new("--from"), &again], &[&own]);
+            machine.wait_for_lines(10);
+            check_sequence(&[&all, &machine.output()]);
+            machine.stop();
+        }
+    })
 }

@@ -71,7 +71,9 @@ impl DeviceInterrupt {
 
     /// Raises an interrupt again that the driver has not acknowledged.
     pub(crate) fn repeat(&self) {
-        if let Err(error) = self.interrupt.repeat() {
+        if self.needs_reset() {
+            self.trigger(InterruptSource::Config);
+        } else if let Err(error) = self.interrupt.repeat() {
             log::error!("virtio: cannot raise the interrupt again: {error}");
         }
     }
