@@ -19,6 +19,7 @@ mod machine;
 mod options;
 mod quote;
 mod spec;
+mod transport;
 mod value;
 
 pub use budget::{AddressSpace, Budget, Counter, Limit, Slack};

@@ -362,22 +362,6 @@ impl RunOptions {
         }
     }
 
-    fn transport(&self) -> Transport {
-        let few_requests = self.disk.is_empty()
-            && self.seed.is_none()
-            && self.kernel_from.is_none()
-            && self.net.is_empty()
-            && self.share.is_empty()
-            && self.vsock.is_none();
-        // What a command works on is in a folder that it can write to: then there are many requests.
-        let only_reads = self.rw.is_empty() && !matches!(self.root, Some(RootChoice::Image(_)));
-        self.transport.unwrap_or(match (few_requests, self.command.is_empty()) {
-            (true, true) => Transport::Mmio,
-            (true, false) if only_reads => Transport::ByKernel,
-            _ => Transport::Pci,
-        })
-    }
-
     fn implies_profile(&self) -> bool {
         self.profile_out.is_some() || self.budget.is_some() || self.budget_from.is_some()
     }
@@ -496,11 +480,6 @@ mod tests {
         assert_eq!(config("share = ['tag=a,path=b']").transport, Transport::Pci);
         assert_eq!(config("seed = 'd'").transport, Transport::Pci);
         assert_eq!(config("").transport, Transport::Mmio);
-        let command = |text: &str| config(&format!("command = ['a']\n{text}")).transport;
-        assert_eq!((command(""), command("root = 'none'")), (Transport::ByKernel, Transport::ByKernel));
-        for text in ["rw = ['/tmp']", "disk = ['d']", "transport = 'pci'", "share = ['tag=a,path=b']"] {
-            assert_eq!(command(text), Transport::Pci, "{text}");
-        }
         assert_eq!(config("kernel-cache = 'off'").kernel_cache, None);
         assert_eq!(config("kernel-cache = 'c'").kernel_cache, Some("c".into()));
     }

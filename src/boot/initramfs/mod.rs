@@ -2,6 +2,7 @@
 //! to do. It is made in memory, the same bytes from the same files.
 
 mod cpio;
+mod driver;
 mod error;
 mod index;
 mod instructions;
@@ -11,6 +12,7 @@ mod put;
 mod release;
 
 pub use cpio::{Archive, CpioError, DeviceNumber};
+pub use driver::has_driver;
 pub use error::InitramfsError;
 pub use index::{Driver, IndexError, IndexFiles, ModuleIndex};
 pub use instructions::{GuestRoot, GuestUser, Instructions, Signatures, TerminalSize, Variable, WritableShare};
@@ -65,14 +67,6 @@ pub struct Initramfs {
     pub modules: Vec<String>,
     /// What the agent reaches the host by, as the kernel's list of modules says; `None` where there is no list.
     pub link: Option<AgentLink>,
-}
-
-/// Returns true if `kernel` has `driver` for certain: its modules are found, in the folder `given` by `--modules` or else beside the kernel and
-/// where distributions keep them, and it is one of them or built in.
-#[must_use]
-pub fn has_driver(kernel: &KernelFile, given: Option<&Path>, driver: Driver) -> bool {
-    let places = Places { kernel: kernel.path(), given };
-    kernel_release(kernel).ok().flatten().is_some_and(|release| modules::has(places, &release, driver))
 }
 
 /// Makes the initramfs.

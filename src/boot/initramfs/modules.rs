@@ -1,6 +1,6 @@
 //! The modules of a kernel: where they are on the host, and their contents.
 
-use super::index::{Driver, IndexError, IndexFiles, ModuleIndex, is_module};
+use super::index::{Driver, IndexError, IndexFiles, ModuleIndex};
 use super::link::AgentLink;
 use crate::boot::unpack::{Content, FailedTask, Job, Limits, Task, UnpackError, run_all};
 use crate::bounded_read::{OpenError, ReadError, open_regular, path_of};
@@ -134,7 +134,7 @@ pub struct Places<'a> {
 }
 
 /// The folders that may have the modules of `release`, those that are looked at first in front.
-fn candidates(places: Places<'_>, release: &str) -> Vec<PathBuf> {
+pub(super) fn candidates(places: Places<'_>, release: &str) -> Vec<PathBuf> {
     let below = |folder: &Path| {
         [
             folder.to_owned(),
@@ -169,17 +169,8 @@ fn text(path: &Path) -> Result<String, ModulesError> {
 }
 
 /// As [`text`], and empty where there is no such file.
-fn text_if_there(path: &Path) -> Result<String, ModulesError> {
+pub(super) fn text_if_there(path: &Path) -> Result<String, ModulesError> {
     if path.exists() { text(path) } else { Ok(String::new()) }
-}
-
-/// Returns true if the kernel `release` has `driver` for certain: among its modules, or built in. Files that cannot be read have none: that is
-/// said when they are needed.
-pub(super) fn has(places: Places<'_>, release: &str, driver: Driver) -> bool {
-    let folders = candidates(places, release);
-    let Some(folder) = folders.iter().find(|folder| folder.join("modules.dep").is_file()) else { return false };
-    let lists = ["modules.dep", "modules.builtin"].map(|list| text_if_there(&folder.join(list)).unwrap_or_default());
-    lists.iter().flat_map(|list| list.lines()).any(|line| is_module(line, driver))
 }
 
 /// The paths of the modules that `drivers` need, and what the agent reaches the host by: vsock, or `other` where the kernel has that alone.
@@ -434,20 +425,6 @@ mod tests {
         assert_eq!(link(console, ports), Ok(("k/virtio_console.ko".into(), AgentLink::Ports)));
         assert_eq!(link(console, None), Err(IndexError::NoDriver(Driver::Vsock)), "a vsock device was asked for");
         assert_eq!(link("", ports), Err(IndexError::NoDriver(Driver::Vsock)));
-    }
-
-    #[test]
-    fn a_driver_is_there_as_a_module_or_built_in() {
-        let (tree, folder) = tree();
-        let places = Places { kernel: &tree.path().join("boot/vmlinuz"), given: None };
-        assert!(!has(places, "6.1-x", Driver::VirtioMmio), "nothing is known");
-        fs::write(folder.join("modules.dep"), "kernel/virtio_mmio_x.ko:\nkernel/x.ko: kernel/virtio_mmio.ko\n")
-            .expect("written");
-        assert!(!has(places, "6.1-x", Driver::VirtioMmio), "others");
-        fs::write(folder.join("modules.builtin"), "kernel/drivers/virtio/virtio_mmio.ko\n").expect("written");
-        assert!(has(places, "6.1-x", Driver::VirtioMmio) && !has(places, "6.1-y", Driver::VirtioMmio));
-        fs::write(folder.join("modules.dep"), "kernel/virtio-pci.ko.xz: kernel/virtio.ko.xz\n").expect("written");
-        assert!(has(places, "6.1-x", Driver::VirtioPci));
     }
 
     #[test]
