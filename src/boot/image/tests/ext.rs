@@ -190,7 +190,7 @@ fn dirty(clean: &[u8]) -> Option<Vec<u8>> {
 fn a_panic_of_a_reader_is_an_error_of_the_image() {
     let disk = OpenDisk { disk: Rc::new(vec![0; 512]), files: Vec::new() };
     let error = |job: fn() -> Result<Root, FindError>| {
-        answer(&disk, &[], Isolation::None, job).err().expect("an error").to_string()
+        answer(&disk, &[], Isolation::None, job).expect_err("an error").to_string()
     };
     let text = error(|| panic!("index out of bounds\u{1b}[2J"));
     assert!(text.contains("file systems are damaged") && text.contains("index out of bounds"), "{text}");
