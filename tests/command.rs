@@ -73,13 +73,15 @@ fn can_run() -> Result<(), String> {
 }
 
 fn when_it_runs(test: impl FnOnce()) -> Outcome {
-    match can_run() {
-        Ok(()) => {
-            test();
-            Outcome::Passed
-        }
-        Err(why) => Outcome::Skipped(why),
-    }
+    when_it_runs_or(|| {
+        test();
+        Outcome::Passed
+    })
+}
+
+/// As [`when_it_runs`], for a test that needs more than KVM.
+fn when_it_runs_or(test: impl FnOnce() -> Outcome) -> Outcome {
+    can_run().map_or_else(Outcome::Skipped, |()| test())
 }
 
 fn run(name: &str, code: &[u8], options: &[&str]) -> Output {

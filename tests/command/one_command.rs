@@ -3,10 +3,12 @@
 
 use crate::guests;
 use crate::harness::{Outcome, Test};
-use crate::{folder, hwvmm, kernel, text, when_it_runs};
-use std::fs;
+use crate::{folder, hwvmm, kernel, text, when_it_runs, when_it_runs_or};
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::process::Output;
+use std::process::{Child, Command, Output, Stdio};
 
 struct Run {
     out: Output,
@@ -135,6 +137,58 @@ fn the_machine_has_neither_stdin_nor_stdout() -> Outcome {
     })
 }
 
+/// The group that may use KVM here, and the user who is in it and has nothing else.
+const KVM_GROUP: u32 = 60_004;
+const NOBODY: &str = "65534";
+
+/// Without a network, a terminal, stdin and a home, from a folder that cannot be written; two at once.
+fn a_user_in_group_kvm_runs_a_command() -> Outcome {
+    if !rustix::process::geteuid().is_root() {
+        return Outcome::Skipped("it needs root, who can become another user".into());
+    }
+    when_it_runs_or(|| {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        let device = fs::metadata("/dev/kvm").expect("there").rdev();
+        let (kind, mode) = (rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::from_raw_mode(0o660));
+        rustix::fs::mknodat(rustix::fs::CWD, path("kvm"), kind, mode, device).expect("made");
+        std::os::unix::fs::chown(path("kvm"), Some(0), Some(KVM_GROUP)).expect("root may");
+        fs::create_dir(path("fixed")).expect("made");
+        fs::copy(hwvmm().get_program(), path("hwvmm")).expect("copied");
+        fs::copy(kernel("unprivileged", guests::command_exited()), path("kernel")).expect("copied");
+        for (name, mode) in [("", 0o755), ("kvm", 0o660), ("fixed", 0o755)] {
+            fs::set_permissions(path(name), Permissions::from_mode(mode)).expect("changed");
+        }
+        let start = |groups: &str, what: &[&str]| {
+            let script = "mount -t tmpfs -o ro,mode=755 none fixed && cd fixed || exit 77
+                 group=$1 && shift && exec <&- && exec setpriv --reuid $0 --regid $0 $group setsid --wait \"$@\"";
+            let mut unshare = Command::new("unshare");
+            unshare.args(["--mount", "--net", "sh", "-c", script, NOBODY, groups]).args(what);
+            unshare.current_dir(folder.path()).env("HOME", "/nonexistent");
+            unshare.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
+        };
+        let group = format!("--groups={KVM_GROUP}");
+        let end = |child: io::Result<Child>| child.and_then(Child::wait_with_output);
+        match end(start(&group, &["sh", "-c", "! touch made 2>/dev/null && [ ! -e /proc/self/fd/0 ] && [ $(id -u) = 65534 ]"])) {
+            Ok(out) if out.status.success() => {}
+            out => return Outcome::Skipped(format!("such a user cannot be made: {out:?}")),
+        }
+        let (program, device, kernel) = (path("hwvmm"), path("kvm"), path("kernel"));
+        let [program, device, kernel] = [&program, &device, &kernel].map(|path| path.to_str().expect("UTF-8"));
+        let options = ["run", "--sandbox=on", "-m", "32M", "--timeout", "20s", "--root", "none", "--kvm", device];
+        let hwvmm = [&[program][..], &options, &[kernel, "--", "a-command"]].concat();
+        let both = [start(&group, &hwvmm), start(&group, &hwvmm)];
+        for out in both.map(end) {
+            let out = out.expect("started");
+            assert_eq!(out.status.code(), Some(34), "{out:?}");
+            assert!(out.stdout.is_empty() && out.stderr.is_empty(), "{out:?}");
+        }
+        let other = end(start("--clear-groups", &hwvmm)).expect("started");
+        assert!(other.status.code() == Some(42) && text(&other.stderr).contains("kvm"), "{other:?}");
+        Outcome::Passed
+    })
+}
+
 fn a_run_that_does_not_start_has_a_status_file() -> Outcome {
     let file = folder().join("not-started.status");
     let out = hwvmm()
@@ -200,6 +254,7 @@ pub(super) const TESTS: &[Test] = &[
     ("the_ports_are_there_for_a_command_alone", the_ports_are_there_for_a_command_alone),
     ("the_log_of_a_guest_has_no_escape_sequences", the_log_of_a_guest_has_no_escape_sequences),
     ("the_machine_has_neither_stdin_nor_stdout", the_machine_has_neither_stdin_nor_stdout),
+    ("a_user_in_group_kvm_runs_a_command", a_user_in_group_kvm_runs_a_command),
     ("a_run_that_does_not_start_has_a_status_file", a_run_that_does_not_start_has_a_status_file),
     ("hardware_is_required", hardware_is_required),
     ("options_that_do_not_fit_are_refused", options_that_do_not_fit_are_refused),
