@@ -3,7 +3,6 @@
 use super::error::MachineError;
 use crate::measure::record::VirtioQueue;
 use crate::snapshot::State;
-use crate::vcpu::Control;
 use hwvmm_devices::pci::{ConfigPorts, PciRoot, PciState};
 use hwvmm_devices::virtio::{PauseError, QueueCounts, ThreadStart, TransportError, VirtioState, VirtioTransport};
 use std::sync::Arc;
@@ -64,13 +63,13 @@ impl PciBus {
 pub(super) struct VirtioDevices {
     handles: Vec<VirtioHandle>,
     bus: PciBus,
-    /// Devices are paused, or are to go on and their old workers wait for the host.
-    paused: AtomicBool,
+    /// A device is to go on, and its old workers wait for the host.
+    late: AtomicBool,
 }
 
 impl VirtioDevices {
     pub(super) fn new(handles: Vec<VirtioHandle>, bus: PciBus) -> Self {
-        Self { handles, bus, paused: AtomicBool::new(false) }
+        Self { handles, bus, late: AtomicBool::new(false) }
     }
 
     /// Starts the threads of the devices, which call `start` first, and has devices go on whose state was restored. The vCPUs must not
@@ -84,13 +83,12 @@ impl VirtioDevices {
         Ok(())
     }
 
-    /// Pauses all devices until [`Self::resume_with`] finds that the machine is not paused any more. The vCPUs must wait.
+    /// Pauses all devices until what is returned is dropped. The vCPUs must wait.
     ///
     /// # Errors
     /// Where a device does not complete its requests in time, or its disk cannot be flushed.
     pub(super) fn pause(&self) -> Result<PausedDevices<'_>, PauseError> {
         let deadline = Instant::now() + PAUSE;
-        self.paused.store(true, Ordering::Relaxed);
         let paused = PausedDevices(self);
         self.handles.iter().try_for_each(|device| device.transport.pause(deadline))?;
         Ok(paused)
@@ -111,13 +109,12 @@ impl VirtioDevices {
     fn resume(&self) {
         // All of them: one that is late keeps no other.
         let late = self.handles.iter().filter(|device| !device.transport.resume()).count();
-        self.paused.store(late > 0, Ordering::Relaxed);
+        self.late.store(late > 0, Ordering::Relaxed);
     }
 
-    /// Has devices that are paused go on, unless the machine of `control` is paused. To be called whenever the machine may have been
-    /// resumed, and now and then: a device whose host does not answer goes on later.
-    pub(super) fn resume_with(&self, control: &Control) {
-        if self.paused.load(Ordering::Relaxed) && !control.is_paused() {
+    /// Has devices go on that were late. To be called now and then.
+    pub(super) fn resume_late(&self) {
+        if self.late.load(Ordering::Relaxed) {
             self.resume();
         }
     }
@@ -149,5 +146,11 @@ impl PausedDevices<'_> {
 
     pub(super) fn save_bus(&self) -> PciState {
         self.0.bus.save()
+    }
+}
+
+impl Drop for PausedDevices<'_> {
+    fn drop(&mut self) {
+        self.0.resume();
     }
 }

@@ -1,6 +1,5 @@
 //! A machine that goes on from a snapshot.
 
-use super::disks::disk_name;
 use super::error::MachineError;
 use super::net::is_vhost;
 use super::save::{SavedDevices, has_kernel_vsock};
@@ -113,13 +112,11 @@ pub fn configure(config: &mut RunConfig, description: &Description) -> Result<()
         configure_net(net, described).map_err(|what| Mismatch::Net { number, what })?;
     }
     if config.disk.len() != description.disks.len() {
-        let named =
-            |disk: &DiskDescription| format!("{}: {}", escape(&disk.id, MAX_NAME), escape(&disk.path, MAX_NAME));
-        let names = description.disks.iter().map(named).collect();
+        let names =
+            description.disks.iter().map(|disk| format!("{}: {}", disk.id, escape(&disk.path, MAX_NAME))).collect();
         return Err(Mismatch::Disks { names, given: config.disk.len() });
     }
-    let disks = config.disk.iter_mut().zip(&description.disks);
-    (0..).zip(disks).try_for_each(|(index, (disk, described))| configure_disk(index, disk, described))
+    config.disk.iter_mut().zip(&description.disks).try_for_each(|(disk, described)| configure_disk(disk, described))
 }
 
 /// A console that was not given goes nowhere.
@@ -150,8 +147,8 @@ fn configure_net(net: &mut NetConfig, described: &NetDescription) -> Result<(), 
     Ok(())
 }
 
-fn configure_disk(index: usize, disk: &mut DiskConfig, described: &DiskDescription) -> Result<(), Mismatch> {
-    let name = || disk_name(index, disk);
+fn configure_disk(disk: &mut DiskConfig, described: &DiskDescription) -> Result<(), Mismatch> {
+    let name = || escape(&described.id, MAX_NAME);
     let is_qcow2 = matches!(disk.format, DiskFormat::Qcow2 | DiskFormat::DetectedQcow2);
     if is_qcow2 != (described.format == ImageFormat::Qcow2) {
         let expected = if is_qcow2 { "raw" } else { "qcow2" };
@@ -168,6 +165,7 @@ fn configure_disk(index: usize, disk: &mut DiskConfig, described: &DiskDescripti
     disk.read_only = described.read_only;
     disk.queues = described.queues;
     disk.serial.clone_from(&described.serial);
+    disk.id.get_or_insert_with(|| described.id.clone());
     Ok(())
 }
 

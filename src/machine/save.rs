@@ -134,9 +134,6 @@ impl Parts {
             virtio: virtio.save()?,
         };
         state.describe_processor();
-        if let Some(fault) = state.description.fault() {
-            return Err(format!("a run could not use it: {fault}").into());
-        }
         let written_bytes = write_memory(&self.ram, &files.memory).map_err(|error| cannot("memory", &error))?;
         (&files.state).write_all(&encode(&state)?).map_err(|error| cannot("state", &error))?;
         let text = format!("{}\n", serde_json::to_string_pretty(&state.description)?);

@@ -17,11 +17,6 @@ fn disk(path: &Path, options: &str) -> String {
     format!("--disk={}{options}", path.display())
 }
 
-/// A copy with the times.
-fn copy_disk(from: &Path, to: &Path) {
-    assert!(Command::new("cp").arg("-p").args([from, to]).status().unwrap().success());
-}
-
 fn empty(name: &str) -> PathBuf {
     let path = folder().join(name);
     File::create(&path).unwrap().set_len(SECTORS * 512).unwrap();
@@ -77,7 +72,7 @@ pub(super) fn a_disk_loses_nothing_and_writes_nothing_twice() -> Outcome {
                 let last = folder().join(format!("{name}-{round}-paused"));
                 machine.snapshot(&last);
                 let copy = folder().join(format!("{name}-{round}.img"));
-                copy_disk(&path, &copy);
+                fs::copy(&path, &copy).unwrap();
                 machine.stop();
                 let given = disk(&copy, engine);
                 let restored = format!("{name}-{round}-on");
@@ -151,7 +146,7 @@ fn qcow2(path: &Path) {
     machine.answer(&["pause"]);
     machine.snapshot(&snapshot);
     let copy = folder().join("qcow2-copy.qcow2");
-    copy_disk(path, &copy);
+    fs::copy(path, &copy).unwrap();
     let before = machine.output();
     machine.stop();
     let raw = folder().join("qcow2.raw");

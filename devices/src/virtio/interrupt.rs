@@ -71,9 +71,7 @@ impl DeviceInterrupt {
 
     /// Raises an interrupt again that the driver has not acknowledged.
     pub(crate) fn repeat(&self) {
-        if self.needs_reset() {
-            self.trigger(InterruptSource::Config);
-        } else if let Err(error) = self.interrupt.repeat() {
+        if let Err(error) = self.interrupt.repeat() {
             log::error!("virtio: cannot raise the interrupt again: {error}");
         }
     }

@@ -396,65 +396,14 @@ fn another_disk_or_one_that_was_written_since_is_refused() {
     std::fs::copy(&path, &copy).expect("copied");
     let mut restored = |path: &Path| driver.replace_with(disk(path, IoEngine::Async), &state);
     restored(&path).expect("as it was");
-    let refused = |result: Result<(), super::VirtioStateError>, words: &str| {
-        let error = crate::error::chain(&result.expect_err("refused"));
-        assert!(error.contains(words), "{error}");
-    };
-    refused(restored(&copy), "copy without the times");
-    let modified = |path: &Path| std::fs::metadata(path).and_then(|metadata| metadata.modified()).expect("a time");
-    let file = File::options().write(true).open(&copy).expect("open");
-    file.set_modified(modified(&path)).expect("set");
-    drop(file);
-    refused(restored(&larger), "1048576 bytes, and this one has 1049088");
-    restored(&copy).expect("a copy with the times");
+    restored(&copy).expect("a copy");
+    let error = crate::error::chain(&restored(&larger).expect_err("refused"));
+    assert!(error.contains("1048576 bytes") && error.contains("1049088"), "{error}");
     std::thread::sleep(Duration::from_millis(20));
     File::options().write(true).open(&path).expect("open").write_all_at(&[1], 5).expect("written");
-    refused(restored(&path), "changed since");
+    let error = crate::error::chain(&restored(&path).expect_err("refused"));
+    assert!(error.contains("changed since"), "{error}");
     assert!(driver.device().resume());
     let data = driver.request(0, &[&header(false, 1)], &[512, 1]);
     assert_eq!((&data[..512], data[512]), (&[7; 512][..], 0));
-}
-
-/// The device is paused again and again while its old worker waits for the host, and is reset then: one worker has the queue.
-#[test]
-fn late_pauses_leave_one_worker() {
-    let let_go = Arc::new(AtomicUsize::new(0));
-    let mut driver = Driver::running(Box::new(Stuck(Arc::clone(&let_go))));
-    for _ in 0..3 {
-        driver.request(0, &[], &[4]);
-        let late = |driver: &Driver| driver.device().pause(Instant::now() + Duration::from_millis(5)).is_err();
-        assert!(late(&driver) && !driver.device().resume() && late(&driver), "the host does not answer");
-        let_go.store(1, Ordering::Release);
-        wait("resumed", || driver.device().resume());
-        let_go.store(0, Ordering::Release);
-        (0..20).for_each(|_| drop(driver.request(0, &[], &[4])));
-        assert!(late(&driver) && late(&driver));
-        let_go.store(1, Ordering::Release);
-        driver.start(u64::MAX);
-        assert_eq!(driver.status(), 15);
-        (0..20).for_each(|_| drop(driver.request(0, &[], &[4])));
-        assert_eq!(driver.used_index(0), 20);
-        pause(&driver).expect("paused");
-        assert!(driver.device().resume());
-        let_go.store(0, Ordering::Release);
-    }
-    let_go.store(1, Ordering::Release);
-}
-
-/// The host tells of an error once: a snapshot that it was told to is refused, and so is the guest's next flush.
-#[test]
-fn an_error_of_a_flush_reaches_the_guest() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("disk");
-    File::create(&path).expect("made").set_len(DISK).expect("long");
-    let options = ImageOptions { path, format: Format::Raw, read_only: false, direct: false, data_file: None };
-    let image = Arc::new(Image::open(&options).expect("an image"));
-    let options =
-        BlockOptions { queues: 1, serial: "s".into(), when_full: WhenFull::Report, io_engine: IoEngine::Async };
-    let mut driver = Driver::running(Box::new(Block::new(Arc::clone(&image), options).expect("a timer")));
-    let flush = || [4_u32.to_le_bytes(), [0; 4], [0; 4], [0; 4]].concat();
-    assert_eq!(driver.request(0, &[&flush()], &[1]), [0]);
-    image.fail_flush();
-    assert_eq!(driver.request(0, &[&flush()], &[1]), [1], "VIRTIO_BLK_S_IOERR");
-    assert_eq!(driver.request(0, &[&flush()], &[1]), [0]);
 }

@@ -90,12 +90,6 @@ impl VirtioInterrupt for PciInterrupt {
     fn clear(&self) {
         self.isr_status.store(0, Ordering::Release);
     }
-
-    fn repeat(&self) -> io::Result<()> {
-        // With MSI-X a driver need not read the status: one interrupt too many is no harm.
-        let changed = self.isr_status.load(Ordering::Acquire) & 2 != 0;
-        if changed { self.trigger(InterruptSource::Config) } else { Ok(()) }
-    }
 }
 
 /// A device on the PCI transport: a PCI function, and a BAR on the memory bus.

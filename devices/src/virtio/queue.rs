@@ -399,11 +399,6 @@ impl Virtqueue {
         }
     }
 
-    /// Stops the queue until a reset, as the host failed.
-    pub(super) fn give_up(&mut self, error: &dyn StdError) {
-        self.fail(error);
-    }
-
     /// Stops the queue until a reset, as the driver violated the specification.
     fn fail(&mut self, error: &dyn StdError) {
         if !std::mem::replace(&mut self.broken, true) {

@@ -88,10 +88,11 @@ pub struct DiskState {
     pub files: Vec<FileMark>,
 }
 
-/// By what a file of the host is told from others, and from itself at another time. Its number is none: it is another one in a
-/// copy, and after some file systems were mounted anew.
+/// By what a file of the host is told from others, and from itself at another time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileMark {
+    /// The number of the device that has it (`st_dev`), and its number there (`st_ino`).
+    pub number: [u64; 2],
     /// Its size in bytes.
     pub bytes: u64,
     /// When it was written last: seconds and nanoseconds since 1970. `None` for a block device, for which the time says nothing.
@@ -231,18 +232,10 @@ pub enum DeviceFault {
     /// The disk has other properties that the guest knows.
     #[error("is of a disk with other block sizes or queues: it must be on a file system like the one that it was on")]
     DiskProperties,
-    /// The disk consists of another number of files.
-    #[error("is of a disk of {expected} files, with backing and data files, and this one has {found}")]
-    DiskFiles {
-        /// The number in the state.
-        expected: usize,
-        /// That of the disk.
-        found: usize,
-    },
     /// The disk's file was written since.
     #[error(
-        "is of the disk as it was then, and its file {place} was changed since, or is a copy without the times: copy it while the \
-         machine is paused, with its times (cp -p), or make the snapshot anew"
+        "is of the disk as it was then, and its file {place} was changed since: give a copy that was made when the snapshot was, \
+         or make the snapshot anew"
     )]
     DiskChanged {
         /// Which of the image's files, counted from 1.

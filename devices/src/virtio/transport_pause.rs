@@ -60,9 +60,7 @@ impl TransportState {
             return Err(PauseError::Late { name: name() });
         }
         let result = result.lock().unwrap_or_else(PoisonError::into_inner).take();
-        result
-            .unwrap_or_else(|| Err(io::Error::other("the thread has ended")))
-            .map_err(|source| PauseError::Flush { name: name(), source })
+        result.unwrap_or(Ok(())).map_err(|source| PauseError::Flush { name: name(), source })
     }
 
     /// Gives the queues to new workers. Returns false where the old ones wait for the host: it is to be called again.
@@ -76,7 +74,6 @@ impl TransportState {
         self.is_paused = false;
         self.put_chains_back();
         if !std::mem::take(&mut self.is_active) || self.interrupt.needs_reset() {
-            self.interrupt.repeat();
             return true;
         }
         if let Err(error) = self.activate() {
@@ -147,17 +144,11 @@ impl TransportState {
             if !size.is_power_of_two() || size > max {
                 return Err(StateFault::QueueSize { index, size, max });
             }
-            if queue.ready && state.status & FEATURES_OK == 0 {
-                return Err(StateFault::Status(state.status));
-            }
             (config.size, config.ready, config.rings) = (size, queue.ready, queue.rings);
         }
         for (queue, last) in state.queues.iter().zip(&self.positions) {
             let QueueState { next_available, next_used, .. } = *queue;
-            // A device that no driver has started is at the beginning.
-            if state.status & DRIVER_OK != 0 {
-                last.set(QueuePosition { next_available, next_used, taken: Vec::new() });
-            }
+            last.set(QueuePosition { next_available, next_used, taken: Vec::new() });
         }
         self.restore_device(&state.device)?;
         self.status = state.status;
@@ -170,7 +161,7 @@ impl TransportState {
             // As at DRIVER_OK, but now: a driver cannot be told of it.
             self.virtqueues().map_err(StateFault::Rings)?;
         }
-        (self.is_active, self.is_paused) = (runs, true);
+        (self.is_active, self.is_paused) = (runs, runs);
         Ok(())
     }
 

@@ -34,15 +34,6 @@ pub(super) struct StartPlan {
     pub(super) interrupt: Arc<DeviceInterrupt>,
 }
 
-/// What a thread has ended.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Ended {
-    /// Its worker.
-    Reset,
-    /// A job.
-    Job,
-}
-
 /// Work of a device on a thread of its own, while it has no workers.
 pub(super) type Job = Box<dyn FnOnce() + Send>;
 
@@ -73,8 +64,6 @@ enum Stage {
 struct State {
     commands: VecDeque<Command>,
     stage: Stage,
-    /// An order to drop the worker is not carried out yet.
-    ending: bool,
     /// A reset has not ended within the time that the driver's write waits for it.
     late: bool,
 }
@@ -100,14 +89,11 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Notes that `command` was carried out: the thread is idle where no other waits. Returns true if a reset has ended late.
-    fn end(&self, command: Ended) -> bool {
+    /// Returns the thread to [`Stage::Idle`], and true if the reset has ended late.
+    fn end_reset(&self) -> bool {
         let mut state = self.state();
-        if state.commands.is_empty() {
-            state.stage = Stage::Idle;
-        }
-        let late = command == Ended::Reset && std::mem::take(&mut state.late);
-        state.ending &= command != Ended::Reset;
+        state.stage = Stage::Idle;
+        let late = std::mem::take(&mut state.late);
         drop(state);
         self.changed.notify_all();
         late
@@ -171,7 +157,7 @@ impl WorkerThread {
         let wake = EventFd::new(EFD_NONBLOCK).map_err(|source| WorkerError::EventFd { name: name.clone(), source })?;
         let mut event_loop: EventManager<Worker> =
             EventManager::new().map_err(|source| WorkerError::EventLoop { name: name.clone(), source })?;
-        let state = Mutex::new(State { commands: VecDeque::new(), stage: Stage::Starting, ending: false, late: false });
+        let state = Mutex::new(State { commands: VecDeque::new(), stage: Stage::Starting, late: false });
         let shared = Arc::new(Shared { state, changed: Condvar::new(), has_commands: AtomicBool::new(false), wake });
         event_loop.add_subscriber(Box::new(WakeEvent(Arc::clone(&shared))));
         Ok(Self { name, shared, event_loop: Some(event_loop), handle: None })
@@ -239,10 +225,10 @@ impl WorkerThread {
         self.order(Command::Run(job))
     }
 
-    /// Has the thread drop its worker, where it has one and was not told to do so before.
+    /// Has the thread drop its worker, where it has one.
     pub(super) fn request_reset(&self) {
-        let mut state = self.shared.state();
-        if matches!(state.stage, Stage::Busy) && !std::mem::replace(&mut state.ending, true) {
+        let state = self.shared.state();
+        if matches!(state.stage, Stage::Busy) {
             self.shared.send(state, Command::Reset);
         }
     }
@@ -354,13 +340,15 @@ impl Body {
                     Command::Activate(worker) => self.worker = Some(self.event_loop.add_subscriber(worker)),
                     Command::Reset => {
                         self.end_worker();
-                        if self.shared.end(Ended::Reset) {
+                        if self.shared.end_reset() {
                             interrupt.reset_ended();
                         }
                     }
                     Command::Run(job) => {
                         job();
-                        self.shared.end(Ended::Job);
+                        if self.shared.end_reset() {
+                            interrupt.reset_ended();
+                        }
                     }
                     Command::Stop => return false,
                 }

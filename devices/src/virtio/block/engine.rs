@@ -85,8 +85,7 @@ impl Engine {
     pub(super) fn take_ring(&mut self) -> Option<Ring> {
         let mut ring = self.ring.take()?;
         match ring.drain() {
-            // A ring that could not be waited for has no slots any more.
-            Ok(_) => ring.is_usable().then_some(ring),
+            Ok(_) => Some(ring),
             Err(error) => {
                 log::error!("block: cannot wait for the operations in flight: {error}");
                 None
@@ -106,9 +105,6 @@ impl Engine {
         mut data: OwnedBuffers,
         token: usize,
     ) -> Result<Started, OwnedBuffers> {
-        if operation == Operation::Flush && self.image.take_flush_failed() {
-            return Ok(Started::Done(Err(io::Error::from_raw_os_error(libc::EIO))));
-        }
         let transfer = self.transfer(operation, &mut data);
         if let Some(ring) = self.ring.as_mut().filter(|_| transfer == Transfer::Direct) {
             match operation {

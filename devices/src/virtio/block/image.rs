@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
 /// A qcow2 image. A discard needs exclusive access; other operations share it.
@@ -66,8 +66,6 @@ pub struct Image {
     direct: bool,
     bytes: AtomicU64,
     block_sizes: BlockSizes,
-    /// The guest's next flush fails: that for a snapshot did, and the host tells of an error once.
-    flush_failed: AtomicBool,
 }
 
 impl Image {
@@ -139,7 +137,6 @@ impl Image {
             direct: options.direct,
             bytes: AtomicU64::new(bytes),
             block_sizes,
-            flush_failed: AtomicBool::new(false),
         })
     }
 
@@ -164,7 +161,6 @@ impl Image {
             direct: false,
             bytes: AtomicU64::new(bytes),
             block_sizes,
-            flush_failed: AtomicBool::new(false),
         })
     }
 
@@ -200,21 +196,6 @@ impl Image {
     /// # Errors
     /// Returns the error of a write or of fsync(2).
     pub(super) fn flush(&self) -> io::Result<()> {
-        self.try_flush().inspect_err(|_| self.flush_failed.store(true, Ordering::Release))
-    }
-
-    /// Returns true once after [`Image::flush`] has failed.
-    pub(super) fn take_flush_failed(&self) -> bool {
-        self.flush_failed.load(Ordering::Relaxed) && self.flush_failed.swap(false, Ordering::AcqRel)
-    }
-
-    /// As if [`Image::flush`] had failed.
-    #[cfg(test)]
-    pub(in crate::virtio) fn fail_flush(&self) {
-        self.flush_failed.store(true, Ordering::Release);
-    }
-
-    fn try_flush(&self) -> io::Result<()> {
         match &self.content {
             // Not only the data: the time of the last write is a part of the image's marks.
             Content::Raw(file, _) => file.sync_all(),
@@ -294,7 +275,11 @@ impl Drop for Image {
 fn mark(file: &File) -> io::Result<FileMark> {
     let metadata = file.metadata()?;
     let is_file = metadata.is_file();
-    Ok(FileMark { bytes: size(file)?, modified: is_file.then(|| (metadata.mtime(), metadata.mtime_nsec())) })
+    Ok(FileMark {
+        number: [metadata.dev(), metadata.ino()],
+        bytes: size(file)?,
+        modified: is_file.then(|| (metadata.mtime(), metadata.mtime_nsec())),
+    })
 }
 
 /// Returns the block sizes of a block device.

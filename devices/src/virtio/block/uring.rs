@@ -80,11 +80,6 @@ impl Ring {
         self.durability = durability;
     }
 
-    /// Returns false after an error of io_uring_enter(2).
-    pub(super) fn is_usable(&self) -> bool {
-        !self.slots.is_empty()
-    }
-
     /// Returns true if no operation is in flight.
     pub(super) fn is_idle(&self) -> bool {
         self.free.len() == self.slots.len()

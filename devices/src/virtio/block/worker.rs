@@ -267,8 +267,6 @@ impl QueueWorker {
                 }
                 Err(error) => {
                     log::error!("block: cannot wait for the operations in flight: {error}");
-                    // They may still be carried out: nothing may go on as if they were not.
-                    self.queue.give_up(&error);
                     return;
                 }
             }
