@@ -424,7 +424,6 @@ const TESTS: &[Test] = &[
     ("two_vcpus", two_vcpus),
     ("each_run_has_a_generation_identifier_of_its_own", each_run_has_a_generation_identifier_of_its_own),
     ("a_disk_loses_nothing_and_writes_nothing_twice", disks::a_disk_loses_nothing_and_writes_nothing_twice),
-    ("other_devices_are_there_again", disks::other_devices_are_there_again),
     ("disks_that_do_not_fit_are_refused", disks::disks_that_do_not_fit_are_refused),
     ("what_has_no_state_is_refused", what_has_no_state_is_refused),
     ("a_folder_that_exists_is_refused", a_folder_that_exists_is_refused),

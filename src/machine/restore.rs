@@ -2,7 +2,7 @@
 
 use super::error::MachineError;
 use super::net::is_vhost;
-use super::save::{SavedDevices, has_kernel_vsock};
+use super::save::SavedDevices;
 use crate::config::{
     BalloonConfig, ConsoleTarget, DiskConfig, DiskFormat, NetBackend, NetConfig, RngConfig, RunConfig,
 };
@@ -51,9 +51,6 @@ pub enum Mismatch {
         /// The key of the option.
         key: &'static str,
     },
-    /// A socket device that the guest does not have, or the other way round.
-    #[error("--vsock: the snapshot {0}")]
-    Vsock(&'static str),
     /// Another number of network cards.
     #[error(
         "the snapshot has {expected} network cards, and {given} were given: connect each of them with --net, in the same order"
@@ -98,12 +95,6 @@ pub fn configure(config: &mut RunConfig, description: &Description) -> Result<()
         connect(target, there, || format!("UART {place}"));
     }
     connect(&mut config.console, description.virtio_console, || "virtio console".into());
-    match (description.vsock, config.vsock.is_some()) {
-        (true, false) => return Err(Mismatch::Vsock("has a socket device: say where its sockets are, cid=N,uds=PATH")),
-        (false, true) => return Err(Mismatch::Vsock("has no socket device: leave it out")),
-        _ if has_kernel_vsock(config) => return Err(Mismatch::Vsock("cannot go on with vhost=on: give it uds=PATH")),
-        _ => {}
-    }
     let (expected, given) = (description.nets.len(), config.net.len());
     if expected != given {
         return Err(Mismatch::Nets { expected, given });

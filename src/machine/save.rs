@@ -3,7 +3,7 @@
 use super::disks::disk_name;
 use super::net::{is_vhost, mac_of};
 use super::paused::VirtioDevices;
-use crate::config::{DiskConfig, DiskFormat, NetBackend, NetConfig, RunConfig, VsockBackend};
+use crate::config::{DiskConfig, DiskFormat, NetBackend, NetConfig, RunConfig};
 use crate::control::{RequestError, Saved, Saver};
 use crate::error::chain;
 use crate::exit::{Handler, Outcome};
@@ -55,7 +55,7 @@ fn unsaved(config: &RunConfig) -> Vec<&'static str> {
         ("--seed", config.seed.is_some()),
         ("--net with vhost=on", config.net.iter().any(is_vhost)),
         ("--share", !config.share.is_empty() && !config.has_command()),
-        ("--vsock with vhost=on", has_kernel_vsock(config)),
+        ("--vsock", config.vsock.is_some() && !config.has_command()),
         ("--testdev", config.testdev),
     ];
     options.into_iter().filter(|(_, given)| *given).map(|(option, _)| option).collect()
@@ -91,7 +91,6 @@ impl Parts {
             register_pages: self.register_pages,
             disks: (0..).zip(&config.disk).map(|(index, disk)| describe_disk(index, disk)).collect(),
             nets: config.net.iter().map(describe_net).collect(),
-            vsock: config.vsock.is_some(),
             balloon: config.balloon.is_some(),
             rng: config.rng.map(|rng| RngDescription { bytes_per_second: rng.bytes_per_second }),
             virtio_console: config.console.is_some(),
@@ -154,11 +153,6 @@ fn describe_disk(index: usize, disk: &DiskConfig) -> DiskDescription {
         queues: disk.queues,
         serial: disk.serial.clone(),
     }
-}
-
-/// Returns true if the host's kernel has the connections of the socket device.
-pub(super) fn has_kernel_vsock(config: &RunConfig) -> bool {
-    config.vsock.as_ref().is_some_and(|vsock| vsock.backend == VsockBackend::Vhost)
 }
 
 fn describe_net(net: &NetConfig) -> NetDescription {

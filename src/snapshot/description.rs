@@ -96,8 +96,6 @@ pub struct Description {
     pub disks: Vec<DiskDescription>,
     /// The network cards, in their order.
     pub nets: Vec<NetDescription>,
-    /// The machine has a socket device.
-    pub vsock: bool,
     /// The machine has a memory balloon.
     pub balloon: bool,
     /// The entropy device, where there is one.
@@ -133,7 +131,7 @@ impl Description {
     /// The number of virtio devices.
     #[must_use]
     pub fn virtio_devices(&self) -> usize {
-        let single = [self.rng.is_some(), self.vsock, self.balloon, self.virtio_console];
+        let single = [self.rng.is_some(), self.balloon, self.virtio_console];
         self.disks.len() + self.nets.len() + single.into_iter().filter(|there| *there).count()
     }
 

@@ -68,8 +68,6 @@ pub enum DeviceState {
         /// The size that it has reported (`actual`).
         actual_pages: u32,
     },
-    /// The socket device has nothing: its connections are closed by an event for the guest.
-    Vsock,
     /// A network card.
     Net {
         /// Its hardware address.

@@ -47,7 +47,6 @@ fn state() -> State {
             register_pages: true,
             disks: Vec::new(),
             nets: Vec::new(),
-            vsock: false,
             balloon: false,
             rng: Some(RngDescription { bytes_per_second: None }),
             virtio_console: false,
