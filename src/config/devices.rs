@@ -57,6 +57,16 @@ pub enum WriteError {
     Stop,
 }
 
+/// What is done with a disk that may have been written since the snapshot was made that a machine goes on from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum ChangedDisk {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// It is taken.
+    Accept,
+}
+
 /// How a disk image is read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum DiskIo {
@@ -67,7 +77,7 @@ pub enum DiskIo {
     Plain,
 }
 
-choices!(Transport, DiskFormat, WriteError, DiskIo);
+choices!(Transport, DiskFormat, WriteError, ChangedDisk, DiskIo);
 
 device_spec! {
     /// A virtio disk and its image (`--disk`).
@@ -91,6 +101,8 @@ device_spec! {
         id: Option<String> = "id" "S", optional;
         /// What happens when the host's disk is full.
         write_error: WriteError = "werror" "report|stop", or (WriteError::Report);
+        /// With `--from`: what is done with an image that may have been written since the snapshot was made.
+        changed: ChangedDisk = "changed" "refuse|accept", or (ChangedDisk::Refuse);
         /// How the image is read and written.
         io: DiskIo = "io" "auto|plain", or (DiskIo::Auto);
     }
@@ -420,10 +432,10 @@ mod tests {
     fn disks() {
         let disk: DiskConfig = parse("a.img").expect("a path");
         assert_eq!((disk.path, disk.queues, disk.read_only), ("a.img".into(), 1, false));
-        let disk = "path=a,format=qcow2,readonly,direct=on,queues=4,id=root,werror=stop,io=plain";
+        let disk = "path=a,format=qcow2,readonly,direct=on,queues=4,id=root,werror=stop,io=plain,changed=accept";
         let disk: DiskConfig = parse(disk).expect("all keys");
         assert!(disk.read_only && disk.direct);
-        assert_eq!((disk.write_error, disk.io), (WriteError::Stop, DiskIo::Plain));
+        assert_eq!((disk.write_error, disk.io, disk.changed), (WriteError::Stop, DiskIo::Plain, ChangedDisk::Accept));
         assert_eq!((disk.queues, disk.serial.as_str(), disk.format), (4, "root", DiskFormat::Qcow2));
         for bad in [
             "",

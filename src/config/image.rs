@@ -1,7 +1,7 @@
 //! Options that name disk images: with a kernel (`hwvmm run IMAGE`, `--kernel-from`), or with the root of a command (`--root IMAGE`).
 
 use super::command::RootChoice;
-use super::devices::{DiskConfig, DiskFormat, DiskIo, WriteError};
+use super::devices::{ChangedDisk, DiskConfig, DiskFormat, DiskIo, WriteError};
 use super::error::ConfigError;
 use super::options::RunOptions;
 use hwvmm_devices::path_text::PathText as _;
@@ -22,6 +22,7 @@ fn disk(path: &Path) -> DiskConfig {
         serial: String::new(),
         id: None,
         write_error: WriteError::Report,
+        changed: ChangedDisk::Refuse,
         io: DiskIo::Auto,
     }
 }

@@ -31,8 +31,8 @@ pub use command::{EnvChoice, PutChoice, ROOT_TAG, Requirement, RootChoice, UserC
 pub use console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice};
 pub use contradictions::SEED_ID;
 pub use devices::{
-    BalloonConfig, DiskConfig, DiskFormat, DiskIo, Forward, MAX_QUEUES, MacAddress, ModuleConfig, NetBackend,
-    NetConfig, Protocol, RngConfig, ShareConfig, Toggle, Transport, VsockBackend, VsockConfig, WriteError,
+    BalloonConfig, ChangedDisk, DiskConfig, DiskFormat, DiskIo, Forward, MAX_QUEUES, MacAddress, ModuleConfig,
+    NetBackend, NetConfig, Protocol, RngConfig, ShareConfig, Toggle, Transport, VsockBackend, VsockConfig, WriteError,
 };
 pub use error::{BudgetError, ConfigError, ValueError};
 pub use file::{FileError, parse as parse_file, read as read_file};

@@ -27,6 +27,8 @@ pub struct Saved {
     pub memory_bytes: u64,
     /// The bytes of it that are written.
     pub written_bytes: u64,
+    /// The number of disks, whose images are not in it.
+    pub disks: usize,
 }
 
 /// Writes the memory and the state of a machine that is paused.
@@ -143,9 +145,9 @@ impl Live {
         if !was_paused {
             control.resume();
         }
-        let Saved { memory_bytes, written_bytes } = result?;
+        let Saved { memory_bytes, written_bytes, disks } = result?;
         let paused_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
-        Ok(Response::Snapshot { memory_bytes, written_bytes, paused_ms })
+        Ok(Response::Snapshot { memory_bytes, written_bytes, paused_ms, disks, stays_paused: was_paused })
     }
 
     fn look(&self) -> LiveExits {

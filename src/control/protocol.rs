@@ -115,6 +115,10 @@ pub enum Response {
         written_bytes: u64,
         /// How long the guest did not run.
         paused_ms: u64,
+        /// The number of disks. Their images are not in the snapshot.
+        disks: usize,
+        /// The machine was paused before, and is still: its disks are as they have to be for the snapshot.
+        stays_paused: bool,
     },
     /// To [`Request::Stop`]: the run is about to end.
     Stopping,

@@ -63,13 +63,13 @@ impl PciBus {
 pub(super) struct VirtioDevices {
     handles: Vec<VirtioHandle>,
     bus: PciBus,
-    /// A device is to go on, and its old workers wait for the host.
-    late: AtomicBool,
+    /// Devices may be paused: they are to go on with the vCPUs, or once the host has answered their old workers.
+    paused: AtomicBool,
 }
 
 impl VirtioDevices {
     pub(super) fn new(handles: Vec<VirtioHandle>, bus: PciBus) -> Self {
-        Self { handles, bus, late: AtomicBool::new(false) }
+        Self { handles, bus, paused: AtomicBool::new(false) }
     }
 
     /// Starts the threads of the devices, which call `start` first, and has devices go on whose state was restored. The vCPUs must not
@@ -83,15 +83,15 @@ impl VirtioDevices {
         Ok(())
     }
 
-    /// Pauses all devices until what is returned is dropped. The vCPUs must wait.
+    /// Pauses all devices, also where an error is returned, until [`Self::resume_paused`] is called. The vCPUs must wait.
     ///
     /// # Errors
     /// Where a device does not complete its requests in time, or its disk cannot be flushed.
     pub(super) fn pause(&self) -> Result<PausedDevices<'_>, PauseError> {
         let deadline = Instant::now() + PAUSE;
-        let paused = PausedDevices(self);
+        self.paused.store(true, Ordering::Relaxed);
         self.handles.iter().try_for_each(|device| device.transport.pause(deadline))?;
-        Ok(paused)
+        Ok(PausedDevices(self))
     }
 
     /// Sets the state of a snapshot. The devices are paused then, until they are started.
@@ -109,12 +109,12 @@ impl VirtioDevices {
     fn resume(&self) {
         // All of them: one that is late keeps no other.
         let late = self.handles.iter().filter(|device| !device.transport.resume()).count();
-        self.late.store(late > 0, Ordering::Relaxed);
+        self.paused.store(late > 0, Ordering::Relaxed);
     }
 
-    /// Has devices go on that were late. To be called now and then.
-    pub(super) fn resume_late(&self) {
-        if self.late.load(Ordering::Relaxed) {
+    /// Has devices go on that were paused. To be called when the vCPUs go on, and now and then, as one may wait for the host.
+    pub(super) fn resume_paused(&self) {
+        if self.paused.load(Ordering::Relaxed) {
             self.resume();
         }
     }
@@ -132,7 +132,7 @@ impl VirtioDevices {
     }
 }
 
-/// The devices while they are paused.
+/// The devices, which are paused.
 pub(super) struct PausedDevices<'a>(&'a VirtioDevices);
 
 impl PausedDevices<'_> {
@@ -149,8 +149,88 @@ impl PausedDevices<'_> {
     }
 }
 
-impl Drop for PausedDevices<'_> {
-    fn drop(&mut self) {
-        self.0.resume();
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hwvmm_devices::virtio::{TransportOptions, VirtioStateError};
+    use hwvmm_devices::{Action, BusDevice};
+    use std::sync::atomic::AtomicUsize;
+
+    /// A device that is paused unless the host does not answer, and counts when it is told to go on.
+    #[derive(Default)]
+    struct Counting {
+        is_late: AtomicBool,
+        resumed: AtomicUsize,
+    }
+
+    impl BusDevice for Counting {
+        fn read(&self, _offset: u64, _data: &mut [u8]) {}
+
+        fn write(&self, _offset: u64, _data: &[u8]) -> Action {
+            Action::None
+        }
+    }
+
+    impl VirtioTransport for Counting {
+        fn counts(&self) -> Vec<Arc<QueueCounts>> {
+            Vec::new()
+        }
+
+        fn set_options(&self, _options: TransportOptions) {}
+
+        fn start_threads(&self, _start: &ThreadStart) -> Result<(), TransportError> {
+            Ok(())
+        }
+
+        fn pause(&self, _deadline: Instant) -> Result<(), PauseError> {
+            if self.is_late.load(Ordering::Relaxed) { Err(PauseError::Late { name: "late".into() }) } else { Ok(()) }
+        }
+
+        fn save(&self) -> Result<VirtioState, PauseError> {
+            Err(PauseError::Unsaved { name: "counting".into() })
+        }
+
+        fn restore(&self, _state: &VirtioState) -> Result<(), VirtioStateError> {
+            Ok(())
+        }
+
+        fn resume(&self) -> bool {
+            self.resumed.fetch_add(1, Ordering::Relaxed);
+            !self.is_late.load(Ordering::Relaxed)
+        }
+
+        fn request_stop(&self) {}
+
+        fn wait_stopped(&self, _deadline: Instant) {}
+    }
+
+    #[test]
+    fn devices_stay_paused_until_the_machine_goes_on() {
+        let device = Arc::new(Counting::default());
+        let root = Arc::new(PciRoot::default());
+        let bus = PciBus { ports: Arc::new(ConfigPorts::new(Arc::clone(&root))), root };
+        let devices = VirtioDevices::new(vec![VirtioHandle::new("counting".into(), Arc::clone(&device) as _)], bus);
+        let resumed = || device.resumed.load(Ordering::Relaxed);
+        devices.resume_paused();
+        assert_eq!(resumed(), 0, "none was paused");
+        for snapshots in 1..3 {
+            for _ in 0..snapshots {
+                drop(devices.pause().expect("paused"));
+            }
+            assert_eq!(resumed(), snapshots - 1, "a snapshot of a paused machine leaves its devices as they are");
+            devices.resume_paused();
+            devices.resume_paused();
+            assert_eq!(resumed(), snapshots);
+        }
+        device.is_late.store(true, Ordering::Relaxed);
+        assert!(devices.pause().is_err());
+        assert_eq!(resumed(), 2);
+        devices.resume_paused();
+        devices.resume_paused();
+        assert_eq!(resumed(), 4, "again, until the host has answered");
+        device.is_late.store(false, Ordering::Relaxed);
+        devices.resume_paused();
+        devices.resume_paused();
+        assert_eq!(resumed(), 5);
     }
 }

@@ -11,6 +11,7 @@ use crate::kvm::{Vcpu, Vm};
 use crate::snapshot::{Description, DiskDescription, ImageFormat, NetDescription, State, check_features};
 use hwvmm_devices::path_text::PathText as _;
 use kvm_bindings::kvm_cpuid_entry2;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -50,6 +51,12 @@ pub enum Mismatch {
         path: PathBuf,
         /// The key of the option.
         key: &'static str,
+    },
+    /// Two disks with the same id.
+    #[error("--disk: two disks have the id {id}, which may be the snapshot's: give another one, or none")]
+    Id {
+        /// The id.
+        id: String,
     },
     /// Another number of network cards.
     #[error(
@@ -103,11 +110,20 @@ pub fn configure(config: &mut RunConfig, description: &Description) -> Result<()
         configure_net(net, described).map_err(|what| Mismatch::Net { number, what })?;
     }
     if config.disk.len() != description.disks.len() {
-        let names =
-            description.disks.iter().map(|disk| format!("{}: {}", disk.id, escape(&disk.path, MAX_NAME))).collect();
+        let names = description
+            .disks
+            .iter()
+            .map(|disk| format!("{}: {}", escape(&disk.id, MAX_NAME), escape(&disk.path, MAX_NAME)))
+            .collect();
         return Err(Mismatch::Disks { names, given: config.disk.len() });
     }
-    config.disk.iter_mut().zip(&description.disks).try_for_each(|(disk, described)| configure_disk(disk, described))
+    config.disk.iter_mut().zip(&description.disks).try_for_each(|(disk, described)| configure_disk(disk, described))?;
+    // An id that was given may be that of another disk of the snapshot.
+    let mut ids = BTreeSet::new();
+    match config.disk.iter().filter_map(|disk| disk.id.as_deref()).find(|id| !ids.insert(*id)) {
+        Some(id) => Err(Mismatch::Id { id: escape(id, MAX_NAME) }),
+        None => Ok(()),
+    }
 }
 
 /// A console that was not given goes nowhere.

@@ -288,13 +288,15 @@ impl Limits<'_> {
     fn wait(&mut self, event_loop: &mut EventLoop, threads: &Threads) -> Result<(), RunError> {
         let mut next_tick = Instant::now() + TICK;
         while self.control.ended().is_none() {
+            if !self.control.is_paused() {
+                self.virtio.resume_paused();
+            }
             let now = Instant::now();
             let dog = self.watchdog_deadline();
             if dog.is_some_and(|at| at <= now) {
                 self.control.end(EndReason::Watchdog, None);
             } else if next_tick <= now {
                 next_tick = now + TICK;
-                self.virtio.resume_late();
                 if !self.control.is_paused() && self.halt_detector.tick(threads) {
                     self.control.end(EndReason::Halted, None);
                 }

@@ -11,8 +11,8 @@ use crate::kvm::Vm;
 use crate::kvm::state::VcpuState;
 use crate::memory::GuestRam;
 use crate::snapshot::{
-    Description, DiskDescription, Files, ImageFormat, Irqchip, NetDescription, RngDescription, STATE_VERSION, State,
-    bytes_of_banks, encode, write_memory,
+    Description, DiskDescription, Files, ImageFormat, Irqchip, MAX_DESCRIPTION_BYTES, NetDescription, RngDescription,
+    STATE_VERSION, State, bytes_of_banks, encode, write_memory,
 };
 use crate::vcpu::Inspector;
 use hwvmm_arch::boot::BootMethod;
@@ -133,11 +133,16 @@ impl Parts {
             virtio: virtio.save()?,
         };
         state.describe_processor();
+        let text = format!("{}\n", serde_json::to_string_pretty(&state.description)?);
+        // What no run would take is not written.
+        let too_long = (text.len() as u64 > MAX_DESCRIPTION_BYTES).then_some("it is too long");
+        if let Some(fault) = state.description.fault().or(too_long) {
+            return Err(format!("machine.json would not be read again: {fault}").into());
+        }
         let written_bytes = write_memory(&self.ram, &files.memory).map_err(|error| cannot("memory", &error))?;
         (&files.state).write_all(&encode(&state)?).map_err(|error| cannot("state", &error))?;
-        let text = format!("{}\n", serde_json::to_string_pretty(&state.description)?);
         (&files.description).write_all(text.as_bytes()).map_err(|error| cannot("machine.json", &error))?;
-        Ok(Saved { memory_bytes: bytes_of_banks(&self.ram), written_bytes })
+        Ok(Saved { memory_bytes: bytes_of_banks(&self.ram), written_bytes, disks: description.disks.len() })
     }
 }
 

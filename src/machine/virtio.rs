@@ -9,7 +9,7 @@ use super::levers::options;
 use super::net::{Card, Passt, card};
 use super::paused::{PciBus, VirtioDevices, VirtioHandle};
 use crate::boot::initramfs::AgentLink;
-use crate::config::{DiskConfig, DiskIo, RunConfig, SEED_ID, Transport, VsockBackend, WriteError};
+use crate::config::{ChangedDisk, DiskConfig, DiskIo, RunConfig, SEED_ID, Transport, VsockBackend, WriteError};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
 use crate::sandbox::Sandbox;
@@ -21,7 +21,7 @@ use hwvmm_arch::layout::{
 use hwvmm_devices::memory::Memory;
 use hwvmm_devices::pci::{ConfigPorts, ECAM_BUS_BYTES, Ecam, MsiMessage, MsiRouter, MsiVector, PciRoot, RouteError};
 use hwvmm_devices::virtio::balloon::{Balloon, BalloonControl, FreePageReporting};
-use hwvmm_devices::virtio::block::{Block, BlockOptions, Image, IoEngine, WhenFull};
+use hwvmm_devices::virtio::block::{Block, BlockOptions, Image, IoEngine, WhenChanged, WhenFull};
 use hwvmm_devices::virtio::fs::{Fs, FsOptions};
 use hwvmm_devices::virtio::mmio::{MmioDevice, REGION_BYTES};
 use hwvmm_devices::virtio::pci::{BAR_BYTES, PciDevice};
@@ -242,7 +242,7 @@ impl<'a> VirtioBuilder<'a> {
         if let Some(balloon) = &config.balloon {
             let wanted = self.tune.wants(Lever::FreePages);
             let reporting = if wanted { FreePageReporting::On } else { FreePageReporting::Off };
-            let device = Balloon::new(balloon.bytes, reporting)?;
+            let device = Balloon::new(balloon.bytes, reporting)?.at_most(config.memory.max_balloon_bytes());
             self.balloon = Some(device.control());
             self.add("balloon".into(), Box::new(device))?;
         }
@@ -341,7 +341,11 @@ fn block(disk: &DiskConfig, image: Arc<Image>) -> Result<Block, MachineError> {
         DiskIo::Plain => IoEngine::Sync,
     };
     let options = BlockOptions { queues: disk.queues, serial: disk.serial.clone(), when_full, io_engine };
-    Ok(Block::new(image, options)?)
+    let when_changed = match disk.changed {
+        ChangedDisk::Refuse => WhenChanged::Refuse,
+        ChangedDisk::Accept => WhenChanged::Accept,
+    };
+    Ok(Block::new(image, options)?.when_changed(when_changed))
 }
 
 /// The disk of `--seed`. Its file is in memory: there is nothing to wait for.

@@ -1,9 +1,11 @@
 //! What a machine is: the readable part of a snapshot (`machine.json`), and what a restored run has to have as well.
 
 use crate::config::{Cpus, MAX_MEMORY_BYTES, MAX_QUEUES, MIN_MEMORY_BYTES, Transport};
+use crate::escape::is_active;
 use hwvmm_arch::boot::BootMethod;
 use hwvmm_arch::layout::UARTS;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 /// Where a machine's I/O APIC is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +69,8 @@ pub struct RngDescription {
 const MAX_DISKS: usize = 31;
 /// The longest text of a disk in bytes: paths are shorter.
 const MAX_TEXT: usize = 8192;
+/// The longest name or serial number of a disk in bytes.
+const MAX_NAME: usize = 256;
 
 /// What a machine is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,8 +120,16 @@ impl DiskDescription {
     /// Returns true if no machine has such a disk.
     fn is_none(&self) -> bool {
         !(1..=MAX_QUEUES).contains(&self.queues)
-            || [&self.id, &self.path, &self.serial].iter().any(|text| text.len() > MAX_TEXT)
+            || self.path.len() > MAX_TEXT
+            || self.id.is_empty()
+            || [&self.id, &self.serial].iter().any(|name| name.len() > MAX_NAME || name.chars().any(is_active))
     }
+}
+
+/// Returns true if a name comes twice.
+fn repeats<'a>(names: impl Iterator<Item = &'a String>) -> bool {
+    let mut seen = BTreeSet::new();
+    names.into_iter().any(|name| !seen.insert(name))
 }
 
 impl Description {
@@ -151,7 +163,13 @@ impl Description {
         {
             Some("its UARTs are none that a machine has")
         } else if self.disks.len() > MAX_DISKS || self.disks.iter().any(DiskDescription::is_none) {
-            Some("its disks are none that a machine has")
+            Some(
+                "its disks are none that a machine has: the names or serial numbers may be too long, or have control characters",
+            )
+        } else if repeats(self.disks.iter().map(|disk| &disk.id))
+            || repeats(self.disks.iter().map(|disk| &disk.serial).filter(|serial| !serial.is_empty()))
+        {
+            Some("two of its disks have the same name or serial number")
         } else if self.nets.len() > MAX_DISKS
             || self.nets.iter().any(|net| !(1..=MAX_QUEUES).contains(&net.queues) || net.mac.len() > MAX_TEXT)
         {
@@ -160,6 +178,60 @@ impl Description {
             Some("its entropy device gives nothing")
         } else {
             None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(id: &str, serial: &str) -> DiskDescription {
+        let (path, format) = ("/images/a".into(), ImageFormat::Raw);
+        DiskDescription { id: id.into(), path, format, read_only: false, queues: 1, serial: serial.into() }
+    }
+
+    #[test]
+    fn names_of_disks_are_checked() {
+        let fault = |disks: Vec<DiskDescription>| {
+            let description = Description { disks, ..Description::of_tests() };
+            description.fault()
+        };
+        assert_eq!(fault(vec![disk("disk0", ""), disk("disk1", ""), disk("root", "root")]), None);
+        let long = "x".repeat(257);
+        for bad in ["", "\0", "a\nb", "\x1b[2J", "\u{202e}", &long] {
+            let fault = fault(vec![disk(bad, "")]).expect("refused");
+            assert!(fault.contains("its disks"), "{fault}");
+        }
+        assert!(fault(vec![disk("disk0", "a\0")]).is_some());
+        for twice in [vec![disk("a", "x"), disk("b", "x")], vec![disk("a", ""), disk("a", "")]] {
+            assert!(fault(twice).expect("refused").contains("same name"));
+        }
+    }
+
+    impl Description {
+        fn of_tests() -> Self {
+            use hwvmm_arch::boot::{Decompressor, EntryProtocol};
+            Self {
+                hwvmm: "0.1.0".into(),
+                state_version: 1,
+                memory_bytes: 16 << 20,
+                cpus: [1, 1, 1],
+                uarts: vec![1],
+                watchdog: false,
+                debug_exit: false,
+                irqchip: Irqchip::Kernel,
+                transport: Transport::Mmio,
+                register_pages: false,
+                disks: Vec::new(),
+                nets: Vec::new(),
+                balloon: false,
+                rng: None,
+                virtio_console: false,
+                boot: BootMethod { decompressor: Decompressor::None, protocol: EntryProtocol::Multiboot },
+                cpu_vendor: String::new(),
+                cpu_features: Vec::new(),
+            }
         }
     }
 }

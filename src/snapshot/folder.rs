@@ -20,7 +20,7 @@ const MEMORY: &str = "memory";
 const NAMES: [&str; 3] = [DESCRIPTION, STATE, MEMORY];
 
 /// The longest `machine.json` in bytes.
-const MAX_DESCRIPTION_BYTES: u64 = 64 << 10;
+pub const MAX_DESCRIPTION_BYTES: u64 = 64 << 10;
 /// Group and others may write.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 

@@ -8,6 +8,6 @@ mod memory;
 
 pub use description::{Description, DiskDescription, ImageFormat, Irqchip, NetDescription, RngDescription};
 pub use features::{FeatureError, check_features, vendor_name};
-pub use folder::{Draft, Files, FolderError, Opened, check_targets, parse_description};
+pub use folder::{Draft, Files, FolderError, MAX_DESCRIPTION_BYTES, Opened, check_targets, parse_description};
 pub use format::{FormatError, MAX_STATE_BYTES, STATE_VERSION, State, checksum, decode, encode};
 pub use memory::{bytes_of_banks, write_memory};

@@ -23,6 +23,13 @@ fn empty(name: &str) -> PathBuf {
     path
 }
 
+/// Copies as `cp -p` does.
+fn copy_with_times(from: &Path, to: &Path) {
+    fs::copy(from, to).unwrap();
+    let modified = fs::metadata(from).unwrap().modified().unwrap();
+    File::options().write(true).open(to).unwrap().set_modified(modified).unwrap();
+}
+
 /// The first round that the guest has not printed as a whole line.
 fn rounds(output: &[u8]) -> u32 {
     let lines = output.iter().filter(|byte| **byte == b'\n').count();
@@ -72,7 +79,7 @@ pub(super) fn a_disk_loses_nothing_and_writes_nothing_twice() -> Outcome {
                 let last = folder().join(format!("{name}-{round}-paused"));
                 machine.snapshot(&last);
                 let copy = folder().join(format!("{name}-{round}.img"));
-                fs::copy(&path, &copy).unwrap();
+                copy_with_times(&path, &copy);
                 machine.stop();
                 let given = disk(&copy, engine);
                 let restored = format!("{name}-{round}-on");
@@ -102,10 +109,23 @@ pub(super) fn disks_that_do_not_fit_are_refused() -> Outcome {
         let given = disk(&path, ",serial=abc");
         let options: Vec<&str> = DEVICES.into_iter().chain([given.as_str()]).collect();
         let machine = Machine::boot("fit", guests::write_sectors(), &options);
+        // One that goes on writes to its disk: later, no copy is as it was.
+        let early = folder().join("fit-early");
+        let said = machine.ctl(&["snapshot", early.to_str().unwrap()]);
+        assert!(said.status.success() && super::text(&said.stderr).contains("cp -p"), "{said:?}");
+        let lines = rounds(&machine.output());
+        super::wait("more output", || rounds(&machine.output()) > lines + 3);
         machine.answer(&["pause"]);
         let snapshot = folder().join("fit");
-        machine.snapshot(&snapshot);
+        let said = machine.ctl(&["snapshot", snapshot.to_str().unwrap()]);
+        assert!(said.status.success() && said.stderr.is_empty(), "{said:?}");
+        let late = folder().join("fit-late.img");
+        copy_with_times(&path, &late);
         machine.stop();
+        for image in [&path, &late] {
+            let (status, error) = error_of(&early, &[&disk(image, "")]);
+            assert!(status == Some(42) && error.contains("changed=accept"), "{status:?} {error}");
+        }
         let refused = |options: &[&str], words: &[&str]| {
             let (status, error) = error_of(&snapshot, options);
             assert!(status == Some(42) && words.iter().all(|word| error.contains(word)), "{status:?} {error}");
@@ -125,7 +145,16 @@ pub(super) fn disks_that_do_not_fit_are_refused() -> Outcome {
         let machine = Machine::start("fit-again", &[Path::new("--from"), &snapshot], &[&with]);
         machine.wait_for_lines(10);
         machine.stop();
-        refused(&[&with], &["state of disk0", "changed since"]);
+        refused(&[&with], &["state of disk0", "changed since", "changed=accept"]);
+        fs::copy(&late, &other).unwrap();
+        refused(&[&disk(&other, "")], &["state of disk0", "changed since", "cp -p"]);
+        let machine = Machine::start(
+            "fit-accepted",
+            &[Path::new("--from"), &snapshot],
+            &[&disk(&other, ",changed=accept,id=disk7")],
+        );
+        machine.wait_for_lines(10);
+        machine.stop();
         let mut start = [0; 4];
         File::open(&path).unwrap().read_exact(&mut start).unwrap();
         let qemu_img = Command::new("qemu-img").arg("--version").output();
@@ -146,8 +175,12 @@ fn qcow2(path: &Path) {
     machine.answer(&["pause"]);
     machine.snapshot(&snapshot);
     let copy = folder().join("qcow2-copy.qcow2");
-    fs::copy(path, &copy).unwrap();
+    copy_with_times(path, &copy);
     let before = machine.output();
+    machine.stop();
+    // What the end of the machine writes to its image is nothing.
+    let machine = Machine::start("qcow2-same", &[Path::new("--from"), &snapshot], &[&given]);
+    machine.wait_for_lines(10);
     machine.stop();
     let raw = folder().join("qcow2.raw");
     let convert = || Command::new("qemu-img").args(["convert", "-O", "raw"]).arg(&copy).arg(&raw).status().unwrap();

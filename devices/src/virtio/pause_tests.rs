@@ -1,6 +1,6 @@
 //! Pauses of devices, and devices that go on from the state of others.
 
-use super::block::{Block, BlockOptions, Format, Image, ImageOptions, IoEngine, WhenFull};
+use super::block::{Block, BlockOptions, Format, Image, ImageOptions, IoEngine, WhenChanged, WhenFull};
 use super::device::{ActivateError, Activation, DeviceKind, VirtioDevice};
 use super::device_thread::DeviceThread;
 use super::mock::{Driver, NEEDS_RESET, Used};
@@ -81,6 +81,24 @@ fn a_device_without_a_driver_is_paused_and_restored() {
     assert_eq!(driver.status(), 3);
     driver.start(u64::MAX);
     assert_eq!(driver.request(0, &[], &[8]).len(), 8);
+}
+
+/// The interrupt that tells of it may have been lost with the machine that was saved.
+#[test]
+fn a_driver_is_told_again_of_a_device_that_needs_a_reset() {
+    let mut driver = Driver::running(rng());
+    driver.request(0, &[], &[16]);
+    driver.set_available_index(0, 5000);
+    driver.kick(0);
+    driver.wait_needs_reset();
+    driver.wait_interrupt();
+    driver.replace(rng()).expect("restored");
+    assert_eq!(driver.interrupts(), 0);
+    assert!(driver.device().resume());
+    driver.wait_interrupt();
+    assert_eq!(driver.status() & NEEDS_RESET, NEEDS_RESET);
+    driver.start(u64::MAX);
+    assert_eq!(driver.request(0, &[], &[16]).len(), 16);
 }
 
 /// Takes chains, and uses them when it is told to, the last one first.
@@ -241,6 +259,35 @@ fn a_device_that_waits_for_the_host_is_not_paused_and_goes_on_later() {
     driver.request(0, &[], &[4]);
 }
 
+/// Resets of a device whose old worker waits for the host, by pauses and by its driver, add up to one: no later worker is told to end by
+/// an older order, and none survives a reset.
+#[test]
+fn late_pauses_leave_no_orders_behind() {
+    for pauses in 1..4 {
+        let let_go = Arc::new(AtomicUsize::new(0));
+        let mut driver = Driver::running(Box::new(Stuck(Arc::clone(&let_go))));
+        driver.request(0, &[], &[4]);
+        for _ in 0..pauses {
+            let error = driver.device().pause(Instant::now() + Duration::from_millis(20)).expect_err("late");
+            assert!(matches!(error, PauseError::Late { .. }), "{error}");
+            assert!(!driver.device().resume(), "the old worker is there");
+        }
+        let_go.store(1, Ordering::Release);
+        wait("resumed", || driver.device().resume());
+        for _ in 0..20 {
+            driver.request(0, &[], &[4]);
+            pause(&driver).expect("paused");
+            assert!(driver.device().resume());
+        }
+        driver.request(0, &[], &[4]);
+        driver.write(0x70, 0);
+        wait("reset", || driver.status() == 0);
+        driver.start(u64::MAX);
+        driver.request(0, &[], &[4]);
+        assert_eq!(driver.status() & NEEDS_RESET, 0);
+    }
+}
+
 fn state_of_rng() -> VirtioState {
     let mut driver = Driver::running(rng());
     (0..3).for_each(|_| drop(driver.request(0, &[], &[4])));
@@ -267,6 +314,18 @@ fn states_that_no_driver_could_set_are_refused() {
     assert!(matches!(refused(&|state| state.driver_features |= 1 << 5), StateFault::Features(0x20)));
     assert!(matches!(refused(&|state| state.driver_features = 0), StateFault::Features(0)));
     assert!(matches!(refused(&|state| state.queues.clear()), StateFault::Queues));
+    let mut early = |change: &dyn Fn(&mut VirtioState)| {
+        let fault = refused(change);
+        assert!(matches!(fault, StateFault::Early(_)), "{fault}");
+    };
+    early(&|state| (state.status, state.driver_features) = (0, 1));
+    early(&|state| state.status = 3);
+    early(&|state| state.status = 11);
+    early(&|state| {
+        (state.status, state.queues[0].next_available, state.queues[0].next_used) = (3, 0, 0);
+        state.queues[0].ready = false;
+    });
+    early(&|state| state.queues[0].ready = false);
     for size in [0, 3, 128, 0x8000, u16::MAX] {
         assert!(matches!(refused(&|state| state.queues[0].size = size), StateFault::QueueSize { index: 0, .. }));
     }
@@ -337,12 +396,18 @@ proptest! {
 
 const DISK: u64 = 1 << 20;
 
-fn disk(path: &Path, io_engine: IoEngine) -> Box<dyn VirtioDevice> {
+fn image(path: &Path) -> Image {
     let options =
         ImageOptions { path: path.into(), format: Format::Raw, read_only: false, direct: false, data_file: None };
-    let image = Image::open(&options).expect("an image");
-    let options = BlockOptions { queues: 1, serial: "s".into(), when_full: WhenFull::Report, io_engine };
-    Box::new(Block::new(image, options).expect("a timer"))
+    Image::open(&options).expect("an image")
+}
+
+fn block_options(io_engine: IoEngine) -> BlockOptions {
+    BlockOptions { queues: 1, serial: "s".into(), when_full: WhenFull::Report, io_engine }
+}
+
+fn disk(path: &Path, io_engine: IoEngine) -> Box<dyn VirtioDevice> {
+    Box::new(Block::new(image(path), block_options(io_engine)).expect("a timer"))
 }
 
 fn header(write: bool, sector: u64) -> Vec<u8> {
@@ -393,16 +458,30 @@ fn another_disk_or_one_that_was_written_since_is_refused() {
     let state = driver.device().save().expect("a state");
     // The first machine ends: its disk is closed. Its memory stays.
     driver.replace_with(rng(), &state_of_rng()).expect("out of the way");
+    let modified = std::fs::metadata(&path).and_then(|metadata| metadata.modified()).expect("a time");
     std::fs::copy(&path, &copy).expect("copied");
+    // As cp -p does.
+    File::options().write(true).open(&copy).and_then(|file| file.set_modified(modified)).expect("set");
     let mut restored = |path: &Path| driver.replace_with(disk(path, IoEngine::Async), &state);
     restored(&path).expect("as it was");
     restored(&copy).expect("a copy");
     let error = crate::error::chain(&restored(&larger).expect_err("refused"));
     assert!(error.contains("1048576 bytes") && error.contains("1049088"), "{error}");
     std::thread::sleep(Duration::from_millis(20));
-    File::options().write(true).open(&path).expect("open").write_all_at(&[1], 5).expect("written");
-    let error = crate::error::chain(&restored(&path).expect_err("refused"));
-    assert!(error.contains("changed since"), "{error}");
+    // A copy without the time of the original may have been made at any time.
+    std::fs::copy(&path, &larger).expect("copied");
+    for (path, sets_time_back) in [(&path, false), (&path, true), (&larger, false)] {
+        let file = File::options().write(true).open(path).expect("open");
+        file.write_all_at(&[1], 5).expect("written");
+        if sets_time_back {
+            file.set_modified(modified).expect("set");
+        }
+        drop(file);
+        let error = crate::error::chain(&restored(path).expect_err("refused"));
+        assert!(error.contains("changed since") && error.contains("changed=accept"), "{error}");
+    }
+    let accepting = Block::new(image(&path), block_options(IoEngine::Async)).expect("a timer");
+    driver.replace_with(Box::new(accepting.when_changed(WhenChanged::Accept)), &state).expect("the user says so");
     assert!(driver.device().resume());
     let data = driver.request(0, &[&header(false, 1)], &[512, 1]);
     assert_eq!((&data[..512], data[512]), (&[7; 512][..], 0));

@@ -45,6 +45,8 @@ const CAP_VENDOR: u8 = 0x09;
 const CAP_MSIX: u8 = 0x11;
 const MSIX_ENABLE: u8 = 0x80;
 const MSIX_MASK_ALL: u8 = 0x40;
+/// The bit of the ISR status for a change of the configuration (virtio 1.3 §4.1.4.5).
+const CONFIG_CHANGED: u8 = 2;
 /// `VIRTIO_MSI_NO_VECTOR` (virtio 1.3 §4.1.5.1.2): no MSI-X vector is assigned.
 const NO_VECTOR: u16 = 0xffff;
 
@@ -78,7 +80,7 @@ impl VirtioInterrupt for PciInterrupt {
     fn trigger(&self, source: InterruptSource) -> io::Result<()> {
         let (bit, vector) = match source {
             InterruptSource::Queue(queue) => (1, self.queue_vectors.get(usize::from(queue))),
-            InterruptSource::Config => (2, Some(&self.config_vector)),
+            InterruptSource::Config => (CONFIG_CHANGED, Some(&self.config_vector)),
         };
         self.isr_status.fetch_or(bit, Ordering::AcqRel);
         match vector.map(|vector| vector.load(Ordering::Acquire)) {
@@ -89,6 +91,12 @@ impl VirtioInterrupt for PciInterrupt {
 
     fn clear(&self) {
         self.isr_status.store(0, Ordering::Release);
+    }
+
+    fn repeat(&self) -> io::Result<()> {
+        // Those of queues are sent to each of them. With MSI-X the driver need not read the ISR status: one too many is no harm.
+        let changed = self.isr_status.load(Ordering::Acquire) & CONFIG_CHANGED != 0;
+        if changed { self.trigger(InterruptSource::Config) } else { Ok(()) }
     }
 }
 

@@ -95,6 +95,8 @@ pub struct FileMark {
     pub bytes: u64,
     /// When it was written last: seconds and nanoseconds since 1970. `None` for a block device, for which the time says nothing.
     pub modified: Option<(i64, i64)>,
+    /// When its inode was changed last, which a program cannot set; as `modified`.
+    pub changed: Option<(i64, i64)>,
 }
 
 /// What only one kind of transport has.
@@ -186,6 +188,9 @@ pub enum StateFault {
     /// No driver can bring a device to this status.
     #[error("has the device status {0:#x}, which no driver can set")]
     Status(u8),
+    /// What no driver can have set yet at its device status.
+    #[error("has {0} of a driver at a device status at which it cannot have set them")]
+    Early(&'static str),
     /// The driver accepted features that this run does not offer.
     #[error("has the feature bits {0:#x}, which this run does not offer")]
     Features(u64),
@@ -230,12 +235,32 @@ pub enum DeviceFault {
     /// The disk has other properties that the guest knows.
     #[error("is of a disk with other block sizes or queues: it must be on a file system like the one that it was on")]
     DiskProperties,
-    /// The disk's file was written since.
+    /// The image has another number of files.
     #[error(
-        "is of the disk as it was then, and its file {place} was changed since: give a copy that was made when the snapshot was, \
-         or make the snapshot anew"
+        "is of a disk whose image has {expected} files, and this one has {found}: give the image and backing files that it had"
+    )]
+    DiskFiles {
+        /// The number of files in the state.
+        expected: usize,
+        /// That of the disk.
+        found: usize,
+    },
+    /// A file of the disk's image is not as it was, or a copy whose time is not that of the original.
+    #[error(
+        "is of the disk as it was then, and its file {place} was changed since, or is a copy without the time of the original: \
+         make copies with cp -p while the machine is paused, or add changed=accept to --disk if it has what it had then \
+         (else the guest's file systems are destroyed)"
     )]
     DiskChanged {
+        /// Which of the image's files, counted from 1.
+        place: usize,
+    },
+    /// A file of the disk is a block device, on which no write leaves a time.
+    #[error(
+        "is of the disk as it was then, and whether its file {place}, a block device, was written since cannot be known: add \
+         changed=accept to --disk if it has what it had then (else the guest's file systems are destroyed)"
+    )]
+    DiskUnknown {
         /// Which of the image's files, counted from 1.
         place: usize,
     },

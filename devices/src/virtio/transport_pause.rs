@@ -3,6 +3,7 @@
 
 use super::features::F_VERSION_1;
 use super::position::QueuePosition;
+use super::queue::RingAddresses;
 use super::saved::{
     BusState, DeviceState, MAX_QUEUES, PauseError, QueueState, StateFault, VirtioState, VirtioStateError,
 };
@@ -60,7 +61,9 @@ impl TransportState {
             return Err(PauseError::Late { name: name() });
         }
         let result = result.lock().unwrap_or_else(PoisonError::into_inner).take();
-        result.unwrap_or(Ok(())).map_err(|source| PauseError::Flush { name: name(), source })
+        // The thread may have ended.
+        let result = result.unwrap_or_else(|| Err(io::Error::other("the thread of the device did not do it")));
+        result.map_err(|source| PauseError::Flush { name: name(), source })
     }
 
     /// Gives the queues to new workers. Returns false where the old ones wait for the host: it is to be called again.
@@ -74,6 +77,7 @@ impl TransportState {
         self.is_paused = false;
         self.put_chains_back();
         if !std::mem::take(&mut self.is_active) || self.interrupt.needs_reset() {
+            self.interrupt.repeat();
             return true;
         }
         if let Err(error) = self.activate() {
@@ -136,6 +140,7 @@ impl TransportState {
                 return Err(StateFault::Features(refused));
             }
         }
+        check_progress(state, self.queues.iter().map(|queue| queue.max_size))?;
         if state.queues.len() != self.queues.len() || state.queues.len() > MAX_QUEUES {
             return Err(StateFault::Queues);
         }
@@ -161,13 +166,32 @@ impl TransportState {
             // As at DRIVER_OK, but now: a driver cannot be told of it.
             self.virtqueues().map_err(StateFault::Rings)?;
         }
-        (self.is_active, self.is_paused) = (runs, runs);
+        (self.is_active, self.is_paused) = (runs, true);
         Ok(())
     }
 
     fn restore_device(&mut self, state: &DeviceState) -> Result<(), StateFault> {
         Ok(self.device.restore(state)?)
     }
+}
+
+/// Checks that a driver can have set the rest at this device status: feature bits from DRIVER on, queues from FEATURES_OK on
+/// (virtio 1.3 §3.1.1). Queues move on from DRIVER_OK on.
+fn check_progress(state: &VirtioState, max_sizes: impl Iterator<Item = u16>) -> Result<(), StateFault> {
+    let has = |bit| state.status & bit != 0;
+    if state.driver_features != 0 && !has(DRIVER) {
+        return Err(StateFault::Early("feature bits"));
+    }
+    for (queue, max_size) in state.queues.iter().zip(max_sizes) {
+        let configured = queue.ready || queue.rings != RingAddresses::default() || queue.size != max_size;
+        if configured && !has(FEATURES_OK) {
+            return Err(StateFault::Early("a queue"));
+        }
+        if (queue.next_available, queue.next_used) != (0, 0) && !(has(DRIVER_OK) && queue.ready) {
+            return Err(StateFault::Early("requests"));
+        }
+    }
+    Ok(())
 }
 
 /// Checks that a driver can have set the device status (virtio 1.3 §2.1, §3.1.1).

@@ -89,9 +89,13 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Returns the thread to [`Stage::Idle`], and true if the reset has ended late.
-    fn end_reset(&self) -> bool {
+    /// Returns the thread to [`Stage::Idle`] unless there are more orders, and true if a reset has ended late.
+    fn end_order(&self) -> bool {
         let mut state = self.state();
+        if !state.commands.is_empty() {
+            // An order that follows an idle stage must not find an older one behind it.
+            return false;
+        }
         state.stage = Stage::Idle;
         let late = std::mem::take(&mut state.late);
         drop(state);
@@ -171,7 +175,8 @@ impl WorkerThread {
         let Some(event_loop) = self.event_loop.take() else { return Ok(()) };
         let (name, shared) = (self.name.clone(), Arc::clone(&self.shared));
         let handle = std::thread::Builder::new()
-            .name(name.chars().take(MAX_THREAD_NAME).collect())
+            // The standard library panics at a zero.
+            .name(name.chars().filter(|c| *c != '\0').take(MAX_THREAD_NAME).collect())
             .spawn(move || Body { name, shared, event_loop, worker: None }.run(&plan))
             .map_err(|source| WorkerError::Thread { name: self.name.clone(), source })?;
         self.handle = Some(handle);
@@ -225,10 +230,11 @@ impl WorkerThread {
         self.order(Command::Run(job))
     }
 
-    /// Has the thread drop its worker, where it has one.
+    /// Has the thread drop its worker, where it has one. One order of this kind waits at most.
     pub(super) fn request_reset(&self) {
         let state = self.shared.state();
-        if matches!(state.stage, Stage::Busy) {
+        let waits = state.commands.iter().any(|command| matches!(command, Command::Reset));
+        if matches!(state.stage, Stage::Busy) && !waits {
             self.shared.send(state, Command::Reset);
         }
     }
@@ -340,13 +346,13 @@ impl Body {
                     Command::Activate(worker) => self.worker = Some(self.event_loop.add_subscriber(worker)),
                     Command::Reset => {
                         self.end_worker();
-                        if self.shared.end_reset() {
+                        if self.shared.end_order() {
                             interrupt.reset_ended();
                         }
                     }
                     Command::Run(job) => {
                         job();
-                        if self.shared.end_reset() {
+                        if self.shared.end_order() {
                             interrupt.reset_ended();
                         }
                     }

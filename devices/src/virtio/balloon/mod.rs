@@ -40,6 +40,8 @@ pub enum FreePageReporting {
 pub struct Balloon {
     control: Arc<BalloonControl>,
     reporting: FreePageReporting,
+    /// The largest size that a state may have.
+    max_pages: u32,
 }
 
 impl Balloon {
@@ -50,7 +52,13 @@ impl Balloon {
     pub fn new(target: u64, reporting: FreePageReporting) -> io::Result<Self> {
         let control = Arc::new(BalloonControl::new()?);
         control.set_target(target);
-        Ok(Self { control, reporting })
+        Ok(Self { control, reporting, max_pages: u32::MAX })
+    }
+
+    /// Has [`VirtioDevice::restore`] take no size from a state that is larger than `bytes`.
+    #[must_use]
+    pub fn at_most(self, bytes: u64) -> Self {
+        Self { max_pages: u32::try_from(bytes / control::PAGE_BYTES).unwrap_or(u32::MAX), ..self }
     }
 
     /// Returns the host's side of the balloon.
@@ -109,7 +117,7 @@ impl VirtioDevice for Balloon {
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceFault> {
         let DeviceState::Balloon { target_pages, actual_pages } = *state else { return Err(DeviceFault::Other) };
-        self.control.restore(target_pages, actual_pages);
+        self.control.restore(target_pages.min(self.max_pages), actual_pages.min(self.max_pages));
         Ok(())
     }
 

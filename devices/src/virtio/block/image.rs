@@ -279,6 +279,7 @@ fn mark(file: &File) -> io::Result<FileMark> {
         number: [metadata.dev(), metadata.ino()],
         bytes: size(file)?,
         modified: is_file.then(|| (metadata.mtime(), metadata.mtime_nsec())),
+        changed: is_file.then(|| (metadata.ctime(), metadata.ctime_nsec())),
     })
 }
 

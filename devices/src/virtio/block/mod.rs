@@ -25,7 +25,7 @@ pub use error::{FileRole, ImageError};
 pub use image::Image;
 pub use lock::{Conflict, LockConflict};
 pub use magic::ForeignFormat;
-pub use options::{BlockOptions, Format, ImageOptions, IoEngine, WhenFull};
+pub use options::{BlockOptions, Format, ImageOptions, IoEngine, WhenChanged, WhenFull};
 pub use qcow2::{CheckJob, CheckPlace, FeatureBit, NamedFileError, Qcow2Error, Table};
 
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, FlushWork, VirtioDevice, read_config_bytes};
@@ -62,6 +62,7 @@ const SEG_MAX: u32 = 510;
 pub struct Block {
     image: Arc<Image>,
     options: BlockOptions,
+    when_changed: WhenChanged,
     queues: Vec<QueueResources>,
 }
 
@@ -84,7 +85,13 @@ impl Block {
             Ok(QueueResources { ring, timer: Arc::new(Mutex::new(TimerFd::new()?)) })
         };
         let queues = (0..options.queues).map(resources).collect::<io::Result<_>>()?;
-        Ok(Self { image, options, queues })
+        Ok(Self { image, options, when_changed: WhenChanged::default(), queues })
+    }
+
+    /// Sets what [`VirtioDevice::restore`] does where the image may have been written since the state was saved.
+    #[must_use]
+    pub fn when_changed(self, when_changed: WhenChanged) -> Self {
+        Self { when_changed, ..self }
     }
 
     /// Returns struct virtio_blk_config (virtio 1.3 §5.2.4), up to `write_zeroes_may_unmap`.
@@ -163,7 +170,7 @@ impl VirtioDevice for Block {
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceFault> {
         let DeviceState::Block(state) = state else { return Err(DeviceFault::Other) };
-        saved::check(state, &self.image, &self.config())
+        saved::check(state, &self.image, &self.config(), self.when_changed)
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {

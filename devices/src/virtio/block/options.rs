@@ -12,6 +12,16 @@ pub enum WhenFull {
     Stop,
 }
 
+/// What is done with a disk that may have been written since a snapshot was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenChanged {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// It is taken: the user knows that it has what it had.
+    Accept,
+}
+
 /// When written data must be on stable storage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Durability {
