@@ -229,6 +229,7 @@ mod tests {
                 rng: None,
                 virtio_console: false,
                 boot: BootMethod { decompressor: Decompressor::None, protocol: EntryProtocol::Multiboot },
+                vmgenid: false,
                 cpu_vendor: String::new(),
                 cpu_features: Vec::new(),
             }
