@@ -86,15 +86,18 @@ impl Suite {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        // A test under nohup, or in the background of a shell, has signals ignored, which hwvmm would leave so.
-        let mut command = Command::new("env");
-        command
-            .arg("--default-signal")
-            .arg(binary())
-            .arg("test")
-            .args(arguments)
-            .current_dir(self.path())
-            .stdin(Stdio::null());
+        self.started_by(Command::new(binary()), arguments)
+    }
+
+    /// As [`Suite::command`]. A test under nohup, or in the background of a shell, has signals ignored, which hwvmm would leave so.
+    fn command_with_signals(&self, arguments: &[&str]) -> Command {
+        let mut env = Command::new("env");
+        env.arg("--default-signal").arg(binary());
+        self.started_by(env, arguments)
+    }
+
+    fn started_by(&self, mut command: Command, arguments: &[&str]) -> Command {
+        command.arg("test").args(arguments).current_dir(self.path()).stdin(Stdio::null());
         ENVIRONMENT.iter().for_each(|name| _ = command.env_remove(name));
         command.env("HOME", self.path());
         command

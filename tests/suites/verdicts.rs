@@ -169,7 +169,8 @@ fn a_panic_is_known_at_once() -> Outcome {
     when_it_runs(|| {
         let suite = suite(&[("panic-stays", "")]);
         let start = Instant::now();
-        assert_eq!(suite.test(&["-o", "results"]).status.code(), Some(1));
+        let out = suite.command_with_signals(&["-o", "results"]).output().unwrap();
+        assert_eq!(out.status.code(), Some(1));
         assert!(start.elapsed() < Duration::from_secs(4), "{:?}, of 10 s of silence", start.elapsed());
         let result = &suite.results("results")["panic-stays"];
         let folder = Path::new(result["attempts"][0]["artifacts"].as_str().unwrap()).to_owned();
