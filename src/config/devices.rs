@@ -460,18 +460,12 @@ mod tests {
         let NetBackend::User(forwards) = net.backend else { panic!("user mode") };
         assert_eq!(forwards[0].guest_port, 22);
         assert_eq!(forwards[1].host, "127.0.0.1:53".parse().expect("an address"));
-        for bad in [
-            "",
-            "bridge",
-            "tap=",
-            "tap=a-name-that-is-too-long",
-            "tap=t,mac=01:00:00:00:00:00",
-            "tap=t,mac=1:2",
-            "tap=t,hostfwd=tcp::1-1",
-            "user,hostfwd=tcp:1",
-            "user,vhost=on",
-            "user,tap=t",
-        ] {
+        for bad in
+            ["", "bridge", "tap=", "tap=a-name-that-is-too-long", "user,hostfwd=tcp:1", "user,vhost=on", "user,tap=t"]
+        {
+            assert!(parse::<NetConfig>(bad).is_err(), "{bad}");
+        }
+        for bad in ["tap=t,mac=01:00:00:00:00:00", "tap=t,mac=1:2", "tap=t,hostfwd=tcp::1-1"] {
             assert!(parse::<NetConfig>(bad).is_err(), "{bad}");
         }
     }

@@ -3,7 +3,7 @@
 use super::index::{Driver, is_module};
 use super::modules::{Places, candidates, text_if_there};
 use super::release::kernel_release;
-use crate::boot::KernelFile;
+use crate::boot::identify::KernelFile;
 use std::path::Path;
 
 /// Returns true if `kernel` has `driver` for certain: its modules are found, in the folder `given` by `--modules` or else beside the kernel and
