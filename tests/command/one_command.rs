@@ -168,7 +168,10 @@ fn a_user_in_group_kvm_runs_a_command() -> Outcome {
         };
         let group = format!("--groups={KVM_GROUP}");
         let end = |child: io::Result<Child>| child.and_then(Child::wait_with_output);
-        match end(start(&group, &["sh", "-c", "! touch made 2>/dev/null && [ ! -e /proc/self/fd/0 ] && [ $(id -u) = 65534 ]"])) {
+        match end(start(
+            &group,
+            &["sh", "-c", "! touch made 2>/dev/null && [ ! -e /proc/self/fd/0 ] && [ $(id -u) = 65534 ]"],
+        )) {
             Ok(out) if out.status.success() => {}
             out => return Outcome::Skipped(format!("such a user cannot be made: {out:?}")),
         }
