@@ -2,9 +2,8 @@
 
 use super::disks::Disks;
 use super::drivers::drivers;
-use super::setup::Event;
 use crate::boot::image::{
-    ImageKernel, ImageKernelError, OpenDisk, ReadAt, Root, WantedKernel, WantedModules, kernel_of, list_seen,
+    ImageKernel, ImageKernelError, Listed, OpenDisk, ReadAt, Root, WantedKernel, WantedModules, kernel_of, list_seen,
     modules_of, root_of,
 };
 use crate::boot::initramfs::{CopiedModule, CopiedModules, kernel_release};
@@ -45,6 +44,8 @@ pub enum ImageError {
 pub struct FromImage {
     /// The kernel.
     pub kernel: KernelFile,
+    /// The entry of the boot loader's menu that names it.
+    pub entry: Listed,
     /// The initrd, if the entry has one.
     pub(super) initrd: Option<File>,
     /// The kernel's parameters.
@@ -82,12 +83,11 @@ impl Disks {
         Some(OpenDisk { files: image.file_numbers(), disk: Rc::new(Disk(Arc::clone(image))) })
     }
 
-    /// Takes the kernel out of the disk that `config` says; `None` where the kernel is a file. The entry that names it goes to
-    /// `on_event`.
+    /// Takes the kernel out of the disk that `config` says; `None` where the kernel is a file.
     ///
     /// # Errors
     /// [`ImageError`].
-    pub fn kernel(&self, config: &RunConfig, on_event: &dyn Fn(Event<'_>)) -> Result<Option<FromImage>, ImageError> {
+    pub fn kernel(&self, config: &RunConfig) -> Result<Option<FromImage>, ImageError> {
         let Some(path) = &config.kernel_from else { return Ok(None) };
         let Some(disk) = self.find(config, |disk| disk.path == *path) else { return Ok(None) };
         // A command has an initramfs of hwvmm's own.
@@ -95,9 +95,7 @@ impl Disks {
         let wanted = WantedKernel { entry: config.entry.as_deref(), initrd };
         let taken = kernel_of(&disk, wanted, isolation(config.sandbox));
         let ImageKernel { found, kernel, initrd } = taken.map_err(|source| failed(path, source))?;
-        let entry = escape(&format!("{} ({})", found.entry.number, found.entry.title), SHOWN_BYTES);
-        on_event(Event::Entry(&found.entry));
-        on_event(Event::Progress(&format!("{}: the kernel of entry {entry}", path.shown())));
+        let entry = entry_text(&found.entry);
         log::info!(
             "{}: entry {entry}: kernel {}, initrd of {} bytes, parameters: {}",
             path.shown(),
@@ -109,7 +107,7 @@ impl Disks {
             log::info!("{}: a journal on it is not replayed before the kernel is read, as GRUB does it", path.shown());
         }
         let kernel = KernelFile::of_image(&named(path, &found.kernel), kernel)?;
-        Ok(Some(FromImage { kernel, initrd, cmdline: found.cmdline }))
+        Ok(Some(FromImage { kernel, entry: found.entry, initrd, cmdline: found.cmdline }))
     }
 
     /// Finds what the command of `config` needs of disks: its root, and the modules of `kernel` where that was in an image. Nothing
@@ -168,6 +166,12 @@ impl Disks {
         log::info!("{}: the root is on partition {:?}", path.shown(), root.partition);
         Ok(Some(root))
     }
+}
+
+/// An entry, for messages.
+#[must_use]
+pub fn entry_text(entry: &Listed) -> String {
+    escape(&format!("{} ({})", entry.number, entry.title), SHOWN_BYTES)
 }
 
 fn failed(path: &Path, source: ImageKernelError) -> ImageError {

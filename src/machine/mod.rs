@@ -27,7 +27,7 @@ pub use disks::{Disks, detect_disk_formats, is_disk_image};
 pub use drivers::with_transport;
 pub use error::MachineError;
 pub use files::{Files, FilesError};
-pub use image::{DiskParts, FromImage, ImageError};
+pub use image::{DiskParts, FromImage, ImageError, entry_text};
 pub use net::PASST;
 pub use request::StopRequest;
 pub use restore::{Mismatch, configure};

@@ -15,6 +15,7 @@ use crate::machine::{self, Disks, Event, Files, FromImage, Machine, Ran, Setup, 
 use crate::measure::{FlightRecorders, MAX_PROFILE_BYTES, MenuEntry};
 use crate::sandbox::{Mode, Sandbox};
 use crate::snapshot::Opened;
+use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::virtio::vsock::Connector;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -191,9 +192,12 @@ impl<'a> Source<'a> {
             return Ok(Self::Snapshot(snapshot));
         }
         let config = plan.config;
-        if config.kernel_from.is_some() {
+        if let Some(path) = &config.kernel_from {
             let disks = disks(config)?;
-            if let Some(image) = disks.kernel(config, on_event)? {
+            if let Some(image) = disks.kernel(config)? {
+                on_event(Event::Entry(&image.entry));
+                let what = format!("{}: the kernel of entry {}", path.shown(), machine::entry_text(&image.entry));
+                on_event(Event::Progress(&what));
                 return Ok(Self::Image(image, disks));
             }
         }

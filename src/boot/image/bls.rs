@@ -1,7 +1,7 @@
 //! Entries of the Boot Loader Specification (<https://uapi-group.org/specifications/specs/boot_loader_specification/>), type 1:
 //! files in /loader/entries.
 
-use super::filesystem::PATH_BYTES;
+use super::file::PATH_BYTES;
 use super::menu::{Entry, MAX_INITRDS, compare_versions};
 use std::cmp::Ordering;
 

@@ -8,15 +8,14 @@
 //! The format: Documentation/filesystems/ext4 of Linux, "superblock", "group_descr", "inodes", "ifork" and "directory".
 
 use super::disk::Range;
-use super::filesystem::{FileError, PATH_BYTES, copy_pieces};
-use super::inode::{Extent, ExtentState, Inodes};
+use super::file::{FileError, PATH_BYTES, copy_pieces};
+use super::inode::{Extent, ExtentState, Inodes, SUPERBLOCK_BYTES, u32_at};
 use ext4_view::{Ext4, Ext4Read};
 use std::error::Error;
 use std::io::{self, Read as _, Write};
 
-/// The superblock is here, in bytes from the start of the file system, and has this size.
+/// The superblock is here, in bytes from the start of the file system.
 const SUPERBLOCK: u64 = 1024;
-pub(super) const SUPERBLOCK_BYTES: usize = 1024;
 /// Where its fields are in it: `s_feature_incompat`, `s_feature_ro_compat`, `s_checksum`.
 const INCOMPATIBLE: usize = 0x60;
 const READ_ONLY_COMPATIBLE: usize = 0x64;
@@ -140,16 +139,6 @@ fn absolute(path: &str) -> Result<ext4_view::PathBuf, FileError> {
     }
     let absolute = format!("/{}", path.trim_start_matches('/'));
     ext4_view::PathBuf::try_from(absolute.as_bytes()).map_err(|_| FileError::NotFound)
-}
-
-/// The number at `at` of a structure that has it.
-pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes))
-}
-
-/// As [`u32_at`].
-pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u16::from_le_bytes(*bytes))
 }
 
 /// Returns true if a superblock has blocks of a size that there is, and not more of them than fit in `disk_bytes`: ext4-view allocates

@@ -1,7 +1,8 @@
 //! The kernel, the initrd and the kernel's command line of an image: what its boot loader would start.
 
 use super::disk::Range;
-use super::filesystem::{FileError, FileSystem};
+use super::file::FileError;
+use super::filesystem::FileSystem;
 use super::grub::split_device;
 use super::menu::{Entry, Listed, MAX_INITRDS};
 use super::volumes::{Seen, Volumes};

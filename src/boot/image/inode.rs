@@ -1,9 +1,10 @@
 //! The inodes of ext2 to ext4: where the blocks of a file are. What ext4-view does not tell.
 
 use super::disk::Range;
-use super::ext::{SUPERBLOCK_BYTES, u16_at, u32_at};
-use super::filesystem::FileError;
+use super::file::FileError;
 
+/// The size of the superblock.
+pub(super) const SUPERBLOCK_BYTES: usize = 1024;
 /// The inode of the root (`EXT4_ROOT_INO`).
 const ROOT: u32 = 2;
 /// `EXT4_EXTENTS_FL`: the file has extents; without it, a map of blocks.
@@ -256,4 +257,14 @@ fn named(block: &[u8], name: &[u8]) -> Option<u32> {
         rest = rest.get(length.max(8)..)?;
     }
     None
+}
+
+/// The number at `at` of a structure that has it.
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes))
+}
+
+/// As [`u32_at`].
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u16::from_le_bytes(*bytes))
 }

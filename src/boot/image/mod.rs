@@ -1,12 +1,13 @@
 //! Disk images as vendors ship them: the kernel is taken out of their file systems, by the configuration of the boot loader; and the root file
 //! system and the kernel's modules are found.
 //!
-//! The files build on each other in one order: `disk` (bytes), `partitions` and `filesystem` (with `ext` and `inode`); `menu` (entries), `bls` and `grub` (two
+//! The files build on each other in one order: `disk` (bytes), `partitions` and `filesystem` (with `file`, `inode` and `ext`); `menu` (entries), `bls` and `grub` (two
 //! kinds of configuration); `volumes` (all file systems of an image), `find`, `modules`, `process` (all of it, confined).
 
 mod bls;
 mod disk;
 mod ext;
+mod file;
 mod filesystem;
 mod find;
 mod grub;

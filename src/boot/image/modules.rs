@@ -1,7 +1,8 @@
 //! The modules of a kernel that are in an image.
 
 use super::disk::Range;
-use super::filesystem::{FileError, FileSystem};
+use super::file::FileError;
+use super::filesystem::FileSystem;
 use super::find::{FindError, cut};
 use super::volumes::{Seen, Volumes};
 use crate::boot::initramfs::{Driver, IndexFiles, ModuleIndex};

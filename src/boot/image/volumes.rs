@@ -2,7 +2,8 @@
 
 use super::bls::{self, BlsEntry};
 use super::disk::Range;
-use super::filesystem::{Content, FileError, FileSystem, content};
+use super::file::FileError;
+use super::filesystem::{Content, FileSystem, content};
 use super::grub::{self, By, SourceError};
 use super::menu::{Entry, MAX_ENTRIES, Menu};
 use super::partitions::partitions;

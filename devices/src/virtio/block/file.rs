@@ -100,3 +100,35 @@ fn sector(file: &File, at: u64) -> io::Result<[u8; magic::START_BYTES]> {
 pub(super) fn size(file: &File) -> io::Result<u64> {
     rustix::fs::seek(file.as_fd(), rustix::fs::SeekFrom::End(0)).map_err(Into::into)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Image;
+    use super::super::image::Content;
+    use super::*;
+
+    /// The kernel of `--kernel-from` and the format are read before the guest has the disk: all of it is of one file.
+    #[test]
+    fn an_image_is_the_file_that_was_opened() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, other) = (folder.path().join("disk"), folder.path().join("other"));
+        for direct in [false, true] {
+            std::fs::write(&path, vec![1; 4096]).expect("written");
+            std::fs::write(&other, vec![2; 4096]).expect("written");
+            let options = ImageOptions { direct, ..super::super::tests::options(&path) };
+            let file = open_file(&options).expect("opened");
+            let inode = rustix::fs::fstat(&file).expect("known").st_ino;
+            std::fs::rename(&other, &path).expect("replaced");
+            let image = match Image::of_file(file, &options, None) {
+                // A file system that has no O_DIRECT.
+                Err(ImageError::Open { source, .. }) if direct && source.raw_os_error() == Some(22) => continue,
+                image => image.expect("an image"),
+            };
+            let mut byte = [0];
+            image.read_exact_at(&mut byte, 0).expect("read");
+            assert_eq!(byte, [1]);
+            let Content::Raw(file, _) = &image.content else { panic!("a raw disk") };
+            assert_eq!(rustix::fs::fstat(file).expect("known").st_ino, inode, "direct: {direct}");
+        }
+    }
+}

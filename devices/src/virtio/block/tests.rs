@@ -276,30 +276,6 @@ fn images_are_locked_and_checked() {
     assert!(matches!(Image::open(&options(Path::new("/dev/null"))), Err(ImageError::Kind(_))));
 }
 
-/// The kernel of `--kernel-from` and the format are read before the guest has the disk: all of it is of one file.
-#[test]
-fn an_image_is_the_file_that_was_opened() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let (path, other) = (folder.path().join("disk"), folder.path().join("other"));
-    for direct in [false, true] {
-        std::fs::write(&path, vec![1; 4096]).expect("written");
-        std::fs::write(&other, vec![2; 4096]).expect("written");
-        let options = ImageOptions { direct, ..options(&path) };
-        let file = super::file::open_file(&options).expect("opened");
-        std::fs::rename(&other, &path).expect("replaced");
-        let image = match Image::of_file(file, &options, None) {
-            // A file system that has no O_DIRECT.
-            Err(ImageError::Open { source, .. }) if direct && source.raw_os_error() == Some(22) => continue,
-            image => image.expect("an image"),
-        };
-        let mut byte = [0];
-        image.read_exact_at(&mut byte, 0).expect("read");
-        assert_eq!(byte, [1]);
-        let mut driver = Driver::running(device(image, 1));
-        assert_eq!(read(&mut driver, 0, 512), (OK, vec![1; 512]), "direct: {direct}");
-    }
-}
-
 #[test]
 fn direct_io_takes_any_buffer() {
     let folder = tempfile::tempdir_in("/var/tmp").expect("a folder");
