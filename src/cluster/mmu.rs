@@ -8,8 +8,10 @@ use crate::measure::clusters::ClusterEnd as End;
 use crate::memory::{GuestPage, GuestRam};
 
 /// Translations kept at most, of data and of code each; powers of two. A path through the kernel has a few dozen pages of code.
-const DATA_ENTRIES: usize = 64;
+const DATA_ENTRIES: usize = 256;
 const CODE_ENTRIES: usize = 64;
+/// Translations of data kept aside where two pages that are used in turn have the same place.
+const ASIDE: usize = 8;
 /// The tag of an entry that has no translation: no linear address has this page number.
 const EMPTY: u64 = u64::MAX;
 
@@ -59,6 +61,10 @@ pub(super) struct Mmu<'a> {
     paging: Paging,
     data: [Entry<'a>; DATA_ENTRIES],
     code: [Entry<'a>; CODE_ENTRIES],
+    /// The translations of data that others have taken the place of last.
+    aside: [Entry<'a>; ASIDE],
+    /// The next of them to be replaced.
+    next_aside: usize,
     /// A bit for the hash of each page that code was read from, or that was written to: which pages may be both.
     code_pages: u64,
     written_pages: u64,
@@ -78,7 +84,19 @@ impl<'a> Mmu<'a> {
     pub(super) fn new(ram: &'a GuestRam, paging: Paging) -> Self {
         let empty = Entry { tag: EMPTY, writable: EMPTY, page: None, gpa: 0 };
         let (data, code) = ([empty; DATA_ENTRIES], [empty; CODE_ENTRIES]);
-        Self { ram, paging, data, code, code_pages: 0, written_pages: 0, forgotten: false, walks: 0 }
+        let aside = [empty; ASIDE];
+        Self {
+            ram,
+            paging,
+            data,
+            code,
+            aside,
+            next_aside: 0,
+            code_pages: 0,
+            written_pages: 0,
+            forgotten: false,
+            walks: 0,
+        }
     }
 
     /// How often the guest's page tables were walked.
@@ -164,16 +182,25 @@ impl<'a> Mmu<'a> {
         self.code_pages |= bit(gpa);
         if self.written_pages & bit(gpa) != 0 {
             // Under each of its addresses: the next write finds that it is code now.
-            self.data.iter_mut().filter(|entry| entry.gpa == gpa).for_each(|entry| entry.writable = EMPTY);
+            let data = self.data.iter_mut().chain(&mut self.aside);
+            data.filter(|entry| entry.gpa == gpa).for_each(|entry| entry.writable = EMPTY);
         }
         Ok((page, gpa))
     }
 
     #[cold]
     fn fill(&mut self, address: u64, access: Access) -> Result<GuestPage<'a>, End> {
+        let tag = address >> 12;
+        let place = tag as usize % DATA_ENTRIES;
+        let fits = |entry: &&mut Entry<'a>| (if access == Access::Write { entry.writable } else { entry.tag }) == tag;
+        if let Some(entry) = self.aside.iter_mut().find(fits)
+            && let Some(page) = entry.page
+        {
+            std::mem::swap(entry, &mut self.data[place]);
+            return Ok(page);
+        }
         let gpa = self.walk(address, access)?;
         let page = self.ram.page(gpa).ok_or(End::NoMemory)?;
-        let tag = address >> 12;
         let mut writable = EMPTY;
         if access == Access::Write {
             writable = tag;
@@ -183,7 +210,11 @@ impl<'a> Mmu<'a> {
             }
             self.written_pages |= bit(gpa);
         }
-        self.data[tag as usize % DATA_ENTRIES] = Entry { tag, writable, page: Some(page), gpa };
+        let replaced = std::mem::replace(&mut self.data[place], Entry { tag, writable, page: Some(page), gpa });
+        if replaced.tag != tag && replaced.tag != EMPTY {
+            self.aside[self.next_aside % ASIDE] = replaced;
+            self.next_aside += 1;
+        }
         Ok(page)
     }
 

@@ -382,3 +382,26 @@ fn a_cluster_without_accesses_is_left_early() {
     guest.limits.alone = 256;
     assert_eq!(guest.run().1, End::Instructions);
 }
+
+/// Pages that have the same place among the translations are not translated each time.
+#[test]
+fn pages_in_turn_are_translated_once() {
+    // 1: mov (%rbx),%eax; mov %eax,(%rsi); mov %eax,(%rdi); dec %ecx; jnz 1b; hlt
+    let code = [0x8b, 0x03, 0x89, 0x06, 0x89, 0x07, 0xff, 0xc9, 0x75, 0xf6, 0xf4];
+    let mut guest = Guest::new(&code);
+    (guest.cpu.regs[RBX], guest.cpu.regs[RSI], guest.cpu.regs[RCX]) = (DATA, DATA + 0x10_0000, 100);
+    guest.cpu.regs[7] = DATA + 0x20_0000;
+    assert_eq!(guest.run(), (500, End::Unsupported));
+    assert_eq!(guest.walks, 4, "of the code, and of three pages");
+}
+
+/// A translation that is kept aside is no way around the watch on pages of code.
+#[test]
+fn a_write_to_code_by_a_translation_kept_aside_ends_the_cluster() {
+    let target = CODE + 0x3000;
+    // mov %al,8(%rcx); mov %al,(%rsi); call *%rcx; mov %al,8(%rcx); hlt: the second write has the same place as the first.
+    let mut guest = Guest::new(&[0x88, 0x41, 8, 0x88, 0x06, 0xff, 0xd1, 0x88, 0x41, 8, 0xf4]);
+    guest.put(target, &[0xc3]);
+    (guest.cpu.regs[RCX], guest.cpu.regs[RSI]) = (target, target + 0x10_0000);
+    assert_eq!(guest.run(), (4, End::OwnCode));
+}

@@ -42,6 +42,8 @@ pub(super) struct Guest {
     pub(super) cpu: Cpu,
     pub(super) ports: FakePorts,
     pub(super) limits: Limits,
+    /// Walks of the page tables in the last cluster.
+    pub(super) walks: u64,
     blocks: Blocks,
 }
 
@@ -54,6 +56,7 @@ impl Guest {
             cpu,
             ports: FakePorts::default(),
             limits: Limits { most: 4096, alone: 4096 },
+            walks: 0,
             blocks: Blocks::new(),
         };
         guest.cpu.regs[4] = STACK;
@@ -81,6 +84,8 @@ impl Guest {
 
     pub(super) fn run(&mut self) -> (u64, End) {
         let mut mmu = Mmu::new(&self.ram, Paging { root: TABLES, levels: 4, no_execute: true });
-        run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, self.limits)
+        let ran = run(&mut self.cpu, &mut mmu, &mut self.blocks, &mut self.ports, self.limits);
+        self.walks = mmu.walks();
+        ran
     }
 }
