@@ -6,6 +6,7 @@ mod devices;
 mod disks;
 mod drivers;
 mod error;
+mod fault;
 mod files;
 mod image;
 mod levers;
@@ -21,6 +22,7 @@ mod virtio;
 
 pub use disks::{Disks, detect_disk_formats, is_disk_image};
 pub use error::MachineError;
+pub use fault::is_fault_of_kernel;
 pub use files::{Files, FilesError};
 pub use image::{DiskParts, FromImage, ImageError};
 pub use net::PASST;

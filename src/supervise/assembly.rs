@@ -56,6 +56,7 @@ fn check(message: &Message) -> Result<(), RecordError> {
         Message::VcpuTrace(Some(vcpu)) => vcpu.check_lengths(),
         Message::Progress(_)
         | Message::Failed(_)
+        | Message::Unbootable(_)
         | Message::Started { .. }
         | Message::Ended(_)
         | Message::Unread(_)
@@ -135,7 +136,7 @@ impl Assembly {
         }
     }
 
-    /// Takes a message of a record. [`Message::Progress`] and [`Message::Failed`] are none.
+    /// Takes a message of a record. [`Message::Progress`], [`Message::Failed`] and [`Message::Unbootable`] are none.
     ///
     /// # Errors
     /// [`Unusable`].
@@ -189,6 +190,7 @@ impl Assembly {
             Message::Complete(_) => return out_of_place("Complete"),
             Message::Progress(_) => return out_of_place("Progress"),
             Message::Failed(_) => return out_of_place("Failed"),
+            Message::Unbootable(_) => return out_of_place("Unbootable"),
         }
         Ok(())
     }
