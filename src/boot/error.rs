@@ -187,6 +187,37 @@ pub enum KernelError {
     },
 }
 
+impl KernelError {
+    /// Returns true if the kernel itself is at fault, and not the host, nor an option: another try would end the same.
+    #[must_use]
+    pub fn is_of_kernel(&self) -> bool {
+        match self {
+            Self::NotKernel { .. }
+            | Self::BzImage { .. }
+            | Self::Elf { .. }
+            | Self::Multiboot { .. }
+            | Self::Protocol { .. }
+            | Self::LowAddress { .. } => true,
+            Self::Unpack { source, .. } => match source {
+                UnpackError::NoPayload | UnpackError::Unknown(_) | UnpackError::Data(..) | UnpackError::Limit(_) => {
+                    true
+                }
+                UnpackError::Read(_) | UnpackError::Write(_) | UnpackError::Process(_) => false,
+            },
+            Self::Read { .. }
+            | Self::WriteFile { .. }
+            | Self::NotFile { .. }
+            | Self::NoRoom { .. }
+            | Self::TooLarge { .. }
+            | Self::CmdlineTooLong { .. }
+            | Self::CmdlineNul
+            | Self::Acpi(_)
+            | Self::WriteMemory { .. }
+            | Self::Load { .. } => false,
+        }
+    }
+}
+
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => " (check the path)",

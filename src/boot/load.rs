@@ -3,7 +3,7 @@
 use super::error::{FileRole, KernelError};
 use super::file::open;
 use super::identify::{KernelFile, KernelFormat};
-use super::placement::{Placement, low_end};
+use super::placement::{KernelPlacement, low_end};
 use super::prepare::Prepared;
 use crate::config::{BootProtocol, ModuleConfig};
 use crate::memory::GuestRam;
@@ -111,7 +111,7 @@ impl Loader<'_> {
             let why = "is unpacked by the guest, whose decompressor has the 64-bit entry only";
             return Err(KernelError::Protocol { path: self.path(), asked: "pvh", why });
         }
-        let placement = Placement::of_guest_unpacked(image);
+        let placement = KernelPlacement::of_guest_unpacked(image);
         self.check_room(image.guest_unpack_range().start.min(BZIMAGE_LOAD), placement.kernel_end)?;
         self.read(&self.kernel(file), image.code, BZIMAGE_LOAD)?;
         self.linux64(placement, Some(image))?;
@@ -122,7 +122,7 @@ impl Loader<'_> {
 
     fn elf(&self, file: &File, elf: &ElfImage, image: Option<&BzImage>) -> Result<Loaded, KernelError> {
         self.segments(file, elf, HIGH_RAM_START)?;
-        let placement = Placement::of_elf(elf, image, self.request.boot);
+        let placement = KernelPlacement::of_elf(elf, image, self.request.boot);
         let decompressor = if image.is_some() { Decompressor::Host } else { Decompressor::None };
         match self.way_in(elf, image)? {
             WayIn::Pvh(entry) => {
@@ -162,7 +162,7 @@ impl Loader<'_> {
         }
     }
 
-    fn pvh(&self, entry: u64, elf: &ElfImage, placement: Placement) -> Result<Entry, KernelError> {
+    fn pvh(&self, entry: u64, elf: &ElfImage, placement: KernelPlacement) -> Result<Entry, KernelError> {
         self.check_entry(entry, elf)?;
         let initrd = self.initrd(placement)?;
         self.cmdline(zero_page::CMDLINE_MAX_BYTES)?;
@@ -171,7 +171,7 @@ impl Loader<'_> {
         Ok(Entry::Pvh { rip: entry, start_info: layout::PVH_START_INFO })
     }
 
-    fn linux64(&self, placement: Placement, image: Option<&BzImage>) -> Result<(), KernelError> {
+    fn linux64(&self, placement: KernelPlacement, image: Option<&BzImage>) -> Result<(), KernelError> {
         let initrd = self.initrd(placement)?;
         let cmdline_limit = image.map_or(zero_page::CMDLINE_MAX_BYTES, BzImage::cmdline_max_bytes);
         self.cmdline(cmdline_limit)?;
@@ -247,7 +247,7 @@ impl Loader<'_> {
     }
 
     /// Loads the initrd as high as `placement` lets it.
-    fn initrd(&self, placement: Placement) -> Result<Option<GpaRange>, KernelError> {
+    fn initrd(&self, placement: KernelPlacement) -> Result<Option<GpaRange>, KernelError> {
         let Some(initrd) = &self.request.prepared.initrd else { return Ok(None) };
         let role = FileRole::Initrd;
         let room = placement.initrd_room(self.request.memory_bytes);

@@ -11,7 +11,7 @@ const PAGE: u64 = 4096;
 
 /// What a kernel leaves for its initrd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Placement {
+pub(super) struct KernelPlacement {
     /// The gpa behind the kernel's last byte.
     pub(super) kernel_end: u64,
     /// The highest gpa that the kernel takes for a byte of its initrd.
@@ -30,7 +30,7 @@ fn initrd_limit(image: &BzImage) -> u64 {
     }
 }
 
-impl Placement {
+impl KernelPlacement {
     /// Of an ELF kernel; `image` is the bzImage that an unpacked kernel comes from.
     pub(super) fn of_elf(elf: &ElfImage, image: Option<&BzImage>, boot: BootProtocol) -> Self {
         // PVH has no setup header.

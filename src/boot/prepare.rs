@@ -4,7 +4,7 @@ use super::cache::{Cache, Identity};
 use super::error::{FileRole, KernelError};
 use super::file::{open, read_start};
 use super::identify::{KernelFile, KernelFormat};
-use super::placement::Placement;
+use super::placement::KernelPlacement;
 use super::unpack::{Content, Job, Limits, UnpackError};
 use crate::config::{BootProtocol, RunConfig, SandboxMode, Unpack};
 use crate::error::chain;
@@ -114,11 +114,11 @@ pub fn prepare(kernel: &KernelFile, wanted: &Wanted<'_>) -> Result<Prepared, Ker
     };
     let placement = match (kernel.format(), &unpacked) {
         (KernelFormat::Multiboot(_), _) => None,
-        (KernelFormat::Elf(elf), _) => Some(Placement::of_elf(elf, None, wanted.boot)),
+        (KernelFormat::Elf(elf), _) => Some(KernelPlacement::of_elf(elf, None, wanted.boot)),
         (KernelFormat::BzImage(image), Some(vmlinux)) => {
-            Some(Placement::of_elf(&vmlinux.elf, Some(image), wanted.boot))
+            Some(KernelPlacement::of_elf(&vmlinux.elf, Some(image), wanted.boot))
         }
-        (KernelFormat::BzImage(image), None) => Some(Placement::of_guest_unpacked(image)),
+        (KernelFormat::BzImage(image), None) => Some(KernelPlacement::of_guest_unpacked(image)),
     };
     let initrd = match wanted.initrd {
         Some(InitrdSource::Path(path)) => {
@@ -161,7 +161,7 @@ fn copied(file: &File, name: &str) -> Result<(PathBuf, File), KernelError> {
 }
 
 /// Unpacks the initrd where that is wanted. `placement` is that of a Linux kernel.
-fn initrd(path: PathBuf, file: File, placement: Option<Placement>, wanted: &Wanted<'_>) -> InitrdFile {
+fn initrd(path: PathBuf, file: File, placement: Option<KernelPlacement>, wanted: &Wanted<'_>) -> InitrdFile {
     let unpacked = placement.filter(|_| wanted.unpack == Unpack::Host).and_then(|placement| {
         // The guest holds the archive and its files at the same time while it unpacks it, hence the smaller limit.
         let limit = placement.initrd_room(wanted.memory_bytes).bytes / INITRD_SHARE;

@@ -26,7 +26,7 @@ enum What {
     /// Measure the cost of one exit of each kind
     #[command(
         after_help = "The costs are kept in ~/.cache/hwvmm/exit-costs.json, and profiles of this host then show what \
-                            their exits cost.\n\nExample: hwvmm bench exits --json"
+                            their exits cost.\n\nExample: hwvmm bench exits --json\n\nExit status: 0; 1 for a failure; 2 for a wrong option."
     )]
     Exits(Exits),
     /// Measure the cost and the exits of single operations of a bare guest (nanobenchmarks)
@@ -35,7 +35,7 @@ enum What {
                             native.json shadow.json npt.json\n  hwvmm bench nano --image nano.elf && qemu-system-x86_64 -kernel \
                             nano.elf -nographic -device isa-debug-exit | tee native.txt\n  hwvmm bench nano --parse native.txt \
                             --label native --json > native.json\n\nSeven of the operations are those of Adams and Agesen's \"A Comparison of Software \
-                            and Hardware Techniques for x86 Virtualization\" (ASPLOS 2006)."
+                            and Hardware Techniques for x86 Virtualization\" (ASPLOS 2006).\n\nExit status: 0; 1 for a failure; 2 for a wrong option."
     )]
     Nano(super::nano::Args),
 }

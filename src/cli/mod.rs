@@ -6,6 +6,7 @@ mod doctor;
 mod mmu;
 mod nano;
 mod output;
+mod progress;
 mod report;
 mod result_file;
 mod run;
@@ -108,9 +109,16 @@ Exit status:
   42   hwvmm or the host failed, and no test is bad; or tests of a merge are missing
   130  ended by SIGINT, SIGTERM, SIGHUP or SIGQUIT";
 
+const STATUSES: &str = "\
+Exit status: 0; 1 for a failure; 2 for a wrong option or subcommand. `run` and `test` have statuses of their own, and `report` and
+`doctor` say what 1 and others mean: see their --help.";
+
+/// The statuses of a subcommand that has no others.
+const PLAIN_STATUS: &str = "Exit status: 0; 1 for a failure; 2 for a wrong option.";
+
 /// Boots Linux guests under KVM, and shows what causes their VM exits
 #[derive(Parser)]
-#[command(name = "hwvmm", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(name = "hwvmm", version, max_term_width = 100, arg_required_else_help = true, after_help = STATUSES)]
 struct Cli {
     /// Print more on stderr: -v each step, -vv details
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
@@ -139,16 +147,19 @@ enum Command {
     Report(report::Args),
     /// Show the exits of a running machine, live
     #[command(
-        after_help = "Examples:\n  hwvmm run vmlinuz --api /tmp/vm.sock ...\n  hwvmm top /tmp/vm.sock\n  hwvmm top --once /tmp/vm.sock"
+        after_help = "Examples:\n  hwvmm run vmlinuz --api /tmp/vm.sock ...\n  hwvmm top /tmp/vm.sock\n  hwvmm top --once /tmp/vm.sock\n\nExit status: 0, also \
+                            where the machine ends meanwhile; 1 where no machine answers; 2 for a wrong option."
     )]
     Top(top::Args),
     /// Measure the cost of exits on this host
+    #[command(after_help = PLAIN_STATUS)]
     Bench(bench::Args),
     /// Show or set the MMU of KVM on this host: nested or shadow paging
     #[command(
         after_help = "Examples:\n  hwvmm mmu\n  sudo hwvmm mmu set shadow && hwvmm run vmlinuz --mmu shadow --profile\n\nThe \
                             MMU is a parameter of KVM's module, for all machines of the host. `set` loads the module again, \
-                            with the parameters of /etc/modprobe.d."
+                            with the parameters of /etc/modprobe.d.\n\nExit status: 0; 1 where it cannot be known or set; 2 for \
+                            a wrong option."
     )]
     Mmu(mmu::Args),
     /// Control a running machine: show its state and exits, set its balloon, pause, save or end it
@@ -159,15 +170,23 @@ enum Command {
     )]
     Ctl(ctl::Args),
     /// Unpack the kernel in a bzImage into an ELF file
+    #[command(
+        after_help = "Example: hwvmm unpack vmlinuz --output vmlinux\n\nExit status: 0; 1 where the kernel cannot be unpacked; 2 for \
+                            a wrong option."
+    )]
     Unpack(unpack::Args),
     /// Print a completion script for a shell
-    #[command(after_help = "Example: hwvmm completions bash > /usr/share/bash-completion/completions/hwvmm")]
+    #[command(
+        after_help = "Example: hwvmm completions bash > /usr/share/bash-completion/completions/hwvmm\n\nExit status: 0; 1 \
+                            for a failure; 2 for a wrong option or shell."
+    )]
     Completions {
         /// The shell
         shell: clap_complete::Shell,
     },
     /// Print the manual page of hwvmm, or of a subcommand
-    #[command(after_help = "Example: hwvmm man run | man -l -")]
+    #[command(after_help = "Example: hwvmm man run | man -l -\n\nExit status: 0; 1 for a failure; 2 for a wrong \
+                            option or subcommand.")]
     Man {
         /// A subcommand
         subcommand: Option<String>,
@@ -212,12 +231,13 @@ pub fn main() -> ExitCode {
 fn man(subcommand: Option<&str>) -> ExitCode {
     let mut command = Cli::command();
     command.build();
+    let names = command.get_subcommands().map(clap::Command::get_name).collect::<Vec<_>>().join(", ");
     let page = match subcommand {
         None => Some(command),
         Some(name) => command.find_subcommand(name).cloned().map(|found| found.display_name(format!("hwvmm-{name}"))),
     };
     let Some(page) = page else {
-        say(&format!("there is no subcommand '{}'", subcommand.unwrap_or_default()));
+        say(&format!("there is no subcommand '{}'; the subcommands are: {names}", subcommand.unwrap_or_default()));
         return ExitCode::from(crate::exit::end::status::USAGE);
     };
     let mut text = Vec::new();
@@ -246,6 +266,21 @@ mod tests {
         command.build();
         assert!(listed.iter().all(|(_, about)| about.is_some()), "{listed:?}");
         assert_eq!(abouts(&command)[..listed.len()], listed[..]);
+    }
+
+    #[test]
+    fn every_help_says_what_the_exit_statuses_are() {
+        fn says(command: &clap::Command) -> bool {
+            command.get_after_help().is_some_and(|text| text.to_string().contains("Exit status:"))
+        }
+        let mut command = Cli::command();
+        command.build();
+        assert!(says(&command));
+        for each in command.get_subcommands().filter(|each| each.get_name() != "help") {
+            assert!(says(each), "{}", each.get_name());
+        }
+        let test = command.find_subcommand("test").expect("test");
+        assert!(test.find_subcommand("merge").is_some_and(says), "it has others than `test`");
     }
 
     #[test]

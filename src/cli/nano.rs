@@ -42,7 +42,7 @@ pub(super) struct Args {
 
     /// Format of --compare
     #[arg(long, value_enum, default_value = "text", value_name = "FORMAT")]
-    form: Shown,
+    form: OutputForm,
 
     /// KVM's device
     #[arg(long, default_value = "/dev/kvm", value_name = "PATH")]
@@ -50,7 +50,7 @@ pub(super) struct Args {
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
-enum Shown {
+enum OutputForm {
     /// Table for a terminal
     Text,
     /// Table for a document
@@ -88,9 +88,9 @@ fn bench(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
     if !args.compare.is_empty() {
         let columns: Vec<Column> = args.compare.iter().map(|path| read(path)).collect::<Result<_, _>>()?;
         let form = match args.form {
-            Shown::Text => Form::Text,
-            Shown::Markdown => Form::Markdown,
-            Shown::Svg => Form::Svg,
+            OutputForm::Text => Form::Text,
+            OutputForm::Markdown => Form::Markdown,
+            OutputForm::Svg => Form::Svg,
         };
         return Ok(print_text(&compare(&columns, form)));
     }

@@ -22,6 +22,11 @@ pub(super) fn print_text(text: &str) -> ExitCode {
     print_all(escape_text(text).as_bytes())
 }
 
+/// As [`print_text`], for a subcommand whose exit status 1 means something else.
+pub(super) fn try_print_text(text: &str) -> io::Result<()> {
+    try_print_all(escape_text(text).as_bytes())
+}
+
 /// Prints JSON on stdout, on one line. Control characters are JSON's escapes.
 pub(super) fn print_json(value: &impl Serialize) -> ExitCode {
     match serde_json::to_string(value) {
@@ -32,9 +37,15 @@ pub(super) fn print_json(value: &impl Serialize) -> ExitCode {
 
 /// Prints bytes on stdout as they are. A reader that has seen enough is no error.
 pub(super) fn print_all(bytes: &[u8]) -> ExitCode {
-    match io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()) {
+    match try_print_all(bytes) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => fail(&error),
+    }
+}
+
+fn try_print_all(bytes: &[u8]) -> io::Result<()> {
+    match io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => printed,
     }
 }

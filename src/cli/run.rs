@@ -10,7 +10,7 @@ use crate::console::{RawTerminal, StreamFlags, discard_input, terminal_size};
 use crate::error::chain;
 use crate::escape::{escape_json, escape_text};
 use crate::exit::end::status;
-use crate::exit::{EndReason, RunEnd};
+use crate::exit::{EndKind, EndReason, RunEnd};
 use crate::machine::{Ran, Start, Stdin, configure, detect_disk_formats, is_disk_image};
 use crate::measure::{MenuEntry, RunRecord};
 use crate::probe::{ANY_KVM, Host, check_linux};
@@ -19,9 +19,8 @@ use crate::profile::render::{Format, Style, render};
 use crate::profile::{self, Profile, RunStats, RunSymbols};
 use crate::sandbox::keep_from_machine;
 use crate::snapshot::Opened;
-use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, Supervised};
+use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, SuperviseError, Supervised};
 use hwvmm_devices::path_text::PathText as _;
-use rustix::process::{getppid, set_parent_process_death_signal};
 use std::cell::OnceCell;
 use std::error::Error;
 use std::fmt::Write as _;
@@ -48,24 +47,9 @@ pub(super) struct Args {
     options: RunOptions,
 }
 
-/// Has SIGTERM sent to this process when its parent `parent` ends (PR_SET_PDEATHSIG).
-///
-/// # Errors
-/// Where it is gone already, or another process is the parent.
-fn end_with_parent(parent: i32) -> Result<(), String> {
-    set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
-        .map_err(|error| format!("--end-with-parent {parent}: {}", io::Error::from(error)))?;
-    // A parent that was gone before that call sends no signal.
-    if getppid().is_some_and(|found| found.as_raw_nonzero().get() == parent) {
-        Ok(())
-    } else {
-        Err(format!("--end-with-parent {parent}: this process has another parent"))
-    }
-}
-
 pub(super) fn run(args: Args) -> ExitCode {
-    if let Some(Err(problem)) = args.end_with_parent.map(end_with_parent) {
-        say(&problem);
+    if let Some(Err(error)) = args.end_with_parent.map(supervise::end_with_parent) {
+        fail(&error);
         return ExitCode::from(status::ERROR);
     }
     match try_run(args) {
@@ -94,6 +78,13 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
         fail(&error);
         return Ok(status::USAGE);
     }
+    let terminal = match terminal(&config) {
+        Ok(terminal) => terminal,
+        Err(problem) => {
+            say(problem);
+            return Ok(status::USAGE);
+        }
+    };
     leave_out_shared_cache(&mut config);
     let files = match ResultFiles::open(&config) {
         Ok(files) => files,
@@ -102,7 +93,7 @@ fn try_run(args: Args) -> Result<u8, Box<dyn Error>> {
             return Ok(status::USAGE);
         }
     };
-    let result = run_guest(config, &files);
+    let result = run_guest(config, terminal, &files);
     let Some(file) = &files.status else { return result.map(|ended| ended.status) };
     let record = match &result {
         Ok(ended) => StatusRecord::new(&ended.end, ended.status, ended.entry.clone()),
@@ -134,7 +125,11 @@ struct Ended {
 }
 
 /// Runs the guest, and prints and writes what is known of it.
-fn run_guest(mut config: RunConfig, files: &ResultFiles) -> Result<Ended, Box<dyn Error>> {
+fn run_guest(
+    mut config: RunConfig,
+    terminal: Option<TerminalSize>,
+    files: &ResultFiles,
+) -> Result<Ended, Box<dyn Error>> {
     detect_disk_formats(&mut config)?;
     let snapshot = config.from.as_deref().map(Opened::new).transpose()?;
     if let Some(snapshot) = &snapshot {
@@ -146,7 +141,6 @@ fn run_guest(mut config: RunConfig, files: &ResultFiles) -> Result<Ended, Box<dy
     if config.require == Some(Requirement::Hardware) && !host.has_hardware_kvm() {
         return Err(no_hardware(&host).into());
     }
-    let terminal = terminal(&config)?;
     let any_kvm = std::env::var_os(ANY_KVM).is_some_and(|value| value == "1");
     let may_not_run_linux = !any_kvm && !host.has_hardware_kvm();
     let quiet = !io::stderr().is_terminal();
@@ -205,12 +199,12 @@ fn no_hardware(host: &Host) -> String {
 }
 
 /// The size of the terminal that the guest's command gets; `None` where it gets none.
-fn terminal(config: &RunConfig) -> Result<Option<TerminalSize>, Box<dyn Error>> {
+fn terminal(config: &RunConfig) -> Result<Option<TerminalSize>, &'static str> {
     if !config.tty {
         return Ok(None);
     }
     if !io::stdin().is_terminal() {
-        return Err("--tty: stdin is no terminal: leave the option out".into());
+        return Err("--tty: stdin is no terminal: leave the option out");
     }
     let (columns, rows) = terminal_size();
     Ok(Some(TerminalSize { rows, columns }))
@@ -321,7 +315,8 @@ impl Results<'_> {
         }
         let symbols = OnceCell::new();
         let symbols = || symbols.get_or_init(|| RunSymbols::load(config, record));
-        let profile = config.profile.map(|_| {
+        // A guest that never ran has none.
+        let profile = config.profile.filter(|_| end.kind() != EndKind::Unbootable).map(|_| {
             let mut profile = Profile::new(config, record, symbols());
             profile.costs = super::bench::saved_costs();
             (profile.end, profile.status, profile.starts) = (end.to_string(), end.status(), starts);
@@ -368,6 +363,7 @@ impl Results<'_> {
             | EndReason::Seen(_)
             | EndReason::Quit
             | EndReason::Stopped
+            | EndReason::Unbootable(_)
             | EndReason::Signal(_) => false,
             EndReason::PowerOff
             | EndReason::SystemHalted
@@ -441,6 +437,12 @@ fn start_until_done(plan: &Plan<'_>) -> Result<Done, Box<dyn Error>> {
                     for vcpu in &mut record.vcpus {
                         (vcpu.rip, vcpu.flight_recorder) = (None, Vec::new());
                     }
+                    return Ok(Done { record, stats, kernel_log: Vec::new() });
+                }
+                // An end of its own: whoever reads the statistics must not take it for a fault of hwvmm's or of the host's.
+                (Err(SuperviseError::Unbootable(why)), None) => {
+                    let record = RunRecord::ended(RunEnd { reason: EndReason::Unbootable(why), vcpu: None });
+                    let stats = config.stats_out.is_some().then(|| RunStats::new(&record));
                     return Ok(Done { record, stats, kernel_log: Vec::new() });
                 }
                 (Err(error), None) => return Err(error.into()),

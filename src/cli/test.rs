@@ -1,14 +1,16 @@
 //! The subcommand `hwvmm test`: runs suites of boot tests.
 
-use super::output::{fail, print_all, print_stderr, print_text, say};
+use super::output::{fail, print_all, print_stderr, say, try_print_text};
+use super::progress::{CLEAR, Progress, columns};
 use crate::exit::Signal;
 use crate::exit::end::status;
 use crate::machine::is_disk_image;
+use crate::probe::Host;
 use crate::supervise::with_default_action;
 use crate::testing::{
-    Annotations, Baseline, Case, Colour, DEFAULT_FILE, Done, FailFast, Header, Interrupted, Jobs, Plan, ResultFolder,
-    SAMPLE, Selection, Shard, SuiteFile, TestResult, Totals, UpdateBaseline, Verdict, annotation, baseline_path,
-    bazel_status_file, expand, html, junit, ktap, ktap_lines, line, merge, step_summary, summary,
+    Annotations, Baseline, Case, Colour, DEFAULT_FILE, Done, FailFast, FolderError, Header, Interrupted, Jobs, Plan,
+    RanOn, ResultFolder, SAMPLE, Selection, Shard, SuiteFile, TestResult, Totals, UpdateBaseline, Verdict, annotation,
+    baseline_path, bazel_status_file, expand, html, junit, ktap, ktap_lines, line, merge, step_summary, summary,
 };
 use hwvmm_devices::path_text::PathText as _;
 use std::collections::BTreeMap;
@@ -50,11 +52,20 @@ pub(super) struct Args {
     fail_fast: bool,
 
     /// Print the names of the tests, and run none
-    #[arg(short, long)]
+    #[arg(
+        short,
+        long,
+        conflicts_with_all = ["init", "jobs", "fail_fast", "baseline", "update_baseline", "output", "format"]
+    )]
     list: bool,
 
     /// Write a commented sample to FILE [default: hwvmm-test.toml], and run none
-    #[arg(long, conflicts_with = "list")]
+    #[arg(
+        long,
+        conflicts_with_all = [
+            "filter", "regex", "jobs", "fail_fast", "shard", "baseline", "update_baseline", "output", "format"
+        ]
+    )]
     init: bool,
 
     /// Run one of TOTAL parts of the tests, from 1 [default: as Bazel, GitLab, Buildkite, Slurm or Kubernetes say, else all]
@@ -92,6 +103,7 @@ enum Format {
 #[derive(clap::Subcommand)]
 enum What {
     /// Make one report of the results of many shards
+    #[command(after_help = MERGE_STATUS)]
     Merge {
         /// Folders that `hwvmm test --output` made
         #[arg(required = true, value_name = "DIR")]
@@ -100,8 +112,19 @@ enum What {
         /// Folder for the results, which must not exist or be empty [default: a new one in hwvmm-results]
         #[arg(short, long, value_name = "DIR")]
         output: Option<PathBuf>,
+
+        /// What is printed on stdout: as text only the results that are not good
+        #[arg(long, value_enum, default_value_t = Format::Text, value_name = "FORMAT")]
+        format: Format,
     },
 }
+
+const MERGE_STATUS: &str = "\
+Exit status:
+  0    all tests are good: pass, skip or flaky
+  1    a test is not
+  2    wrong option, or none of the folders has results
+  42   hwvmm or the host failed, and no test is bad; or a shard or results are missing";
 
 /// The command line or a file that it names is wrong.
 struct Usage(Box<dyn Error>);
@@ -114,7 +137,7 @@ impl<E: Into<Box<dyn Error>>> From<E> for Usage {
 
 pub(super) fn run(args: &Args) -> ExitCode {
     let prepared = match &args.what {
-        Some(What::Merge { folders, output }) => return merged(folders, output.as_deref()),
+        Some(What::Merge { folders, output, format }) => return merged(folders, output.as_deref(), *format),
         None if args.init => return init(args),
         None => prepare(args),
     };
@@ -126,14 +149,27 @@ pub(super) fn run(args: &Args) -> ExitCode {
         }
     };
     if args.list {
-        return print_text(&prepared.cases.iter().map(|case| format!("{}\n", case.name)).collect::<String>());
+        return print(&prepared.cases.iter().map(|case| format!("{}\n", case.name)).collect::<String>());
     }
     match run_suite(args, &prepared) {
         Ok(status) => ExitCode::from(status),
-        Err(error) => {
-            fail(error.as_ref());
-            ExitCode::from(status::ERROR)
-        }
+        Err(error) => failed(error.as_ref()),
+    }
+}
+
+/// Prints why the suite has no result, and returns the exit status for it: hwvmm or the host failed, or the folder that was named
+/// cannot be used.
+fn failed(error: &(dyn Error + 'static)) -> ExitCode {
+    fail(error);
+    let is_usage = error.downcast_ref::<FolderError>().is_some_and(FolderError::is_usage);
+    ExitCode::from(if is_usage { status::USAGE } else { status::ERROR })
+}
+
+/// Prints text. That it cannot be printed is not that a test is bad.
+fn print(text: &str) -> ExitCode {
+    match try_print_text(text) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&error),
     }
 }
 
@@ -169,13 +205,20 @@ fn prepare(args: &Args) -> Result<Prepared, Usage> {
 }
 
 fn init(args: &Args) -> ExitCode {
-    let path = args.files.first().cloned().unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
+    let path = match &args.files[..] {
+        [] => PathBuf::from(DEFAULT_FILE),
+        [path] => path.clone(),
+        [..] => {
+            say("--init writes one file: name one FILE");
+            return ExitCode::from(status::USAGE);
+        }
+    };
     // What is there stays.
     let file = File::options().write(true).create_new(true).mode(0o644).open(&path);
     match file.and_then(|mut file| file.write_all(SAMPLE.as_bytes())) {
-        Ok(()) => print_text(&format!("{} is a sample: change it, and run `hwvmm test`\n", path.shown())),
+        Ok(()) => print(&format!("{} is a sample: change it, and run `hwvmm test`\n", path.shown())),
         Err(error) => {
-            say(&format!("cannot write {}: {error}", path.shown()));
+            say(&format!("cannot write {}: {error}: name another FILE", path.shown()));
             ExitCode::from(status::USAGE)
         }
     }
@@ -202,7 +245,8 @@ fn run_suite(args: &Args, prepared: &Prepared) -> Result<u8, Box<dyn Error>> {
     let folder = ResultFolder::create(args.output.as_deref())?;
     let interrupted = Interrupted::default();
     catch_signals(&interrupted).map_err(|error| format!("cannot catch signals: {error}"))?;
-    let header = Header::new(prepared.shard, prepared.cases.len());
+    let ran_on = RanOn::new(&Host::at(Path::new("/")));
+    let header = Header::new(prepared.shard, prepared.cases.len(), vec![ran_on.clone()]);
     let lines = ResultLines::new(&folder, &header)?;
     let printer = Printer::new(args.format, prepared.cases.len());
     printer.begin(&header);
@@ -212,9 +256,11 @@ fn run_suite(args: &Args, prepared: &Prepared) -> Result<u8, Box<dyn Error>> {
         jobs: args.jobs.map_or(Jobs::Processors, |jobs| Jobs::AtMost(jobs.into())),
         fail_fast: if args.fail_fast { FailFast::Yes } else { FailFast::No },
         baselines: &prepared.baselines,
+        ran_on: &ran_on,
         baseline: args.baseline.as_deref(),
         update: if args.update_baseline { UpdateBaseline::Yes } else { UpdateBaseline::No },
         interrupted: &interrupted,
+        started: &|name| printer.started(name),
         each: &|result| {
             lines.add(result);
             printer.result(result);
@@ -225,10 +271,10 @@ fn run_suite(args: &Args, prepared: &Prepared) -> Result<u8, Box<dyn Error>> {
     // One that cannot be written is no reason to lose the others, or the summary.
     let written = [
         lines.finish(),
-        if args.update_baseline { update_baselines(prepared, &done) } else { Ok(()) },
-        write_reports(&folder, &done.results, &totals),
+        if args.update_baseline { update_baselines(prepared, &done, &ran_on) } else { Ok(()) },
+        write_reports(&folder, &done.results, &totals, &header.ran_on),
     ];
-    printer.end(&totals, folder.path());
+    printer.end(&totals, folder.path(), &header.ran_on);
     written.into_iter().collect::<Result<(), _>>()?;
     if interrupted.0.load(Ordering::Relaxed) {
         return Ok(status::QUIT);
@@ -236,12 +282,13 @@ fn run_suite(args: &Args, prepared: &Prepared) -> Result<u8, Box<dyn Error>> {
     Ok(totals.status())
 }
 
-fn update_baselines(prepared: &Prepared, done: &Done) -> Result<(), Box<dyn Error>> {
+fn update_baselines(prepared: &Prepared, done: &Done, ran_on: &RanOn) -> Result<(), Box<dyn Error>> {
     for (path, tests) in &done.counts {
         let mut baseline = prepared.baselines.get(path).cloned().unwrap_or_default();
         for (name, counts) in tests {
             baseline.set(name, counts.clone());
         }
+        baseline.made_on(ran_on.clone());
         baseline.write(path)?;
     }
     Ok(())
@@ -275,10 +322,15 @@ impl ResultLines {
 }
 
 /// Writes the reports to `folder`, and to GitHub's summary of the step.
-fn write_reports(folder: &ResultFolder, results: &[TestResult], totals: &Totals) -> Result<(), Box<dyn Error>> {
+fn write_reports(
+    folder: &ResultFolder,
+    results: &[TestResult],
+    totals: &Totals,
+    ran_on: &[RanOn],
+) -> Result<(), Box<dyn Error>> {
     folder.write("junit.xml", &junit(results)?)?;
     folder.write("results.ktap", &ktap(results))?;
-    folder.write("index.html", &html(results, totals, folder.path()))?;
+    folder.write("index.html", &html(results, totals, folder.path(), ran_on))?;
     if Annotations::of_environment() == Annotations::Yes
         && let Some(path) = std::env::var_os("GITHUB_STEP_SUMMARY").filter(|path| !path.is_empty())
     {
@@ -298,12 +350,13 @@ struct Printer {
     annotations: Annotations,
     printed: AtomicUsize,
     annotated: AtomicUsize,
-    /// One result is printed at a time.
-    lock: Mutex<()>,
+    /// What a terminal shows below the results. One result is printed at a time.
+    progress: Mutex<Option<Progress>>,
 }
 
 impl Printer {
     fn new(format: Format, tests: usize) -> Self {
+        let on_terminal = format == Format::Text && io::stdout().is_terminal();
         Self {
             format,
             tests,
@@ -311,7 +364,7 @@ impl Printer {
             annotations: Annotations::of_environment(),
             printed: AtomicUsize::new(0),
             annotated: AtomicUsize::new(0),
-            lock: Mutex::new(()),
+            progress: Mutex::new(on_terminal.then(|| Progress::new(tests))),
         }
     }
 
@@ -328,8 +381,19 @@ impl Printer {
         let _ = print_all(self.annotations.disarm(text).as_bytes());
     }
 
+    fn started(&self, name: &str) {
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(progress) = &mut *progress {
+            progress.start(name);
+            show(progress);
+        }
+    }
+
     fn result(&self, result: &TestResult) {
-        let _one = self.lock.lock();
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        if progress.is_some() {
+            let _ = print_all(CLEAR.as_bytes());
+        }
         let number = self.printed.fetch_add(1, Ordering::Relaxed) + 1;
         match self.format {
             Format::Text => self.print(line(result, self.colour)),
@@ -343,10 +407,18 @@ impl Printer {
                 let _ = print_all(text.as_bytes());
             }
         }
+        if let Some(progress) = &mut *progress {
+            progress.end(&result.name);
+            show(progress);
+        }
     }
 
-    fn end(&self, totals: &Totals, folder: &Path) {
-        let text = format!("{}results: {}\n", summary(totals, self.colour), folder.shown());
+    fn end(&self, totals: &Totals, folder: &Path, ran_on: &[RanOn]) {
+        if self.progress.lock().unwrap_or_else(PoisonError::into_inner).take().is_some() {
+            let _ = print_all(CLEAR.as_bytes());
+        }
+        let ran_on: String = ran_on.iter().map(|ran_on| format!("ran on: {ran_on}\n")).collect();
+        let text = format!("{}{ran_on}results: {}\n", summary(totals, self.colour), folder.shown());
         match self.format {
             Format::Text => self.print(text),
             Format::Ktap | Format::Json => print_stderr(&text),
@@ -354,7 +426,12 @@ impl Printer {
     }
 }
 
-fn merged(folders: &[PathBuf], output: Option<&Path>) -> ExitCode {
+/// Shows how far the suite is, in place of what the line had.
+fn show(progress: &Progress) {
+    let _ = print_all(format!("{CLEAR}{}", progress.line(columns())).as_bytes());
+}
+
+fn merged(folders: &[PathBuf], output: Option<&Path>, format: Format) -> ExitCode {
     let merged = match merge(folders) {
         Ok(merged) => merged,
         Err(error) => {
@@ -364,9 +441,12 @@ fn merged(folders: &[PathBuf], output: Option<&Path>) -> ExitCode {
     };
     // Their shards are missing, or there is another folder of each.
     merged.broken.iter().take(20).for_each(|error| say(&format!("left out: {}", crate::error::chain(error))));
-    let printer = Printer::new(Format::Text, merged.results.len());
-    let bad = |result: &&TestResult| !matches!(result.verdict, Verdict::Pass | Verdict::Skip);
-    merged.results.iter().filter(bad).for_each(|result| printer.result(result));
+    let header = Header::new(Shard::ALL, merged.results.len(), merged.ran_on.clone());
+    let printer = Printer::new(format, merged.results.len());
+    printer.begin(&header);
+    let is_shown =
+        |result: &&TestResult| format != Format::Text || !matches!(result.verdict, Verdict::Pass | Verdict::Skip);
+    merged.results.iter().filter(is_shown).for_each(|result| printer.result(result));
     if !merged.missing_shards.is_empty() {
         let missing: Vec<String> = merged.missing_shards.iter().take(20).map(ToString::to_string).collect();
         say(&format!("of {} shards there is no folder of: {}", merged.shards, missing.join(", ")));
@@ -375,18 +455,15 @@ fn merged(folders: &[PathBuf], output: Option<&Path>) -> ExitCode {
     let totals = Totals::new(&merged.results, merged.not_run.saturating_add(merged.missing_shards.len()));
     let write = || -> Result<(), Box<dyn Error>> {
         let folder = ResultFolder::create(output)?;
-        let lines = ResultLines::new(&folder, &Header::new(Shard::ALL, merged.results.len()))?;
+        let lines = ResultLines::new(&folder, &header)?;
         merged.results.iter().for_each(|result| lines.add(result));
         lines.finish()?;
-        write_reports(&folder, &merged.results, &totals)?;
-        printer.end(&totals, folder.path());
+        write_reports(&folder, &merged.results, &totals, &header.ran_on)?;
+        printer.end(&totals, folder.path(), &header.ran_on);
         Ok(())
     };
     match write() {
         Ok(()) => ExitCode::from(totals.status()),
-        Err(error) => {
-            fail(error.as_ref());
-            ExitCode::from(status::ERROR)
-        }
+        Err(error) => failed(error.as_ref()),
     }
 }

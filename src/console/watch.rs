@@ -21,7 +21,7 @@ pub const QUIET: Duration = Duration::from_millis(200);
 const FLUSH_CHECK: Duration = Duration::from_millis(10);
 /// A look that comes so much too late shows that the host had no time for hwvmm, and perhaps none for the guest. The wait then
 /// starts again.
-const LATE: Duration = Duration::from_millis(50);
+const MAX_LATENESS: Duration = Duration::from_millis(50);
 /// How often the wait for one piece of a line starts again.
 const MAX_AGAIN: u32 = 10;
 
@@ -264,7 +264,7 @@ impl Watch {
             state.due = Some(Due::at(quiet, due.again));
             return Look::Again(quiet);
         }
-        let late = now.saturating_duration_since(due.next.max(quiet)) > LATE && due.again < MAX_AGAIN;
+        let late = now.saturating_duration_since(due.next.max(quiet)) > MAX_LATENESS && due.again < MAX_AGAIN;
         if late || self.0.announcements.0.writing.load(Ordering::Acquire) > 0 {
             let next = now + QUIET;
             state.due = Some(Due::at(next, due.again + u32::from(late)));
@@ -304,6 +304,7 @@ impl Watch {
             | EndReason::Quit
             | EndReason::Stopped
             | EndReason::Signal(_)
+            | EndReason::Unbootable(_)
             | EndReason::Failed(_)
             | EndReason::Crashed(_) => false,
         };

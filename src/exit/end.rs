@@ -170,6 +170,7 @@ kinds! {
     Quit "quit" Self::Quit,
     Stopped "stopped" Self::Stopped,
     Signal "signal" Self::Signal(_),
+    Unbootable "unbootable" Self::Unbootable(_),
     Failed "failed" Self::Failed(_),
     Crashed "crashed" Self::Crashed(_),
 }
@@ -215,6 +216,8 @@ pub enum EndReason {
     Stopped,
     /// A signal to hwvmm.
     Signal(Signal),
+    /// The kernel is none that can be booted so: why. The guest never ran.
+    Unbootable(String),
     /// hwvmm itself cannot go on.
     Failed(String),
     /// The machine's process ended before it had sent its record.
@@ -240,7 +243,7 @@ impl EndReason {
             Self::TimedOut(_) | Self::NotBooted(_) => status::TIMEOUT,
             Self::Quit => status::QUIT,
             Self::Signal(signal) => 128 + signal.number(),
-            Self::Failed(_) => status::ERROR,
+            Self::Unbootable(_) | Self::Failed(_) => status::ERROR,
             Self::Crashed(_) => status::CRASHED,
         }
     }
@@ -258,7 +261,8 @@ impl EndReason {
             | Self::NoCommandStatus(_)
             | Self::Seen(_)
             | Self::Quit
-            | Self::Stopped => true,
+            | Self::Stopped
+            | Self::Unbootable(_) => true,
             // SIGQUIT is how one asks a program for what it knows.
             Self::Signal(signal) => *signal != Signal::QUIT,
             Self::NotSeen(end) => end.is_clean(),
@@ -319,7 +323,7 @@ impl fmt::Display for EndReason {
             Self::Quit => f.write_str("ended by the user"),
             Self::Stopped => f.write_str("stopped through the control socket"),
             Self::Signal(signal) => write!(f, "ended by {signal}"),
-            Self::Failed(what) => f.write_str(&escape(what, MAX_BYTES)),
+            Self::Unbootable(what) | Self::Failed(what) => f.write_str(&escape(what, MAX_BYTES)),
             Self::Crashed(Crash::Refused(what)) => {
                 write!(
                     f,

@@ -57,6 +57,7 @@ fn check(message: &Message) -> Result<(), RecordError> {
         Message::Entry(entry) => entry.check_lengths(),
         Message::Progress(_)
         | Message::Failed(_)
+        | Message::Unbootable(_)
         | Message::Started { .. }
         | Message::Ended(_)
         | Message::Unread(_)
@@ -138,7 +139,7 @@ impl Assembly {
         }
     }
 
-    /// Takes a message of a record. [`Message::Progress`] and [`Message::Failed`] are none.
+    /// Takes a message of a record. [`Message::Progress`], [`Message::Failed`] and [`Message::Unbootable`] are none.
     ///
     /// # Errors
     /// [`Unusable`].
@@ -194,6 +195,7 @@ impl Assembly {
             Message::Complete(_) => return out_of_place("Complete"),
             Message::Progress(_) => return out_of_place("Progress"),
             Message::Failed(_) => return out_of_place("Failed"),
+            Message::Unbootable(_) => return out_of_place("Unbootable"),
         }
         Ok(())
     }

@@ -79,6 +79,9 @@ pub(super) fn work(inherited: &Inherited<'_>, socket: OwnedFd, relay: RelaySende
             .chain(of_record(record))
             .chain([Message::Complete(line_state())])
             .try_for_each(|message| sender.send(&message)),
+        Err(error) if machine::is_fault_of_kernel(error.as_ref()) => {
+            sender.send(&Message::Unbootable(chain(error.as_ref())))
+        }
         Err(error) => sender.send(&Message::Failed(chain(error.as_ref()))),
     };
     match sent {

@@ -19,6 +19,8 @@ pub(super) enum Message {
     Entry(MenuEntry),
     /// The machine could not be made, or not be run: the error with its causes.
     Failed(String),
+    /// The same, and it is the kernel's fault.
+    Unbootable(String),
     /// The guest is about to run.
     Started {
         boot: BootMethod,

@@ -13,6 +13,7 @@ mod kernel_log;
 mod message;
 mod mounts;
 mod parent;
+mod parent_death;
 mod plan;
 mod share_tree;
 mod signals;
@@ -21,6 +22,7 @@ mod writable_shares;
 
 pub use kernel_log::{Echo, KernelLogTarget};
 pub use parent::{SuperviseError, Supervised, run};
+pub use parent_death::{ParentDeathError, end_with_parent};
 pub use plan::{Check, Plan};
 pub use signals::{Signals, with_default_action};
 pub use writable_shares::{InWritableShare, WritableShareError, check_writable_shares, is_in_writable_share};

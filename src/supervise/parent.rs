@@ -58,6 +58,9 @@ pub enum SuperviseError {
     /// The machine's process says that it failed: why.
     #[error("{0}")]
     Machine(String),
+    /// The machine's process says that the kernel cannot be booted: why.
+    #[error("{0}")]
+    Unbootable(String),
 }
 
 /// What is left of a run.
@@ -179,7 +182,7 @@ struct Watch<'a> {
     progress_left: usize,
     assembly: Assembly,
     /// The error that the process has sent.
-    failed: Option<String>,
+    failed: Option<SuperviseError>,
     /// What the process was asked for.
     stop: Option<StopRequest>,
     ending: Option<Ending>,
@@ -213,7 +216,7 @@ impl Watch<'_> {
             if self.host_connector.as_mut().is_some_and(|host| host.serve(now) == Served::Closed) {
                 self.host_connector = None;
             }
-            if self.receive() == Queue::Empty && ended == Ended::Yes {
+            if self.receive() == Queue::Empty && ended == ChildEnded::Yes {
                 // A bounded number: another process may have got a copy of the socket, and write on.
                 (0..MAX_FINAL_ROUNDS).take_while(|_| self.print_messages() == Queue::More).for_each(drop);
                 return Ok(());
@@ -241,7 +244,7 @@ impl Watch<'_> {
     }
 
     /// Waits until something happens.
-    fn wait(&self) -> Result<Ended, SuperviseError> {
+    fn wait(&self) -> Result<ChildEnded, SuperviseError> {
         let deadline = self.plan.deadline.into_iter().chain(self.starts_by()).min();
         let deadline = deadline.filter(|_| self.stop.is_none() && self.ending.is_none());
         let kill_at = self.ending.as_ref().filter(|_| self.killed.is_none()).map(|ending| ending.kill_at);
@@ -267,7 +270,7 @@ impl Watch<'_> {
             Err(error) => return Err(SuperviseError::Io("wait for the machine's process", error.into())),
         }
         let ended = fds.first().is_some_and(|fd| !fd.revents().is_empty());
-        Ok(if ended { Ended::Yes } else { Ended::No })
+        Ok(if ended { ChildEnded::Yes } else { ChildEnded::No })
     }
 
     /// Prints the messages that have arrived, a bounded number.
@@ -316,7 +319,11 @@ impl Watch<'_> {
                 }
             }
             Message::Failed(error) => {
-                self.failed.get_or_insert(error);
+                self.failed.get_or_insert(SuperviseError::Machine(error));
+                self.start_to_end();
+            }
+            Message::Unbootable(error) => {
+                self.failed.get_or_insert(SuperviseError::Unbootable(error));
                 self.start_to_end();
             }
             message => {
@@ -381,7 +388,7 @@ impl Watch<'_> {
         self.finish_command()?;
         set_line_state(self.assembly.line());
         if let Some(error) = self.failed {
-            return Err(SuperviseError::Machine(error));
+            return Err(error);
         }
         let (phase, told) = (self.assembly.phase(), self.assembly.end().cloned());
         let unknown = |reason| RunEnd { reason, vcpu: None };
@@ -459,7 +466,7 @@ impl Watch<'_> {
 
 /// The state of the machine's process.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Ended {
+enum ChildEnded {
     Yes,
     No,
 }

@@ -2,7 +2,7 @@
 
 use super::case::{Case, StdoutOf};
 use super::file::KtapUse;
-use super::folder::{FolderError, new_file, write_new};
+use super::folder::{FolderError, new_file, write_new, write_new_script};
 use super::kernel_log::{KernelLog, Taken};
 use super::log::{Findings, Log, Panic, Source};
 use super::outcome::{Facts, ProcessEnd, Stop};
@@ -27,7 +27,7 @@ use thiserror::Error;
 /// Linux' panics: this is for kernels that print none.
 const PANIC_QUIET: Duration = Duration::from_millis(80);
 /// How long a run may go on behind its time-out before it is ended from here.
-const LATE: Duration = Duration::from_secs(30);
+const OVERRUN: Duration = Duration::from_secs(30);
 /// How long a run may take to end that was asked to. It ends a machine's process that hangs after 20 s.
 const GRACE: Duration = Duration::from_secs(25);
 /// How often the user's wish to end the suite, and what the run writes to the kernel's log, are looked for.
@@ -63,11 +63,12 @@ pub(super) enum Profiled {
 /// The files of a try.
 pub(super) struct Files {
     folder: PathBuf,
+    profiled: Profiled,
 }
 
 impl Files {
-    pub(super) fn new(folder: PathBuf) -> Self {
-        Self { folder }
+    pub(super) fn new(folder: PathBuf, profiled: Profiled) -> Self {
+        Self { folder, profiled }
     }
 
     pub(super) fn folder(&self) -> &Path {
@@ -94,10 +95,18 @@ impl Files {
         self.folder.join("run.toml")
     }
 
-    /// The line for a shell that runs it again.
+    /// The line for a shell that runs it again, with the kernel's log in a file and a profile where it has had these.
     pub(super) fn again(&self, case: &Case) -> String {
         let folder = case.folder.canonicalize().unwrap_or_else(|_| case.folder.clone());
-        let words = [OsStr::new("run"), OsStr::new("--config"), self.options().as_os_str()].map(quoted);
+        let (options, log) = (self.options(), self.folder.join("again.log"));
+        let mut words = vec![OsStr::new("run"), OsStr::new("--config"), options.as_os_str()];
+        if case.needs.stdout == StdoutOf::Command {
+            words.extend([OsStr::new("--kernel-log"), log.as_os_str()]);
+        }
+        if self.profiled == Profiled::Yes && !case.options.contains_key("profile") {
+            words.push(OsStr::new("--profile"));
+        }
+        let words: Vec<String> = words.into_iter().map(quoted).collect();
         format!("cd {} && hwvmm {}", quoted(folder.as_os_str()), words.join(" "))
     }
 }
@@ -120,14 +129,9 @@ fn quoted(word: &OsStr) -> String {
 ///
 /// # Errors
 /// Where the process cannot be started or watched.
-pub(super) fn attempt(
-    case: &Case,
-    files: &Files,
-    profiled: Profiled,
-    interrupted: &AtomicBool,
-) -> Result<Facts, AttemptError> {
-    write_new(&files.options(), &toml::to_string(&case.options)?)?;
-    write_new(&files.folder.join("again.sh"), &format!("{}\n", files.again(case)))?;
+pub(super) fn attempt(case: &Case, files: &Files, interrupted: &AtomicBool) -> Result<Facts, AttemptError> {
+    write_new(&files.options(), &toml::to_string(&case.options_of_run())?)?;
+    write_new_script(&files.folder.join("again.sh"), &format!("#!/usr/bin/env bash\n{}\n", files.again(case)))?;
     let console = new_file(&files.console())?;
     let (log, kernel_log) = match case.needs.stdout {
         StdoutOf::Console => (Log::new(Source::Console, Some(console), case.settings.ktap), None),
@@ -140,7 +144,7 @@ pub(super) fn attempt(
         }
     };
     let messages = Messages { file: new_file(&files.folder.join("hwvmm.log"))?, left: MESSAGES_BYTES, end: Vec::new() };
-    let mut child = command(case, files, profiled).spawn().map_err(|error| AttemptError::Io("start hwvmm", error))?;
+    let mut child = command(case, files).spawn().map_err(|error| AttemptError::Io("start hwvmm", error))?;
     let watched = Watch::new(&mut child, case, Logs { log, kernel_log, messages }, files.stats())
         .and_then(|watch| watch.until_the_end(interrupted));
     if watched.is_err() {
@@ -148,7 +152,7 @@ pub(super) fn attempt(
         let _ = child.kill();
         let _ = child.wait();
     }
-    let Ended { status, stop, findings, said } = watched?;
+    let AttemptEnd { status, stop, findings, said } = watched?;
     let end = match (status.code(), status.signal()) {
         (Some(code), _) => ProcessEnd::Exited(u8::try_from(code).unwrap_or(u8::MAX)),
         (None, signal) => ProcessEnd::Killed(signal.unwrap_or_default()),
@@ -156,7 +160,7 @@ pub(super) fn attempt(
     Ok(Facts { end, stop, stats: Stats::read(&files.stats()), findings, said })
 }
 
-fn command(case: &Case, files: &Files, profiled: Profiled) -> Command {
+fn command(case: &Case, files: &Files) -> Command {
     // This very program, also where its file has been replaced meanwhile.
     let mut command = Command::new("/proc/self/exe");
     command.arg0("hwvmm").arg("run").arg("--config").arg(files.options());
@@ -165,12 +169,8 @@ fn command(case: &Case, files: &Files, profiled: Profiled) -> Command {
     command.arg("--stats=json").arg("--stats-out").arg(files.stats());
     if case.needs.stdout == StdoutOf::Command {
         command.arg("--kernel-log").arg(files.console());
-        if !case.has_log_level() {
-            // What the kernel complains of, up to warnings, and not its other messages: each byte is an exit.
-            command.args(["--append", "loglevel=5"]);
-        }
     }
-    if profiled == Profiled::Yes {
+    if files.profiled == Profiled::Yes {
         command.arg("--profile-out").arg(files.profile());
     }
     // A group of its own: Ctrl-C is for the suite, which ends its runs in order.
@@ -214,7 +214,7 @@ struct Logs {
 }
 
 /// A run that has ended.
-struct Ended {
+struct AttemptEnd {
     status: ExitStatus,
     stop: Option<Stop>,
     findings: Findings,
@@ -258,7 +258,7 @@ impl<'a> Watch<'a> {
         Ok(Self { child, pidfd, case, logs, stdout, stderr, started: now, last_output: now, stop, kill_at, stats })
     }
 
-    fn until_the_end(mut self, interrupted: &AtomicBool) -> Result<Ended, AttemptError> {
+    fn until_the_end(mut self, interrupted: &AtomicBool) -> Result<AttemptEnd, AttemptError> {
         let failed = |error| AttemptError::Io("wait for hwvmm", error);
         let status = loop {
             self.wait().map_err(failed)?;
@@ -281,7 +281,7 @@ impl<'a> Watch<'a> {
                 Findings::default()
             }
         };
-        Ok(Ended { status, stop, findings, said })
+        Ok(AttemptEnd { status, stop, findings, said })
     }
 
     /// Waits for output, for the end of the process, and for the next time at which something is due.
@@ -304,7 +304,7 @@ impl<'a> Watch<'a> {
     }
 
     fn late_at(&self) -> Option<Instant> {
-        self.started.checked_add(self.case.needs.timeout)?.checked_add(LATE)
+        self.started.checked_add(self.case.needs.timeout)?.checked_add(OVERRUN)
     }
 
     fn panic_at(&self) -> Option<Instant> {

@@ -1,8 +1,9 @@
 //! Baselines: the exits that each test made when all was well, and how many more it may make.
 
 use super::folder::FolderError;
+use super::record::RanOn;
 use crate::bounded_read::{self, ReadError};
-use crate::config::{Budget, Slack};
+use crate::config::{Budget, BudgetError, Slack};
 use crate::escape::escape;
 use crate::profile::Profile;
 use crate::profile::budget::{check, from_profile};
@@ -52,6 +53,17 @@ pub enum BaselineError {
     Folder(#[from] FolderError),
 }
 
+/// Counts that are no limits.
+#[derive(Debug, Error)]
+enum CountsError {
+    /// A name that could not be in a list.
+    #[error("'{0}' is no name of a count")]
+    Name(String),
+    /// A name that is that of no counter.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
+}
+
 /// The counts of one test: those that do not depend on how long the guest ran, by the names that `--budget` has for them.
 pub type Counts = BTreeMap<String, u64>;
 
@@ -61,6 +73,9 @@ pub type Counts = BTreeMap<String, u64>;
 pub struct Baseline {
     format: String,
     version: u32,
+    /// What the run that wrote the file was on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    made_on: Option<RanOn>,
     tests: BTreeMap<String, Counts>,
 }
 
@@ -79,7 +94,7 @@ pub(super) enum Comparison {
 
 impl Default for Baseline {
     fn default() -> Self {
-        Self { format: FORMAT.to_owned(), version: VERSION, tests: BTreeMap::new() }
+        Self { format: FORMAT.to_owned(), version: VERSION, made_on: None, tests: BTreeMap::new() }
     }
 }
 
@@ -109,7 +124,8 @@ impl Baseline {
         if head.version != u64::from(VERSION) {
             return Err(BaselineError::Version { path: path.to_owned(), found: head.version });
         }
-        let baseline: Self = serde_json::from_slice(bytes).map_err(|error| not(error.to_string()))?;
+        let mut baseline: Self = serde_json::from_slice(bytes).map_err(|error| not(error.to_string()))?;
+        baseline.made_on = baseline.made_on.map(RanOn::escaped);
         for (test, counts) in &baseline.tests {
             budget(counts, None).map_err(|error| not(format!("test '{test}': {error}")))?;
         }
@@ -119,6 +135,11 @@ impl Baseline {
     /// Sets the counts of a test.
     pub fn set(&mut self, test: &str, counts: Counts) {
         self.tests.insert(test.to_owned(), counts);
+    }
+
+    /// Sets what the counts were made on.
+    pub fn made_on(&mut self, ran_on: RanOn) {
+        self.made_on = Some(ran_on);
     }
 
     /// Writes the file at `path`, in place of what was there: whole, or not at all.
@@ -144,8 +165,8 @@ impl Baseline {
         })
     }
 
-    /// Compares a run of `test` with its counts.
-    pub(super) fn compare(&self, test: &str, profile: &Profile, slack: Slack) -> Comparison {
+    /// Compares a run of `test` on `ran_on` with its counts.
+    pub(super) fn compare(&self, test: &str, profile: &Profile, slack: Slack, ran_on: &RanOn) -> Comparison {
         let Some(counts) = self.tests.get(test) else { return Comparison::Unknown };
         // The counts were checked when the file was read.
         let Ok(budget) = budget(counts, Some(slack)) else { return Comparison::Unknown };
@@ -154,9 +175,16 @@ impl Baseline {
             let why = profile.missing.first().map_or_else(String::new, |why| format!(": {}", escape(why, 300)));
             return Comparison::NotMeasured(format!("the baseline has {}, which was not measured{why}", missing.name));
         }
-        let exceeded: Vec<String> =
+        let mut exceeded: Vec<String> =
             checks.iter().filter(|check| !check.is_held()).map(|check| escape(&check.to_string(), 300)).collect();
-        if exceeded.is_empty() { Comparison::Held } else { Comparison::Exceeded(exceeded) }
+        if exceeded.is_empty() {
+            return Comparison::Held;
+        }
+        // Another MMU, or another module, makes other exits.
+        exceeded.extend(
+            self.made_on.iter().filter(|made| *made != ran_on).map(|made| format!("its baseline was made on {made}")),
+        );
+        Comparison::Exceeded(exceeded)
     }
 }
 
@@ -166,14 +194,14 @@ pub(super) fn counts(profile: &Profile) -> Counts {
     limits.into_iter().map(|limit| (limit.counter.to_string(), limit.max_exits)).collect()
 }
 
-fn budget(counts: &Counts, slack: Option<Slack>) -> Result<Budget, String> {
+fn budget(counts: &Counts, slack: Option<Slack>) -> Result<Budget, CountsError> {
     let plain = |name: &str| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
     // A name with a slash would be taken for the path of a file.
     if let Some(name) = counts.keys().find(|name| !plain(name)) {
-        return Err(format!("'{name}' is no name of a count"));
+        return Err(CountsError::Name(name.clone()));
     }
     let list: Vec<String> = counts.iter().map(|(name, count)| format!("{name}={count}")).collect();
-    let mut budget = Budget::parse(&list.join(",")).map_err(|error| error.to_string())?;
+    let mut budget = Budget::parse(&list.join(","))?;
     for limit in &mut budget.limits {
         limit.max_exits = slack.map_or(limit.max_exits, |slack| slack.limit(limit.max_exits));
     }
@@ -189,19 +217,34 @@ mod tests {
         Slack::parse(text).expect("a percentage")
     }
 
+    fn host(mmu: &str) -> RanOn {
+        RanOn { hwvmm: "1".into(), kvm: None, mmu: mmu.into(), nested: false }
+    }
+
     #[test]
     fn growth_beyond_the_slack_is_found() {
         let mut baseline = Baseline::default();
         baseline.set("boot", counts(&sample()));
-        assert_eq!(baseline.compare("boot", &sample(), slack("0")), Comparison::Held);
-        assert_eq!(baseline.compare("other", &sample(), slack("0")), Comparison::Unknown);
+        assert_eq!(baseline.compare("boot", &sample(), slack("0"), &host("npt")), Comparison::Held);
+        assert_eq!(baseline.compare("other", &sample(), slack("0"), &host("npt")), Comparison::Unknown);
         let mut today = sample();
         today.userspace_exits.causes[0].count += 7;
-        assert_eq!(baseline.compare("boot", &today, slack("3%")), Comparison::Held);
-        let Comparison::Exceeded(lines) = baseline.compare("boot", &today, slack("2%")) else { panic!("held") };
+        assert_eq!(baseline.compare("boot", &today, slack("3%"), &host("npt")), Comparison::Held);
+        let Comparison::Exceeded(lines) = baseline.compare("boot", &today, slack("2%"), &host("npt")) else {
+            panic!("held")
+        };
         assert!(lines[0].contains("budget userspace: 307 of 306, 1 too many"), "{lines:?}");
+        baseline.made_on(host("npt"));
+        let Comparison::Exceeded(lines) = baseline.compare("boot", &today, slack("2%"), &host("npt")) else {
+            panic!("held")
+        };
+        assert!(!lines.concat().contains("made on"), "{lines:?}");
+        let Comparison::Exceeded(lines) = baseline.compare("boot", &today, slack("2%"), &host("shadow")) else {
+            panic!("held")
+        };
+        assert!(lines.concat().contains("its baseline was made on hwvmm 1, an unknown KVM, npt"), "{lines:?}");
         today.vm_exits = None;
-        assert!(matches!(baseline.compare("boot", &today, slack("3%")), Comparison::NotMeasured(_)));
+        assert!(matches!(baseline.compare("boot", &today, slack("3%"), &host("npt")), Comparison::NotMeasured(_)));
     }
 
     #[test]

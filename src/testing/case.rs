@@ -1,10 +1,11 @@
 //! One test, with its kernel and its place in the matrix: what is run, and what it needs of the host.
 
 use super::file::Settings;
+use super::problem::{self, Problem};
 use crate::config::{MmuChoice, RunConfig, RunOptions, Slack};
 use std::path::PathBuf;
 use std::time::Duration;
-use toml::Table;
+use toml::{Table, Value};
 
 /// The time-out of a test that has none.
 pub(super) const TIMEOUT: &str = "5m";
@@ -51,8 +52,24 @@ pub enum StdoutOf {
 }
 
 impl Case {
+    /// The options as the run gets them. The kernel of a command logs what it complains of, up to warnings, and not its other messages:
+    /// each byte is an exit.
+    pub(super) fn options_of_run(&self) -> Table {
+        let mut options = self.options.clone();
+        if self.needs.stdout == StdoutOf::Command && !self.has_log_level() {
+            let mut words = vec![Value::String("loglevel=5".into())];
+            match options.remove("append") {
+                None => {}
+                Some(Value::Array(given)) => words.extend(given),
+                Some(one) => words.push(one),
+            }
+            options.insert("append".into(), Value::Array(words));
+        }
+        options
+    }
+
     /// Returns true if the options say which of the kernel's messages its console gets.
-    pub(super) fn has_log_level(&self) -> bool {
+    fn has_log_level(&self) -> bool {
         const WORDS: [&str; 4] = ["loglevel=", "ignore_loglevel", "quiet", "debug"];
         let texts = ["append", "cmdline"].map(|key| self.options.get(key).map(ToString::to_string).unwrap_or_default());
         texts.iter().any(|text| WORDS.iter().any(|word| text.contains(word)))
@@ -62,19 +79,18 @@ impl Case {
 /// The options of `hwvmm run` that a table has.
 ///
 /// # Errors
-/// Says which option is wrong.
-pub(super) fn run_options(table: &Table) -> Result<RunOptions, String> {
-    toml::Value::Table(table.clone()).try_into().map_err(|error: toml::de::Error| error.message().to_owned())
+/// [`Problem::Value`]
+pub(super) fn run_options(table: &Table) -> Result<RunOptions, Problem> {
+    problem::read(table.clone())
 }
 
 impl Needs {
     /// What a run with these options needs.
     ///
     /// # Errors
-    /// Says which option is wrong.
-    pub(super) fn of(options: &Table) -> Result<Self, String> {
-        let config = run_options(options)?.into_config().map_err(|error| crate::error::chain(&error))?;
-        Ok(Self::of_config(&config))
+    /// [`Problem::Value`] and [`Problem::Options`]
+    pub(super) fn of(options: &Table) -> Result<Self, Problem> {
+        Ok(Self::of_config(&run_options(options)?.into_config().map_err(Problem::Options)?))
     }
 
     fn of_config(config: &RunConfig) -> Self {

@@ -2,11 +2,12 @@
 
 use super::case::{Case, Needs, TIMEOUT, run_options};
 use super::file::{KernelEntry, SuiteFile, TestEntry};
+use super::problem::{PROBLEM_BYTES, Problem};
 use crate::config::toml_escaped;
 use crate::escape::escape;
 use crate::tune::Lever;
 use hwvmm_devices::path_text::PathText as _;
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 use toml::{Table, Value};
@@ -25,18 +26,37 @@ pub enum ExpandError {
     #[error("there are more than {MAX_TESTS} tests: write fewer, or split the suite into files")]
     TooMany,
     /// Something in a test is wrong.
-    #[error("{}: {place}: {problem}", .path.shown())]
+    #[error("{}: {place}: {}", .path.shown(), escape(&.problem.to_string(), PROBLEM_BYTES))]
     Content {
         /// The suite's file.
         path: PathBuf,
         /// The table in it that is wrong.
         place: String,
-        /// The fault, for the message.
-        problem: String,
+        /// What is wrong with it.
+        problem: Box<Problem>,
     },
-    /// Two runs have one name.
-    #[error("two tests have the name '{0}'")]
-    Twice(String),
+    /// Two runs have one name, which results and baselines could not tell apart.
+    #[error("two tests have the name '{name}': {}", in_files(.first, .second))]
+    Twice {
+        /// Their name.
+        name: String,
+        /// The suite's file with the first one.
+        first: PathBuf,
+        /// The suite's file with the second one.
+        second: PathBuf,
+    },
+}
+
+fn in_files(first: &Path, second: &Path) -> String {
+    if first == second {
+        format!("both are in {}; give one of them another name", first.shown())
+    } else {
+        format!(
+            "one in {}, one in {}; give one of them another name, or run the files apart",
+            first.shown(),
+            second.shown()
+        )
+    }
 }
 
 /// What the file of a [`KernelEntry`] is.
@@ -62,11 +82,12 @@ struct Found<'a> {
 /// [`ExpandError`].
 pub fn expand(suites: &[SuiteFile], is_image: impl Fn(&Path) -> bool) -> Result<Vec<Case>, ExpandError> {
     let mut cases = Vec::new();
+    let mut places: Vec<&SuiteFile> = Vec::new();
     for suite in suites {
-        let fail = |place: String, problem: String| ExpandError::Content {
+        let fail = |place: String, problem: Problem| ExpandError::Content {
             path: suite.path.clone(),
             place: escape(&place, 250),
-            problem: escape(&problem, 2000),
+            problem: Box::new(problem),
         };
         let kind = |path: &Path| if is_image(&suite.folder().join(path)) { FileKind::Image } else { FileKind::Kernel };
         let mut kernels = Vec::new();
@@ -75,7 +96,7 @@ pub fn expand(suites: &[SuiteFile], is_image: impl Fn(&Path) -> bool) -> Result<
             let found = found.map_err(|problem| fail(format!("kernel '{}'", entry.name), problem))?;
             kernels.extend(found);
             if kernels.len() > MAX_KERNELS {
-                return Err(fail(format!("kernel '{}'", entry.name), format!("more than {MAX_KERNELS} kernels")));
+                return Err(fail(format!("kernel '{}'", entry.name), Problem::TooManyKernels(MAX_KERNELS)));
             }
         }
         for test in &suite.tests {
@@ -90,25 +111,33 @@ pub fn expand(suites: &[SuiteFile], is_image: impl Fn(&Path) -> bool) -> Result<
                 for combination in combinations(test) {
                     let case = case(suite, test, kernel, &combination, chosen.len() > 1);
                     cases.push(case.map_err(|problem| fail(of.clone(), problem))?);
+                    places.push(suite);
                 }
             }
         }
     }
-    let mut names = HashSet::new();
-    match cases.iter().find(|case| !names.insert(case.name.as_str())) {
-        Some(case) => Err(ExpandError::Twice(case.name.clone())),
-        None => Ok(cases),
+    let mut names = HashMap::new();
+    for (Case { name, .. }, suite) in cases.iter().zip(places) {
+        if let Some(first) = names.insert(name.as_str(), &suite.path) {
+            let (first, second) = (first.clone(), suite.path.clone());
+            return Err(ExpandError::Twice { name: name.clone(), first, second });
+        }
     }
+    Ok(cases)
 }
 
 /// The kernels at the path of `entry`.
-fn find<'a>(folder: &Path, entry: &'a KernelEntry, kind: impl Fn(&Path) -> FileKind) -> Result<Vec<Found<'a>>, String> {
+fn find<'a>(
+    folder: &Path,
+    entry: &'a KernelEntry,
+    kind: impl Fn(&Path) -> FileKind,
+) -> Result<Vec<Found<'a>>, Problem> {
     if !entry.path.contains(['*', '?', '[']) {
         let path = PathBuf::from(&entry.path);
         return Ok(vec![Found { label: entry.name.clone(), kind: kind(&path), path, entry }]);
     }
     let within =
-        folder.to_str().ok_or("the path of the suite's folder is not UTF-8, and the kernel's has a pattern")?;
+        folder.to_str().ok_or(Problem::NotUtf8("the path of the suite's folder, where a kernel's has a pattern,"))?;
     let pattern = if Path::new(&entry.path).is_absolute() {
         entry.path.clone()
     } else {
@@ -116,36 +145,45 @@ fn find<'a>(folder: &Path, entry: &'a KernelEntry, kind: impl Fn(&Path) -> FileK
     };
     let options =
         glob::MatchOptions { require_literal_separator: true, require_literal_leading_dot: true, ..Default::default() };
-    let paths = glob::glob_with(&pattern, options).map_err(|error| format!("path: {error}"))?;
+    let paths = glob::glob_with(&pattern, options).map_err(|error| Problem::Pattern { key: "path".into(), error })?;
     let mut found = Vec::new();
     for path in paths.take(MAX_KERNELS + 1) {
-        let path = path.map_err(|error| format!("path: {error}"))?;
+        let path = path.map_err(Problem::Glob)?;
         let name = path.file_name().unwrap_or_default().shown().to_string();
         let path = path.strip_prefix(folder).map_or(path.clone(), Path::to_owned);
         found.push(Found { label: format!("{}:{name}", entry.name), kind: kind(&path), path, entry });
     }
     if found.is_empty() {
-        return Err(format!("no file matches '{}'", entry.path));
+        return Err(Problem::NoMatch(entry.path.clone()));
     }
     Ok(found)
 }
 
 /// The kernels of a test.
-fn choose<'a>(test: &TestEntry, kernels: &'a [Found<'a>]) -> Result<Vec<&'a Found<'a>>, String> {
+fn choose<'a>(test: &TestEntry, kernels: &'a [Found<'a>]) -> Result<Vec<&'a Found<'a>>, Problem> {
     let in_matrix = test.matrix.iter().find(|(key, _)| key == "kernel").map(|(_, values)| values);
     let names: Option<Vec<&str>> = match in_matrix {
         Some(values) => {
             let names: Option<Vec<&str>> = values.iter().map(Value::as_str).collect();
-            Some(names.ok_or("matrix: kernel must be a list of names")?)
+            Some(names.ok_or_else(|| Problem::Kind {
+                key: "matrix: kernel".into(),
+                wanted: "a list of names",
+                found: None,
+            })?)
         }
         None => test.kernels.as_ref().map(|names| names.iter().map(String::as_str).collect()),
     };
     let Some(names) = names else {
-        return if kernels.is_empty() { Err("there is no [[kernel]]".into()) } else { Ok(kernels.iter().collect()) };
+        return if kernels.is_empty() {
+            Err(Problem::NoTables { place: "there is", table: "kernel" })
+        } else {
+            Ok(kernels.iter().collect())
+        };
     };
     let mut chosen: Vec<bool> = vec![false; kernels.len()];
     for name in names {
-        let pattern = glob::Pattern::new(name).map_err(|error| format!("kernel '{name}': {error}"))?;
+        let pattern = glob::Pattern::new(name)
+            .map_err(|error| Problem::Pattern { key: format!("kernel '{}'", escape(name, VALUE_BYTES)), error })?;
         let mut any = false;
         for (index, kernel) in kernels.iter().enumerate() {
             if kernel.entry.name == name || pattern.matches(&kernel.entry.name) || pattern.matches(&kernel.label) {
@@ -153,9 +191,9 @@ fn choose<'a>(test: &TestEntry, kernels: &'a [Found<'a>]) -> Result<Vec<&'a Foun
             }
         }
         if !any {
-            let mut known: Vec<&str> = kernels.iter().map(|kernel| kernel.entry.name.as_str()).collect();
+            let mut known: Vec<String> = kernels.iter().map(|kernel| kernel.entry.name.clone()).collect();
             known.dedup();
-            return Err(format!("there is no kernel '{name}'; the kernels are: {}", known.join(", ")));
+            return Err(Problem::NoKernel { name: name.to_owned(), known });
         }
     }
     Ok(kernels.iter().zip(chosen).filter(|(_, chosen)| *chosen).map(|(kernel, _)| kernel).collect())
@@ -185,7 +223,7 @@ fn case(
     kernel: &Found<'_>,
     combination: &[(&str, &Value)],
     names_kernel: bool,
-) -> Result<Case, String> {
+) -> Result<Case, Problem> {
     let mut options = test.defaults.clone();
     options.extend(kernel.entry.options.clone());
     options.extend(test.options.clone());
@@ -364,17 +402,43 @@ mod tests {
         }
     }
 
+    /// `hwvmm test tests/boots/*.toml`, as the help has it.
+    #[test]
+    fn this_repositorys_suites_can_be_run_together() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/boots");
+        let paths = std::fs::read_dir(&folder).expect("a folder").map(|entry| entry.expect("a file").path());
+        let suites = paths.filter(|path| path.extension().is_some_and(|extension| extension == "toml"));
+        let suites: Vec<SuiteFile> = suites.map(|path| SuiteFile::read(&path).expect("a suite")).collect();
+        assert!(suites.len() >= 3);
+        assert!(expand(&suites, |_| false).expect("names of their own").len() > 30);
+    }
+
+    #[test]
+    fn two_tests_of_one_name_are_named_with_their_files() {
+        let suite = |path: &str| {
+            SuiteFile::parse(Path::new(path), "[[kernel]]\nname = 'k'\npath = 'k'\n[[test]]\nname = 't'")
+                .expect("a suite")
+        };
+        let error = expand(&[suite("a.toml"), suite("b/c.toml")], |_| false).expect_err("twice").to_string();
+        assert!(error.contains("name 't': one in a.toml, one in b/c.toml; give one of them another name"), "{error}");
+    }
+
     #[test]
     fn what_is_wrong_is_named() {
         for (text, words) in [
             ("[[test]]\nname = 't'".to_owned(), "there is no [[kernel]]"),
             (format!("{KERNELS}[[test]]\nname = 't'\nkernel = 'c'"), "no kernel 'c'; the kernels are: a, b"),
-            (format!("{KERNELS}[[test]]\nname = 't'\ncpus = 'many'"), "test 't': "),
+            (format!("{KERNELS}[[test]]\nname = 't'\ncpus = 'many'"), "in `cpus`"),
+            (format!("{KERNELS}[[test]]\nname = 't'\ncpus = [1]"), "in `cpus`"),
+            (format!("{KERNELS}[[test]]\nname = 't'\ntimeout = 'x'"), "in `timeout`"),
+            (format!("{KERNELS}[[test]]\nname = 't'\nslack = 'x'"), "in `slack`"),
+            (format!("{KERNELS}[[test]]\nname = 't'\nboot = 'foo'"), "in `boot`"),
+            (format!("{KERNELS}[[test]]\nname = 't'\nexpect = '('"), "in `expect`"),
             (format!("{KERNELS}[[test]]\nname = 't'\n[[test]]\nname = 't'"), "two tests have the name 't[a]'"),
             (format!("{KERNELS}[[test]]\nname = 't'\n[test.matrix]\ncpus = [1, 1]"), "two tests have the name"),
         ] {
             let error = cases_of(&text).expect_err("refused").to_string();
-            assert!(error.contains(words), "{error}");
+            assert!(error.contains(words) && !error.contains("\\n"), "{error}");
         }
     }
 

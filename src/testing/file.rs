@@ -2,12 +2,14 @@
 //! a test has replaces what its kernel has, and that replaces the defaults. A file of vmtest's has `[[target]]` instead.
 
 use super::patterns::OopsKind;
+use super::problem::{self, PROBLEM_BYTES, Problem};
 use super::vmtest;
 use crate::bounded_read::{self, ReadError};
 use crate::config::{RunOptions, parse_duration};
 use crate::escape::escape;
 use hwvmm_devices::path_text::PathText as _;
 use serde::Deserialize;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use thiserror::Error;
@@ -32,6 +34,7 @@ const OF_MATRIX: &[&str] = &["kernel", "cpus", "memory", "mmu", "transport", "tu
 /// Options of `hwvmm run` that no table has, and why.
 const TAKEN: &[(&str, &str)] = &[
     ("kernel", BY_COMMAND),
+    ("from", "a test boots a kernel, and a snapshot is none"),
     ("kernel-from", "a disk image with a kernel is the path of a [[kernel]]"),
     ("stats", BY_COMMAND),
     ("stats-out", BY_COMMAND),
@@ -57,14 +60,14 @@ pub enum SuiteError {
     #[error("{}", .0.shown())]
     Toml(PathBuf, #[source] toml::de::Error),
     /// Something in it is wrong.
-    #[error("{}: {place}: {problem}", .path.shown())]
+    #[error("{}: {place}: {}", .path.shown(), escape(&.problem.to_string(), PROBLEM_BYTES))]
     Content {
         /// The suite's file.
         path: PathBuf,
         /// The table in it that is wrong.
         place: String,
-        /// What is wrong, and what is known.
-        problem: String,
+        /// What is wrong with it.
+        problem: Box<Problem>,
     },
 }
 
@@ -164,10 +167,10 @@ impl SuiteFile {
     /// # Errors
     /// [`SuiteError`].
     pub fn parse(path: &Path, text: &str) -> Result<Self, SuiteError> {
-        let fail = |place: &str, problem: String| SuiteError::Content {
+        let fail = |place: &str, problem: Problem| SuiteError::Content {
             path: path.to_owned(),
             place: escape(place, MAX_NAME_BYTES + 20),
-            problem: escape(&problem, 2000),
+            problem: Box::new(problem),
         };
         let mut file: Table = toml::from_str(text).map_err(|error| SuiteError::Toml(path.to_owned(), error))?;
         let notes = if file.contains_key(TARGETS) {
@@ -181,15 +184,19 @@ impl SuiteFile {
         let defaults = match file.remove("defaults") {
             None => Table::new(),
             Some(Value::Table(table)) => table,
-            Some(_) => return Err(fail("[defaults]", "it must be a table".into())),
+            Some(_) => return Err(fail("[defaults]", kind("it", "a table", None))),
         };
         let options: Vec<String> = RunOptions::keys();
         let known = Known { options: &options };
         let defaults = known.split(defaults, OF_DEFAULTS).map_err(|problem| fail("[defaults]", problem))?;
-        let mut kernels = Vec::new();
+        let (mut kernels, mut kernel_names) = (Vec::new(), HashSet::new());
         for table in tables(&mut file, "kernel").map_err(|problem| fail("[[kernel]]", problem))? {
             let place = place("kernel", &table, kernels.len());
-            kernels.push(kernel(&known, table).map_err(|problem| fail(&place, problem))?);
+            let kernel = kernel(&known, table).map_err(|problem| fail(&place, problem))?;
+            if !kernel_names.insert(kernel.name.clone()) {
+                return Err(fail(&place, Problem::TwoKernels));
+            }
+            kernels.push(kernel);
         }
         let mut tests = Vec::new();
         for table in tables(&mut file, "test").map_err(|problem| fail("[[test]]", problem))? {
@@ -197,7 +204,7 @@ impl SuiteFile {
             tests.push(test(&known, &defaults, table).map_err(|problem| fail(&place, problem))?);
         }
         if tests.is_empty() {
-            return Err(fail("the file", "it has no [[test]]".into()));
+            return Err(fail("the file", Problem::NoTables { place: "it has", table: "test" }));
         }
         Ok(Self { path: path.to_owned(), kernels, tests, notes })
     }
@@ -210,9 +217,9 @@ impl SuiteFile {
 }
 
 /// Replaces the tables of a file of vmtest's by those of a suite. Returns what has no meaning here.
-fn from_vmtest(file: &mut Table) -> Result<Vec<String>, String> {
+fn from_vmtest(file: &mut Table) -> Result<Vec<String>, Problem> {
     if let Some(other) = TABLES.iter().find(|table| file.contains_key(**table)) {
-        return Err(format!("it has [[{TARGETS}]] and [[{other}]]: use the one or the other in a file"));
+        return Err(Problem::TwoFormats { targets: TARGETS, other });
     }
     let converted = vmtest::convert(tables(file, TARGETS)?, &vmtest::variables())?;
     let list = |tables: Vec<Table>| Value::Array(tables.into_iter().map(Value::Table).collect());
@@ -233,13 +240,13 @@ struct Known<'a> {
 }
 
 impl Known<'_> {
-    fn split(&self, table: Table, own: &[&str]) -> Result<Split, String> {
+    fn split(&self, table: Table, own: &[&str]) -> Result<Split, Problem> {
         let mut split = Split::default();
         for (key, value) in table {
             if own.contains(&key.as_str()) {
                 split.own.insert(key, value);
             } else if let Some((_, why)) = TAKEN.iter().find(|(taken, _)| *taken == key) {
-                return Err(format!("'{key}' cannot be given: {why}"));
+                return Err(Problem::Taken { key, why });
             } else if self.options.contains(&key) {
                 split.options.insert(key, value);
             } else {
@@ -251,8 +258,12 @@ impl Known<'_> {
     }
 }
 
-fn unknown(key: &str, known: impl Iterator<Item = String>) -> String {
-    format!("unknown key '{}'; the keys are: {}", escape(key, 100), known.collect::<Vec<_>>().join(", "))
+fn unknown(key: &str, known: impl Iterator<Item = String>) -> Problem {
+    Problem::UnknownKey { key: key.to_owned(), known: known.collect() }
+}
+
+fn kind(key: &str, wanted: &'static str, found: Option<Value>) -> Problem {
+    Problem::Kind { key: key.to_owned(), wanted, found }
 }
 
 fn place(kind: &str, table: &Table, index: usize) -> String {
@@ -262,8 +273,8 @@ fn place(kind: &str, table: &Table, index: usize) -> String {
     }
 }
 
-fn tables(file: &mut Table, key: &str) -> Result<Vec<Table>, String> {
-    let wrong = || format!("it must be a list of tables: [[{key}]]");
+fn tables(file: &mut Table, key: &str) -> Result<Vec<Table>, Problem> {
+    let wrong = || kind(key, "a list of tables", None);
     match file.remove(key) {
         None => Ok(Vec::new()),
         Some(Value::Array(values)) => values
@@ -277,41 +288,41 @@ fn tables(file: &mut Table, key: &str) -> Result<Vec<Table>, String> {
     }
 }
 
-fn text(table: &mut Table, key: &str) -> Result<String, String> {
+fn text(table: &mut Table, key: &'static str) -> Result<String, Problem> {
     match table.remove(key) {
         Some(Value::String(text)) if !text.is_empty() => Ok(text),
-        Some(other) => Err(format!("{key} must be a text that is not empty, not {other}")),
-        None => Err(format!("{key} is missing")),
+        Some(other) => Err(kind(key, "a text that is not empty", Some(other))),
+        None => Err(Problem::Missing(key)),
     }
 }
 
-fn name(table: &mut Table) -> Result<String, String> {
+fn name(table: &mut Table) -> Result<String, Problem> {
     let name = text(table, "name")?;
     if name.len() > MAX_NAME_BYTES {
-        return Err(format!("its name has {} bytes; {MAX_NAME_BYTES} are allowed", name.len()));
+        return Err(Problem::LongName { bytes: name.len(), max: MAX_NAME_BYTES });
     }
     if name.chars().any(char::is_control) {
-        return Err("its name has control characters".into());
+        return Err(Problem::ControlCharacters);
     }
     Ok(name)
 }
 
-fn kernel(known: &Known<'_>, table: Table) -> Result<KernelEntry, String> {
+fn kernel(known: &Known<'_>, table: Table) -> Result<KernelEntry, Problem> {
     let Split { mut own, options } = known.split(table, OF_KERNELS)?;
     Ok(KernelEntry { name: name(&mut own)?, path: text(&mut own, "path")?, options })
 }
 
-fn test(known: &Known<'_>, defaults: &Split, table: Table) -> Result<TestEntry, String> {
+fn test(known: &Known<'_>, defaults: &Split, table: Table) -> Result<TestEntry, Problem> {
     let Split { mut own, mut options } = known.split(table, OF_TESTS)?;
     let run = own.remove("run").map(command).transpose()?;
     if run.and_then(|run| options.insert("command".into(), run)).is_some() {
-        return Err("run and command are the same: give one of them".into());
+        return Err(Problem::Both("run", "command"));
     }
     let name = name(&mut own)?;
     let matrix = match own.remove("matrix") {
         None => Vec::new(),
         Some(Value::Table(table)) => matrix(table)?,
-        Some(_) => return Err("matrix must be a table: [test.matrix]".into()),
+        Some(other) => return Err(kind("matrix", "a table, [test.matrix]", Some(other))),
     };
     let mut joined = defaults.own.clone();
     joined.extend(own);
@@ -320,38 +331,38 @@ fn test(known: &Known<'_>, defaults: &Split, table: Table) -> Result<TestEntry, 
 }
 
 /// The command that `run` is: a line for the guest's shell, or a list of words.
-fn command(run: Value) -> Result<Value, String> {
+fn command(run: Value) -> Result<Value, Problem> {
     match run {
         Value::String(line) if !line.is_empty() => {
             Ok(Value::Array(["/bin/sh", "-c", &line].map(|word| Value::String(word.to_owned())).to_vec()))
         }
         Value::Array(words) if !words.is_empty() => Ok(Value::Array(words)),
-        _ => Err("run must be a line for the guest's shell, or a list of words".into()),
+        other => Err(kind("run", "a line for the guest's shell, or a list of words", Some(other))),
     }
 }
 
-fn words(value: Value, key: &str) -> Result<Vec<String>, String> {
+fn words(value: Value, key: &str) -> Result<Vec<String>, Problem> {
     let values = match value {
         Value::Array(values) => values,
         one => vec![one],
     };
     let word = |value| match value {
         Value::String(text) => Ok(text),
-        other => Err(format!("{key} must be a name or a list of names, not {other}")),
+        other => Err(kind(key, "a name or a list of names", Some(other))),
     };
     values.into_iter().map(word).collect()
 }
 
-fn settings(own: Table) -> Result<Settings, String> {
-    let given: Given = own.try_into().map_err(|error: toml::de::Error| error.message().to_owned())?;
+fn settings(own: Table) -> Result<Settings, Problem> {
+    let given: Given = problem::read(own)?;
     let retries = given.retries.unwrap_or(0);
     if retries > MAX_RETRIES {
-        return Err(format!("retries = {retries}; at most {MAX_RETRIES} are allowed"));
+        return Err(Problem::TooLarge { key: "retries", value: retries, max: MAX_RETRIES });
     }
     let silence = match given.silence.as_deref() {
         None => Some(Duration::from_secs(60)),
         Some("off") => None,
-        Some(text) => Some(parse_duration(text).map_err(|error| format!("silence: {error}; or \"off\""))?),
+        Some(text) => Some(parse_duration(text).map_err(|error| Problem::Time { key: "silence", error })?),
     };
     Ok(Settings {
         silence,
@@ -363,15 +374,15 @@ fn settings(own: Table) -> Result<Settings, String> {
     })
 }
 
-fn matrix(table: Table) -> Result<Vec<(String, Vec<Value>)>, String> {
+fn matrix(table: Table) -> Result<Vec<(String, Vec<Value>)>, Problem> {
     table
         .into_iter()
         .map(|(key, values)| match values {
             _ if !OF_MATRIX.contains(&key.as_str()) => {
-                Err(format!("matrix: {}", unknown(&key, OF_MATRIX.iter().map(ToString::to_string))))
+                Err(unknown(&format!("matrix.{key}"), OF_MATRIX.iter().map(ToString::to_string)))
             }
             Value::Array(values) if !values.is_empty() => Ok((key, values)),
-            _ => Err(format!("matrix: {key} must be a list with one value or more")),
+            other => Err(kind(&format!("matrix.{key}"), "a list with one value or more", Some(other))),
         })
         .collect()
 }
@@ -417,17 +428,26 @@ mod tests {
             ("[defaults]\nrun = 'x'", "[defaults]: unknown key 'run'"),
             ("[[test]]\nname = 'a'\nstats-out = 'x'", "'stats-out' cannot be given: it is set by the test command"),
             ("[[test]]\nname = 'a'\nkernel-from = 'x'", "is the path of a [[kernel]]"),
+            ("[[test]]\nname = 'a'\nfrom = 'x'", "'from' cannot be given: a test boots a kernel"),
+            (
+                "[[kernel]]\nname = 'k'\npath = 'a'\n[[kernel]]\nname = 'k'\npath = 'b'",
+                "kernel 'k': two [[kernel]] have this name",
+            ),
+            ("[[test]]\nname = 'a'\nretries = -1", "expected u32 in `retries`"),
+            ("[[test]]\nname = 'a'\nstatus = 300", "in `status`"),
+            ("[[test]]\nname = 'a'\nktap = 'x'", "in `ktap`"),
             ("[[test]]\n[[test]]", "test 1: name is missing"),
             ("[[test]]\nname = ''", "not empty"),
             ("[[test]]\nname = \"a\\nb\"", "control characters"),
             ("[[test]]\nname = 'a'\nretries = 101", "at most 100"),
             ("[[test]]\nname = 'a'\nretries = 'x'", "invalid type"),
             ("[[test]]\nname = 'a'\nfail-on = ['smoke']", "unknown variant `smoke`"),
+            ("[[test]]\nname = 'a'\nfail-on = ['smoke']", "in `fail-on`"),
             ("[[test]]\nname = 'a'\nsilence = '0'", "silence: "),
             ("[[test]]\nname = 'a'\nkernel = 1", "a name or a list of names"),
             (
                 "[[test]]\nname = 'a'\n[test.matrix]\ndisk = ['x']",
-                "matrix: unknown key 'disk'; the keys are: kernel, cpus",
+                "unknown key 'matrix.disk'; the keys are: kernel, cpus",
             ),
             ("[[test]]\nname = 'a'\n[test.matrix]\ncpus = []", "one value or more"),
             ("[[kernel]]\nname = 'a'", "kernel 'a': path is missing"),

@@ -1,9 +1,9 @@
 //! The folder of a run of a suite: made anew, for its user alone, with a folder for each try of each test.
 
 use hwvmm_devices::path_text::PathText as _;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -31,6 +31,28 @@ pub enum FolderError {
     /// A file in it cannot be written.
     #[error("cannot write {}", .0.shown())]
     Write(PathBuf, #[source] io::Error),
+}
+
+impl FolderError {
+    /// Returns true if the path that was named cannot be the folder: another try would end the same. A full disk is none of these.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        use io::ErrorKind as Kind;
+        match self {
+            Self::NotFree { .. } => true,
+            Self::Make(_, error) => matches!(
+                error.kind(),
+                Kind::NotFound
+                    | Kind::PermissionDenied
+                    | Kind::NotADirectory
+                    | Kind::AlreadyExists
+                    | Kind::ReadOnlyFilesystem
+                    | Kind::InvalidFilename
+                    | Kind::InvalidInput
+            ),
+            Self::Write(..) => false,
+        }
+    }
 }
 
 /// The folder of a run of a suite.
@@ -99,6 +121,16 @@ pub(super) fn new_file(path: &Path) -> Result<File, FolderError> {
 /// As [`new_file`].
 pub(super) fn write_new(path: &Path, text: &str) -> Result<(), FolderError> {
     let written = new_file(path)?.write_all(text.as_bytes());
+    written.map_err(|error| FolderError::Write(path.to_owned(), error))
+}
+
+/// Makes a file with this text that its user can execute.
+///
+/// # Errors
+/// As [`new_file`].
+pub(super) fn write_new_script(path: &Path, text: &str) -> Result<(), FolderError> {
+    let mut file = new_file(path)?;
+    let written = file.write_all(text.as_bytes()).and_then(|()| file.set_permissions(Permissions::from_mode(0o700)));
     written.map_err(|error| FolderError::Write(path.to_owned(), error))
 }
 

@@ -1,6 +1,6 @@
 //! One report of the results of many shards.
 
-use super::record::{FORMAT, Header, Line, TestResult, VERSION};
+use super::record::{FORMAT, Header, Line, MAX_HOSTS, RanOn, TestResult, VERSION};
 use super::verdict::{Meaning, Verdict};
 use crate::bounded_read::{self, ReadError};
 use crate::escape::escape;
@@ -68,6 +68,8 @@ pub struct Merged {
     pub broken: Vec<MergeError>,
     /// The number of shards.
     pub shards: u32,
+    /// What they ran on, each kind once.
+    pub ran_on: Vec<RanOn>,
 }
 
 /// Returns true if `new` counts, of two results of a test whose shard was run again: what hwvmm or the host did is replaced, and a
@@ -106,6 +108,11 @@ pub fn merge(folders: &[PathBuf]) -> Result<Merged, MergeError> {
             return Err(MergeError::Shards { path, found: header.shards, expected: merged.shards });
         }
         merged.shards = header.shards;
+        for ran_on in header.ran_on.into_iter().map(RanOn::escaped) {
+            if merged.ran_on.len() < MAX_HOSTS && !merged.ran_on.contains(&ran_on) {
+                merged.ran_on.push(ran_on);
+            }
+        }
         let (size, found) = sizes.entry(header.shard).or_default();
         *size = header.tests.max(*size);
         for result in results {
@@ -181,11 +188,17 @@ mod tests {
     use super::super::record::tests::sample;
     use super::*;
 
+    fn host(shard: &str) -> RanOn {
+        let kvm = Some(if shard.starts_with('2') { "kvm_amd" } else { "kvm_intel" }.to_owned());
+        RanOn { hwvmm: "1".into(), kvm, mmu: "nested paging".into(), nested: false }
+    }
+
     /// A folder with the results of a shard of `tests` tests.
     fn shard(base: &Path, name: &str, shard: &str, tests: usize, results: &[TestResult]) -> PathBuf {
         let folder = base.join(name);
         std::fs::create_dir(&folder).expect("made");
-        let mut text = Header::new(Shard::parse(shard).expect("a shard"), tests).json().expect("JSON");
+        let mut text =
+            Header::new(Shard::parse(shard).expect("a shard"), tests, vec![host(shard)]).json().expect("JSON");
         results.iter().for_each(|result| text += &result.json().expect("JSON"));
         std::fs::write(folder.join(RESULTS), text).expect("written");
         folder
@@ -264,7 +277,7 @@ mod tests {
 
     #[test]
     fn what_are_no_results_is_refused() {
-        let header = Header::new(Shard::ALL, 1).json().expect("JSON");
+        let header = Header::new(Shard::ALL, 1, Vec::new()).json().expect("JSON");
         let result = sample("a", Verdict::Pass).json().expect("JSON");
         for (text, words) in [
             (String::new(), "line 1: these are no results"),

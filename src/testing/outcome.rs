@@ -4,8 +4,9 @@
 use super::file::Settings;
 use super::ktap::KtapReport;
 use super::log::Findings;
-use super::stats::Stats;
+use super::stats::{Stats, StatsError};
 use super::verdict::Verdict;
+use crate::error::chain;
 use crate::escape::escape;
 use crate::exit::EndKind;
 use crate::exit::end::status;
@@ -50,7 +51,7 @@ pub(super) enum ProcessEnd {
 pub(super) struct Facts {
     pub(super) end: ProcessEnd,
     pub(super) stop: Option<Stop>,
-    pub(super) stats: Result<Stats, String>,
+    pub(super) stats: Result<Stats, StatsError>,
     pub(super) findings: Findings,
     /// The last message of hwvmm, for people.
     pub(super) said: String,
@@ -71,53 +72,77 @@ impl Judgement {
 
 /// The verdict on a run, apart from its baseline.
 pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
-    let of = Judgement::new;
     if let Some(Stop::Output(why)) = &facts.stop {
-        return of(Verdict::Infrastructure, &format!("its output cannot be kept: {why}"));
+        return Judgement::new(Verdict::Infrastructure, &format!("its output cannot be kept: {why}"));
     }
-    let stats = match (&facts.stats, facts.end) {
-        (Ok(stats), ProcessEnd::Exited(_)) => stats,
-        // It had ended just when it was asked to: it has written its statistics, and nothing handled the signal any more.
-        (Ok(stats), ProcessEnd::Killed(_)) if facts.stop.is_some() => stats,
-        (_, ProcessEnd::Killed(_)) if facts.stop == Some(Stop::Panic) => {
-            return of(Verdict::Panic, &panic_text(facts.findings.panic.as_deref().unwrap_or_default()));
-        }
-        (_, ProcessEnd::Killed(signal)) => {
-            return of(Verdict::Infrastructure, &format!("hwvmm was killed by signal {signal}"));
-        }
-        (Err(why), ProcessEnd::Exited(status)) => {
-            let said = if facts.said.is_empty() { why } else { &facts.said };
-            return of(Verdict::Infrastructure, &format!("hwvmm failed with status {status}: {said}"));
-        }
+    let stats = match stats_of(facts) {
+        Ok(stats) => stats,
+        Err(judgement) => return judgement,
     };
     if matches!(stats.end_kind, EndKind::Failed | EndKind::Crashed) {
-        return of(Verdict::Infrastructure, &stats.end);
+        return Judgement::new(Verdict::Infrastructure, &stats.end);
+    }
+    if stats.end_kind == EndKind::Unbootable {
+        return Judgement::new(Verdict::Fail, &stats.end);
     }
     if let Some(panic) = &facts.findings.panic {
-        return of(Verdict::Panic, &panic_text(panic));
+        return Judgement::new(Verdict::Panic, &panic_text(panic));
     }
     let complaints = complaints(&facts.findings, settings);
-    let with_complaints = |message: String| match &complaints {
-        Some(complaints) => format!("{message}; {complaints}"),
-        None => message,
+    if let Some(judgement) = of_end(facts, stats, complaints.as_deref()) {
+        return judgement;
+    }
+    if let Some(complaints) = complaints {
+        return Judgement::new(Verdict::Oops, &complaints);
+    }
+    if facts.stop == Some(Stop::LogTooLong) {
+        // Also where the run ended by itself just then: the rest of the log was not searched.
+        return Judgement::new(Verdict::Fail, LOG_TOO_LONG);
+    }
+    of_run(facts, stats, settings)
+}
+
+/// The statistics of a run; where they say nothing, the verdict.
+fn stats_of(facts: &Facts) -> Result<&Stats, Judgement> {
+    match (&facts.stats, facts.end) {
+        (Ok(stats), ProcessEnd::Exited(_)) => Ok(stats),
+        // It had ended just when it was asked to: it has written its statistics, and nothing handled the signal any more.
+        (Ok(stats), ProcessEnd::Killed(_)) if facts.stop.is_some() => Ok(stats),
+        (_, ProcessEnd::Killed(_)) if facts.stop == Some(Stop::Panic) => {
+            let panic = facts.findings.panic.as_deref().unwrap_or_default();
+            Err(Judgement::new(Verdict::Panic, &panic_text(panic)))
+        }
+        (_, ProcessEnd::Killed(signal)) => {
+            Err(Judgement::new(Verdict::Infrastructure, &format!("hwvmm was killed by signal {signal}")))
+        }
+        (Err(why), ProcessEnd::Exited(status)) => {
+            let said = if facts.said.is_empty() { chain(why) } else { facts.said.clone() };
+            Err(Judgement::new(Verdict::Infrastructure, &format!("hwvmm failed with status {status}: {said}")))
+        }
+    }
+}
+
+/// The verdict on an end that has one of its own, whatever the test wants.
+fn of_end(facts: &Facts, stats: &Stats, complaints: Option<&str>) -> Option<Judgement> {
+    let of = |verdict, message: &str| Some(Judgement::new(verdict, message));
+    let with_complaints = |verdict, message: &str| match complaints {
+        Some(complaints) => of(verdict, &format!("{message}; {complaints}")),
+        None => of(verdict, message),
     };
     match stats.end_kind {
-        EndKind::Panicked => return of(Verdict::Panic, &stats.end),
-        EndKind::TripleFault => return of(Verdict::TripleFault, &with_complaints(stats.end.clone())),
-        EndKind::TimedOut | EndKind::NotBooted => return of(Verdict::TimeOut, &with_complaints(stats.end.clone())),
-        EndKind::Signal | EndKind::Quit | EndKind::Stopped => {
-            return match &facts.stop {
-                Some(Stop::Silence(time)) => {
-                    let message = format!("no output for {} s", time.as_secs_f64());
-                    of(Verdict::Hang, &with_complaints(message))
-                }
-                Some(Stop::Panic) => of(Verdict::Panic, "the guest panicked"),
-                Some(Stop::LogTooLong) => of(Verdict::Fail, LOG_TOO_LONG),
-                Some(Stop::Late) => of(Verdict::Infrastructure, "hwvmm did not end at the time-out"),
-                Some(Stop::Interrupted) => of(Verdict::Infrastructure, "interrupted"),
-                Some(Stop::Output(_)) | None => of(Verdict::Infrastructure, &stats.end),
-            };
-        }
+        EndKind::Panicked => of(Verdict::Panic, &stats.end),
+        EndKind::TripleFault => with_complaints(Verdict::TripleFault, &stats.end),
+        EndKind::TimedOut | EndKind::NotBooted => with_complaints(Verdict::TimeOut, &stats.end),
+        EndKind::Signal | EndKind::Quit | EndKind::Stopped => match &facts.stop {
+            Some(Stop::Silence(time)) => {
+                with_complaints(Verdict::Hang, &format!("no output for {} s", time.as_secs_f64()))
+            }
+            Some(Stop::Panic) => of(Verdict::Panic, "the guest panicked"),
+            Some(Stop::LogTooLong) => of(Verdict::Fail, LOG_TOO_LONG),
+            Some(Stop::Late) => of(Verdict::Infrastructure, "hwvmm did not end at the time-out"),
+            Some(Stop::Interrupted) => of(Verdict::Infrastructure, "interrupted"),
+            Some(Stop::Output(_)) | None => of(Verdict::Infrastructure, &stats.end),
+        },
         EndKind::PowerOff
         | EndKind::SystemHalted
         | EndKind::Reset
@@ -130,26 +155,21 @@ pub(super) fn judge(facts: &Facts, settings: &Settings) -> Judgement {
         | EndKind::Kvm
         | EndKind::Seen
         | EndKind::NotSeen
+        | EndKind::Unbootable
         | EndKind::Failed
-        | EndKind::Crashed => {}
+        | EndKind::Crashed => None,
     }
-    if let Some(complaints) = complaints {
-        return of(Verdict::Oops, &complaints);
-    }
-    if facts.stop == Some(Stop::LogTooLong) {
-        // Also where the run ended by itself just then: the rest of the log was not searched.
-        return of(Verdict::Fail, LOG_TOO_LONG);
-    }
+}
+
+/// The verdict on a run that ended by itself, and whose kernel complained of nothing, by its status and its sub-tests.
+fn of_run(facts: &Facts, stats: &Stats, settings: &Settings) -> Judgement {
     let failed_subtests = facts.findings.ktap.as_ref().filter(|report| report.failed > 0).and_then(of_subtests);
     // As for kselftest (Linux, tools/testing/selftests/kselftest.h, KSFT_SKIP). Sub-tests that have failed are not made good by it.
     if stats.end_kind == EndKind::Command && stats.status == SKIP && settings.status != SKIP {
-        if let Some(failed) = failed_subtests {
-            return failed;
-        }
-        return of(Verdict::Skip, &stats.end);
+        return failed_subtests.unwrap_or_else(|| Judgement::new(Verdict::Skip, &stats.end));
     }
     if stats.status != settings.status {
-        return of(Verdict::Fail, &format!("status {}: {}", stats.status, stats.end));
+        return Judgement::new(Verdict::Fail, &format!("status {}: {}", stats.status, stats.end));
     }
     match &facts.findings.ktap {
         Some(report) => of_subtests(report).unwrap_or_else(|| of_status(facts, stats)),
@@ -238,6 +258,10 @@ mod tests {
         }
     }
 
+    fn no_stats() -> Result<Stats, StatsError> {
+        Stats::read(std::path::Path::new("/nowhere/stats.json"))
+    }
+
     fn verdict(facts: &Facts) -> Verdict {
         judge(facts, &settings()).verdict
     }
@@ -265,6 +289,7 @@ mod tests {
             (EndReason::TripleFault, Verdict::TripleFault),
             (EndReason::TimedOut(Duration::from_secs(1)), Verdict::TimeOut),
             (EndReason::NotBooted(Duration::from_secs(1)), Verdict::TimeOut),
+            (EndReason::Unbootable("x".into()), Verdict::Fail),
             (EndReason::Failed("x".into()), Verdict::Infrastructure),
             (EndReason::Crashed(Crash::Panicked), Verdict::Infrastructure),
             (EndReason::Signal(Signal::TERM), Verdict::Infrastructure),
@@ -297,7 +322,7 @@ mod tests {
         let stats = |end| Ok(Stats::of_end(&end));
         assert_eq!(killed(Some(Stop::Panic), stats(EndReason::Panicked(None))), Verdict::Panic);
         assert_eq!(killed(Some(silence()), stats(EndReason::Reset)), Verdict::Fail);
-        assert_eq!(killed(Some(silence()), Err("none".into())), Verdict::Infrastructure);
+        assert_eq!(killed(Some(silence()), no_stats()), Verdict::Infrastructure);
         assert_eq!(killed(None, stats(EndReason::Reset)), Verdict::Infrastructure);
         assert_eq!(stopped(Stop::Late, quit()), Verdict::Infrastructure);
         assert_eq!(stopped(Stop::Output("full".into()), EndReason::PowerOff), Verdict::Infrastructure);
@@ -305,7 +330,7 @@ mod tests {
 
     #[test]
     fn what_hwvmm_cannot_do_is_infrastructure() {
-        let no_stats = Facts { stats: Err("none".into()), end: ProcessEnd::Exited(42), ..facts(&EndReason::PowerOff) };
+        let no_stats = Facts { stats: no_stats(), end: ProcessEnd::Exited(42), ..facts(&EndReason::PowerOff) };
         assert_eq!(judge(&no_stats, &settings()).message, "hwvmm failed with status 42: said");
         let killed = Facts { end: ProcessEnd::Killed(9), ..facts(&EndReason::PowerOff) };
         assert_eq!(verdict(&killed), Verdict::Infrastructure);

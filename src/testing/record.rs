@@ -5,8 +5,10 @@ use super::stats::ExitCounts;
 use super::verdict::{Meaning, Verdict};
 use crate::escape::{escape, escape_json};
 use crate::exit::end::status;
+use crate::probe::Host;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// What the file says it is.
 pub(super) const FORMAT: &str = "hwvmm-test";
@@ -14,6 +16,51 @@ pub(super) const FORMAT: &str = "hwvmm-test";
 pub(super) const VERSION: u32 = 1;
 /// Bytes of a text at most, where it comes from a file.
 const TEXT_BYTES: usize = 4096;
+/// Bytes of a text about a host.
+const HOST_BYTES: usize = 100;
+
+/// Hosts that a report names at most.
+pub(super) const MAX_HOSTS: usize = 100;
+
+/// What tests ran on.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct RanOn {
+    /// The version of hwvmm.
+    pub hwvmm: String,
+    /// The vendor module of the host's KVM; `None` where there is none that hwvmm knows.
+    pub kvm: Option<String>,
+    /// How it translates guest addresses.
+    pub mmu: String,
+    /// True if the host is a virtual machine itself: each exit costs more there.
+    pub nested: bool,
+}
+
+impl RanOn {
+    /// This hwvmm, on `host`.
+    #[must_use]
+    pub fn new(host: &Host) -> Self {
+        Self {
+            hwvmm: env!("CARGO_PKG_VERSION").to_owned(),
+            kvm: host.vendor_module().map(str::to_owned),
+            mmu: host.mmu().name().to_owned(),
+            nested: host.is_virtual(),
+        }
+    }
+
+    /// With texts that are escaped and bounded, as a file's may be anything.
+    pub(super) fn escaped(self) -> Self {
+        let clean = |text: String| escape(&text, HOST_BYTES);
+        Self { hwvmm: clean(self.hwvmm), kvm: self.kvm.map(clean), mmu: clean(self.mmu), nested: self.nested }
+    }
+}
+
+impl fmt::Display for RanOn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let module = self.kvm.as_deref().unwrap_or("an unknown KVM");
+        let host = if self.nested { "in a virtual machine" } else { "on bare metal" };
+        write!(f, "hwvmm {}, {module}, {}, {host}", self.hwvmm, self.mmu)
+    }
+}
 
 /// The first line of `results.jsonl`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +75,9 @@ pub struct Header {
     pub shards: u32,
     /// The number of tests in the shard. There are fewer results where the suite was ended before.
     pub tests: usize,
+    /// What they ran on: one host, and in a report of many shards those of all, each kind once.
+    #[serde(default)]
+    pub ran_on: Vec<RanOn>,
 }
 
 /// One try of a test.
@@ -80,8 +130,8 @@ pub(super) enum Line {
 impl Header {
     /// The header of these tests.
     #[must_use]
-    pub fn new(shard: super::Shard, tests: usize) -> Self {
-        Self { format: FORMAT.into(), version: VERSION, shard: shard.index(), shards: shard.total(), tests }
+    pub fn new(shard: super::Shard, tests: usize, ran_on: Vec<RanOn>) -> Self {
+        Self { format: FORMAT.into(), version: VERSION, shard: shard.index(), shards: shard.total(), tests, ran_on }
     }
 
     /// As a line of JSON.
@@ -213,6 +263,20 @@ pub(super) mod tests {
         assert_eq!(status(&[Pass, Fail, Infrastructure], 0), 1);
         assert_eq!(status(&[Pass, Infrastructure], 0), 42);
         assert_eq!(status(&[Pass], 1), 42);
+    }
+
+    #[test]
+    fn what_tests_ran_on_is_said() {
+        let ran_on =
+            RanOn { hwvmm: "1.2.3".into(), kvm: Some("kvm_amd".into()), mmu: "nested paging".into(), nested: true };
+        assert_eq!(ran_on.to_string(), "hwvmm 1.2.3, kvm_amd, nested paging, in a virtual machine");
+        let header = Header::new(crate::testing::Shard::ALL, 1, vec![ran_on.clone()]).json().expect("JSON");
+        assert!(header.contains("\"kvm\":\"kvm_amd\""), "{header}");
+        let hostile = RanOn { mmu: "\u{1b}[2J".repeat(1000), ..ran_on }.escaped();
+        assert!(!hostile.mmu.contains('\u{1b}') && hostile.mmu.len() < 200, "{hostile}");
+        // As those before it had none.
+        let old = "{\"type\":\"header\",\"format\":\"hwvmm-test\",\"version\":1,\"shard\":1,\"shards\":1,\"tests\":0}";
+        assert!(matches!(serde_json::from_str(old), Ok(Line::Header(Header { ran_on, .. })) if ran_on.is_empty()));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::folder::ResultFolder;
 use super::host;
 use super::log::Findings;
 use super::outcome::{Facts, Judgement, Stop, judge};
-use super::record::{Attempt, TestResult};
+use super::record::{Attempt, RanOn, TestResult};
 use super::verdict::{Meaning, Verdict};
 use crate::config::MmuChoice;
 use crate::error::chain;
@@ -61,12 +61,16 @@ pub struct Plan<'a> {
     pub fail_fast: FailFast,
     /// The baselines, by the path that [`Plan::baseline_of`] is.
     pub baselines: &'a BTreeMap<PathBuf, Baseline>,
+    /// What the tests run on.
+    pub ran_on: &'a RanOn,
     /// The baseline of all tests, in place of their own.
     pub baseline: Option<&'a Path>,
     /// Whether baselines are made from these runs: then nothing is compared.
     pub update: UpdateBaseline,
     /// Set when the user ends the suite.
     pub interrupted: &'a Interrupted,
+    /// Called with the name of each test as it is started.
+    pub started: &'a (dyn Fn(&str) + Sync),
     /// Called with each result as it comes.
     pub each: &'a (dyn Fn(&TestResult) + Sync),
 }
@@ -106,7 +110,7 @@ pub fn baseline_path(given: Option<&Path>, case: &Case) -> Option<PathBuf> {
 }
 
 /// A test that has ended.
-struct Finished {
+struct CaseResult {
     result: TestResult,
     counts: Option<Counts>,
 }
@@ -122,7 +126,7 @@ struct State {
     slots_taken: usize,
     /// No more tests are started.
     stopped: bool,
-    finished: BTreeMap<usize, Finished>,
+    finished: BTreeMap<usize, CaseResult>,
 }
 
 /// What the host has for tests.
@@ -169,6 +173,7 @@ pub fn run(plan: &Plan<'_>) -> Done {
     let work = || {
         while let Some(place) = take(plan, &room, &state, &changed) {
             let Some(case) = plan.cases.get(place) else { continue };
+            (plan.started)(&escape(&case.name, PATH_BYTES));
             let finished = run_case(plan, place, case, &room, mmu);
             let mut state = lock(&state);
             state.running -= 1;
@@ -195,7 +200,7 @@ pub fn run(plan: &Plan<'_>) -> Done {
     });
     let finished = state.into_inner().unwrap_or_else(PoisonError::into_inner).finished;
     let mut done = Done { not_run: plan.cases.len() - finished.len(), ..Done::default() };
-    for (place, Finished { result, counts }) in finished {
+    for (place, CaseResult { result, counts }) in finished {
         let path = plan.cases.get(place).and_then(|case| plan.baseline_of(case));
         if let Some((path, counts)) = path.zip(counts) {
             done.counts.entry(path).or_default().insert(result.name.clone(), counts);
@@ -257,7 +262,7 @@ fn not_here(case: &Case, room: &Room, mmu: Mmu) -> Option<Judgement> {
 }
 
 /// Runs a test until it passes, or as often as it may be tried. `None` where the user has ended the suite meanwhile.
-fn run_case(plan: &Plan<'_>, place: usize, case: &Case, room: &Room, mmu: Mmu) -> Option<Finished> {
+fn run_case(plan: &Plan<'_>, place: usize, case: &Case, room: &Room, mmu: Mmu) -> Option<CaseResult> {
     let name = escape(&case.name, PATH_BYTES);
     let empty = || TestResult {
         name: name.clone(),
@@ -271,7 +276,7 @@ fn run_case(plan: &Plan<'_>, place: usize, case: &Case, room: &Room, mmu: Mmu) -
         again: String::new(),
     };
     if let Some(Judgement { verdict, message }) = not_here(case, room, mmu) {
-        return Some(Finished { result: TestResult { verdict, message, ..empty() }, counts: None });
+        return Some(CaseResult { result: TestResult { verdict, message, ..empty() }, counts: None });
     }
     let mut result = empty();
     let mut last_counts = None;
@@ -304,7 +309,7 @@ fn run_case(plan: &Plan<'_>, place: usize, case: &Case, room: &Room, mmu: Mmu) -
         (result.verdict, result.message) = (verdict, escape(&message, PATH_BYTES));
     }
     let passed = matches!(result.verdict, Verdict::Pass | Verdict::Flaky);
-    Some(Finished { result, counts: last_counts.filter(|_| passed) })
+    Some(CaseResult { result, counts: last_counts.filter(|_| passed) })
 }
 
 /// What several tries come to, where that is not what the last one did. A try that says nothing of the guest, or was skipped, does not
@@ -352,10 +357,10 @@ impl Tried {
 }
 
 fn try_once(plan: &Plan<'_>, place: usize, case: &Case, number: u32) -> Result<Tried, AttemptError> {
-    let files = Files::new(plan.folder.of_try(place, &case.name, number)?);
     let path = plan.baseline_of(case);
     let profiled = if path.is_some() { Profiled::Yes } else { Profiled::No };
-    let facts = attempt(case, &files, profiled, &plan.interrupted.0)?;
+    let files = Files::new(plan.folder.of_try(place, &case.name, number)?, profiled);
+    let facts = attempt(case, &files, &plan.interrupted.0)?;
     let mut judgement = judge(&facts, &case.settings);
     let mut counted = None;
     if let Some(path) = path.filter(|_| judgement.verdict == Verdict::Pass) {
@@ -387,7 +392,7 @@ fn compared(plan: &Plan<'_>, path: &Path, case: &Case, profile: &Profile) -> Jud
     let comparison = plan
         .baselines
         .get(path)
-        .map_or(Comparison::Unknown, |baseline| baseline.compare(&case.name, profile, case.needs.slack));
+        .map_or(Comparison::Unknown, |baseline| baseline.compare(&case.name, profile, case.needs.slack, plan.ran_on));
     match comparison {
         Comparison::Held => Judgement::new(Verdict::Pass, ""),
         Comparison::Unknown => Judgement::new(Verdict::Pass, "its baseline does not have it yet"),

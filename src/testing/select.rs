@@ -2,11 +2,14 @@
 
 use super::case::Case;
 use super::shard::Shard;
+use crate::escape::escape;
 use regex::{Regex, RegexBuilder};
 use thiserror::Error;
 
 /// Bytes of a compiled regular expression at most.
 const MAX_REGEX_BYTES: usize = 1 << 20;
+/// Bytes of a filter in a message.
+const SHOWN_BYTES: usize = 200;
 
 /// A filter cannot be used.
 #[derive(Debug, Error)]
@@ -14,9 +17,9 @@ pub enum SelectionError {
     /// It is no regular expression.
     #[error("--regex {0}")]
     Regex(String, #[source] regex::Error),
-    /// No test has it.
-    #[error("no test has such a name; `hwvmm test --list` prints all")]
-    Nothing,
+    /// No test has a name that the options ask for: these options.
+    #[error("no test is chosen by {0}; `hwvmm test --list` prints all names")]
+    Nothing(String),
 }
 
 /// A choice of tests.
@@ -51,7 +54,9 @@ impl Selection {
         };
         let left: Vec<Case> = cases.into_iter().filter(named).collect();
         if left.is_empty() {
-            return Err(SelectionError::Nothing);
+            let parts = self.parts.iter().map(|part| format!("--filter '{}'", escape(part, SHOWN_BYTES)));
+            let regex = self.regex.iter().map(|regex| format!("--regex '{}'", escape(regex.as_str(), SHOWN_BYTES)));
+            return Err(SelectionError::Nothing(parts.chain(regex).collect::<Vec<_>>().join(" ")));
         }
         Ok(left.into_iter().enumerate().filter(|(place, _)| self.shard.has(*place)).map(|(_, case)| case).collect())
     }
@@ -84,7 +89,7 @@ mod tests {
         assert_eq!(chosen(&[], Some("cpus=[12]"), "1/1").expect("two"), ["boot[cpus=1]", "boot[cpus=2]"]);
         assert_eq!(
             chosen(&["boot"], Some("^net"), "1/1").expect_err("none").to_string(),
-            SelectionError::Nothing.to_string()
+            "no test is chosen by --filter 'boot' --regex '^net'; `hwvmm test --list` prints all names"
         );
         assert_eq!(chosen(&["boot"], None, "2/2").expect("one"), ["boot[cpus=2]"]);
         assert!(chosen(&["net"], None, "2/2").expect("an empty shard").is_empty());

@@ -1,15 +1,27 @@
 //! What the statistics of a run (`hwvmm run --stats-out`) say of it. The run's end is taken from here, never from messages.
 
-use crate::bounded_read;
+use crate::bounded_read::{self, ReadError};
 use crate::exit::EndKind;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
+use thiserror::Error;
 
 /// The largest file of statistics, in bytes.
 const MAX_BYTES: u64 = 32 << 20;
 /// Reasons of exits that are kept: there are fewer.
 const MAX_REASONS: usize = 200;
+
+/// A run has no statistics.
+#[derive(Debug, Error)]
+pub(super) enum StatsError {
+    /// There is no file, or it cannot be read.
+    #[error("its statistics cannot be read")]
+    Read(#[from] ReadError),
+    /// The file is none.
+    #[error("its statistics cannot be understood")]
+    Json(#[from] serde_json::Error),
+}
 
 /// The end of a run, and its exits.
 #[derive(Clone, Debug, Deserialize)]
@@ -50,11 +62,9 @@ impl Stats {
     /// Reads the file at `path`.
     ///
     /// # Errors
-    /// Says why it is none.
-    pub(super) fn read(path: &Path) -> Result<Self, String> {
-        let bytes =
-            bounded_read::read(path, MAX_BYTES).map_err(|error| format!("its statistics cannot be read: {error}"))?;
-        serde_json::from_slice(&bytes).map_err(|error| format!("its statistics cannot be understood: {error}"))
+    /// [`StatsError`]
+    pub(super) fn read(path: &Path) -> Result<Self, StatsError> {
+        Ok(serde_json::from_slice(&bounded_read::read(path, MAX_BYTES)?)?)
     }
 
     pub(super) fn exits(&self) -> ExitCounts {

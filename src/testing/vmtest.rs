@@ -4,6 +4,7 @@
 //! with `writable = true` can be written to.
 
 use super::patterns::OopsKind;
+use super::problem::{self, Problem};
 use crate::config::list_item;
 use crate::escape::escape;
 use serde::Deserialize;
@@ -95,19 +96,18 @@ pub(super) struct Converted {
 ///
 /// # Errors
 /// Says which target is wrong, and why.
-pub(super) fn convert(targets: Vec<Table>, variables: &[String]) -> Result<Converted, String> {
+pub(super) fn convert(targets: Vec<Table>, variables: &[String]) -> Result<Converted, Problem> {
     let mut converted = Converted::default();
     for (index, table) in targets.into_iter().enumerate() {
         let place = match table.get("name").and_then(Value::as_str) {
             Some(name) => format!("target '{name}'"),
             None => format!("target {}", index + 1),
         };
-        let target: Target =
-            table.try_into().map_err(|error: toml::de::Error| format!("{place}: {}", error.message()))?;
+        let wrong = |problem| Problem::Target { place: place.clone(), problem: Box::new(problem) };
+        let target: Target = problem::read(table).map_err(wrong)?;
         let kernel_name = format!("target {}", index + 1);
         converted.notes.extend(notes(&target).into_iter().map(|note| escape(&format!("{place}: {note}"), 500)));
-        let (kernel, test) =
-            tables(target, &kernel_name, variables).map_err(|problem| format!("{place}: {problem}"))?;
+        let (kernel, test) = tables(target, &kernel_name, variables).map_err(wrong)?;
         converted.kernels.push(kernel);
         converted.tests.push(test);
     }
@@ -135,24 +135,24 @@ fn text(value: impl Into<String>) -> Value {
     Value::String(value.into())
 }
 
-fn share(tag: &str, path: &str, writable: bool) -> Result<Value, String> {
-    let path = list_item("path", OsStr::new(path)).into_string().map_err(|_| "a path is not UTF-8")?;
+fn share(tag: &str, path: &str, writable: bool) -> Result<Value, Problem> {
+    let path = list_item("path", OsStr::new(path)).into_string().map_err(|_| Problem::NotUtf8("a path"))?;
     Ok(text(format!("tag={tag},{path}{}", if writable { "" } else { ",readonly=on" })))
 }
 
 /// The `[[kernel]]` and the `[[test]]` of a target.
-fn tables(target: Target, kernel_name: &str, variables: &[String]) -> Result<(Table, Table), String> {
+fn tables(target: Target, kernel_name: &str, variables: &[String]) -> Result<(Table, Table), Problem> {
     let has_image = target.image.is_some();
     let path = match (target.kernel, target.image) {
-        (Some(_), Some(_)) => return Err("kernel and image: give one of them".into()),
-        (None, None) => return Err("kernel or image is missing".into()),
+        (Some(_), Some(_)) => return Err(Problem::Both("kernel", "image")),
+        (None, None) => return Err(Problem::Missing("kernel or image")),
         (Some(path), None) | (None, Some(path)) => path,
     };
     if has_image && target.kernel_args.is_some() {
-        return Err("kernel_args is for a 'kernel'; an image has its own".into());
+        return Err(Problem::Contradiction("kernel_args", "is for a 'kernel'; an image has its own"));
     }
     if let Some(arch) = target.arch.filter(|arch| arch != "x86_64") {
-        return Err(format!("arch = '{arch}': guests are x86_64"));
+        return Err(Problem::Arch(arch));
     }
     let kernel = Table::from_iter([
         ("name".to_owned(), text(kernel_name)),

@@ -132,6 +132,23 @@ fn a_test_that_passes_on_a_retry_is_flaky() -> Outcome {
     })
 }
 
+/// The broken kernel of a pull request: another try would end the same.
+fn a_file_that_is_no_kernel_is_no_fault_of_the_host() -> Outcome {
+    when_it_runs(|| {
+        let suite = suite(&[("text", ""), ("text/command", "run = 'x'\nroot = 'none'"), ("gone", "")]);
+        fs::write(suite.path().join("text"), "no kernel at all").unwrap();
+        let out = suite.test(&["-o", "results"]);
+        assert_eq!(out.status.code(), Some(1), "{}{}", text(&out.stdout), text(&out.stderr));
+        let results = suite.results("results");
+        for name in ["text", "command"] {
+            assert_eq!(results[name]["verdict"], "fail", "{}", results[name]);
+            let message = results[name]["message"].as_str().unwrap();
+            assert!(message.contains("text is not a kernel that hwvmm can boot"), "{message}");
+        }
+        assert_eq!(results["gone"]["verdict"], "infrastructure", "{}", results["gone"]);
+    })
+}
+
 fn what_hwvmm_cannot_do_is_infrastructure() -> Outcome {
     when_it_runs(|| {
         let suite = suite(&[
@@ -194,6 +211,7 @@ fn a_suite_in_the_background_finds_what_hangs() -> Outcome {
 }
 
 pub(super) const TESTS: &[Test] = &[
+    ("a_file_that_is_no_kernel_is_no_fault_of_the_host", a_file_that_is_no_kernel_is_no_fault_of_the_host),
     ("every_verdict_is_as_expected", every_verdict_is_as_expected),
     ("a_test_that_passes_on_a_retry_is_flaky", a_test_that_passes_on_a_retry_is_flaky),
     ("what_hwvmm_cannot_do_is_infrastructure", what_hwvmm_cannot_do_is_infrastructure),

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 /// `VIRTIO_F_EVENT_IDX`, without which the device notifies the driver of each batch.
 const EVENT_IDX: u64 = 1 << 29;
 /// Far more than the device may take, for a host with other work, and far less than without a bound.
-const LATE: Duration = Duration::from_millis(100);
+const MAX_WAIT: Duration = Duration::from_millis(100);
 
 /// A device that takes its time for each chain.
 struct Slow(Duration);
@@ -84,20 +84,20 @@ fn longest_wait(driver: &mut Driver, end: Duration, mut more: impl FnMut(&mut Dr
 fn chains_that_keep_coming_delay_no_notification() {
     let mut driver = slow(Duration::ZERO);
     let mut head = 0;
-    let longest = longest_wait(&mut driver, LATE * 5, |driver| {
+    let longest = longest_wait(&mut driver, MAX_WAIT * 5, |driver| {
         while driver.poll_used(0).is_some() {}
         driver.make_available(0, head % 256);
         driver.kick(0);
         head = head.wrapping_add(1);
     });
-    assert!(longest < LATE, "{longest:?} without an interrupt");
+    assert!(longest < MAX_WAIT, "{longest:?} without an interrupt");
 }
 
 #[test]
 fn a_ring_that_is_never_empty_delays_no_notification() {
     let mut driver = slow(Duration::from_micros(20));
     let mut index = 0_u16;
-    let longest = longest_wait(&mut driver, LATE * 5, |driver| {
+    let longest = longest_wait(&mut driver, MAX_WAIT * 5, |driver| {
         // As many as the queue has, whatever is used: each round ends with chains left.
         let used = driver.used_index(0);
         if used.wrapping_add(255) != index {
@@ -106,7 +106,7 @@ fn a_ring_that_is_never_empty_delays_no_notification() {
             driver.kick(0);
         }
     });
-    assert!(longest < LATE, "{longest:?} without an interrupt");
+    assert!(longest < MAX_WAIT, "{longest:?} without an interrupt");
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn a_batch_that_takes_long_delays_no_notification() {
     (0..256).for_each(|head| driver.make_available(0, head));
     driver.kick(0);
     let longest = longest_wait(&mut driver, Duration::from_millis(250), |_| {});
-    assert!(longest < LATE, "{longest:?} without an interrupt");
+    assert!(longest < MAX_WAIT, "{longest:?} without an interrupt");
 }
 
 /// Returns the number of notifications for `batches` batches of `depth` chains, each made available after the one before.

@@ -76,7 +76,7 @@ fn a_slow_host_is_no_quiet_guest() {
     now += 2 * QUIET;
     for _ in 0..MAX_AGAIN {
         let Look::Again(next) = watch.look(now) else { panic!("too late to be sure") };
-        now = next + 2 * LATE;
+        now = next + 2 * MAX_LATENESS;
     }
     assert_eq!(watch.look(now), Look::End(seen("fail=1")), "not put off for ever");
     // Output that is being written, here or on another console, may be followed by more.

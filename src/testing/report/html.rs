@@ -1,7 +1,7 @@
 //! A page of a whole run: one file without scripts and without anything from elsewhere. All text is escaped, and the page's policy
 //! allows nothing but its own style.
 
-use super::super::record::{Attempt, TestResult, Totals};
+use super::super::record::{Attempt, RanOn, TestResult, Totals};
 use super::super::stats::ExitCounts;
 use super::super::verdict::{Meaning, Verdict};
 use crate::escape::escape_html as escaped;
@@ -187,7 +187,7 @@ impl Page<'_> {
 
 /// The page of `results`, to be put into `folder`.
 #[must_use]
-pub fn html(results: &[TestResult], totals: &Totals, folder: &Path) -> String {
+pub fn html(results: &[TestResult], totals: &Totals, folder: &Path, ran_on: &[RanOn]) -> String {
     let mut page = Page { out: HEAD.to_owned(), folder, log_bytes: LOG_BYTES };
     page.add("body:has(#not-good:checked) tbody.good { display: none; }\n");
     for (verdict, _) in totals.each() {
@@ -195,6 +195,9 @@ pub fn html(results: &[TestResult], totals: &Totals, folder: &Path) -> String {
         let _ = writeln!(page.out, "body:has(#v-{name}:checked) tbody:not(.v-{name}) {{ display: none; }}");
     }
     page.add("</style></head><body>\n<h1>hwvmm test</h1>\n");
+    for ran_on in ran_on {
+        let _ = writeln!(page.out, "<p class=\"quiet\">ran on: {}</p>", escaped(&ran_on.to_string()));
+    }
     page.choices(totals);
     page.add("<table><thead><tr><th>verdict</th><th class=\"number\">time</th><th class=\"number\">exits</th><th>test</th></tr></thead>\n");
     results.iter().for_each(|result| page.test(result));
@@ -208,7 +211,8 @@ mod tests {
     use super::*;
 
     fn page(results: &[TestResult]) -> String {
-        html(results, &Totals::new(results, 0), Path::new("/r/1"))
+        let ran_on = RanOn { hwvmm: "1".into(), kvm: Some("<b>kvm".into()), mmu: "nested paging".into(), nested: true };
+        html(results, &Totals::new(results, 0), Path::new("/r/1"), &[ran_on])
     }
 
     #[test]
@@ -220,6 +224,7 @@ mod tests {
             assert!(page.contains(&format!("id=\"v-{name}\">1 {name}</label>")), "{name}");
             assert!(page.contains(&format!("body:has(#v-{name}:checked) tbody:not(.v-{name})")), "{name}");
         }
+        assert!(page.contains("ran on: hwvmm 1, &lt;b&gt;kvm, nested paging, in a virtual machine"), "{page}");
         assert!(page.contains("8 not good") && page.contains("<pre>final line</pre>"), "{page}");
         assert!(page.contains("again: <code>hwvmm run</code>") && page.contains("title=\"7 pio_out\""), "{page}");
     }
