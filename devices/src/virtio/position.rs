@@ -1,6 +1,5 @@
 //! Where a queue is in its rings while no worker has it: the device is paused.
 
-use super::queue::RingAddresses;
 use crate::memory::Memory;
 use std::sync::{Mutex, PoisonError};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -41,13 +40,13 @@ impl QueuePosition {
     /// Their heads are written to the entries of the available ring before the next one. No entry is needed any more there: a
     /// driver has no more chains in flight than the ring has entries. One that breaks this rule loses chains of its own. Drivers
     /// only write these entries, and never read them.
-    pub(super) fn put_back(&mut self, memory: &Memory, rings: RingAddresses, size: u16) {
+    pub(super) fn put_back(&mut self, memory: &Memory, available_ring: u64, size: u16) {
         for head in std::mem::take(&mut self.taken).into_iter().rev() {
             let index = self.next_available.wrapping_sub(1);
             let Some(entry) = index.checked_rem(size).map(u64::from) else { return };
-            let gpa = rings.available_ring.checked_add(HEADER + entry * ENTRY);
+            let gpa = available_ring.checked_add(HEADER + entry * ENTRY);
             if gpa.is_none_or(|gpa| memory.write_obj(head.to_le(), GuestAddress(gpa)).is_err()) {
-                log::warn!("virtio: the available ring at {:#x} cannot be written", rings.available_ring);
+                log::warn!("virtio: the available ring at {available_ring:#x} cannot be written");
                 return;
             }
             self.next_available = index;

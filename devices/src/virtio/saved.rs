@@ -1,10 +1,10 @@
 //! The state of a device and its transport, as plain data, for snapshots. What is read from a file is as hostile as what a driver
 //! writes: it is checked in the same way before it is used.
 
-use super::device::ActivateError;
 use super::queue::RingAddresses;
 use crate::pci::{ConfigSpaceState, MsixState};
 use serde::{Deserialize, Serialize};
+use std::error::Error;
 use std::io;
 use std::sync::Arc;
 use thiserror::Error;
@@ -209,7 +209,7 @@ pub enum StateFault {
     },
     /// The queues cannot be used.
     #[error(transparent)]
-    Rings(ActivateError),
+    Rings(Box<dyn Error + Send + Sync>),
     /// The configuration space is not as long as one is.
     #[error("has a PCI configuration space of another size")]
     ConfigSpace,

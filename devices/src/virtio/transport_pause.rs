@@ -44,7 +44,7 @@ impl TransportState {
     fn put_chains_back(&self) {
         for (config, last) in self.queues.iter().zip(&self.positions).filter(|(config, _)| config.ready) {
             let mut position = last.get();
-            position.put_back(&self.memory, config.rings, config.size);
+            position.put_back(&self.memory, config.rings.available_ring, config.size);
             last.set(position);
         }
     }
@@ -164,7 +164,7 @@ impl TransportState {
         let runs = state.status & DRIVER_OK != 0 && !state.needs_reset;
         if runs {
             // As at DRIVER_OK, but now: a driver cannot be told of it.
-            self.virtqueues().map_err(StateFault::Rings)?;
+            self.virtqueues().map_err(|error| StateFault::Rings(Box::new(error)))?;
         }
         (self.is_active, self.is_paused) = (runs, true);
         Ok(())
