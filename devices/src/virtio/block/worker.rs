@@ -275,6 +275,7 @@ impl QueueWorker {
                 }
                 Err(error) => {
                     log::error!("block: cannot wait for the operations in flight: {error}");
+                    self.queue.abandon();
                     return;
                 }
             }
