@@ -127,9 +127,9 @@ impl DiskDescription {
 }
 
 /// Returns true if a name comes twice.
-fn repeats<'a>(names: impl Iterator<Item = &'a String>) -> bool {
+fn repeats<'a>(mut names: impl Iterator<Item = &'a String>) -> bool {
     let mut seen = BTreeSet::new();
-    names.into_iter().any(|name| !seen.insert(name))
+    names.any(|name| !seen.insert(name))
 }
 
 impl Description {

@@ -201,6 +201,63 @@ fn chains_that_were_taken_and_not_used_are_taken_again() {
     }
 }
 
+/// A device that gives up what it has taken.
+struct GivesUp;
+
+struct GivesUpWorker(Virtqueue);
+
+impl Drop for GivesUpWorker {
+    fn drop(&mut self) {
+        self.0.abandon();
+    }
+}
+
+impl MutEventSubscriber for GivesUpWorker {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        self.0.take_kicks();
+        let memory = self.0.memory();
+        while self.0.pop(&memory).is_some() {}
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, Events::new(self.0.kick(), EventSet::IN));
+    }
+}
+
+impl VirtioDevice for GivesUp {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind { id: 4, name: "gives-up", pci_class: 0x00ff }
+    }
+
+    fn queue_max_sizes(&self) -> Vec<u16> {
+        vec![8]
+    }
+
+    fn thread_role(&self) -> DeviceThread {
+        DeviceThread::Rng
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
+        Ok(vec![Box::new(GivesUpWorker(activation.take_queue(0)?))])
+    }
+}
+
+/// What the host may still do is not done a second time: not in this machine, and in no other.
+#[test]
+fn requests_that_were_given_up_are_not_taken_again() {
+    let mut driver = Driver::running(Box::new(GivesUp));
+    driver.submit(0, &[], &[4]);
+    for _ in 0..2 {
+        let error = pause(&driver).expect_err("given up");
+        assert!(matches!(error, PauseError::Abandoned { .. }), "{error}");
+        assert!(driver.device().resume());
+        assert_eq!(driver.status() & NEEDS_RESET, NEEDS_RESET);
+        assert_eq!(driver.poll_used(0), None);
+    }
+    driver.start(u64::MAX);
+    assert_eq!(driver.status() & NEEDS_RESET, 0);
+}
+
 /// A worker that does not end, as the host does not answer.
 struct Stuck(Arc<AtomicUsize>);
 

@@ -17,6 +17,8 @@ pub(super) struct QueuePosition {
     pub(super) next_used: u16,
     /// The heads of the chains that were taken and not used.
     pub(super) taken: Vec<u16>,
+    /// Chains were given up that the host may still do.
+    pub(super) is_abandoned: bool,
 }
 
 /// The position of a queue when its worker ended.

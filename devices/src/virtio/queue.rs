@@ -79,6 +79,8 @@ pub struct Virtqueue {
     limits: ChainLimits,
     abort: Arc<AtomicBool>,
     last: Arc<LastPosition>,
+    /// See [`Self::abandon`].
+    is_abandoned: bool,
     /// The chains that the device has taken and not used, by their heads, in this order.
     taken: Vec<u16>,
     round: Round,
@@ -108,6 +110,7 @@ impl Virtqueue {
             limits,
             abort,
             last,
+            is_abandoned: false,
             taken: Vec::new(),
             round,
             broken: false,
@@ -399,6 +402,14 @@ impl Virtqueue {
         }
     }
 
+    /// Gives up the chains that were taken and not used, as the host does not say whether it has done them: it may still access their
+    /// buffers. The device needs a reset.
+    pub fn abandon(&mut self) {
+        self.is_abandoned = true;
+        self.broken = true;
+        self.interrupt.set_needs_reset();
+    }
+
     /// Stops the queue until a reset, as the driver violated the specification.
     fn fail(&mut self, error: &dyn StdError) {
         if !std::mem::replace(&mut self.broken, true) {
@@ -412,7 +423,10 @@ impl Virtqueue {
 impl Drop for Virtqueue {
     fn drop(&mut self) {
         let (next_available, next_used) = (self.queue.next_avail(), self.queue.next_used());
-        self.last.set(QueuePosition { next_available, next_used, taken: std::mem::take(&mut self.taken) });
+        let taken = std::mem::take(&mut self.taken);
+        // Those that the host may still do must not be done twice.
+        let taken = if self.is_abandoned { Vec::new() } else { taken };
+        self.last.set(QueuePosition { next_available, next_used, taken, is_abandoned: self.is_abandoned });
     }
 }
 

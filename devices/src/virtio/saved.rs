@@ -137,6 +137,15 @@ pub enum PauseError {
         /// Name of the device.
         name: Arc<str>,
     },
+    /// Requests were given up that the host may still do.
+    #[error(
+        "{name} has given up requests, as the host's kernel had no memory for them, and it may still do them: restart the guest, \
+         or have it reset the device"
+    )]
+    Abandoned {
+        /// Name of the device.
+        name: Arc<str>,
+    },
     /// What was written cannot be brought to stable storage.
     #[error("{name} cannot be flushed")]
     Flush {
@@ -192,7 +201,10 @@ pub enum StateFault {
     #[error("has {0} of a driver at a device status at which it cannot have set them")]
     Early(&'static str),
     /// The driver accepted features that this run does not offer.
-    #[error("has the feature bits {0:#x}, which this run does not offer")]
+    #[error(
+        "has the feature bits {0:#x}, which this run does not offer: give it the --tune settings of the run that was saved \
+         (0x20000000 is event-idx)"
+    )]
     Features(u64),
     /// Another number of queues, or of their interrupt vectors.
     #[error("has another number of queues or vectors")]

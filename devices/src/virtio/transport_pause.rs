@@ -32,6 +32,9 @@ impl TransportState {
         if !self.all_idle(deadline) {
             return Err(PauseError::Late { name: Arc::clone(&self.name) });
         }
+        if self.positions.iter().any(|last| last.get().is_abandoned) {
+            return Err(PauseError::Abandoned { name: Arc::clone(&self.name) });
+        }
         self.put_chains_back();
         self.flush(deadline)
     }
@@ -153,7 +156,7 @@ impl TransportState {
         }
         for (queue, last) in state.queues.iter().zip(&self.positions) {
             let QueueState { next_available, next_used, .. } = *queue;
-            last.set(QueuePosition { next_available, next_used, taken: Vec::new() });
+            last.set(QueuePosition { next_available, next_used, ..QueuePosition::default() });
         }
         self.restore_device(&state.device)?;
         self.status = state.status;

@@ -83,7 +83,7 @@ impl Engine {
 
     /// Waits for all operations and returns the io_uring, where there is one that can be used again.
     pub(super) fn take_ring(&mut self) -> Option<Ring> {
-        let mut ring = self.ring.take()?;
+        let mut ring = self.ring.take().filter(|ring| !ring.is_broken())?;
         match ring.drain() {
             Ok(_) => Some(ring),
             Err(error) => {
@@ -91,6 +91,11 @@ impl Engine {
                 None
             }
         }
+    }
+
+    /// Returns when written data must be on stable storage.
+    pub(super) fn durability(&self) -> Durability {
+        self.durability
     }
 
     /// Returns the io_uring, where there is one.

@@ -13,8 +13,8 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 /// A qcow2 image. A discard needs exclusive access; other operations share it.
 pub(super) type Qcow2Image = RwLock<FormatAccess<imago::file::File>>;
@@ -66,6 +66,10 @@ pub struct Image {
     direct: bool,
     bytes: AtomicU64,
     block_sizes: BlockSizes,
+    /// Taken by the last flush that the guest did not ask for.
+    marks: Mutex<Option<Vec<FileMark>>>,
+    /// Errors of writes to the host's disk are told once, and a snapshot was told of one.
+    lost_writes: AtomicBool,
 }
 
 impl Image {
@@ -137,6 +141,8 @@ impl Image {
             direct: options.direct,
             bytes: AtomicU64::new(bytes),
             block_sizes,
+            marks: Mutex::default(),
+            lost_writes: AtomicBool::new(false),
         })
     }
 
@@ -161,6 +167,8 @@ impl Image {
             direct: false,
             bytes: AtomicU64::new(bytes),
             block_sizes,
+            marks: Mutex::default(),
+            lost_writes: AtomicBool::new(false),
         })
     }
 
@@ -191,11 +199,39 @@ impl Image {
         [&self.read_files[..], &[self.file.0.as_raw_fd()]].concat()
     }
 
-    /// Brings all that was written to stable storage.
+    /// Brings all that was written to stable storage, and takes the marks of the files. The guest has not asked for it: an error is kept for the guest's next flush, as
+    /// fsync(2) tells each open file of an error once.
     ///
     /// # Errors
     /// Returns the error of a write or of fsync(2).
     pub(super) fn flush(&self) -> io::Result<()> {
+        if !self.read_only {
+            self.keep_error(self.sync_files())?;
+        }
+        *self.marks.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.marks()?);
+        Ok(())
+    }
+
+    /// Returns the marks that [`Self::flush`] has taken, so that no other thread waits for the host; new ones where there are none.
+    pub(super) fn flushed_marks(&self) -> io::Result<Vec<FileMark>> {
+        let taken = self.marks.lock().unwrap_or_else(PoisonError::into_inner).take();
+        taken.map_or_else(|| self.marks(), Ok)
+    }
+
+    fn keep_error(&self, result: io::Result<()>) -> io::Result<()> {
+        if result.is_err() {
+            self.lost_writes.store(true, Ordering::Release);
+        }
+        result
+    }
+
+    /// Returns `result`, that of a flush for the guest, or the error that was kept.
+    pub(super) fn with_kept_error(&self, result: io::Result<()>) -> io::Result<()> {
+        let lost = self.lost_writes.swap(false, Ordering::AcqRel);
+        result.and_then(|()| if lost { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) })
+    }
+
+    fn sync_files(&self) -> io::Result<()> {
         match &self.content {
             // Not only the data: the time of the last write is a part of the image's marks.
             Content::Raw(file, _) => file.sync_all(),
@@ -301,4 +337,25 @@ fn file_block_sizes(file: &File, host_cache: HostCache) -> BlockSizes {
         })
         .map_or(512, |stat| stat.stx_dio_offset_align);
     BlockSizes { logical: alignment.clamp(512, page), physical: page }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guest_gets_the_error_of_a_flush_that_it_did_not_ask_for() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        file.as_file().set_len(512).expect("long");
+        let (path, format) = (file.path().to_owned(), Format::Raw);
+        let options = ImageOptions { path, format, read_only: false, direct: false, data_file: None };
+        let image = Image::open(&options).expect("an image");
+        image.flush().expect("flushed");
+        image.with_kept_error(Ok(())).expect("no error");
+        let error = || Err(io::Error::from_raw_os_error(libc::EIO));
+        assert!(image.keep_error(error()).is_err());
+        image.flush().expect("it is told once");
+        assert!(image.with_kept_error(Ok(())).is_err(), "the guest is told");
+        image.with_kept_error(Ok(())).expect("once");
+    }
 }

@@ -161,7 +161,7 @@ impl VirtioDevice for Block {
 
     fn flush(&self) -> Option<FlushWork> {
         let image = Arc::clone(&self.image);
-        (!image.is_read_only()).then(|| Box::new(move || image.flush()) as FlushWork)
+        Some(Box::new(move || image.flush()) as FlushWork)
     }
 
     fn save(&self) -> io::Result<Option<DeviceState>> {

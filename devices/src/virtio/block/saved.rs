@@ -8,7 +8,7 @@ use std::io;
 
 /// Returns the state of a disk with `image` and the device configuration `config`. The image was flushed.
 pub(super) fn state(image: &Image, config: &[u8]) -> io::Result<DiskState> {
-    Ok(DiskState { config: config.to_vec(), files: image.marks()? })
+    Ok(DiskState { config: config.to_vec(), files: image.flushed_marks()? })
 }
 
 /// Checks that the disk with `image` and `config` is the one that `state` is of, as it was then, or a copy of it. With

@@ -7,10 +7,16 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The most operations in flight.
 const ENTRIES: u32 = 256;
+
+/// How long the kernel may be short of what an operation needs.
+const SHORTAGE: Duration = Duration::from_secs(5);
+/// How long to wait before it is asked again.
+const SHORTAGE_STEP: Duration = Duration::from_millis(5);
 
 /// The image in the ring's table of registered files, the only file that operations can name.
 const IMAGE: types::Fixed = types::Fixed(0);
@@ -49,6 +55,8 @@ pub(super) struct Ring {
     slots: Vec<Option<InFlight>>,
     free: Vec<usize>,
     durability: Durability,
+    /// Operations were given up that the kernel may still do.
+    is_broken: bool,
 }
 
 impl Ring {
@@ -67,7 +75,7 @@ impl Ring {
         submitter.register_enable_rings()?;
         let count = ENTRIES as usize;
         let slots = (0..count).map(|_| None).collect();
-        Ok(Self { ring, event, slots, free: (0..count).collect(), durability: Durability::EachWrite })
+        Ok(Self { ring, event, slots, free: (0..count).collect(), durability: Durability::EachWrite, is_broken: false })
     }
 
     /// Returns the eventfd that is readable when operations have completed.
@@ -78,6 +86,11 @@ impl Ring {
     /// Sets when the data of the writes that follow must be on stable storage; at first, with each write.
     pub(super) fn set_durability(&mut self, durability: Durability) {
         self.durability = durability;
+    }
+
+    /// Returns true if operations were given up that the kernel may still do, to guest memory as well. The ring must not be used again.
+    pub(super) fn is_broken(&self) -> bool {
+        self.is_broken
     }
 
     /// Returns true if no operation is in flight.
@@ -217,12 +230,24 @@ impl Ring {
     /// # Errors
     /// Returns the error of io_uring_enter(2). The ring must not be used again then.
     pub(super) fn wait(&mut self) -> io::Result<Vec<Completion>> {
-        if let Err(error) = self.ring.submit_and_wait(1)
-            && error.kind() != io::ErrorKind::Interrupted
-        {
+        let start = Instant::now();
+        while let Err(error) = self.ring.submit_and_wait(1) {
+            match error.raw_os_error() {
+                Some(libc::EINTR) => break,
+                // The kernel is short of memory, or has completions for which the ring has no room (EBUSY): those are reaped.
+                Some(libc::EAGAIN | libc::ENOMEM | libc::EBUSY) if start.elapsed() < SHORTAGE => {
+                    if !self.ring.completion().is_empty() {
+                        break;
+                    }
+                    std::thread::sleep(SHORTAGE_STEP);
+                    continue;
+                }
+                _ => {}
+            }
             // Leaked, as the kernel still uses the memory.
             std::mem::forget(std::mem::take(&mut self.slots));
             self.free.clear();
+            self.is_broken = true;
             return Err(error);
         }
         Ok(self.reap())

@@ -2,7 +2,7 @@
 
 use super::engine::{Engine, Started};
 use super::image::Image;
-use super::options::WhenFull;
+use super::options::{Durability, WhenFull};
 use super::request::{ID_BYTES, InvalidRequest, Limits, Operation, Request, Status, parse};
 use super::uring::{Completion, Ring};
 use crate::memory::{Buffers, Memory, OwnedBuffers};
@@ -233,6 +233,14 @@ impl QueueWorker {
     /// Writes the status of a request and pushes its chain, or lets it wait for space on the host's file system.
     fn complete(&mut self, token: usize, result: io::Result<()>) {
         let Some(mut request) = self.pending.get_mut(token).and_then(Option::take) else { return };
+        let result = match request.operation {
+            Operation::Flush => self.image.with_kept_error(result),
+            // Its driver sends no flushes.
+            Operation::Write { .. } if self.engine.durability() == Durability::EachWrite => {
+                self.image.with_kept_error(result)
+            }
+            _ => result,
+        };
         let full = matches!(&result, Err(error) if error.raw_os_error() == Some(libc::ENOSPC));
         if full && self.when_full == WhenFull::Stop {
             log::warn!("block: the host's file system is full: the request waits for space");
@@ -267,6 +275,7 @@ impl QueueWorker {
                 }
                 Err(error) => {
                     log::error!("block: cannot wait for the operations in flight: {error}");
+                    self.queue.abandon();
                     return;
                 }
             }
