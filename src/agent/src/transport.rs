@@ -61,7 +61,10 @@ pub(crate) fn connect(instructions: &Instructions) -> Result<Connections, Failur
             _ => return Err(vsock_failed(name, offset, error)),
         },
     };
-    let port = |name: &'static str, _| ports.open(name).map_err(|error| (name, error));
+    let port = |name: &'static str, _| {
+        let (file, device) = ports.open(name).map_err(|error| (name, error))?;
+        Ok(Connection { file, kind: Kind::Port(device) })
+    };
     let failed = |(name, error): (&str, ports::PortError)| {
         Stage::Connect.failed(format_args!("the console's port for {name}"), error)
     };
