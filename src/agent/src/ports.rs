@@ -1,7 +1,5 @@
 //! Ports of a virtio console (virtio 1.3, 5.3): /dev/vportNpM, by their names in sysfs.
 
-use crate::streams::Kind;
-use crate::transport::Connection;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
@@ -65,7 +63,7 @@ impl Ports {
     }
 
     /// Opens the port that the host has given `name`, and waits until the host has connected it.
-    pub(crate) fn open(&self, name: &str) -> Result<Connection, PortError> {
+    pub(crate) fn open(&self, name: &str) -> Result<(OwnedFd, PortDevice), PortError> {
         let deadline = Instant::now() + CONNECT;
         let found = until(deadline, || named(Path::new(CLASS), name)).ok_or(PortError::Missing)?;
         let device = PortDevice { dev: Rc::clone(&self.dev), name: found };
@@ -77,7 +75,7 @@ impl Ports {
             done.is_ok().then(|| polled.revents()).filter(|events| !events.contains(PollFlags::HUP))
         };
         until(deadline, is_connected).ok_or(PortError::NotConnected)?;
-        Ok(Connection { file, kind: Kind::Port(device) })
+        Ok((file, device))
     }
 }
 

@@ -1,7 +1,6 @@
 //! Bytes on their way between the command and the host.
 
 use crate::ports::PortDevice;
-use crate::report::kernel_log;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, read, write};
 use rustix::net::{Shutdown, shutdown};
@@ -43,7 +42,7 @@ impl Side {
                 // Before it is opened again: a port has one user.
                 self.file = None;
                 if how == Shutdown::Write {
-                    self.file = port.open().inspect_err(|error| kernel_log(&format!("a port's end: {error}"))).ok();
+                    self.file = port.open().ok();
                 }
             }
             Kind::Socket => {
@@ -149,7 +148,10 @@ impl Pump {
 
     /// Waits until the host has ended the socket that was written to, so that nothing is lost on its way.
     pub(crate) fn wait_for_answer(&self) -> Result<(), Errno> {
-        let Some(socket) = &self.to.file else { return Ok(()) };
+        let Some(socket) = &self.to.file else {
+            // A port that could not be opened again.
+            return if matches!(self.to.kind, Kind::Port(_)) { Err(Errno::NODEV) } else { Ok(()) };
+        };
         loop {
             match read(socket, &mut [0; 64]) {
                 Ok(0) => return Ok(()),

@@ -73,7 +73,10 @@ fn by_sockets(instructions: &Instructions, control: Connecting) -> Result<Connec
 
 fn by_ports(instructions: &Instructions, ports: &Ports) -> Result<Connections, Failure> {
     let open = |name: &'static str| {
-        ports.open(name).map_err(|error| Stage::Connect.failed(format_args!("the console's port for {name}"), error))
+        let (file, device) = ports
+            .open(name)
+            .map_err(|error| Stage::Connect.failed(format_args!("the console's port for {name}"), error))?;
+        Ok::<_, Failure>(Connection { file, kind: Kind::Port(device) })
     };
     let control = open("control")?.file;
     let (stdin, stdout) = (open("stdin")?, open("stdout")?);

@@ -17,7 +17,7 @@ use crate::virtio::device_thread::DeviceThread;
 use crate::virtio::vsock::Connector;
 use crate::virtio::worker::Worker as DeviceWorker;
 use std::sync::Arc;
-use stream::Stream;
+use stream::{MAX_CHAIN_BYTES, Stream};
 use worker::Worker;
 
 /// `VIRTIO_CONSOLE_F_MULTIPORT` (virtio 1.3 §5.3.3).
@@ -27,8 +27,6 @@ const QUEUE_SIZE: u16 = 16;
 // Queue indices (virtio 1.3 §5.3.2): port 0 has the first two, then come those for control, and two for each other port.
 const CONTROL_RECEIVE: u16 = 2;
 const CONTROL_TRANSMIT: u16 = 3;
-/// The most bytes of a chain. Linux sends 32 KiB at once (`port_fops_write`).
-const MAX_CHAIN_BYTES: u32 = 64 << 10;
 
 /// The indices of the receive and the transmit queue of the port with number `port`.
 fn queues(port: u16) -> (u16, u16) {

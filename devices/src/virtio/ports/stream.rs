@@ -1,11 +1,12 @@
 //! A port: its queues, and the connection behind it.
 
-use super::MAX_CHAIN_BYTES;
 use crate::virtio::queue::Virtqueue;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use std::os::unix::net::UnixStream;
 
+/// The most bytes of a chain. Linux sends 32 KiB at once (`port_fops_write`).
+pub(super) const MAX_CHAIN_BYTES: u32 = 64 << 10;
 /// Bytes that are moved to the guest at once.
 const READ_BYTES: usize = 16 << 10;
 
