@@ -148,11 +148,8 @@ pub(super) fn disks_that_do_not_fit_are_refused() -> Outcome {
         refused(&[&with], &["state of disk0", "changed since", "changed=accept"]);
         fs::copy(&late, &other).unwrap();
         refused(&[&disk(&other, "")], &["state of disk0", "changed since", "cp -p"]);
-        let machine = Machine::start(
-            "fit-accepted",
-            &[Path::new("--from"), &snapshot],
-            &[&disk(&other, ",changed=accept,id=disk7")],
-        );
+        let machine =
+            Machine::start("fit-accepted", &[Path::new("--from"), &snapshot], &[&disk(&other, ",changed=accept")]);
         machine.wait_for_lines(10);
         machine.stop();
         let mut start = [0; 4];
