@@ -1,8 +1,9 @@
 //! The one command that a guest runs (`hwvmm run KERNEL -- COMMAND`), and what it finds there.
 
 use super::choices::OnReboot;
-use super::devices::{ModuleConfig, ShareConfig, VsockBackend, VsockConfig};
+use super::devices::{ShareConfig, VsockBackend, VsockConfig};
 use super::error::{ConfigError, ValueError};
+use super::module::ModuleConfig;
 use super::value::{Value, choices};
 use hwvmm_devices::path_text::PathText as _;
 use std::ffi::{OsStr, OsString};

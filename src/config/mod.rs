@@ -16,6 +16,7 @@ mod given;
 mod image;
 mod limits;
 mod machine;
+mod module;
 mod options;
 mod quote;
 mod spec;
@@ -31,14 +32,15 @@ pub use command::{EnvChoice, PutChoice, ROOT_TAG, Requirement, RootChoice, UserC
 pub use console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice};
 pub use contradictions::SEED_ID;
 pub use devices::{
-    BalloonConfig, ChangedDisk, DiskConfig, DiskFormat, DiskIo, Forward, MAX_QUEUES, MacAddress, ModuleConfig,
-    NetBackend, NetConfig, Protocol, RngConfig, ShareConfig, Toggle, Transport, VsockBackend, VsockConfig, WriteError,
+    BalloonConfig, ChangedDisk, DiskConfig, DiskFormat, DiskIo, Forward, MAX_QUEUES, MacAddress, NetBackend, NetConfig,
+    Protocol, RngConfig, ShareConfig, Toggle, Transport, VsockBackend, VsockConfig, WriteError,
 };
 pub use error::{BudgetError, ConfigError, ValueError};
 pub use file::{FileError, parse as parse_file, read as read_file};
 pub use image::ROOT_DISK;
 pub use limits::{MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
 pub use machine::{Cpus, Memory, Pages};
+pub use module::ModuleConfig;
 pub use options::{RunConfig, RunOptions};
 pub use quote::{list_item, toml_escaped};
 pub use value::{Value, parse_duration, parse_size};

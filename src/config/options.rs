@@ -8,12 +8,11 @@ use super::choices::{
 use super::command::{CommandOptions, CommandRelated, EnvChoice, PutChoice, Requirement, RootChoice, UserChoice};
 use super::console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice, UARTS, uarts};
 use super::contradictions::{Related, check};
-use super::devices::{
-    BalloonConfig, DiskConfig, ModuleConfig, NetConfig, RngConfig, ShareConfig, Toggle, Transport, VsockConfig,
-};
+use super::devices::{BalloonConfig, DiskConfig, NetConfig, RngConfig, ShareConfig, Toggle, Transport, VsockConfig};
 use super::error::ConfigError;
 use super::given::{Given, from_toml};
 use super::machine::{Cpus, Memory};
+use super::module::ModuleConfig;
 use super::value::Value;
 use crate::tune::{Lever, Tune};
 use std::ffi::{OsStr, OsString};
