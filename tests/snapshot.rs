@@ -261,7 +261,10 @@ fn each_run_has_a_generation_identifier_of_its_own() -> Outcome {
 
 fn what_has_no_state_is_refused() -> Outcome {
     with_kvm(|| {
-        let share = format!("tag=s,path={}", folder().display());
+        // Not the test's own folder: hwvmm refuses a control socket in a folder that the guest can write to.
+        let shared = folder().join("shared");
+        fs::create_dir(&shared).unwrap();
+        let share = format!("tag=s,path={}", shared.display());
         let options = ["-m", "32M", "--rng", "--balloon", "--share", &share];
         let machine = Machine::boot("devices", guests::count(), &options);
         let error = machine.refusal(&["snapshot", folder().join("devices").to_str().unwrap()]);

@@ -127,7 +127,10 @@ impl Live {
     /// Pauses the machine. Returns false where a vCPU does not come out in time; then none is paused.
     #[must_use]
     pub fn pause(&self) -> bool {
-        self.inspector.pause()
+        let is_paused = self.inspector.pause();
+        // Those of a paused machine are final: what was counted before it stopped is none of them.
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        is_paused
     }
 
     /// Writes the memory and the state of the machine to `files`, while it is paused. It goes on then, unless it was paused before.
