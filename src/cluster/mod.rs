@@ -60,6 +60,15 @@ const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
 const RFLAGS_VM: u64 = 1 << 17;
 
+/// What an exit that was answered has led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interrupt {
+    /// No device has raised an interrupt.
+    None,
+    /// A device has raised an interrupt.
+    Raised,
+}
+
 /// How KVM completes port I/O. Each step is tried once, on an exit that is completed in the way that is always right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Completion {
@@ -147,7 +156,7 @@ impl Clusters {
         ClusterRecord { counts, avoided_at: self.places.all_avoided(), ended_at: self.places.all_ended() }
     }
 
-    /// Follows an exit that has been answered. Returns how the run ended, where an access to a device in the cluster has ended it.
+    /// Follows an exit that has been answered, which has led to `interrupt`. Returns how the run ended, where an access to a device in the cluster has ended it.
     ///
     /// # Errors
     /// Where KVM cannot complete the instruction of the exit.
@@ -156,6 +165,7 @@ impl Clusters {
         vcpu: &mut Running<'_>,
         handler: &Handler,
         exit: PortExit,
+        interrupt: Interrupt,
     ) -> Result<Option<EndReason>, KvmError> {
         let Some(rip) = vcpu.vcpu().synced_rip() else { return Ok(None) };
         if !self.sites.is_followed(rip) {
@@ -168,6 +178,10 @@ impl Clusters {
             }
             return Ok(None);
         };
+        // The guest takes the interrupt before its next instruction.
+        if interrupt == Interrupt::Raised && state.regs.rflags & flags::IF != 0 {
+            return Ok(None);
+        }
         self.counts.clusters += 1;
         let start = clock::tsc();
         let ended = if vcpu.has_breakpoints() {
@@ -196,6 +210,8 @@ impl Clusters {
         let Some(paging) = paging(state) else { return nothing(End::State) };
         let Self { ram, blocks, places, .. } = self;
         let mut mmu = Mmu::new(ram, paging);
+        // What was compared with memory in the cluster before may have changed.
+        blocks.start();
         // The instruction of the exit must be the one that KVM says it is: code is read later than the processor read it.
         // Where it is not, as with a string of one item, nothing is done: KVM may have more to ask to complete it.
         let length = blocks.at(state.regs.rip, &mut mmu).ok().and_then(|block| block.port_io(&exit));

@@ -369,7 +369,9 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
         // Before the first output of the guest.
         watches.iter().for_each(|watch| watch.note_flush(start));
     }
-    let follow = if setup.config.tune.wants(Lever::ExitClusters) { FollowExits::Adaptive } else { FollowExits::Never };
+    // The test device raises interrupts by ioctls of its own (KVM_IRQ_LINE), which a cluster would not see.
+    let follows = setup.config.tune.wants(Lever::ExitClusters) && !setup.config.testdev;
+    let follow = if follows { FollowExits::Adaptive } else { FollowExits::Never };
     let threads = Threads::start(vcpus, &handler, &control, &measure, setup.flight_recorders, &confinement, follow)
         .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
     if let Some(live) = live {

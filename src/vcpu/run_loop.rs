@@ -1,11 +1,12 @@
 //! The run loop: the only place that runs a guest, and the only place that counts.
 
-use crate::cluster::{Clusters, PortExit};
+use crate::cluster::{Clusters, Interrupt, PortExit};
 use crate::exit::{EndReason, ExitReason, Handler, Outcome};
 use crate::kvm::vcpu::Running;
 use crate::kvm::{KvmError, clock};
 use crate::measure::flight_recorder::Detail;
 use crate::measure::{Counters, ExitRecord, FlightRecorder, Profiler};
+use hwvmm_devices::irq::raised_by_this_thread;
 
 /// Why the run loop ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +44,9 @@ pub fn run<P: Profiler>(
         let mut exit = vcpu.run()?;
         let reason = ExitReason::of(&exit);
         let stamp = records.profiler.stamp();
+        let raised = raised_by_this_thread();
         let handled = handler.handle(&mut exit);
+        let interrupt = if raised_by_this_thread() == raised { Interrupt::None } else { Interrupt::Raised };
         let detail = Detail::of(&exit);
         let port_io = records.clusters.is_some().then(|| PortExit::of(&exit)).flatten();
         let (rip, cpl) = (vcpu.vcpu().synced_rip(), vcpu.vcpu().synced_cpl());
@@ -54,7 +57,7 @@ pub fn run<P: Profiler>(
         match handled.outcome {
             Outcome::Continue => {
                 if let (Some(clusters), Some(exit)) = (&mut records.clusters, port_io)
-                    && let Some(end) = clusters.follow(vcpu, handler, exit)?
+                    && let Some(end) = clusters.follow(vcpu, handler, exit, interrupt)?
                 {
                     return Ok(Stop::End(end));
                 }

@@ -62,12 +62,17 @@ impl Ports {
         Ok(Self { dev: Rc::new(dev) })
     }
 
-    /// Opens the port that the host has given `name`, and waits until the host has connected it.
+    /// Opens the port that the host has given `name`. The host may not have connected it yet.
     pub(crate) fn open(&self, name: &str) -> Result<(OwnedFd, PortDevice), PortError> {
-        let deadline = Instant::now() + CONNECT;
-        let found = until(deadline, || named(Path::new(CLASS), name)).ok_or(PortError::Missing)?;
+        let found = until(Instant::now() + CONNECT, || named(Path::new(CLASS), name)).ok_or(PortError::Missing)?;
         let device = PortDevice { dev: Rc::clone(&self.dev), name: found };
-        let file = device.open()?;
+        Ok((device.open()?, device))
+    }
+
+    /// As [`Self::open`], and waits until the host has connected the port.
+    pub(crate) fn open_connected(&self, name: &str) -> Result<OwnedFd, PortError> {
+        let deadline = Instant::now() + CONNECT;
+        let (file, _) = self.open(name)?;
         let is_connected = || {
             let mut polled = [PollFd::new(&file, PollFlags::OUT)];
             let done = poll(&mut polled, Some(&Timespec::default()));
@@ -75,7 +80,7 @@ impl Ports {
             done.is_ok().then(|| polled.revents()).filter(|events| !events.contains(PollFlags::HUP))
         };
         until(deadline, is_connected).ok_or(PortError::NotConnected)?;
-        Ok((file, device))
+        Ok(file)
     }
 }
 

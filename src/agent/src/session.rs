@@ -39,7 +39,7 @@ pub(crate) fn run(
     let mut session =
         Session { command, ended, pumps, terminal, control: Some(control), lines: Lines::default(), over: None };
     let end = session.serve().map_err(io)?;
-    session.settle();
+    session.settle().map_err(io)?;
     // The status port says it too.
     let _ = reporter.say(&ToHost::Ended(end));
     Ok(end)
@@ -271,15 +271,17 @@ impl Session {
 
     /// Ends the streams, and waits until the host has all that is in them, however slowly its reader takes it: what is still on its way
     /// when the guest ends is lost, and nobody would see that.
-    fn settle(&mut self) {
+    ///
+    /// # Errors
+    /// Where output may be lost: a status would say that it is whole.
+    fn settle(&mut self) -> Result<(), Errno> {
         for pump in &mut self.pumps {
             pump.stop();
         }
-        for pump in self.pumps.iter().skip(1) {
-            if let Err(error) = pump.wait_for_answer() {
-                kernel_log(&format!("the host did not end a stream: {error}"));
-            }
-        }
+        self.pumps.iter().skip(1).try_for_each(|pump| {
+            pump.wait_for_answer()?;
+            pump.lost().map_or(Ok(()), Err)
+        })
     }
 }
 

@@ -74,11 +74,13 @@ pub(crate) struct Pump {
     start: usize,
     end: usize,
     over: bool,
+    /// Why bytes may have been lost.
+    lost: Option<Errno>,
 }
 
 impl Pump {
     pub(crate) fn new(from: Side, to: Side) -> Self {
-        Self { from, to, buffer: vec![0; BUFFER_BYTES], start: 0, end: 0, over: false }
+        Self { from, to, buffer: vec![0; BUFFER_BYTES], start: 0, end: 0, over: false, lost: None }
     }
 
     /// Returns true if no more bytes will move.
@@ -114,7 +116,12 @@ impl Pump {
         let mut progress = Progress::None;
         if !self.holds_bytes() {
             let Some(from) = &self.from.file else { return self.stop() };
-            match read(from, &mut self.buffer) {
+            let mut got = read(from, &mut self.buffer);
+            if got == Ok(0) && matches!(self.from.kind, Kind::Port(_)) {
+                // Linux looks for data first and for the end then: data that came in between is there at the second look.
+                got = read(from, &mut self.buffer);
+            }
+            match got {
                 // EIO is the end of a terminal whose other end is closed.
                 Ok(0) | Err(Errno::IO | Errno::CONNRESET) => return self.stop(),
                 Ok(count) => {
@@ -127,13 +134,23 @@ impl Pump {
         }
         let Some(to) = &self.to.file else { return self.stop() };
         match write(to, self.buffer.get(self.start..self.end).unwrap_or_default()) {
-            Ok(count) => {
+            Ok(count) if count > 0 => {
                 self.start += count;
                 Progress::Moved
             }
             Err(Errno::AGAIN | Errno::INTR) => progress,
-            Err(_) => self.stop(),
+            // The reader is gone, and wants no more.
+            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => self.stop(),
+            failed => {
+                self.lost = Some(failed.err().unwrap_or(Errno::IO));
+                self.stop()
+            }
         }
+    }
+
+    /// Why bytes may not have reached the side that is written to, though that has a reader.
+    pub(crate) fn lost(&self) -> Option<Errno> {
+        self.lost
     }
 
     /// Ends both sides.

@@ -71,16 +71,17 @@ fn by_sockets(instructions: &Instructions, control: Connecting) -> Result<Connec
     Ok(Connections { control: control.finish()?.file, streams })
 }
 
+/// Opens the ports. The host connects them in the order in which they are opened: once the last is connected, a stream that is hung up has
+/// ended.
 fn by_ports(instructions: &Instructions, ports: &Ports) -> Result<Connections, Failure> {
+    let failed = |name: &str, error| Stage::Connect.failed(format_args!("the console's port for {name}"), error);
     let open = |name: &'static str| {
-        let (file, device) = ports
-            .open(name)
-            .map_err(|error| Stage::Connect.failed(format_args!("the console's port for {name}"), error))?;
+        let (file, device) = ports.open(name).map_err(|error| failed(name, error))?;
         Ok::<_, Failure>(Connection { file, kind: Kind::Port(device) })
     };
-    let control = open("control")?.file;
     let (stdin, stdout) = (open("stdin")?, open("stdout")?);
     let stderr = if instructions.terminal.is_some() { None } else { Some(open("stderr")?) };
+    let control = ports.open_connected("control").map_err(|error| failed("control", error))?;
     Ok(Connections { control, streams: Streams { stdin, stdout, stderr } })
 }
 

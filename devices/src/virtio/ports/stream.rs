@@ -54,9 +54,14 @@ pub(super) struct Stream {
     /// Bytes of the guest that the connection has not taken, of one chain: at most [`MAX_CHAIN_BYTES`], from `sent` on.
     held: Vec<u8>,
     sent: usize,
+    /// The last look at what the guest sends has left a chain in the queue.
+    refused: bool,
     /// The guest has closed the port, and sends no more.
     closing: bool,
 }
+
+/// How often in a row a queue is looked at whose reader keeps up, before the other ports have their turn.
+const LOOKS: usize = 16;
 
 /// Whether a connection goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +73,16 @@ enum Go {
 
 impl Stream {
     pub(super) fn new(spec: PortSpec, receive: Virtqueue, transmit: Virtqueue) -> Self {
-        Self { spec, receive, transmit, connection: Connection::None, held: Vec::new(), sent: 0, closing: false }
+        Self {
+            spec,
+            receive,
+            transmit,
+            connection: Connection::None,
+            held: Vec::new(),
+            sent: 0,
+            refused: false,
+            closing: false,
+        }
     }
 
     /// The eventfds that the driver kicks.
@@ -127,7 +141,7 @@ impl Stream {
 
     /// Ends what the guest has closed, once all that it sent was taken.
     fn finish(&mut self) -> Go {
-        if !self.closing || !self.held.is_empty() {
+        if !self.closing || self.refused || !self.held.is_empty() {
             return Go::On;
         }
         let Some(socket) = self.socket() else { return Go::On };
@@ -145,16 +159,36 @@ impl Stream {
 
     /// Takes what the guest sends. Without a connection it stays in the queue, and behind one it is dropped.
     fn send(&mut self) -> Go {
-        let Self { transmit, connection, held, sent, .. } = self;
+        for _ in 0..LOOKS {
+            let go = self.send_once();
+            // A chain that had to wait has room now, where its reader has taken what was before it: no event says so.
+            if go == Go::Ended || !self.refused || !self.held.is_empty() || self.socket().is_none() {
+                return go;
+            }
+        }
+        // The other ports come first.
+        if let Err(error) = self.transmit.kick().write(1) {
+            log::error!("port {}: its queue cannot be looked at again: {error}", self.spec.name);
+        }
+        Go::On
+    }
+
+    fn send_once(&mut self) -> Go {
+        let Self { transmit, connection, held, sent, refused, .. } = self;
         let mut go = Go::On;
+        *refused = false;
         transmit.serve(|chain| {
             let socket = match &*connection {
                 Connection::Open(socket) if go == Go::On => socket,
-                Connection::Open(_) | Connection::None | Connection::Asked(_) => return None,
+                Connection::Open(_) | Connection::None | Connection::Asked(_) => {
+                    *refused = true;
+                    return None;
+                }
                 Connection::Over => return Some(0),
             };
             // What is left of the chain before.
             if drain(socket, held, sent, &mut go) == Taken::Not {
+                *refused = true;
                 return None;
             }
             held.resize(chain.readable.len().min(MAX_CHAIN_BYTES as usize), 0);
@@ -216,8 +250,13 @@ fn drain(socket: &UnixStream, held: &mut Vec<u8>, sent: &mut usize, go: &mut Go)
         match send(socket, held.get(*sent..).unwrap_or_default(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Ok(count) => *sent += count,
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Taken::Not,
-            Err(_) => {
+            // Where the host lacks memory, too, they wait: a stream that ends early looks as if it were whole.
+            Err(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM) => return Taken::Not,
+            Err(error) => {
+                // Its reader is gone.
+                if !matches!(error, Errno::PIPE | Errno::CONNRESET) {
+                    log::error!("a port's connection is given up: {error}");
+                }
                 *go = Go::Ended;
                 break;
             }
