@@ -163,6 +163,13 @@ impl Disks {
                 path.shown()
             );
         }
+        if let (Some(partition), false) = (root.partition, root.others.is_empty()) {
+            log::warn!(
+                "{}: the root of the command is partition {partition}; others look like a root, too: {:?}. To have one of those, copy it out                  of the image (dd), and name the copy",
+                path.shown(),
+                root.others
+            );
+        }
         log::info!("{}: the root is on partition {:?}", path.shown(), root.partition);
         Ok(Some(root))
     }

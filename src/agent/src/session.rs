@@ -158,6 +158,11 @@ impl Session {
                 Some(_) if self.pumps.iter().any(Pump::holds_bytes) => None,
                 Some(end) => match QUIET.checked_sub(last_data.elapsed()) {
                     Some(left) => Some(left),
+                    // A guest that stood still meanwhile has not looked at what was there all the time.
+                    None if self.has_moved_output() => {
+                        last_data = Instant::now();
+                        continue;
+                    }
                     None => return Ok(end),
                 },
                 None => None,
@@ -176,6 +181,17 @@ impl Session {
                 last_data = Instant::now();
             }
         }
+    }
+
+    /// Moves output that can be moved now. Returns true if there was some.
+    fn has_moved_output(&mut self) -> bool {
+        let outputs = self.pumps.iter_mut().skip(1);
+        outputs
+            .filter(|pump| !pump.is_over())
+            .map(|pump| pump.run(false))
+            .filter(|progress| *progress == Progress::Moved)
+            .count()
+            > 0
     }
 
     fn wait(&self, wait: Option<Duration>) -> Result<Ready, Errno> {

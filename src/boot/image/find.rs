@@ -202,6 +202,8 @@ pub fn find(
 pub struct Root {
     /// The number of its partition; `None` for the whole disk.
     pub partition: Option<u32>,
+    /// The numbers of other partitions that look like a root, too.
+    pub others: Vec<u32>,
     /// True if its journal was not replayed: neither this program nor a guest that cannot write it sees what is in that.
     pub needs_recovery: bool,
     /// The user that was asked for.
@@ -227,12 +229,14 @@ pub enum RootUser {
 /// [`FindError::NoRoot`].
 pub fn find_root(disk: &Range, user: Option<&str>) -> Result<Root, FindError> {
     let volumes = Volumes::of(disk);
-    let Some((partition, fs)) = volumes.root() else {
+    let mut roots = volumes.roots();
+    let Some((partition, fs)) = roots.next() else {
         let seen = volumes.seen().into_iter().map(|seen| Seen { what: cut(&seen.what), ..seen });
         return Err(FindError::NoRoot(seen.collect()));
     };
     let user = user.map_or(RootUser::NotAsked, |name| root_user(fs, name));
-    Ok(Root { partition, needs_recovery: fs.needs_recovery(), user })
+    let others = roots.filter_map(|(partition, _)| partition).collect();
+    Ok(Root { partition, others, needs_recovery: fs.needs_recovery(), user })
 }
 
 fn root_user(fs: &FileSystem, name: &str) -> RootUser {

@@ -90,16 +90,15 @@ impl Volumes {
         self.readable().any(|(_, fs)| fs.needs_recovery())
     }
 
-    /// The first file system that Linux can have for a root, and the number of its partition; `None` for the whole disk.
-    #[must_use]
-    pub(super) fn root(&self) -> Option<(Option<u32>, &FileSystem)> {
+    /// The file systems that Linux can have for a root, and the numbers of their partitions; `None` for the whole disk.
+    pub(super) fn roots(&self) -> impl Iterator<Item = (Option<u32>, &FileSystem)> {
         let is_root = |fs: &FileSystem| {
             matches!(fs, FileSystem::Ext(_))
                 && fs.exists("/etc")
                 && ["/bin", "/usr/bin", "/sbin"].iter().any(|folder| fs.exists(folder))
         };
-        let (index, fs) = self.readable().find(|(_, fs)| is_root(fs))?;
-        Some((self.0.get(index)?.partition, fs))
+        let roots = self.readable().filter(move |(_, fs)| is_root(fs));
+        roots.filter_map(|(index, fs)| Some((self.0.get(index)?.partition, fs)))
     }
 
     /// The folder with the modules of the kernel `release`, which has a modules.dep, and its file system.

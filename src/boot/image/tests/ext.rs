@@ -139,6 +139,16 @@ fn a_user_is_found_in_a_long_list() {
     assert!(matches!(&user, RootUser::Unreadable(why) if why.contains("hwvmm reads at most")), "{user:?}");
 }
 
+/// An image with two systems: the first is taken, and that there is another is known.
+#[test]
+fn other_partitions_that_look_like_a_root_are_listed() {
+    let folder = root_with(b"root:x:0:0::/root:/bin/sh\n");
+    let Some(system) = ext("ext4", folder.path()) else { return };
+    let found = |partitions: &[&[u8]]| root(&disk(partitions), None).map(|root| (root.partition, root.others));
+    assert_eq!(found(&[&system]).expect("a root"), (Some(1), vec![]));
+    assert_eq!(found(&[&[0; 4096], &system, &system]).expect("a root"), (Some(2), vec![3]));
+}
+
 /// A guest that cannot write the disk mounts it without its journal, and GRUB reads it so: all see the same files.
 #[test]
 fn a_journal_that_was_not_replayed_is_left_out_and_said() {
