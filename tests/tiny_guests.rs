@@ -122,7 +122,10 @@ fn machine(system: &System, code: &[u8], mode: Mode, irqchip: bool) -> Machine {
 
 fn vcpu(system: &System, machine: &Machine, mode: Mode) -> hwvmm::kvm::Vcpu {
     let vcpu = machine.vm.create_vcpu(0).expect("a vCPU");
-    vcpu.set_cpuid(system.supported_cpuid().unwrap().as_slice()).expect("cpuid");
+    let mut cpuid = system.supported_cpuid().unwrap().as_slice().to_vec();
+    // KVM_FEATURE_PV_TLB_FLUSH, with which no exits are followed.
+    cpuid.iter_mut().filter(|leaf| leaf.function == 0x4000_0001).for_each(|leaf| leaf.eax &= !(1 << 9));
+    vcpu.set_cpuid(&cpuid).expect("cpuid");
     vcpu.update_sregs(|sregs| mode.entry().apply(sregs)).expect("sregs");
     vcpu.set_regs(&mode.entry().regs()).expect("regs");
     vcpu

@@ -22,9 +22,6 @@ pub enum Transport {
     Pci,
     /// virtio-mmio: fewest exits at boot, one interrupt for each device.
     Mmio,
-    /// For a command that has no devices but its streams and its root: virtio-mmio where the kernel has a driver for it, else virtio-pci.
-    #[value(skip)]
-    ByKernel,
 }
 
 /// The format of a disk image.

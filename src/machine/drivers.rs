@@ -1,28 +1,12 @@
-//! The drivers that a guest with a command needs for its devices, and the transport that is for those that its kernel has.
+//! The drivers that a guest with a command needs for its devices.
 
-use crate::boot::KernelFile;
-use crate::boot::initramfs::{Driver, has_driver};
+use crate::boot::initramfs::Driver;
 use crate::config::{RootChoice, RunConfig, Transport};
-use std::borrow::Cow;
-
-/// `config` with the transport that [`Transport::ByKernel`] comes to with `kernel`. Two devices of virtio-pci cost some 300 exits more
-/// than those of virtio-mmio until a command runs, and then one less for each interrupt. A kernel may be without a driver for
-/// virtio-mmio, and those of whose drivers nothing is known mostly have one for virtio-pci.
-#[must_use]
-pub fn with_transport<'a>(config: &'a RunConfig, kernel: &KernelFile) -> Cow<'a, RunConfig> {
-    if config.transport != Transport::ByKernel {
-        return Cow::Borrowed(config);
-    }
-    let has_mmio = has_driver(kernel, config.modules.as_deref(), Driver::VirtioMmio);
-    let transport = if has_mmio { Transport::Mmio } else { Transport::Pci };
-    log::debug!("the command's devices are on {}", if has_mmio { "virtio-mmio" } else { "virtio-pci" });
-    Cow::Owned(RunConfig { transport, ..config.clone() })
-}
 
 /// The drivers that the guest needs, in the order in which they are loaded.
 pub(super) fn drivers(config: &RunConfig) -> Vec<Driver> {
     let bus = match config.transport {
-        Transport::Pci | Transport::ByKernel => Driver::VirtioPci,
+        Transport::Pci => Driver::VirtioPci,
         Transport::Mmio => Driver::VirtioMmio,
     };
     let mut drivers = vec![bus, Driver::Vsock];

@@ -25,7 +25,6 @@ mod virtio;
 
 pub use agent_ports::FIRST_AGENT_PORT;
 pub use disks::{Disks, detect_disk_formats, is_disk_image};
-pub use drivers::with_transport;
 pub use error::MachineError;
 pub use fault::is_fault_of_kernel;
 pub use files::{Files, FilesError};

@@ -71,7 +71,7 @@ impl BusLayout {
             Source::Snapshot { state, .. } => state.description.register_pages,
         };
         match config.transport {
-            Transport::Pci | Transport::ByKernel => Ok(Self { pci: count > 0, mmio: Vec::new(), pages, vmgenid }),
+            Transport::Pci => Ok(Self { pci: count > 0, mmio: Vec::new(), pages, vmgenid }),
             Transport::Mmio if count > VIRTIO_MMIO_GSIS.len() => {
                 Err(MachineError::TooManyDevices { asked: count, max: VIRTIO_MMIO_GSIS.len(), bus: "virtio-mmio" })
             }

@@ -19,7 +19,6 @@ use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::virtio::vsock::Connector;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use std::borrow::Cow;
 use std::error::Error;
 use std::fs::File;
 use std::io;
@@ -136,11 +135,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
         }
     };
     let source = Source::open(plan, &on_event)?;
-    let config = match &source {
-        Source::File(kernel) => machine::with_transport(plan.config, kernel),
-        Source::Snapshot(_) | Source::Image(..) => Cow::Borrowed(plan.config),
-    };
-    let config = &*config;
+    let config = plan.config;
     let progress = |what: &str| on_event(Event::Progress(what));
     let (files, disks) = match source {
         Source::Snapshot(snapshot) => (Files::of_snapshot(snapshot)?, disks(config)?),

@@ -115,12 +115,6 @@ fn name(path: &str) -> String {
     file.split(".ko").next().unwrap_or(file).replace('-', "_")
 }
 
-/// Returns true if a line of modules.dep or modules.builtin is that of `driver`.
-pub(super) fn is_module(line: &str, driver: Driver) -> bool {
-    let path = line.split_once(':').map_or(line, |(path, _)| path);
-    name(path.trim()) == driver.module()
-}
-
 impl<'a> ModuleIndex<'a> {
     /// Reads the files. Lines that make no sense are left out.
     #[must_use]

@@ -2,7 +2,6 @@
 //! to do. It is made in memory, the same bytes from the same files.
 
 mod cpio;
-mod driver;
 mod error;
 mod index;
 mod instructions;
@@ -12,7 +11,6 @@ mod put;
 mod release;
 
 pub use cpio::{Archive, CpioError, DeviceNumber};
-pub use driver::has_driver;
 pub use error::InitramfsError;
 pub use index::{Driver, IndexError, IndexFiles, ModuleIndex};
 pub use instructions::{GuestRoot, GuestUser, Instructions, Signatures, TerminalSize, Variable, WritableShare};

@@ -137,7 +137,7 @@ pub struct Places<'a> {
 }
 
 /// The folders that may have the modules of `release`, those that are looked at first in front.
-pub(super) fn candidates(places: Places<'_>, release: &str) -> Vec<PathBuf> {
+fn candidates(places: Places<'_>, release: &str) -> Vec<PathBuf> {
     let below = |folder: &Path| {
         [
             folder.to_owned(),
@@ -172,7 +172,7 @@ fn text(path: &Path) -> Result<String, ModulesError> {
 }
 
 /// As [`text`], and empty where there is no such file.
-pub(super) fn text_if_there(path: &Path) -> Result<String, ModulesError> {
+fn text_if_there(path: &Path) -> Result<String, ModulesError> {
     if path.exists() { text(path) } else { Ok(String::new()) }
 }
 

@@ -21,6 +21,7 @@ fuzz_target!(|data: &[u8]| {
             pins: Some(IoApicPins { first_gsi: 0, count: 24 }),
             pci: Some(1),
             virtio_mmio: &[],
+            vmgenid: Some(12),
         };
         let Ok(kernel) = KernelFile::open(file.path()) else { return };
         let wanted = Wanted {
