@@ -63,15 +63,18 @@ add_applets() {
     for applet in "$@"; do [ "$applet" = busybox ] || ln -sf busybox "$root/bin/$applet"; done
 }
 
-# add_modules ROOT MODULE...: puts kernel modules and all that they need into ROOT/modules, in the order to load them.
+# add_modules ROOT MODULE...: puts kernel modules and all that they need into ROOT/modules, in the order to load them. A module's file may have - for _.
 add_modules() {
-    local root=$1 module path line
+    local root=$1 lists=$HWVMM_KERNEL_DIR/modules module name path line
     shift
     mkdir -p "$root/modules"
     for module in "$@"; do
-        line=$(grep -E "(^|/)${module}\.ko(\.xz|\.zst)?:" "$HWVMM_KERNEL_DIR/modules/modules.dep" | head -n 1 || true)
-        # Built in, then.
-        [ -n "$line" ] || continue
+        name="(^|/)${module//[_-]/[_-]}\.ko(\.xz|\.zst)?"
+        line=$(grep -E "$name:" "$lists/modules.dep" | head -n 1 || true)
+        if [ -z "$line" ]; then
+            grep -qE "$name\$" "$lists/modules.builtin" || die "the kernel in $HWVMM_KERNEL_DIR has no module $module"
+            continue
+        fi
         # The file itself, then what it needs; the last must be loaded first.
         for path in $(printf '%s\n' "${line/:/}" | tr ' ' '\n' | tac); do
             [ -e "$root/modules/${path##*/}" ] && continue
@@ -98,7 +101,7 @@ guest_root_initramfs() {
 }
 fill_root() {
     add_applets "$1" sh mount umount insmod sleep mkdir switch_root poweroff cat echo
-    add_modules "$1" virtio_pci virtio_mmio virtio_console virtio_blk virtio_rng crc32c_generic crc32c-intel ext4
+    add_modules "$1" virtio_pci virtio_mmio virtio_console virtio_blk crc32c_generic crc32c_intel ext4
     install -m 755 "$HWVMM_ROOT/scripts/in-guest/root-init" "$1/init"
 }
 

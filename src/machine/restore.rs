@@ -55,7 +55,7 @@ pub enum Mismatch {
     /// Two disks with the same id.
     #[error("--disk: two disks have the id {id}, which may be the snapshot's: give another one, or none")]
     Id {
-        /// The id.
+        /// The id that both disks have.
         id: String,
     },
     /// Another number of network cards.

@@ -66,7 +66,7 @@ pub struct EndedAt {
 /// What the clusters of one vCPU have done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterRecord {
-    /// The totals.
+    /// Counts over all clusters.
     pub counts: ClusterCounts,
     /// Exits avoided by instruction and port; at most [`MOST_PLACES`].
     pub avoided_at: Vec<AvoidedAt>,

@@ -38,7 +38,7 @@ pub enum ExpandError {
     /// Two runs have one name, which results and baselines could not tell apart.
     #[error("two tests have the name '{name}': {}", in_files(.first, .second))]
     Twice {
-        /// Their name.
+        /// The name that both tests have.
         name: String,
         /// The suite's file with the first one.
         first: PathBuf,

@@ -19,7 +19,7 @@ pub enum Problem {
     /// A key that is none.
     #[error("unknown key '{}'; the keys are: {}", escape(.key, SHOWN_BYTES), .known.join(", "))]
     UnknownKey {
-        /// The key.
+        /// The key that the table has.
         key: String,
         /// The keys that there are.
         known: Vec<String>,
@@ -27,7 +27,7 @@ pub enum Problem {
     /// An option of `hwvmm run` that no test can have.
     #[error("'{key}' cannot be given: {why}")]
     Taken {
-        /// The key.
+        /// The long name of the option.
         key: String,
         /// Why it cannot.
         why: &'static str,
@@ -38,11 +38,11 @@ pub enum Problem {
     /// A value of another kind.
     #[error("{key} must be {wanted}{}", not(.found.as_ref()))]
     Kind {
-        /// The key.
+        /// The key whose value it is.
         key: String,
         /// What it must be, with its article.
         wanted: &'static str,
-        /// The value.
+        /// The value that was given; `None` where the message does not show it.
         found: Option<Value>,
     },
     /// A value that its key cannot have.
@@ -51,9 +51,9 @@ pub enum Problem {
     /// A number beyond its limit.
     #[error("{key} = {value}; at most {max} are allowed")]
     TooLarge {
-        /// The key.
+        /// The key of the number.
         key: &'static str,
-        /// Its value.
+        /// The number that was given.
         value: u32,
         /// The largest value.
         max: u32,
@@ -97,7 +97,7 @@ pub enum Problem {
     /// Kernels of a name that there is not.
     #[error("there is no kernel '{}'; the kernels are: {}", escape(.name, SHOWN_BYTES), .known.join(", "))]
     NoKernel {
-        /// The name.
+        /// The name that the test asks for.
         name: String,
         /// The names that there are.
         known: Vec<String>,

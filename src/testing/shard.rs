@@ -37,7 +37,7 @@ pub enum ShardError {
     Value {
         /// The name of the variable.
         name: &'static str,
-        /// Its value.
+        /// The text that the variable has.
         value: String,
         /// The least value.
         from: u32,

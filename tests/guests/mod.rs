@@ -37,12 +37,15 @@ macro_rules! payload {
 
 mod clusters;
 mod hostile;
+#[macro_use]
 mod programs;
+mod suites;
 mod virtio;
 
 pub(crate) use clusters::*;
 pub(crate) use hostile::*;
 pub(crate) use programs::*;
+pub(crate) use suites::*;
 pub(crate) use virtio::*;
 
 // Port I/O of each width: port 0x10 returns what was written last. Ends by isa-debug-exit with status 3, or 5 where a

@@ -216,7 +216,7 @@ pub enum StateFault {
         index: usize,
         /// Its size.
         size: u16,
-        /// The largest.
+        /// The largest size that the device offers.
         max: u16,
     },
     /// The queues cannot be used.
