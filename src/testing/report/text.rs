@@ -1,6 +1,6 @@
 //! Lines for people.
 
-use super::super::record::{TestResult, Totals};
+use super::super::record::{TemplateRun, TestResult, Totals};
 use super::super::verdict::{Meaning, Verdict};
 use std::fmt::Write as _;
 
@@ -57,6 +57,14 @@ pub fn line(result: &TestResult, colour: Colour) -> String {
         let _ = writeln!(out, "    again: {}", result.again);
     }
     out
+}
+
+/// A line for the boot of a template.
+#[must_use]
+pub fn template_line(run: &TemplateRun) -> String {
+    let (seconds, hundredths) = (run.duration_ms / 1000, run.duration_ms % 1000 / 10);
+    let exits = run.exits.as_ref().map_or_else(String::new, |exits| format!("{} exits", exits.userspace));
+    format!("{:14} {seconds:4}.{hundredths:02} s {exits:>14}  {}\n", "template", run.artifacts)
 }
 
 /// The last line: how many tests came to what.
