@@ -29,7 +29,7 @@ impl RunOptions {
             ("--rng", self.rng.and_then(Toggle::device).is_some()),
             ("--balloon", self.balloon.and_then(Toggle::device).is_some()),
             ("--transport", self.transport.is_some()),
-            ("a COMMAND", !self.command.is_empty()),
+            ("--template", self.template.is_some()),
             ("--on-reboot restart", self.on_reboot == Some(OnReboot::Restart)),
         ];
         options.into_iter().find(|(_, given)| *given).map(|(option, _)| option)

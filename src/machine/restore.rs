@@ -2,13 +2,15 @@
 
 use super::error::MachineError;
 use super::net::is_vhost;
-use super::save::SavedDevices;
+use super::save::{SavedDevices, root_kind};
 use crate::config::{
     BalloonConfig, ConsoleTarget, DiskConfig, DiskFormat, NetBackend, NetConfig, RngConfig, RunConfig,
 };
 use crate::escape::escape;
 use crate::kvm::{Vcpu, Vm};
-use crate::snapshot::{Description, DiskDescription, ImageFormat, NetDescription, State, check_features};
+use crate::snapshot::{
+    AgentDescription, Description, DiskDescription, ImageFormat, NetDescription, RootKind, State, check_features,
+};
 use hwvmm_devices::path_text::PathText as _;
 use kvm_bindings::kvm_cpuid_entry2;
 use std::collections::BTreeSet;
@@ -68,6 +70,25 @@ pub enum Mismatch {
         /// The number of those that were given.
         given: usize,
     },
+    /// The guest waits for a command, and there is none.
+    #[error(
+        "the snapshot is a template, whose guest waits for a command: give it one, as in hwvmm run --from DIR -- COMMAND"
+    )]
+    NeedsCommand,
+    /// There is a command, and no agent waits for it.
+    #[error(
+        "the snapshot has no guest that waits for a command: leave the COMMAND out, or make a template with hwvmm run KERNEL \
+         --template DIR"
+    )]
+    NoAgent,
+    /// A root of another kind.
+    #[error("the template's root is {expected}: {remedy}")]
+    Root {
+        /// What it is.
+        expected: &'static str,
+        /// What to do.
+        remedy: &'static str,
+    },
     /// A network card that is connected in another way than the guest knows it.
     #[error("--net: network card {number} of the snapshot {what}")]
     Net {
@@ -90,6 +111,7 @@ impl Mismatch {
 /// # Errors
 /// [`Mismatch`].
 pub fn configure(config: &mut RunConfig, description: &Description) -> Result<(), Mismatch> {
+    check_agent(config, description.agent)?;
     config.memory.bytes = description.memory_bytes;
     config.cpus = description.vcpus();
     config.watchdog = description.watchdog;
@@ -124,6 +146,27 @@ pub fn configure(config: &mut RunConfig, description: &Description) -> Result<()
         Some(id) => Err(Mismatch::Id { id: escape(id, MAX_NAME) }),
         None => Ok(()),
     }
+}
+
+/// Checks that a command is for a guest that waits for one, and that its root is of the same kind. Which folder or image that is, the options
+/// say alone.
+fn check_agent(config: &RunConfig, agent: Option<AgentDescription>) -> Result<(), Mismatch> {
+    let agent = match (agent, config.has_command()) {
+        (None, false) => return Ok(()),
+        (None, true) => return Err(Mismatch::NoAgent),
+        (Some(_), false) => return Err(Mismatch::NeedsCommand),
+        (Some(agent), true) => agent,
+    };
+    if root_kind(&config.root) == agent.root {
+        return Ok(());
+    }
+    let (expected, remedy) = match agent.root {
+        RootKind::Host => ("that of the host", "leave --root out"),
+        RootKind::Folder => ("a folder", "give the same one again with --root DIR"),
+        RootKind::Image => ("a disk image", "give the same one again with --root IMAGE"),
+        RootKind::None => ("the initramfs", "give --root none"),
+    };
+    Err(Mismatch::Root { expected, remedy })
 }
 
 /// A console that was not given goes nowhere.

@@ -3,7 +3,8 @@
 use super::disks::disk_name;
 use super::net::{is_vhost, mac_of};
 use super::paused::VirtioDevices;
-use crate::config::{DiskConfig, DiskFormat, NetBackend, NetConfig, RunConfig};
+use crate::boot::initramfs::AgentLink;
+use crate::config::{DiskConfig, DiskFormat, NetBackend, NetConfig, RootChoice, RunConfig};
 use crate::control::{RequestError, Saved, Saver};
 use crate::error::chain;
 use crate::exit::{Handler, Outcome};
@@ -11,8 +12,8 @@ use crate::kvm::Vm;
 use crate::kvm::state::VcpuState;
 use crate::memory::GuestRam;
 use crate::snapshot::{
-    Description, DiskDescription, Files, ImageFormat, Irqchip, MAX_DESCRIPTION_BYTES, NetDescription, RngDescription,
-    STATE_VERSION, State, bytes_of_banks, encode, write_memory,
+    AgentChannel, AgentDescription, Description, DiskDescription, Files, ImageFormat, Irqchip, MAX_DESCRIPTION_BYTES,
+    NetDescription, RngDescription, RootKind, STATE_VERSION, State, bytes_of_banks, encode, write_memory,
 };
 use crate::vcpu::Inspector;
 use hwvmm_arch::boot::BootMethod;
@@ -42,6 +43,8 @@ pub(super) struct Parts {
     pub(super) devices: SavedDevices,
     pub(super) virtio: Arc<VirtioDevices>,
     pub(super) boot: BootMethod,
+    /// What an agent reaches the host by.
+    pub(super) link: AgentLink,
     /// The guest was told to find registers in memory.
     pub(super) register_pages: bool,
     /// The MSRs that make up the state of a vCPU.
@@ -51,11 +54,11 @@ pub(super) struct Parts {
 /// The options of devices whose state cannot be saved.
 fn unsaved(config: &RunConfig) -> Vec<&'static str> {
     let options = [
-        ("a command (-- COMMAND)", config.has_command()),
+        ("a command (-- COMMAND; see --template)", config.has_command()),
         ("--seed", config.seed.is_some()),
         ("--net with vhost=on", config.net.iter().any(is_vhost)),
-        ("--share", !config.share.is_empty() && !config.has_command()),
-        ("--vsock", config.vsock.is_some() && !config.has_command()),
+        ("--share", !config.share.is_empty() && !config.has_agent()),
+        ("--vsock", config.vsock.is_some() && !config.has_agent()),
         ("--testdev", config.testdev),
     ];
     options.into_iter().filter(|(_, given)| *given).map(|(option, _)| option).collect()
@@ -94,11 +97,20 @@ impl Parts {
             balloon: config.balloon.is_some(),
             rng: config.rng.map(|rng| RngDescription { bytes_per_second: rng.bytes_per_second }),
             virtio_console: config.console.is_some(),
+            agent: config.template.as_ref().map(|_| self.describe_agent(config)),
             boot: self.boot,
             vmgenid: self.devices.has_generation_id,
             cpu_vendor: String::new(),
             cpu_features: Vec::new(),
         }
+    }
+
+    fn describe_agent(&self, config: &RunConfig) -> AgentDescription {
+        let channel = match self.link {
+            AgentLink::Vsock => AgentChannel::Vsock,
+            AgentLink::Ports => AgentChannel::Ports,
+        };
+        AgentDescription { root: root_kind(&config.root), channel }
     }
 
     fn save(&self, description: &Description, inspector: &Inspector, files: &Files) -> Result<Saved, Box<dyn Error>> {
@@ -143,6 +155,16 @@ impl Parts {
         (&files.state).write_all(&encode(&state)?).map_err(|error| cannot("state", &error))?;
         (&files.description).write_all(text.as_bytes()).map_err(|error| cannot("machine.json", &error))?;
         Ok(Saved { memory_bytes: bytes_of_banks(&self.ram), written_bytes, disks: description.disks.len() })
+    }
+}
+
+/// What kind of a root `root` is.
+pub(super) fn root_kind(root: &RootChoice) -> RootKind {
+    match root {
+        RootChoice::Host => RootKind::Host,
+        RootChoice::Folder(_) => RootKind::Folder,
+        RootChoice::Image(_) | RootChoice::KernelImage => RootKind::Image,
+        RootChoice::None => RootKind::None,
     }
 }
 

@@ -65,6 +65,40 @@ pub struct RngDescription {
     pub bytes_per_second: Option<u64>,
 }
 
+/// The root of a guest that waits for commands. What it is connected to is a run's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RootKind {
+    /// The root of the host.
+    Host,
+    /// A folder of the host.
+    Folder,
+    /// A disk.
+    Image,
+    /// The initramfs.
+    None,
+}
+
+/// How the agent of a guest that waits for commands reaches the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AgentChannel {
+    /// By vsock.
+    Vsock,
+    /// By ports of a virtio console.
+    Ports,
+}
+
+/// The agent of a guest that waits for commands (`--template`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentDescription {
+    /// The root that commands find.
+    pub root: RootKind,
+    /// How it reaches the host.
+    pub channel: AgentChannel,
+}
+
 /// The most disks, and the most network cards, as a PCI bus has 31 places.
 const MAX_DISKS: usize = 31;
 /// The longest text of a disk in bytes: paths are shorter.
@@ -106,6 +140,8 @@ pub struct Description {
     pub rng: Option<RngDescription>,
     /// The machine has a virtio console.
     pub virtio_console: bool,
+    /// The guest waits for commands.
+    pub agent: Option<AgentDescription>,
     /// How the kernel was loaded.
     pub boot: BootMethod,
     /// The machine has a generation identifier (VMGenID).
@@ -228,6 +264,7 @@ mod tests {
                 balloon: false,
                 rng: None,
                 virtio_console: false,
+                agent: None,
                 boot: BootMethod { decompressor: Decompressor::None, protocol: EntryProtocol::Multiboot },
                 vmgenid: false,
                 cpu_vendor: String::new(),

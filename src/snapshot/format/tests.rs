@@ -50,6 +50,7 @@ fn state() -> State {
             balloon: false,
             rng: Some(RngDescription { bytes_per_second: None }),
             virtio_console: false,
+            agent: None,
             boot: BootMethod { decompressor: Decompressor::None, protocol: EntryProtocol::Multiboot },
             vmgenid: true,
             cpu_vendor: "AuthenticAMD".into(),
