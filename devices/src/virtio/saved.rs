@@ -59,6 +59,8 @@ pub enum DeviceState {
     Rng,
     /// The console has nothing: input that the guest has not taken is the host's.
     Console,
+    /// The socket device.
+    Vsock(VsockState),
     /// The console with ports that are no consoles.
     Ports(PortsState),
     /// A disk.
@@ -77,6 +79,26 @@ pub enum DeviceState {
         /// The number of queue pairs that the driver uses (virtio 1.3 §5.1.6.5.5).
         active_pairs: u16,
     },
+}
+
+/// What the socket device has. Its connections are none of it: they are gone, and the guest is told so (`TRANSPORT_RESET`,
+/// virtio 1.3 §5.10.6.7).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    /// The context ID of the guest.
+    pub cid: u32,
+    /// The connections that the guest has asked for and has no answer to. They are refused, as a guest that is told that all connections
+    /// are gone may still wait for these.
+    pub unanswered: Vec<PortPair>,
+}
+
+/// A connection of the socket device, by its ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortPair {
+    /// The port of the host.
+    pub host: u32,
+    /// The port of the guest.
+    pub guest: u32,
 }
 
 /// What a console with ports has. The connections of the host are none of it: a run makes new ones.
@@ -274,6 +296,9 @@ pub enum DeviceFault {
     /// It is of another device.
     #[error("is of another device")]
     Other,
+    /// The guest has another context ID, or more connections than there are.
+    #[error("is of a socket device with another context ID, or with more connections than one has")]
+    Vsock,
     /// It is none that a console with these ports can have.
     #[error("is of a console with other ports, or has messages that it never sends")]
     Ports,
