@@ -7,7 +7,7 @@ use crate::boot::initramfs::{AgentLink, LinkChoice, TerminalSize};
 use crate::boot::{self, InitrdSource, KernelError, KernelFile, Prepared};
 use crate::config::RunConfig;
 use crate::exit::EndReason;
-use crate::snapshot::{AgentChannel, FolderError, Opened, State};
+use crate::snapshot::{FolderError, Opened, SocketsDescription, State};
 use std::fs::File;
 use std::io;
 use thiserror::Error;
@@ -112,9 +112,9 @@ impl Files {
     /// [`FilesError`].
     pub fn of_snapshot(snapshot: &Opened) -> Result<Self, FilesError> {
         let memory = snapshot.memory().try_clone().map_err(FilesError::Memory)?;
-        let link = match snapshot.description().agent.map(|agent| agent.channel) {
-            Some(AgentChannel::Ports) => AgentLink::Ports,
-            Some(AgentChannel::Vsock) | None => AgentLink::Vsock,
+        let link = match snapshot.description().sockets {
+            Some(SocketsDescription::Ports) => AgentLink::Ports,
+            Some(SocketsDescription::Vsock { .. }) | None => AgentLink::Vsock,
         };
         Ok(Self { source: Source::Snapshot { state: snapshot.state()?, memory }, cmdline: None, hint: None, link })
     }

@@ -216,8 +216,8 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     if let Some(live) = live {
         let (vm, ram, handler) = (Arc::clone(&vm), ram.clone(), Arc::clone(&handler));
         let (devices, virtio) = (saved.clone(), Arc::clone(&virtio));
-        let link = setup.files.link;
-        let parts = Parts { vm, ram, handler: Arc::clone(&handler), devices, virtio, boot, link, register_pages, msrs };
+        let (handler, link) = (Arc::clone(&handler), setup.files.link);
+        let parts = Parts { vm, ram, handler: Arc::clone(&handler), devices, virtio, boot, register_pages, link, msrs };
         let _ = live.set(Live::new(threads.inspector(), handler, readers, parts.saver(setup.config)));
     }
     let drain = Drain::start(&handler, &control, &setup.sandbox, &watches)

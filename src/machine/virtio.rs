@@ -220,9 +220,9 @@ impl<'a> VirtioBuilder<'a> {
                     Box::new(device)
                 }
             };
-            let name = match link {
-                AgentLink::Vsock => "vsock",
-                AgentLink::Ports => "ports",
+            let name = match (&vsock.backend, link) {
+                (VsockBackend::Streams, AgentLink::Ports) => "ports",
+                _ => "vsock",
             };
             self.add(name.into(), device)?;
         }

@@ -7,8 +7,8 @@ mod format;
 mod memory;
 
 pub use description::{
-    AgentChannel, AgentDescription, Description, DiskDescription, ImageFormat, Irqchip, NetDescription, RngDescription,
-    RootKind,
+    AgentDescription, Description, DiskDescription, ImageFormat, Irqchip, NetDescription, RngDescription, RootKind,
+    ShareDescription, SocketsDescription,
 };
 pub use features::{FeatureError, check_features, vendor_name};
 pub use folder::{Draft, Files, FolderError, MAX_DESCRIPTION_BYTES, Opened, check_targets, parse_description};

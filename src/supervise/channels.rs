@@ -3,6 +3,7 @@
 use super::kernel_log::KernelLog;
 use super::plan::Plan;
 use super::streams::{AgentStreams, CommandTerminal, Ends};
+use crate::config::VsockBackend;
 use hwvmm_devices::virtio::vsock::{Connector, HostConnector, HostPorts, connector};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -48,7 +49,9 @@ pub(super) fn make<'a>(plan: &Plan<'a>) -> io::Result<(ParentEnds<'a>, MachineEn
         (ours.streams, ours.kernel_log, theirs.kernel_log) = (Some(streams), Some(log), Some(writer));
         joined = ports;
     }
-    if path.is_some() || !joined.is_empty() {
+    // Without a command, too, the ports of one in a snapshot have to be answered.
+    let connects = plan.config.vsock.as_ref().is_some_and(|vsock| vsock.backend != VsockBackend::Vhost);
+    if connects || !joined.is_empty() {
         let (asks, connects) = connector(HostPorts { path, joined })?;
         (theirs.connector, ours.host_connector) = (Some(Arc::new(asks)), Some(connects));
     }

@@ -47,6 +47,8 @@ fn state() -> State {
             register_pages: true,
             disks: Vec::new(),
             nets: Vec::new(),
+            sockets: None,
+            shares: Vec::new(),
             balloon: false,
             rng: Some(RngDescription { bytes_per_second: None }),
             virtio_console: false,
