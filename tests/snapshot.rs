@@ -6,6 +6,8 @@
 mod disks;
 mod guests;
 mod harness;
+#[path = "snapshot/sockets.rs"]
+mod sockets;
 
 use harness::{Outcome, Test, folder, hwvmm, text};
 use std::fs;
@@ -428,6 +430,7 @@ const TESTS: &[Test] = &[
     ("each_run_has_a_generation_identifier_of_its_own", each_run_has_a_generation_identifier_of_its_own),
     ("a_disk_loses_nothing_and_writes_nothing_twice", disks::a_disk_loses_nothing_and_writes_nothing_twice),
     ("disks_that_do_not_fit_are_refused", disks::disks_that_do_not_fit_are_refused),
+    ("sockets_are_connected_anew", sockets::sockets_are_connected_anew),
     ("what_has_no_state_is_refused", what_has_no_state_is_refused),
     ("a_folder_that_exists_is_refused", a_folder_that_exists_is_refused),
     ("a_killed_client_leaves_no_half_snapshot", a_killed_client_leaves_no_half_snapshot),

@@ -11,14 +11,14 @@ use crate::error::chain;
 use crate::escape::{escape_json, escape_text};
 use crate::exit::end::status;
 use crate::exit::{EndKind, EndReason, RunEnd};
-use crate::machine::{Ran, Start, Stdin, configure, detect_disk_formats, is_disk_image};
+use crate::machine::{Ran, Start, Stdin, configure, detect_disk_formats, is_disk_image, late_command};
 use crate::measure::{MenuEntry, RunRecord};
 use crate::probe::{ANY_KVM, Host, check_linux};
 use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
 use crate::profile::{self, Profile, RunStats, RunSymbols};
 use crate::sandbox::keep_from_machine;
-use crate::snapshot::Opened;
+use crate::snapshot::{Draft, Opened};
 use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, SuperviseError, Supervised};
 use hwvmm_devices::path_text::PathText as _;
 use std::cell::OnceCell;
@@ -135,6 +135,9 @@ fn run_guest(
     if let Some(snapshot) = &snapshot {
         configure(&mut config, snapshot.description())?;
     }
+    let late_command =
+        if snapshot.is_some() && config.has_command() { late_command(&config, terminal)? } else { Vec::new() };
+    let draft = config.template.as_deref().map(Draft::new).transpose()?;
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     let host = Host::at(Path::new("/"));
     super::mmu::check(config.mmu, &host)?;
@@ -147,6 +150,8 @@ fn run_guest(
     let plan = Plan {
         config: &config,
         snapshot: snapshot.as_ref(),
+        late_command,
+        template: draft.as_ref().map(Draft::targets).transpose()?,
         expect: config.expect.as_ref().map(|pattern| pattern.0.clone()),
         stdin: if terminal.is_some() || uses_stdin(&config) && io::stdin().is_terminal() {
             Stdin::Terminal
@@ -167,6 +172,9 @@ fn run_guest(
     };
     let Done { record, stats, kernel_log } = start_until_done(&plan)?;
     crate::logging::report_suppressed();
+    if let (Some(draft), EndReason::Saved) = (draft, &record.end.reason) {
+        draft.keep()?;
+    }
     let expects = plan.expect.is_some();
     let end = if expects { record.end.reason.clone().without_the_expected() } else { record.end.reason.clone() };
     let results =
@@ -231,7 +239,7 @@ fn configuration(args: Args) -> Result<RunConfig, Box<dyn Error>> {
     options.find_images(is_disk_image);
     let mut config = options.into_config()?;
     // What -v prints is the kernel's whole log.
-    if is_verbose() && config.has_command() && config.kernel_log.is_none() {
+    if is_verbose() && config.has_agent() && config.kernel_log.is_none() {
         config.append.insert(0, "loglevel=7".into());
     }
     if let Some(budget) = &config.budget {
@@ -363,6 +371,7 @@ impl Results<'_> {
             | EndReason::Seen(_)
             | EndReason::Quit
             | EndReason::Stopped
+            | EndReason::Saved
             | EndReason::Unbootable(_)
             | EndReason::Signal(_) => false,
             EndReason::PowerOff

@@ -217,6 +217,14 @@ pub enum ConfigError {
         /// Why, or what to do.
         why: &'static str,
     },
+    /// An option and a template exclude each other.
+    #[error("{option} cannot be given with --template: {why}")]
+    NotWithTemplate {
+        /// The option as it is written, with its hyphens.
+        option: &'static str,
+        /// Why, or what to do.
+        why: &'static str,
+    },
     /// A relative path cannot be made absolute.
     #[error("{0}: there is no current folder: give an absolute path")]
     NoCurrentFolder(String),

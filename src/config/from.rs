@@ -24,12 +24,10 @@ impl RunOptions {
             ("--debug-exit", on(self.debug_exit)),
             ("--testdev", on(self.testdev)),
             ("--seed", self.seed.is_some()),
-            ("--share", !self.share.is_empty()),
-            ("--vsock", self.vsock.is_some()),
             ("--rng", self.rng.and_then(Toggle::device).is_some()),
             ("--balloon", self.balloon.and_then(Toggle::device).is_some()),
             ("--transport", self.transport.is_some()),
-            ("a COMMAND", !self.command.is_empty()),
+            ("--template", self.template.is_some()),
             ("--on-reboot restart", self.on_reboot == Some(OnReboot::Restart)),
         ];
         options.into_iter().find(|(_, given)| *given).map(|(option, _)| option)

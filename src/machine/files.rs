@@ -3,11 +3,11 @@
 use super::command::{self, CommandError};
 use super::image::{DiskParts, FromImage};
 use crate::boot::cache::Cache;
-use crate::boot::initramfs::{AgentLink, TerminalSize};
+use crate::boot::initramfs::{AgentLink, LinkChoice, TerminalSize};
 use crate::boot::{self, InitrdSource, KernelError, KernelFile, Prepared};
 use crate::config::RunConfig;
 use crate::exit::EndReason;
-use crate::snapshot::{FolderError, Opened, State};
+use crate::snapshot::{FolderError, Opened, SocketsDescription, State};
 use std::fs::File;
 use std::io;
 use thiserror::Error;
@@ -92,7 +92,7 @@ impl Files {
         terminal: Option<TerminalSize>,
         progress: &dyn Fn(&str),
     ) -> Result<Self, FilesError> {
-        let made = config.has_command().then(|| command::make(config, &kernel, parts, terminal)).transpose()?;
+        let made = config.has_agent().then(|| command::make(config, &kernel, parts, terminal)).transpose()?;
         let initrd = match &made {
             Some(made) => Some(InitrdSource::Made(&made.file)),
             None => config.initrd.as_deref().map(InitrdSource::Path),
@@ -112,12 +112,11 @@ impl Files {
     /// [`FilesError`].
     pub fn of_snapshot(snapshot: &Opened) -> Result<Self, FilesError> {
         let memory = snapshot.memory().try_clone().map_err(FilesError::Memory)?;
-        Ok(Self {
-            source: Source::Snapshot { state: snapshot.state()?, memory },
-            cmdline: None,
-            hint: None,
-            link: AgentLink::default(),
-        })
+        let link = match snapshot.description().sockets {
+            Some(SocketsDescription::Ports) => AgentLink::Ports,
+            Some(SocketsDescription::Vsock { .. }) | None => AgentLink::Vsock,
+        };
+        Ok(Self { source: Source::Snapshot { state: snapshot.state()?, memory }, cmdline: None, hint: None, link })
     }
 
     /// Returns true if the guest is a multiboot kernel that is booted.
@@ -139,9 +138,9 @@ impl Files {
 
 /// What the agent reaches the host by, as the kernel itself says: no list of its modules was found.
 fn link_of(config: &RunConfig, kernel: &KernelFile, prepared: &Prepared) -> Result<AgentLink, FilesError> {
-    match (command::other_link(config), prepared.vmlinux(kernel)) {
-        (Some(_), Some(vmlinux)) => AgentLink::of_vmlinux(vmlinux).map_err(FilesError::Search),
-        _ => Ok(AgentLink::Vsock),
+    match (command::links(config), prepared.vmlinux(kernel)) {
+        (LinkChoice::Vsock, _) | (_, None) => Ok(AgentLink::Vsock),
+        (choice, Some(vmlinux)) => AgentLink::of_vmlinux(vmlinux, choice).map_err(FilesError::Search),
     }
 }
 

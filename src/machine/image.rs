@@ -91,7 +91,7 @@ impl Disks {
         let Some(path) = &config.kernel_from else { return Ok(None) };
         let Some(disk) = self.find(config, |disk| disk.path == *path) else { return Ok(None) };
         // A command has an initramfs of hwvmm's own.
-        let initrd = config.initrd.is_none() && !config.has_command();
+        let initrd = config.initrd.is_none() && !config.has_agent();
         let wanted = WantedKernel { entry: config.entry.as_deref(), initrd };
         let taken = kernel_of(&disk, wanted, isolation(config.sandbox));
         let ImageKernel { found, kernel, initrd } = taken.map_err(|source| failed(path, source))?;
@@ -117,7 +117,7 @@ impl Disks {
     /// [`ImageError`].
     pub fn parts(&self, config: &RunConfig, kernel: &KernelFile) -> Result<DiskParts, ImageError> {
         let parts = DiskParts { root: self.root(config)?, ..DiskParts::default() };
-        let (Some(path), None, true) = (&config.kernel_from, &config.modules, config.has_command()) else {
+        let (Some(path), None, true) = (&config.kernel_from, &config.modules, config.has_agent()) else {
             return Ok(parts);
         };
         let Some(disk) = self.find(config, |disk| disk.path == *path) else { return Ok(parts) };

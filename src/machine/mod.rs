@@ -27,6 +27,7 @@ mod testdev;
 mod virtio;
 
 pub use agent_ports::FIRST_AGENT_PORT;
+pub use command::{CommandError, late_command};
 pub use disks::{Disks, detect_disk_formats, is_disk_image};
 pub use error::MachineError;
 pub use fault::is_fault_of_kernel;
@@ -83,7 +84,7 @@ pub struct Machine {
     resized: Option<Arc<Port>>,
     /// The devices whose state a snapshot has.
     saved: SavedDevices,
-    /// The MSRs that make up the state of a vCPU; none without a control socket.
+    /// The MSRs that make up the state of a vCPU; none where no snapshot can be asked for.
     msrs: Arc<[u32]>,
     ram: GuestRam,
     boot: BootMethod,
@@ -168,7 +169,7 @@ impl Machine {
             watches: devices.watches,
             resized: devices.resized,
             saved: devices.saved,
-            msrs: if config.api.is_some() { system.msrs()?.into() } else { Arc::default() },
+            msrs: if config.may_be_saved() { system.msrs()?.into() } else { Arc::default() },
             ram,
             boot: loaded.method(),
             passt,

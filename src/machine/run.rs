@@ -6,12 +6,13 @@ use super::halt::{HaltDetector, stats_readers};
 use super::limits::{Limits, OutputLimit};
 use super::net::Passt;
 use super::paused::VirtioDevices;
-use super::request::requests;
+use super::request::{Save, requests};
 use super::save::Parts;
 use super::{Event, Machine, Setup};
 use crate::config::ProfileLevel;
 use crate::console::{Input, UnreadInput, Watch, terminal_size};
-use crate::control::{Live, Server};
+use crate::control::{Live, RequestError, Server};
+use crate::error::chain;
 use crate::event_loop::{EventLoop, EventLoopError, OnReadable};
 use crate::exit::handler::BusKind;
 use crate::exit::{EndReason, Handler, RunEnd};
@@ -22,6 +23,7 @@ use crate::measure::tracer::Tracer;
 use crate::measure::{MemoryUse, cpu_time_ns};
 use crate::memory::{GuestRam, give_back_startup};
 use crate::sandbox::{SandboxError, ThreadRole};
+use crate::snapshot::Files;
 use crate::tune::Lever;
 use crate::vcpu::{Control, FollowExits, Measure, Threads};
 use event_manager::MutEventSubscriber;
@@ -33,7 +35,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -102,12 +104,31 @@ struct Sources<'a> {
     api: Option<Server>,
     /// Where requests to end the run come from.
     requests: Option<BorrowedFd<'a>>,
+    save: Save,
     resized: Option<Arc<Port>>,
+}
+
+/// Returns what saves the machine of `live` for its template.
+fn saver(setup: &Setup<'_>, live: Option<Arc<OnceLock<Live>>>) -> Result<Save, RunError> {
+    let files = setup.template.map(Files::try_clone).transpose();
+    let files = files.map_err(|error| RunError::Io("copy the files of the template", error))?;
+    Ok(Box::new(move || {
+        let (Some(files), Some(live)) = (&files, live.as_ref().and_then(|live| live.get())) else {
+            return EndReason::Failed("a machine that does not run cannot be saved".into());
+        };
+        // It does not go on before the run ends.
+        let saved = if live.pause() { live.snapshot(files) } else { Err(RequestError::Busy) };
+        match saved {
+            Ok(_) => EndReason::Saved,
+            Err(error) => EndReason::Failed(format!("the guest cannot be saved: {}", chain(&error))),
+        }
+    }))
 }
 
 /// The event loop with all event sources outside of the guest.
 fn listen(control: &Arc<Control>, sources: Sources<'_>) -> Result<EventLoop, RunError> {
-    let requests = sources.requests.map(|socket| requests(socket, control)).transpose();
+    let save = sources.save;
+    let requests = sources.requests.map(|socket| requests(socket, control, save)).transpose();
     let requests = requests.map_err(|error| RunError::Io("wait for requests to end the run", error))?;
     let mut event_loop = EventLoop::new()?;
     let event = control.event().try_clone().map_err(|error| RunError::Io("copy an eventfd", error))?;
@@ -169,9 +190,10 @@ pub struct Ran {
 pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let Machine { vcpus, vm, virtio, api, handler, control, input, watches, resized, saved, .. } = machine;
     let Machine { msrs, ram, boot, register_pages, passt, .. } = machine;
-    let live = api.as_ref().map(Server::live);
+    let live = api.as_ref().map(Server::live).or_else(|| setup.template.map(|_| Arc::default()));
+    let save = saver(setup, live.clone())?;
     let unread = input.as_ref().map(Input::unread);
-    let mut event_loop = listen(&control, Sources { input, api, requests: setup.requests, resized })?;
+    let mut event_loop = listen(&control, Sources { input, api, requests: setup.requests, save, resized })?;
     let halt_detector = HaltDetector::new(&vcpus);
     let readers = if live.is_some() { stats_readers(&vcpus) } else { Vec::new() };
     if let Err(error) = give_back_startup() {
@@ -194,7 +216,8 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     if let Some(live) = live {
         let (vm, ram, handler) = (Arc::clone(&vm), ram.clone(), Arc::clone(&handler));
         let (devices, virtio) = (saved.clone(), Arc::clone(&virtio));
-        let parts = Parts { vm, ram, handler: Arc::clone(&handler), devices, virtio, boot, register_pages, msrs };
+        let (handler, link) = (Arc::clone(&handler), setup.files.link);
+        let parts = Parts { vm, ram, handler: Arc::clone(&handler), devices, virtio, boot, register_pages, link, msrs };
         let _ = live.set(Live::new(threads.inspector(), handler, readers, parts.saver(setup.config)));
     }
     let drain = Drain::start(&handler, &control, &setup.sandbox, &watches)

@@ -7,6 +7,7 @@ use crate::console::{Announcements, UnreadInput};
 use crate::exit::RunEnd;
 use crate::measure::FlightRecorders;
 use crate::sandbox::Sandbox;
+use crate::snapshot;
 use hwvmm_arch::boot::BootMethod;
 use hwvmm_devices::virtio::vsock::Connector;
 use std::os::fd::BorrowedFd;
@@ -69,6 +70,8 @@ pub struct Setup<'a> {
     pub stdin: Stdin,
     /// Which start of the guest it is.
     pub start: &'a Start,
+    /// Where the machine is saved when that is requested ([`super::StopRequest::Save`]).
+    pub template: Option<&'a snapshot::Files>,
     /// A SOCK_SEQPACKET socket on which requests to end the run arrive: one [`super::StopRequest`] in JSON each.
     pub requests: Option<BorrowedFd<'a>>,
     /// Where the flight recorders are kept.

@@ -90,6 +90,17 @@ pub struct Files {
     pub memory: File,
 }
 
+impl Files {
+    /// Returns the same open files once more.
+    ///
+    /// # Errors
+    /// Returns the error of fcntl(2).
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let Self { description, state, memory } = self;
+        Ok(Self { description: description.try_clone()?, state: state.try_clone()?, memory: memory.try_clone()? })
+    }
+}
+
 /// A snapshot that is being made. It is removed when it is dropped.
 pub struct Draft {
     target: PathBuf,
@@ -126,6 +137,18 @@ impl Draft {
     #[must_use]
     pub fn files(&self) -> Vec<BorrowedFd<'_>> {
         self.files.iter().map(AsFd::as_fd).collect()
+    }
+
+    /// The files, for a machine that is a part of this program.
+    ///
+    /// # Errors
+    /// [`FolderError::Make`].
+    pub fn targets(&self) -> Result<Files, FolderError> {
+        let failed = |error: io::Error| FolderError::Make(self.target.clone(), error);
+        let files = self.files.iter().map(File::try_clone).collect::<io::Result<Vec<_>>>().map_err(failed)?;
+        let files = <[File; 3]>::try_from(files).map_err(|_| failed(io::ErrorKind::NotFound.into()))?;
+        let [description, state, memory] = files;
+        Ok(Files { description, state, memory })
     }
 
     /// Gives the folder its name, once its files are on the disk.

@@ -6,7 +6,10 @@ mod folder;
 mod format;
 mod memory;
 
-pub use description::{Description, DiskDescription, ImageFormat, Irqchip, NetDescription, RngDescription};
+pub use description::{
+    AgentDescription, Description, DiskDescription, ImageFormat, Irqchip, NetDescription, RngDescription, RootKind,
+    ShareDescription, SocketsDescription,
+};
 pub use features::{FeatureError, check_features, vendor_name};
 pub use folder::{Draft, Files, FolderError, MAX_DESCRIPTION_BYTES, Opened, check_targets, parse_description};
 pub use format::{FormatError, MAX_STATE_BYTES, STATE_VERSION, State, checksum, decode, encode};

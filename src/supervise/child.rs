@@ -112,7 +112,7 @@ fn leave_streams_to_parent() -> io::Result<()> {
 
 fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dyn Error>> {
     raise_file_limit();
-    if inherited.plan.config.has_command() {
+    if inherited.plan.config.has_agent() {
         leave_streams_to_parent()?;
     }
     let Inherited {
@@ -145,7 +145,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
             let parts = disks.parts(config, &kernel)?;
             (Files::open(config, kernel, &parts, plan.terminal, &progress)?, disks)
         }
-        Source::Image(FromImage { kernel, .. }, disks) if config.has_command() => {
+        Source::Image(FromImage { kernel, .. }, disks) if config.has_agent() => {
             (plan.check)(&system, &kernel)?;
             let parts = disks.parts(config, &kernel)?;
             (Files::open(config, kernel, &parts, plan.terminal, &progress)?, disks)
@@ -161,9 +161,10 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
         expect: plan.expect.clone(),
         kernel_log: *kernel_log,
         announcements: Announcements::default(),
-        output_deadline: boot_deadline.filter(|_| !plan.config.has_command()),
+        output_deadline: boot_deadline.filter(|_| !plan.config.has_agent()),
         stdin: plan.stdin,
         start,
+        template: plan.template.as_ref(),
         requests: Some(sender.as_fd()),
         flight_recorders,
         connector: connector.clone(),

@@ -32,6 +32,8 @@ use thiserror::Error;
 const GRACE: Duration = Duration::from_secs(2);
 /// How long it may take in all to send what it leaves.
 const MAX_ENDING: Duration = Duration::from_secs(20);
+/// How long it may take to save its guest: a second for each GiB that is not zero, as a rule.
+const SAVE: Duration = Duration::from_secs(600);
 /// Packets that are read before signals and deadlines are looked at again.
 const PACKETS_AT_ONCE: usize = 64;
 
@@ -115,7 +117,7 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Supe
     let kept = ours.zip(reports).ok_or_else(|| SuperviseError::Io("keep a socket", io::ErrorKind::NotFound.into()));
     let (ours, reports) = kept?;
     let ParentEnds { host_connector, streams, kernel_log } = ends;
-    let session = streams.map(Session::new).transpose();
+    let session = streams.map(|ends| Session::new(ends, plan.late_command.clone())).transpose();
     let session = session.map_err(|error| SuperviseError::Io("connect stdin, stdout and stderr", error))?;
     let mut watch = Watch {
         plan,
@@ -131,6 +133,7 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Supe
         assembly: Assembly::new(vcpus),
         failed: None,
         stop: None,
+        saving: None,
         ending: None,
         own_memory: None,
         killed: None,
@@ -145,6 +148,8 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Supe
 enum Killed {
     #[error("it did not end within {} s", GRACE.as_secs())]
     Late,
+    #[error("it was not saved within {} s", SAVE.as_secs())]
+    NotSaved,
     #[error("the guest did not run yet")]
     Starting,
     #[error(transparent)]
@@ -185,6 +190,8 @@ struct Watch<'a> {
     failed: Option<SuperviseError>,
     /// What the process was asked for.
     stop: Option<StopRequest>,
+    /// By when the machine must have been saved, once that was asked for.
+    saving: Option<Instant>,
     ending: Option<Ending>,
     /// What this process took when the run began to end, where statistics or a profile were asked for.
     own_memory: Option<MemoryUse>,
@@ -210,6 +217,8 @@ impl Watch<'_> {
             }
             if self.ending.as_ref().is_some_and(|ending| ending.kill_at <= now) {
                 self.kill(Killed::Late);
+            } else if self.ending.is_none() && self.saving.is_some_and(|at| at <= now) {
+                self.kill(Killed::NotSaved);
             }
             self.print_messages();
             self.serve_command(now);
@@ -231,6 +240,11 @@ impl Watch<'_> {
         }
         let Some(session) = &mut self.session else { return };
         session.serve();
+        if self.saving.is_none() && session.saves_at().is_some_and(|at| at <= now) {
+            self.saving = Some(now + SAVE);
+            self.send(StopRequest::Save);
+            return;
+        }
         if session.stops_at().is_some_and(|at| at <= now)
             && let Some(request) = session.stop_request()
         {
@@ -251,7 +265,9 @@ impl Watch<'_> {
         let connects_at = self.host_connector.as_ref().and_then(|host| host.resumes_at(Instant::now()));
         let stops_at = self.session.as_ref().filter(|_| self.stop.is_none() && self.ending.is_none());
         let stops_at = stops_at.and_then(Session::stops_at);
-        let next = deadline.into_iter().chain(kill_at).chain(connects_at).chain(stops_at).min();
+        let saves = self.session.as_ref().filter(|_| self.stop.is_none() && self.ending.is_none());
+        let saves = self.saving.or(saves.and_then(Session::saves_at)).filter(|_| self.ending.is_none());
+        let next = deadline.into_iter().chain(kill_at).chain(saves).chain(connects_at).chain(stops_at).min();
         let stderr_takes_nothing = (logging::pump() == Pending::Yes).then_some(STDERR_AGAIN);
         let left =
             next.map(|at| at.saturating_duration_since(Instant::now())).into_iter().chain(stderr_takes_nothing).min();
@@ -355,6 +371,10 @@ impl Watch<'_> {
             self.kill(Killed::Starting);
             return;
         }
+        self.send(request);
+    }
+
+    fn send(&self, request: StopRequest) {
         let sent = serde_json::to_vec(&request).map_err(io::Error::from).and_then(|packet| match &self.receiver {
             // A process that reads nothing is killed in time: it must not stop this one.
             Some(receiver) => send_packet(receiver.as_fd(), &packet, Wait::No),

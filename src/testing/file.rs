@@ -42,6 +42,7 @@ const TAKEN: &[(&str, &str)] = &[
     ("profile-out", BY_COMMAND),
     ("api", BY_COMMAND),
     ("status-file", BY_COMMAND),
+    ("template", BY_COMMAND),
     ("kernel-log", BY_COMMAND),
     ("tty", BY_COMMAND),
 ];

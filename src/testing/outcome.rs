@@ -133,7 +133,7 @@ fn of_end(facts: &Facts, stats: &Stats, complaints: Option<&str>) -> Option<Judg
         EndKind::Panicked => of(Verdict::Panic, &stats.end),
         EndKind::TripleFault => with_complaints(Verdict::TripleFault, &stats.end),
         EndKind::TimedOut | EndKind::NotBooted => with_complaints(Verdict::TimeOut, &stats.end),
-        EndKind::Signal | EndKind::Quit | EndKind::Stopped => match &facts.stop {
+        EndKind::Signal | EndKind::Quit | EndKind::Stopped | EndKind::Saved => match &facts.stop {
             Some(Stop::Silence(time)) => {
                 with_complaints(Verdict::Hang, &format!("no output for {} s", time.as_secs_f64()))
             }

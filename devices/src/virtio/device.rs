@@ -4,7 +4,7 @@ use super::device_thread::{DeviceThread, ThreadPreparation};
 use super::interrupt::DeviceInterrupt;
 use super::queue::{RingAddresses, Virtqueue};
 use super::ring_area::RingArea;
-use super::saved::{DeviceFault, DeviceState};
+use super::saved::{DeviceFault, DeviceState, SaveFault};
 use super::worker::{Worker, WorkerError};
 use crate::memory::Memory;
 use std::error::Error as StdError;
@@ -97,8 +97,8 @@ pub trait VirtioDevice: Send {
     /// device cannot be saved.
     ///
     /// # Errors
-    /// Returns the error of a system call on what the device has open.
-    fn save(&self) -> io::Result<Option<DeviceState>> {
+    /// Returns [`SaveFault`] where the device has what no snapshot can have.
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
         Ok(None)
     }
 

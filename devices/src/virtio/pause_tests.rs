@@ -7,12 +7,11 @@ use super::device_thread::DeviceThread;
 use super::mock::{Driver, NEEDS_RESET, Used};
 use super::queue::Virtqueue;
 use super::rng::Rng;
-use super::saved::{BusState, DeviceFault, DeviceState, PauseError, StateFault, VirtioState};
+use super::saved::{BusState, DeviceFault, DeviceState, PauseError, SaveFault, StateFault, VirtioState};
 use super::worker::{Worker, watch};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -122,7 +121,7 @@ impl VirtioDevice for Keeper {
         DeviceThread::Rng
     }
 
-    fn save(&self) -> io::Result<Option<DeviceState>> {
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
         Ok(Some(DeviceState::Rng))
     }
 

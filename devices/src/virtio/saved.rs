@@ -59,6 +59,10 @@ pub enum DeviceState {
     Rng,
     /// The console has nothing: input that the guest has not taken is the host's.
     Console,
+    /// The socket device.
+    Vsock(VsockState),
+    /// The console with ports that are no consoles.
+    Ports(PortsState),
     /// A disk.
     Block(DiskState),
     /// A memory balloon.
@@ -75,6 +79,48 @@ pub enum DeviceState {
         /// The number of queue pairs that the driver uses (virtio 1.3 §5.1.6.5.5).
         active_pairs: u16,
     },
+}
+
+/// What the socket device has. Its connections are none of it: they are gone, and the guest is told so (`TRANSPORT_RESET`,
+/// virtio 1.3 §5.10.6.7).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    /// The context ID of the guest.
+    pub cid: u32,
+    /// The connections that the guest has asked for and has no answer to. They are refused, as a guest that is told that all connections
+    /// are gone may still wait for these.
+    pub unanswered: Vec<PortPair>,
+}
+
+/// A connection of the socket device, by its ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortPair {
+    /// The port of the host.
+    pub host: u32,
+    /// The port of the guest.
+    pub guest: u32,
+}
+
+/// What a console with ports has. The connections of the host are none of it: a run makes new ones.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortsState {
+    /// The driver has said that it can take messages (`VIRTIO_CONSOLE_DEVICE_READY`, virtio 1.3 §5.3.6.2).
+    pub is_ready: bool,
+    /// How many of the messages that introduce the ports wait for buffers of the driver.
+    pub introductions: u32,
+    /// The ports, by number.
+    pub ports: Vec<PortState>,
+}
+
+/// A port as its driver knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortState {
+    /// A program of the guest has it open.
+    pub is_open: bool,
+    /// The last thing that the driver was told of the host's connection is that there is one.
+    pub is_told: bool,
+    /// The connection has ended, or there was none to be had.
+    pub has_ended: bool,
 }
 
 /// By what a disk is told from others.
@@ -160,13 +206,27 @@ pub enum PauseError {
         /// Name of the device.
         name: Arc<str>,
     },
-    /// What tells the device from others cannot be read.
-    #[error("the state of {name} cannot be read")]
+    /// It has what no snapshot can have, now.
+    #[error("the state of {name} cannot be saved")]
     State {
         /// Name of the device.
         name: Arc<str>,
-        /// What fstat(2) failed with.
-        source: io::Error,
+        /// What stands against it.
+        source: SaveFault,
+    },
+}
+
+/// What a device has that no snapshot can have.
+#[derive(Debug, Error)]
+pub enum SaveFault {
+    /// What tells it from others cannot be read: fstat(2) failed.
+    #[error("it cannot be read")]
+    Io(#[from] io::Error),
+    /// The host has not taken all that the guest has sent: the rest would be lost, or reach another reader.
+    #[error("the guest has sent bytes to its port {port} that the host has not taken: have them read, and try again")]
+    UnsentBytes {
+        /// The name of the port.
+        port: &'static str,
     },
 }
 
@@ -236,6 +296,12 @@ pub enum DeviceFault {
     /// It is of another device.
     #[error("is of another device")]
     Other,
+    /// The guest has another context ID, or more connections than there are.
+    #[error("is of a socket device with another context ID, or with more connections than one has")]
+    Vsock,
+    /// It is none that a console with these ports can have.
+    #[error("is of a console with other ports, or has messages that it never sends")]
+    Ports,
     /// The disk has another size.
     #[error("is of a disk of {expected} bytes, and this one has {found}: give it the disk that it had, or a copy")]
     DiskSize {

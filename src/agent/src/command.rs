@@ -1,7 +1,7 @@
 //! The command's process. The agent starts itself once more, which makes a session, takes the terminal and the user's rights,
 //! and then becomes the command.
 
-use crate::instructions::Instructions;
+use crate::instructions::CommandSpec;
 use crate::report::{Failure, Stage};
 use rustix::process::Pid;
 use std::ffi::{OsStr, OsString};
@@ -28,14 +28,14 @@ pub(crate) struct Stdios {
 }
 
 /// Starts the command. Its process is the leader of a session and of a process group.
-pub(crate) fn start(instructions: &Instructions, stdios: Stdios) -> Result<Pid, Failure> {
-    let mode = if instructions.terminal.is_some() { TERMINAL } else { PIPES };
+pub(crate) fn start(spec: &CommandSpec, stdios: Stdios) -> Result<Pid, Failure> {
+    let mode = if spec.terminal.is_some() { TERMINAL } else { PIPES };
     let child = Command::new("/proc/self/exe")
-        .args([EXEC, mode, &instructions.user.uid.to_string(), &instructions.user.gid.to_string()])
-        .args(&instructions.command)
+        .args([EXEC, mode, &spec.user.uid.to_string(), &spec.user.gid.to_string()])
+        .args(&spec.command)
         .env_clear()
-        .envs(instructions.environment.iter().map(|(name, value)| (name, value)))
-        .current_dir(&instructions.workdir)
+        .envs(spec.environment.iter().map(|(name, value)| (name, value)))
+        .current_dir(&spec.workdir)
         .stdin(Stdio::from(stdios.stdin))
         .stdout(Stdio::from(stdios.stdout))
         .stderr(Stdio::from(stdios.stderr))

@@ -4,7 +4,7 @@
 mod tests;
 
 use super::index::{Driver, IndexError, IndexFiles, ModuleIndex};
-use super::link::AgentLink;
+use super::link::{AgentLink, LinkChoice};
 use crate::boot::unpack::{Content, FailedTask, Job, Limits, Task, UnpackError, run_all};
 use crate::bounded_read::{OpenError, ReadError, open_regular, path_of};
 use crate::sandbox::Isolation;
@@ -176,27 +176,25 @@ fn text_if_there(path: &Path) -> Result<String, ModulesError> {
     if path.exists() { text(path) } else { Ok(String::new()) }
 }
 
-/// The paths of the modules that `drivers` need, and what the agent reaches the host by: vsock, or `other` where the kernel has that alone.
+/// The paths of the modules that `drivers` need, and what of `choice` the agent reaches the host by.
 fn resolve<'a>(
     index: &ModuleIndex<'a>,
     drivers: &[Driver],
-    other: Option<AgentLink>,
+    choice: LinkChoice,
 ) -> Result<(Vec<&'a str>, AgentLink), IndexError> {
-    let error = match (index.resolve(drivers), other) {
-        (Err(error @ IndexError::NoDriver(Driver::Vsock)), Some(_)) => error,
-        (resolved, _) => return Ok((resolved?, AgentLink::Vsock)),
-    };
-    let link = other.unwrap_or_default();
-    let drivers: Vec<Driver> =
-        drivers.iter().map(|driver| if *driver == Driver::Vsock { link.driver() } else { *driver }).collect();
-    match index.resolve(&drivers) {
-        // The kernel has neither: vsock is what it should have.
-        Err(IndexError::NoDriver(driver)) if driver == link.driver() => Err(error),
-        resolved => Ok((resolved?, link)),
+    for link in choice.order() {
+        let of_link = |driver: &Driver| if *driver == Driver::Vsock { link.driver() } else { *driver };
+        let drivers: Vec<Driver> = drivers.iter().map(of_link).collect();
+        match index.resolve(&drivers) {
+            Err(IndexError::NoDriver(driver)) if driver == link.driver() => {}
+            resolved => return Ok((resolved?, *link)),
+        }
     }
+    // The kernel has none of them: vsock is what it should have.
+    Err(IndexError::NoDriver(Driver::Vsock))
 }
 
-/// Finds and reads the modules that `drivers` need, with `other` in place of vsock where the kernel has that alone.
+/// Finds and reads the modules that `drivers` need, with what of `choice` the kernel has in place of vsock.
 ///
 /// # Errors
 /// [`ModulesError`].
@@ -204,7 +202,7 @@ pub(super) fn find(
     places: Places<'_>,
     release: &str,
     drivers: &[Driver],
-    other: Option<AgentLink>,
+    choice: LinkChoice,
     isolation: Isolation,
 ) -> Result<Modules, ModulesError> {
     let folders = candidates(places, release);
@@ -221,7 +219,7 @@ pub(super) fn find(
     let builtin = text_if_there(&folder.join("modules.builtin"))?;
     let soft = text_if_there(&folder.join("modules.softdep"))?;
     let index = ModuleIndex::parse(IndexFiles { dependencies: &dependencies, builtin: &builtin, soft: &soft });
-    let resolved = resolve(&index, drivers, other);
+    let resolved = resolve(&index, drivers, choice);
     let (paths, link) = resolved.map_err(|source| ModulesError::Index { folder: folder.clone(), source })?;
     // Symbolic links to modules of other kernels are usual (weak-modules). One to anything else would give its contents to the guest.
     let homes: Vec<PathBuf> = SYSTEM_FOLDERS

@@ -20,7 +20,7 @@ fn look(tree: &Path, given: Option<&Path>, drivers: &[Driver]) -> Result<Modules
         Places { kernel: &tree.join("boot/vmlinuz"), given },
         "6.1-x",
         drivers,
-        Some(AgentLink::Ports),
+        LinkChoice::VsockFirst,
         Isolation::None,
     )
 }
@@ -45,17 +45,24 @@ fn modules_are_found_and_unpacked() {
 #[test]
 fn a_kernel_without_vsock_is_reached_by_its_console() {
     let drivers = [Driver::VirtioPci, Driver::Vsock];
-    let link = |dependencies: &str, other| {
+    let link = |dependencies: &str, choice| {
         let files = IndexFiles { dependencies, builtin: "kernel/virtio_pci.ko\n", soft: "" };
-        resolve(&ModuleIndex::parse(files), &drivers, other).map(|(paths, link)| (paths.concat(), link))
+        resolve(&ModuleIndex::parse(files), &drivers, choice).map(|(paths, link)| (paths.concat(), link))
     };
     let (vsock, console) = ("k/vmw_vsock_virtio_transport.ko:\n", "k/virtio_console.ko:\n");
     let both = vsock.to_owned() + console;
-    let ports = Some(AgentLink::Ports);
+    let (ports, first) = (LinkChoice::VsockFirst, LinkChoice::PortsFirst);
     assert_eq!(link(&both, ports), Ok(("k/vmw_vsock_virtio_transport.ko".into(), AgentLink::Vsock)));
     assert_eq!(link(console, ports), Ok(("k/virtio_console.ko".into(), AgentLink::Ports)));
-    assert_eq!(link(console, None), Err(IndexError::NoDriver(Driver::Vsock)), "a vsock device was asked for");
+    assert_eq!(
+        link(console, LinkChoice::Vsock),
+        Err(IndexError::NoDriver(Driver::Vsock)),
+        "a vsock device was asked for"
+    );
     assert_eq!(link("", ports), Err(IndexError::NoDriver(Driver::Vsock)));
+    assert_eq!(link(&both, first), Ok(("k/virtio_console.ko".into(), AgentLink::Ports)));
+    assert_eq!(link(vsock, first), Ok(("k/vmw_vsock_virtio_transport.ko".into(), AgentLink::Vsock)));
+    assert_eq!(link("", first), Err(IndexError::NoDriver(Driver::Vsock)));
 }
 
 #[test]
