@@ -9,8 +9,9 @@ use crate::probe::Host;
 use crate::supervise::with_default_action;
 use crate::testing::{
     Annotations, Baseline, Case, Colour, DEFAULT_FILE, Done, FailFast, FolderError, Header, Interrupted, Jobs, Plan,
-    RanOn, ResultFolder, SAMPLE, Selection, Shard, SuiteFile, TemplateRun, TestResult, Totals, UpdateBaseline, Verdict, annotation,
-    baseline_path, bazel_status_file, expand, html, junit, ktap, ktap_lines, line, merge, step_summary, summary, template_line,
+    RanOn, ResultFolder, SAMPLE, Selection, Shard, SuiteFile, TemplateRun, TestResult, Totals, UpdateBaseline, Verdict,
+    annotation, baseline_path, bazel_status_file, expand, html, junit, ktap, ktap_lines, line, merge, step_summary,
+    summary, template_line,
 };
 use hwvmm_devices::path_text::PathText as _;
 use std::collections::BTreeMap;

@@ -320,6 +320,19 @@ mod tests {
     }
 
     #[test]
+    fn tests_with_the_same_kernel_and_options_share_a_template() {
+        let all = cases_of(&format!(
+            "[defaults]\ntemplate = true\n{KERNELS}[[test]]\nname = 't'\nrun = 'x'\n[[test]]\nname = 'u'\nkernel = 'a'\n\
+             run = 'y'\nsilence = '5s'\n[[test]]\nname = 'boot'\n[[test]]\nname = 'v'\nrun = 'z'\ntemplate = false\n"
+        ))
+        .expect("runs");
+        let named = |name: &str| all.iter().find(|case| case.name == name).expect("a test");
+        let [a, b, u] = ["t[a]", "t[b]", "u"].map(|name| named(name).template.as_ref().expect("a template"));
+        assert!(a.boot == u.boot && a.boot != b.boot);
+        assert!(["boot[a]", "boot[b]", "v[a]"].iter().all(|name| named(name).template.is_none()));
+    }
+
+    #[test]
     fn ciphers_are_not_tested_unless_the_suite_asks() {
         let cmdline = |text: &str| {
             let case =

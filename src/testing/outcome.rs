@@ -133,7 +133,7 @@ fn of_end(facts: &Facts, stats: &Stats, complaints: Option<&str>) -> Option<Judg
         EndKind::Panicked => of(Verdict::Panic, &stats.end),
         EndKind::TripleFault => with_complaints(Verdict::TripleFault, &stats.end),
         EndKind::TimedOut | EndKind::NotBooted => with_complaints(Verdict::TimeOut, &stats.end),
-        EndKind::Signal | EndKind::Quit | EndKind::Stopped | EndKind::Saved => match &facts.stop {
+        EndKind::Signal | EndKind::Quit | EndKind::Stopped => match &facts.stop {
             Some(Stop::Silence(time)) => {
                 with_complaints(Verdict::Hang, &format!("no output for {} s", time.as_secs_f64()))
             }
@@ -148,6 +148,7 @@ fn of_end(facts: &Facts, stats: &Stats, complaints: Option<&str>) -> Option<Judg
         | EndKind::Reset
         | EndKind::Halted
         | EndKind::DebugExit
+        | EndKind::Saved
         | EndKind::Command
         | EndKind::NoCommand
         | EndKind::NoCommandStatus
@@ -230,7 +231,7 @@ fn of_subtests(report: &KtapReport) -> Option<Judgement> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::file::KtapUse;
+    use super::super::file::{KtapUse, Start};
     use super::super::ktap::Ktap;
     use super::super::log::Complaint;
     use super::super::patterns::OopsKind;
@@ -245,6 +246,7 @@ mod tests {
             status: 0,
             ktap: KtapUse::Required,
             fail_on: vec![OopsKind::Bug],
+            start: Start::Boot,
         }
     }
 

@@ -7,9 +7,8 @@ use std::path::Path;
 use toml::{Table, Value};
 
 /// Options of a test's own run, in which tests with one template may differ.
-const OF_RUN: &[&str] = &[
-    "command", "env", "workdir", "user", "timeout", "expect", "profile", "budget", "budget-from", "slack", "symbols",
-];
+const OF_RUN: &[&str] =
+    &["command", "env", "workdir", "user", "timeout", "expect", "profile", "budget", "budget-from", "slack", "symbols"];
 /// Options of both the boot and the runs.
 const OF_BOTH: &[&str] = &["root", "disk", "boot-timeout", "sandbox", "kvm", "mmu", "require", "tune", "trap-msrs"];
 /// A path that stands for that of the snapshot where options are checked.
@@ -31,7 +30,10 @@ impl Template {
     /// [`Problem`] where they are not for a guest that goes on from a template.
     pub(super) fn of(options: &Table) -> Result<Self, Problem> {
         if options.contains_key("rw") {
-            return Err(Problem::Contradiction("template", "is for tests without `rw`: what is open there is not saved"));
+            return Err(Problem::Contradiction(
+                "template",
+                "is for tests without `rw`: what is open there is not saved",
+            ));
         }
         let (mut boot, mut run) = (Table::new(), Table::new());
         for (key, value) in with_log_level(options.clone(), StdoutOf::Command) {
@@ -66,4 +68,38 @@ fn with_path(options: &Table, key: &str, path: &Path) -> Table {
     let mut options = options.clone();
     options.insert(key.into(), path_value(path));
     options
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(text: &str) -> Result<Template, Problem> {
+        Template::of(&text.parse().expect("TOML"))
+    }
+
+    #[test]
+    fn what_tests_may_differ_in_is_not_of_the_boot() {
+        let common = "kernel = 'k'\nmemory = '256M'\nroot = '/srv'\n";
+        let one = of(&format!("{common}command = ['a']\ntimeout = '5s'\nenv = ['A=1']")).expect("a template");
+        let two =
+            of(&format!("{common}command = ['b']\nuser = '5'\nworkdir = '/'\nprofile = 'user'")).expect("a template");
+        assert_eq!(one.boot, two.boot);
+        assert_eq!(one.boot.get("timeout").and_then(Value::as_str), Some(TIMEOUT), "the boot has its own time-out");
+        assert_ne!(
+            one.boot,
+            of("kernel = 'k'\nmemory = '512M'\nroot = '/srv'\ncommand = ['a']").expect("a template").boot
+        );
+        let run = two.options_of_run(Path::new("/s"));
+        let keys: Vec<&str> = run.keys().map(String::as_str).collect();
+        assert_eq!(keys, ["command", "from", "profile", "root", "user", "workdir"]);
+    }
+
+    #[test]
+    fn what_cannot_be_saved_is_refused() {
+        let refused = |text: &str| of(text).expect_err("refused").to_string();
+        assert!(refused("kernel = 'k'\ncommand = ['a']\nrw = ['/srv']").contains("without `rw`"));
+        let initrd = refused("kernel = 'k'\ncommand = ['a']\ninitrd = 'i'");
+        assert!(initrd.contains("--initrd"), "{initrd}");
+    }
 }

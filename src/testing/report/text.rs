@@ -100,6 +100,12 @@ mod tests {
     }
 
     #[test]
+    fn the_boot_of_a_template_is_shown_with_its_exits() {
+        let run = TemplateRun { artifacts: "/r/template-1".into(), duration_ms: 4720, exits: None };
+        assert_eq!(template_line(&run), "template          4.72 s                 /r/template-1\n");
+    }
+
+    #[test]
     fn the_summary_counts_all() {
         let results = [sample("a", Verdict::Pass), sample("b", Verdict::Pass), sample("c", Verdict::Hang)];
         assert_eq!(summary(&Totals::new(&results, 2), Colour::No), "2 pass, 1 hang, 2 not run\n");
