@@ -8,6 +8,8 @@ mod guests;
 mod harness;
 #[path = "snapshot/sockets.rs"]
 mod sockets;
+#[path = "snapshot/template.rs"]
+mod template;
 
 use harness::{Outcome, Test, folder, hwvmm, text};
 use std::fs;
@@ -430,6 +432,8 @@ const TESTS: &[Test] = &[
     ("each_run_has_a_generation_identifier_of_its_own", each_run_has_a_generation_identifier_of_its_own),
     ("a_disk_loses_nothing_and_writes_nothing_twice", disks::a_disk_loses_nothing_and_writes_nothing_twice),
     ("disks_that_do_not_fit_are_refused", disks::disks_that_do_not_fit_are_refused),
+    ("a_guest_that_does_not_get_ready_makes_no_template", template::a_guest_that_does_not_get_ready_makes_no_template),
+    ("commands_are_for_guests_that_wait_for_one", template::commands_are_for_guests_that_wait_for_one),
     ("sockets_are_connected_anew", sockets::sockets_are_connected_anew),
     ("what_has_no_state_is_refused", what_has_no_state_is_refused),
     ("a_folder_that_exists_is_refused", a_folder_that_exists_is_refused),

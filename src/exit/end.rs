@@ -11,7 +11,7 @@ const MAX_BYTES: usize = 4096;
 
 /// Exit statuses of `hwvmm run`; also in its `--help`. A guest chooses an odd one by isa-debug-exit.
 pub mod status {
-    /// The guest shut down, `--expect` was seen, or `hwvmm ctl SOCKET stop` ended the run.
+    /// The guest shut down, `--expect` was seen, `hwvmm ctl SOCKET stop` ended the run, or its template was saved.
     pub const OK: u8 = 0;
     /// Another subcommand than `run` failed.
     pub const FAILURE: u8 = 1;

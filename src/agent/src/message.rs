@@ -130,6 +130,37 @@ mod tests {
         assert_eq!(cut.wanted(), 4);
     }
 
+    /// What libFuzzer starts from (tests/fuzz), and small changes of it: pieces make no difference, and nothing panics.
+    #[test]
+    fn messages_of_the_corpus_are_commands_or_errors() {
+        let read = |bytes: &[u8], size: usize| {
+            let (mut message, mut rest) = (CommandMessage::default(), bytes);
+            while !rest.is_empty() {
+                let (piece, behind) = rest.split_at(size.min(message.wanted()).clamp(1, rest.len()));
+                rest = behind;
+                if let Some(spec) = message.push(piece)? {
+                    return Ok::<_, MessageError>(Some(spec));
+                }
+            }
+            Ok(None)
+        };
+        let mut commands = 0;
+        let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fuzz/corpus/agent_message");
+        for entry in std::fs::read_dir(corpus).expect("the corpus") {
+            let bytes = std::fs::read(entry.expect("an entry").path()).expect("read");
+            for at in 1..bytes.len() {
+                let mut changed = bytes.clone();
+                changed[at] ^= 1 << (at % 8);
+                for bytes in [&bytes[1..], &bytes[1..at], &changed[1..]] {
+                    let whole = read(bytes, usize::MAX);
+                    assert_eq!(whole, read(bytes, 7));
+                    commands += usize::from(matches!(whole, Ok(Some(_))));
+                }
+            }
+        }
+        assert!(commands > 100, "{commands}");
+    }
+
     #[test]
     fn an_endless_line_takes_no_memory() {
         let mut message = CommandMessage::default();
