@@ -431,6 +431,7 @@ const TESTS: &[Test] = &[
     ("a_disk_loses_nothing_and_writes_nothing_twice", disks::a_disk_loses_nothing_and_writes_nothing_twice),
     ("disks_that_do_not_fit_are_refused", disks::disks_that_do_not_fit_are_refused),
     ("sockets_are_connected_anew", sockets::sockets_are_connected_anew),
+    ("shares_are_given_again", sockets::shares_are_given_again),
     ("what_has_no_state_is_refused", what_has_no_state_is_refused),
     ("a_folder_that_exists_is_refused", a_folder_that_exists_is_refused),
     ("a_killed_client_leaves_no_half_snapshot", a_killed_client_leaves_no_half_snapshot),
