@@ -2,6 +2,7 @@
 
 use crate::boot::initramfs::Driver;
 use crate::config::{RootChoice, RunConfig, Transport};
+use crate::tune::Lever;
 
 /// The drivers that the guest needs, in the order in which they are loaded.
 pub(super) fn drivers(config: &RunConfig) -> Vec<Driver> {
@@ -9,7 +10,11 @@ pub(super) fn drivers(config: &RunConfig) -> Vec<Driver> {
         Transport::Pci => Driver::VirtioPci,
         Transport::Mmio => Driver::VirtioMmio,
     };
-    let mut drivers = vec![bus, Driver::Vsock];
+    let mut drivers = Vec::new();
+    if !config.tune.wants(Lever::UncheckedModules) {
+        drivers.push(Driver::FastSha256);
+    }
+    drivers.extend([bus, Driver::Vsock]);
     let on_disk = matches!(config.root, RootChoice::Image(_));
     if !config.share.is_empty() {
         drivers.push(Driver::Virtiofs);
@@ -35,15 +40,18 @@ mod tests {
 
     #[test]
     fn the_drivers_are_those_of_the_devices() {
-        assert_eq!(drivers(&config("")), [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs, Driver::Overlay]);
-        assert_eq!(drivers(&config("root = 'none'\ntransport = 'mmio'")), [Driver::VirtioMmio, Driver::Vsock]);
+        let (hash, pci) = (Driver::FastSha256, Driver::VirtioPci);
+        assert_eq!(drivers(&config("")), [hash, pci, Driver::Vsock, Driver::Virtiofs, Driver::Overlay]);
+        assert_eq!(drivers(&config("root = 'none'\ntransport = 'mmio'")), [hash, Driver::VirtioMmio, Driver::Vsock]);
         let writable = drivers(&config("root = 'none'\nrw = ['/tmp']"));
-        assert_eq!(writable, [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs]);
+        assert_eq!(writable, [hash, pci, Driver::Vsock, Driver::Virtiofs]);
+        let unchecked = drivers(&config("root = 'none'\ntune = ['unchecked-modules=on']"));
+        assert_eq!(unchecked, [pci, Driver::Vsock]);
         let image = |text: &str| {
             let text = format!("kernel-from = 'i'\nroot = 'image'\ncommand = ['a']\n{text}");
             drivers(&toml::from_str::<RunOptions>(&text).expect("TOML").into_config().expect("valid"))
         };
-        let disk = [Driver::VirtioPci, Driver::Vsock, Driver::VirtioBlk, Driver::Crc32c, Driver::Ext4, Driver::Overlay];
+        let disk = [hash, pci, Driver::Vsock, Driver::VirtioBlk, Driver::Crc32c, Driver::Ext4, Driver::Overlay];
         assert_eq!(image(""), disk);
         assert!(image("share = ['tag=a,path=b']").contains(&Driver::Virtiofs), "a folder that the command may mount");
     }

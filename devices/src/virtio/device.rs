@@ -30,6 +30,15 @@ pub struct DeviceKind {
     pub pci_class: u16,
 }
 
+/// How many interrupts a device asks a transport for that has several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InterruptVectors {
+    /// One for each queue, which may then go to different vCPUs.
+    PerQueue,
+    /// One for all queues: fewer registers to write when the driver starts.
+    Shared,
+}
+
 /// A virtio device behind any transport.
 pub trait VirtioDevice: Send {
     /// Returns the device's type.
@@ -43,6 +52,11 @@ pub trait VirtioDevice: Send {
 
     /// Returns the maximum size of each queue, in descriptors: a power of two, at most 32768 (virtio 1.3 §2.7).
     fn queue_max_sizes(&self) -> Vec<u16>;
+
+    /// Returns how many interrupts the queues are to have.
+    fn interrupt_vectors(&self) -> InterruptVectors {
+        InterruptVectors::PerQueue
+    }
 
     /// Returns the most bytes that the buffers of a descriptor chain may have together. A longer chain breaks its queue, and
     /// the driver sees `DEVICE_NEEDS_RESET`. It bounds the work of one request, so it is well above what drivers send.

@@ -36,6 +36,7 @@ mod ring_tests;
 pub mod rng;
 mod round;
 mod saved;
+mod shown_state;
 mod slot;
 #[cfg(test)]
 mod tests;
@@ -50,7 +51,9 @@ mod worker;
 mod worker_thread;
 
 pub use chain::Chain;
-pub use device::{ActivateError, Activation, DEFAULT_MAX_CHAIN_BYTES, DeviceKind, FlushWork, VirtioDevice};
+pub use device::{
+    ActivateError, Activation, DEFAULT_MAX_CHAIN_BYTES, DeviceKind, FlushWork, InterruptVectors, VirtioDevice,
+};
 pub use device_thread::{DeviceThread, ThreadPreparation, ThreadStart};
 pub use features::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 pub use interrupt::{DeviceInterrupt, InterruptSource, VirtioInterrupt};

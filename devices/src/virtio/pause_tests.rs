@@ -406,7 +406,7 @@ fn states_that_no_driver_could_set_are_refused() {
         isr_status: 0,
         config_vector: 0,
         queue_vectors: Vec::new(),
-        msix: crate::pci::Msix::new(Vec::new(), Arc::new(NoRoutes)).save(),
+        msix: crate::pci::Msix::new(Vec::new(), Arc::new(NoRoutes)).expect("a table").save(),
     };
     assert!(matches!(refused(&|state| state.bus = bus.clone()), StateFault::Bus));
     driver.replace_with(rng(), &good).expect("the good one");

@@ -33,6 +33,8 @@ pub(crate) fn run(
         Some(window) => on_terminal(connections, window)?,
         None => on_pipes(connections).map_err(io)?,
     };
+    // The command is in the agent's session, unless it has a terminal. This fails where the agent leads one already.
+    let _ = rustix::process::setsid();
     reporter.say(&ToHost::Started).map_err(|error| Stage::Connect.failed("control", error))?;
     let command = command::start(spec, stdios)?;
     let ended = reap(command).map_err(|error| Stage::Command.failed("the thread that waits for it", error))?;

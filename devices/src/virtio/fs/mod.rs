@@ -19,7 +19,9 @@ mod xattr;
 pub use policy::OPEN_FLAGS;
 
 use crate::path_text::PathText as _;
-use crate::virtio::device::{ActivateError, Activation, DeviceKind, FlushWork, VirtioDevice, read_config_bytes};
+use crate::virtio::device::{
+    ActivateError, Activation, DeviceKind, FlushWork, InterruptVectors, VirtioDevice, read_config_bytes,
+};
 use crate::virtio::device_thread::{DeviceThread, ThreadPreparation};
 use crate::virtio::saved::{DeviceFault, DeviceState, FileId, SaveFault};
 use crate::virtio::worker::Worker;
@@ -145,6 +147,10 @@ impl VirtioDevice for Fs {
 
     fn queue_max_sizes(&self) -> Vec<u16> {
         vec![QUEUE_SIZE; usize::from(QUEUES)]
+    }
+
+    fn interrupt_vectors(&self) -> InterruptVectors {
+        InterruptVectors::Shared
     }
 
     fn thread_role(&self) -> DeviceThread {

@@ -50,7 +50,7 @@ impl MsiRouter for AnyRoute {
 }
 
 struct Function {
-    device: PciDevice,
+    device: Arc<PciDevice>,
     memory: Memory,
     queues: u8,
 }
@@ -128,7 +128,7 @@ pub fn restore(state: &VirtioState, folder: &Path) -> Result<(), Box<dyn Error>>
             continue;
         }
         let on_pci = matches!(state.bus, BusState::Pci { .. });
-        let device: &dyn VirtioTransport = if on_pci { &function.device } else { driver.device() };
+        let device: &dyn VirtioTransport = if on_pci { &*function.device } else { driver.device() };
         let saved = device.save()?;
         assert_eq!((&saved.queues, saved.status, &saved.device), (&state.queues, state.status, &state.device));
         pause(device);
@@ -223,7 +223,7 @@ fn step(function: &Function, source: &mut Source<'_>) {
             let _ = function.memory.write_slice(&data, GuestAddress(gpa));
         }
         _ => match source.byte() {
-            0xe0.. => pause(&function.device),
+            0xe0.. => pause(&*function.device),
             queue => function.write(NOTIFY + u64::from(queue % 32) * 4, source.word(), usize::from(source.byte() % 5)),
         },
     }

@@ -14,7 +14,9 @@ mod worker;
 
 pub use stream::{Flow, PortSpec};
 
-use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device::{
+    ActivateError, Activation, DeviceKind, InterruptVectors, VirtioDevice, read_config_bytes,
+};
 use crate::virtio::device_thread::DeviceThread;
 use crate::virtio::saved::{DeviceFault, DeviceState, SaveFault};
 use crate::virtio::slot::Slot;
@@ -70,6 +72,10 @@ impl VirtioDevice for Ports {
 
     fn queue_max_sizes(&self) -> Vec<u16> {
         vec![QUEUE_SIZE; 2 * self.specs.len() + 2]
+    }
+
+    fn interrupt_vectors(&self) -> InterruptVectors {
+        InterruptVectors::Shared
     }
 
     fn max_chain_bytes(&self) -> u32 {

@@ -7,7 +7,9 @@ use super::sockets::{MAX_UNANSWERED, Sockets};
 use super::spec::{KIND, QUEUE_SIZE, QUEUES};
 use crate::path_text::PathText as _;
 use crate::socket::Listener;
-use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device::{
+    ActivateError, Activation, DeviceKind, InterruptVectors, VirtioDevice, read_config_bytes,
+};
 use crate::virtio::device_thread::DeviceThread;
 use crate::virtio::saved::{DeviceFault, DeviceState, SaveFault, VsockState};
 use crate::virtio::slot::Slot;
@@ -57,6 +59,10 @@ impl VirtioDevice for Vsock {
 
     fn queue_max_sizes(&self) -> Vec<u16> {
         vec![QUEUE_SIZE; QUEUES]
+    }
+
+    fn interrupt_vectors(&self) -> InterruptVectors {
+        InterruptVectors::Shared
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
