@@ -18,7 +18,7 @@ use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
 use crate::profile::{self, Profile, RunStats, RunSymbols};
 use crate::sandbox::keep_from_machine;
-use crate::snapshot::Opened;
+use crate::snapshot::{FolderError, Opened, RecordingFolder};
 use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, SuperviseError, Supervised};
 use hwvmm_devices::path_text::PathText as _;
 use std::cell::OnceCell;
@@ -135,6 +135,7 @@ fn run_guest(
     if let Some(snapshot) = &snapshot {
         configure(&mut config, snapshot.description())?;
     }
+    let recording = recording(&config, snapshot.as_ref())?;
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     let host = Host::at(Path::new("/"));
     super::mmu::check(config.mmu, &host)?;
@@ -147,6 +148,7 @@ fn run_guest(
     let plan = Plan {
         config: &config,
         snapshot: snapshot.as_ref(),
+        recording: recording.as_ref(),
         expect: config.expect.as_ref().map(|pattern| pattern.0.clone()),
         stdin: if terminal.is_some() || uses_stdin(&config) && io::stdin().is_terminal() {
             Stdin::Terminal
@@ -183,6 +185,16 @@ fn run_guest(
         (status, None) => status,
     };
     Ok(Ended { end, status, entry: record.entry })
+}
+
+/// The folder in which the pages are written down that the guest uses, where that is wanted.
+fn recording(config: &RunConfig, snapshot: Option<&Opened>) -> Result<Option<RecordingFolder>, FolderError> {
+    let (Some(_), Some(path), Some(snapshot)) = (config.record_working_set, &config.from, snapshot) else {
+        return Ok(None);
+    };
+    let folder = RecordingFolder::new(path, snapshot.description())?;
+    keep_from_machine(folder.as_fd());
+    Ok(Some(folder))
 }
 
 /// Returns true if hwvmm says what it does (`-v`).

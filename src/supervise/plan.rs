@@ -6,7 +6,7 @@ use crate::boot::initramfs::TerminalSize;
 use crate::config::RunConfig;
 use crate::kvm::System;
 use crate::machine::Stdin;
-use crate::snapshot::Opened;
+use crate::snapshot::{Opened, RecordingFolder};
 use std::error::Error;
 use std::time::Instant;
 
@@ -19,6 +19,8 @@ pub struct Plan<'a> {
     pub config: &'a RunConfig,
     /// The snapshot that the guest goes on from, in place of a kernel.
     pub snapshot: Option<&'a Opened>,
+    /// Where the pages of memory are written down that the guest uses.
+    pub recording: Option<&'a RecordingFolder>,
     /// The pattern of `--expect`.
     pub expect: Option<regex::bytes::Regex>,
     /// The kind of stdin.
