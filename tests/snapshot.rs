@@ -10,6 +10,8 @@ mod harness;
 mod sockets;
 #[path = "snapshot/template.rs"]
 mod template;
+#[path = "snapshot/working_set.rs"]
+mod working_set;
 
 use harness::{Outcome, Test, folder, hwvmm, text};
 use std::fs;
@@ -442,6 +444,8 @@ const TESTS: &[Test] = &[
     ("a_full_disk_is_an_error_and_the_guest_goes_on", a_full_disk_is_an_error_and_the_guest_goes_on),
     ("hostile_snapshots_are_refused", hostile_snapshots_are_refused),
     ("a_restore_is_quick", a_restore_is_quick),
+    ("the_pages_of_a_run_are_ready_in_the_next", working_set::the_pages_of_a_run_are_ready_in_the_next),
+    ("a_working_set_that_cannot_be_used_is_not", working_set::a_working_set_that_cannot_be_used_is_not),
 ];
 
 fn main() -> ExitCode {

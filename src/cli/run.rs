@@ -18,7 +18,7 @@ use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
 use crate::profile::{self, Profile, RunStats, RunSymbols};
 use crate::sandbox::keep_from_machine;
-use crate::snapshot::{Draft, Opened};
+use crate::snapshot::{Draft, FolderError, Opened, RecordingFolder};
 use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, SuperviseError, Supervised};
 use hwvmm_devices::path_text::PathText as _;
 use std::cell::OnceCell;
@@ -138,6 +138,7 @@ fn run_guest(
     let late_command =
         if snapshot.is_some() && config.has_command() { late_command(&config, terminal)? } else { Vec::new() };
     let draft = config.template.as_deref().map(Draft::new).transpose()?;
+    let recording = recording(&config, snapshot.as_ref())?;
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     let host = Host::at(Path::new("/"));
     super::mmu::check(config.mmu, &host)?;
@@ -152,6 +153,7 @@ fn run_guest(
         snapshot: snapshot.as_ref(),
         late_command,
         template: draft.as_ref().map(Draft::targets).transpose()?,
+        recording: recording.as_ref(),
         expect: config.expect.as_ref().map(|pattern| pattern.0.clone()),
         stdin: if terminal.is_some() || uses_stdin(&config) && io::stdin().is_terminal() {
             Stdin::Terminal
@@ -191,6 +193,16 @@ fn run_guest(
         (status, None) => status,
     };
     Ok(Ended { end, status, entry: record.entry })
+}
+
+/// The folder in which the pages are written down that the guest uses, where that is wanted.
+fn recording(config: &RunConfig, snapshot: Option<&Opened>) -> Result<Option<RecordingFolder>, FolderError> {
+    let (Some(_), Some(path), Some(snapshot)) = (config.record_working_set, &config.from, snapshot) else {
+        return Ok(None);
+    };
+    let folder = RecordingFolder::new(path, snapshot.description())?;
+    keep_from_machine(folder.as_fd());
+    Ok(Some(folder))
 }
 
 /// Returns true if hwvmm says what it does (`-v`).

@@ -193,6 +193,9 @@ pub enum ConfigError {
     /// An option that a snapshot settles.
     #[error("{0} cannot be given with --from: the machine is that of the snapshot; leave it out")]
     NotWithFrom(&'static str),
+    /// An option that only a run from a snapshot has.
+    #[error("{0} is for a run from a snapshot: give --from DIR, too, or leave it out")]
+    OnlyWithFrom(&'static str),
     /// A kernel and an image with one were given.
     #[error("--kernel-from cannot be given with a KERNEL: leave one of them out, or give the image with --disk")]
     TwoKernels,

@@ -7,7 +7,8 @@ use crate::boot::initramfs::{AgentLink, LinkChoice, TerminalSize};
 use crate::boot::{self, InitrdSource, KernelError, KernelFile, Prepared};
 use crate::config::RunConfig;
 use crate::exit::EndReason;
-use crate::snapshot::{FolderError, Opened, SocketsDescription, State};
+use crate::snapshot::{FolderError, Opened, SocketsDescription, State, WorkingSet};
+use crate::tune::Lever;
 use std::fs::File;
 use std::io;
 use thiserror::Error;
@@ -48,6 +49,8 @@ pub(super) enum Source {
         state: State,
         /// The file that guest memory is mapped from.
         memory: File,
+        /// The pages that are made ready.
+        working_set: Option<WorkingSet>,
     },
 }
 
@@ -106,17 +109,24 @@ impl Files {
         Ok(Self { source, cmdline: None, hint: made.and_then(|made| made.hint), link })
     }
 
-    /// Reads the state of a snapshot.
+    /// Reads the state of a snapshot, and the pages that a run before has used. One that writes these down does without.
     ///
     /// # Errors
     /// [`FilesError`].
-    pub fn of_snapshot(snapshot: &Opened) -> Result<Self, FilesError> {
+    pub fn of_snapshot(config: &RunConfig, snapshot: &Opened) -> Result<Self, FilesError> {
         let memory = snapshot.memory().try_clone().map_err(FilesError::Memory)?;
         let link = match snapshot.description().sockets {
             Some(SocketsDescription::Ports) => AgentLink::Ports,
             Some(SocketsDescription::Vsock { .. }) | None => AgentLink::Vsock,
         };
-        Ok(Self { source: Source::Snapshot { state: snapshot.state()?, memory }, cmdline: None, hint: None, link })
+        let wants_pages = config.record_working_set.is_none() && config.tune.wants(Lever::WorkingSet);
+        let working_set = if wants_pages { snapshot.working_set() } else { None };
+        Ok(Self {
+            source: Source::Snapshot { state: snapshot.state()?, memory, working_set },
+            cmdline: None,
+            hint: None,
+            link,
+        })
     }
 
     /// Returns true if the guest is a multiboot kernel that is booted.

@@ -3,6 +3,7 @@
 use super::drain::Drain;
 use super::halt::HaltDetector;
 use super::paused::VirtioDevices;
+use super::working_set::Recorder;
 use crate::console::{Announcements, Look, Watch};
 use crate::event_loop::{EventLoop, EventLoopError};
 use crate::exit::EndReason;
@@ -32,6 +33,8 @@ pub(super) struct Limits<'a> {
     pub paused: Duration,
     /// When a console must have had output.
     pub output: OutputLimit<'a>,
+    /// What writes down the pages that the guest uses.
+    pub recorder: Option<Recorder<'a>>,
 }
 
 /// When a console must have had output at the latest.
@@ -110,7 +113,8 @@ impl Limits<'_> {
                 None
             });
             let console = self.look_at_consoles(now);
-            let next = dog.into_iter().chain(console).chain(output).fold(next_tick, Instant::min);
+            let record = self.recorder.as_mut().and_then(|recorder| recorder.look(now));
+            let next = dog.into_iter().chain(console).chain(output).chain(record).fold(next_tick, Instant::min);
             event_loop.wait(next.saturating_duration_since(now))?;
         }
         Ok(())

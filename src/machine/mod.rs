@@ -25,6 +25,7 @@ mod seed;
 mod setup;
 mod testdev;
 mod virtio;
+mod working_set;
 
 pub use agent_ports::FIRST_AGENT_PORT;
 pub use command::{CommandError, late_command};
@@ -104,7 +105,11 @@ impl Machine {
         let banks = ram_banks(config.memory.bytes);
         let ram = match &setup.files.source {
             Source::Kernel { .. } => GuestRam::new(&banks, backing(config))?,
-            Source::Snapshot { memory, .. } => GuestRam::of_file(&banks, memory)?,
+            Source::Snapshot { memory, working_set, .. } => {
+                let ram = GuestRam::of_file(&banks, memory)?;
+                working_set.iter().for_each(|set| working_set::prepare(set, &ram, memory, config, system));
+                ram
+            }
         };
         let uarts = uarts(config);
         let mut layout = BusLayout::new(config, &setup.files.source)?;
@@ -149,6 +154,9 @@ impl Machine {
         };
         if config.memory.prefault || config.tune.wants(Lever::Prefault) {
             prefault(&ram, &vcpus, config.memory.bytes)?;
+        }
+        if let (Source::Snapshot { working_set: Some(set), .. }, Some(vcpu)) = (&setup.files.source, vcpus.first()) {
+            working_set::map(set, vcpu, config.memory.bytes);
         }
         let registers = VirtioMmioRegisters { devices: &layout.mmio, readonly_pages };
         let ring = vcpus.first().and_then(|vcpu| levers::coalesced_io(&vm, vcpu, config, irqchip, &registers));

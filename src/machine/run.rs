@@ -8,6 +8,7 @@ use super::net::Passt;
 use super::paused::VirtioDevices;
 use super::request::{Save, requests};
 use super::save::Parts;
+use super::working_set::Recorder;
 use super::{Event, Machine, Setup};
 use crate::config::ProfileLevel;
 use crate::console::{Input, UnreadInput, Watch, terminal_size};
@@ -202,6 +203,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let wants_memory = setup.config.stats.is_some() || setup.config.profile.is_some();
     let smaps = if wants_memory { File::open(MemoryUse::FILE).ok() } else { None };
     let start = Instant::now();
+    let recorder = Recorder::new(setup, &ram, start)?;
     let (measure, mut tracer, missing) = measure(setup, &ram, vcpus.len(), start);
     confine_and_start(setup, passt, &virtio, tracer.as_mut())?;
     let startup_cpu_ns = announce_start(setup, boot);
@@ -236,9 +238,11 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
             deadline: setup.output_deadline,
             timeout: setup.config.boot_timeout.unwrap_or_default(),
         },
+        recorder,
     };
     let result = limits.wait(&mut event_loop, &threads);
     let ran = start.elapsed();
+    limits.recorder.take().into_iter().for_each(Recorder::finish);
     // Before what only the end needs is in memory: the code of the record, the record.
     let memory = smaps.and_then(|smaps| MemoryUse::read(&smaps, &ram.host_ranges().collect::<Vec<_>>()).ok());
     let started = Started { boot, startup_cpu_ns, missing, threads, drain, tracer };

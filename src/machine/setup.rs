@@ -7,7 +7,7 @@ use crate::console::{Announcements, UnreadInput};
 use crate::exit::RunEnd;
 use crate::measure::FlightRecorders;
 use crate::sandbox::Sandbox;
-use crate::snapshot;
+use crate::snapshot::{self, WorkingSet};
 use hwvmm_arch::boot::BootMethod;
 use hwvmm_devices::virtio::vsock::Connector;
 use std::os::fd::BorrowedFd;
@@ -48,6 +48,8 @@ pub enum Event<'a> {
         /// CPU time of this process so far, in nanoseconds.
         startup_cpu_ns: u64,
     },
+    /// The guest's pages that it has used since it went on from a snapshot (`--record-working-set`).
+    WorkingSet(WorkingSet),
     /// The run has ended. Its threads have yet to be stopped, and its record is yet to be made.
     Ended(&'a RunEnd),
 }

@@ -128,6 +128,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
             Event::Started { boot, startup_cpu_ns } => {
                 Message::Started { boot, startup_cpu_ns: startup_cpu_ns.saturating_add(*parent_cpu_ns) }
             }
+            Event::WorkingSet(set) => Message::WorkingSet(set),
             Event::Ended(end) => Message::Ended(end.clone()),
         };
         if let Err(error) = sender.send(&message) {
@@ -138,7 +139,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
     let config = plan.config;
     let progress = |what: &str| on_event(Event::Progress(what));
     let (files, disks) = match source {
-        Source::Snapshot(snapshot) => (Files::of_snapshot(snapshot)?, disks(config)?),
+        Source::Snapshot(snapshot) => (Files::of_snapshot(config, snapshot)?, disks(config)?),
         Source::File(kernel) => {
             (plan.check)(&system, &kernel)?;
             let disks = disks(config)?;

@@ -17,6 +17,7 @@ use crate::machine::{Ran, Start, StopRequest};
 use crate::measure::{FlightRecorders, MemoryUse, RunRecord};
 use crate::memory::give_back_startup;
 use crate::sandbox::{Child, ForkError, PANICKED, Refused, fork};
+use crate::snapshot::RecordingFolder;
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::virtio::vsock::{HostConnector, Served};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -138,6 +139,7 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Supe
         own_memory: None,
         killed: None,
         reports,
+        recording: plan.recording,
     };
     watch.until_the_end()?;
     watch.finish(&flight_recorders)
@@ -198,6 +200,8 @@ struct Watch<'a> {
     killed: Option<Killed>,
     /// What the process' sandbox has refused.
     reports: File,
+    /// Where the pages go that the guest has used, until they are written.
+    recording: Option<&'a RecordingFolder>,
 }
 
 impl Watch<'_> {
@@ -341,6 +345,11 @@ impl Watch<'_> {
             Message::Unbootable(error) => {
                 self.failed.get_or_insert(SuperviseError::Unbootable(error));
                 self.start_to_end();
+            }
+            // Once: the process could make this one write without an end.
+            Message::WorkingSet(set) if self.assembly.phase() == Phase::Running && self.recording.is_some() => {
+                let kept = self.recording.take().map_or(Ok(()), |folder| folder.keep(&set));
+                kept.unwrap_or_else(|error| log::warn!("{}", chain(&error)));
             }
             message => {
                 // This process only waits from now on: what its start took goes back.

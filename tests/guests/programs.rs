@@ -49,6 +49,37 @@ program!(
     "7: loop 7b",
     "jmp 5b"
 );
+// In rounds: reads each page from 4 to 8 MiB, counts in each page from 8 to 9 MiB, writes the number to the mark port, and prints it: eight
+// digits from '0' to '?'.
+program!(
+    touch,
+    "5: mov $0x400000,%edi",
+    "mov $1024,%ecx",
+    "6: mov (%edi),%al",
+    "add $0x1000,%edi",
+    "loop 6b",
+    "mov $256,%ecx",
+    "7: incl (%edi)",
+    "add $0x1000,%edi",
+    "loop 7b",
+    "mov 0x800000,%ebx",
+    "mov %ebx,%eax",
+    "mov $0x508,%dx",
+    "out %eax,%dx",
+    "mov $0x3f8,%dx",
+    "mov $8,%ecx",
+    "8: rol $4,%ebx",
+    "mov %bl,%al",
+    "and $0xf,%al",
+    "add $0x30,%al",
+    "out %al,%dx",
+    "loop 8b",
+    "mov $10,%al",
+    "out %al,%dx",
+    "mov $20000,%ecx",
+    "9: loop 9b",
+    "jmp 5b"
+);
 // Prints the generation identifier again and again: 32 digits from '0' to '?', the upper one of each byte first.
 program!(
     generation,
