@@ -1,6 +1,6 @@
 //! The initramfs of a guest that runs one command, from the configuration.
 
-use super::drivers::drivers;
+use super::drivers::{drivers, other_link};
 use super::image::DiskParts;
 use crate::boot::image::{Root, RootUser};
 use crate::boot::initramfs::{
@@ -9,7 +9,7 @@ use crate::boot::initramfs::{
 };
 use crate::boot::{self, KernelFile};
 use crate::bounded_read::{ReadError, read_text};
-use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, UserChoice, VsockBackend, rw_tag};
+use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, UserChoice, rw_tag};
 use crate::escape::escape;
 use crate::tune::Lever;
 use hwvmm_devices::path_text::PathText as _;
@@ -125,12 +125,6 @@ pub(super) fn make(
     let ms = began.elapsed().as_secs_f64() * 1e3;
     log::info!("initramfs: {} bytes in {ms:.1} ms; modules: {} from {from}", made.archive.len(), made.modules.len());
     Ok(CommandInitramfs { file, hint: hint(&made, kernel, parts), link: made.link })
-}
-
-/// What the agent may use in place of vsock. A user who asks for a vsock device has a kernel with vsock.
-pub(super) fn other_link(config: &RunConfig) -> Option<AgentLink> {
-    let own = config.vsock.as_ref().is_some_and(|vsock| vsock.backend == VsockBackend::Streams);
-    own.then_some(AgentLink::Ports)
 }
 
 /// What to do about a driver that is missing.

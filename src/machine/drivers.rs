@@ -1,7 +1,7 @@
 //! The drivers that a guest with a command needs for its devices.
 
-use crate::boot::initramfs::Driver;
-use crate::config::{RootChoice, RunConfig, Transport};
+use crate::boot::initramfs::{AgentLink, Driver};
+use crate::config::{RootChoice, RunConfig, Transport, VsockBackend};
 
 /// The drivers that the guest needs, in the order in which they are loaded.
 pub(super) fn drivers(config: &RunConfig) -> Vec<Driver> {
@@ -21,6 +21,12 @@ pub(super) fn drivers(config: &RunConfig) -> Vec<Driver> {
         drivers.push(Driver::Overlay);
     }
     drivers
+}
+
+/// What the agent may use in place of vsock. A user who asks for a vsock device has a kernel with vsock.
+pub(super) fn other_link(config: &RunConfig) -> Option<AgentLink> {
+    let own = config.vsock.as_ref().is_some_and(|vsock| vsock.backend == VsockBackend::Streams);
+    own.then_some(AgentLink::Ports)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The files that a machine's guest is loaded from.
 
 use super::command::{self, CommandError};
+use super::drivers::other_link;
 use super::image::{DiskParts, FromImage};
 use crate::boot::cache::Cache;
 use crate::boot::initramfs::{AgentLink, TerminalSize};
@@ -139,7 +140,7 @@ impl Files {
 
 /// What the agent reaches the host by, as the kernel itself says: no list of its modules was found.
 fn link_of(config: &RunConfig, kernel: &KernelFile, prepared: &Prepared) -> Result<AgentLink, FilesError> {
-    match (command::other_link(config), prepared.vmlinux(kernel)) {
+    match (other_link(config), prepared.vmlinux(kernel)) {
         (Some(_), Some(vmlinux)) => AgentLink::of_vmlinux(vmlinux).map_err(FilesError::Search),
         _ => Ok(AgentLink::Vsock),
     }

@@ -1,7 +1,8 @@
 //! What the agent reaches the host by: the kernel decides, by the drivers that it has.
 
-use super::index::Driver;
+use super::index::{Driver, IndexError, ModuleIndex};
 use super::release::read_up_to;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 
@@ -10,7 +11,7 @@ const PIECE_BYTES: usize = 1 << 20;
 const SEARCH_BYTES: u64 = 256 << 20;
 
 /// What the agent reaches the host by.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AgentLink {
     /// Stream sockets (virtio 1.3 section 5.10).
     #[default]
@@ -57,8 +58,39 @@ impl AgentLink {
     }
 }
 
+/// The modules that a guest needs, by the list of its kernel.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Resolved<'a> {
+    /// Their paths, in the order in which they are to be loaded.
+    pub paths: Vec<&'a str>,
+    /// What the agent reaches the host by.
+    pub link: AgentLink,
+}
+
+impl<'a> Resolved<'a> {
+    /// What `drivers`, with vsock among them, need; `other` is in place of vsock where the kernel has that alone.
+    ///
+    /// # Errors
+    /// [`IndexError`].
+    pub fn of(index: &ModuleIndex<'a>, drivers: &[Driver], other: Option<AgentLink>) -> Result<Self, IndexError> {
+        let error = match (index.resolve(drivers), other) {
+            (Err(error @ IndexError::NoDriver(Driver::Vsock)), Some(_)) => error,
+            (paths, _) => return Ok(Self { paths: paths?, link: AgentLink::Vsock }),
+        };
+        let link = other.unwrap_or_default();
+        let drivers: Vec<Driver> =
+            drivers.iter().map(|driver| if *driver == Driver::Vsock { link.driver() } else { *driver }).collect();
+        match index.resolve(&drivers) {
+            // The kernel has neither: vsock is what it should have.
+            Err(IndexError::NoDriver(driver)) if driver == link.driver() => Err(error),
+            paths => Ok(Self { paths: paths?, link }),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::index::IndexFiles;
     use super::*;
     use std::io::Write;
 
@@ -83,5 +115,21 @@ mod tests {
         // What both transports share is no transport.
         let common = &b"\0vmw_vsock_virtio_transport_common\0"[..];
         assert_eq!(link(&[(7, common), (100, console)]), AgentLink::Ports);
+    }
+
+    #[test]
+    fn a_kernel_without_vsock_is_reached_by_its_console() {
+        let drivers = [Driver::VirtioPci, Driver::Vsock];
+        let link = |dependencies: &str, other| {
+            let files = IndexFiles { dependencies, builtin: "kernel/virtio_pci.ko\n", soft: "" };
+            Resolved::of(&ModuleIndex::parse(files), &drivers, other).map(|found| (found.paths.concat(), found.link))
+        };
+        let (vsock, console) = ("k/vmw_vsock_virtio_transport.ko:\n", "k/virtio_console.ko:\n");
+        let both = vsock.to_owned() + console;
+        let ports = Some(AgentLink::Ports);
+        assert_eq!(link(&both, ports), Ok(("k/vmw_vsock_virtio_transport.ko".into(), AgentLink::Vsock)));
+        assert_eq!(link(console, ports), Ok(("k/virtio_console.ko".into(), AgentLink::Ports)));
+        assert_eq!(link(console, None), Err(IndexError::NoDriver(Driver::Vsock)), "a vsock device was asked for");
+        assert_eq!(link("", ports), Err(IndexError::NoDriver(Driver::Vsock)));
     }
 }

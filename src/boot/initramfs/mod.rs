@@ -14,7 +14,7 @@ pub use cpio::{Archive, CpioError, DeviceNumber};
 pub use error::InitramfsError;
 pub use index::{Driver, IndexError, IndexFiles, ModuleIndex};
 pub use instructions::{GuestRoot, GuestUser, Instructions, Signatures, TerminalSize, Variable, WritableShare};
-pub use link::AgentLink;
+pub use link::{AgentLink, Resolved};
 pub use modules::{CopiedModule, CopiedModules, ModulesError, Places};
 pub use put::Put;
 pub use release::kernel_release;
