@@ -1,15 +1,15 @@
 //! The initramfs of a guest that runs one command, from the configuration.
 
-use super::drivers::drivers;
+use super::drivers::{drivers, links};
 use super::image::DiskParts;
 use crate::boot::image::{Root, RootUser};
 use crate::boot::initramfs::{
     self, AgentLink, AgentTask, CommandSpec, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest,
-    Instructions, LinkChoice, ModuleSource, Put, Signatures, TerminalSize, Variable, WritableShare,
+    Instructions, ModuleSource, Put, Signatures, TerminalSize, Variable, WritableShare,
 };
 use crate::boot::{self, KernelFile};
 use crate::bounded_read::{ReadError, read_text};
-use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, UserChoice, VsockBackend, rw_tag};
+use crate::config::{ROOT_DISK, ROOT_TAG, RootChoice, RunConfig, UserChoice, rw_tag};
 use crate::escape::escape;
 use crate::tune::Lever;
 use hwvmm_devices::path_text::PathText as _;
@@ -125,16 +125,6 @@ pub(super) fn make(
     let ms = began.elapsed().as_secs_f64() * 1e3;
     log::info!("initramfs: {} bytes in {ms:.1} ms; modules: {} from {from}", made.archive.len(), made.modules.len());
     Ok(CommandInitramfs { file, hint: hint(&made, kernel, parts), link: made.link })
-}
-
-/// What the agent may use. A user who asks for a vsock device has a kernel with vsock.
-pub(super) fn links(config: &RunConfig) -> LinkChoice {
-    let own = config.vsock.as_ref().is_some_and(|vsock| vsock.backend == VsockBackend::Streams);
-    match (own, &config.template) {
-        (false, _) => LinkChoice::Vsock,
-        (true, None) => LinkChoice::VsockFirst,
-        (true, Some(_)) => LinkChoice::PortsFirst,
-    }
 }
 
 /// The message with the command of `config`, for the agent of a guest that waits for it; `terminal` is the size of the user's, if the command

@@ -1,7 +1,7 @@
 //! The drivers that a guest with a command needs for its devices.
 
-use crate::boot::initramfs::Driver;
-use crate::config::{RootChoice, RunConfig, Transport};
+use crate::boot::initramfs::{Driver, LinkChoice};
+use crate::config::{RootChoice, RunConfig, Transport, VsockBackend};
 use crate::tune::Lever;
 
 /// The drivers that the guest needs, in the order in which they are loaded.
@@ -26,6 +26,16 @@ pub(super) fn drivers(config: &RunConfig) -> Vec<Driver> {
         drivers.push(Driver::Overlay);
     }
     drivers
+}
+
+/// What the agent may use. A user who asks for a vsock device has a kernel with vsock.
+pub(super) fn links(config: &RunConfig) -> LinkChoice {
+    let own = config.vsock.as_ref().is_some_and(|vsock| vsock.backend == VsockBackend::Streams);
+    match (own, &config.template) {
+        (false, _) => LinkChoice::Vsock,
+        (true, None) => LinkChoice::VsockFirst,
+        (true, Some(_)) => LinkChoice::PortsFirst,
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The files that a machine's guest is loaded from.
 
 use super::command::{self, CommandError};
+use super::drivers::links;
 use super::image::{DiskParts, FromImage};
 use crate::boot::cache::Cache;
 use crate::boot::initramfs::{AgentLink, LinkChoice, TerminalSize};
@@ -148,7 +149,7 @@ impl Files {
 
 /// What the agent reaches the host by, as the kernel itself says: no list of its modules was found.
 fn link_of(config: &RunConfig, kernel: &KernelFile, prepared: &Prepared) -> Result<AgentLink, FilesError> {
-    match (command::links(config), prepared.vmlinux(kernel)) {
+    match (links(config), prepared.vmlinux(kernel)) {
         (LinkChoice::Vsock, _) | (_, None) => Ok(AgentLink::Vsock),
         (choice, Some(vmlinux)) => AgentLink::of_vmlinux(vmlinux, choice).map_err(FilesError::Search),
     }

@@ -1,7 +1,7 @@
 //! What a guest is started from that is in the images of disks: the kernel and its modules (`--kernel-from`), and the root of a command.
 
 use super::disks::Disks;
-use super::drivers::drivers;
+use super::drivers::{drivers, links};
 use crate::boot::image::{
     ImageKernel, ImageKernelError, Listed, OpenDisk, ReadAt, Root, WantedKernel, WantedModules, kernel_of, list_seen,
     modules_of, root_of,
@@ -123,7 +123,7 @@ impl Disks {
         let Some(disk) = self.find(config, |disk| disk.path == *path) else { return Ok(parts) };
         // A kernel that cannot be read is reported by the one who makes the initramfs.
         let Ok(Some(release)) = kernel_release(kernel) else { return Ok(parts) };
-        let wanted = WantedModules { release: &release, drivers: &drivers(config) };
+        let wanted = WantedModules { release: &release, drivers: &drivers(config), links: links(config) };
         let taken = modules_of(&disk, wanted, isolation(config.sandbox)).map_err(|source| failed(path, source))?;
         let folder = taken.found.folder;
         let no_modules = folder.is_none().then(|| {
@@ -143,7 +143,7 @@ impl Disks {
             offset = offset.saturating_add(module.bytes);
         }
         let folder = folder.map(|folder| named(path, &folder));
-        let modules = Some(CopiedModules { folder, file: taken.file, modules });
+        let modules = Some(CopiedModules { folder, file: taken.file, modules, link: taken.found.link });
         Ok(DiskParts { modules, no_modules, ..parts })
     }
 

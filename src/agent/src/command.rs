@@ -37,8 +37,7 @@ pub(crate) fn start(spec: &CommandSpec, stdios: Stdios) -> Result<Pid, Failure> 
     // What cannot be started is said by the second start, on the command's own stderr.
     let id = match directly {
         Some(id) => id,
-        None => start_again(spec, stdios)
-            .map_err(|error| Stage::Command.failed("the command's process", error))?,
+        None => start_again(spec, stdios).map_err(|error| Stage::Command.failed("the command's process", error))?,
     };
     Pid::from_raw(id.cast_signed()).ok_or_else(|| Stage::Command.failed("the command's process", "it has no id"))
 }
@@ -49,8 +48,7 @@ fn start_directly(spec: &CommandSpec, stdios: &Stdios) -> io::Result<u32> {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     let copy = |stream: &OwnedFd| stream.try_clone();
-    let stdios =
-        Stdios { stdin: copy(&stdios.stdin)?, stdout: copy(&stdios.stdout)?, stderr: copy(&stdios.stderr)? };
+    let stdios = Stdios { stdin: copy(&stdios.stdin)?, stdout: copy(&stdios.stdout)?, stderr: copy(&stdios.stderr)? };
     let mut command = Command::new(program);
     command.args(arguments).process_group(0);
     // The agent itself has the default ones.
@@ -116,13 +114,15 @@ mod tests {
         let (mut output, stdout) = std::io::pipe().expect("a pipe");
         let null = || OwnedFd::from(File::open("/dev/null").expect("/dev/null"));
         let stdios = Stdios { stdin: null(), stdout: stdout.into(), stderr: null() };
-        let instructions = Instructions {
+        let spec = CommandSpec {
             command: command.iter().map(OsString::from).collect(),
             environment: vec![("PATH".into(), "/usr/bin:/bin".into()), ("A".into(), "b c".into())],
             workdir: PathBuf::from("/"),
-            ..Instructions::default()
+            user: User::default(),
+            hostname: None,
+            terminal: None,
         };
-        let child = start_directly(&instructions, &stdios).and_then(|id| {
+        let child = start_directly(&spec, &stdios).and_then(|id| {
             drop(stdios);
             Pid::from_raw(id.cast_signed()).ok_or_else(|| io::ErrorKind::Other.into())
         });

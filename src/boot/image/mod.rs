@@ -23,9 +23,9 @@ mod volumes;
 pub use disk::{Range, ReadAt};
 pub use find::{FindError, Found, Root, RootUser, find, find_root, list_seen};
 pub use menu::Listed;
-pub use modules::{FoundModule, FoundModules, find_modules};
+pub use modules::{FoundModule, FoundModules, WantedModules, find_modules};
 pub use process::{
-    ImageKernel, ImageKernelError, ImageModules, OpenDisk, WantedKernel, WantedModules, kernel_of, modules_of, root_of,
+    ImageKernel, ImageKernelError, ImageModules, OpenDisk, WantedKernel, kernel_of, modules_of, root_of,
 };
 pub use volumes::Seen;
 

@@ -2,8 +2,7 @@
 
 use super::disk::{Range, ReadAt};
 use super::find::{FindError, Found, MAX_FILE_BYTES, Root, cut, find, find_root};
-use super::modules::{FoundModules, MAX_MODULES, find_modules};
-use crate::boot::initramfs::Driver;
+use super::modules::{FoundModules, MAX_MODULES, WantedModules, find_modules};
 use crate::escape::escape;
 use crate::sandbox::{ConfinedError, Isolation, Limits, confined_with};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -73,15 +72,6 @@ pub struct WantedKernel<'a> {
     pub initrd: bool,
 }
 
-/// Which modules are taken out of an image.
-#[derive(Clone, Copy, Debug)]
-pub struct WantedModules<'a> {
-    /// The kernel's release, as `uname -r` prints it.
-    pub release: &'a str,
-    /// The drivers that a guest needs, in the order in which they are loaded.
-    pub drivers: &'a [Driver],
-}
-
 /// The modules of an image.
 pub struct ImageModules {
     /// What was found.
@@ -126,7 +116,7 @@ pub fn modules_of(
     let file = in_memory("modules")?;
     let job = || {
         let range = Range::whole(Rc::clone(&disk.disk), READ_BYTES);
-        find_modules(&range, wanted.release, wanted.drivers, &mut &file)
+        find_modules(&range, wanted, &mut &file)
     };
     let found: FoundModules = answer(disk, &[file.as_fd()], isolation, job)?;
     let bytes = file.metadata().map_err(ImageKernelError::Memory)?.len();

@@ -6,7 +6,7 @@ mod ext;
 mod fat;
 
 use super::*;
-use crate::boot::initramfs::Driver;
+use crate::boot::initramfs::{LinkChoice, Driver};
 use crate::sandbox::Isolation;
 use crate::skip::skipped;
 use fat::fat;
@@ -184,30 +184,37 @@ fn the_modules_of_a_kernel_are_copied() {
     let write = |name: &str, content: &str| fs::write(folder.join(name), content).expect("written");
     write(
         "modules.dep",
-        "kernel/overlay.ko.xz: kernel/base.ko\nkernel/base.ko:\nkernel/virtiofs.ko:\nkernel/ext4.ko:\n",
+        "kernel/overlay.ko.xz: kernel/base.ko\nkernel/base.ko:\nkernel/virtiofs.ko:\nkernel/ext4.ko:\n\
+            kernel/virtio_console.ko: kernel/base.ko\n",
     );
     write("modules.builtin", "kernel/virtio_pci.ko\n");
     write("kernel/overlay.ko.xz", "overlay");
     write("kernel/base.ko", "base");
+    write("kernel/virtio_console.ko", "console");
     symlink("/etc/passwd", folder.join("kernel/virtiofs.ko")).expect("linked");
     fs::File::create(folder.join("kernel/ext4.ko")).and_then(|file| file.set_len(65 << 20)).expect("a hole");
     let Some(ext) = ext("ext4", root.path()) else { return };
     let image = disk(&[&fat(2 * MIB, &[]), &ext]);
+    fn wanted<'a>(release: &'a str, drivers: &'a [Driver]) -> WantedModules<'a> {
+        WantedModules { release, drivers, links: LinkChoice::VsockFirst }
+    }
     let copy = |release: &str, drivers: &[Driver]| {
         let mut out = Vec::new();
         let range = Range::whole(Rc::new(image.clone()), 256 * MIB as u64);
-        find_modules(&range, release, drivers, &mut out).map(|found| (found, out))
+        find_modules(&range, wanted(release, drivers), &mut out).map(|found| (found, out))
     };
     let (found, out) = copy("6.1-x", &[Driver::VirtioPci, Driver::Overlay]).expect("found");
     assert_eq!(found.folder.as_deref(), Some("/lib/modules/6.1-x"));
     let modules: Vec<_> = found.modules.iter().map(|module| (module.path.as_str(), module.bytes)).collect();
     assert_eq!(modules, [("kernel/base.ko", 4), ("kernel/overlay.ko.xz", 7)]);
-    assert_eq!(out, b"baseoverlay");
+    assert_eq!((&out[..], found.link), (&b"baseoverlay"[..], Some(AgentLink::Vsock)));
+    let (found, out) = copy("6.1-x", &[Driver::VirtioPci, Driver::Vsock]).expect("found");
+    assert_eq!((&out[..], found.link), (&b"baseconsole"[..], Some(AgentLink::Ports)), "the kernel has no vsock");
     let (none, out) = copy("6.2", &[Driver::Overlay]).expect("none");
-    assert!(none.folder.is_none() && none.modules.is_empty() && out.is_empty());
+    assert!(none.folder.is_none() && none.link.is_none() && none.modules.is_empty() && out.is_empty());
     assert_eq!(list_seen(&none.seen), "partition 1 has FAT, partition 2 has ext4");
     for (driver, why) in [
-        (Driver::Vsock, "CONFIG_VIRTIO_VSOCKETS"),
+        (Driver::VirtioMmio, "CONFIG_VIRTIO_MMIO"),
         (Driver::Virtiofs, "kernel/virtiofs.ko: there is no such file"),
         (Driver::Ext4, "hwvmm reads at most"),
     ] {
@@ -215,8 +222,7 @@ fn the_modules_of_a_kernel_are_copied() {
         assert!(error.contains(why) && error.contains("/lib/modules/6.1-x"), "{error}");
     }
     let disk = OpenDisk { disk: Rc::new(image), files: Vec::new() };
-    let wanted = WantedModules { release: "6.1-x", drivers: &[Driver::Overlay] };
-    let taken = modules_of(&disk, wanted, Isolation::None).expect("taken");
+    let taken = modules_of(&disk, wanted("6.1-x", &[Driver::Overlay]), Isolation::None).expect("taken");
     assert_eq!((taken.found.modules.len(), taken.file.metadata().expect("known").len()), (2, 11));
     let wanted = WantedKernel { entry: None, initrd: false };
     assert!(kernel_of(&disk, wanted, Isolation::None).expect("found").initrd.is_none());
@@ -238,7 +244,8 @@ fn damaged_images_are_errors() {
             }
             let range = Range::whole(Rc::new(image), 64 * MIB as u64);
             let _ = find(&range, None, &mut Vec::new(), Some(&mut Vec::new()));
-            let _ = find_modules(&range, "6.1", &[Driver::Overlay], &mut Vec::new());
+            let wanted = WantedModules { release: "6.1", drivers: &[Driver::Overlay], links: LinkChoice::Vsock };
+            let _ = find_modules(&range, wanted, &mut Vec::new());
         }
     });
 }

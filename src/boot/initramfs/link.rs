@@ -1,7 +1,8 @@
 //! What the agent reaches the host by: the kernel decides, by the drivers that it has.
 
-use super::index::Driver;
+use super::index::{Driver, IndexError, ModuleIndex};
 use super::release::read_up_to;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 
@@ -10,7 +11,7 @@ const PIECE_BYTES: usize = 1 << 20;
 const SEARCH_BYTES: u64 = 256 << 20;
 
 /// What the agent reaches the host by.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AgentLink {
     /// Stream sockets (virtio 1.3 section 5.10).
     #[default]
@@ -79,8 +80,37 @@ impl AgentLink {
     }
 }
 
+/// The modules that a guest needs, by the list of its kernel.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Resolved<'a> {
+    /// Their paths, in the order in which they are to be loaded.
+    pub paths: Vec<&'a str>,
+    /// What the agent reaches the host by.
+    pub link: AgentLink,
+}
+
+impl<'a> Resolved<'a> {
+    /// What `drivers`, with vsock among them, need; what of `choice` the kernel has is in place of vsock.
+    ///
+    /// # Errors
+    /// [`IndexError`].
+    pub fn of(index: &ModuleIndex<'a>, drivers: &[Driver], choice: LinkChoice) -> Result<Self, IndexError> {
+        for link in choice.order() {
+            let of_link = |driver: &Driver| if *driver == Driver::Vsock { link.driver() } else { *driver };
+            let drivers: Vec<Driver> = drivers.iter().map(of_link).collect();
+            match index.resolve(&drivers) {
+                Err(IndexError::NoDriver(driver)) if driver == link.driver() => {}
+                paths => return Ok(Self { paths: paths?, link: *link }),
+            }
+        }
+        // The kernel has none of them: vsock is what it should have.
+        Err(IndexError::NoDriver(Driver::Vsock))
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::index::IndexFiles;
     use super::*;
     use std::io::Write;
 
@@ -111,5 +141,27 @@ mod tests {
         // What both transports share is no transport.
         let common = &b"\0vmw_vsock_virtio_transport_common\0"[..];
         assert_eq!(link(&[(7, common), (100, console)]), AgentLink::Ports);
+    }
+
+    #[test]
+    fn a_kernel_without_vsock_is_reached_by_its_console() {
+        let drivers = [Driver::VirtioPci, Driver::Vsock];
+        let link = |dependencies: &str, choice| {
+            let files = IndexFiles { dependencies, builtin: "kernel/virtio_pci.ko\n", soft: "" };
+            Resolved::of(&ModuleIndex::parse(files), &drivers, choice).map(|found| (found.paths.concat(), found.link))
+        };
+        let (vsock, console) = ("k/vmw_vsock_virtio_transport.ko:\n", "k/virtio_console.ko:\n");
+        let both = vsock.to_owned() + console;
+        let by_vsock = Ok(("k/vmw_vsock_virtio_transport.ko".into(), AgentLink::Vsock));
+        let by_ports = Ok(("k/virtio_console.ko".into(), AgentLink::Ports));
+        let neither = Err(IndexError::NoDriver(Driver::Vsock));
+        assert_eq!(link(&both, LinkChoice::VsockFirst), by_vsock);
+        assert_eq!(link(console, LinkChoice::VsockFirst), by_ports);
+        assert_eq!(link(console, LinkChoice::Vsock), neither, "a vsock device was asked for");
+        assert_eq!(link(&both, LinkChoice::PortsFirst), by_ports);
+        assert_eq!(link(vsock, LinkChoice::PortsFirst), by_vsock);
+        for choice in [LinkChoice::VsockFirst, LinkChoice::PortsFirst] {
+            assert_eq!(link("", choice), neither);
+        }
     }
 }

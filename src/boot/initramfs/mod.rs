@@ -16,7 +16,7 @@ pub use index::{Driver, IndexError, IndexFiles, ModuleIndex};
 pub use instructions::{
     AgentTask, CommandSpec, GuestRoot, GuestUser, Instructions, Signatures, TerminalSize, Variable, WritableShare,
 };
-pub use link::{AgentLink, LinkChoice};
+pub use link::{AgentLink, LinkChoice, Resolved};
 pub use modules::{CopiedModule, CopiedModules, ModulesError, Places};
 pub use put::Put;
 pub use release::kernel_release;

@@ -4,7 +4,7 @@
 mod tests;
 
 use super::index::{Driver, IndexError, IndexFiles, ModuleIndex};
-use super::link::{AgentLink, LinkChoice};
+use super::link::{AgentLink, LinkChoice, Resolved};
 use crate::boot::unpack::{Content, FailedTask, Job, Limits, Task, UnpackError, run_all};
 use crate::bounded_read::{OpenError, ReadError, open_regular, path_of};
 use crate::sandbox::Isolation;
@@ -116,6 +116,8 @@ pub struct CopiedModules {
     pub file: File,
     /// In the order in which they are to be loaded.
     pub modules: Vec<CopiedModule>,
+    /// What the agent reaches the host by, as their list says; `None` where there is none.
+    pub link: Option<AgentLink>,
 }
 
 /// A module in the file of [`CopiedModules`].
@@ -176,24 +178,6 @@ fn text_if_there(path: &Path) -> Result<String, ModulesError> {
     if path.exists() { text(path) } else { Ok(String::new()) }
 }
 
-/// The paths of the modules that `drivers` need, and what of `choice` the agent reaches the host by.
-fn resolve<'a>(
-    index: &ModuleIndex<'a>,
-    drivers: &[Driver],
-    choice: LinkChoice,
-) -> Result<(Vec<&'a str>, AgentLink), IndexError> {
-    for link in choice.order() {
-        let of_link = |driver: &Driver| if *driver == Driver::Vsock { link.driver() } else { *driver };
-        let drivers: Vec<Driver> = drivers.iter().map(of_link).collect();
-        match index.resolve(&drivers) {
-            Err(IndexError::NoDriver(driver)) if driver == link.driver() => {}
-            resolved => return Ok((resolved?, *link)),
-        }
-    }
-    // The kernel has none of them: vsock is what it should have.
-    Err(IndexError::NoDriver(Driver::Vsock))
-}
-
 /// Finds and reads the modules that `drivers` need, with what of `choice` the kernel has in place of vsock.
 ///
 /// # Errors
@@ -219,8 +203,8 @@ pub(super) fn find(
     let builtin = text_if_there(&folder.join("modules.builtin"))?;
     let soft = text_if_there(&folder.join("modules.softdep"))?;
     let index = ModuleIndex::parse(IndexFiles { dependencies: &dependencies, builtin: &builtin, soft: &soft });
-    let resolved = resolve(&index, drivers, choice);
-    let (paths, link) = resolved.map_err(|source| ModulesError::Index { folder: folder.clone(), source })?;
+    let resolved = Resolved::of(&index, drivers, choice);
+    let Resolved { paths, link } = resolved.map_err(|source| ModulesError::Index { folder: folder.clone(), source })?;
     // Symbolic links to modules of other kernels are usual (weak-modules). One to anything else would give its contents to the guest.
     let homes: Vec<PathBuf> = SYSTEM_FOLDERS
         .iter()
@@ -250,7 +234,7 @@ pub(super) fn of_copies(copied: &CopiedModules, isolation: Isolation) -> Result<
         let file = copied.file.try_clone().map_err(|error| failed(&module.path, error))?;
         Opened::new(&module.path, number, file, module.range)
     })?;
-    Ok(Modules { folder: Some(folder.clone()), modules, link: Some(AgentLink::Vsock) })
+    Ok(Modules { folder: Some(folder.clone()), modules, link: copied.link })
 }
 
 /// A module's file, open.

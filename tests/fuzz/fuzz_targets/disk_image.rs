@@ -1,7 +1,7 @@
 //! Any bytes as a disk: partition table, file systems, and on them the boot loader's configuration and a kernel's modules.
 #![no_main]
 
-use hwvmm::boot::image::{Range, find, find_modules};
+use hwvmm::boot::image::{Range, WantedModules, find, find_modules};
 use hwvmm::boot::initramfs::Driver;
 use libfuzzer_sys::fuzz_target;
 use std::rc::Rc;
@@ -13,7 +13,8 @@ fuzz_target!(|data: &[u8]| {
         Err(error) => assert!(!error.to_string().is_empty()),
     }
     let mut copied = Vec::new();
-    match find_modules(&disk, "6.1", &[Driver::Overlay], &mut copied) {
+    let wanted = WantedModules { release: "6.1", drivers: &[Driver::Overlay], other_link: None };
+    match find_modules(&disk, wanted, &mut copied) {
         Ok(found) => assert_eq!(found.modules.iter().map(|module| module.bytes).sum::<u64>(), copied.len() as u64),
         Err(error) => assert!(!error.to_string().is_empty()),
     }

@@ -7,9 +7,7 @@ use super::sockets::{MAX_UNANSWERED, Sockets};
 use super::spec::{KIND, QUEUE_SIZE, QUEUES};
 use crate::path_text::PathText as _;
 use crate::socket::Listener;
-use crate::virtio::device::{
-    ActivateError, Activation, DeviceKind, InterruptVectors, VirtioDevice, read_config_bytes,
-};
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, InterruptVectors, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
 use crate::virtio::saved::{DeviceFault, DeviceState, SaveFault, VsockState};
 use crate::virtio::slot::Slot;

@@ -43,29 +43,6 @@ fn modules_are_found_and_unpacked() {
 }
 
 #[test]
-fn a_kernel_without_vsock_is_reached_by_its_console() {
-    let drivers = [Driver::VirtioPci, Driver::Vsock];
-    let link = |dependencies: &str, choice| {
-        let files = IndexFiles { dependencies, builtin: "kernel/virtio_pci.ko\n", soft: "" };
-        resolve(&ModuleIndex::parse(files), &drivers, choice).map(|(paths, link)| (paths.concat(), link))
-    };
-    let (vsock, console) = ("k/vmw_vsock_virtio_transport.ko:\n", "k/virtio_console.ko:\n");
-    let both = vsock.to_owned() + console;
-    let (ports, first) = (LinkChoice::VsockFirst, LinkChoice::PortsFirst);
-    assert_eq!(link(&both, ports), Ok(("k/vmw_vsock_virtio_transport.ko".into(), AgentLink::Vsock)));
-    assert_eq!(link(console, ports), Ok(("k/virtio_console.ko".into(), AgentLink::Ports)));
-    assert_eq!(
-        link(console, LinkChoice::Vsock),
-        Err(IndexError::NoDriver(Driver::Vsock)),
-        "a vsock device was asked for"
-    );
-    assert_eq!(link("", ports), Err(IndexError::NoDriver(Driver::Vsock)));
-    assert_eq!(link(&both, first), Ok(("k/virtio_console.ko".into(), AgentLink::Ports)));
-    assert_eq!(link(vsock, first), Ok(("k/vmw_vsock_virtio_transport.ko".into(), AgentLink::Vsock)));
-    assert_eq!(link("", first), Err(IndexError::NoDriver(Driver::Vsock)));
-}
-
-#[test]
 fn damaged_modules_are_named() {
     let (tree, folder) = tree();
     fs::write(folder.join("modules.dep"), "kernel/overlay.ko.zst:\n").expect("written");
@@ -113,11 +90,12 @@ fn copies_are_read_from_their_places() {
     let at = |path: &str, offset, bytes| CopiedModule { path: path.into(), range: FileRange { offset, bytes } };
     let length = packed.len() as u64;
     let modules = vec![at("i.img:/m/b/x-y.ko", 0, 10), at("i.img:/m/a.ko.zst", 10, length)];
-    let copied = CopiedModules { folder: Some("i.img:/m".into()), file, modules };
+    let copied = CopiedModules { folder: Some("i.img:/m".into()), file, modules, link: Some(AgentLink::Ports) };
     let found = of_copies(&copied, Isolation::None).expect("modules");
     let all: Vec<_> = found.modules.iter().map(|module| (module.name.as_str(), &module.bytes[..])).collect();
     assert_eq!(all, [("00-x-y.ko", &b"\x7fELF plain"[..]), ("01-a.ko", b"\x7fELF packed")]);
     assert_eq!(found.folder.as_deref(), Some(Path::new("i.img:/m")));
+    assert_eq!(found.link, Some(AgentLink::Ports));
     let cut = CopiedModules { modules: vec![at("i.img:/m/a.ko", 5, 10 + length)], ..copied };
     assert!(matches!(of_copies(&cut, Isolation::None), Err(ModulesError::Read { .. })), "behind the end");
     let none = CopiedModules { folder: None, ..cut };
