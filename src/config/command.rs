@@ -200,6 +200,7 @@ pub(super) struct CommandRelated<'a> {
     pub(super) command: &'a [OsString],
     pub(super) from: Option<&'a Path>,
     pub(super) expect: Option<&'a Pattern>,
+    pub(super) api: Option<&'a Path>,
     pub(super) root: &'a RootChoice,
     pub(super) rw: &'a [PathBuf],
     pub(super) env: &'a [EnvChoice],
@@ -264,6 +265,11 @@ fn check_template(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
         ("--user", *config.user != UserChoice::default(), later),
         ("--tty", config.tty, later),
         ("--rw", !config.rw.is_empty(), "what a guest has open in a folder that can be written is not saved"),
+        (
+            "--api",
+            config.api.is_some(),
+            "the run ends by itself, and a snapshot from before that would have a guest without a command",
+        ),
         ("--expect", config.expect.is_some(), "the run ends when the guest is ready for a command"),
     ];
     match refused.into_iter().find(|(_, given, _)| *given) {
@@ -368,6 +374,7 @@ mod tests {
             "command = 'sh'",
             "initrd = 'i'",
             "on-reboot = 'restart'",
+            "api = 's'",
         ] {
             let error = config(&format!("template = 't'\n{text}")).expect_err("refused").to_string();
             let option = text.split(' ').next().unwrap_or_default();

@@ -120,6 +120,7 @@ macro_rules! options {
                     command: &config.command,
                     from: config.from.as_deref(),
                     expect: config.expect.as_ref(),
+                    api: config.api.as_deref(),
                     root: &config.root,
                     rw: &config.rw,
                     env: &config.env,
