@@ -435,6 +435,7 @@ const TESTS: &[Test] = &[
     ("a_guest_that_does_not_get_ready_makes_no_template", template::a_guest_that_does_not_get_ready_makes_no_template),
     ("commands_are_for_guests_that_wait_for_one", template::commands_are_for_guests_that_wait_for_one),
     ("sockets_are_connected_anew", sockets::sockets_are_connected_anew),
+    ("shares_are_given_again", sockets::shares_are_given_again),
     ("what_has_no_state_is_refused", what_has_no_state_is_refused),
     ("a_folder_that_exists_is_refused", a_folder_that_exists_is_refused),
     ("a_killed_client_leaves_no_half_snapshot", a_killed_client_leaves_no_half_snapshot),

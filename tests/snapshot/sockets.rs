@@ -41,3 +41,42 @@ pub(super) fn sockets_are_connected_anew() -> Outcome {
         assert!(status == Some(42) && error.contains("no socket device"), "{status:?} {error}");
     })
 }
+
+/// Which folder is shared is said by each run: nothing in a snapshot decides what is opened.
+pub(super) fn shares_are_given_again() -> Outcome {
+    with_kvm(|| {
+        let [one, other, link] = ["share", "share-other", "share-link"].map(|name| folder().join(name));
+        [&one, &other].iter().for_each(|path| fs::create_dir(path).unwrap());
+        std::os::unix::fs::symlink(&one, &link).unwrap();
+        let share = |tag: &str, path: &Path| format!("--share=tag={tag},path={},readonly=on", path.display());
+        for transport in ["pci", "mmio"] {
+            let name = format!("share-{transport}");
+            let options = ["-m", "32M", "--transport", transport, &share("a", &one), &share("b", &other)];
+            let machine = Machine::boot(&name, guests::count(), &options);
+            machine.answer(&["pause"]);
+            let (snapshot, before) = (folder().join(format!("{name}-snapshot")), machine.output());
+            machine.snapshot(&snapshot);
+            machine.stop();
+            let refused = |options: &[&str], words: &[&str]| {
+                let (status, error) = error_of(&snapshot, options);
+                assert!(status == Some(42) && words.iter().all(|word| error.contains(word)), "{status:?} {error}");
+            };
+            refused(&[], &["--share tag=a,path=DIR"]);
+            refused(&[&share("a", &one)], &["--share tag=b,path=DIR"]);
+            refused(&[&share("a", &one), &share("b", &other), &share("c", &other)], &["tag=c", "leave it out"]);
+            refused(&[&share("a", &other), &share("b", &one)], &["share a", "another directory"]);
+            // In any order, and by another path.
+            let machine = Machine::start(
+                &format!("{name}-on"),
+                &[Path::new("--from"), &snapshot],
+                &[&share("b", &other), &format!("--share=tag=a,path={}", link.display())],
+            );
+            machine.wait_for_lines(10);
+            check_sequence(&[&before, &machine.output()]);
+            // A snapshot of what goes on from one.
+            machine.answer(&["pause"]);
+            machine.snapshot(&folder().join(format!("{name}-again")));
+            machine.stop();
+        }
+    })
+}

@@ -87,6 +87,9 @@ pub trait VirtioDevice: Send {
     /// Returns an error where the device cannot start; the driver then sees `DEVICE_NEEDS_RESET`.
     fn activate(&mut self, activation: Activation) -> Result<Vec<Worker>, ActivateError>;
 
+    /// The workers are told to end as at a reset, but for a pause: what they share with the guest stays. Most devices have nothing to do.
+    fn prepare_pause(&mut self) {}
+
     /// Returns what brings to stable storage what the driver has written, for a snapshot. It is run on a thread of the device that
     /// has no worker then. Most devices have nothing to do.
     fn flush(&self) -> Option<FlushWork> {

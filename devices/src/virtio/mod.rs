@@ -57,8 +57,9 @@ pub use interrupt::{DeviceInterrupt, InterruptSource, VirtioInterrupt};
 pub use queue::{QueueCounts, RingAddresses, Virtqueue};
 pub use ring_area::{QueueArea, RingArea};
 pub use saved::{
-    BusState, DeviceFault, DeviceState, DiskState, FileMark, MAX_QUEUES, PauseError, PortPair, PortState, PortsState,
-    QueueState, SaveFault, StateFault, VirtioState, VirtioStateError, VsockState,
+    BusState, DeviceFault, DeviceState, DiskState, FileContent, FileId, FileMark, MAX_QUEUES, NodePlace, PauseError,
+    PortPair, PortState, PortsState, QueueState, SaveFault, ShareHandle, ShareNode, ShareState, StateFault,
+    VirtioState, VirtioStateError, VsockState,
 };
 pub use transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
 pub use worker::{Worker, WorkerError};

@@ -3,9 +3,12 @@
 
 use super::queue::RingAddresses;
 use crate::pci::{ConfigSpaceState, MsixState};
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::error::Error;
+use std::fmt;
 use std::io;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -59,6 +62,8 @@ pub enum DeviceState {
     Rng,
     /// The console has nothing: input that the guest has not taken is the host's.
     Console,
+    /// A shared directory that the guest cannot write.
+    Share(ShareState),
     /// The socket device.
     Vsock(VsockState),
     /// The console with ports that are no consoles.
@@ -99,6 +104,110 @@ pub struct PortPair {
     pub host: u32,
     /// The port of the guest.
     pub guest: u32,
+}
+
+/// What a guest knows of a shared directory that it cannot write, and has open in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareState {
+    /// The guest may use extended attributes.
+    pub has_attributes: bool,
+    /// The shared directory.
+    pub root: FileId,
+    /// The files that the guest knows, each directory before what is in it.
+    #[serde(deserialize_with = "share_nodes")]
+    pub nodes: Vec<ShareNode>,
+    /// The files and directories that it has open.
+    #[serde(deserialize_with = "share_handles")]
+    pub handles: Vec<ShareHandle>,
+}
+
+/// A file that the guest knows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareNode {
+    /// The number by which the guest knows it (`nodeid`).
+    pub number: u64,
+    /// How often the guest has looked it up, without what it has taken back by FORGET.
+    pub lookups: u64,
+    /// What tells it from others.
+    pub file: FileId,
+    /// Where it is found; `None` where it cannot be.
+    pub place: Option<NodePlace>,
+}
+
+/// Where a file is found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodePlace {
+    /// The number of its directory; 1 is the shared one.
+    pub parent: u64,
+    /// Its name there.
+    pub name: Vec<u8>,
+}
+
+/// By what a file of a shared directory is told from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    /// The number of the device that has it (`st_dev`).
+    pub device: u64,
+    /// Its number there (`st_ino`).
+    pub inode: u64,
+    /// What it is (the `S_IFMT` bits of `st_mode`).
+    pub kind: u32,
+}
+
+/// A file or a directory that the guest has open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareHandle {
+    /// The number by which the guest knows it (`fh`).
+    pub number: u64,
+    /// The number of the file.
+    pub node: u64,
+    /// The flags of open(2).
+    pub flags: u32,
+    /// What tells its content from what it was.
+    pub content: FileContent,
+}
+
+/// By what the content of a file is told from what it was; nothing for a directory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileContent {
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// When it was written last: seconds and nanoseconds since 1970.
+    pub modified: (i64, i64),
+}
+
+/// The most files of a share in a state, and the most that are open.
+const MAX_SHARE_NODES: usize = 1 << 18;
+const MAX_SHARE_HANDLES: usize = 1 << 14;
+
+fn share_nodes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ShareNode>, D::Error> {
+    deserializer.deserialize_seq(AtMost::<ShareNode, MAX_SHARE_NODES>(PhantomData))
+}
+
+fn share_handles<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ShareHandle>, D::Error> {
+    deserializer.deserialize_seq(AtMost::<ShareHandle, MAX_SHARE_HANDLES>(PhantomData))
+}
+
+/// A list of at most `N` items, each of which takes much more memory than it has bytes in a file.
+struct AtMost<T, const N: usize>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>, const N: usize> Visitor<'de> for AtMost<T, N> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "at most {N} items")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Vec<T>, A::Error> {
+        let mut all = Vec::new();
+        while let Some(item) = items.next_element()? {
+            if all.len() >= N {
+                return Err(A::Error::invalid_length(all.len(), &self));
+            }
+            all.push(item);
+        }
+        Ok(all)
+    }
 }
 
 /// What a console with ports has. The connections of the host are none of it: a run makes new ones.
@@ -228,6 +337,22 @@ pub enum SaveFault {
         /// The name of the port.
         port: &'static str,
     },
+    /// A file is open that cannot be found by a name.
+    #[error(
+        "the guest has the file {path} open, which has been removed or cannot be found by its name any more: have it closed, and try again"
+    )]
+    OpenFile {
+        /// Its path beneath the shared directory, shown and not too long.
+        path: String,
+    },
+    /// The guest knows too many files.
+    #[error(
+        "the guest knows {files} files of it, too many: have it forget those that it does not use (echo 2 >/proc/sys/vm/drop_caches), and try again"
+    )]
+    ManyFiles {
+        /// The number of files.
+        files: usize,
+    },
 }
 
 /// The state of a snapshot is none that this device can have.
@@ -296,6 +421,28 @@ pub enum DeviceFault {
     /// It is of another device.
     #[error("is of another device")]
     Other,
+    /// The shared directory is another one.
+    #[error("is of another directory, or of one that the guest can write: share the one that it had")]
+    OtherShare,
+    /// What no guest can know of a directory.
+    #[error("has files or open files of a shared directory that no guest can have")]
+    NoShare,
+    /// The host does not let hwvmm have as many open files.
+    #[error(
+        "has {files} files of a shared directory, for which this run may not have enough open: raise the limit with `ulimit -n`"
+    )]
+    ManyFiles {
+        /// The number of files.
+        files: usize,
+    },
+    /// A file that the guest has open is not what it was.
+    #[error(
+        "has the file {path} open, which was changed, replaced or removed since, or cannot be read: make the snapshot anew"
+    )]
+    OpenFile {
+        /// Its path beneath the shared directory, shown and not too long.
+        path: String,
+    },
     /// The guest has another context ID, or more connections than there are.
     #[error("is of a socket device with another context ID, or with more connections than one has")]
     Vsock,
@@ -342,7 +489,7 @@ pub enum DeviceFault {
         /// Which of the image's files, counted from 1.
         place: usize,
     },
-    /// What tells the disk from others cannot be read.
-    #[error("cannot be compared with the disk")]
+    /// What tells the disk from others, or a file of a shared directory, cannot be read.
+    #[error("cannot be compared with what the host has")]
     Io(#[source] io::Error),
 }

@@ -2,8 +2,10 @@
 //! system then uses. A request that is not implemented here is refused (ENOSYS), whatever fuse-backend-rs can do.
 
 use super::policy::{Access, PrivilegedFiles, Rules, Users, check_name, host_flags, open_flags, umask};
-use super::tables::{Limits, Tables};
+use super::saved::file_id;
+use super::tables::{Found, Handle, Limits, Place, Tables};
 use super::xattr::{self, Attributes, Operation, Wanted};
+use crate::virtio::saved::FileId;
 use fuse_backend_rs::abi::fuse_abi::CreateIn;
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid,
@@ -13,7 +15,7 @@ use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::passthrough::PassthroughFs;
 use libc::{stat64, statvfs64};
 use rustix::io::Errno;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -39,25 +41,46 @@ pub(super) type FsServer = Server<Arc<GuardedFs>>;
 
 /// The file system of a shared directory: checks each request against the rules before fuse-backend-rs carries it out.
 pub(super) struct GuardedFs {
-    inner: PassthroughFs,
+    pub(super) inner: PassthroughFs,
     attributes: Attributes,
     /// The guest may use extended attributes in this session.
-    has_attributes: AtomicBool,
-    rules: Rules,
+    pub(super) has_attributes: AtomicBool,
+    pub(super) rules: Rules,
+    /// The shared directory.
+    pub(super) root: FileId,
     /// Locked while `inner` changes its own tables, so that both always agree.
     tables: Mutex<Tables>,
+    /// The workers end, and the guest goes on with what it knows afterwards.
+    keeps: AtomicBool,
 }
 
 impl GuardedFs {
-    /// Wraps `inner`, whose root is open.
-    pub(super) fn new(inner: PassthroughFs, attributes: Attributes, rules: Rules, limits: Limits) -> Self {
+    /// Wraps `inner`, whose `root` is open.
+    pub(super) fn new(
+        inner: PassthroughFs,
+        root: FileId,
+        attributes: Attributes,
+        rules: Rules,
+        limits: Limits,
+    ) -> Self {
         Self {
             inner,
             attributes,
             has_attributes: AtomicBool::new(false),
             rules,
+            root,
             tables: Mutex::new(Tables::new(limits)),
+            keeps: AtomicBool::new(false),
         }
+    }
+
+    /// The guest is to go on with what it knows and has open when the workers have ended, or not.
+    pub(super) fn keep(&self, keeps: bool) {
+        self.keeps.store(keeps, Ordering::Release);
+    }
+
+    pub(super) fn keeps(&self) -> bool {
+        self.keeps.load(Ordering::Acquire)
     }
 
     pub(super) fn rules(&self) -> Rules {
@@ -78,21 +101,39 @@ impl GuardedFs {
 
     fn reset(&self, mut tables: MutexGuard<'_, Tables>) {
         let context = Context::default();
-        for (handle, inode) in tables.take_handles() {
+        let old = tables.take();
+        for handle in old.handles.values() {
             // It fails for a handle that is not there only.
-            let _ = self.inner.release(&context, inode, 0, handle, false, false, None);
+            let _ = self.inner.release(&context, handle.inner_node, 0, handle.inner, false, false, None);
         }
-        self.inner.batch_forget(&context, tables.take_inodes());
+        let nodes = old.inodes.values().filter_map(|node| node.inner);
+        self.inner.batch_forget(&context, nodes.map(|inner| (inner, u64::MAX)).collect());
     }
 
-    fn tables(&self) -> MutexGuard<'_, Tables> {
+    /// Returns the number that `inner` has for a node.
+    fn node(&self, inode: u64) -> io::Result<u64> {
+        self.tables().inner(inode)
+    }
+
+    /// Returns the numbers that `inner` has for a node and for an open file.
+    fn open_node(&self, inode: u64, handle: u64) -> io::Result<(u64, u64)> {
+        let tables = self.tables();
+        Ok((tables.inner(inode)?, tables.inner_handle(handle)?))
+    }
+
+    /// Where a file is. A directory that the guest can write has no snapshots, for which this is kept.
+    fn place(&self, parent: u64, name: &CStr) -> Option<Place> {
+        (self.rules.access == Access::ReadOnly).then(|| Place { parent, name: name.to_owned() })
+    }
+
+    pub(super) fn tables(&self) -> MutexGuard<'_, Tables> {
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts the lookup of `entry`, or makes `inner` forget it.
-    fn count(&self, tables: &mut Tables, ctx: &Context, entry: Entry) -> io::Result<Entry> {
-        match tables.add_lookup(entry.inode) {
-            Ok(()) => Ok(entry),
+    /// Counts the lookup of `entry`, and gives it the number that the guest knows; or makes `inner` forget it.
+    fn count(&self, tables: &mut Tables, ctx: &Context, place: Option<Place>, entry: Entry) -> io::Result<Entry> {
+        match tables.add_lookup(Found { inner: entry.inode, file: file_id(&entry.attr), place }) {
+            Ok(inode) => Ok(Entry { inode, ..entry }),
             Err(full) => {
                 self.inner.forget(ctx, entry.inode, 1);
                 Err(full)
@@ -109,28 +150,33 @@ impl GuardedFs {
         name: &CStr,
         args: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
-        let entry = self.inner.lookup(ctx, parent, name)?;
-        let entry = self.count(tables, ctx, entry)?;
-        match self.inner.open(ctx, entry.inode, args.flags, args.fuse_flags) {
+        let found = self.inner.lookup(ctx, tables.inner(parent)?, name)?;
+        let entry = self.count(tables, ctx, self.place(parent, name), found)?;
+        match self.inner.open(ctx, found.inode, args.flags, args.fuse_flags) {
             Ok((handle, options, backing)) => {
-                tables.add_handle(handle, entry.inode);
+                let handle = tables.add_handle(handle, entry.inode, args.flags);
                 Ok((entry, handle, options, backing))
             }
             Err(error) => {
                 tables.forget(entry.inode, 1);
-                self.inner.forget(ctx, entry.inode, 1);
+                self.inner.forget(ctx, found.inode, 1);
                 Err(error)
             }
         }
     }
 
     /// Runs a request that makes a file and looks it up. Nothing is made where there is no room for one more inode.
-    fn make(&self, ctx: &Context, make: impl FnOnce(&PassthroughFs) -> io::Result<Entry>) -> io::Result<Entry> {
+    fn make(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        make: impl FnOnce(&PassthroughFs, u64) -> io::Result<Entry>,
+    ) -> io::Result<Entry> {
         let inner = self.writable()?;
         let mut tables = self.tables();
         tables.check_inodes()?;
-        let entry = make(inner)?;
-        self.count(&mut tables, ctx, entry)
+        let entry = make(inner, tables.inner(parent)?)?;
+        self.count(&mut tables, ctx, None, entry)
     }
 
     /// # Errors
@@ -186,18 +232,24 @@ impl FileSystem for GuardedFs {
     fn lookup(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
         let mut tables = self.tables();
-        let entry = self.inner.lookup(ctx, parent, name)?;
-        self.count(&mut tables, ctx, entry)
+        let entry = self.inner.lookup(ctx, tables.inner(parent)?, name)?;
+        self.count(&mut tables, ctx, self.place(parent, name), entry)
     }
 
+    /// `inner` forgets all lookups at once: it need not have as many as the guest, which may go on from a snapshot.
     fn forget(&self, ctx: &Context, inode: u64, count: u64) {
         let mut tables = self.tables();
-        self.inner.forget(ctx, inode, count);
-        tables.forget(inode, count);
+        if let Some(inner) = tables.forget(inode, count) {
+            self.inner.forget(ctx, inner, u64::MAX);
+        }
     }
 
     fn getattr(&self, ctx: &Context, inode: u64, handle: Option<u64>) -> io::Result<(stat64, Duration)> {
-        self.inner.getattr(ctx, inode, handle)
+        let (node, handle) = match handle {
+            Some(handle) => self.open_node(inode, handle).map(|(node, handle)| (node, Some(handle)))?,
+            None => (self.node(inode)?, None),
+        };
+        self.inner.getattr(ctx, node, handle)
     }
 
     fn setattr(
@@ -208,45 +260,46 @@ impl FileSystem for GuardedFs {
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
-        let inner = self.writable()?;
+        let (inner, node) = (self.writable()?, self.node(inode)?);
         if valid.contains(SetattrValid::MODE) {
-            let (now, _) = inner.getattr(ctx, inode, None)?;
+            let (now, _) = inner.getattr(ctx, node, None)?;
             self.rules.privileged_files.check_change(now.st_mode, attr.st_mode)?;
         }
-        inner.setattr(ctx, inode, attr, handle, valid)
+        let handle = handle.map(|handle| self.tables().inner_handle(handle)).transpose()?;
+        inner.setattr(ctx, node, attr, handle, valid)
     }
 
     fn readlink(&self, ctx: &Context, inode: u64) -> io::Result<Vec<u8>> {
-        self.inner.readlink(ctx, inode)
+        self.inner.readlink(ctx, self.node(inode)?)
     }
 
     fn symlink(&self, ctx: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
-        self.make(ctx, |inner| inner.symlink(ctx, target, parent, name))
+        self.make(ctx, parent, |inner, parent| inner.symlink(ctx, target, parent, name))
     }
 
     fn mknod(&self, ctx: &Context, parent: u64, name: &CStr, mode: u32, device: u32, mask: u32) -> io::Result<Entry> {
         check_name(name)?;
         self.writable()?;
         self.rules.privileged_files.check_node(mode)?;
-        self.make(ctx, |inner| inner.mknod(ctx, parent, name, mode, device, umask(mask)))
+        self.make(ctx, parent, |inner, parent| inner.mknod(ctx, parent, name, mode, device, umask(mask)))
     }
 
     fn mkdir(&self, ctx: &Context, parent: u64, name: &CStr, mode: u32, mask: u32) -> io::Result<Entry> {
         check_name(name)?;
         self.writable()?;
         self.rules.privileged_files.check_mode(mode)?;
-        self.make(ctx, |inner| inner.mkdir(ctx, parent, name, mode, umask(mask)))
+        self.make(ctx, parent, |inner, parent| inner.mkdir(ctx, parent, name, mode, umask(mask)))
     }
 
     fn unlink(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
         check_name(name)?;
-        self.writable()?.unlink(ctx, parent, name)
+        self.writable()?.unlink(ctx, self.node(parent)?, name)
     }
 
     fn rmdir(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
         check_name(name)?;
-        self.writable()?.rmdir(ctx, parent, name)
+        self.writable()?.rmdir(ctx, self.node(parent)?, name)
     }
 
     fn rename(
@@ -262,12 +315,13 @@ impl FileSystem for GuardedFs {
         check_name(new_name)?;
         let inner = self.writable()?;
         self.rules.privileged_files.check_rename(flags)?;
-        inner.rename(ctx, old_parent, old_name, new_parent, new_name, flags)
+        inner.rename(ctx, self.node(old_parent)?, old_name, self.node(new_parent)?, new_name, flags)
     }
 
     fn link(&self, ctx: &Context, inode: u64, new_parent: u64, new_name: &CStr) -> io::Result<Entry> {
         check_name(new_name)?;
-        self.make(ctx, |inner| inner.link(ctx, inode, new_parent, new_name))
+        let node = self.node(inode)?;
+        self.make(ctx, new_parent, |inner, parent| inner.link(ctx, node, parent, new_name))
     }
 
     fn open(
@@ -280,9 +334,8 @@ impl FileSystem for GuardedFs {
         let flags = open_flags(flags, self.rules.access)?;
         let mut tables = self.tables();
         tables.check_handles()?;
-        let opened = self.inner.open(ctx, inode, flags, fuse_flags)?;
-        tables.add_handle(opened.0, inode);
-        Ok(opened)
+        let (handle, options, backing) = self.inner.open(ctx, tables.inner(inode)?, flags, fuse_flags)?;
+        Ok((tables.add_handle(handle, inode, flags), options, backing))
     }
 
     fn create(
@@ -302,14 +355,20 @@ impl FileSystem for GuardedFs {
         let flags = host_flags(args.flags);
         let exclusive = libc::O_EXCL.cast_unsigned();
         let new = CreateIn { flags: flags | exclusive, umask: umask(args.umask), ..args };
-        let (entry, handle, options, backing) = match inner.create(ctx, parent, name, new) {
+        let node = tables.inner(parent)?;
+        let (entry, handle, options, backing) = match inner.create(ctx, node, name, new) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && flags & exclusive == 0 => {
                 return self.open_existing(&mut tables, ctx, parent, name, CreateIn { flags, ..args });
             }
             created => created?,
         };
-        tables.add_handle(handle, entry.inode);
-        Ok((self.count(&mut tables, ctx, entry)?, handle, options, backing))
+        let created = entry.inode;
+        let counted = self.count(&mut tables, ctx, None, entry);
+        if let (Err(_), Some(handle)) = (&counted, handle) {
+            let _ = inner.release(ctx, created, 0, handle, false, false, None);
+        }
+        let entry = counted?;
+        Ok((entry, tables.add_handle(handle, entry.inode, flags), options, backing))
     }
 
     fn read(
@@ -323,6 +382,7 @@ impl FileSystem for GuardedFs {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
+        let (inode, handle) = self.open_node(inode, handle)?;
         self.inner.read(ctx, inode, handle, writer, size, offset, lock_owner, host_flags(flags))
     }
 
@@ -340,6 +400,7 @@ impl FileSystem for GuardedFs {
         fuse_flags: u32,
     ) -> io::Result<usize> {
         let (inner, flags) = (self.writable()?, host_flags(flags));
+        let (inode, handle) = self.open_node(inode, handle)?;
         inner.write(ctx, inode, handle, reader, size, offset, lock_owner, delayed_write, flags, fuse_flags)
     }
 
@@ -349,14 +410,17 @@ impl FileSystem for GuardedFs {
         if self.rules.access == Access::ReadOnly {
             return Err(Errno::NOSYS.into());
         }
+        let (inode, handle) = self.open_node(inode, handle)?;
         self.inner.flush(ctx, inode, handle, lock_owner)
     }
 
     fn fsync(&self, ctx: &Context, inode: u64, data_only: bool, handle: u64) -> io::Result<()> {
+        let (inode, handle) = self.open_node(inode, handle)?;
         self.inner.fsync(ctx, inode, data_only, handle)
     }
 
     fn fallocate(&self, ctx: &Context, inode: u64, handle: u64, mode: u32, offset: u64, length: u64) -> io::Result<()> {
+        let (inode, handle) = self.open_node(inode, handle)?;
         self.writable()?.fallocate(ctx, inode, handle, mode, offset, length)
     }
 
@@ -370,23 +434,20 @@ impl FileSystem for GuardedFs {
         flock_release: bool,
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
-        let mut tables = self.tables();
-        self.inner.release(ctx, inode, flags, handle, flush, flock_release, lock_owner)?;
-        tables.remove_handle(handle);
-        Ok(())
+        let Handle { inner, inner_node, .. } = self.tables().remove_handle(handle, inode)?;
+        self.inner.release(ctx, inner_node, flags, inner, flush, flock_release, lock_owner)
     }
 
     fn statfs(&self, ctx: &Context, inode: u64) -> io::Result<statvfs64> {
-        self.inner.statfs(ctx, inode)
+        self.inner.statfs(ctx, self.node(inode)?)
     }
 
     fn opendir(&self, ctx: &Context, inode: u64, flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
         let flags = open_flags(flags, self.rules.access)?;
         let mut tables = self.tables();
         tables.check_handles()?;
-        let opened = self.inner.opendir(ctx, inode, flags)?;
-        tables.add_handle(opened.0, inode);
-        Ok(opened)
+        let (handle, options) = self.inner.opendir(ctx, tables.inner(inode)?, flags)?;
+        Ok((tables.add_handle(handle, inode, flags), options))
     }
 
     fn readdir(
@@ -399,6 +460,7 @@ impl FileSystem for GuardedFs {
         add_entry: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
     ) -> io::Result<()> {
         let mut tables = self.tables();
+        let (inode, handle) = (tables.inner(inode)?, tables.inner_handle(handle)?);
         // `inner` looks each name up and forgets it again.
         self.inner.readdir(ctx, inode, handle, size, offset, &mut |entry| {
             tables.check_number(entry.ino)?;
@@ -416,58 +478,60 @@ impl FileSystem for GuardedFs {
         add_entry: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
         let mut tables = self.tables();
-        self.inner.readdirplus(ctx, inode, handle, size, offset, &mut |name, entry| {
-            if self.count(&mut tables, ctx, entry).is_err() {
+        let (node, handle) = (tables.inner(inode)?, tables.inner_handle(handle)?);
+        self.inner.readdirplus(ctx, node, handle, size, offset, &mut |name, found| {
+            let place = CString::new(name.name).ok().and_then(|name| self.place(inode, &name));
+            let Ok(entry) = self.count(&mut tables, ctx, place, found) else {
                 // Without a node the guest gets the name alone, and the list stays complete.
-                return add_entry(name, Entry { inode: 0, ..entry });
-            }
+                return add_entry(name, Entry { inode: 0, ..found });
+            };
             let added = add_entry(name, entry);
             if !matches!(added, Ok(1..)) {
                 tables.forget(entry.inode, 1);
             }
             if added.is_err() {
                 // `inner` forgets it where there was no room for it, but not after an error.
-                self.inner.forget(ctx, entry.inode, 1);
+                self.inner.forget(ctx, found.inode, 1);
             }
             added
         })
     }
 
     fn fsyncdir(&self, ctx: &Context, inode: u64, data_only: bool, handle: u64) -> io::Result<()> {
+        let (inode, handle) = self.open_node(inode, handle)?;
         self.inner.fsyncdir(ctx, inode, data_only, handle)
     }
 
     fn releasedir(&self, ctx: &Context, inode: u64, flags: u32, handle: u64) -> io::Result<()> {
-        let mut tables = self.tables();
-        self.inner.releasedir(ctx, inode, flags, handle)?;
-        tables.remove_handle(handle);
-        Ok(())
+        let Handle { inner, inner_node, .. } = self.tables().remove_handle(handle, inode)?;
+        self.inner.releasedir(ctx, inner_node, flags, inner)
     }
 
     fn access(&self, ctx: &Context, inode: u64, mask: u32) -> io::Result<()> {
-        self.inner.access(ctx, inode, mask)
+        self.inner.access(ctx, self.node(inode)?, mask)
     }
 
     fn lseek(&self, ctx: &Context, inode: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
+        let (inode, handle) = self.open_node(inode, handle)?;
         self.inner.lseek(ctx, inode, handle, offset, whence)
     }
 
     fn setxattr(&self, ctx: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
         let (attributes, inner) = (self.attributes()?, self.writable()?);
-        attributes.run(inner, ctx, inode, Operation::set(name, value, flags)?).map(drop)
+        attributes.run(inner, ctx, self.node(inode)?, Operation::set(name, value, flags)?).map(drop)
     }
 
     fn getxattr(&self, ctx: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
         let attributes = self.attributes()?;
         let operation = Operation::Get(xattr::Name::new(name)?);
-        Ok(match xattr::fit(attributes.run(&self.inner, ctx, inode, operation)?, size)? {
+        Ok(match xattr::fit(attributes.run(&self.inner, ctx, self.node(inode)?, operation)?, size)? {
             Wanted::Length(len) => GetxattrReply::Count(len),
             Wanted::Bytes(value) => GetxattrReply::Value(value),
         })
     }
 
     fn listxattr(&self, ctx: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
-        Ok(match xattr::fit(self.attributes()?.run(&self.inner, ctx, inode, Operation::List)?, size)? {
+        Ok(match xattr::fit(self.attributes()?.run(&self.inner, ctx, self.node(inode)?, Operation::List)?, size)? {
             Wanted::Length(len) => ListxattrReply::Count(len),
             Wanted::Bytes(names) => ListxattrReply::Names(names),
         })
@@ -475,6 +539,6 @@ impl FileSystem for GuardedFs {
 
     fn removexattr(&self, ctx: &Context, inode: u64, name: &CStr) -> io::Result<()> {
         let (attributes, inner) = (self.attributes()?, self.writable()?);
-        attributes.run(inner, ctx, inode, Operation::Remove(xattr::Name::new(name)?)).map(drop)
+        attributes.run(inner, ctx, self.node(inode)?, Operation::Remove(xattr::Name::new(name)?)).map(drop)
     }
 }

@@ -7,6 +7,7 @@ mod bounce;
 mod guard;
 mod policy;
 mod root;
+mod saved;
 mod session;
 mod tables;
 #[cfg(test)]
@@ -18,12 +19,14 @@ mod xattr;
 pub use policy::OPEN_FLAGS;
 
 use crate::path_text::PathText as _;
-use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, FlushWork, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::{DeviceThread, ThreadPreparation};
+use crate::virtio::saved::{DeviceFault, DeviceState, FileId, SaveFault};
 use crate::virtio::worker::Worker;
 use guard::GuardedFs;
 use policy::{Access, PrivilegedFiles, Rules, Users};
 use root::ImportError;
+use rustix::fs::fstat;
 use session::Session;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -128,7 +131,9 @@ impl Fs {
             ImportError::Panicked => ShareError::Panicked(options.directory.clone()),
         })?;
         let attributes = Attributes::new().map_err(|error| options.cannot_share(error))?;
-        let fs = Arc::new(GuardedFs::new(inner, attributes, options.rules(), limits));
+        let stat = fstat(directory).map_err(|error| options.cannot_share(error.into()))?;
+        let root = FileId { device: stat.st_dev, inode: stat.st_ino, kind: stat.st_mode & libc::S_IFMT };
+        let fs = Arc::new(GuardedFs::new(inner, root, attributes, options.rules(), limits));
         Ok(Self { tag: options.tag, fs, _mount: None })
     }
 }
@@ -164,9 +169,10 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
-        if !self.fs.try_reset() {
+        if !self.fs.keeps() && !self.fs.try_reset() {
             return Err(ActivateError::Device(Box::new(ShareError::Busy)));
         }
+        self.fs.keep(false);
         let session = Arc::new(Session::new(&self.fs));
         let mut workers: Vec<Worker> = Vec::new();
         for index in 0..QUEUES {
@@ -174,5 +180,32 @@ impl VirtioDevice for Fs {
             workers.push(Box::new(worker.map_err(|error| ActivateError::Device(Box::new(error)))?));
         }
         Ok(workers)
+    }
+
+    fn prepare_pause(&mut self) {
+        self.fs.keep(true);
+    }
+
+    /// Nothing is written, but what is open is looked at where the host can be asked.
+    fn flush(&self) -> Option<FlushWork> {
+        let fs = Arc::clone(&self.fs);
+        Some(Box::new(move || {
+            fs.mark_open_files();
+            Ok(())
+        }))
+    }
+
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
+        Ok(self.fs.save()?.map(DeviceState::Share))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceFault> {
+        let DeviceState::Share(state) = state else { return Err(DeviceFault::Other) };
+        self.fs.restore(state)
+    }
+
+    /// What the guest knew is forgotten by the worker that ended last, or when the device is activated again.
+    fn reset(&mut self) {
+        self.fs.keep(false);
     }
 }
