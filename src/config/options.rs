@@ -354,15 +354,6 @@ impl RunOptions {
         self.joined(file)
     }
 
-    /// What the agent is for. A command and a template exclude each other.
-    pub(super) fn task(&self) -> AgentTask {
-        match (self.command.is_empty(), &self.template) {
-            (_, Some(_)) => AgentTask::Template,
-            (true, None) => AgentTask::None,
-            (false, None) => AgentTask::Command,
-        }
-    }
-
     fn of_command(&self) -> CommandOptions<'_> {
         CommandOptions { task: self.task(), root: self.root.as_ref(), rw: &self.rw }
     }
