@@ -5,6 +5,7 @@ use super::console::Pattern;
 use super::devices::{ShareConfig, VsockBackend, VsockConfig};
 use super::error::{ConfigError, ValueError};
 use super::module::ModuleConfig;
+use super::options::RunOptions;
 use super::value::{Value, choices};
 use hwvmm_devices::path_text::PathText as _;
 use std::ffi::{OsStr, OsString};
@@ -154,6 +155,17 @@ pub(super) enum AgentTask {
     Template,
 }
 
+impl RunOptions {
+    /// What the agent is for. A command and a template exclude each other.
+    pub(super) fn task(&self) -> AgentTask {
+        match (self.command.is_empty(), &self.template) {
+            (_, Some(_)) => AgentTask::Template,
+            (true, None) => AgentTask::None,
+            (false, None) => AgentTask::Command,
+        }
+    }
+}
+
 /// The options that are about a command, as given.
 pub(super) struct CommandOptions<'a> {
     pub(super) task: AgentTask,
@@ -200,6 +212,7 @@ pub(super) struct CommandRelated<'a> {
     pub(super) command: &'a [OsString],
     pub(super) from: Option<&'a Path>,
     pub(super) expect: Option<&'a Pattern>,
+    pub(super) api: Option<&'a Path>,
     pub(super) root: &'a RootChoice,
     pub(super) rw: &'a [PathBuf],
     pub(super) env: &'a [EnvChoice],
@@ -264,6 +277,11 @@ fn check_template(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
         ("--user", *config.user != UserChoice::default(), later),
         ("--tty", config.tty, later),
         ("--rw", !config.rw.is_empty(), "what a guest has open in a folder that can be written is not saved"),
+        (
+            "--api",
+            config.api.is_some(),
+            "the run ends by itself, and a snapshot from before that would have a guest without a command",
+        ),
         ("--expect", config.expect.is_some(), "the run ends when the guest is ready for a command"),
     ];
     match refused.into_iter().find(|(_, given, _)| *given) {
@@ -285,7 +303,7 @@ fn check_late(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{ConsoleTarget, RunConfig, RunOptions};
+    use crate::config::{ConsoleTarget, RunConfig};
 
     fn parse<T: Value>(text: &str) -> Result<T, ValueError> {
         T::parse(OsStr::new(text))
@@ -368,6 +386,7 @@ mod tests {
             "command = 'sh'",
             "initrd = 'i'",
             "on-reboot = 'restart'",
+            "api = 's'",
         ] {
             let error = config(&format!("template = 't'\n{text}")).expect_err("refused").to_string();
             let option = text.split(' ').next().unwrap_or_default();

@@ -120,6 +120,7 @@ macro_rules! options {
                     command: &config.command,
                     from: config.from.as_deref(),
                     expect: config.expect.as_ref(),
+                    api: config.api.as_deref(),
                     root: &config.root,
                     rw: &config.rw,
                     env: &config.env,
@@ -355,15 +356,6 @@ impl RunOptions {
             file.command.clear();
         }
         self.joined(file)
-    }
-
-    /// What the agent is for. A command and a template exclude each other.
-    pub(super) fn task(&self) -> AgentTask {
-        match (self.command.is_empty(), &self.template) {
-            (_, Some(_)) => AgentTask::Template,
-            (true, None) => AgentTask::None,
-            (false, None) => AgentTask::Command,
-        }
     }
 
     fn of_command(&self) -> CommandOptions<'_> {
