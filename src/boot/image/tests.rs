@@ -6,7 +6,7 @@ mod ext;
 mod fat;
 
 use super::*;
-use crate::boot::initramfs::{LinkChoice, Driver};
+use crate::boot::initramfs::{AgentLink, Driver, LinkChoice};
 use crate::sandbox::Isolation;
 use crate::skip::skipped;
 use fat::fat;
