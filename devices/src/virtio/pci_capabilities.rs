@@ -1,8 +1,8 @@
 //! The capabilities in the configuration space of the PCI transport (virtio 1.3 §4.1.4).
 
 use super::{
-    COMMON, COMMON_BYTES, DEVICE_CONFIG, DEVICE_CONFIG_BYTES, ISR, MSIX_ENABLE, MSIX_MASK_ALL, MSIX_PENDING, MSIX_TABLE,
-    NOTIFY, NOTIFY_STRIDE,
+    COMMON, COMMON_BYTES, DEVICE_CONFIG, DEVICE_CONFIG_BYTES, ISR, MSIX_ENABLE, MSIX_MASK_ALL, MSIX_PENDING,
+    MSIX_TABLE, NOTIFY, NOTIFY_STRIDE,
 };
 use crate::pci::{Capability, ConfigSpace};
 

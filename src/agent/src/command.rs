@@ -37,8 +37,9 @@ pub(crate) fn start(instructions: &Instructions, stdios: Stdios) -> Result<Pid, 
     // What cannot be started is said by the second start, on the command's own stderr.
     let id = match directly {
         Some(id) => id,
-        None => start_again(instructions, stdios)
-            .map_err(|error| Stage::Command.failed("the command's process", error))?,
+        None => {
+            start_again(instructions, stdios).map_err(|error| Stage::Command.failed("the command's process", error))?
+        }
     };
     Pid::from_raw(id.cast_signed()).ok_or_else(|| Stage::Command.failed("the command's process", "it has no id"))
 }
@@ -49,8 +50,7 @@ fn start_directly(instructions: &Instructions, stdios: &Stdios) -> io::Result<u3
         return Err(io::ErrorKind::InvalidInput.into());
     };
     let copy = |stream: &OwnedFd| stream.try_clone();
-    let stdios =
-        Stdios { stdin: copy(&stdios.stdin)?, stdout: copy(&stdios.stdout)?, stderr: copy(&stdios.stderr)? };
+    let stdios = Stdios { stdin: copy(&stdios.stdin)?, stdout: copy(&stdios.stdout)?, stderr: copy(&stdios.stderr)? };
     let mut command = Command::new(program);
     command.args(arguments).process_group(0);
     // The agent itself has the default ones.

@@ -18,9 +18,7 @@ mod xattr;
 pub use policy::OPEN_FLAGS;
 
 use crate::path_text::PathText as _;
-use crate::virtio::device::{
-    ActivateError, Activation, DeviceKind, InterruptVectors, VirtioDevice, read_config_bytes,
-};
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, InterruptVectors, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::{DeviceThread, ThreadPreparation};
 use crate::virtio::worker::Worker;
 use guard::GuardedFs;

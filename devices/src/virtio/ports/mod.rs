@@ -12,9 +12,7 @@ mod worker;
 
 pub use stream::{Flow, PortSpec};
 
-use crate::virtio::device::{
-    ActivateError, Activation, DeviceKind, InterruptVectors, VirtioDevice, read_config_bytes,
-};
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, InterruptVectors, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
 use crate::virtio::vsock::Connector;
 use crate::virtio::worker::Worker as DeviceWorker;

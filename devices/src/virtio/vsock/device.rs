@@ -5,9 +5,7 @@ use super::muxer::Muxer;
 use super::spec::{KIND, QUEUE_SIZE, QUEUES};
 use crate::path_text::PathText as _;
 use crate::socket::Listener;
-use crate::virtio::device::{
-    ActivateError, Activation, DeviceKind, InterruptVectors, VirtioDevice, read_config_bytes,
-};
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, InterruptVectors, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
 use crate::virtio::worker::Worker;
 use std::io;
