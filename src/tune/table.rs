@@ -139,7 +139,7 @@ levers! {
         "A queue notification signals an eventfd in the kernel (KVM_IOEVENTFD)",
         "each notification is a userspace exit";
     ReadonlyRegisters: "readonly-registers", Devices, true,
-        "virtio-mmio registers and PCI configuration space are mapped read-only into the guest (KVM_MEM_READONLY), so that \
+        "virtio registers and PCI configuration space are mapped read-only into the guest (KVM_MEM_READONLY), so that \
          reads do not exit. PCI devices are in segment 1, because Linux reads segment 0 through ports",
         "each read of a register is a userspace exit";
     EventIdx: "event-idx", Devices, true,
