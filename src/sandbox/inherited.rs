@@ -102,7 +102,9 @@ pub(super) fn assert_no_folders(reach: &[super::Reach]) {
     let folders: Vec<_> = open_files()
         .unwrap_or_default()
         .into_iter()
-        .filter_map(|fd| Some((fd, std::fs::metadata(format!("{OPEN_FILES}/{fd}")).ok().filter(|file| file.is_dir())?)))
+        .filter_map(|fd| {
+            Some((fd, std::fs::metadata(format!("{OPEN_FILES}/{fd}")).ok().filter(std::fs::Metadata::is_dir)?))
+        })
         .collect();
     let mount = |fd| mount_of(&format!("{OPEN_FILES}/{fd}"));
     let is_share = |folder: &std::fs::Metadata| {
