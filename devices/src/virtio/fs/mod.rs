@@ -6,6 +6,7 @@
 mod bounce;
 mod guard;
 mod policy;
+mod requests;
 mod root;
 mod saved;
 mod session;

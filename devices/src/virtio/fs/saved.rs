@@ -8,7 +8,7 @@
 
 use super::guard::GuardedFs;
 use super::policy::{Access, check_name, open_flags};
-use super::tables::{Handle, MAX_HANDLES, MAX_INODES, MAX_NUMBER, Node, Place, ROOT, Tables};
+use super::tables::{Handle, MAX_HANDLES, MAX_INODES, MAX_NUMBER, Node, Place, ROOT, Tables, file_id};
 use crate::path_text::PathText as _;
 use crate::virtio::saved::{
     DeviceFault, FileContent, FileId, NodePlace, SaveFault, ShareHandle, ShareNode, ShareState,
@@ -28,11 +28,6 @@ const NODE_BYTES: usize = 60;
 /// The longest path in a message, in bytes, and the most names of one.
 const MAX_SHOWN: usize = 200;
 const MAX_SHOWN_NAMES: usize = 32;
-
-/// What tells a file from others.
-pub(super) fn file_id(stat: &stat64) -> FileId {
-    FileId { device: stat.st_dev, inode: stat.st_ino, kind: stat.st_mode & libc::S_IFMT }
-}
 
 /// What tells the content of a file from what it was. That of a directory is not compared.
 fn content(stat: &stat64) -> FileContent {

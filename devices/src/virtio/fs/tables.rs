@@ -1,6 +1,7 @@
 //! The inodes that the guest knows and the files that it has open. Each is an open file of this process, so both have a bound.
 
 use crate::virtio::saved::{FileContent, FileId};
+use libc::stat64;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::collections::HashMap;
@@ -70,6 +71,11 @@ fn raise_file_limit(need: u64) -> u64 {
     let added = candidates.into_iter().find(|limit| setrlimit(Resource::Nofile, *limit).is_ok());
     let after = added.and_then(|limit| limit.current).unwrap_or(current);
     need.min(after.saturating_sub(current).max(after / 4))
+}
+
+/// What tells a file from others.
+pub(super) fn file_id(stat: &stat64) -> FileId {
+    FileId { device: stat.st_dev, inode: stat.st_ino, kind: stat.st_mode & libc::S_IFMT }
 }
 
 /// Where a name is.

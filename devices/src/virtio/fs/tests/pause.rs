@@ -340,10 +340,10 @@ fn states_that_no_guest_can_have_are_refused() {
     }
     refused("a parent that is not there", &|share| share.nodes[a].place.as_mut().expect("there").parent = 99);
     refused("a file in a file", &|share| {
-        share.nodes[2].place.as_mut().expect("there").parent = share.nodes[file.min(link)].number
+        share.nodes[2].place.as_mut().expect("there").parent = share.nodes[file.min(link)].number;
     });
     refused("a directory in itself", &|share| {
-        share.nodes[a].place.as_mut().expect("there").parent = share.nodes[a].number
+        share.nodes[a].place.as_mut().expect("there").parent = share.nodes[a].number;
     });
     refused("a circle", &|share| {
         let (first, last) = (share.nodes[0].number, share.nodes[2].number);
