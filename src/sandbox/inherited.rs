@@ -92,8 +92,20 @@ fn mount_of(path: &str) -> Option<u64> {
     (found.stx_mask & StatxFlags::MNT_ID.bits() != 0).then_some(found.stx_mnt_id)
 }
 
-/// Panics if the process has a folder open that is neither of `reach` nor in the mount of one, where a guest that goes on from a snapshot has
-/// its own: its `..` leads to the host's files. Those of procfs have been detached by then (view.rs).
+/// Returns true if a file is in a mount that is in no mount namespace, as a shared folder is: no `..` leads out of it.
+#[cfg(debug_assertions)]
+fn is_detached(path: &str) -> bool {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+    let Ok(found) = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID) else { return false };
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let number = found.stx_mnt_id.to_string();
+    // The first word of each line is the mount's number (proc_pid_mountinfo(5)).
+    let is_listed = mounts.lines().any(|line| line.split(' ').next() == Some(&number));
+    found.stx_mask & StatxFlags::MNT_ID.bits() != 0 && !mounts.is_empty() && !is_listed
+}
+
+/// Panics if the process has a folder open that is none of `reach`, nor in the mount of one, as those are that a guest from a snapshot has
+/// open: its `..` leads to the host's files. Those of procfs have been detached by then (view.rs).
 #[cfg(debug_assertions)]
 #[allow(clippy::panic, reason = "what debug builds are for")]
 pub(super) fn assert_no_folders(reach: &[super::Reach]) {
@@ -115,7 +127,8 @@ pub(super) fn assert_no_folders(reach: &[super::Reach]) {
     for (fd, folder) in &folders {
         let file_system = || rustix::fs::statfs(format!("{OPEN_FILES}/{fd}")).map(|found| found.f_type);
         let is_in_share = is_share(folder) || mount(*fd).is_some_and(|mount| mounts.contains(&mount));
-        if !is_in_share && file_system() != Ok(rustix::fs::PROC_SUPER_MAGIC) {
+        let is_detached = || is_detached(&format!("{OPEN_FILES}/{fd}"));
+        if !is_in_share && file_system() != Ok(rustix::fs::PROC_SUPER_MAGIC) && !is_detached() {
             let name = std::fs::read_link(format!("{OPEN_FILES}/{fd}")).unwrap_or_default();
             panic!("the folder {} is open in the machine's process: {fd}", name.display());
         }
