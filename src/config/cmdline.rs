@@ -139,20 +139,26 @@ struct Parameters<'a> {
     init: &'a str,
 }
 
+/// Linux' isspace (lib/ctype.c), which goes by bytes: 0xa0 is also the second one of an `à`.
+fn is_space(byte: u8) -> bool {
+    matches!(byte, b'\t'..=b'\r' | b' ' | 0xa0)
+}
+
 impl<'a> Parameters<'a> {
     fn of(text: &'a str) -> Self {
         let (mut quoted, mut word) = (false, 0);
-        for (at, c) in text.char_indices().chain([(text.len(), ' ')]) {
-            quoted ^= c == '"';
-            let is_end = at == text.len() || !quoted && c.is_ascii_whitespace();
+        for (at, byte) in text.bytes().chain([b' ']).enumerate() {
+            quoted ^= byte == b'"';
+            let is_end = at == text.len() || !quoted && is_space(byte);
             if !is_end {
                 continue;
             }
+            // Such a word begins and ends between two characters, as a hyphen is no part of another one.
             if matches!(text.get(word..at), Some("--" | "\"--\"")) {
                 let kernel = text.get(..word).unwrap_or_default().trim_end().to_owned();
                 return Self { kernel, has_end: true, init: text.get(at..).unwrap_or_default().trim() };
             }
-            word = at + c.len_utf8();
+            word = at + 1;
         }
         Self { kernel: format!("{}{}", text.trim_end(), if quoted { "\"" } else { "" }), has_end: false, init: "" }
     }
@@ -204,7 +210,10 @@ mod tests {
         assert_eq!(of("ro \"--\" single"), "ro console=ttyS0 panic=-1 a -- single");
         assert_eq!(of("ro --"), "ro console=ttyS0 panic=-1 a");
         assert_eq!(of("-- single"), "console=ttyS0 panic=-1 a -- single");
-        for none in ["a--b --c", "x=\"a -- b\" ro", "\"x=a -- b\"", "--="] {
+        // What is space to Linux: a vertical tab, and the second byte of an à.
+        assert_eq!(of("ro\u{b}--\u{b}single"), "ro console=ttyS0 panic=-1 a -- single");
+        assert_eq!(of("x=à-- single"), "x=à console=ttyS0 panic=-1 a -- single");
+        for none in ["a--b --c", "x=á-- b", "⠀--⠀", "x=\"a -- b\" ro", "\"x=a -- b\"", "--="] {
             assert_eq!(of(none), format!("{none} console=ttyS0 panic=-1 a"));
         }
         let own = config("append = ['a -- b']\ntune = ['all=off']").kernel_cmdline_with(Some("ro -- single"));

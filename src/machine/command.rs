@@ -319,6 +319,7 @@ fn passwd_entry(text: &str, name: &str) -> Option<(GuestUser, Option<OsString>)>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::boot::image::ChosenBy;
     use crate::config::RunOptions;
 
     fn config(text: &str) -> RunConfig {
@@ -342,7 +343,13 @@ mod tests {
     fn a_root_on_a_disk_is_found_by_its_serial_number() {
         let image = RunConfig { root: RootChoice::Image("i".into()), ..config("") };
         let line = RootUser::Line("mail:x:8:12::/var/mail:/bin/false".into());
-        let root = Root { partition: Some(2), others: Vec::new(), needs_recovery: false, user: line };
+        let root = Root {
+            partition: Some(2),
+            others: Vec::new(),
+            chosen_by: ChosenBy::Order,
+            needs_recovery: false,
+            user: line,
+        };
         let named = RunConfig { user: UserChoice::Name("mail".into()), ..image };
         let made = instructions(&named, Some(&root), None).expect("made");
         assert_eq!(made.root, GuestRoot::Disk { serial: ROOT_DISK.into(), partition: 2 });

@@ -3,8 +3,8 @@
 use super::disks::Disks;
 use super::drivers::{drivers, links};
 use crate::boot::image::{
-    ImageKernel, ImageKernelError, Listed, OpenDisk, ReadAt, Root, WantedKernel, WantedModules, kernel_of, list_seen,
-    modules_of, root_of,
+    ChosenBy, ImageKernel, ImageKernelError, Listed, OpenDisk, ReadAt, Root, WantedKernel, WantedModules, WantedRoot,
+    kernel_of, list_seen, modules_of, root_of,
 };
 use crate::boot::initramfs::{CopiedModule, CopiedModules, kernel_release};
 use crate::boot::{KernelError, KernelFile, isolation};
@@ -155,7 +155,10 @@ impl Disks {
             UserChoice::Name(name) => Some(name.as_str()),
             UserChoice::Ids { .. } => None,
         };
-        let root = root_of(&disk, user, isolation(config.sandbox)).map_err(|source| failed(path, source))?;
+        // --entry is of the image with the kernel.
+        let entry = config.entry.as_deref().filter(|_| config.kernel_from.as_ref() == Some(path));
+        let root = root_of(&disk, WantedRoot { entry, user }, isolation(config.sandbox))
+            .map_err(|source| failed(path, source))?;
         if root.needs_recovery {
             log::warn!(
                 "{}: the root was not unmounted, and its journal is not replayed (mount option noload): the command may see old or damaged \
@@ -163,9 +166,11 @@ impl Disks {
                 path.shown()
             );
         }
-        if let (Some(partition), false) = (root.partition, root.others.is_empty()) {
+        let is_guess = !root.others.is_empty() && root.chosen_by == ChosenBy::Order;
+        if let (Some(partition), true) = (root.partition, is_guess) {
             log::warn!(
-                "{}: the root of the command is partition {partition}; others look like a root, too: {:?}. To have one of those, copy it out                  of the image (dd), and name the copy",
+                "{}: the root of the command is partition {partition}; others look like a root, too: {:?}, and no boot loader says which \
+                 is. To have one of those, copy it out of the image (dd), and name the copy",
                 path.shown(),
                 root.others
             );

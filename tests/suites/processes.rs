@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 pub(super) const TESTS: &[Test] = &[
     ("a_suite_that_is_ended_ends_its_guests", a_suite_that_is_ended_ends_its_guests),
     ("a_run_whose_suite_is_gone_does_not_start", a_run_whose_suite_is_gone_does_not_start),
+    ("an_image_in_the_place_of_a_kernel_is_none", an_image_in_the_place_of_a_kernel_is_none),
     ("a_suite_under_nohup_is_not_ended_by_sighup", a_suite_under_nohup_is_not_ended_by_sighup),
     ("a_file_that_may_not_grow_is_an_error", a_file_that_may_not_grow_is_an_error),
     ("a_terminal_shows_what_runs", a_terminal_shows_what_runs),
@@ -63,6 +64,23 @@ fn a_run_whose_suite_is_gone_does_not_start() -> Outcome {
         "{}",
         text(&out.stderr)
     );
+    Outcome::Passed
+}
+
+/// A kernel that was missing when the suite was read: what comes to its path is no image, which would be a disk that the guest can write.
+fn an_image_in_the_place_of_a_kernel_is_none() -> Outcome {
+    let folder = tempfile::tempdir().unwrap();
+    let mut image = vec![0; 1 << 20];
+    image[510..512].copy_from_slice(&[0x55, 0xaa]);
+    fs::write(folder.path().join("kernel"), image).unwrap();
+    let own = std::process::id().to_string();
+    let run = |options: &[&str]| {
+        let out = hwvmm().arg("run").args(options).arg("kernel").current_dir(folder.path()).output().unwrap();
+        text(&out.stderr)
+    };
+    let (by_user, by_suite) = (run(&[]), run(&["--end-with-parent", &own]));
+    assert!(by_user.contains("no boot loader's configuration"), "{by_user}");
+    assert!(!by_suite.contains("boot loader") && by_suite.contains("kernel"), "{by_suite}");
     Outcome::Passed
 }
 

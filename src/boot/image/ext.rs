@@ -22,6 +22,8 @@ const READ_ONLY_COMPATIBLE: usize = 0x64;
 const CHECKSUM: usize = 0x3fc;
 /// INCOMPAT_RECOVER: the journal is to be replayed.
 const RECOVER: u32 = 0x4;
+/// The most groups of blocks: 128 TiB, as mke2fs makes them. ext4-view keeps something of each in memory.
+const MAX_GROUPS: u64 = 1 << 20;
 /// RO_COMPAT_METADATA_CSUM: the superblock has a checksum.
 const METADATA_CHECKSUMS: u32 = 0x400;
 /// CRC-32C, reversed.
@@ -43,6 +45,9 @@ impl Ext {
         let (Some(superblock), Some(inodes)) = (superblock, inodes) else {
             return Err("a damaged ext2, ext3 or ext4".into());
         };
+        if groups(&superblock) > MAX_GROUPS {
+            return Err(format!("ext4 of more than {MAX_GROUPS} groups of blocks"));
+        }
         let needs_recovery = u32_at(&superblock, INCOMPATIBLE) & RECOVER != 0;
         let superblock = if needs_recovery { without_recovery(superblock) } else { superblock };
         let view = Ext4::load(Box::new(ExtDisk { disk: disk.clone(), superblock }))
@@ -144,13 +149,22 @@ fn absolute(path: &str) -> Result<ext4_view::PathBuf, FileError> {
 /// Returns true if a superblock has blocks of a size that there is, and not more of them than fit in `disk_bytes`: ext4-view allocates
 /// by these numbers.
 fn is_plausible(superblock: &[u8; SUPERBLOCK_BYTES], disk_bytes: u64) -> bool {
-    let u32_at = |at| u32_at(superblock, at);
-    let (low, log, per_group, incompatible, high) =
-        (u32_at(4), u32_at(24), u32_at(32), u32_at(INCOMPATIBLE), u32_at(336));
-    // INCOMPAT_64BIT: the number of blocks has an upper half.
-    let blocks = u64::from(low) | if incompatible & 0x80 == 0 { 0 } else { u64::from(high) << 32 };
-    let bytes = blocks.checked_mul(1024 << log.min(32));
+    let (log, per_group) = (u32_at(superblock, 24), u32_at(superblock, 32));
+    let bytes = blocks(superblock).checked_mul(1024 << log.min(32));
     log <= 6 && per_group >= 8 && bytes.is_some_and(|bytes| bytes <= disk_bytes)
+}
+
+/// The number of blocks.
+fn blocks(superblock: &[u8; SUPERBLOCK_BYTES]) -> u64 {
+    let u32_at = |at| u32_at(superblock, at);
+    // INCOMPAT_64BIT: the number has an upper half.
+    let high = if u32_at(INCOMPATIBLE) & 0x80 == 0 { 0 } else { u32_at(336) };
+    u64::from(u32_at(4)) | u64::from(high) << 32
+}
+
+/// The number of groups of blocks.
+fn groups(superblock: &[u8; SUPERBLOCK_BYTES]) -> u64 {
+    blocks(superblock).div_ceil(u64::from(u32_at(superblock, 32)).max(1))
 }
 
 /// A superblock of which no journal is to be replayed, with a checksum that fits if it did before.

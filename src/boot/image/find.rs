@@ -14,11 +14,6 @@ use thiserror::Error;
 pub(super) const MAX_FILE_BYTES: u64 = 512 << 20;
 /// The longest command line that an image gives, in bytes. Linux takes 2047.
 const CMDLINE_BYTES: usize = 4096;
-/// The list of users of a root (passwd(5)), and its largest size in bytes, as on the host.
-const PASSWD: &str = "/etc/passwd";
-const PASSWD_BYTES: u64 = 4 << 20;
-/// The longest line of it that an answer has, in bytes.
-const PASSWD_LINE_BYTES: usize = 4096;
 /// The longest text that an answer has, in bytes.
 const TEXT_BYTES: usize = 1024;
 /// Initrds are at multiples of this behind each other, as boot loaders load them.
@@ -195,64 +190,6 @@ pub fn find(
         cmdline,
         needs_recovery: volumes.needs_recovery(),
     })
-}
-
-/// Where the root file system of an image is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Root {
-    /// The number of its partition; `None` for the whole disk.
-    pub partition: Option<u32>,
-    /// The numbers of other partitions that look like a root, too.
-    pub others: Vec<u32>,
-    /// True if its journal was not replayed: neither this program nor a guest that cannot write it sees what is in that.
-    pub needs_recovery: bool,
-    /// The user that was asked for.
-    pub user: RootUser,
-}
-
-/// A user in the list of a root (passwd(5)).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum RootUser {
-    /// None was asked for.
-    NotAsked,
-    /// The line of the list.
-    Line(String),
-    /// The list has no such user.
-    None,
-    /// The list cannot be read, and why.
-    Unreadable(String),
-}
-
-/// Finds the root file system of an image: the first one with /etc and with programs; and the user of this name in it.
-///
-/// # Errors
-/// [`FindError::NoRoot`].
-pub fn find_root(disk: &Range, user: Option<&str>) -> Result<Root, FindError> {
-    let volumes = Volumes::of(disk);
-    let mut roots = volumes.roots();
-    let Some((partition, fs)) = roots.next() else {
-        let seen = volumes.seen().into_iter().map(|seen| Seen { what: cut(&seen.what), ..seen });
-        return Err(FindError::NoRoot(seen.collect()));
-    };
-    let user = user.map_or(RootUser::NotAsked, |name| root_user(fs, name));
-    let others = roots.filter_map(|(partition, _)| partition).collect();
-    Ok(Root { partition, others, needs_recovery: fs.needs_recovery(), user })
-}
-
-fn root_user(fs: &FileSystem, name: &str) -> RootUser {
-    let text = match fs.read(PASSWD, PASSWD_BYTES) {
-        Ok(text) => text,
-        Err(error) => return RootUser::Unreadable(cut(&error.to_string())),
-    };
-    let mut lines = text.split(|byte| *byte == b'\n');
-    let line = lines.find(|line| line.split(|byte| *byte == b':').next() == Some(name.as_bytes()));
-    match line {
-        None => RootUser::None,
-        Some(line) if line.len() > PASSWD_LINE_BYTES => {
-            RootUser::Unreadable(format!("the line of this user has more than {PASSWD_LINE_BYTES} bytes"))
-        }
-        Some(line) => RootUser::Line(String::from_utf8_lossy(line).into_owned()),
-    }
 }
 
 /// Copies a file of an entry.

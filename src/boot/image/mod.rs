@@ -2,7 +2,7 @@
 //! system and the kernel's modules are found.
 //!
 //! The files build on each other in one order: `disk` (bytes), `partitions` and `filesystem` (with `file`, `inode` and `ext`); `menu` (entries), `bls` and `grub` (two
-//! kinds of configuration); `volumes` (all file systems of an image), `find`, `modules`, `process` (all of it, confined).
+//! kinds of configuration); `volumes` (all file systems of an image), `find`, `root`, `modules`, `process` (all of it, confined).
 
 mod bls;
 mod disk;
@@ -16,17 +16,19 @@ mod menu;
 mod modules;
 mod partitions;
 mod process;
+mod root;
 #[cfg(test)]
 mod tests;
 mod volumes;
 
 pub use disk::{Range, ReadAt};
-pub use find::{FindError, Found, Root, RootUser, find, find_root, list_seen};
+pub use find::{FindError, Found, find, list_seen};
 pub use menu::Listed;
 pub use modules::{FoundModule, FoundModules, WantedModules, find_modules};
 pub use process::{
     ImageKernel, ImageKernelError, ImageModules, OpenDisk, WantedKernel, kernel_of, modules_of, root_of,
 };
+pub use root::{ChosenBy, Root, RootUser, WantedRoot, find_root};
 pub use volumes::Seen;
 
 /// The entries for Linux of a grub.cfg without file systems, and the text of its grubenv: for fuzz targets and tests.

@@ -18,13 +18,15 @@ const GPT_ENTRY: std::ops::RangeInclusive<u32> = 128..=1024;
 const GPT_HEADER: usize = 92;
 /// The most logical partitions of an MBR.
 const LOGICAL: u32 = 60;
+/// Where the signature of an MBR is, in bytes.
+const MBR_SIGNATURE: u64 = 440;
 /// The type of the partition of an MBR that stands for a GPT.
 const PROTECTIVE: u8 = 0xee;
 /// The types of an MBR's extended partitions.
 const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
 
 /// A partition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Partition {
     /// Its number, as Linux and GRUB count.
     pub number: u32,
@@ -32,6 +34,8 @@ pub(super) struct Partition {
     pub start: u64,
     /// Its size in bytes.
     pub bytes: u64,
+    /// What Linux calls it by `PARTUUID=`: the GUID of a GPT's entry, or the signature of an MBR and the number.
+    pub uuid: String,
 }
 
 /// The partitions of `disk`, in the order of their numbers; none where it has no table, as a disk that is one file system.
@@ -92,9 +96,19 @@ fn gpt(disk: &Range, at: u64, sector: u64) -> Option<Vec<Partition>> {
         let used = entry.get(..16)?.iter().any(|byte| *byte != 0);
         let (start, end) = (first.checked_mul(sector)?, last.checked_add(1)?.checked_mul(sector)?);
         let bytes = end.checked_sub(start).filter(|_| used)?;
-        disk.part(start, bytes).map(|_| Partition { number, start, bytes })
+        disk.part(start, bytes)?;
+        Some(Partition { number, start, bytes, uuid: guid(entry.get(16..32)?)? })
     });
     Some(found.collect())
+}
+
+/// A GUID as text: its first three fields are little-endian numbers (UEFI specification, appendix A).
+fn guid(bytes: &[u8]) -> Option<String> {
+    let [a, b, c, d, e, f, g, h, rest @ ..]: [u8; 16] = bytes.try_into().ok()?;
+    let (first, second, third) =
+        (u32::from_le_bytes([a, b, c, d]), u16::from_le_bytes([e, f]), u16::from_le_bytes([g, h]));
+    let rest = u64::from_be_bytes(rest);
+    Some(format!("{first:08x}-{second:04x}-{third:04x}-{:04x}-{:012x}", rest >> 48, rest & 0xffff_ffff_ffff))
 }
 
 /// An entry of an MBR: its type, and where its partition is.
@@ -123,12 +137,15 @@ fn mbr_entries(disk: &Range, at: u64) -> Option<[MbrEntry; 4]> {
 }
 
 fn mbr(disk: &Range) -> Option<Vec<Partition>> {
+    let signature: [u8; 4] = disk.array(MBR_SIGNATURE)?;
+    let signature = u32::from_le_bytes(signature);
+    let uuid = |number: u32| format!("{signature:08x}-{number:02x}");
     let mut found = Vec::new();
     for (number, entry) in (1..).zip(mbr_entries(disk, 0)?) {
         if EXTENDED.contains(&entry.kind) {
-            found.extend(logical(disk, entry.start));
+            found.extend(logical(disk, entry.start, uuid));
         } else if !matches!(entry.kind, 0 | PROTECTIVE) && disk.part(entry.start, entry.bytes).is_some() {
-            found.push(Partition { number, start: entry.start, bytes: entry.bytes });
+            found.push(Partition { number, start: entry.start, bytes: entry.bytes, uuid: uuid(number) });
         }
     }
     found.sort_by_key(|partition| partition.number);
@@ -136,7 +153,7 @@ fn mbr(disk: &Range) -> Option<Vec<Partition>> {
 }
 
 /// The logical partitions of the extended partition at `extended`: each sector has one, and where the next sector is.
-fn logical(disk: &Range, extended: u64) -> Vec<Partition> {
+fn logical(disk: &Range, extended: u64, uuid: impl Fn(u32) -> String) -> Vec<Partition> {
     let (mut found, mut at, mut number) = (Vec::new(), extended, 5);
     for _ in 0..LOGICAL {
         let Some([own, next, ..]) = mbr_entries(disk, at) else { break };
@@ -144,7 +161,7 @@ fn logical(disk: &Range, extended: u64) -> Vec<Partition> {
         if own.kind != 0 && own.bytes > 0 {
             let start = at.saturating_add(own.start);
             if disk.part(start, own.bytes).is_some() {
-                found.push(Partition { number, start, bytes: own.bytes });
+                found.push(Partition { number, start, bytes: own.bytes, uuid: uuid(number) });
             }
             number += 1;
         }
@@ -175,14 +192,27 @@ mod tests {
         put(disk, at + 12, &sectors.to_le_bytes());
     }
 
-    /// A disk with a GPT of two partitions, 2 and 3, whose header is in sector `at`.
-    fn gpt_disk(at: usize) -> Vec<u8> {
+    fn on_mbr(number: u32, first: u64, sectors: u64) -> Partition {
+        let uuid = format!("00c0ffee-{number:02x}");
+        Partition { number, start: first * 512, bytes: sectors * 512, uuid }
+    }
+
+    /// An empty MBR.
+    fn mbr_disk() -> Vec<u8> {
         let mut disk = vec![0; 64 * 512];
         put(&mut disk, 510, &[0x55, 0xaa]);
+        put(&mut disk, 440, &[0xee, 0xff, 0xc0, 0]);
+        disk
+    }
+
+    /// A disk with a GPT of two partitions, 2 and 3, whose header is in sector `at`.
+    fn gpt_disk(at: usize) -> Vec<u8> {
+        let mut disk = mbr_disk();
         mbr_entry(&mut disk, 446, PROTECTIVE, 1, 63);
         for (number, first, last) in [(1, 40_u64, 47_u64), (2, 48, 63)] {
             let entry = 2 * 512 + number * 128;
             put(&mut disk, entry, &[7; 16]);
+            put(&mut disk, entry + 16, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]);
             put(&mut disk, entry + 32, &first.to_le_bytes());
             put(&mut disk, entry + 40, &last.to_le_bytes());
         }
@@ -201,9 +231,10 @@ mod tests {
 
     #[test]
     fn a_gpt_is_read_from_either_end() {
+        let uuid = "04030201-0605-0807-090a-0b0c0d0e0f10";
         let both = [
-            Partition { number: 2, start: 40 * 512, bytes: 8 * 512 },
-            Partition { number: 3, start: 48 * 512, bytes: 16 * 512 },
+            Partition { number: 2, start: 40 * 512, bytes: 8 * 512, uuid: uuid.into() },
+            Partition { number: 3, start: 48 * 512, bytes: 16 * 512, uuid: uuid.into() },
         ];
         assert_eq!(read(gpt_disk(1)), both);
         let mut disk = gpt_disk(63);
@@ -221,25 +252,24 @@ mod tests {
     fn a_gpt_that_was_left_behind_an_mbr_is_none() {
         let mut disk = gpt_disk(63);
         mbr_entry(&mut disk, 446, 0x83, 8, 8);
-        assert_eq!(read(disk), [Partition { number: 1, start: 8 * 512, bytes: 8 * 512 }]);
+        assert_eq!(read(disk), [on_mbr(1, 8, 8)]);
     }
 
     #[test]
     fn a_deleted_logical_partition_has_no_number() {
-        let mut disk = vec![0; 64 * 512];
-        for at in [0, 16, 32] {
+        let mut disk = mbr_disk();
+        for at in [16, 32] {
             put(&mut disk, at * 512 + 510, &[0x55, 0xaa]);
         }
         mbr_entry(&mut disk, 446, 0x05, 16, 48);
         mbr_entry(&mut disk, 16 * 512 + 462, 0x05, 16, 16);
         mbr_entry(&mut disk, 32 * 512 + 446, 0x83, 1, 4);
-        assert_eq!(read(disk), [Partition { number: 5, start: 33 * 512, bytes: 4 * 512 }]);
+        assert_eq!(read(disk), [on_mbr(5, 33, 4)]);
     }
 
     #[test]
     fn an_mbr_has_primary_and_logical_partitions() {
-        let mut disk = vec![0; 64 * 512];
-        put(&mut disk, 510, &[0x55, 0xaa]);
+        let mut disk = mbr_disk();
         mbr_entry(&mut disk, 446, 0x83, 8, 8);
         mbr_entry(&mut disk, 462, 0x05, 32, 32);
         mbr_entry(&mut disk, 478, 0x83, 60, 5);
@@ -248,8 +278,8 @@ mod tests {
         // The next one is this one: the chain has an end all the same.
         mbr_entry(&mut disk, 32 * 512 + 462, 0x05, 0, 8);
         let found = read(disk.clone());
-        assert_eq!(found[0], Partition { number: 1, start: 8 * 512, bytes: 8 * 512 });
-        assert_eq!(found[1], Partition { number: 5, start: 33 * 512, bytes: 4 * 512 });
+        assert_eq!(found[0], on_mbr(1, 8, 8));
+        assert_eq!(found[1], on_mbr(5, 33, 4));
         assert_eq!(found.len(), 61);
         disk[446] = 0x33;
         assert!(read(disk).is_empty(), "code is no table");

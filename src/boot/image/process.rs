@@ -1,8 +1,9 @@
 //! Reads an image in a process of its own, which has the image's files and the two files to fill.
 
 use super::disk::{Range, ReadAt};
-use super::find::{FindError, Found, MAX_FILE_BYTES, Root, cut, find, find_root};
+use super::find::{FindError, Found, MAX_FILE_BYTES, cut, find};
 use super::modules::{FoundModules, MAX_MODULES, WantedModules, find_modules};
+use super::root::{Root, WantedRoot, find_root};
 use crate::escape::escape;
 use crate::sandbox::{ConfinedError, Isolation, Limits, confined_with};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -131,12 +132,12 @@ fn in_memory(name: &str) -> Result<File, ImageKernelError> {
     memfd_create(name, MemfdFlags::CLOEXEC).map(File::from).map_err(|error| ImageKernelError::Memory(error.into()))
 }
 
-/// Finds the root file system of an image, and the user of this name in it.
+/// Finds the root file system of an image that is `wanted`.
 ///
 /// # Errors
 /// [`ImageKernelError`].
-pub fn root_of(disk: &OpenDisk, user: Option<&str>, isolation: Isolation) -> Result<Root, ImageKernelError> {
-    answer(disk, &[], isolation, || find_root(&Range::whole(Rc::clone(&disk.disk), READ_BYTES), user))
+pub fn root_of(disk: &OpenDisk, wanted: WantedRoot<'_>, isolation: Isolation) -> Result<Root, ImageKernelError> {
+    answer(disk, &[], isolation, || find_root(&Range::whole(Rc::clone(&disk.disk), READ_BYTES), wanted))
 }
 
 /// Runs a job on `disk`, which fills `files`, and reads its answer.

@@ -41,6 +41,8 @@ pub struct Seen {
 struct Volume {
     /// The number of its partition; `None` for the whole disk.
     partition: Option<u32>,
+    /// The UUID of the partition (`PARTUUID=`); empty for the whole disk.
+    uuid: String,
     content: Content,
 }
 
@@ -54,11 +56,11 @@ impl Volumes {
     pub(super) fn of(disk: &Range) -> Self {
         let table = partitions(disk);
         if table.is_empty() {
-            return Self(vec![Volume { partition: None, content: content(disk) }]);
+            return Self(vec![Volume { partition: None, uuid: String::new(), content: content(disk) }]);
         }
         let volume = |partition: &super::partitions::Partition| {
             let range = disk.part(partition.start, partition.bytes)?;
-            Some(Volume { partition: Some(partition.number), content: content(&range) })
+            Some(Volume { partition: Some(partition.number), uuid: partition.uuid.clone(), content: content(&range) })
         };
         Self(table.iter().take(MAX_VOLUMES).filter_map(volume).collect())
     }
@@ -99,6 +101,28 @@ impl Volumes {
         };
         let roots = self.readable().filter(move |(_, fs)| is_root(fs));
         roots.filter_map(|(index, fs)| Some((self.0.get(index)?.partition, fs)))
+    }
+
+    /// The number of the partition that Linux' parameter `root=` names with this value. A name like /dev/sda2 is of the disk that the
+    /// image is, whatever disks its system had.
+    #[must_use]
+    pub(super) fn named(&self, root: &str) -> Option<u32> {
+        let (kind, value) = match root.strip_prefix("/dev/disk/by-") {
+            Some(link) => link.split_once('/')?,
+            None => root.split_once('=').unwrap_or(("device", root)),
+        };
+        let is_it = |index: usize, volume: &Volume| {
+            let fs = || self.readable().find(|(readable, _)| *readable == index).map(|(_, fs)| fs);
+            match kind.to_ascii_lowercase().as_str() {
+                "uuid" => fs().is_some_and(|fs| fs.uuid().eq_ignore_ascii_case(value)),
+                "label" => fs().is_some_and(|fs| fs.label() == value),
+                "partuuid" => volume.uuid.eq_ignore_ascii_case(value),
+                "device" => volume.partition.is_some() && partition_of_device(value) == volume.partition,
+                _ => false,
+            }
+        };
+        let (_, volume) = self.0.iter().enumerate().find(|(index, volume)| is_it(*index, volume))?;
+        volume.partition
     }
 
     /// The folder with the modules of the kernel `release`, which has a modules.dep, and its file system.
@@ -178,6 +202,17 @@ impl Volumes {
         let default = chosen.map(|entry| entry.id.clone()).unwrap_or_default();
         Ok(Menu { entries, default })
     }
+}
+
+/// The number of the partition in the name of a device: 2 of /dev/sda2 and of /dev/nvme0n1p2.
+fn partition_of_device(name: &str) -> Option<u32> {
+    let name = name.strip_prefix("/dev/")?;
+    let disk = name.trim_end_matches(|c: char| c.is_ascii_digit());
+    let is_partition = match disk.strip_suffix('p') {
+        Some(disk) => disk.ends_with(|c: char| c.is_ascii_digit()),
+        None => ["sd", "vd", "hd", "xvd"].iter().any(|kind| disk.starts_with(kind)),
+    };
+    name.get(disk.len()..)?.parse().ok().filter(|_| is_partition)
 }
 
 /// The text of a file; `None` where there is none. The error is why it cannot be read.

@@ -4,7 +4,7 @@ use super::{MIB, debian_root, disk, ext, take};
 use crate::boot::image::disk::Range;
 use crate::boot::image::ext::Ext;
 use crate::boot::image::process::answer;
-use crate::boot::image::{FindError, OpenDisk, Root, RootUser, find_root};
+use crate::boot::image::{ChosenBy, FindError, OpenDisk, ReadAt, Root, RootUser, WantedRoot, find_root};
 use crate::sandbox::Isolation;
 use crate::skip::skipped;
 use std::fs;
@@ -108,7 +108,7 @@ fn inodes_and_extents_are_found_as_ext4_view_finds_them() {
 }
 
 fn root(image: &[u8], user: Option<&str>) -> Result<Root, FindError> {
-    find_root(&Range::whole(Rc::new(image.to_vec()), 256 * MIB as u64), user)
+    find_root(&Range::whole(Rc::new(image.to_vec()), 256 * MIB as u64), WantedRoot { entry: None, user })
 }
 
 /// A folder with what makes a root, and this list of users.
@@ -147,6 +147,76 @@ fn other_partitions_that_look_like_a_root_are_listed() {
     let found = |partitions: &[&[u8]]| root(&disk(partitions), None).map(|root| (root.partition, root.others));
     assert_eq!(found(&[&system]).expect("a root"), (Some(1), vec![]));
     assert_eq!(found(&[&[0; 4096], &system, &system]).expect("a root"), (Some(2), vec![3]));
+}
+
+/// Of two systems, it is the one that the boot loader's entry starts.
+#[test]
+fn the_root_is_the_one_that_the_kernel_is_told() {
+    let folder = root_with(b"root:x:0:0::/root:/bin/sh\n");
+    let Some(other) = ext("ext4", folder.path()) else { return };
+    let Some(second) = debugfs(
+        &other,
+        &["feature -metadata_csum", "ssv uuid 99999999-89ab-cdef-0123-456789abcdef", "ssv volume_name second"],
+    ) else {
+        return;
+    };
+    // The configuration of the first partition counts: it is found first.
+    let found = |parameters: &str, entry| {
+        let config = format!(
+            "menuentry 'One' {{ linux /boot/vmlinuz-6.1 {parameters}\n}}\nmenuentry 'First' {{ linux /boot/vmlinuz-6.1 root=/dev/sda1\n}}\n"
+        );
+        fs::write(folder.path().join("boot/grub/grub.cfg"), config).expect("written");
+        let first = ext("ext4", folder.path()).expect("mke2fs is there");
+        let mut image = disk(&[&first, &second]);
+        image[440..444].copy_from_slice(&0x1234_abcd_u32.to_le_bytes());
+        let range = Range::whole(Rc::new(image), 256 * MIB as u64);
+        let root = find_root(&range, WantedRoot { entry, user: None }).expect("a root");
+        assert_eq!(root.others, [3 - root.partition.expect("a partition")]);
+        (root.partition, root.chosen_by)
+    };
+    for second in [
+        "root=UUID=99999999-89AB-cdef-0123-456789abcdef",
+        "ro root=LABEL=second",
+        "root=PARTUUID=1234ABCD-02",
+        "root=/dev/sda1 quiet root=/dev/vda2 x",
+        "\"root=/dev/nvme0n1p2\"",
+        "root=/dev/disk/by-uuid/99999999-89ab-cdef-0123-456789abcdef",
+    ] {
+        assert_eq!(found(second, None), (Some(2), ChosenBy::Parameters), "{second}");
+    }
+    assert_eq!(found("root=/dev/vda2", Some("First")), (Some(1), ChosenBy::Parameters));
+    for none in ["root=/dev/mapper/a-root2", "root=/dev/nvme0n2", "root=UUID=1", "root=/dev/vda3", "root=", "quiet"] {
+        assert_eq!(found(none, None), (Some(1), ChosenBy::Order), "{none}");
+    }
+    assert_eq!(found("root=/dev/vda2", Some("none")), (Some(1), ChosenBy::Order), "there is no such entry");
+}
+
+/// As many groups as a hostile superblock says, of blocks that a sparse image has: memory is not asked for.
+#[test]
+fn groups_are_bounded() {
+    struct Sparse(Vec<u8>);
+    impl ReadAt for Sparse {
+        fn bytes(&self) -> u64 {
+            1 << 50
+        }
+
+        fn read_exact_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<()> {
+            buffer.fill(0);
+            let from = self.0.get(usize::try_from(at).unwrap_or(usize::MAX)..).unwrap_or_default();
+            let count = from.len().min(buffer.len());
+            buffer[..count].copy_from_slice(&from[..count]);
+            Ok(())
+        }
+    }
+    let folder = debian_root();
+    let Some(image) = ext("ext4", folder.path()) else { return };
+    let Some(mut image) = debugfs(&image, &["feature -metadata_csum"]) else { return };
+    // 2³² blocks in groups of 8.
+    image[1024 + 4..1024 + 8].copy_from_slice(&u32::MAX.to_le_bytes());
+    image[1024 + 32..1024 + 36].copy_from_slice(&8_u32.to_le_bytes());
+    let disk = Range::whole(Rc::new(Sparse(image)), 1 << 30);
+    let error = Ext::load(&disk).err().expect("refused");
+    assert_eq!(error, "ext4 of more than 1048576 groups of blocks");
 }
 
 /// A guest that cannot write the disk mounts it without its journal, and GRUB reads it so: all see the same files.
