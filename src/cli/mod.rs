@@ -10,6 +10,7 @@ mod progress;
 mod report;
 mod result_file;
 mod run;
+mod run_results;
 mod status_file;
 mod test;
 mod top;

@@ -3,12 +3,13 @@
 use super::output::{fail, print_stderr, say};
 use super::report;
 use super::result_file::ResultFile;
+use super::run_results::{describe, show_flight_recorder, stats_text, write_profile, write_stats};
 use super::status_file::StatusRecord;
 use crate::boot::initramfs::TerminalSize;
-use crate::config::{Budget, OnReboot, Requirement, RunConfig, RunOptions, StatsFormat, read_file};
+use crate::config::{Budget, OnReboot, Requirement, RunConfig, RunOptions, read_file};
 use crate::console::{RawTerminal, StreamFlags, discard_input, terminal_size};
 use crate::error::chain;
-use crate::escape::{escape_json, escape_text};
+use crate::escape::escape_text;
 use crate::exit::end::status;
 use crate::exit::{EndKind, EndReason, RunEnd};
 use crate::machine::{Ran, Start, Stdin, configure, detect_disk_formats, is_disk_image, late_command};
@@ -16,14 +17,13 @@ use crate::measure::{MenuEntry, RunRecord};
 use crate::probe::{ANY_KVM, Host, check_linux};
 use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
-use crate::profile::{self, Profile, RunStats, RunSymbols};
+use crate::profile::{Profile, RunStats, RunSymbols};
 use crate::sandbox::keep_from_machine;
 use crate::snapshot::{Draft, FolderError, Opened, RecordingFolder};
 use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, SuperviseError, Supervised};
 use hwvmm_devices::path_text::PathText as _;
 use std::cell::OnceCell;
 use std::error::Error;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write as _};
 use std::os::fd::AsFd;
@@ -410,18 +410,6 @@ impl Results<'_> {
     }
 }
 
-fn write_profile(profile: &Profile, file: &ResultFile) -> Result<(), Box<dyn Error>> {
-    let text = render(profile, Format::Json, Style::default())?;
-    file.write(&text).map_err(|error| format!("cannot write {}: {error}", file.path().shown()).into())
-}
-
-/// Prints the last exits of each vCPU: some on a terminal, all with -v or into a file.
-fn show_flight_recorder(record: &RunRecord, symbols: &RunSymbols) {
-    let all = !io::stderr().is_terminal() || log::max_level() >= log::LevelFilter::Info;
-    let extent = if all { profile::Extent::All } else { profile::Extent::LastLines };
-    print_stderr(&escape_text(&profile::flight_recorder(record, symbols.get(), extent)));
-}
-
 fn uses_stdin(config: &RunConfig) -> bool {
     let targets = config.serial.iter().flatten().chain(&config.console);
     targets.into_iter().any(|target| *target == crate::config::ConsoleTarget::Stdio)
@@ -488,30 +476,4 @@ fn start_until_done(plan: &Plan<'_>) -> Result<Done, Box<dyn Error>> {
         last = Some(record);
         start = Start::Again { unread };
     }
-}
-
-/// One line: why and where.
-fn describe(record: &RunRecord, end: &EndReason) -> String {
-    let mut text = end.to_string();
-    let rip = |index: usize| record.vcpus.get(index).and_then(|vcpu| vcpu.rip);
-    let at = record.end.vcpu.unwrap_or(0);
-    // Writing to a String cannot fail.
-    let _ = match (record.end.vcpu, rip(at)) {
-        (Some(index), Some(rip)) => write!(text, " (vCPU {index}, rip {rip:#x})"),
-        (None, Some(rip)) => write!(text, " (vCPU 0 at rip {rip:#x})"),
-        _ => Ok(()),
-    };
-    text
-}
-
-fn stats_text(format: StatsFormat, stats: &RunStats) -> Result<String, serde_json::Error> {
-    Ok(match format {
-        StatsFormat::Text => format!("{stats}\n"),
-        StatsFormat::Json => format!("{}\n", escape_json(&serde_json::to_string(stats)?)),
-    })
-}
-
-fn write_stats(text: &Result<String, serde_json::Error>, file: &ResultFile) -> Result<(), Box<dyn Error>> {
-    let text = text.as_ref().map_err(|error| format!("cannot write the statistics: {error}"))?;
-    file.write(text).map_err(|error| format!("cannot write the statistics to {}: {error}", file.path().shown()).into())
 }

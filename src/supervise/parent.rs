@@ -4,6 +4,8 @@ use super::assembly::{Assembly, Phase, Unusable};
 use super::channel::{self, ChannelError, Received, Receiver, Wait, send_packet};
 use super::channels::{self, MachineEnds, ParentEnds};
 use super::child::{self, Inherited};
+use super::crash::crash;
+use super::error::SuperviseError;
 use super::kernel_log::KernelLog;
 use super::message::Message;
 use super::plan::Plan;
@@ -11,18 +13,18 @@ use super::signals::Signals;
 use super::streams::Session;
 use crate::console::set_line_state;
 use crate::error::chain;
-use crate::exit::{Crash, EndReason, RunEnd};
+use crate::exit::{EndReason, RunEnd};
 use crate::logging::{self, Forwarded, Pending, Relay};
 use crate::machine::{Ran, Start, StopRequest};
 use crate::measure::{FlightRecorders, MemoryUse, RunRecord};
 use crate::memory::give_back_startup;
-use crate::sandbox::{Child, ForkError, PANICKED, Refused, fork};
+use crate::sandbox::{Child, PANICKED, fork};
 use crate::snapshot::RecordingFolder;
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::virtio::vsock::{HostConnector, Served};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Signal, WaitStatus, getpid};
+use rustix::process::getpid;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -48,23 +50,6 @@ const KERNEL_LOG_LINES: usize = 100;
 
 /// How often to try again to write what stderr does not take.
 const STDERR_AGAIN: Duration = Duration::from_millis(100);
-
-/// The machine could not be started or its process not be watched.
-#[derive(Debug, Error)]
-pub enum SuperviseError {
-    /// The process for the machine could not be started.
-    #[error(transparent)]
-    Fork(#[from] ForkError),
-    /// Sockets, shared memory, poll(2), waitpid(2).
-    #[error("cannot {0}")]
-    Io(&'static str, #[source] io::Error),
-    /// The machine's process says that it failed: why.
-    #[error("{0}")]
-    Machine(String),
-    /// The machine's process says that the kernel cannot be booted: why.
-    #[error("{0}")]
-    Unbootable(String),
-}
 
 /// What is left of a run.
 pub struct Supervised {
@@ -505,16 +490,4 @@ enum ChildEnded {
 enum Queue {
     Empty,
     More,
-}
-
-fn crash(status: WaitStatus, reports: &File) -> Crash {
-    let refused = (status.terminating_signal() == Some(Signal::SYS.as_raw())).then(|| Refused::read(reports)).flatten();
-    if let Some(refused) = refused {
-        return Crash::Refused(refused.to_string());
-    }
-    match (status.terminating_signal(), status.exit_status()) {
-        (Some(signal), _) => Crash::Signal(signal),
-        (None, Some(status)) if status == i32::from(PANICKED) => Crash::Panicked,
-        (None, status) => Crash::Exited(status.unwrap_or(0)),
-    }
 }

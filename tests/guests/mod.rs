@@ -39,12 +39,14 @@ mod clusters;
 mod hostile;
 #[macro_use]
 mod programs;
+mod readers;
 mod suites;
 mod virtio;
 
 pub(crate) use clusters::*;
 pub(crate) use hostile::*;
 pub(crate) use programs::*;
+pub(crate) use readers::*;
 pub(crate) use suites::*;
 pub(crate) use virtio::*;
 
