@@ -203,7 +203,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let wants_memory = setup.config.stats.is_some() || setup.config.profile.is_some();
     let smaps = if wants_memory { File::open(MemoryUse::FILE).ok() } else { None };
     let start = Instant::now();
-    let recorder = Recorder::new(setup, &ram, start)?;
+    let recorder = Recorder::new(setup, &ram, start).map_err(|error| RunError::Io("read /proc/self/pagemap", error))?;
     let (measure, mut tracer, missing) = measure(setup, &ram, vcpus.len(), start);
     confine_and_start(setup, passt, &virtio, tracer.as_mut())?;
     let startup_cpu_ns = announce_start(setup, boot);

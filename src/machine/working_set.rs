@@ -1,6 +1,5 @@
 //! The pages that a run from a snapshot uses: written down by one run, and made ready for those after it.
 
-use super::run::RunError;
 use super::setup::{Event, Setup};
 use crate::config::RunConfig;
 use crate::kvm::{System, Vcpu};
@@ -11,6 +10,7 @@ use crate::tune::Lever;
 use hwvmm_arch::layout::{GpaRange, ram_banks};
 use kvm_bindings::KVM_CAP_PRE_FAULT_MEMORY;
 use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::time::Instant;
 
@@ -125,10 +125,9 @@ impl<'a> Recorder<'a> {
     ///
     /// # Errors
     /// Where /proc/self/pagemap cannot be opened.
-    pub(super) fn new(setup: &Setup<'a>, ram: &GuestRam, start: Instant) -> Result<Option<Self>, RunError> {
+    pub(super) fn new(setup: &Setup<'a>, ram: &GuestRam, start: Instant) -> io::Result<Option<Self>> {
         let Some(time) = setup.config.record_working_set else { return Ok(None) };
-        let pagemap =
-            File::open("/proc/self/pagemap").map_err(|error| RunError::Io("read /proc/self/pagemap", error))?;
+        let pagemap = File::open("/proc/self/pagemap")?;
         let at = start.checked_add(time);
         Ok(Some(Self { ram: ram.clone(), pagemap, at, done: false, on_event: setup.on_event }))
     }

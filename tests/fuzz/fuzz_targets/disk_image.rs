@@ -2,7 +2,7 @@
 #![no_main]
 
 use hwvmm::boot::image::{Range, WantedModules, WantedRoot, find, find_modules, find_root};
-use hwvmm::boot::initramfs::Driver;
+use hwvmm::boot::initramfs::{Driver, LinkChoice};
 use libfuzzer_sys::fuzz_target;
 use std::rc::Rc;
 
@@ -17,7 +17,7 @@ fuzz_target!(|data: &[u8]| {
         Err(error) => assert!(!error.to_string().is_empty()),
     }
     let mut copied = Vec::new();
-    let wanted = WantedModules { release: "6.1", drivers: &[Driver::Overlay], other_link: None };
+    let wanted = WantedModules { release: "6.1", drivers: &[Driver::Overlay], links: LinkChoice::Vsock };
     match find_modules(&disk, wanted, &mut copied) {
         Ok(found) => assert_eq!(found.modules.iter().map(|module| module.bytes).sum::<u64>(), copied.len() as u64),
         Err(error) => assert!(!error.to_string().is_empty()),
