@@ -6,6 +6,12 @@
 mod disks;
 mod guests;
 mod harness;
+#[path = "snapshot/sockets.rs"]
+mod sockets;
+#[path = "snapshot/template.rs"]
+mod template;
+#[path = "snapshot/working_set.rs"]
+mod working_set;
 
 use harness::{Outcome, Test, folder, hwvmm, text};
 use std::fs;
@@ -428,12 +434,18 @@ const TESTS: &[Test] = &[
     ("each_run_has_a_generation_identifier_of_its_own", each_run_has_a_generation_identifier_of_its_own),
     ("a_disk_loses_nothing_and_writes_nothing_twice", disks::a_disk_loses_nothing_and_writes_nothing_twice),
     ("disks_that_do_not_fit_are_refused", disks::disks_that_do_not_fit_are_refused),
+    ("a_guest_that_does_not_get_ready_makes_no_template", template::a_guest_that_does_not_get_ready_makes_no_template),
+    ("commands_are_for_guests_that_wait_for_one", template::commands_are_for_guests_that_wait_for_one),
+    ("sockets_are_connected_anew", sockets::sockets_are_connected_anew),
+    ("shares_are_given_again", sockets::shares_are_given_again),
     ("what_has_no_state_is_refused", what_has_no_state_is_refused),
     ("a_folder_that_exists_is_refused", a_folder_that_exists_is_refused),
     ("a_killed_client_leaves_no_half_snapshot", a_killed_client_leaves_no_half_snapshot),
     ("a_full_disk_is_an_error_and_the_guest_goes_on", a_full_disk_is_an_error_and_the_guest_goes_on),
     ("hostile_snapshots_are_refused", hostile_snapshots_are_refused),
     ("a_restore_is_quick", a_restore_is_quick),
+    ("the_pages_of_a_run_are_ready_in_the_next", working_set::the_pages_of_a_run_are_ready_in_the_next),
+    ("a_working_set_that_cannot_be_used_is_not", working_set::a_working_set_that_cannot_be_used_is_not),
 ];
 
 fn main() -> ExitCode {

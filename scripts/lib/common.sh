@@ -216,7 +216,7 @@ guest_modules() {
     cp "$HWVMM_KERNEL_DIR"/modules/modules.{dep,builtin,softdep,order} "$dir/"
     awk -F: '
         { name = $1; sub(/.*\//, "", name); sub(/\.ko.*/, "", name); gsub(/-/, "_", name) }
-        name ~ /^(virtio_pci|virtio_mmio|vmw_vsock_virtio_transport|virtio_console|virtiofs|overlay|virtio_blk|crc32c_generic|ext4)$/ { print $1; n = split($2, need, " "); for (i = 1; i <= n; i++) print need[i] }
+        name ~ /^(virtio_pci|virtio_mmio|vmw_vsock_virtio_transport|virtio_console|virtiofs|overlay|virtio_blk|crc32c_generic|ext4|sha256_ssse3)$/ { print $1; n = split($2, need, " "); for (i = 1; i <= n; i++) print need[i] }
         ' "$dir/modules.dep" | sort -u >"$dir/needed"
     while read -r path; do
         mkdir -p "$dir/${path%/*}"

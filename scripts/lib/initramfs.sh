@@ -117,7 +117,7 @@ fill_console() {
     start_guest_init "$1"
 }
 
-# The busybox guest with drivers for a disk and an entropy device, too.
+# The busybox guest with drivers for a disk, an entropy device and shared folders, too.
 guest_devices_initramfs() {
     guest_kernel
     initramfs "$HWVMM_LAB/guest/devices.cpio.gz" fill_devices "$HWVMM_ROOT/scripts/in-guest/init" "$HWVMM_KERNEL_DIR/version" \
@@ -126,7 +126,7 @@ guest_devices_initramfs() {
 fill_devices() {
     # shellcheck disable=SC2046 # names of applets
     add_applets "$1" $(busybox --list)
-    add_modules "$1" virtio_pci virtio_mmio virtio_console virtio_blk virtio_rng
+    add_modules "$1" virtio_pci virtio_mmio virtio_console virtio_blk virtio_rng virtiofs
     start_guest_init "$1"
 }
 

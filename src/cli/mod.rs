@@ -10,6 +10,7 @@ mod progress;
 mod report;
 mod result_file;
 mod run;
+mod run_results;
 mod status_file;
 mod test;
 mod top;
@@ -35,6 +36,8 @@ Examples:
   hwvmm run vmlinuz --root none --put ./test:/test -- /test
   hwvmm run debian.qcow2 --root debian.qcow2 -- uname -r
   hwvmm run vmlinuz -t -- bash
+  hwvmm run vmlinuz --template booted              (boots once, saves the guest, and ends)
+  hwvmm run --from booted -- sh -c 'uname -r; exit 7'       (in a copy of it, without a boot)
   hwvmm run --tune help                         (lists the levers)
   hwvmm run test.flat --testdev --debug-exit --append 'arguments'
   hwvmm run --config vm.toml
@@ -53,7 +56,7 @@ In the file, { escaped = '/tmp/a\\xff' } is a path that is not UTF-8.
 On a terminal, Ctrl-A x ends the run; Ctrl-A Ctrl-A sends one Ctrl-A.
 
 Exit status:
-  0    the guest powered off or halted, or a line matched --expect, or `hwvmm ctl SOCKET stop`
+  0    the guest powered off or halted, a line matched --expect, `hwvmm ctl SOCKET stop`, or --template was saved
   2    wrong option or --config file
   32   the guest reset itself           33   triple fault
   34   the guest panicked               35   all vCPUs halted with interrupts off

@@ -3,27 +3,27 @@
 use super::output::{fail, print_stderr, say};
 use super::report;
 use super::result_file::ResultFile;
+use super::run_results::{describe, show_flight_recorder, stats_text, write_profile, write_stats};
 use super::status_file::StatusRecord;
 use crate::boot::initramfs::TerminalSize;
-use crate::config::{Budget, OnReboot, Requirement, RunConfig, RunOptions, StatsFormat, read_file};
+use crate::config::{Budget, OnReboot, Requirement, RunConfig, RunOptions, read_file};
 use crate::console::{RawTerminal, StreamFlags, discard_input, terminal_size};
 use crate::error::chain;
-use crate::escape::{escape_json, escape_text};
+use crate::escape::escape_text;
 use crate::exit::end::status;
 use crate::exit::{EndKind, EndReason, RunEnd};
-use crate::machine::{Ran, Start, Stdin, configure, detect_disk_formats, is_disk_image};
+use crate::machine::{Ran, Start, Stdin, configure, detect_disk_formats, is_disk_image, late_command};
 use crate::measure::{MenuEntry, RunRecord};
 use crate::probe::{ANY_KVM, Host, check_linux};
 use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
-use crate::profile::{self, Profile, RunStats, RunSymbols};
+use crate::profile::{Profile, RunStats, RunSymbols};
 use crate::sandbox::keep_from_machine;
-use crate::snapshot::Opened;
+use crate::snapshot::{Draft, FolderError, Opened, RecordingFolder};
 use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, SuperviseError, Supervised};
 use hwvmm_devices::path_text::PathText as _;
 use std::cell::OnceCell;
 use std::error::Error;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write as _};
 use std::os::fd::AsFd;
@@ -135,6 +135,10 @@ fn run_guest(
     if let Some(snapshot) = &snapshot {
         configure(&mut config, snapshot.description())?;
     }
+    let late_command =
+        if snapshot.is_some() && config.has_command() { late_command(&config, terminal)? } else { Vec::new() };
+    let draft = config.template.as_deref().map(Draft::new).transpose()?;
+    let recording = recording(&config, snapshot.as_ref())?;
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     let host = Host::at(Path::new("/"));
     super::mmu::check(config.mmu, &host)?;
@@ -147,6 +151,9 @@ fn run_guest(
     let plan = Plan {
         config: &config,
         snapshot: snapshot.as_ref(),
+        late_command,
+        template: draft.as_ref().map(Draft::targets).transpose()?,
+        recording: recording.as_ref(),
         expect: config.expect.as_ref().map(|pattern| pattern.0.clone()),
         stdin: if terminal.is_some() || uses_stdin(&config) && io::stdin().is_terminal() {
             Stdin::Terminal
@@ -167,6 +174,9 @@ fn run_guest(
     };
     let Done { record, stats, kernel_log } = start_until_done(&plan)?;
     crate::logging::report_suppressed();
+    if let (Some(draft), EndReason::Saved) = (draft, &record.end.reason) {
+        draft.keep()?;
+    }
     let expects = plan.expect.is_some();
     let end = if expects { record.end.reason.clone().without_the_expected() } else { record.end.reason.clone() };
     let results =
@@ -183,6 +193,16 @@ fn run_guest(
         (status, None) => status,
     };
     Ok(Ended { end, status, entry: record.entry })
+}
+
+/// The folder in which the pages are written down that the guest uses, where that is wanted.
+fn recording(config: &RunConfig, snapshot: Option<&Opened>) -> Result<Option<RecordingFolder>, FolderError> {
+    let (Some(_), Some(path), Some(snapshot)) = (config.record_working_set, &config.from, snapshot) else {
+        return Ok(None);
+    };
+    let folder = RecordingFolder::new(path, snapshot.description())?;
+    keep_from_machine(folder.as_fd());
+    Ok(Some(folder))
 }
 
 /// Returns true if hwvmm says what it does (`-v`).
@@ -233,7 +253,7 @@ fn configuration(args: Args) -> Result<RunConfig, Box<dyn Error>> {
     options.find_images(|path| args.end_with_parent.is_none() && is_disk_image(path));
     let mut config = options.into_config()?;
     // What -v prints is the kernel's whole log.
-    if is_verbose() && config.has_command() && config.kernel_log.is_none() {
+    if is_verbose() && config.has_agent() && config.kernel_log.is_none() {
         config.append.insert(0, "loglevel=7".into());
     }
     if let Some(budget) = &config.budget {
@@ -365,6 +385,7 @@ impl Results<'_> {
             | EndReason::Seen(_)
             | EndReason::Quit
             | EndReason::Stopped
+            | EndReason::Saved
             | EndReason::Unbootable(_)
             | EndReason::Signal(_) => false,
             EndReason::PowerOff
@@ -387,18 +408,6 @@ impl Results<'_> {
             print_stderr(&format!("The kernel's log ends with:\n{}\n", self.kernel_log.join("\n")));
         }
     }
-}
-
-fn write_profile(profile: &Profile, file: &ResultFile) -> Result<(), Box<dyn Error>> {
-    let text = render(profile, Format::Json, Style::default())?;
-    file.write(&text).map_err(|error| format!("cannot write {}: {error}", file.path().shown()).into())
-}
-
-/// Prints the last exits of each vCPU: some on a terminal, all with -v or into a file.
-fn show_flight_recorder(record: &RunRecord, symbols: &RunSymbols) {
-    let all = !io::stderr().is_terminal() || log::max_level() >= log::LevelFilter::Info;
-    let extent = if all { profile::Extent::All } else { profile::Extent::LastLines };
-    print_stderr(&escape_text(&profile::flight_recorder(record, symbols.get(), extent)));
 }
 
 fn uses_stdin(config: &RunConfig) -> bool {
@@ -467,30 +476,4 @@ fn start_until_done(plan: &Plan<'_>) -> Result<Done, Box<dyn Error>> {
         last = Some(record);
         start = Start::Again { unread };
     }
-}
-
-/// One line: why and where.
-fn describe(record: &RunRecord, end: &EndReason) -> String {
-    let mut text = end.to_string();
-    let rip = |index: usize| record.vcpus.get(index).and_then(|vcpu| vcpu.rip);
-    let at = record.end.vcpu.unwrap_or(0);
-    // Writing to a String cannot fail.
-    let _ = match (record.end.vcpu, rip(at)) {
-        (Some(index), Some(rip)) => write!(text, " (vCPU {index}, rip {rip:#x})"),
-        (None, Some(rip)) => write!(text, " (vCPU 0 at rip {rip:#x})"),
-        _ => Ok(()),
-    };
-    text
-}
-
-fn stats_text(format: StatsFormat, stats: &RunStats) -> Result<String, serde_json::Error> {
-    Ok(match format {
-        StatsFormat::Text => format!("{stats}\n"),
-        StatsFormat::Json => format!("{}\n", escape_json(&serde_json::to_string(stats)?)),
-    })
-}
-
-fn write_stats(text: &Result<String, serde_json::Error>, file: &ResultFile) -> Result<(), Box<dyn Error>> {
-    let text = text.as_ref().map_err(|error| format!("cannot write the statistics: {error}"))?;
-    file.write(text).map_err(|error| format!("cannot write the statistics to {}: {error}", file.path().shown()).into())
 }

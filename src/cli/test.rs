@@ -9,8 +9,9 @@ use crate::probe::Host;
 use crate::supervise::with_default_action;
 use crate::testing::{
     Annotations, Baseline, Case, Colour, DEFAULT_FILE, Done, FailFast, FolderError, Header, Interrupted, Jobs, Plan,
-    RanOn, ResultFolder, SAMPLE, Selection, Shard, SuiteFile, TestResult, Totals, UpdateBaseline, Verdict, annotation,
-    baseline_path, bazel_status_file, expand, html, junit, ktap, ktap_lines, line, merge, step_summary, summary,
+    RanOn, ResultFolder, SAMPLE, Selection, Shard, SuiteFile, TemplateRun, TestResult, Totals, UpdateBaseline, Verdict,
+    annotation, baseline_path, bazel_status_file, expand, html, junit, ktap, ktap_lines, line, merge, step_summary,
+    summary, template_line,
 };
 use hwvmm_devices::path_text::PathText as _;
 use std::collections::BTreeMap;
@@ -268,6 +269,7 @@ fn run_suite(args: &Args, prepared: &Prepared) -> Result<u8, Box<dyn Error>> {
     };
     let done = crate::testing::run(&plan);
     let totals = Totals::new(&done.results, done.not_run);
+    printer.templates(&done.templates);
     // One that cannot be written is no reason to lose the others, or the summary.
     let written = [
         lines.finish(),
@@ -410,6 +412,20 @@ impl Printer {
         if let Some(progress) = &mut *progress {
             progress.end(&result.name);
             show(progress);
+        }
+    }
+
+    /// The boots that tests shared: their time and exits are in no test's.
+    fn templates(&self, templates: &[TemplateRun]) {
+        let text: String = templates.iter().map(template_line).collect();
+        match self.format {
+            Format::Text => {
+                if self.progress.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+                    let _ = print_all(CLEAR.as_bytes());
+                }
+                self.print(text);
+            }
+            Format::Ktap | Format::Json => print_stderr(&text),
         }
     }
 

@@ -11,11 +11,23 @@ impl RunConfig {
         !self.command.is_empty()
     }
 
+    /// Returns true if the guest has an agent: it runs one command, or waits for it.
+    #[must_use]
+    pub fn has_agent(&self) -> bool {
+        self.has_command() || self.template.is_some()
+    }
+
+    /// Returns true if a snapshot can be asked for.
+    #[must_use]
+    pub fn may_be_saved(&self) -> bool {
+        self.api.is_some() || self.template.is_some()
+    }
+
     /// Returns true if the parameters of the kernel are those of its image, too. A command has the image's kernel alone: its parameters
     /// are for the system in the image.
     #[must_use]
     pub fn has_image_cmdline(&self) -> bool {
-        self.kernel_from.is_some() && !self.has_command()
+        self.kernel_from.is_some() && !self.has_agent()
     }
 
     /// Returns the number of virtio devices.
@@ -109,7 +121,7 @@ impl RunConfig {
             (tune.wants(Lever::AcpiReset) && self.cpus.count() == 1, "reboot=f"),
             (tune.wants(Lever::NoCryptoSelftests), "cryptomgr.notests"),
             // Each byte on a UART is an exit, and they are of use only where something fails.
-            (self.has_command() && self.kernel_log.is_none(), "quiet"),
+            (self.has_agent() && self.kernel_log.is_none(), "quiet"),
         ];
         words.iter().filter(|(on, _)| *on).map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
     }

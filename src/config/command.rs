@@ -1,9 +1,11 @@
 //! The one command that a guest runs (`hwvmm run KERNEL -- COMMAND`), and what it finds there.
 
 use super::choices::OnReboot;
+use super::console::Pattern;
 use super::devices::{ShareConfig, VsockBackend, VsockConfig};
 use super::error::{ConfigError, ValueError};
 use super::module::ModuleConfig;
+use super::options::RunOptions;
 use super::value::{Value, choices};
 use hwvmm_devices::path_text::PathText as _;
 use std::ffi::{OsStr, OsString};
@@ -142,9 +144,31 @@ fn absolute(path: &Path) -> Result<PathBuf, ConfigError> {
     std::path::absolute(path).map_err(|_| ConfigError::NoCurrentFolder(path.shown().to_string()))
 }
 
+/// What the agent in a guest is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AgentTask {
+    /// There is no agent.
+    None,
+    /// It runs a command.
+    Command,
+    /// It waits for the commands of later runs (`--template`).
+    Template,
+}
+
+impl RunOptions {
+    /// What the agent is for. A command and a template exclude each other.
+    pub(super) fn task(&self) -> AgentTask {
+        match (self.command.is_empty(), &self.template) {
+            (_, Some(_)) => AgentTask::Template,
+            (true, None) => AgentTask::None,
+            (false, None) => AgentTask::Command,
+        }
+    }
+}
+
 /// The options that are about a command, as given.
 pub(super) struct CommandOptions<'a> {
-    pub(super) command: &'a [OsString],
+    pub(super) task: AgentTask,
     pub(super) root: Option<&'a RootChoice>,
     pub(super) rw: &'a [PathBuf],
 }
@@ -153,7 +177,7 @@ impl CommandOptions<'_> {
     /// The shares of the machine: those that were given, and those of the command.
     pub(super) fn shares(&self, given: &[ShareConfig]) -> Result<Vec<ShareConfig>, ConfigError> {
         let mut shares = given.to_vec();
-        if self.command.is_empty() {
+        if self.task == AgentTask::None {
             return Ok(shares);
         }
         let root = match self.root.unwrap_or(&RootChoice::Host) {
@@ -172,7 +196,7 @@ impl CommandOptions<'_> {
     /// The vsock device: that which was given, or one with the command's streams alone.
     pub(super) fn vsock(&self, given: Option<&VsockConfig>) -> Option<VsockConfig> {
         let own = || VsockConfig { cid: CID, backend: VsockBackend::Streams };
-        given.cloned().or_else(|| (!self.command.is_empty()).then(own))
+        given.cloned().or_else(|| (self.task != AgentTask::None).then(own))
     }
 }
 
@@ -184,7 +208,11 @@ pub fn rw_tag(number: usize) -> String {
 
 /// The options that mean nothing without a command, or nothing with one.
 pub(super) struct CommandRelated<'a> {
+    pub(super) task: AgentTask,
     pub(super) command: &'a [OsString],
+    pub(super) from: Option<&'a Path>,
+    pub(super) expect: Option<&'a Pattern>,
+    pub(super) api: Option<&'a Path>,
     pub(super) root: &'a RootChoice,
     pub(super) rw: &'a [PathBuf],
     pub(super) env: &'a [EnvChoice],
@@ -202,7 +230,7 @@ pub(super) struct CommandRelated<'a> {
 
 /// Refuses options that mean nothing without a command, or nothing with one.
 pub(super) fn check(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
-    if config.command.is_empty() {
+    if config.task == AgentTask::None {
         let given = [
             ("--root", *config.root != RootChoice::default()),
             ("--rw", !config.rw.is_empty()),
@@ -229,8 +257,45 @@ pub(super) fn check(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
         ),
         ("--module", !config.module.is_empty(), "modules of multiboot kernels are no part of it"),
     ];
+    if let Some((option, _, why)) = refused.into_iter().find(|(_, given, _)| *given) {
+        return Err(ConfigError::NotWithCommand { option, why });
+    }
+    match config.task {
+        AgentTask::Template => check_template(config),
+        AgentTask::Command if config.from.is_some() => check_late(config),
+        AgentTask::Command | AgentTask::None => Ok(()),
+    }
+}
+
+/// Refuses what is for the runs from a template, and what a template cannot have.
+fn check_template(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
+    let later = "it is for the runs from the template, as in hwvmm run --from DIR ... -- COMMAND";
+    let refused = [
+        ("a COMMAND", !config.command.is_empty(), later),
+        ("--env", !config.env.is_empty(), later),
+        ("--workdir", config.workdir.is_some(), later),
+        ("--user", *config.user != UserChoice::default(), later),
+        ("--tty", config.tty, later),
+        ("--rw", !config.rw.is_empty(), "what a guest has open in a folder that can be written is not saved"),
+        (
+            "--api",
+            config.api.is_some(),
+            "the run ends by itself, and a snapshot from before that would have a guest without a command",
+        ),
+        ("--expect", config.expect.is_some(), "the run ends when the guest is ready for a command"),
+    ];
     match refused.into_iter().find(|(_, given, _)| *given) {
-        Some((option, _, why)) => Err(ConfigError::NotWithCommand { option, why }),
+        Some((option, _, why)) => Err(ConfigError::NotWithTemplate { option, why }),
+        None => Ok(()),
+    }
+}
+
+/// Refuses what a guest that has booted already cannot get any more.
+fn check_late(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
+    let refused =
+        [("--rw", !config.rw.is_empty()), ("--put", !config.put.is_empty()), ("--modules", config.modules.is_some())];
+    match refused.into_iter().find(|(_, given)| *given) {
+        Some((option, _)) => Err(ConfigError::NotWithFrom(option)),
         None => Ok(()),
     }
 }
@@ -238,7 +303,7 @@ pub(super) fn check(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{RunConfig, RunOptions};
+    use crate::config::{ConsoleTarget, RunConfig};
 
     fn parse<T: Value>(text: &str) -> Result<T, ValueError> {
         T::parse(OsStr::new(text))
@@ -304,6 +369,47 @@ mod tests {
     }
 
     #[test]
+    fn a_template_is_a_machine_for_commands_without_one() {
+        let made =
+            config("template = 't'\nput = ['a:/b']\nmodules = 'm'\nroot = '/srv'\nkernel-log = 'l'").expect("valid");
+        assert!(made.has_agent() && !made.has_command());
+        assert_eq!(made.share.iter().map(|share| share.tag.as_str()).collect::<Vec<_>>(), [ROOT_TAG]);
+        assert_eq!(made.vsock, Some(VsockConfig { cid: CID, backend: VsockBackend::Streams }));
+        assert_eq!(made.serial[0], Some(ConsoleTarget::Log));
+        for text in [
+            "env = ['A=1']",
+            "workdir = '/'",
+            "user = 5",
+            "tty = true",
+            "rw = ['/srv']",
+            "expect = 'x'",
+            "command = 'sh'",
+            "initrd = 'i'",
+            "on-reboot = 'restart'",
+            "api = 's'",
+        ] {
+            let error = config(&format!("template = 't'\n{text}")).expect_err("refused").to_string();
+            let option = text.split(' ').next().unwrap_or_default();
+            assert!(error.contains("--template") || error.contains(option), "{text}: {error}");
+        }
+        let from = toml::from_str::<RunOptions>("from = 's'\ntemplate = 't'").expect("TOML").into_config();
+        assert!(from.expect_err("refused").to_string().contains("--template"));
+    }
+
+    #[test]
+    fn a_run_from_a_template_has_a_command() {
+        let config = |text: &str| {
+            toml::from_str::<RunOptions>(&format!("from = 's'\ncommand = ['sh']\n{text}")).expect("TOML").into_config()
+        };
+        let late = config("env = ['A=1']\nworkdir = '/'\nuser = 5\ntty = true\nroot = '/srv'").expect("valid");
+        assert!(late.has_command() && late.has_agent() && late.share.len() == 1);
+        for text in ["rw = ['/srv']", "put = ['a:/b']", "modules = 'm'", "kernel = 'k'"] {
+            let error = config(text).expect_err("refused").to_string();
+            assert!(error.contains("--from"), "{text}: {error}");
+        }
+    }
+
+    #[test]
     fn a_command_of_the_command_line_replaces_that_of_the_file() {
         let read = |text: &str| toml::from_str::<RunOptions>(text).expect("TOML");
         let file = read("kernel = 'k'\ncommand = ['sh', '-c', 'x']");
@@ -315,7 +421,6 @@ mod tests {
 
     #[test]
     fn the_log_of_the_kernel_is_not_on_stdout() {
-        use crate::config::ConsoleTarget;
         let plain = config("command = 'sh'").expect("valid");
         assert_eq!(plain.serial[0], Some(ConsoleTarget::Log));
         assert!(plain.kernel_cmdline().contains("console=ttyS0") && plain.kernel_cmdline().ends_with(" quiet"));

@@ -193,6 +193,9 @@ pub enum ConfigError {
     /// An option that a snapshot settles.
     #[error("{0} cannot be given with --from: the machine is that of the snapshot; leave it out")]
     NotWithFrom(&'static str),
+    /// An option that only a run from a snapshot has.
+    #[error("{0} is for a run from a snapshot: give --from DIR, too, or leave it out")]
+    OnlyWithFrom(&'static str),
     /// A kernel and an image with one were given.
     #[error("--kernel-from cannot be given with a KERNEL: leave one of them out, or give the image with --disk")]
     TwoKernels,
@@ -212,6 +215,14 @@ pub enum ConfigError {
     /// An option and a command exclude each other.
     #[error("{option} cannot be given with a COMMAND: {why}")]
     NotWithCommand {
+        /// The option as it is written, with its hyphens.
+        option: &'static str,
+        /// Why, or what to do.
+        why: &'static str,
+    },
+    /// An option and a template exclude each other.
+    #[error("{option} cannot be given with --template: {why}")]
+    NotWithTemplate {
         /// The option as it is written, with its hyphens.
         option: &'static str,
         /// Why, or what to do.

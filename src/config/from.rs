@@ -2,9 +2,19 @@
 
 use super::choices::OnReboot;
 use super::devices::Toggle;
+use super::error::ConfigError;
 use super::options::RunOptions;
+use std::time::Duration;
 
 impl RunOptions {
+    /// For how long the pages that the guest uses are written down.
+    pub(super) fn recording(&self) -> Result<Option<Duration>, ConfigError> {
+        match (self.record_working_set, &self.from) {
+            (Some(_), None) => Err(ConfigError::OnlyWithFrom("--record-working-set")),
+            (time, _) => Ok(time),
+        }
+    }
+
     /// The first option that is given and is settled by a snapshot, or about a device that no snapshot has.
     pub(super) fn refused_with_snapshot(&self) -> Option<&'static str> {
         let on = |option: Option<bool>| option == Some(true);
@@ -24,12 +34,10 @@ impl RunOptions {
             ("--debug-exit", on(self.debug_exit)),
             ("--testdev", on(self.testdev)),
             ("--seed", self.seed.is_some()),
-            ("--share", !self.share.is_empty()),
-            ("--vsock", self.vsock.is_some()),
             ("--rng", self.rng.and_then(Toggle::device).is_some()),
             ("--balloon", self.balloon.and_then(Toggle::device).is_some()),
             ("--transport", self.transport.is_some()),
-            ("a COMMAND", !self.command.is_empty()),
+            ("--template", self.template.is_some()),
             ("--on-reboot restart", self.on_reboot == Some(OnReboot::Restart)),
         ];
         options.into_iter().find(|(_, given)| *given).map(|(option, _)| option)
@@ -44,6 +52,10 @@ mod tests {
     fn a_snapshot_settles_what_the_machine_is() {
         let config = read("from = 's'\napi = 'a'\nserial = ['1=null']\nwatchdog = false").into_config().expect("valid");
         assert_eq!((config.from, config.kernel), (Some("s".into()), "s".into()));
+        let config = read("from = 's'\nrecord-working-set = '2s'").into_config().expect("valid");
+        assert_eq!(config.record_working_set, Some(Duration::from_secs(2)));
+        let error = read("kernel = 'k'\nrecord-working-set = '2s'").into_config().expect_err("refused").to_string();
+        assert!(error.contains("--record-working-set") && error.contains("--from DIR"), "{error}");
         // What its disks and consoles are connected to is this run's.
         let config = read("from = 's'\ndisk = ['d']\nconsole = 'virtio=null'").into_config().expect("valid");
         assert!(config.disk.len() == 1 && config.console.is_some());

@@ -1,6 +1,6 @@
 //! Options that name disk images: with a kernel (`hwvmm run IMAGE`, `--kernel-from`), or with the root of a command (`--root IMAGE`).
 
-use super::command::RootChoice;
+use super::command::{AgentTask, RootChoice};
 use super::devices::{ChangedDisk, DiskConfig, DiskFormat, DiskIo, WriteError};
 use super::error::ConfigError;
 use super::options::RunOptions;
@@ -79,9 +79,9 @@ impl RunOptions {
     /// The disks that were given, behind the image with the kernel if it is none of them, and before that with the root. A command leaves
     /// both images as they are.
     pub(super) fn disks(&self) -> Vec<DiskConfig> {
-        let read_only = !self.command.is_empty();
+        let read_only = self.task() != AgentTask::None;
         let root = match self.root_choice() {
-            Ok(RootChoice::Image(path)) if !self.command.is_empty() => {
+            Ok(RootChoice::Image(path)) if read_only => {
                 Some(DiskConfig { serial: ROOT_DISK.into(), read_only, ..disk(&path) })
             }
             _ => None,

@@ -5,7 +5,9 @@ use super::budget::{Budget, Slack};
 use super::choices::{
     BootProtocol, KernelCache, Levers, MmuChoice, OnReboot, ProfileLevel, SandboxMode, StatsFormat, Unpack,
 };
-use super::command::{CommandOptions, CommandRelated, EnvChoice, PutChoice, Requirement, RootChoice, UserChoice};
+use super::command::{
+    AgentTask, CommandOptions, CommandRelated, EnvChoice, PutChoice, Requirement, RootChoice, UserChoice,
+};
 use super::console::{ConsoleChoice, ConsoleTarget, Pattern, SerialChoice, UARTS, uarts};
 use super::contradictions::{Related, check};
 use super::devices::{BalloonConfig, DiskConfig, NetConfig, RngConfig, ShareConfig, Toggle, Transport, VsockConfig};
@@ -114,7 +116,11 @@ macro_rules! options {
                     memory: config.memory,
                 })?;
                 super::command::check(&CommandRelated {
+                    task: $given.task(),
                     command: &config.command,
+                    from: config.from.as_deref(),
+                    expect: config.expect.as_ref(),
+                    api: config.api.as_deref(),
                     root: &config.root,
                     rw: &config.rw,
                     env: &config.env,
@@ -154,10 +160,14 @@ options! {
     "Boot" {
         /// The kernel: a distribution's vmlinuz (bzImage), an ELF vmlinux, or a multiboot ELF
         kernel: Option<PathBuf>, [help_heading = None::<&str>] "KERNEL" becomes PathBuf = given.kernel_path()?;
-        /// Go on from a snapshot that `hwvmm ctl SOCKET snapshot` has made, in place of a boot. Memory, vCPUs and devices are those of the
-        /// snapshot; what consoles are connected to, the images of disks (--disk for each, as it was then), the control socket, time-outs and
+        /// Go on from a snapshot that --template or `hwvmm ctl SOCKET snapshot` has made, in place of a boot; one of --template runs a
+        /// COMMAND. Memory, vCPUs and devices are those of the snapshot; what consoles are connected to, the images of disks (--disk for each, as it was then), the control socket, time-outs and
         /// measurements are those of this run
         from: Option<PathBuf>, [long] "DIR";
+        /// With --from: write down in DIR (file working-set) which pages of memory the guest uses, until it has run for this time or has ended.
+        /// Later runs from DIR then have these pages ready before the guest runs (--tune working-set)
+        record_working_set: Option<Duration>, [long] "TIME" or "10s"
+            becomes Option<Duration> = given.recording()?;
         /// Take kernel, initrd and the kernel's parameters out of this disk image, which is a disk of the guest: as the image's boot
         /// loader would (grub.cfg, or /loader/entries; on ext2 to ext4 and FAT). The default parameters come behind the image's;
         /// --cmdline replaces both. A KERNEL that is a disk image means the same. A COMMAND has only the kernel and its modules from
@@ -247,6 +257,9 @@ options! {
         /// Run this command in the guest, and end with its status. stdin, stdout and stderr are the command's, and not the
         /// console's. hwvmm makes the initramfs: with an agent, and the modules that the kernel needs for it
         command: Vec<OsString>, [last = true, help_heading = None::<&str>] "COMMAND";
+        /// Boot the guest, save it in this folder when it is ready for a COMMAND, and end. Then `hwvmm run --from DIR -- COMMAND` runs
+        /// commands in copies of it, as often and as many at once as wanted, each without a boot
+        template: Option<PathBuf>, [long, conflicts_with = "command"] "DIR";
         /// The root file system that the command finds: host (that of this host), DIR, IMAGE (a disk image, raw or qcow2, with ext2
         /// to ext4), image (that of --kernel-from), or none (an empty one, with the files of --put). It is read-only for the guest;
         /// what the guest writes goes to its memory, and is gone after the run [default: host]
@@ -346,12 +359,12 @@ impl RunOptions {
     }
 
     fn of_command(&self) -> CommandOptions<'_> {
-        CommandOptions { command: &self.command, root: self.root.as_ref(), rw: &self.rw }
+        CommandOptions { task: self.task(), root: self.root.as_ref(), rw: &self.rw }
     }
 
     /// What a console is connected to that is on stdin and stdout where no command has these.
     fn usual_console(&self) -> ConsoleTarget {
-        if self.command.is_empty() { ConsoleTarget::Stdio } else { ConsoleTarget::Log }
+        if self.task() == AgentTask::None { ConsoleTarget::Stdio } else { ConsoleTarget::Log }
     }
 
     pub(super) fn virtio_console(&self) -> Option<ConsoleTarget> {

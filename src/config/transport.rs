@@ -1,5 +1,6 @@
 //! The transport of virtio devices, where none is given.
 
+use super::command::AgentTask;
 use super::devices::Transport;
 use super::options::RunOptions;
 
@@ -7,7 +8,7 @@ impl RunOptions {
     /// Returns the transport that was given, or the one that makes the fewest exits in a usual run.
     pub(super) fn transport(&self) -> Transport {
         // A command may move much through its streams and its root.
-        let few_requests = self.command.is_empty()
+        let few_requests = self.task() == AgentTask::None
             && self.disk.is_empty()
             && self.seed.is_none()
             && self.kernel_from.is_none()

@@ -108,6 +108,7 @@ impl Announcements {
                 | EndReason::NoCommandStatus(_)
                 | EndReason::Watchdog
                 | EndReason::Stopped
+                | EndReason::Saved
                 | EndReason::TimedOut(_)
                 | EndReason::NotBooted(_),
             ) => seen.clone(),
@@ -303,6 +304,7 @@ impl Watch {
             | EndReason::NotBooted(_)
             | EndReason::Quit
             | EndReason::Stopped
+            | EndReason::Saved
             | EndReason::Signal(_)
             | EndReason::Unbootable(_)
             | EndReason::Failed(_)

@@ -11,7 +11,7 @@ const MAX_BYTES: usize = 4096;
 
 /// Exit statuses of `hwvmm run`; also in its `--help`. A guest chooses an odd one by isa-debug-exit.
 pub mod status {
-    /// The guest shut down, `--expect` was seen, or `hwvmm ctl SOCKET stop` ended the run.
+    /// The guest shut down, `--expect` was seen, `hwvmm ctl SOCKET stop` ended the run, or its template was saved.
     pub const OK: u8 = 0;
     /// Another subcommand than `run` failed.
     pub const FAILURE: u8 = 1;
@@ -169,6 +169,7 @@ kinds! {
     NotBooted "not-booted" Self::NotBooted(_),
     Quit "quit" Self::Quit,
     Stopped "stopped" Self::Stopped,
+    Saved "saved" Self::Saved,
     Signal "signal" Self::Signal(_),
     Unbootable "unbootable" Self::Unbootable(_),
     Failed "failed" Self::Failed(_),
@@ -214,6 +215,8 @@ pub enum EndReason {
     Quit,
     /// `hwvmm ctl SOCKET stop`.
     Stopped,
+    /// The guest was ready for a command, and was saved (`--template`).
+    Saved,
     /// A signal to hwvmm.
     Signal(Signal),
     /// The kernel is none that can be booted so: why. The guest never ran.
@@ -229,7 +232,7 @@ impl EndReason {
     #[must_use]
     pub fn status(&self) -> u8 {
         match self {
-            Self::PowerOff | Self::SystemHalted | Self::Seen(_) | Self::Stopped => status::OK,
+            Self::PowerOff | Self::SystemHalted | Self::Seen(_) | Self::Stopped | Self::Saved => status::OK,
             Self::Reset => status::RESET,
             Self::TripleFault => status::TRIPLE_FAULT,
             Self::Panicked(_) => status::PANIC,
@@ -262,6 +265,7 @@ impl EndReason {
             | Self::Seen(_)
             | Self::Quit
             | Self::Stopped
+            | Self::Saved
             | Self::Unbootable(_) => true,
             // SIGQUIT is how one asks a program for what it knows.
             Self::Signal(signal) => *signal != Signal::QUIT,
@@ -322,6 +326,7 @@ impl fmt::Display for EndReason {
             Self::NotBooted(after) => write!(f, "the guest had not booted after {} s", after.as_secs_f64()),
             Self::Quit => f.write_str("ended by the user"),
             Self::Stopped => f.write_str("stopped through the control socket"),
+            Self::Saved => f.write_str("the guest is ready for a command, and was saved"),
             Self::Signal(signal) => write!(f, "ended by {signal}"),
             Self::Unbootable(what) | Self::Failed(what) => f.write_str(&escape(what, MAX_BYTES)),
             Self::Crashed(Crash::Refused(what)) => {

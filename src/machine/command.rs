@@ -1,11 +1,11 @@
 //! The initramfs of a guest that runs one command, from the configuration.
 
-use super::drivers::{drivers, other_link};
+use super::drivers::{drivers, links};
 use super::image::DiskParts;
 use crate::boot::image::{Root, RootUser};
 use crate::boot::initramfs::{
-    self, AgentLink, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest, Instructions, ModuleSource,
-    Put, Signatures, TerminalSize, Variable, WritableShare,
+    self, AgentLink, AgentTask, CommandSpec, GuestRoot, GuestUser, Initramfs, InitramfsError, InitramfsRequest,
+    Instructions, ModuleSource, Put, Signatures, TerminalSize, Variable, WritableShare,
 };
 use crate::boot::{self, KernelFile};
 use crate::bounded_read::{ReadError, read_text};
@@ -112,7 +112,7 @@ pub(super) fn make(
             None => ModuleSource::Host(config.modules.as_deref()),
         },
         drivers: &drivers(config),
-        other_link: other_link(config),
+        links: links(config),
         instructions: &instructions,
         put: &put,
         isolation: boot::isolation(config.sandbox),
@@ -125,6 +125,44 @@ pub(super) fn make(
     let ms = began.elapsed().as_secs_f64() * 1e3;
     log::info!("initramfs: {} bytes in {ms:.1} ms; modules: {} from {from}", made.archive.len(), made.modules.len());
     Ok(CommandInitramfs { file, hint: hint(&made, kernel, parts), link: made.link })
+}
+
+/// The message with the command of `config`, for the agent of a guest that waits for it; `terminal` is the size of the user's, if the command
+/// gets one.
+///
+/// # Errors
+/// [`CommandError`], such as for a user whom the root does not have.
+pub fn late_command(config: &RunConfig, terminal: Option<TerminalSize>) -> Result<Vec<u8>, CommandError> {
+    let host_root = root_folder(&config.root)?;
+    let of_image = RootUser::Unreadable("a run from a template does not read it".into());
+    let (user, home) = match config.root {
+        RootChoice::Image(_) => user_of(&config.user, &of_image)?,
+        _ => user(&config.user, host_root)?,
+    };
+    Ok(command_spec(config, host_root, GuestIdentity { user, home }, terminal)?.message()?)
+}
+
+/// Who a command runs as.
+struct GuestIdentity {
+    user: GuestUser,
+    /// The home folder, where the root's /etc/passwd was read.
+    home: Option<OsString>,
+}
+
+fn command_spec(
+    config: &RunConfig,
+    host_root: Option<&Path>,
+    identity: GuestIdentity,
+    terminal: Option<TerminalSize>,
+) -> Result<CommandSpec, CommandError> {
+    Ok(CommandSpec {
+        command: config.command.clone(),
+        environment: environment(config, identity.home, terminal),
+        workdir: workdir(config, host_root)?,
+        user: identity.user,
+        hostname: None,
+        terminal,
+    })
 }
 
 /// What to do about a driver that is missing.
@@ -177,12 +215,10 @@ fn instructions(
         signatures: if unchecked { Signatures::LeftOut } else { Signatures::Checked },
         root: guest_root,
         writable,
-        command: config.command.clone(),
-        environment: environment(config, home, terminal),
-        workdir: workdir(config, host_root)?,
-        user,
-        hostname: None,
-        terminal,
+        task: match &config.template {
+            Some(_) => AgentTask::Wait,
+            None => AgentTask::Run(command_spec(config, host_root, GuestIdentity { user, home }, terminal)?),
+        },
     })
 }
 
@@ -291,6 +327,14 @@ mod tests {
         options.into_config().expect("valid")
     }
 
+    /// What the command of the instructions is.
+    fn command_of(made: Instructions) -> CommandSpec {
+        match made.task {
+            AgentTask::Run(command) => command,
+            AgentTask::Wait => panic!("no command"),
+        }
+    }
+
     fn failure(text: &str) -> String {
         instructions(&config(text), None, None).expect_err("refused").to_string()
     }
@@ -309,7 +353,8 @@ mod tests {
         let named = RunConfig { user: UserChoice::Name("mail".into()), ..image };
         let made = instructions(&named, Some(&root), None).expect("made");
         assert_eq!(made.root, GuestRoot::Disk { serial: ROOT_DISK.into(), partition: 2 });
-        assert_eq!((made.user, made.workdir.as_path()), (GuestUser { uid: 8, gid: 12 }, Path::new("/")));
+        let command = command_of(made);
+        assert_eq!((command.user, command.workdir.as_path()), (GuestUser { uid: 8, gid: 12 }, Path::new("/")));
         let with =
             |user| instructions(&named, Some(&Root { user, ..root.clone() }), None).expect_err("refused").to_string();
         assert!(with(RootUser::None).contains("no such user"));
@@ -328,19 +373,36 @@ mod tests {
         std::fs::create_dir(folder.path().join("bin")).expect("made");
         let made = instructions(&config(&format!("root = '{path}'")), None, None).expect("a root");
         assert_eq!(made.root, GuestRoot::Share(ROOT_TAG.into()));
-        assert_eq!(made.workdir, Path::new("/"), "the root has no such folder");
+        assert_eq!(command_of(made).workdir, Path::new("/"), "the root has no such folder");
         assert!(failure("rw = ['/missing']").contains("--rw /missing"));
     }
 
     #[test]
     fn the_current_folder_goes_along_where_the_root_has_it() {
         let current = std::env::current_dir().expect("a folder");
-        assert_eq!(instructions(&config(""), None, None).expect("made").workdir, current);
-        assert_eq!(instructions(&config("root = 'none'"), None, None).expect("made").workdir, Path::new("/"));
+        let workdir = |config: &RunConfig| command_of(instructions(config, None, None).expect("made")).workdir;
+        assert_eq!(workdir(&config("")), current);
+        assert_eq!(workdir(&config("root = 'none'")), Path::new("/"));
         let shared = config(&format!("root = 'none'\nrw = ['{}']", current.display()));
-        assert_eq!(instructions(&shared, None, None).expect("made").workdir, current);
-        assert_eq!(instructions(&config("workdir = '/srv'"), None, None).expect("made").workdir, Path::new("/srv"));
+        assert_eq!(workdir(&shared), current);
+        assert_eq!(workdir(&config("workdir = '/srv'")), Path::new("/srv"));
         assert!(failure("workdir = 'srv'").contains("absolute"));
+    }
+
+    #[test]
+    fn a_command_for_a_template_is_the_same_as_that_of_a_boot() {
+        let text = "command = ['sh', '-c', 'x']\nenv = ['A=1']\nworkdir = '/srv'\nuser = '5:6'";
+        let read = |first: &str| toml::from_str::<RunOptions>(&format!("{first}\n{text}")).expect("TOML");
+        let (late, boots) = (read("from = 't'").into_config(), read("kernel = 'k'").into_config());
+        let size = Some(TerminalSize { rows: 24, columns: 80 });
+        let booted = command_of(instructions(&boots.expect("valid"), None, size).expect("made"));
+        let late = late.expect("valid");
+        assert_eq!(late_command(&late, size).expect("made"), booted.message().expect("bytes"));
+        let waits = toml::from_str::<RunOptions>("kernel = 'k'\ntemplate = 't'").expect("TOML").into_config();
+        let waits = instructions(&waits.expect("valid"), None, None).expect("made");
+        assert_eq!((waits.task, waits.root), (AgentTask::Wait, GuestRoot::Share(ROOT_TAG.into())));
+        let named = RunConfig { user: UserChoice::Name("mail".into()), root: RootChoice::Image("i".into()), ..late };
+        assert!(late_command(&named, None).expect_err("refused").to_string().contains("give numbers"));
     }
 
     #[test]
@@ -355,6 +417,7 @@ mod tests {
     #[test]
     fn the_last_variable_of_a_name_wins() {
         let made = instructions(&config("env = ['A=1', 'A=2', 'HWVMM_NOT_THERE', 'PATH']"), None, None).expect("made");
+        let made = command_of(made);
         let of = |name: &'static str| -> Vec<OsString> {
             made.environment.iter().filter(|one| one.name == name).map(|one| one.value.clone()).collect()
         };

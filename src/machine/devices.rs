@@ -56,7 +56,7 @@ impl Devices {
         if setup.config.debug_exit {
             devices.add(0xf4, 4, "debug exit", DebugExit)?;
         }
-        if setup.config.has_command() {
+        if setup.config.has_agent() {
             devices.add(PORT_COMMAND_STATUS, 2, "command status", CommandPort::default())?;
         }
         if setup.config.watchdog {

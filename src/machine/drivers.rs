@@ -1,7 +1,8 @@
 //! The drivers that a guest with a command needs for its devices.
 
-use crate::boot::initramfs::{AgentLink, Driver};
+use crate::boot::initramfs::{Driver, LinkChoice};
 use crate::config::{RootChoice, RunConfig, Transport, VsockBackend};
+use crate::tune::Lever;
 
 /// The drivers that the guest needs, in the order in which they are loaded.
 pub(super) fn drivers(config: &RunConfig) -> Vec<Driver> {
@@ -9,7 +10,11 @@ pub(super) fn drivers(config: &RunConfig) -> Vec<Driver> {
         Transport::Pci => Driver::VirtioPci,
         Transport::Mmio => Driver::VirtioMmio,
     };
-    let mut drivers = vec![bus, Driver::Vsock];
+    let mut drivers = Vec::new();
+    if !config.tune.wants(Lever::UncheckedModules) {
+        drivers.push(Driver::FastSha256);
+    }
+    drivers.extend([bus, Driver::Vsock]);
     let on_disk = matches!(config.root, RootChoice::Image(_));
     if !config.share.is_empty() {
         drivers.push(Driver::Virtiofs);
@@ -23,10 +28,14 @@ pub(super) fn drivers(config: &RunConfig) -> Vec<Driver> {
     drivers
 }
 
-/// What the agent may use in place of vsock. A user who asks for a vsock device has a kernel with vsock.
-pub(super) fn other_link(config: &RunConfig) -> Option<AgentLink> {
+/// What the agent may use. A user who asks for a vsock device has a kernel with vsock.
+pub(super) fn links(config: &RunConfig) -> LinkChoice {
     let own = config.vsock.as_ref().is_some_and(|vsock| vsock.backend == VsockBackend::Streams);
-    own.then_some(AgentLink::Ports)
+    match (own, &config.template) {
+        (false, _) => LinkChoice::Vsock,
+        (true, None) => LinkChoice::VsockFirst,
+        (true, Some(_)) => LinkChoice::PortsFirst,
+    }
 }
 
 #[cfg(test)]
@@ -41,15 +50,18 @@ mod tests {
 
     #[test]
     fn the_drivers_are_those_of_the_devices() {
-        assert_eq!(drivers(&config("")), [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs, Driver::Overlay]);
-        assert_eq!(drivers(&config("root = 'none'\ntransport = 'mmio'")), [Driver::VirtioMmio, Driver::Vsock]);
+        let (hash, pci) = (Driver::FastSha256, Driver::VirtioPci);
+        assert_eq!(drivers(&config("")), [hash, pci, Driver::Vsock, Driver::Virtiofs, Driver::Overlay]);
+        assert_eq!(drivers(&config("root = 'none'\ntransport = 'mmio'")), [hash, Driver::VirtioMmio, Driver::Vsock]);
         let writable = drivers(&config("root = 'none'\nrw = ['/tmp']"));
-        assert_eq!(writable, [Driver::VirtioPci, Driver::Vsock, Driver::Virtiofs]);
+        assert_eq!(writable, [hash, pci, Driver::Vsock, Driver::Virtiofs]);
+        let unchecked = drivers(&config("root = 'none'\ntune = ['unchecked-modules=on']"));
+        assert_eq!(unchecked, [pci, Driver::Vsock]);
         let image = |text: &str| {
             let text = format!("kernel-from = 'i'\nroot = 'image'\ncommand = ['a']\n{text}");
             drivers(&toml::from_str::<RunOptions>(&text).expect("TOML").into_config().expect("valid"))
         };
-        let disk = [Driver::VirtioPci, Driver::Vsock, Driver::VirtioBlk, Driver::Crc32c, Driver::Ext4, Driver::Overlay];
+        let disk = [hash, pci, Driver::Vsock, Driver::VirtioBlk, Driver::Crc32c, Driver::Ext4, Driver::Overlay];
         assert_eq!(image(""), disk);
         assert!(image("share = ['tag=a,path=b']").contains(&Driver::Virtiofs), "a folder that the command may mount");
     }

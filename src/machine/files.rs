@@ -1,14 +1,15 @@
 //! The files that a machine's guest is loaded from.
 
 use super::command::{self, CommandError};
-use super::drivers::other_link;
+use super::drivers::links;
 use super::image::{DiskParts, FromImage};
 use crate::boot::cache::Cache;
-use crate::boot::initramfs::{AgentLink, TerminalSize};
+use crate::boot::initramfs::{AgentLink, LinkChoice, TerminalSize};
 use crate::boot::{self, InitrdSource, KernelError, KernelFile, Prepared};
 use crate::config::RunConfig;
 use crate::exit::EndReason;
-use crate::snapshot::{FolderError, Opened, State};
+use crate::snapshot::{FolderError, Opened, SocketsDescription, State, WorkingSet};
+use crate::tune::Lever;
 use std::fs::File;
 use std::io;
 use thiserror::Error;
@@ -49,6 +50,8 @@ pub(super) enum Source {
         state: State,
         /// The file that guest memory is mapped from.
         memory: File,
+        /// The pages that are made ready.
+        working_set: Option<WorkingSet>,
     },
 }
 
@@ -93,7 +96,7 @@ impl Files {
         terminal: Option<TerminalSize>,
         progress: &dyn Fn(&str),
     ) -> Result<Self, FilesError> {
-        let made = config.has_command().then(|| command::make(config, &kernel, parts, terminal)).transpose()?;
+        let made = config.has_agent().then(|| command::make(config, &kernel, parts, terminal)).transpose()?;
         let initrd = match &made {
             Some(made) => Some(InitrdSource::Made(&made.file)),
             None => config.initrd.as_deref().map(InitrdSource::Path),
@@ -107,17 +110,23 @@ impl Files {
         Ok(Self { source, cmdline: None, hint: made.and_then(|made| made.hint), link })
     }
 
-    /// Reads the state of a snapshot.
+    /// Reads the state of a snapshot, and the pages that a run before has used. One that writes these down does without.
     ///
     /// # Errors
     /// [`FilesError`].
-    pub fn of_snapshot(snapshot: &Opened) -> Result<Self, FilesError> {
+    pub fn of_snapshot(config: &RunConfig, snapshot: &Opened) -> Result<Self, FilesError> {
         let memory = snapshot.memory().try_clone().map_err(FilesError::Memory)?;
+        let link = match snapshot.description().sockets {
+            Some(SocketsDescription::Ports) => AgentLink::Ports,
+            Some(SocketsDescription::Vsock { .. }) | None => AgentLink::Vsock,
+        };
+        let wants_pages = config.record_working_set.is_none() && config.tune.wants(Lever::WorkingSet);
+        let working_set = if wants_pages { snapshot.working_set() } else { None };
         Ok(Self {
-            source: Source::Snapshot { state: snapshot.state()?, memory },
+            source: Source::Snapshot { state: snapshot.state()?, memory, working_set },
             cmdline: None,
             hint: None,
-            link: AgentLink::default(),
+            link,
         })
     }
 
@@ -140,9 +149,9 @@ impl Files {
 
 /// What the agent reaches the host by, as the kernel itself says: no list of its modules was found.
 fn link_of(config: &RunConfig, kernel: &KernelFile, prepared: &Prepared) -> Result<AgentLink, FilesError> {
-    match (other_link(config), prepared.vmlinux(kernel)) {
-        (Some(_), Some(vmlinux)) => AgentLink::of_vmlinux(vmlinux).map_err(FilesError::Search),
-        _ => Ok(AgentLink::Vsock),
+    match (links(config), prepared.vmlinux(kernel)) {
+        (LinkChoice::Vsock, _) | (_, None) => Ok(AgentLink::Vsock),
+        (choice, Some(vmlinux)) => AgentLink::of_vmlinux(vmlinux, choice).map_err(FilesError::Search),
     }
 }
 

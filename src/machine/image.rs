@@ -1,7 +1,7 @@
 //! What a guest is started from that is in the images of disks: the kernel and its modules (`--kernel-from`), and the root of a command.
 
 use super::disks::Disks;
-use super::drivers::{drivers, other_link};
+use super::drivers::{drivers, links};
 use crate::boot::image::{
     ChosenBy, ImageKernel, ImageKernelError, Listed, OpenDisk, ReadAt, Root, WantedKernel, WantedModules, WantedRoot,
     kernel_of, list_seen, modules_of, root_of,
@@ -91,7 +91,7 @@ impl Disks {
         let Some(path) = &config.kernel_from else { return Ok(None) };
         let Some(disk) = self.find(config, |disk| disk.path == *path) else { return Ok(None) };
         // A command has an initramfs of hwvmm's own.
-        let initrd = config.initrd.is_none() && !config.has_command();
+        let initrd = config.initrd.is_none() && !config.has_agent();
         let wanted = WantedKernel { entry: config.entry.as_deref(), initrd };
         let taken = kernel_of(&disk, wanted, isolation(config.sandbox));
         let ImageKernel { found, kernel, initrd } = taken.map_err(|source| failed(path, source))?;
@@ -117,13 +117,13 @@ impl Disks {
     /// [`ImageError`].
     pub fn parts(&self, config: &RunConfig, kernel: &KernelFile) -> Result<DiskParts, ImageError> {
         let parts = DiskParts { root: self.root(config)?, ..DiskParts::default() };
-        let (Some(path), None, true) = (&config.kernel_from, &config.modules, config.has_command()) else {
+        let (Some(path), None, true) = (&config.kernel_from, &config.modules, config.has_agent()) else {
             return Ok(parts);
         };
         let Some(disk) = self.find(config, |disk| disk.path == *path) else { return Ok(parts) };
         // A kernel that cannot be read is reported by the one who makes the initramfs.
         let Ok(Some(release)) = kernel_release(kernel) else { return Ok(parts) };
-        let wanted = WantedModules { release: &release, drivers: &drivers(config), other_link: other_link(config) };
+        let wanted = WantedModules { release: &release, drivers: &drivers(config), links: links(config) };
         let taken = modules_of(&disk, wanted, isolation(config.sandbox)).map_err(|source| failed(path, source))?;
         let folder = taken.found.folder;
         let no_modules = folder.is_none().then(|| {

@@ -5,13 +5,16 @@ mod command;
 mod confine;
 mod devices;
 mod disks;
+mod drain;
 mod drivers;
 mod error;
 mod fault;
 mod files;
 mod generation;
+mod halt;
 mod image;
 mod levers;
+mod limits;
 mod net;
 mod paused;
 mod request;
@@ -22,8 +25,10 @@ mod seed;
 mod setup;
 mod testdev;
 mod virtio;
+mod working_set;
 
 pub use agent_ports::FIRST_AGENT_PORT;
+pub use command::{CommandError, late_command};
 pub use disks::{Disks, detect_disk_formats, is_disk_image};
 pub use error::MachineError;
 pub use fault::is_fault_of_kernel;
@@ -56,7 +61,7 @@ use hwvmm_arch::{Topology, lapic, msr};
 use hwvmm_devices::legacy::IoApic;
 use hwvmm_devices::virtio::console::Port;
 use hwvmm_devices::{BusBuilder, BusError};
-use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::CpuId;
 use levers::VirtioMmioRegisters;
 use net::Passt;
 use paused::VirtioDevices;
@@ -80,7 +85,7 @@ pub struct Machine {
     resized: Option<Arc<Port>>,
     /// The devices whose state a snapshot has.
     saved: SavedDevices,
-    /// The MSRs that make up the state of a vCPU; none without a control socket.
+    /// The MSRs that make up the state of a vCPU; none where no snapshot can be asked for.
     msrs: Arc<[u32]>,
     ram: GuestRam,
     boot: BootMethod,
@@ -96,16 +101,15 @@ impl Machine {
     /// [`MachineError`].
     pub fn new(setup: &Setup<'_>, system: &System, disks: Disks) -> Result<Self, MachineError> {
         let config = setup.config;
-        let topology =
-            Topology { sockets: config.cpus.sockets, cores: config.cpus.cores, threads: config.cpus.threads };
-        let apic_ids: Vec<u32> = (0..topology.cpus()).map(|index| topology.apic_id(index)).collect();
-        check_vcpus(system, &apic_ids)?;
-        let supported = system.supported_cpuid()?;
-        check_memory(config.memory.bytes, cpuid::address_bits(supported.as_slice()))?;
+        let processors = Processors::new(config, system)?;
         let banks = ram_banks(config.memory.bytes);
         let ram = match &setup.files.source {
             Source::Kernel { .. } => GuestRam::new(&banks, backing(config))?,
-            Source::Snapshot { memory, .. } => GuestRam::of_file(&banks, memory)?,
+            Source::Snapshot { memory, working_set, .. } => {
+                let ram = GuestRam::of_file(&banks, memory)?;
+                working_set.iter().for_each(|set| working_set::prepare(set, &ram, memory, config, system));
+                ram
+            }
         };
         let uarts = uarts(config);
         let mut layout = BusLayout::new(config, &setup.files.source)?;
@@ -114,16 +118,7 @@ impl Machine {
             Irqchip::Split => layout.pack_pins(uarts.iter().map(|uart| uart.gsi)),
             Irqchip::Kernel => Some(IoApicPins { first_gsi: 0, count: Vm::FIRST_MESSAGE_GSI }),
         };
-        let platform = Platform {
-            apic_ids: &apic_ids,
-            uarts: &uarts,
-            legacy_free: config.tune.wants(Lever::LegacyFree),
-            pins,
-            pci: layout.pci.then_some(u8::from(layout.pages)),
-            virtio_mmio: &layout.mmio,
-            vmgenid: layout.vmgenid,
-        };
-        let loaded = load(setup, &platform, &ram)?;
+        let loaded = load(setup, &platform(config, &processors.apic_ids, &uarts, pins, &layout), &ram)?;
         let control = Arc::new(Control::new()?);
         let mut devices = Devices::new(setup, &vm, &control)?;
         let mut mmio = BusBuilder::default();
@@ -148,11 +143,9 @@ impl Machine {
         let api = config.api.as_deref().map(serve).transpose()?;
         let BuiltVirtio { devices: virtio, readonly_pages } = builder.finish(&mut devices.pio)?;
         let vcpus = match &loaded {
-            From::Kernel(loaded) => {
-                create_vcpus(system, &vm, supported.as_slice(), topology, &apic_ids, loaded, &config.tune)?
-            }
+            From::Kernel(loaded) => create_vcpus(system, &vm, &processors, loaded, &config.tune)?,
             From::Snapshot(state) => {
-                let vcpus = restore::vcpus(&vm, state, supported.as_slice(), &apic_ids)?;
+                let vcpus = restore::vcpus(&vm, state, processors.supported.as_slice(), &processors.apic_ids)?;
                 restore::devices(&vm, state, &devices.saved)?;
                 virtio.restore(state)?;
                 generation.map_or(Ok(()), |generation| generation.announce())?;
@@ -161,6 +154,9 @@ impl Machine {
         };
         if config.memory.prefault || config.tune.wants(Lever::Prefault) {
             prefault(&ram, &vcpus, config.memory.bytes)?;
+        }
+        if let (Source::Snapshot { working_set: Some(set), .. }, Some(vcpu)) = (&setup.files.source, vcpus.first()) {
+            working_set::map(set, vcpu, config.memory.bytes);
         }
         let registers = VirtioMmioRegisters { devices: &layout.mmio, readonly_pages };
         let ring = vcpus.first().and_then(|vcpu| levers::coalesced_io(&vm, vcpu, config, irqchip, &registers));
@@ -181,11 +177,51 @@ impl Machine {
             watches: devices.watches,
             resized: devices.resized,
             saved: devices.saved,
-            msrs: if config.api.is_some() { system.msrs()?.into() } else { Arc::default() },
+            msrs: if config.may_be_saved() { system.msrs()?.into() } else { Arc::default() },
             ram,
             boot: loaded.method(),
             passt,
         })
+    }
+}
+
+/// The vCPUs that a machine is to have, and what KVM supports of a processor.
+struct Processors {
+    topology: Topology,
+    /// In the order of the vCPUs.
+    apic_ids: Vec<u32>,
+    supported: CpuId,
+}
+
+impl Processors {
+    /// The processors of `config`, which KVM can create and which can address all of the memory.
+    fn new(config: &RunConfig, system: &System) -> Result<Self, MachineError> {
+        let topology =
+            Topology { sockets: config.cpus.sockets, cores: config.cpus.cores, threads: config.cpus.threads };
+        let apic_ids: Vec<u32> = (0..topology.cpus()).map(|index| topology.apic_id(index)).collect();
+        check_vcpus(system, &apic_ids)?;
+        let supported = system.supported_cpuid()?;
+        check_memory(config.memory.bytes, cpuid::address_bits(supported.as_slice()))?;
+        Ok(Self { topology, apic_ids, supported })
+    }
+}
+
+/// The hardware that ACPI's tables describe.
+fn platform<'a>(
+    config: &RunConfig,
+    apic_ids: &'a [u32],
+    uarts: &'a [Uart],
+    pins: Option<IoApicPins>,
+    layout: &'a BusLayout,
+) -> Platform<'a> {
+    Platform {
+        apic_ids,
+        uarts,
+        legacy_free: config.tune.wants(Lever::LegacyFree),
+        pins,
+        pci: layout.pci.then_some(u8::from(layout.pages)),
+        virtio_mmio: &layout.mmio,
+        vmgenid: layout.vmgenid,
     }
 }
 
@@ -289,18 +325,16 @@ fn create_vm(setup: &Setup<'_>, system: &System, ram: &GuestRam) -> Result<(Arc<
 fn create_vcpus(
     system: &System,
     vm: &Vm,
-    supported: &[kvm_cpuid_entry2],
-    topology: Topology,
-    apic_ids: &[u32],
+    processors: &Processors,
     loaded: &Loaded,
     tune: &Tune,
 ) -> Result<Vec<Vcpu>, MachineError> {
     let tsc_deadline = system.has_tsc_deadline() && levers::wants_tsc_deadline(tune);
-    let mut vcpus = Vec::with_capacity(apic_ids.len());
-    for (index, &apic_id) in apic_ids.iter().enumerate() {
+    let mut vcpus = Vec::with_capacity(processors.apic_ids.len());
+    for (index, &apic_id) in processors.apic_ids.iter().enumerate() {
         let vcpu = vm.create_vcpu(apic_id)?;
         let options = CpuidOptions {
-            topology,
+            topology: processors.topology,
             apic_id,
             tsc_khz: vcpu.tsc_khz(),
             tsc_deadline,
@@ -309,7 +343,7 @@ fn create_vcpus(
             hidden_features: levers::hidden_features(tune),
             mtrr: !tune.wants(Lever::HideMtrr),
         };
-        vcpu.set_cpuid(&cpuid::for_vcpu(supported, &options))?;
+        vcpu.set_cpuid(&cpuid::for_vcpu(processors.supported.as_slice(), &options))?;
         if tune.wants(Lever::MceBanks)
             && let Err(error) = vcpu.set_machine_check_banks(1)
         {

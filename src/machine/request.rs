@@ -25,6 +25,8 @@ pub enum StopRequest {
     Command(CommandEnd),
     /// The guest said that it cannot run the command, and goes on.
     NoCommand,
+    /// The guest is ready for a command: it is to be saved first.
+    Save,
 }
 
 impl StopRequest {
@@ -40,6 +42,7 @@ impl StopRequest {
             Self::NotBooted(after) => EndReason::NotBooted(after),
             Self::Command(end) => EndReason::Command(end),
             Self::NoCommand => EndReason::NoCommand(None),
+            Self::Save => EndReason::Saved,
         }
     }
 }
@@ -69,11 +72,19 @@ fn receive(socket: &OwnedFd) -> Received {
     }
 }
 
+/// Saves the machine, and returns the end of the run.
+pub(super) type Save = Box<dyn Fn() -> EndReason + Send>;
+
 /// Returns a subscriber that ends the run when a request arrives on `socket`, or when the parent process is gone.
-pub(super) fn requests(socket: BorrowedFd<'_>, control: &Arc<Control>) -> io::Result<Box<dyn MutEventSubscriber>> {
+pub(super) fn requests(
+    socket: BorrowedFd<'_>,
+    control: &Arc<Control>,
+    save: Save,
+) -> io::Result<Box<dyn MutEventSubscriber>> {
     let socket = socket.try_clone_to_owned()?;
     let control = Arc::clone(control);
     Ok(Box::new(OnReadable::new(socket, move |socket: &OwnedFd| match receive(socket) {
+        Received::Request(StopRequest::Save) => control.end(save(), None),
         Received::Request(request) => control.end(request.end(), None),
         Received::Nothing => {}
         Received::Closed => {
@@ -97,6 +108,7 @@ mod tests {
             StopRequest::NotBooted(Duration::MAX),
             StopRequest::Command(CommandEnd::Exited(7)),
             StopRequest::NoCommand,
+            StopRequest::Save,
         ];
         for request in asked {
             let packet = serde_json::to_vec(&request).expect("JSON");

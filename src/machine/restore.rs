@@ -2,14 +2,19 @@
 
 use super::error::MachineError;
 use super::net::is_vhost;
-use super::save::SavedDevices;
+use super::save::{SavedDevices, root_kind};
 use crate::config::{
-    BalloonConfig, ConsoleTarget, DiskConfig, DiskFormat, NetBackend, NetConfig, RngConfig, RunConfig,
+    BalloonConfig, ConsoleTarget, DiskConfig, DiskFormat, NetBackend, NetConfig, ROOT_TAG, RngConfig, RunConfig,
+    ShareConfig, VsockBackend, VsockConfig,
 };
 use crate::escape::escape;
 use crate::kvm::{Vcpu, Vm};
-use crate::snapshot::{Description, DiskDescription, ImageFormat, NetDescription, State, check_features};
+use crate::snapshot::{
+    AgentDescription, Description, DiskDescription, ImageFormat, NetDescription, RootKind, ShareDescription,
+    SocketsDescription, State, check_features,
+};
 use hwvmm_devices::path_text::PathText as _;
+use hwvmm_devices::virtio::vsock::FIRST_CID;
 use kvm_bindings::kvm_cpuid_entry2;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -58,6 +63,23 @@ pub enum Mismatch {
         /// The id that both disks have.
         id: String,
     },
+    /// The guest has another way to the host's sockets, or none.
+    #[error("the snapshot {0}")]
+    Sockets(&'static str),
+    /// A folder is missing.
+    #[error("the snapshot has the shared folder {tag}, which the guest cannot write: give it with --share tag={tag},path=DIR{}", if *.is_root { " (that of a command with --root)" } else { "" })]
+    NoShare {
+        /// The tag by which the guest knows it.
+        tag: String,
+        /// It is the root of a command.
+        is_root: bool,
+    },
+    /// A folder that the guest does not have.
+    #[error("--share tag={tag}: the snapshot has no such shared folder: leave it out")]
+    NewShare {
+        /// The tag that was given.
+        tag: String,
+    },
     /// Another number of network cards.
     #[error(
         "the snapshot has {expected} network cards, and {given} were given: connect each of them with --net, in the same order"
@@ -67,6 +89,25 @@ pub enum Mismatch {
         expected: usize,
         /// The number of those that were given.
         given: usize,
+    },
+    /// The guest waits for a command, and there is none.
+    #[error(
+        "the snapshot is a template, whose guest waits for a command: give it one, as in hwvmm run --from DIR -- COMMAND"
+    )]
+    NeedsCommand,
+    /// There is a command, and no agent waits for it.
+    #[error(
+        "the snapshot has no guest that waits for a command: leave the COMMAND out, or make a template with hwvmm run KERNEL \
+         --template DIR"
+    )]
+    NoAgent,
+    /// A root of another kind.
+    #[error("the template's root is {expected}: {remedy}")]
+    Root {
+        /// What it is.
+        expected: &'static str,
+        /// What to do.
+        remedy: &'static str,
     },
     /// A network card that is connected in another way than the guest knows it.
     #[error("--net: network card {number} of the snapshot {what}")]
@@ -90,6 +131,7 @@ impl Mismatch {
 /// # Errors
 /// [`Mismatch`].
 pub fn configure(config: &mut RunConfig, description: &Description) -> Result<(), Mismatch> {
+    check_agent(config, description.agent)?;
     config.memory.bytes = description.memory_bytes;
     config.cpus = description.vcpus();
     config.watchdog = description.watchdog;
@@ -102,6 +144,8 @@ pub fn configure(config: &mut RunConfig, description: &Description) -> Result<()
         connect(target, there, || format!("UART {place}"));
     }
     connect(&mut config.console, description.virtio_console, || "virtio console".into());
+    config.vsock = sockets(config.vsock.take(), description.sockets).map_err(Mismatch::Sockets)?;
+    config.share = shares(std::mem::take(&mut config.share), &description.shares)?;
     let (expected, given) = (description.nets.len(), config.net.len());
     if expected != given {
         return Err(Mismatch::Nets { expected, given });
@@ -123,6 +167,67 @@ pub fn configure(config: &mut RunConfig, description: &Description) -> Result<()
     match config.disk.iter().filter_map(|disk| disk.id.as_deref()).find(|id| !ids.insert(*id)) {
         Some(id) => Err(Mismatch::Id { id: escape(id, MAX_NAME) }),
         None => Ok(()),
+    }
+}
+
+/// Checks that a command is for a guest that waits for one, and that its root is of the same kind. Which folder or image that is, the options
+/// say alone.
+fn check_agent(config: &RunConfig, agent: Option<AgentDescription>) -> Result<(), Mismatch> {
+    let agent = match (agent, config.has_command()) {
+        (None, false) => return Ok(()),
+        (None, true) => return Err(Mismatch::NoAgent),
+        (Some(_), false) => return Err(Mismatch::NeedsCommand),
+        (Some(agent), true) => agent,
+    };
+    if root_kind(&config.root) == agent.root {
+        return Ok(());
+    }
+    let (expected, remedy) = match agent.root {
+        RootKind::Host => ("that of the host", "leave --root out"),
+        RootKind::Folder => ("a folder", "give the same one again with --root DIR"),
+        RootKind::Image => ("a disk image", "give the same one again with --root IMAGE"),
+        RootKind::None => ("the initramfs", "give --root none"),
+    };
+    Err(Mismatch::Root { expected, remedy })
+}
+
+/// Returns what the guest's sockets are connected to, or why they cannot be. Without `given`, to nothing but the streams of a command.
+fn sockets(
+    given: Option<VsockConfig>,
+    described: Option<SocketsDescription>,
+) -> Result<Option<VsockConfig>, &'static str> {
+    let streams = |cid| VsockConfig { cid, backend: VsockBackend::Streams };
+    let backend = given.as_ref().map(|given| &given.backend);
+    Ok(match (described, backend) {
+        (None, None) => None,
+        (None, Some(VsockBackend::Streams)) => return Err("is of a machine that has nothing to run a COMMAND by"),
+        (None, Some(_)) => return Err("has no socket device: leave --vsock out"),
+        (Some(SocketsDescription::Ports), None | Some(VsockBackend::Streams)) => Some(streams(FIRST_CID)),
+        (Some(SocketsDescription::Ports), Some(_)) => {
+            return Err("has ports for the streams of its command, and no socket device: leave --vsock out");
+        }
+        (Some(SocketsDescription::Vsock { .. }), Some(VsockBackend::Vhost)) => {
+            return Err("has a socket device of hwvmm's own: give --vsock uds=PATH");
+        }
+        // The guest knows its context ID.
+        (Some(SocketsDescription::Vsock { cid }), Some(_)) => given.map(|given| VsockConfig { cid, ..given }),
+        (Some(SocketsDescription::Vsock { cid }), None) => Some(streams(cid)),
+    })
+}
+
+/// Returns the folders of `given` in the order in which the guest has them.
+fn shares(mut given: Vec<ShareConfig>, described: &[ShareDescription]) -> Result<Vec<ShareConfig>, Mismatch> {
+    let mut shares = Vec::new();
+    for ShareDescription { tag, .. } in described {
+        let Some(place) = given.iter().position(|share| share.tag == *tag) else {
+            return Err(Mismatch::NoShare { tag: escape(tag, MAX_NAME), is_root: tag == ROOT_TAG });
+        };
+        // The guest has mounted it as one that it cannot write.
+        shares.push(ShareConfig { read_only: true, privileged_files: false, ..given.remove(place) });
+    }
+    match given.into_iter().next() {
+        Some(share) => Err(Mismatch::NewShare { tag: share.tag }),
+        None => Ok(shares),
     }
 }
 

@@ -3,7 +3,10 @@
 use super::disks::disk_name;
 use super::net::{is_vhost, mac_of};
 use super::paused::VirtioDevices;
-use crate::config::{DiskConfig, DiskFormat, NetBackend, NetConfig, RunConfig};
+use crate::boot::initramfs::AgentLink;
+use crate::config::{
+    DiskConfig, DiskFormat, NetBackend, NetConfig, RootChoice, RunConfig, ShareConfig, VsockBackend, VsockConfig,
+};
 use crate::control::{RequestError, Saved, Saver};
 use crate::error::chain;
 use crate::exit::{Handler, Outcome};
@@ -11,8 +14,9 @@ use crate::kvm::Vm;
 use crate::kvm::state::VcpuState;
 use crate::memory::GuestRam;
 use crate::snapshot::{
-    Description, DiskDescription, Files, ImageFormat, Irqchip, MAX_DESCRIPTION_BYTES, NetDescription, RngDescription,
-    STATE_VERSION, State, bytes_of_banks, encode, write_memory,
+    AgentDescription, Description, DiskDescription, Files, ImageFormat, Irqchip, MAX_DESCRIPTION_BYTES, NetDescription,
+    RngDescription, RootKind, STATE_VERSION, ShareDescription, SocketsDescription, State, bytes_of_banks, encode,
+    write_memory,
 };
 use crate::vcpu::Inspector;
 use hwvmm_arch::boot::BootMethod;
@@ -44,18 +48,23 @@ pub(super) struct Parts {
     pub(super) boot: BootMethod,
     /// The guest was told to find registers in memory.
     pub(super) register_pages: bool,
+    /// What the agent of a command reaches the host by.
+    pub(super) link: AgentLink,
     /// The MSRs that make up the state of a vCPU.
     pub(super) msrs: Arc<[u32]>,
 }
 
 /// The options of devices whose state cannot be saved.
 fn unsaved(config: &RunConfig) -> Vec<&'static str> {
+    // Those of --rw among them.
+    let writable = config.share.iter().filter(|share| !share.read_only).count();
     let options = [
-        ("a command (-- COMMAND)", config.has_command()),
+        ("a command (-- COMMAND; see --template)", config.has_command()),
         ("--seed", config.seed.is_some()),
         ("--net with vhost=on", config.net.iter().any(is_vhost)),
-        ("--share", !config.share.is_empty() && !config.has_command()),
-        ("--vsock", config.vsock.is_some() && !config.has_command()),
+        ("--rw", !config.rw.is_empty()),
+        ("--share without readonly=on", writable > config.rw.len()),
+        ("--vsock with vhost=on", config.vsock.as_ref().is_some_and(|vsock| vsock.backend == VsockBackend::Vhost)),
         ("--testdev", config.testdev),
     ];
     options.into_iter().filter(|(_, given)| *given).map(|(option, _)| option).collect()
@@ -91,13 +100,23 @@ impl Parts {
             register_pages: self.register_pages,
             disks: (0..).zip(&config.disk).map(|(index, disk)| describe_disk(index, disk)).collect(),
             nets: config.net.iter().map(describe_net).collect(),
+            sockets: config.vsock.as_ref().map(|vsock| self.describe_sockets(vsock)),
+            shares: config.share.iter().map(describe_share).collect(),
             balloon: config.balloon.is_some(),
             rng: config.rng.map(|rng| RngDescription { bytes_per_second: rng.bytes_per_second }),
             virtio_console: config.console.is_some(),
+            agent: config.template.as_ref().map(|_| AgentDescription { root: root_kind(&config.root) }),
             boot: self.boot,
             vmgenid: self.devices.has_generation_id,
             cpu_vendor: String::new(),
             cpu_features: Vec::new(),
+        }
+    }
+
+    fn describe_sockets(&self, vsock: &VsockConfig) -> SocketsDescription {
+        match (&vsock.backend, self.link) {
+            (VsockBackend::Streams, AgentLink::Ports) => SocketsDescription::Ports,
+            _ => SocketsDescription::Vsock { cid: vsock.cid },
         }
     }
 
@@ -146,6 +165,16 @@ impl Parts {
     }
 }
 
+/// What kind of a root `root` is.
+pub(super) fn root_kind(root: &RootChoice) -> RootKind {
+    match root {
+        RootChoice::Host => RootKind::Host,
+        RootChoice::Folder(_) => RootKind::Folder,
+        RootChoice::Image(_) | RootChoice::KernelImage => RootKind::Image,
+        RootChoice::None => RootKind::None,
+    }
+}
+
 fn describe_disk(index: usize, disk: &DiskConfig) -> DiskDescription {
     DiskDescription {
         id: disk_name(index, disk),
@@ -163,6 +192,10 @@ fn describe_disk(index: usize, disk: &DiskConfig) -> DiskDescription {
 fn describe_net(net: &NetConfig) -> NetDescription {
     let mac = mac_of(net).map(|byte| format!("{byte:02x}")).join(":");
     NetDescription { mac, queues: net.queues, tap: matches!(net.backend, NetBackend::Tap { .. }) }
+}
+
+fn describe_share(share: &ShareConfig) -> ShareDescription {
+    ShareDescription { tag: share.tag.clone(), path: share.path.shown().to_string() }
 }
 
 fn cannot(name: &str, error: &std::io::Error) -> String {

@@ -7,6 +7,7 @@ use crate::console::{Announcements, UnreadInput};
 use crate::exit::RunEnd;
 use crate::measure::FlightRecorders;
 use crate::sandbox::Sandbox;
+use crate::snapshot::{self, WorkingSet};
 use hwvmm_arch::boot::BootMethod;
 use hwvmm_devices::virtio::vsock::Connector;
 use std::os::fd::BorrowedFd;
@@ -47,6 +48,8 @@ pub enum Event<'a> {
         /// CPU time of this process so far, in nanoseconds.
         startup_cpu_ns: u64,
     },
+    /// The guest's pages that it has used since it went on from a snapshot (`--record-working-set`).
+    WorkingSet(WorkingSet),
     /// The run has ended. Its threads have yet to be stopped, and its record is yet to be made.
     Ended(&'a RunEnd),
 }
@@ -69,6 +72,8 @@ pub struct Setup<'a> {
     pub stdin: Stdin,
     /// Which start of the guest it is.
     pub start: &'a Start,
+    /// Where the machine is saved when that is requested ([`super::StopRequest::Save`]).
+    pub template: Option<&'a snapshot::Files>,
     /// A SOCK_SEQPACKET socket on which requests to end the run arrive: one [`super::StopRequest`] in JSON each.
     pub requests: Option<BorrowedFd<'a>>,
     /// Where the flight recorders are kept.

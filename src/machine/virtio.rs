@@ -54,7 +54,7 @@ pub(super) struct BusLayout {
 /// one. No other machine has a use for it, and its interrupt takes the guest some exits.
 fn has_generation_id(config: &RunConfig, source: &Source) -> bool {
     match source {
-        Source::Kernel { .. } => config.api.is_some(),
+        Source::Kernel { .. } => config.may_be_saved(),
         Source::Snapshot { state, .. } => state.description.vmgenid,
     }
 }
@@ -169,7 +169,8 @@ impl<'a> VirtioBuilder<'a> {
             options: OnceCell::new(),
             mmio,
             router,
-            root: PciRoot::default(),
+            // Linux looks for a host bridge by the ports alone.
+            root: if layout.pages { PciRoot::without_bridge() } else { PciRoot::default() },
             next_message,
             handles: Vec::new(),
             pages: layout.pages && tune.wants(Lever::ReadonlyRegisters),
@@ -220,9 +221,9 @@ impl<'a> VirtioBuilder<'a> {
                     Box::new(device)
                 }
             };
-            let name = match link {
-                AgentLink::Vsock => "vsock",
-                AgentLink::Ports => "ports",
+            let name = match (&vsock.backend, link) {
+                (VsockBackend::Streams, AgentLink::Ports) => "ports",
+                _ => "vsock",
             };
             self.add(name.into(), device)?;
         }
@@ -266,10 +267,11 @@ impl<'a> VirtioBuilder<'a> {
                 let bar = PCI_WINDOW + index.min(PCI_WINDOW_BYTES / BAR_BYTES - 1) * BAR_BYTES;
                 let vectors = self.vectors(PciDevice::vector_count(device.as_ref()))?;
                 let router = Arc::clone(&self.router);
-                let made = Arc::new(PciDevice::new(&name, device, self.memory.clone(), bar, vectors, router)?);
+                let made = PciDevice::new(&name, device, self.memory.clone(), bar, vectors, router)?;
                 let full = |_| MachineError::TooManyDevices { asked: place + 1, max: place, bus: "PCI" };
                 self.root.add(Arc::clone(&made) as _).map_err(full)?;
                 let bells = made.doorbells(bar);
+                self.show(made.pages().into_iter().map(|(offset, page)| (u64::from(bar + offset), page)));
                 (u64::from(bar), u64::from(BAR_BYTES), made as Arc<dyn VirtioTransport>, bells)
             }
         };

@@ -2,10 +2,12 @@
 
 mod own;
 mod shared;
+mod used;
 mod view;
 
 pub use own::give_back_startup;
 pub use shared::SharedWords;
+pub use used::{Ready, Used};
 pub use view::{GuestPage, PAGE_BYTES};
 
 use hwvmm_arch::layout::GpaRange;

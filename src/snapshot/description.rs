@@ -4,6 +4,7 @@ use crate::config::{Cpus, MAX_MEMORY_BYTES, MAX_QUEUES, MIN_MEMORY_BYTES, Transp
 use crate::escape::is_active;
 use hwvmm_arch::boot::BootMethod;
 use hwvmm_arch::layout::UARTS;
+use hwvmm_devices::virtio::vsock::FIRST_CID;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -57,6 +58,29 @@ pub struct NetDescription {
     pub tap: bool,
 }
 
+/// What connects sockets or streams of the guest to the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum SocketsDescription {
+    /// The socket device.
+    Vsock {
+        /// The context ID of the guest.
+        cid: u32,
+    },
+    /// The console with the ports of a command's streams.
+    Ports,
+}
+
+/// A folder of the host that the guest can mount. A run names it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareDescription {
+    /// The tag by which the guest mounts it.
+    pub tag: String,
+    /// The path that it had, for people: it decides nothing.
+    pub path: String,
+}
+
 /// The entropy device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -65,12 +89,37 @@ pub struct RngDescription {
     pub bytes_per_second: Option<u64>,
 }
 
+/// The root of a guest that waits for commands. What it is connected to is a run's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RootKind {
+    /// The root of the host.
+    Host,
+    /// A folder of the host.
+    Folder,
+    /// A disk.
+    Image,
+    /// The initramfs.
+    None,
+}
+
+/// The agent of a guest that waits for commands (`--template`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentDescription {
+    /// The root that commands find.
+    pub root: RootKind,
+}
+
 /// The most disks, and the most network cards, as a PCI bus has 31 places.
 const MAX_DISKS: usize = 31;
 /// The longest text of a disk in bytes: paths are shorter.
 const MAX_TEXT: usize = 8192;
 /// The longest name or serial number of a disk in bytes.
 const MAX_NAME: usize = 256;
+
+/// The longest tag of a shared folder in bytes (virtio 1.3 §5.11.4).
+const MAX_TAG: usize = 36;
 
 /// What a machine is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,12 +149,18 @@ pub struct Description {
     pub disks: Vec<DiskDescription>,
     /// The network cards, in their order.
     pub nets: Vec<NetDescription>,
+    /// What connects sockets or streams of the guest to the host, where there is something.
+    pub sockets: Option<SocketsDescription>,
+    /// The folders of the host that the guest can mount and not write, in their order.
+    pub shares: Vec<ShareDescription>,
     /// The machine has a memory balloon.
     pub balloon: bool,
     /// The entropy device, where there is one.
     pub rng: Option<RngDescription>,
     /// The machine has a virtio console.
     pub virtio_console: bool,
+    /// The guest waits for commands.
+    pub agent: Option<AgentDescription>,
     /// How the kernel was loaded.
     pub boot: BootMethod,
     /// The machine has a generation identifier (VMGenID).
@@ -126,6 +181,14 @@ impl DiskDescription {
     }
 }
 
+impl ShareDescription {
+    /// Returns true if no machine has such a folder.
+    fn is_none(&self) -> bool {
+        let tag = &self.tag;
+        tag.is_empty() || tag.len() > MAX_TAG || tag.chars().any(is_active) || self.path.len() > MAX_TEXT
+    }
+}
+
 /// Returns true if a name comes twice.
 fn repeats<'a>(mut names: impl Iterator<Item = &'a String>) -> bool {
     let mut seen = BTreeSet::new();
@@ -143,8 +206,8 @@ impl Description {
     /// The number of virtio devices.
     #[must_use]
     pub fn virtio_devices(&self) -> usize {
-        let single = [self.rng.is_some(), self.balloon, self.virtio_console];
-        self.disks.len() + self.nets.len() + single.into_iter().filter(|there| *there).count()
+        let single = [self.rng.is_some(), self.sockets.is_some(), self.balloon, self.virtio_console];
+        self.disks.len() + self.nets.len() + self.shares.len() + single.into_iter().filter(|there| *there).count()
     }
 
     /// Returns what is wrong with it, in English; `None` where a machine can be made from it.
@@ -174,6 +237,14 @@ impl Description {
             || self.nets.iter().any(|net| !(1..=MAX_QUEUES).contains(&net.queues) || net.mac.len() > MAX_TEXT)
         {
             Some("its network cards are none that a machine has")
+        } else if matches!(self.sockets, Some(SocketsDescription::Vsock { cid }) if cid < FIRST_CID) {
+            Some("its socket device has a context ID that no guest has")
+        } else if self.shares.len() > MAX_DISKS || self.shares.iter().any(ShareDescription::is_none) {
+            Some(
+                "its shared folders are none that a machine has: their tags may be too long, or have control characters",
+            )
+        } else if repeats(self.shares.iter().map(|share| &share.tag)) {
+            Some("two of its shared folders have the same tag")
         } else if self.rng.is_some_and(|rng| rng.bytes_per_second == Some(0)) {
             Some("its entropy device gives nothing")
         } else {
@@ -225,9 +296,12 @@ mod tests {
                 register_pages: false,
                 disks: Vec::new(),
                 nets: Vec::new(),
+                sockets: None,
+                shares: Vec::new(),
                 balloon: false,
                 rng: None,
                 virtio_console: false,
+                agent: None,
                 boot: BootMethod { decompressor: Decompressor::None, protocol: EntryProtocol::Multiboot },
                 vmgenid: false,
                 cpu_vendor: String::new(),

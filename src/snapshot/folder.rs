@@ -2,6 +2,7 @@
 
 use super::description::Description;
 use super::format::{FormatError, MAX_STATE_BYTES, STATE_VERSION, State, decode};
+use super::working_set::{MAX_WORKING_SET_BYTES, WorkingSet};
 use hwvmm_arch::layout::ram_banks;
 use hwvmm_devices::path_text::PathText as _;
 use rustix::fs::{CWD, FileType, Mode, OFlags, RenameFlags, fcntl_getfl, fstat, openat, renameat_with};
@@ -16,6 +17,7 @@ use thiserror::Error;
 const DESCRIPTION: &str = "machine.json";
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
+pub(super) const WORKING_SET: &str = "working-set";
 /// In the order in which they are passed to the machine.
 const NAMES: [&str; 3] = [DESCRIPTION, STATE, MEMORY];
 
@@ -90,6 +92,17 @@ pub struct Files {
     pub memory: File,
 }
 
+impl Files {
+    /// Returns the same open files once more.
+    ///
+    /// # Errors
+    /// Returns the error of fcntl(2).
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let Self { description, state, memory } = self;
+        Ok(Self { description: description.try_clone()?, state: state.try_clone()?, memory: memory.try_clone()? })
+    }
+}
+
 /// A snapshot that is being made. It is removed when it is dropped.
 pub struct Draft {
     target: PathBuf,
@@ -126,6 +139,18 @@ impl Draft {
     #[must_use]
     pub fn files(&self) -> Vec<BorrowedFd<'_>> {
         self.files.iter().map(AsFd::as_fd).collect()
+    }
+
+    /// The files, for a machine that is a part of this program.
+    ///
+    /// # Errors
+    /// [`FolderError::Make`].
+    pub fn targets(&self) -> Result<Files, FolderError> {
+        let failed = |error: io::Error| FolderError::Make(self.target.clone(), error);
+        let files = self.files.iter().map(File::try_clone).collect::<io::Result<Vec<_>>>().map_err(failed)?;
+        let files = <[File; 3]>::try_from(files).map_err(|_| failed(io::ErrorKind::NotFound.into()))?;
+        let [description, state, memory] = files;
+        Ok(Files { description, state, memory })
     }
 
     /// Gives the folder its name, once its files are on the disk.
@@ -186,6 +211,8 @@ pub struct Opened {
     description: Description,
     state: File,
     memory: File,
+    /// `None` where there is none.
+    working_set: Option<File>,
 }
 
 /// Reads `machine.json`.
@@ -209,11 +236,7 @@ impl Opened {
             check_owner(path, name, &file, FileType::RegularFile)?;
             Ok(File::from(file))
         };
-        let failed =
-            |error: rustix::io::Errno| FolderError::Open { path: path.to_owned(), name: ".", source: error.into() };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = openat(CWD, path, flags, Mode::empty()).map_err(failed)?;
-        check_owner(path, ".", &folder, FileType::Directory)?;
+        let folder = open_folder(path)?;
         let description = read_description(path, open(folder.as_fd(), DESCRIPTION)?)?;
         let [state, memory] = [open(folder.as_fd(), STATE)?, open(folder.as_fd(), MEMORY)?];
         let expected = ram_banks(description.memory_bytes).iter().map(|bank| bank.bytes).sum();
@@ -224,7 +247,11 @@ impl Opened {
         if found != expected {
             return Err(FolderError::Memory { path: path.to_owned(), found, expected });
         }
-        Ok(Self { path: path.to_owned(), description, state, memory })
+        let working_set = match open(folder.as_fd(), WORKING_SET) {
+            Err(FolderError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+            opened => Some(opened?),
+        };
+        Ok(Self { path: path.to_owned(), description, state, memory, working_set })
     }
 
     /// What the machine is.
@@ -237,6 +264,26 @@ impl Opened {
     #[must_use]
     pub fn memory(&self) -> &File {
         &self.memory
+    }
+
+    /// Reads the pages that a run before has used. `None` where none has written them down, or where they cannot be used, which is logged:
+    /// a run needs them not.
+    #[must_use]
+    pub fn working_set(&self) -> Option<WorkingSet> {
+        let mut bytes = Vec::new();
+        let limit = MAX_WORKING_SET_BYTES as u64 + 1;
+        if let Err(error) = self.working_set.as_ref()?.take(limit).read_to_end(&mut bytes) {
+            log::warn!("the snapshot {}: {WORKING_SET} is not used: {error}", self.path.shown());
+            return None;
+        }
+        WorkingSet::decode(&bytes, self.description.memory_bytes)
+            .inspect_err(|error| {
+                log::warn!(
+                    "the snapshot {}: {WORKING_SET} is not used: {error}; --record-working-set makes another one",
+                    self.path.shown()
+                );
+            })
+            .ok()
     }
 
     /// Reads the state.
@@ -260,6 +307,19 @@ impl Opened {
         }
         Ok(state)
     }
+}
+
+/// Opens the folder of a snapshot.
+///
+/// # Errors
+/// [`FolderError::Open`], [`FolderError::Unsafe`].
+pub(super) fn open_folder(path: &Path) -> Result<OwnedFd, FolderError> {
+    let failed =
+        |error: rustix::io::Errno| FolderError::Open { path: path.to_owned(), name: ".", source: error.into() };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = openat(CWD, path, flags, Mode::empty()).map_err(failed)?;
+    check_owner(path, ".", &folder, FileType::Directory)?;
+    Ok(folder)
 }
 
 /// Checks that only this user, or root, can have changed the file, and can do so.

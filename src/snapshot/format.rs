@@ -21,7 +21,7 @@ const MAGIC: [u8; 8] = *b"hwvmm\0SN";
 const HEADER: usize = 24;
 
 /// The version of the format. It goes up with each change of what is in it.
-pub const STATE_VERSION: u32 = 2;
+pub const STATE_VERSION: u32 = 3;
 
 /// The longest file in bytes: 254 vCPUs take less than 4 MiB.
 pub const MAX_STATE_BYTES: usize = 16 << 20;

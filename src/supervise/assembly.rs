@@ -59,6 +59,7 @@ fn check(message: &Message) -> Result<(), RecordError> {
         | Message::Failed(_)
         | Message::Unbootable(_)
         | Message::Started { .. }
+        | Message::WorkingSet(_)
         | Message::Ended(_)
         | Message::Unread(_)
         | Message::VcpuTrace(None)
@@ -139,7 +140,8 @@ impl Assembly {
         }
     }
 
-    /// Takes a message of a record. [`Message::Progress`], [`Message::Failed`] and [`Message::Unbootable`] are none.
+    /// Takes a message of a record. [`Message::Progress`], [`Message::Failed`],
+    /// [`Message::Unbootable`] and [`Message::WorkingSet`] are none.
     ///
     /// # Errors
     /// [`Unusable`].
@@ -184,6 +186,7 @@ impl Assembly {
                 self.line = line;
                 self.phase = Phase::Complete;
             }
+            Message::WorkingSet(_) => return out_of_place("WorkingSet"),
             Message::Entry(_) => return out_of_place("Entry"),
             Message::Started { .. } => return out_of_place("Started"),
             Message::Unread(_) => return out_of_place("Unread"),

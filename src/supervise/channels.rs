@@ -2,7 +2,8 @@
 
 use super::kernel_log::KernelLog;
 use super::plan::Plan;
-use super::streams::{CommandTerminal, Ends};
+use super::streams::{AgentStreams, CommandTerminal, Ends};
+use crate::config::VsockBackend;
 use hwvmm_devices::virtio::vsock::{Connector, HostConnector, HostPorts, connector};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -36,14 +37,21 @@ pub(super) fn make<'a>(plan: &Plan<'a>) -> io::Result<(ParentEnds<'a>, MachineEn
     let (mut ours, mut theirs) = (ParentEnds::default(), MachineEnds::default());
     let path = plan.config.vsock_path();
     let mut joined = Vec::new();
-    if plan.config.has_command() {
+    if plan.config.has_agent() {
         let terminal = if plan.terminal.is_some() { CommandTerminal::Given } else { CommandTerminal::None };
-        let (streams, ports) = Ends::new(terminal)?;
+        let streams = match (&plan.config.template, plan.snapshot) {
+            (Some(_), _) => AgentStreams::Template,
+            (None, Some(_)) => AgentStreams::Late(terminal),
+            (None, None) => AgentStreams::Command(terminal),
+        };
+        let (streams, ports) = Ends::new(streams)?;
         let (log, writer) = KernelLog::new(plan.kernel_log)?;
         (ours.streams, ours.kernel_log, theirs.kernel_log) = (Some(streams), Some(log), Some(writer));
         joined = ports;
     }
-    if path.is_some() || !joined.is_empty() {
+    // Without a command, too, the ports of one in a snapshot have to be answered.
+    let connects = plan.config.vsock.as_ref().is_some_and(|vsock| vsock.backend != VsockBackend::Vhost);
+    if connects || !joined.is_empty() {
         let (asks, connects) = connector(HostPorts { path, joined })?;
         (theirs.connector, ours.host_connector) = (Some(Arc::new(asks)), Some(connects));
     }

@@ -112,7 +112,7 @@ fn leave_streams_to_parent() -> io::Result<()> {
 
 fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dyn Error>> {
     raise_file_limit();
-    if inherited.plan.config.has_command() {
+    if inherited.plan.config.has_agent() {
         leave_streams_to_parent()?;
     }
     let Inherited {
@@ -128,6 +128,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
             Event::Started { boot, startup_cpu_ns } => {
                 Message::Started { boot, startup_cpu_ns: startup_cpu_ns.saturating_add(*parent_cpu_ns) }
             }
+            Event::WorkingSet(set) => Message::WorkingSet(set),
             Event::Ended(end) => Message::Ended(end.clone()),
         };
         if let Err(error) = sender.send(&message) {
@@ -138,14 +139,14 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
     let config = plan.config;
     let progress = |what: &str| on_event(Event::Progress(what));
     let (files, disks) = match source {
-        Source::Snapshot(snapshot) => (Files::of_snapshot(snapshot)?, disks(config)?),
+        Source::Snapshot(snapshot) => (Files::of_snapshot(config, snapshot)?, disks(config)?),
         Source::File(kernel) => {
             (plan.check)(&system, &kernel)?;
             let disks = disks(config)?;
             let parts = disks.parts(config, &kernel)?;
             (Files::open(config, kernel, &parts, plan.terminal, &progress)?, disks)
         }
-        Source::Image(FromImage { kernel, .. }, disks) if config.has_command() => {
+        Source::Image(FromImage { kernel, .. }, disks) if config.has_agent() => {
             (plan.check)(&system, &kernel)?;
             let parts = disks.parts(config, &kernel)?;
             (Files::open(config, kernel, &parts, plan.terminal, &progress)?, disks)
@@ -161,9 +162,10 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
         expect: plan.expect.clone(),
         kernel_log: *kernel_log,
         announcements: Announcements::default(),
-        output_deadline: boot_deadline.filter(|_| !plan.config.has_command()),
+        output_deadline: boot_deadline.filter(|_| !plan.config.has_agent()),
         stdin: plan.stdin,
         start,
+        template: plan.template.as_ref(),
         requests: Some(sender.as_fd()),
         flight_recorders,
         connector: connector.clone(),

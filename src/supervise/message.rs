@@ -6,6 +6,7 @@ use crate::kvm::stats::Stat;
 use crate::measure::record::{DeviceRange, VcpuRecord, VirtioQueue};
 use crate::measure::tracer::VmRecord;
 use crate::measure::{MemoryUse, MenuEntry, RunRecord};
+use crate::snapshot::WorkingSet;
 use hwvmm_arch::boot::BootMethod;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -27,6 +28,8 @@ pub(super) enum Message {
         /// CPU time of both processes so far, in nanoseconds.
         startup_cpu_ns: u64,
     },
+    /// The pages that the guest has used, for later runs from the snapshot.
+    WorkingSet(WorkingSet),
     /// The run has ended.
     Ended(RunEnd),
     /// Input that the guest has not read.

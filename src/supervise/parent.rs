@@ -4,6 +4,8 @@ use super::assembly::{Assembly, Phase, Unusable};
 use super::channel::{self, ChannelError, Received, Receiver, Wait, send_packet};
 use super::channels::{self, MachineEnds, ParentEnds};
 use super::child::{self, Inherited};
+use super::crash::crash;
+use super::error::SuperviseError;
 use super::kernel_log::KernelLog;
 use super::message::Message;
 use super::plan::Plan;
@@ -11,17 +13,18 @@ use super::signals::Signals;
 use super::streams::Session;
 use crate::console::set_line_state;
 use crate::error::chain;
-use crate::exit::{Crash, EndReason, RunEnd};
+use crate::exit::{EndReason, RunEnd};
 use crate::logging::{self, Forwarded, Pending, Relay};
 use crate::machine::{Ran, Start, StopRequest};
 use crate::measure::{FlightRecorders, MemoryUse, RunRecord};
 use crate::memory::give_back_startup;
-use crate::sandbox::{Child, ForkError, PANICKED, Refused, fork};
+use crate::sandbox::{Child, PANICKED, fork};
+use crate::snapshot::RecordingFolder;
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::virtio::vsock::{HostConnector, Served};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Signal, WaitStatus, getpid};
+use rustix::process::getpid;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -32,6 +35,8 @@ use thiserror::Error;
 const GRACE: Duration = Duration::from_secs(2);
 /// How long it may take in all to send what it leaves.
 const MAX_ENDING: Duration = Duration::from_secs(20);
+/// How long it may take to save its guest: a second for each GiB that is not zero, as a rule.
+const SAVE: Duration = Duration::from_secs(600);
 /// Packets that are read before signals and deadlines are looked at again.
 const PACKETS_AT_ONCE: usize = 64;
 
@@ -45,23 +50,6 @@ const KERNEL_LOG_LINES: usize = 100;
 
 /// How often to try again to write what stderr does not take.
 const STDERR_AGAIN: Duration = Duration::from_millis(100);
-
-/// The machine could not be started or its process not be watched.
-#[derive(Debug, Error)]
-pub enum SuperviseError {
-    /// The process for the machine could not be started.
-    #[error(transparent)]
-    Fork(#[from] ForkError),
-    /// Sockets, shared memory, poll(2), waitpid(2).
-    #[error("cannot {0}")]
-    Io(&'static str, #[source] io::Error),
-    /// The machine's process says that it failed: why.
-    #[error("{0}")]
-    Machine(String),
-    /// The machine's process says that the kernel cannot be booted: why.
-    #[error("{0}")]
-    Unbootable(String),
-}
 
 /// What is left of a run.
 pub struct Supervised {
@@ -115,7 +103,7 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Supe
     let kept = ours.zip(reports).ok_or_else(|| SuperviseError::Io("keep a socket", io::ErrorKind::NotFound.into()));
     let (ours, reports) = kept?;
     let ParentEnds { host_connector, streams, kernel_log } = ends;
-    let session = streams.map(Session::new).transpose();
+    let session = streams.map(|ends| Session::new(ends, plan.late_command.clone())).transpose();
     let session = session.map_err(|error| SuperviseError::Io("connect stdin, stdout and stderr", error))?;
     let mut watch = Watch {
         plan,
@@ -131,10 +119,12 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Supe
         assembly: Assembly::new(vcpus),
         failed: None,
         stop: None,
+        saving: None,
         ending: None,
         own_memory: None,
         killed: None,
         reports,
+        recording: plan.recording,
     };
     watch.until_the_end()?;
     watch.finish(&flight_recorders)
@@ -145,6 +135,8 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Supe
 enum Killed {
     #[error("it did not end within {} s", GRACE.as_secs())]
     Late,
+    #[error("it was not saved within {} s", SAVE.as_secs())]
+    NotSaved,
     #[error("the guest did not run yet")]
     Starting,
     #[error(transparent)]
@@ -185,12 +177,16 @@ struct Watch<'a> {
     failed: Option<SuperviseError>,
     /// What the process was asked for.
     stop: Option<StopRequest>,
+    /// By when the machine must have been saved, once that was asked for.
+    saving: Option<Instant>,
     ending: Option<Ending>,
     /// What this process took when the run began to end, where statistics or a profile were asked for.
     own_memory: Option<MemoryUse>,
     killed: Option<Killed>,
     /// What the process' sandbox has refused.
     reports: File,
+    /// Where the pages go that the guest has used, until they are written.
+    recording: Option<&'a RecordingFolder>,
 }
 
 impl Watch<'_> {
@@ -210,6 +206,8 @@ impl Watch<'_> {
             }
             if self.ending.as_ref().is_some_and(|ending| ending.kill_at <= now) {
                 self.kill(Killed::Late);
+            } else if self.ending.is_none() && self.saving.is_some_and(|at| at <= now) {
+                self.kill(Killed::NotSaved);
             }
             self.print_messages();
             self.serve_command(now);
@@ -231,6 +229,11 @@ impl Watch<'_> {
         }
         let Some(session) = &mut self.session else { return };
         session.serve();
+        if self.saving.is_none() && session.saves_at().is_some_and(|at| at <= now) {
+            self.saving = Some(now + SAVE);
+            self.send(StopRequest::Save);
+            return;
+        }
         if session.stops_at().is_some_and(|at| at <= now)
             && let Some(request) = session.stop_request()
         {
@@ -251,7 +254,9 @@ impl Watch<'_> {
         let connects_at = self.host_connector.as_ref().and_then(|host| host.resumes_at(Instant::now()));
         let stops_at = self.session.as_ref().filter(|_| self.stop.is_none() && self.ending.is_none());
         let stops_at = stops_at.and_then(Session::stops_at);
-        let next = deadline.into_iter().chain(kill_at).chain(connects_at).chain(stops_at).min();
+        let saves = self.session.as_ref().filter(|_| self.stop.is_none() && self.ending.is_none());
+        let saves = self.saving.or(saves.and_then(Session::saves_at)).filter(|_| self.ending.is_none());
+        let next = deadline.into_iter().chain(kill_at).chain(saves).chain(connects_at).chain(stops_at).min();
         let stderr_takes_nothing = (logging::pump() == Pending::Yes).then_some(STDERR_AGAIN);
         let left =
             next.map(|at| at.saturating_duration_since(Instant::now())).into_iter().chain(stderr_takes_nothing).min();
@@ -326,6 +331,11 @@ impl Watch<'_> {
                 self.failed.get_or_insert(SuperviseError::Unbootable(error));
                 self.start_to_end();
             }
+            // Once: the process could make this one write without an end.
+            Message::WorkingSet(set) if self.assembly.phase() == Phase::Running && self.recording.is_some() => {
+                let kept = self.recording.take().map_or(Ok(()), |folder| folder.keep(&set));
+                kept.unwrap_or_else(|error| log::warn!("{}", chain(&error)));
+            }
             message => {
                 // This process only waits from now on: what its start took goes back.
                 if matches!(message, Message::Started { .. })
@@ -355,6 +365,10 @@ impl Watch<'_> {
             self.kill(Killed::Starting);
             return;
         }
+        self.send(request);
+    }
+
+    fn send(&self, request: StopRequest) {
         let sent = serde_json::to_vec(&request).map_err(io::Error::from).and_then(|packet| match &self.receiver {
             // A process that reads nothing is killed in time: it must not stop this one.
             Some(receiver) => send_packet(receiver.as_fd(), &packet, Wait::No),
@@ -476,16 +490,4 @@ enum ChildEnded {
 enum Queue {
     Empty,
     More,
-}
-
-fn crash(status: WaitStatus, reports: &File) -> Crash {
-    let refused = (status.terminating_signal() == Some(Signal::SYS.as_raw())).then(|| Refused::read(reports)).flatten();
-    if let Some(refused) = refused {
-        return Crash::Refused(refused.to_string());
-    }
-    match (status.terminating_signal(), status.exit_status()) {
-        (Some(signal), _) => Crash::Signal(signal),
-        (None, Some(status)) if status == i32::from(PANICKED) => Crash::Panicked,
-        (None, status) => Crash::Exited(status.unwrap_or(0)),
-    }
 }

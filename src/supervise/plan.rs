@@ -6,7 +6,7 @@ use crate::boot::initramfs::TerminalSize;
 use crate::config::RunConfig;
 use crate::kvm::System;
 use crate::machine::Stdin;
-use crate::snapshot::Opened;
+use crate::snapshot::{self, Opened, RecordingFolder};
 use std::error::Error;
 use std::time::Instant;
 
@@ -19,6 +19,12 @@ pub struct Plan<'a> {
     pub config: &'a RunConfig,
     /// The snapshot that the guest goes on from, in place of a kernel.
     pub snapshot: Option<&'a Opened>,
+    /// The message with the command, for a guest that waits for it; empty for others.
+    pub late_command: Vec<u8>,
+    /// Where the guest is saved when it is ready for a command.
+    pub template: Option<snapshot::Files>,
+    /// Where the pages of memory are written down that the guest uses.
+    pub recording: Option<&'a RecordingFolder>,
     /// The pattern of `--expect`.
     pub expect: Option<regex::bytes::Regex>,
     /// The kind of stdin.

@@ -119,6 +119,7 @@ fn used<'a>(config: &'a RunConfig, file: Option<&'a Path>) -> Vec<Used<'a>> {
     config.profile_out.iter().for_each(|path| add("--profile-out", path, Rule::NoLinks));
     config.status_file.iter().for_each(|path| add("--status-file", path, Rule::NoLinks));
     config.kernel_log.iter().for_each(|path| add("--kernel-log", path, Rule::NoLinks));
+    config.template.iter().for_each(|path| add("--template", path, Rule::NoLinks));
     config.put.iter().for_each(|put| add("--put", &put.source, Rule::NoLinks));
     config.modules.iter().for_each(|path| add("--modules", path, Rule::NoLinks));
     config.budget_from.iter().for_each(|path| add("--budget-from", path, Rule::NoLinks));

@@ -1,12 +1,14 @@
 //! One try of a test: a process `hwvmm run`, watched until it has ended.
 
-use super::case::{Case, StdoutOf};
+use super::case::Case;
 use super::file::KtapUse;
 use super::folder::{FolderError, new_file, write_new, write_new_script};
 use super::kernel_log::{KernelLog, Taken};
 use super::log::{Findings, Log, Panic, Source};
+use super::options::StdoutOf;
 use super::outcome::{Facts, ProcessEnd, Stop};
 use super::stats::Stats;
+use super::template::Template;
 use crate::escape::escape;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -60,6 +62,15 @@ pub(super) enum Profiled {
     No,
 }
 
+/// Where the guest of a try starts.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Launch<'a> {
+    /// With the options of the test, which boot it.
+    Boot,
+    /// From the snapshot of a template in this folder.
+    From(&'a Template, &'a Path),
+}
+
 /// The files of a try.
 pub(super) struct Files {
     folder: PathBuf,
@@ -90,9 +101,14 @@ impl Files {
         self.folder.join("console.log")
     }
 
-    /// The options of the run.
+    /// The options of a run that boots.
     fn options(&self) -> PathBuf {
         self.folder.join("run.toml")
+    }
+
+    /// The options of a run from a template, which is gone after the suite: it is run again by a boot.
+    fn options_from_template(&self) -> PathBuf {
+        self.folder.join("from-template.toml")
     }
 
     /// The line for a shell that runs it again, with the kernel's log in a file and a profile where it has had these.
@@ -129,8 +145,21 @@ fn quoted(word: &OsStr) -> String {
 ///
 /// # Errors
 /// Where the process cannot be started or watched.
-pub(super) fn attempt(case: &Case, files: &Files, interrupted: &AtomicBool) -> Result<Facts, AttemptError> {
+pub(super) fn attempt(
+    case: &Case,
+    files: &Files,
+    launch: Launch<'_>,
+    interrupted: &AtomicBool,
+) -> Result<Facts, AttemptError> {
     write_new(&files.options(), &toml::to_string(&case.options_of_run())?)?;
+    let options = match launch {
+        Launch::Boot => files.options(),
+        Launch::From(template, snapshot) => {
+            let path = files.options_from_template();
+            write_new(&path, &toml::to_string(&template.options_of_run(snapshot))?)?;
+            path
+        }
+    };
     write_new_script(&files.folder.join("again.sh"), &format!("#!/usr/bin/env bash\n{}\n", files.again(case)))?;
     let console = new_file(&files.console())?;
     let (log, kernel_log) = match case.needs.stdout {
@@ -144,7 +173,7 @@ pub(super) fn attempt(case: &Case, files: &Files, interrupted: &AtomicBool) -> R
         }
     };
     let messages = Messages { file: new_file(&files.folder.join("hwvmm.log"))?, left: MESSAGES_BYTES, end: Vec::new() };
-    let mut child = command(case, files).spawn().map_err(|error| AttemptError::Io("start hwvmm", error))?;
+    let mut child = command(case, files, &options).spawn().map_err(|error| AttemptError::Io("start hwvmm", error))?;
     let watched = Watch::new(&mut child, case, Logs { log, kernel_log, messages }, files.stats())
         .and_then(|watch| watch.until_the_end(interrupted));
     if watched.is_err() {
@@ -160,10 +189,10 @@ pub(super) fn attempt(case: &Case, files: &Files, interrupted: &AtomicBool) -> R
     Ok(Facts { end, stop, stats: Stats::read(&files.stats()), findings, said })
 }
 
-fn command(case: &Case, files: &Files) -> Command {
+fn command(case: &Case, files: &Files, options: &Path) -> Command {
     // This very program, also where its file has been replaced meanwhile.
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("hwvmm").arg("run").arg("--config").arg(files.options());
+    command.arg0("hwvmm").arg("run").arg("--config").arg(options);
     // Where this process is killed, its guests do not go on.
     command.arg("--end-with-parent").arg(std::process::id().to_string());
     command.arg("--stats=json").arg("--stats-out").arg(files.stats());

@@ -1,14 +1,13 @@
 //! One test, with its kernel and its place in the matrix: what is run, and what it needs of the host.
 
 use super::file::Settings;
-use super::problem::{self, Problem};
-use crate::config::{MmuChoice, RunConfig, RunOptions, Slack};
+use super::options::{StdoutOf, run_options, with_log_level};
+use super::problem::Problem;
+use super::template::Template;
+use crate::config::{MmuChoice, RunConfig, Slack};
 use std::path::PathBuf;
 use std::time::Duration;
-use toml::{Table, Value};
-
-/// The time-out of a test that has none.
-pub(super) const TIMEOUT: &str = "5m";
+use toml::Table;
 
 /// One run of a suite.
 #[derive(Clone, Debug)]
@@ -23,6 +22,8 @@ pub struct Case {
     pub settings: Settings,
     /// The host's resources that the run takes, and its limits.
     pub needs: Needs,
+    /// The guest that it goes on from; `None` where it boots.
+    pub template: Option<Template>,
 }
 
 /// What a run needs, and when it ends at the latest.
@@ -42,46 +43,11 @@ pub struct Needs {
     pub stdout: StdoutOf,
 }
 
-/// Whose stdout that of a run is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StdoutOf {
-    /// The guest's console has it.
-    Console,
-    /// A command that the guest runs has it. The kernel's log goes to a file.
-    Command,
-}
-
 impl Case {
-    /// The options as the run gets them. The kernel of a command logs what it complains of, up to warnings, and not its other messages:
-    /// each byte is an exit.
+    /// The options as the run gets them.
     pub(super) fn options_of_run(&self) -> Table {
-        let mut options = self.options.clone();
-        if self.needs.stdout == StdoutOf::Command && !self.has_log_level() {
-            let mut words = vec![Value::String("loglevel=5".into())];
-            match options.remove("append") {
-                None => {}
-                Some(Value::Array(given)) => words.extend(given),
-                Some(one) => words.push(one),
-            }
-            options.insert("append".into(), Value::Array(words));
-        }
-        options
+        with_log_level(self.options.clone(), self.needs.stdout)
     }
-
-    /// Returns true if the options say which of the kernel's messages its console gets.
-    fn has_log_level(&self) -> bool {
-        const WORDS: [&str; 4] = ["loglevel=", "ignore_loglevel", "quiet", "debug"];
-        let texts = ["append", "cmdline"].map(|key| self.options.get(key).map(ToString::to_string).unwrap_or_default());
-        texts.iter().any(|text| WORDS.iter().any(|word| text.contains(word)))
-    }
-}
-
-/// The options of `hwvmm run` that a table has.
-///
-/// # Errors
-/// [`Problem::Value`]
-pub(super) fn run_options(table: &Table) -> Result<RunOptions, Problem> {
-    problem::read(table.clone())
 }
 
 impl Needs {

@@ -1,9 +1,10 @@
 //! Makes the list of runs from a suite: each test with each of its kernels and each combination of its matrix.
 
-use super::case::{Case, Needs, TIMEOUT, run_options};
-use super::file::{KernelEntry, SuiteFile, TestEntry};
+use super::case::{Case, Needs};
+use super::file::{KernelEntry, Start, SuiteFile, TestEntry};
+use super::options::{StdoutOf, TIMEOUT, path_value, run_options};
 use super::problem::{PROBLEM_BYTES, Problem};
-use crate::config::toml_escaped;
+use super::template::Template;
 use crate::escape::escape;
 use crate::tune::Lever;
 use hwvmm_devices::path_text::PathText as _;
@@ -246,8 +247,10 @@ fn case(
     with_default_levers(&mut options);
     options.entry("timeout").or_insert_with(|| Value::String(TIMEOUT.into()));
     let needs = Needs::of(&options)?;
+    let is_template = test.settings.start == Start::Template && needs.stdout == StdoutOf::Command;
+    let template = is_template.then(|| Template::of(&options)).transpose()?;
     let name = if parts.is_empty() { test.name.clone() } else { format!("{}[{}]", test.name, parts.join(",")) };
-    Ok(Case { name, folder: suite.folder().to_owned(), options, settings: test.settings.clone(), needs })
+    Ok(Case { name, folder: suite.folder().to_owned(), options, settings: test.settings.clone(), needs, template })
 }
 
 /// Sets the lever that is on for tests alone. What the suite sets comes behind it, and wins.
@@ -273,20 +276,8 @@ fn add_read_only_disk(options: &mut Table, path: &Path) {
     options.insert("disk".into(), Value::Array(disks));
 }
 
-/// A path as the value of an option: as text, or with escapes where it is not UTF-8.
-fn path_value(path: &Path) -> Value {
-    match path.to_str() {
-        Some(text) => Value::String(text.to_owned()),
-        None => {
-            let escaped = toml_escaped(path.as_os_str());
-            Value::Table(Table::from_iter([("escaped".to_owned(), Value::String(escaped))]))
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::case::StdoutOf;
     use super::*;
     use crate::config::RootChoice;
 
@@ -326,6 +317,19 @@ mod tests {
         let case = of("kernel = 'a'").expect("runs").remove(0);
         assert_eq!((case.needs.memory_bytes, case.needs.timeout.as_secs()), (1 << 30, 300));
         assert_eq!(case.options.get("kernel").and_then(Value::as_str), Some("ka"));
+    }
+
+    #[test]
+    fn tests_with_the_same_kernel_and_options_share_a_template() {
+        let all = cases_of(&format!(
+            "[defaults]\ntemplate = true\n{KERNELS}[[test]]\nname = 't'\nrun = 'x'\n[[test]]\nname = 'u'\nkernel = 'a'\n\
+             run = 'y'\nsilence = '5s'\n[[test]]\nname = 'boot'\n[[test]]\nname = 'v'\nrun = 'z'\ntemplate = false\n"
+        ))
+        .expect("runs");
+        let named = |name: &str| all.iter().find(|case| case.name == name).expect("a test");
+        let [a, b, u] = ["t[a]", "t[b]", "u"].map(|name| named(name).template.as_ref().expect("a template"));
+        assert!(a.boot == u.boot && a.boot != b.boot);
+        assert!(["boot[a]", "boot[b]", "v[a]"].iter().all(|name| named(name).template.is_none()));
     }
 
     #[test]

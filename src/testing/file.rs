@@ -24,9 +24,9 @@ const MAX_RETRIES: u32 = 100;
 
 /// Keys of a test that are no options of `hwvmm run`.
 const OF_TESTS: &[&str] =
-    &["name", "kernel", "run", "silence", "retries", "baseline", "status", "ktap", "fail-on", "matrix"];
+    &["name", "kernel", "run", "template", "silence", "retries", "baseline", "status", "ktap", "fail-on", "matrix"];
 /// Keys of the defaults that are no options of `hwvmm run`.
-const OF_DEFAULTS: &[&str] = &["kernel", "silence", "retries", "baseline", "status", "ktap", "fail-on"];
+const OF_DEFAULTS: &[&str] = &["kernel", "template", "silence", "retries", "baseline", "status", "ktap", "fail-on"];
 /// Keys of a kernel that are no options of `hwvmm run`.
 const OF_KERNELS: &[&str] = &["name", "path"];
 /// Keys of a matrix.
@@ -35,12 +35,14 @@ const OF_MATRIX: &[&str] = &["kernel", "cpus", "memory", "mmu", "transport", "tu
 const TAKEN: &[(&str, &str)] = &[
     ("kernel", BY_COMMAND),
     ("from", "a test boots a kernel, and a snapshot is none"),
+    ("template", "it is a key of [[test]] and of [defaults]"),
     ("kernel-from", "a disk image with a kernel is the path of a [[kernel]]"),
     ("stats", BY_COMMAND),
     ("stats-out", BY_COMMAND),
     ("profile-out", BY_COMMAND),
     ("api", BY_COMMAND),
     ("status-file", BY_COMMAND),
+    ("template", BY_COMMAND),
     ("kernel-log", BY_COMMAND),
     ("tty", BY_COMMAND),
 ];
@@ -86,6 +88,18 @@ pub struct Settings {
     pub ktap: KtapUse,
     /// The complaints of the kernel that fail it.
     pub fail_on: Vec<OopsKind>,
+    /// Where its guest starts, if it runs a command.
+    pub start: Start,
+}
+
+/// Where the guest of a test starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Start {
+    /// It boots.
+    #[default]
+    Boot,
+    /// It goes on from a guest that has booted once, for all tests with the same kernel and options.
+    Template,
 }
 
 /// Whether sub-tests are read from the console of a test.
@@ -106,6 +120,7 @@ struct Given {
     retries: Option<u32>,
     baseline: Option<PathBuf>,
     status: Option<u8>,
+    template: Option<bool>,
     ktap: Option<bool>,
     fail_on: Option<Vec<OopsKind>>,
 }
@@ -318,6 +333,9 @@ fn test(known: &Known<'_>, defaults: &Split, table: Table) -> Result<TestEntry, 
     if run.and_then(|run| options.insert("command".into(), run)).is_some() {
         return Err(Problem::Both("run", "command"));
     }
+    if own.get("template").and_then(Value::as_bool) == Some(true) && !options.contains_key("command") {
+        return Err(Problem::Contradiction("template", "is for tests with `run`"));
+    }
     let name = name(&mut own)?;
     let matrix = match own.remove("matrix") {
         None => Vec::new(),
@@ -371,6 +389,7 @@ fn settings(own: Table) -> Result<Settings, Problem> {
         status: given.status.unwrap_or(0),
         ktap: if given.ktap == Some(true) { KtapUse::Required } else { KtapUse::Ignored },
         fail_on: given.fail_on.unwrap_or_else(|| OopsKind::ALL.to_vec()),
+        start: if given.template == Some(true) { Start::Template } else { Start::Boot },
     })
 }
 
@@ -433,6 +452,8 @@ mod tests {
                 "[[kernel]]\nname = 'k'\npath = 'a'\n[[kernel]]\nname = 'k'\npath = 'b'",
                 "kernel 'k': two [[kernel]] have this name",
             ),
+            ("[[test]]\nname = 'a'\ntemplate = true", "template is for tests with `run`"),
+            ("[[kernel]]\nname = 'a'\ntemplate = 'x'", "it is a key of [[test]] and of [defaults]"),
             ("[[test]]\nname = 'a'\nretries = -1", "expected u32 in `retries`"),
             ("[[test]]\nname = 'a'\nstatus = 300", "in `status`"),
             ("[[test]]\nname = 'a'\nktap = 'x'", "in `ktap`"),

@@ -95,6 +95,16 @@ impl ResultFolder {
         Ok(path)
     }
 
+    /// Makes the folder of a template, which has this number, from 1.
+    ///
+    /// # Errors
+    /// [`FolderError::Make`]
+    pub(super) fn of_template(&self, number: usize) -> Result<PathBuf, FolderError> {
+        let path = self.path.join(format!("template-{number}"));
+        make(&path)?;
+        Ok(path)
+    }
+
     /// Writes a new file.
     ///
     /// # Errors

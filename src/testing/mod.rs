@@ -14,6 +14,7 @@ mod kernel_log;
 mod ktap;
 mod log;
 mod merge;
+mod options;
 mod outcome;
 mod patterns;
 mod problem;
@@ -23,6 +24,8 @@ mod schedule;
 mod select;
 mod shard;
 mod stats;
+mod template;
+mod templates;
 mod verdict;
 mod vmtest;
 
@@ -35,12 +38,15 @@ pub use ktap::{Ktap, KtapReport, MAX_SUBTESTS, Subtest, SubtestResult};
 pub use merge::{MergeError, Merged, merge};
 pub use patterns::{OOPSES, Oops, OopsKind};
 pub use problem::Problem;
-pub use record::{Attempt, Header, RanOn, TestResult, Totals};
-pub use report::{Annotations, Colour, annotation, html, junit, ktap, ktap_lines, line, step_summary, summary};
+pub use record::{Attempt, Header, RanOn, TemplateRun, TestResult, Totals};
+pub use report::{
+    Annotations, Colour, annotation, html, junit, ktap, ktap_lines, line, step_summary, summary, template_line,
+};
 pub use schedule::{Done, FailFast, Interrupted, Jobs, Plan, UpdateBaseline, baseline_path, run};
 pub use select::{Selection, SelectionError};
 pub use shard::{Shard, ShardError, bazel_status_file};
 pub use stats::ExitCounts;
+pub use template::Template;
 pub use verdict::{Meaning, Verdict};
 
 /// A suite with one of each kind of key, for `hwvmm test --init`.

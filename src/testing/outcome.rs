@@ -148,6 +148,7 @@ fn of_end(facts: &Facts, stats: &Stats, complaints: Option<&str>) -> Option<Judg
         | EndKind::Reset
         | EndKind::Halted
         | EndKind::DebugExit
+        | EndKind::Saved
         | EndKind::Command
         | EndKind::NoCommand
         | EndKind::NoCommandStatus
@@ -230,7 +231,7 @@ fn of_subtests(report: &KtapReport) -> Option<Judgement> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::file::KtapUse;
+    use super::super::file::{KtapUse, Start};
     use super::super::ktap::Ktap;
     use super::super::log::Complaint;
     use super::super::patterns::OopsKind;
@@ -245,6 +246,7 @@ mod tests {
             status: 0,
             ktap: KtapUse::Required,
             fail_on: vec![OopsKind::Bug],
+            start: Start::Boot,
         }
     }
 

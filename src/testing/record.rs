@@ -117,6 +117,17 @@ pub struct TestResult {
     pub again: String,
 }
 
+/// The boot of a template, for reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TemplateRun {
+    /// Its folder, with what it left.
+    pub artifacts: String,
+    /// The duration in milliseconds of host time.
+    pub duration_ms: u64,
+    /// Its exits.
+    pub exits: Option<ExitCounts>,
+}
+
 /// A line of `results.jsonl`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]

@@ -1,18 +1,19 @@
 //! Runs the tests of a suite, as many at once as the host has room for.
 
-use super::attempt::{AttemptError, Files, Profiled, attempt};
+use super::attempt::{AttemptError, Files, Launch, Profiled, attempt};
 use super::baseline::{Baseline, Comparison, Counts, counts};
 use super::case::Case;
 use super::folder::ResultFolder;
 use super::host;
 use super::log::Findings;
 use super::outcome::{Facts, Judgement, Stop, judge};
-use super::record::{Attempt, RanOn, TestResult};
+use super::record::{Attempt, RanOn, TemplateRun, TestResult};
+use super::templates::{Made, Templates};
 use super::verdict::{Meaning, Verdict};
 use crate::config::MmuChoice;
 use crate::error::chain;
 use crate::escape::escape;
-use crate::probe::{Host, Mmu};
+use crate::probe::{self, Mmu};
 use crate::profile::Profile;
 use hwvmm_devices::path_text::PathText as _;
 use std::collections::{BTreeMap, VecDeque};
@@ -93,6 +94,8 @@ pub struct Done {
     pub not_run: usize,
     /// The counts of tests that passed, by the path of their baseline and by name, for --update-baseline.
     pub counts: BTreeMap<PathBuf, BTreeMap<String, Counts>>,
+    /// The boots that tests shared, in the order in which they were begun.
+    pub templates: Vec<TemplateRun>,
 }
 
 impl Plan<'_> {
@@ -163,21 +166,28 @@ impl Room {
     }
 }
 
+/// What tests run on, and from.
+struct Host {
+    room: Room,
+    mmu: Mmu,
+    templates: Templates,
+}
+
 /// Runs the tests of `plan`.
 #[must_use]
 pub fn run(plan: &Plan<'_>) -> Done {
     let room = Room::new(plan.jobs);
     let state = Mutex::new(State { waiting: (0..plan.cases.len()).collect(), ..State::default() });
     let changed = Condvar::new();
-    let mmu = Host::at(Path::new("/")).mmu();
+    let host = Host { room, mmu: probe::Host::at(Path::new("/")).mmu(), templates: Templates::default() };
     let work = || {
-        while let Some(place) = take(plan, &room, &state, &changed) {
+        while let Some(place) = take(plan, &host.room, &state, &changed) {
             let Some(case) = plan.cases.get(place) else { continue };
             (plan.started)(&escape(&case.name, PATH_BYTES));
-            let finished = run_case(plan, place, case, &room, mmu);
+            let finished = run_case(plan, place, case, &host);
             let mut state = lock(&state);
             state.running -= 1;
-            state.slots_taken -= room.slots_of(case);
+            state.slots_taken -= host.room.slots_of(case);
             state.memory_taken -= Room::memory_of(case);
             if let Some(finished) = finished {
                 (plan.each)(&finished.result);
@@ -189,7 +199,7 @@ pub fn run(plan: &Plan<'_>) -> Done {
         }
     };
     thread::scope(|scope| {
-        for _ in 1..room.slots.min(plan.cases.len()) {
+        for _ in 1..host.room.slots.min(plan.cases.len()) {
             // Where the host has no room for a thread, the others do its work.
             if let Err(error) = thread::Builder::new().spawn_scoped(scope, work) {
                 log::debug!("a thread for tests cannot be started: {error}");
@@ -199,7 +209,8 @@ pub fn run(plan: &Plan<'_>) -> Done {
         work();
     });
     let finished = state.into_inner().unwrap_or_else(PoisonError::into_inner).finished;
-    let mut done = Done { not_run: plan.cases.len() - finished.len(), ..Done::default() };
+    let templates = host.templates.finish();
+    let mut done = Done { not_run: plan.cases.len() - finished.len(), templates, ..Done::default() };
     for (place, CaseResult { result, counts }) in finished {
         let path = plan.cases.get(place).and_then(|case| plan.baseline_of(case));
         if let Some((path, counts)) = path.zip(counts) {
@@ -262,7 +273,7 @@ fn not_here(case: &Case, room: &Room, mmu: Mmu) -> Option<Judgement> {
 }
 
 /// Runs a test until it passes, or as often as it may be tried. `None` where the user has ended the suite meanwhile.
-fn run_case(plan: &Plan<'_>, place: usize, case: &Case, room: &Room, mmu: Mmu) -> Option<CaseResult> {
+fn run_case(plan: &Plan<'_>, place: usize, case: &Case, host: &Host) -> Option<CaseResult> {
     let name = escape(&case.name, PATH_BYTES);
     let empty = || TestResult {
         name: name.clone(),
@@ -275,18 +286,18 @@ fn run_case(plan: &Plan<'_>, place: usize, case: &Case, room: &Room, mmu: Mmu) -
         log_end: Vec::new(),
         again: String::new(),
     };
-    if let Some(Judgement { verdict, message }) = not_here(case, room, mmu) {
+    if let Some(Judgement { verdict, message }) = not_here(case, &host.room, host.mmu) {
         return Some(CaseResult { result: TestResult { verdict, message, ..empty() }, counts: None });
     }
     let mut result = empty();
     let mut last_counts = None;
     for number in 1..=case.settings.retries.saturating_add(1) {
         let started = Instant::now();
-        let tried = try_once(plan, place, case, number);
+        let tried = try_once(plan, place, case, number, &host.templates);
         let duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let tried = match tried {
             Ok(tried) => tried,
-            Err(error) => Tried::failed(&error),
+            Err(error) => Tried::failed(&chain(&error)),
         };
         if tried.interrupted {
             return None;
@@ -342,10 +353,24 @@ struct Tried {
 }
 
 impl Tried {
-    /// A try that could not be made.
-    fn failed(error: &AttemptError) -> Self {
+    /// A test whose guest did not boot.
+    fn without_template(judgement: Judgement, made: &Made, again: &str) -> Self {
+        let facts = made.facts();
         Self {
-            judgement: Judgement::new(Verdict::Infrastructure, &chain(error)),
+            judgement,
+            interrupted: facts.is_some_and(|facts| facts.stop == Some(Stop::Interrupted)),
+            findings: facts.map(|facts| facts.findings.clone()).unwrap_or_default(),
+            exits: None,
+            counts: None,
+            artifacts: made.artifacts().to_owned(),
+            again: escape(again, PATH_BYTES),
+        }
+    }
+
+    /// A try that could not be made.
+    fn failed(why: &str) -> Self {
+        Self {
+            judgement: Judgement::new(Verdict::Infrastructure, why),
             interrupted: false,
             findings: Findings::default(),
             exits: None,
@@ -356,11 +381,29 @@ impl Tried {
     }
 }
 
-fn try_once(plan: &Plan<'_>, place: usize, case: &Case, number: u32) -> Result<Tried, AttemptError> {
+fn try_once(
+    plan: &Plan<'_>,
+    place: usize,
+    case: &Case,
+    number: u32,
+    templates: &Templates,
+) -> Result<Tried, AttemptError> {
     let path = plan.baseline_of(case);
     let profiled = if path.is_some() { Profiled::Yes } else { Profiled::No };
     let files = Files::new(plan.folder.of_try(place, &case.name, number)?, profiled);
-    let facts = attempt(case, &files, &plan.interrupted.0)?;
+    let interrupted = &plan.interrupted.0;
+    let facts = match &case.template {
+        None => attempt(case, &files, Launch::Boot, interrupted)?,
+        Some(template) => {
+            let made = templates.of(case, template, plan.folder, interrupted);
+            // It is there: `of` waits for it.
+            let Some(made) = made.get() else { return Ok(Tried::failed("its template was not made")) };
+            match made.snapshot(&case.settings) {
+                Ok(snapshot) => attempt(case, &files, Launch::From(template, snapshot), interrupted)?,
+                Err(judgement) => return Ok(Tried::without_template(judgement, made, &files.again(case))),
+            }
+        }
+    };
     let mut judgement = judge(&facts, &case.settings);
     let mut counted = None;
     if let Some(path) = path.filter(|_| judgement.verdict == Verdict::Pass) {

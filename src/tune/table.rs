@@ -81,6 +81,11 @@ levers! {
         "All guest memory is allocated before the guest runs, by several threads, and mapped with KVM_PRE_FAULT_MEMORY where \
          the host has it. Off by default: it takes time and memory at the start",
         "each page is allocated and mapped when the guest first touches it";
+    WorkingSet: "working-set", Memory, true,
+        "A run from a snapshot has the pages ready that an earlier one has written down (--record-working-set): they are mapped or copied \
+         before the guest runs, and mapped in the nested page tables by KVM_PRE_FAULT_MEMORY. Where KVM does not have that, parts of memory \
+         that use many pages are copied to huge pages (with huge-pages=on)",
+        "each page is read, copied and mapped when the guest first touches it";
     FreePages: "free-pages", Memory, true,
         "With --balloon, the guest reports its free pages (VIRTIO_BALLOON_F_REPORTING) and the host takes them back",
         "the host keeps the pages that the guest has freed";
@@ -134,7 +139,7 @@ levers! {
         "A queue notification signals an eventfd in the kernel (KVM_IOEVENTFD)",
         "each notification is a userspace exit";
     ReadonlyRegisters: "readonly-registers", Devices, true,
-        "virtio-mmio registers and PCI configuration space are mapped read-only into the guest (KVM_MEM_READONLY), so that \
+        "virtio registers and PCI configuration space are mapped read-only into the guest (KVM_MEM_READONLY), so that \
          reads do not exit. PCI devices are in segment 1, because Linux reads segment 0 through ports",
         "each read of a register is a userspace exit";
     EventIdx: "event-idx", Devices, true,

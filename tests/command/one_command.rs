@@ -208,7 +208,14 @@ fn a_run_that_does_not_start_has_a_status_file() -> Outcome {
 }
 
 fn options_that_do_not_fit_are_refused() -> Outcome {
-    let tests: [(&[&str], i32, &str); 8] = [
+    let tests: [(&[&str], i32, &str); 15] = [
+        (&["--template", "t", "--env", "A=1", "k"], 2, "--env cannot be given with --template"),
+        (&["--template", "t", "--rw", "/tmp", "k"], 2, "--rw cannot be given with --template"),
+        (&["--template", "t", "k", "--", "true"], 2, "cannot be used with"),
+        (&["--template", "t", "--from", "s"], 2, "--template cannot be given with --from"),
+        (&["--from", "s", "--rw", "/tmp", "--", "true"], 2, "--rw cannot be given with --from"),
+        (&["--from", "s", "--put", "a:/b", "--", "true"], 2, "--put cannot be given with --from"),
+        (&["--from", "s", "--env", "A=1"], 2, "-- COMMAND"),
         (&["--rw", "/tmp", "k"], 2, "-- COMMAND"),
         (&["-i", "initrd", "k", "--", "true"], 2, "--initrd cannot be given with a COMMAND"),
         (&["--on-reboot=restart", "k", "--", "true"], 2, "runs once"),

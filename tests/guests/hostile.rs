@@ -19,42 +19,26 @@ macro_rules! driver {
     };
 }
 
-// An entropy device: the used ring's index is the available ring's, so that each buffer that is used makes one more available.
-// The program reports the device status, shifted right by 2 bits, after a while: 16 is DEVICE_NEEDS_RESET.
-driver!(
-    ring_over_its_index,
-    "movl $0x404002,0x90(%edi)",
-    "movl $0x404004,0xa0(%edi)",
-    "movl $0x500000,0x400000",
-    "movl $0,0x400004",
-    "movl $8,0x400008",
-    "movw $2,0x40000c",
-    "movw $0,0x40000e",
-    "movw $1,0x404004",
-    "movl $0,0x50(%edi)",
-    "mov $1000000,%ecx",
-    "2: pause",
-    "loop 2b",
-    "mov 0x70(%edi),%eax",
-    "shr $2,%eax",
-    "out %eax,$0xf4",
-    "3: jmp 3b",
-);
-// As above, and the program resets the device while it works; it reports what the status is afterwards.
-driver!(
+// An entropy device: the used ring's index is the available ring's, so that each buffer that is used makes one more available. The
+// lines come after a while.
+macro_rules! ring_over_its_index {
+    ($name:ident, $($line:literal),* $(,)?) => {
+        driver!(
+            $name, "movl $0x404002,0x90(%edi)", "movl $0x404004,0xa0(%edi)",
+            "movl $0x500000,0x400000", "movl $0,0x400004", "movl $8,0x400008",
+            "movw $2,0x40000c", "movw $0,0x40000e", "movw $1,0x404004",
+            "movl $0,0x50(%edi)",
+            "mov $1000000,%ecx", "2: pause", "loop 2b",
+            $($line),*
+        );
+    };
+}
+
+// Reports the device status, shifted right by 2 bits: 16 is DEVICE_NEEDS_RESET.
+ring_over_its_index!(ring_over_its_index, "mov 0x70(%edi),%eax", "shr $2,%eax", "out %eax,$0xf4", "3: jmp 3b");
+// Resets the device while it works, and reports what the status is afterwards.
+ring_over_its_index!(
     ring_over_its_index_and_reset,
-    "movl $0x404002,0x90(%edi)",
-    "movl $0x404004,0xa0(%edi)",
-    "movl $0x500000,0x400000",
-    "movl $0,0x400004",
-    "movl $8,0x400008",
-    "movw $2,0x40000c",
-    "movw $0,0x40000e",
-    "movw $1,0x404004",
-    "movl $0,0x50(%edi)",
-    "mov $1000000,%ecx",
-    "2: pause",
-    "loop 2b",
     "movl $0,0x70(%edi)",
     "mov 0x70(%edi),%eax",
     "add $10,%eax",

@@ -39,92 +39,51 @@ mod clusters;
 mod hostile;
 #[macro_use]
 mod programs;
+mod readers;
 mod suites;
 mod virtio;
 
 pub(crate) use clusters::*;
 pub(crate) use hostile::*;
 pub(crate) use programs::*;
+pub(crate) use readers::*;
 pub(crate) use suites::*;
 pub(crate) use virtio::*;
 
 // Port I/O of each width: port 0x10 returns what was written last. Ends by isa-debug-exit with status 3, or 5 where a
 // value read is wrong.
-payload!(
-    pio_real,
-    ".code16",
-    "mov $0x5a,%al",
-    "out %al,$0x10",
-    "in $0x10,%al",
-    "cmp $0x5a,%al",
-    "jne 9f",
-    "mov $0x1234,%ax",
-    "out %ax,$0x10",
-    "xor %ax,%ax",
-    "in $0x10,%ax",
-    "cmp $0x1234,%ax",
-    "jne 9f",
-    "mov $0x12345678,%eax",
-    "out %eax,$0x10",
-    "xor %eax,%eax",
-    "in $0x10,%eax",
-    "cmp $0x12345678,%eax",
-    "jne 9f",
-    "mov $1,%al",
-    "out %al,$0xf4",
-    "9: mov $2,%al",
-    "out %al,$0xf4",
-);
-payload!(
-    pio_protected,
-    ".code32",
-    "mov $0x5a,%al",
-    "out %al,$0x10",
-    "in $0x10,%al",
-    "cmp $0x5a,%al",
-    "jne 9f",
-    "mov $0x1234,%ax",
-    "out %ax,$0x10",
-    "xor %eax,%eax",
-    "in $0x10,%ax",
-    "cmp $0x1234,%ax",
-    "jne 9f",
-    "mov $0x12345678,%eax",
-    "out %eax,$0x10",
-    "xor %eax,%eax",
-    "in $0x10,%eax",
-    "cmp $0x12345678,%eax",
-    "jne 9f",
-    "mov $1,%al",
-    "out %al,$0xf4",
-    "9: mov $2,%al",
-    "out %al,$0xf4",
-);
-payload!(
-    pio_long,
-    ".code64",
-    "mov $0x5a,%al",
-    "out %al,$0x10",
-    "in $0x10,%al",
-    "cmp $0x5a,%al",
-    "jne 9f",
-    "mov $0x1234,%ax",
-    "out %ax,$0x10",
-    "xor %eax,%eax",
-    "in $0x10,%ax",
-    "cmp $0x1234,%ax",
-    "jne 9f",
-    "mov $0x12345678,%eax",
-    "out %eax,$0x10",
-    "xor %eax,%eax",
-    "in $0x10,%eax",
-    "cmp $0x12345678,%eax",
-    "jne 9f",
-    "mov $1,%al",
-    "out %al,$0xf4",
-    "9: mov $2,%al",
-    "out %al,$0xf4",
-);
+macro_rules! port_io {
+    ($name:ident, $bits:literal) => {
+        payload!(
+            $name,
+            $bits,
+            "mov $0x5a,%al",
+            "out %al,$0x10",
+            "in $0x10,%al",
+            "cmp $0x5a,%al",
+            "jne 9f",
+            "mov $0x1234,%ax",
+            "out %ax,$0x10",
+            "xor %ax,%ax",
+            "in $0x10,%ax",
+            "cmp $0x1234,%ax",
+            "jne 9f",
+            "mov $0x12345678,%eax",
+            "out %eax,$0x10",
+            "xor %eax,%eax",
+            "in $0x10,%eax",
+            "cmp $0x12345678,%eax",
+            "jne 9f",
+            "mov $1,%al",
+            "out %al,$0xf4",
+            "9: mov $2,%al",
+            "out %al,$0xf4",
+        );
+    };
+}
+port_io!(pio_real, ".code16");
+port_io!(pio_protected, ".code32");
+port_io!(pio_long, ".code64");
 
 // Exits at known places, PROFILED_* bytes from the start: 50 times CPUID and OUT, then the end.
 payload!(
@@ -144,42 +103,30 @@ pub(crate) const PROFILED_OUT: u64 = 10;
 pub(crate) const PROFILED_END: u64 = 19;
 
 // String I/O: 5 bytes out from 0x3000, 4 words in to 0x3100; the words read are the port's values.
-payload!(
-    string_real,
-    ".code16",
-    "cld",
-    "mov $0x10,%dx",
-    "mov $0x3000,%si",
-    "mov $5,%cx",
-    "rep outsb",
-    "mov $0x3100,%di",
-    "mov $4,%cx",
-    "rep insw",
-    "cmpw $0x3434,0x3106",
-    "jne 9f",
-    "mov $1,%al",
-    "out %al,$0xf4",
-    "9: mov $2,%al",
-    "out %al,$0xf4",
-);
-payload!(
-    string_long,
-    ".code64",
-    "cld",
-    "mov $0x10,%edx",
-    "mov $0x3000,%esi",
-    "mov $5,%ecx",
-    "rep outsb",
-    "mov $0x3100,%edi",
-    "mov $4,%ecx",
-    "rep insw",
-    "cmpw $0x3434,0x3106",
-    "jne 9f",
-    "mov $1,%al",
-    "out %al,$0xf4",
-    "9: mov $2,%al",
-    "out %al,$0xf4",
-);
+macro_rules! string_io {
+    ($name:ident, $bits:literal) => {
+        payload!(
+            $name,
+            $bits,
+            "cld",
+            "mov $0x10,%dx",
+            "mov $0x3000,%esi",
+            "mov $5,%ecx",
+            "rep outsb",
+            "mov $0x3100,%edi",
+            "mov $4,%ecx",
+            "rep insw",
+            "cmpw $0x3434,0x3106",
+            "jne 9f",
+            "mov $1,%al",
+            "out %al,$0xf4",
+            "9: mov $2,%al",
+            "out %al,$0xf4",
+        );
+    };
+}
+string_io!(string_real, ".code16");
+string_io!(string_long, ".code64");
 
 // MMIO of each width to a device at 0xd000_0000 that returns what was written last.
 payload!(

@@ -9,6 +9,7 @@ const BYTES: usize = 256;
 
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
+const LATENCY_TIMER: usize = 0x0d;
 const BAR0: usize = 0x10;
 const CAPABILITIES: usize = 0x34;
 const FIRST_CAPABILITY: usize = 0x40;
@@ -20,6 +21,9 @@ const COMMAND_MEMORY: u8 = 1 << 1;
 const COMMAND_MASTER: u8 = 1 << 2;
 /// Command register, upper byte: Interrupt Disable. No function has INTx; the bit is writable and has no effect.
 const COMMAND_INTX_OFF: u8 = 1 << 2;
+
+/// A usual value of the latency timer, in clocks of the bus. Nothing follows from it.
+const LATENCY_CLOCKS: u8 = 64;
 
 /// The identification registers of a function (PCI Local Bus 3.0 §6.2.1).
 #[derive(Clone, Copy, Debug)]
@@ -109,8 +113,11 @@ impl ConfigSpace {
         bytes[0x08] = identity.revision;
         if let Some(bar) = bar {
             bytes[BAR0..BAR0 + 4].copy_from_slice(&bar.base.to_le_bytes());
-            bytes[COMMAND] = COMMAND_MEMORY;
         }
+        // Linux writes the latency timer of a bus master where it is below 16, INTx's bit where it is clear, and clears and sets the bit for
+        // memory around each access to a BAR that it sizes. Firmware could have left them so.
+        bytes[COMMAND + 1] = COMMAND_INTX_OFF;
+        bytes[LATENCY_TIMER] = LATENCY_CLOCKS;
         let mut writable = [0; BYTES];
         writable[COMMAND] = COMMAND_MEMORY | COMMAND_MASTER;
         writable[COMMAND + 1] = COMMAND_INTX_OFF;

@@ -3,12 +3,15 @@
 use super::msi::{MsiMessage, MsiRouter, MsiVector};
 use crate::error::chain;
 use crate::half::Half;
+use crate::page::{PageError, RegisterPage};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Size in bytes of a table entry: message address, message upper address, message data, vector control.
 const ENTRY_BYTES: u64 = 16;
+/// The same in words of 32 bits.
+const ENTRY_WORDS: usize = 4;
 /// Vector control: the mask bit.
 const MASKED: u32 = 1;
 
@@ -71,15 +74,42 @@ struct State {
 pub struct Msix {
     state: Mutex<State>,
     router: Arc<dyn MsiRouter>,
+    page: RegisterPage,
 }
 
 impl Msix {
     /// Makes a table with one entry for each of `vectors`, all masked. MSI-X is disabled.
-    #[must_use]
-    pub fn new(vectors: Vec<MsiVector>, router: Arc<dyn MsiRouter>) -> Self {
+    ///
+    /// # Errors
+    /// Returns [`PageError`] where the page of the table cannot be mapped.
+    pub fn new(vectors: Vec<MsiVector>, router: Arc<dyn MsiRouter>) -> Result<Self, PageError> {
         let entry = |vector| Entry { vector, address: 0, data: 0, control: MASKED, pending: false, routed: None };
         let entries = vectors.into_iter().map(entry).collect();
-        Self { state: Mutex::new(State { entries, control: MsixControl::default() }), router }
+        let state = Mutex::new(State { entries, control: MsixControl::default() });
+        let msix = Self { state, router, page: RegisterPage::all_ones()? };
+        msix.show_all(&msix.state());
+        Ok(msix)
+    }
+
+    /// Returns a page with what reads of the table return, for a guest that reads it without an access. A table of more than 256 entries
+    /// is not all in it.
+    pub(crate) fn page(&self) -> &RegisterPage {
+        &self.page
+    }
+
+    fn show_all(&self, state: &State) {
+        for (index, entry) in state.entries.iter().enumerate() {
+            self.show(index, entry);
+        }
+    }
+
+    /// Writes an entry to the page.
+    fn show(&self, index: usize, entry: &Entry) {
+        let at = index.saturating_mul(ENTRY_WORDS * 4);
+        let words = [Half::Low.get(entry.address), Half::High.get(entry.address), entry.data, entry.control];
+        for (register, word) in (at..RegisterPage::BYTES).step_by(4).zip(words) {
+            self.page.write_register(register, word);
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -181,6 +211,7 @@ impl Msix {
                 8 => entry.data = value,
                 _ => entry.control = value & MASKED,
             }
+            self.show(index, entry);
             self.update(&mut state, index);
         }
     }
@@ -219,6 +250,7 @@ impl Msix {
             (entry.address, entry.data) = (address & !3, data);
             (entry.control, entry.pending) = (control & MASKED, pending);
         }
+        self.show_all(&state);
         drop(state);
         self.set_control(control);
         true
@@ -232,6 +264,7 @@ impl Msix {
             entry.control = MASKED;
             entry.pending = false;
         }
+        self.show_all(&state);
     }
 }
 
@@ -263,7 +296,8 @@ mod tests {
         let msix = Msix::new(
             vec![MsiVector { gsi: 24, event: Arc::clone(&event) }],
             Arc::clone(&routes) as Arc<dyn MsiRouter>,
-        );
+        )
+        .expect("a table");
         msix.trigger(0).expect("dropped");
         msix.set_control(unmasked);
         msix.write_table(0, &[0x03, 0, 0xe0, 0xfe, 0, 0, 0, 0]);
@@ -287,7 +321,7 @@ mod tests {
         let saved = msix.save();
         let other_event = Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
         let vector = MsiVector { gsi: 30, event: Arc::clone(&other_event) };
-        let other = Msix::new(vec![vector], Arc::clone(&routes) as Arc<dyn MsiRouter>);
+        let other = Msix::new(vec![vector], Arc::clone(&routes) as Arc<dyn MsiRouter>).expect("a table");
         assert!(other.restore(&saved, masked) && other.save() == saved);
         assert_eq!(routes.0.lock().expect("not poisoned").len(), 1, "it is masked");
         other.set_control(unmasked);

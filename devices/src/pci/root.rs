@@ -37,10 +37,10 @@ pub trait PciFunction: Send + Sync {
 #[error("a PCI bus has room for {} devices at most", SLOTS - 1)]
 pub struct PciRootError;
 
-/// Bus 0, whose device 0 is the host bridge.
+/// Bus 0, whose device 0 is the host bridge or missing.
 pub struct PciRoot {
     bridge: Arc<HostBridge>,
-    functions: Vec<Arc<dyn PciFunction>>,
+    functions: Vec<Option<Arc<dyn PciFunction>>>,
     /// The configuration spaces as pages, by device number; set by [`PciRoot::pages`].
     pages: OnceLock<Vec<RegisterPage>>,
     /// Serializes configuration writes, so that the pages are updated in the order of the writes.
@@ -75,6 +75,7 @@ impl PciFunction for HostBridge {
 }
 
 impl Default for PciRoot {
+    /// A bus with a host bridge.
     fn default() -> Self {
         // Red Hat's generic PCIe host bridge (QEMU: pcie-host), which no driver binds to.
         let identity = Identity {
@@ -86,12 +87,19 @@ impl Default for PciRoot {
             subsystem_device: 0x1100,
         };
         let bridge = Arc::new(HostBridge(Mutex::new(ConfigSpace::new(identity, None))));
-        let functions = vec![Arc::clone(&bridge) as Arc<dyn PciFunction>];
+        let functions = vec![Some(Arc::clone(&bridge) as Arc<dyn PciFunction>)];
         Self { bridge, functions, pages: OnceLock::new(), write_order: Mutex::default() }
     }
 }
 
 impl PciRoot {
+    /// A bus whose host bridge is no function: the ACPI tables say where the bus is, and no driver binds to a bridge. A guest writes
+    /// fourteen registers of each function to look for BARs.
+    #[must_use]
+    pub fn without_bridge() -> Self {
+        Self { functions: vec![None], ..Self::default() }
+    }
+
     /// Adds a function at the next device number.
     ///
     /// # Errors
@@ -100,7 +108,7 @@ impl PciRoot {
         if self.functions.len() >= SLOTS {
             return Err(PciRootError);
         }
-        self.functions.push(function);
+        self.functions.push(Some(function));
         Ok(())
     }
 
@@ -110,6 +118,7 @@ impl PciRoot {
             .ok()
             .filter(|_| address.function == 0)
             .and_then(|device| self.functions.get(device))
+            .and_then(Option::as_ref)
     }
 
     /// Reads registers; all ones where there is no function.
@@ -141,12 +150,12 @@ impl PciRoot {
         let mut pages = Vec::with_capacity(SLOTS);
         for slot in 0..SLOTS {
             match self.functions.get(slot) {
-                Some(function) => {
+                Some(Some(function)) => {
                     let page = RegisterPage::new()?;
                     update_page(function.as_ref(), &page, 0, RegisterPage::BYTES);
                     pages.push(page);
                 }
-                None => pages.push(missing.clone()),
+                Some(None) | None => pages.push(missing.clone()),
             }
         }
         Ok(self.pages.get_or_init(|| pages))
@@ -165,7 +174,9 @@ impl PciRoot {
         let fits = self.bridge.config().restore(state);
         let _guard = self.write_order.lock().unwrap_or_else(PoisonError::into_inner);
         for (function, page) in self.functions.iter().zip(self.pages.get().into_iter().flatten()) {
-            update_page(function.as_ref(), page, 0, RegisterPage::BYTES);
+            if let Some(function) = function {
+                update_page(function.as_ref(), page, 0, RegisterPage::BYTES);
+            }
         }
         fits
     }
@@ -343,9 +354,26 @@ mod tests {
     }
 
     #[test]
+    fn a_bus_without_a_bridge_has_the_same_numbers() {
+        let mut root = PciRoot::without_bridge();
+        root.add(Arc::clone(&root.bridge) as Arc<dyn PciFunction>).expect("room");
+        let pages = root.pages().expect("pages").to_vec();
+        let ecam = Ecam(Arc::new(root));
+        for (device, identity) in [(0, u32::MAX), (1, 0x0008_1b36), (2, u32::MAX)] {
+            let mut data = [0; 4];
+            ecam.read(device << 15, &mut data);
+            assert_eq!(u32::from_le_bytes(data), identity, "device {device}");
+            let page = &pages[usize::try_from(device).expect("small")];
+            assert_eq!(u32::from_le(page.register(0).load(Ordering::Relaxed)), identity, "device {device}");
+        }
+        ecam.write(4, &[6]);
+        assert!(ecam.0.restore_bridge(&ecam.0.save_bridge()));
+    }
+
+    #[test]
     fn a_full_bus_refuses_devices() {
         let mut root = PciRoot::default();
-        let bridge = || Arc::clone(&PciRoot::default().functions[0]);
+        let bridge = || Arc::clone(&PciRoot::default().bridge) as Arc<dyn PciFunction>;
         assert!((1..SLOTS).all(|_| root.add(bridge()).is_ok()));
         assert_eq!(root.add(bridge()), Err(PciRootError));
     }

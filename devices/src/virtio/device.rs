@@ -4,7 +4,7 @@ use super::device_thread::{DeviceThread, ThreadPreparation};
 use super::interrupt::DeviceInterrupt;
 use super::queue::{RingAddresses, Virtqueue};
 use super::ring_area::RingArea;
-use super::saved::{DeviceFault, DeviceState};
+use super::saved::{DeviceFault, DeviceState, SaveFault};
 use super::worker::{Worker, WorkerError};
 use crate::memory::Memory;
 use std::error::Error as StdError;
@@ -30,6 +30,15 @@ pub struct DeviceKind {
     pub pci_class: u16,
 }
 
+/// How many interrupts a device asks a transport for that has several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InterruptVectors {
+    /// One for each queue, which may then go to different vCPUs.
+    PerQueue,
+    /// One for all queues: fewer registers to write when the driver starts.
+    Shared,
+}
+
 /// A virtio device behind any transport.
 pub trait VirtioDevice: Send {
     /// Returns the device's type.
@@ -43,6 +52,11 @@ pub trait VirtioDevice: Send {
 
     /// Returns the maximum size of each queue, in descriptors: a power of two, at most 32768 (virtio 1.3 §2.7).
     fn queue_max_sizes(&self) -> Vec<u16>;
+
+    /// Returns how many interrupts the queues are to have.
+    fn interrupt_vectors(&self) -> InterruptVectors {
+        InterruptVectors::PerQueue
+    }
 
     /// Returns the most bytes that the buffers of a descriptor chain may have together. A longer chain breaks its queue, and
     /// the driver sees `DEVICE_NEEDS_RESET`. It bounds the work of one request, so it is well above what drivers send.
@@ -87,6 +101,9 @@ pub trait VirtioDevice: Send {
     /// Returns an error where the device cannot start; the driver then sees `DEVICE_NEEDS_RESET`.
     fn activate(&mut self, activation: Activation) -> Result<Vec<Worker>, ActivateError>;
 
+    /// The workers are told to end as at a reset, but for a pause: what they share with the guest stays. Most devices have nothing to do.
+    fn prepare_pause(&mut self) {}
+
     /// Returns what brings to stable storage what the driver has written, for a snapshot. It is run on a thread of the device that
     /// has no worker then. Most devices have nothing to do.
     fn flush(&self) -> Option<FlushWork> {
@@ -97,8 +114,8 @@ pub trait VirtioDevice: Send {
     /// device cannot be saved.
     ///
     /// # Errors
-    /// Returns the error of a system call on what the device has open.
-    fn save(&self) -> io::Result<Option<DeviceState>> {
+    /// Returns [`SaveFault`] where the device has what no snapshot can have.
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
         Ok(None)
     }
 

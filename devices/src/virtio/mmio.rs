@@ -8,6 +8,7 @@ use super::interrupt::{InterruptSource, VirtioInterrupt};
 use super::queue::QueueCounts;
 use super::ring_area::QueueArea;
 use super::saved::{BusState, PauseError, StateFault, VirtioState, VirtioStateError};
+use super::shown_state::{ShownState, ShowsState};
 use super::transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
 use super::transport_state::TransportState;
 use crate::bus::{Action, BusDevice};
@@ -15,9 +16,9 @@ use crate::half::Half;
 use crate::memory::Memory;
 use crate::page::RegisterPage;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Instant;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Size in bytes of a device's register region, device configuration included.
@@ -71,9 +72,6 @@ const READABLE: [u64; 12] = [
 // Bits of InterruptStatus (virtio 1.3 §4.2.2).
 const USED_BUFFER: u32 = 1;
 const CONFIG_CHANGED: u32 = 2;
-
-/// How often a device's thread tries to show the end of a reset, once a millisecond.
-const LATE_RESET_TRIES: u32 = 100;
 
 /// A range of registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,11 +132,9 @@ impl VirtioInterrupt for InterruptLine {
 
 /// A device on the MMIO transport.
 pub struct MmioDevice {
-    state: Mutex<TransportState>,
+    state: ShownState,
     interrupt: Arc<InterruptLine>,
     page: RegisterPage,
-    /// The device configuration changed while another thread held the lock; that thread updates the page afterwards.
-    page_outdated: AtomicBool,
 }
 
 impl MmioDevice {
@@ -155,10 +151,10 @@ impl MmioDevice {
         let page = RegisterPage::new()?;
         let interrupt = Arc::new(InterruptLine { event, page: page.clone(), device: OnceLock::new() });
         let state = TransportState::new(name, device, memory, Arc::clone(&interrupt) as Arc<dyn VirtioInterrupt>)?;
-        let mmio = Arc::new(Self { state: Mutex::new(state), interrupt, page, page_outdated: AtomicBool::new(false) });
+        let mmio = Arc::new(Self { state: ShownState::new(state), interrupt, page });
         // This is the first set of a new `OnceLock`, which cannot fail.
         let _ = mmio.interrupt.device.set(Arc::downgrade(&mmio));
-        mmio.update_page(&mmio.state());
+        mmio.update_pages(&mmio.state());
         Ok(mmio)
     }
 
@@ -185,65 +181,6 @@ impl MmioDevice {
         RegisterRange { offset: QUEUE_DESC_LOW, bytes: 0x28 },
     ];
 
-    /// Writes the current values of all readable registers to the page. ConfigGeneration is last, as a driver that reads the
-    /// same generation before and after the configuration takes it for consistent (virtio 1.3 §2.5.3).
-    fn update_page(&self, state: &TransportState) {
-        self.page_outdated.store(false, Ordering::SeqCst);
-        let mut config = [0; CONFIG_BYTES];
-        state.read_config(0, &mut config);
-        self.page.write(page_offset(CONFIG), &config);
-        for register in READABLE {
-            self.page.write_register(page_offset(register), self.register(state, register));
-        }
-        self.page.write_register(page_offset(CONFIG_GENERATION), state.config_generation());
-    }
-
-    /// Updates the page after the device changed its configuration. Must not wait for the lock: the thread that holds it may
-    /// be waiting for the worker that calls this.
-    fn config_changed(&self) {
-        self.page_outdated.store(true, Ordering::SeqCst);
-        if let Some(state) = self.try_state() {
-            self.update_page(&state);
-            drop(state);
-            self.update_outdated_page();
-        }
-    }
-
-    /// Updates the page after a reset that ended late. An access of the driver at this moment has the lock, for a moment only.
-    fn show_late_reset(&self) {
-        for _ in 0..LATE_RESET_TRIES {
-            if let Some(mut state) = self.try_state() {
-                state.continue_reset();
-                self.update_page(&state);
-                drop(state);
-                self.update_outdated_page();
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// Must be called after the lock was released. Updates the page where the configuration changed meanwhile, and interrupts
-    /// once more, as the driver may have read the outdated page after the first interrupt.
-    fn update_outdated_page(&self) {
-        while self.page_outdated.load(Ordering::SeqCst) {
-            let Some(state) = self.try_state() else { return };
-            self.update_page(&state);
-            drop(state);
-            if let Err(error) = self.interrupt.raise(CONFIG_CHANGED) {
-                log::error!("virtio-mmio: cannot raise the configuration change interrupt: {error}");
-            }
-        }
-    }
-
-    fn try_state(&self) -> Option<MutexGuard<'_, TransportState>> {
-        match self.state.try_lock() {
-            Ok(guard) => Some(guard),
-            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
-    }
-
     fn interrupt_status(&self) -> u32 {
         u32::from_le(self.page.register(page_offset(INTERRUPT_STATUS)).load(Ordering::Acquire))
     }
@@ -257,19 +194,6 @@ impl MmioDevice {
             event: Arc::clone(event),
         };
         (0_u32..).zip(self.state().kicks()).map(doorbell).collect()
-    }
-
-    fn state(&self) -> MutexGuard<'_, TransportState> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.continue_reset();
-        state
-    }
-
-    /// Calls `call` with the lock held, and updates the page afterwards where it became outdated meanwhile.
-    fn with_state<T>(&self, call: impl FnOnce(&mut TransportState) -> T) -> T {
-        let result = call(&mut self.state());
-        self.update_outdated_page();
-        result
     }
 
     fn register(&self, state: &TransportState, offset: u64) -> u32 {
@@ -319,6 +243,26 @@ impl MmioDevice {
     }
 }
 
+impl ShowsState for MmioDevice {
+    fn shown(&self) -> &ShownState {
+        &self.state
+    }
+
+    fn write_pages(&self, state: &TransportState) {
+        let mut config = [0; CONFIG_BYTES];
+        state.read_config(0, &mut config);
+        self.page.write(page_offset(CONFIG), &config);
+        for register in READABLE {
+            self.page.write_register(page_offset(register), self.register(state, register));
+        }
+        self.page.write_register(page_offset(CONFIG_GENERATION), state.config_generation());
+    }
+
+    fn interrupt_for_config(&self) -> io::Result<()> {
+        self.interrupt.raise(CONFIG_CHANGED)
+    }
+}
+
 impl VirtioTransport for MmioDevice {
     fn counts(&self) -> Vec<Arc<QueueCounts>> {
         self.with_state(|state| state.counts())
@@ -349,7 +293,7 @@ impl VirtioTransport for MmioDevice {
             state.restore(saved)?;
             let status = interrupt_status & (USED_BUFFER | CONFIG_CHANGED);
             self.page.write_register(page_offset(INTERRUPT_STATUS), status);
-            self.update_page(state);
+            self.update_pages(state);
             Ok(())
         })
     }
@@ -377,7 +321,7 @@ impl BusDevice for MmioDevice {
             data.copy_from_slice(&self.register(&state, offset).to_le_bytes());
         }
         drop(state);
-        self.update_outdated_page();
+        self.update_outdated_pages();
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Action {
@@ -389,9 +333,9 @@ impl BusDevice for MmioDevice {
         {
             self.set_register(&mut state, offset, u32::from_le_bytes(value));
         }
-        self.update_page(&state);
+        self.update_pages(&state);
         drop(state);
-        self.update_outdated_page();
+        self.update_outdated_pages();
         Action::None
     }
 }

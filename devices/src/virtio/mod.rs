@@ -36,6 +36,7 @@ mod ring_tests;
 pub mod rng;
 mod round;
 mod saved;
+mod shown_state;
 mod slot;
 #[cfg(test)]
 mod tests;
@@ -50,15 +51,18 @@ mod worker;
 mod worker_thread;
 
 pub use chain::Chain;
-pub use device::{ActivateError, Activation, DEFAULT_MAX_CHAIN_BYTES, DeviceKind, FlushWork, VirtioDevice};
+pub use device::{
+    ActivateError, Activation, DEFAULT_MAX_CHAIN_BYTES, DeviceKind, FlushWork, InterruptVectors, VirtioDevice,
+};
 pub use device_thread::{DeviceThread, ThreadPreparation, ThreadStart};
 pub use features::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 pub use interrupt::{DeviceInterrupt, InterruptSource, VirtioInterrupt};
 pub use queue::{QueueCounts, RingAddresses, Virtqueue};
 pub use ring_area::{QueueArea, RingArea};
 pub use saved::{
-    BusState, DeviceFault, DeviceState, DiskState, FileMark, MAX_QUEUES, PauseError, QueueState, StateFault,
-    VirtioState, VirtioStateError,
+    BusState, DeviceFault, DeviceState, DiskState, FileContent, FileId, FileMark, MAX_QUEUES, NodePlace, PauseError,
+    PortPair, PortState, PortsState, QueueState, SaveFault, ShareHandle, ShareNode, ShareState, StateFault,
+    VirtioState, VirtioStateError, VsockState,
 };
 pub use transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
 pub use worker::{Worker, WorkerError};

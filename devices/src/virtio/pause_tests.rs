@@ -7,12 +7,11 @@ use super::device_thread::DeviceThread;
 use super::mock::{Driver, NEEDS_RESET, Used};
 use super::queue::Virtqueue;
 use super::rng::Rng;
-use super::saved::{BusState, DeviceFault, DeviceState, PauseError, StateFault, VirtioState};
+use super::saved::{BusState, DeviceFault, DeviceState, PauseError, SaveFault, StateFault, VirtioState};
 use super::worker::{Worker, watch};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -122,7 +121,7 @@ impl VirtioDevice for Keeper {
         DeviceThread::Rng
     }
 
-    fn save(&self) -> io::Result<Option<DeviceState>> {
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
         Ok(Some(DeviceState::Rng))
     }
 
@@ -407,7 +406,7 @@ fn states_that_no_driver_could_set_are_refused() {
         isr_status: 0,
         config_vector: 0,
         queue_vectors: Vec::new(),
-        msix: crate::pci::Msix::new(Vec::new(), Arc::new(NoRoutes)).save(),
+        msix: crate::pci::Msix::new(Vec::new(), Arc::new(NoRoutes)).expect("a table").save(),
     };
     assert!(matches!(refused(&|state| state.bus = bus.clone()), StateFault::Bus));
     driver.replace_with(rng(), &good).expect("the good one");

@@ -1,22 +1,27 @@
-//! The PCI transport (virtio 1.3 §4.1), without the legacy interface: one BAR, MSI-X, no INTx.
+//! The PCI transport (virtio 1.3 §4.1), without the legacy interface: one BAR, MSI-X, no INTx. What is read of the BAR when a driver
+//! starts is kept in pages that the machine can map into the guest (see [`PciDevice::pages`]).
 
-use super::device::VirtioDevice;
+use self::capabilities::{add_msix_capability, add_virtio_capabilities};
+use self::interrupt::PciInterrupt;
+use super::device::{InterruptVectors, VirtioDevice};
 use super::device_thread::ThreadStart;
 use super::interrupt::{InterruptSource, VirtioInterrupt};
 use super::queue::QueueCounts;
 use super::ring_area::QueueArea;
 use super::saved::{PauseError, VirtioState, VirtioStateError};
+use super::shown_state::{ShownState, ShowsState};
 use super::transport::{Doorbell, TransportError, TransportOptions, VirtioTransport};
 use super::transport_state::TransportState;
 use crate::bus::{Action, BusDevice};
 use crate::half::Half;
 use crate::memory::Memory;
+use crate::page::RegisterPage;
 use crate::pci::{
-    BarLayout, Capability, ConfigSpace, Identity, MsiRouter, MsiVector, Msix, MsixControl, PCI_CFG_CAPABILITY_BYTES,
+    BarLayout, ConfigSpace, Identity, MsiRouter, MsiVector, Msix, MsixControl, PCI_CFG_CAPABILITY_BYTES,
     PCI_CFG_DATA_BYTES, PciFunction,
 };
 use std::io;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use vmm_sys_util::eventfd::EventFd;
@@ -27,82 +32,36 @@ pub const BAR_BYTES: u32 = 0x8000;
 // Offsets in the BAR.
 const COMMON: u32 = 0x0000;
 const COMMON_BYTES: u32 = 0x40;
+/// In the page of the common configuration: one page shows both.
+const DEVICE_CONFIG: u32 = 0x0800;
+const DEVICE_CONFIG_BYTES: u32 = 0x0800;
 const ISR: u32 = 0x1000;
-const DEVICE_CONFIG: u32 = 0x2000;
 const NOTIFY: u32 = 0x3000;
 const MSIX_TABLE: u32 = 0x4000;
 const MSIX_PENDING: u32 = 0x5000;
-/// Size in bytes of each of the structures above.
-const STRUCTURE_BYTES: u32 = 0x1000;
+/// Each of the pages above has one structure, but for the first.
+const PAGE_BYTES: u32 = 0x1000;
+/// Size in bytes of the device configuration in its page; no device has more.
+const SHOWN_CONFIG_BYTES: usize = 0x100;
+/// Offset of the device status and the configuration's generation in the common configuration.
+const STATUS_AND_GENERATION: u32 = 0x14;
 /// `notify_off_multiplier` (virtio 1.3 §4.1.4.4): bytes between the kick addresses of two queues.
 const NOTIFY_STRIDE: u32 = 4;
 
 // PCI vendor and device IDs (virtio 1.3 §4.1.2).
 const VENDOR: u16 = 0x1af4;
 const FIRST_DEVICE_ID: u16 = 0x1040;
-// Capability IDs, and bits of the upper byte of the MSI-X message control (PCI Local Bus 3.0 §6.8.2).
-const CAP_VENDOR: u8 = 0x09;
-const CAP_MSIX: u8 = 0x11;
+// Bits of the upper byte of the MSI-X message control (PCI Local Bus 3.0 §6.8.2).
 const MSIX_ENABLE: u8 = 0x80;
 const MSIX_MASK_ALL: u8 = 0x40;
-/// The bit of the ISR status for a change of the configuration (virtio 1.3 §4.1.4.5).
-const CONFIG_CHANGED: u8 = 2;
 /// `VIRTIO_MSI_NO_VECTOR` (virtio 1.3 §4.1.5.1.2): no MSI-X vector is assigned.
 const NO_VECTOR: u16 = 0xffff;
 
-// `cfg_type` of struct virtio_pci_cap (virtio 1.3 §4.1.4).
-const CFG_COMMON: u8 = 1;
-const CFG_NOTIFY: u8 = 2;
-const CFG_ISR: u8 = 3;
-const CFG_DEVICE: u8 = 4;
-const CFG_PCI: u8 = 5;
-
-/// The MSI-X vectors that the driver assigned, and the ISR status.
-struct PciInterrupt {
-    msix: Msix,
-    config_vector: AtomicU16,
-    queue_vectors: Vec<AtomicU16>,
-    isr_status: AtomicU8,
-}
-
-impl PciInterrupt {
-    /// Removes all assignments, as a device reset does.
-    fn reset(&self) {
-        self.config_vector.store(NO_VECTOR, Ordering::Release);
-        self.isr_status.store(0, Ordering::Release);
-        for vector in &self.queue_vectors {
-            vector.store(NO_VECTOR, Ordering::Release);
-        }
-    }
-}
-
-impl VirtioInterrupt for PciInterrupt {
-    fn trigger(&self, source: InterruptSource) -> io::Result<()> {
-        let (bit, vector) = match source {
-            InterruptSource::Queue(queue) => (1, self.queue_vectors.get(usize::from(queue))),
-            InterruptSource::Config => (CONFIG_CHANGED, Some(&self.config_vector)),
-        };
-        self.isr_status.fetch_or(bit, Ordering::AcqRel);
-        match vector.map(|vector| vector.load(Ordering::Acquire)) {
-            Some(vector) if vector != NO_VECTOR => self.msix.trigger(vector),
-            _ => Ok(()),
-        }
-    }
-
-    fn clear(&self) {
-        self.isr_status.store(0, Ordering::Release);
-    }
-
-    fn repeat(&self) -> io::Result<()> {
-        // Those of queues are sent to each of them. With MSI-X the driver need not read the ISR status: one too many is no harm.
-        let changed = self.isr_status.load(Ordering::Acquire) & CONFIG_CHANGED != 0;
-        if changed { self.trigger(InterruptSource::Config) } else { Ok(()) }
-    }
-}
-
 /// A device on the PCI transport: a PCI function, and a BAR on the memory bus.
 pub struct PciDevice {
-    state: Mutex<TransportState>,
+    state: ShownState,
+    /// The common configuration and the device configuration.
+    page: RegisterPage,
     config: Mutex<ConfigSpace>,
     interrupt: Arc<PciInterrupt>,
     /// Offset of the MSI-X capability in the configuration space.
@@ -121,10 +80,14 @@ struct BarAccess {
 }
 
 impl PciDevice {
-    /// Returns how many MSI-X vectors a device needs: one for each queue, and one for configuration changes.
+    /// Returns how many MSI-X vectors a device needs: one for each queue or one for all of them, and one for configuration changes.
+    /// Linux uses the same two where there are no more: it writes some nine registers for each vector.
     #[must_use]
     pub fn vector_count(device: &dyn VirtioDevice) -> usize {
-        device.queue_max_sizes().len() + 1
+        match device.interrupt_vectors() {
+            InterruptVectors::PerQueue => device.queue_max_sizes().len() + 1,
+            InterruptVectors::Shared => 2,
+        }
     }
 
     /// Puts `device` on the transport, with its BAR at guest physical address `bar` (a multiple of [`BAR_BYTES`]) and the
@@ -140,14 +103,10 @@ impl PciDevice {
         bar: u32,
         vectors: Vec<MsiVector>,
         router: Arc<dyn MsiRouter>,
-    ) -> Result<Self, TransportError> {
+    ) -> Result<Arc<Self>, TransportError> {
         let kind = device.kind();
-        let interrupt = Arc::new(PciInterrupt {
-            msix: Msix::new(vectors, router),
-            config_vector: AtomicU16::new(NO_VECTOR),
-            queue_vectors: device.queue_max_sizes().iter().map(|_| AtomicU16::new(NO_VECTOR)).collect(),
-            isr_status: AtomicU8::new(0),
-        });
+        let queues = device.queue_max_sizes().len();
+        let interrupt = Arc::new(PciInterrupt::new(Msix::new(vectors, router)?, queues));
         let identity = Identity {
             vendor: VENDOR,
             device: FIRST_DEVICE_ID + kind.id,
@@ -157,7 +116,6 @@ impl PciDevice {
             subsystem_device: FIRST_DEVICE_ID + kind.id,
         };
         let mut config = ConfigSpace::new(identity, Some(BarLayout { base: bar, bytes: BAR_BYTES }));
-        let queues = interrupt.queue_vectors.len();
         let no_space = TransportError::NoCapabilitySpace { queues };
         let (Some(msix_capability), Some(pci_cfg_capability)) =
             (add_msix_capability(&mut config, interrupt.msix.len()), add_virtio_capabilities(&mut config, queues))
@@ -165,13 +123,24 @@ impl PciDevice {
             return Err(no_space);
         };
         let state = TransportState::new(name, device, memory, Arc::clone(&interrupt) as Arc<dyn VirtioInterrupt>)?;
-        Ok(Self {
-            state: Mutex::new(state),
+        let device = Arc::new(Self {
+            state: ShownState::new(state),
+            page: RegisterPage::new()?,
             config: Mutex::new(config),
             interrupt,
             msix_capability,
             pci_cfg_capability,
-        })
+        });
+        device.interrupt.set_device(Arc::downgrade(&device));
+        device.update_pages(&device.state());
+        Ok(device)
+    }
+
+    /// Returns pages of the BAR with their offsets: what a read of them returns. Where the guest reads them directly, writes must exit at
+    /// once, as they change what the next read returns.
+    #[must_use]
+    pub fn pages(&self) -> [(u32, &RegisterPage); 2] {
+        [(COMMON, &self.page), (MSIX_TABLE, self.interrupt.msix.page())]
     }
 
     /// Returns the kick addresses of all queues, for a BAR at guest physical address `bar`.
@@ -185,20 +154,15 @@ impl PciDevice {
         (0_u64..).zip(self.state().kicks()).map(doorbell).collect()
     }
 
-    fn state(&self) -> MutexGuard<'_, TransportState> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.continue_reset();
-        state
-    }
-
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read_bar(&self, offset: u32, data: &mut [u8]) {
-        let (structure, at) = (offset & !(STRUCTURE_BYTES - 1), offset & (STRUCTURE_BYTES - 1));
-        match structure {
-            COMMON => self.read_common(at, data),
+        let (page, at) = (offset & !(PAGE_BYTES - 1), offset & (PAGE_BYTES - 1));
+        match page {
+            COMMON if at >= DEVICE_CONFIG => self.state().read_config(u64::from(at - DEVICE_CONFIG), data),
+            COMMON => read_common(&self.interrupt, &self.state(), at, data),
             ISR => {
                 data.fill(0);
                 if let (0, Some(first)) = (at, data.first_mut()) {
@@ -206,63 +170,36 @@ impl PciDevice {
                     *first = self.interrupt.isr_status.swap(0, Ordering::AcqRel);
                 }
             }
-            DEVICE_CONFIG => self.state().read_config(u64::from(at), data),
             MSIX_TABLE => self.interrupt.msix.read_table(u64::from(at), data),
             MSIX_PENDING => self.interrupt.msix.read_pending(u64::from(at), data),
             _ => data.fill(0),
         }
+        self.update_outdated_pages();
     }
 
     fn write_bar(&self, offset: u32, data: &[u8]) {
-        let (structure, at) = (offset & !(STRUCTURE_BYTES - 1), offset & (STRUCTURE_BYTES - 1));
-        match structure {
-            COMMON => self.write_common(at, data),
-            DEVICE_CONFIG => self.state().write_config(u64::from(at), data),
+        let (page, at) = (offset & !(PAGE_BYTES - 1), offset & (PAGE_BYTES - 1));
+        match page {
+            COMMON => {
+                let mut state = self.state();
+                match at.checked_sub(DEVICE_CONFIG) {
+                    Some(at) => state.write_config(u64::from(at), data),
+                    None => self.write_common(&mut state, at, data),
+                }
+                self.update_pages(&state);
+            }
             NOTIFY => self.state().kick(at / NOTIFY_STRIDE),
             MSIX_TABLE => self.interrupt.msix.write_table(u64::from(at), data),
             _ => {}
         }
+        self.update_outdated_pages();
     }
 
-    /// Reads struct virtio_pci_common_cfg (virtio 1.3 §4.1.4.3). Fields are read in their own width; the driver reads 64-bit
-    /// fields as two 32-bit halves.
-    fn read_common(&self, at: u32, data: &mut [u8]) {
-        let state = self.state();
-        let selected = usize::from(state.queue_select);
-        let value: u32 = match at {
-            0x00 => state.device_features_select,
-            0x04 => state.device_features(),
-            0x08 => state.driver_features_select,
-            0x0c => state.driver_features(),
-            0x10 => u32::from(self.interrupt.config_vector.load(Ordering::Acquire)),
-            0x12 => u32::from(state.queue_count()),
-            0x14 => u32::from(state.status()),
-            0x15 => state.config_generation() & 0xff,
-            0x16 => u32::from(state.queue_select),
-            0x18 => state.queue().map_or(0, |queue| u32::from(queue.size)),
-            0x1a => {
-                let vector = self.interrupt.queue_vectors.get(selected).map(|vector| vector.load(Ordering::Acquire));
-                u32::from(vector.unwrap_or(NO_VECTOR))
-            }
-            0x1c => state.queue().map_or(0, |queue| u32::from(queue.ready)),
-            // queue_notify_off, in units of `NOTIFY_STRIDE`.
-            0x1e => u32::from(state.queue_select),
-            0x20 | 0x24 => half_at(at).get(state.queue_address(QueueArea::Descriptor)),
-            0x28 | 0x2c => half_at(at).get(state.queue_address(QueueArea::Driver)),
-            0x30 | 0x34 => half_at(at).get(state.queue_address(QueueArea::Device)),
-            _ => 0,
-        };
-        data.fill(0);
-        let bytes = value.to_le_bytes();
-        let width = data.len().min(field_bytes(at));
-        data[..width].copy_from_slice(&bytes[..width]);
-    }
-
-    fn write_common(&self, at: u32, data: &[u8]) {
+    fn write_common(&self, state: &mut TransportState, at: u32, data: &[u8]) {
         if let Ok([a, b, c, d, e, f, g, h]) = <[u8; 8]>::try_from(data) {
             // One access to a 64-bit field.
-            self.write_common(at, &[a, b, c, d]);
-            self.write_common(at + 4, &[e, f, g, h]);
+            self.write_common(state, at, &[a, b, c, d]);
+            self.write_common(state, at + 4, &[e, f, g, h]);
             return;
         }
         let mut bytes = [0; 4];
@@ -270,7 +207,6 @@ impl PciDevice {
         bytes[..width].copy_from_slice(&data[..width]);
         let value = u32::from_le_bytes(bytes);
         let short = u16::try_from(value).unwrap_or(NO_VECTOR);
-        let mut state = self.state();
         match at {
             0x00 => state.device_features_select = value,
             0x08 => state.driver_features_select = value,
@@ -324,6 +260,42 @@ impl PciDevice {
     }
 }
 
+/// Reads a field of struct virtio_pci_common_cfg (virtio 1.3 §4.1.4.3). Fields are read in their own width; the driver reads 64-bit
+/// fields as two 32-bit halves.
+fn common_field(interrupt: &PciInterrupt, state: &TransportState, at: u32) -> u32 {
+    let selected = usize::from(state.queue_select);
+    match at {
+        0x00 => state.device_features_select,
+        0x04 => state.device_features(),
+        0x08 => state.driver_features_select,
+        0x0c => state.driver_features(),
+        0x10 => u32::from(interrupt.config_vector.load(Ordering::Acquire)),
+        0x12 => u32::from(state.queue_count()),
+        0x14 => u32::from(state.status()),
+        0x15 => state.config_generation() & 0xff,
+        0x16 => u32::from(state.queue_select),
+        0x18 => state.queue().map_or(0, |queue| u32::from(queue.size)),
+        0x1a => {
+            let vector = interrupt.queue_vectors.get(selected).map(|vector| vector.load(Ordering::Acquire));
+            u32::from(vector.unwrap_or(NO_VECTOR))
+        }
+        0x1c => state.queue().map_or(0, |queue| u32::from(queue.ready)),
+        // queue_notify_off, in units of `NOTIFY_STRIDE`.
+        0x1e => u32::from(state.queue_select),
+        0x20 | 0x24 => half_at(at).get(state.queue_address(QueueArea::Descriptor)),
+        0x28 | 0x2c => half_at(at).get(state.queue_address(QueueArea::Driver)),
+        0x30 | 0x34 => half_at(at).get(state.queue_address(QueueArea::Device)),
+        _ => 0,
+    }
+}
+
+fn read_common(interrupt: &PciInterrupt, state: &TransportState, at: u32, data: &mut [u8]) {
+    data.fill(0);
+    let bytes = common_field(interrupt, state, at).to_le_bytes();
+    let width = data.len().min(field_bytes(at));
+    data[..width].copy_from_slice(&bytes[..width]);
+}
+
 /// Returns the size in bytes of the field of the common configuration at offset `at`.
 fn field_bytes(at: u32) -> usize {
     match at {
@@ -333,41 +305,25 @@ fn field_bytes(at: u32) -> usize {
     }
 }
 
+/// Returns the fields in the four bytes of the common configuration at offset `at`, a multiple of 4.
+fn common_word(interrupt: &PciInterrupt, state: &TransportState, at: u32) -> u32 {
+    let (mut word, mut shift) = (0, 0);
+    while shift < 32 {
+        let field = at + shift / 8;
+        word |= common_field(interrupt, state, field) << shift;
+        shift += u32::try_from(field_bytes(field) * 8).unwrap_or(32);
+    }
+    word
+}
+
+/// Converts an offset in the first page of the BAR.
+fn in_page(offset: u32) -> usize {
+    usize::try_from(offset).unwrap_or(RegisterPage::BYTES)
+}
+
 /// Returns which half of a 64-bit field the offset `at` in the common configuration accesses.
 fn half_at(at: u32) -> Half {
     if at & 4 == 0 { Half::Low } else { Half::High }
-}
-
-/// Adds the MSI-X capability and returns its offset. `None` where it does not fit.
-fn add_msix_capability(config: &mut ConfigSpace, vectors: u16) -> Option<usize> {
-    let mut body = [0; 10];
-    body[0..2].copy_from_slice(&(vectors.saturating_sub(1)).to_le_bytes());
-    body[2..6].copy_from_slice(&MSIX_TABLE.to_le_bytes());
-    body[6..10].copy_from_slice(&MSIX_PENDING.to_le_bytes());
-    let writable = [0, MSIX_ENABLE | MSIX_MASK_ALL];
-    config.add_capability(&Capability { id: CAP_MSIX, body: &body, writable: &writable })
-}
-
-/// Adds the five virtio capabilities and returns the offset of the last, the PCI configuration access capability. `None`
-/// where they do not fit.
-fn add_virtio_capabilities(config: &mut ConfigSpace, queues: usize) -> Option<usize> {
-    let notify_bytes = u32::try_from(queues).ok()?.checked_mul(NOTIFY_STRIDE)?;
-    let mut add = |kind: u8, offset: u32, length: u32, extra: &[u8], writable: &[u8]| {
-        // struct virtio_pci_cap without its first two bytes (cap_vndr, cap_next): cap_len, cfg_type, bar, id, padding, offset, length.
-        let mut body = vec![u8::try_from(16 + extra.len()).unwrap_or(0), kind, 0, 0, 0, 0];
-        body.extend(offset.to_le_bytes());
-        body.extend(length.to_le_bytes());
-        body.extend(extra);
-        config.add_capability(&Capability { id: CAP_VENDOR, body: &body, writable })
-    };
-    add(CFG_COMMON, COMMON, COMMON_BYTES, &[], &[])?;
-    add(CFG_NOTIFY, NOTIFY, notify_bytes, &NOTIFY_STRIDE.to_le_bytes(), &[])?;
-    add(CFG_ISR, ISR, 1, &[], &[])?;
-    add(CFG_DEVICE, DEVICE_CONFIG, STRUCTURE_BYTES, &[], &[])?;
-    let mut writable = [0; 18];
-    writable[2] = 0xff; // bar
-    writable[6..14].fill(0xff); // offset, length
-    add(CFG_PCI, 0, 0, &[0; 4], &writable)
 }
 
 impl PciFunction for PciDevice {
@@ -412,44 +368,68 @@ impl PciFunction for PciDevice {
     }
 }
 
+impl ShowsState for PciDevice {
+    fn shown(&self) -> &ShownState {
+        &self.state
+    }
+
+    fn write_pages(&self, state: &TransportState) {
+        let mut config = [0; SHOWN_CONFIG_BYTES];
+        state.read_config(0, &mut config);
+        self.page.write(in_page(DEVICE_CONFIG), &config);
+        // The configuration's generation is last.
+        let words = (0..COMMON_BYTES).step_by(4).filter(|at| *at != STATUS_AND_GENERATION);
+        for at in words.chain([STATUS_AND_GENERATION]) {
+            self.page.write_register(in_page(at), common_word(&self.interrupt, state, at));
+        }
+    }
+
+    fn interrupt_for_config(&self) -> io::Result<()> {
+        self.interrupt.send(InterruptSource::Config)
+    }
+}
+
 impl VirtioTransport for PciDevice {
     fn counts(&self) -> Vec<Arc<QueueCounts>> {
-        self.state().counts()
+        self.with_state(|state| state.counts())
     }
 
     fn set_options(&self, options: TransportOptions) {
-        self.state().set_options(options);
+        self.with_state(|state| state.set_options(options));
     }
 
     fn start_threads(&self, start: &ThreadStart) -> Result<(), TransportError> {
-        Ok(self.state().start_threads(start)?)
+        Ok(self.with_state(|state| state.start_threads(start))?)
     }
 
     fn pause(&self, deadline: Instant) -> Result<(), PauseError> {
-        self.state().pause(deadline)
+        self.with_state(|state| state.pause(deadline))
     }
 
     fn save(&self) -> Result<VirtioState, PauseError> {
-        self.state().save(self.save_bus())
+        self.with_state(|state| state.save(self.save_bus()))
     }
 
     fn restore(&self, saved: &VirtioState) -> Result<(), VirtioStateError> {
-        let mut state = self.state();
-        let fault = |source| VirtioStateError { name: Arc::clone(&state.name), source };
-        self.restore_bus(&saved.bus).map_err(fault)?;
-        state.restore(saved)
+        self.with_state(|state| {
+            let fault = |source| VirtioStateError { name: Arc::clone(&state.name), source };
+            self.restore_bus(&saved.bus).map_err(fault)?;
+            state.restore(saved)?;
+            self.update_pages(state);
+            Ok(())
+        })
     }
 
     fn resume(&self) -> bool {
-        self.state().resume()
+        self.with_state(TransportState::resume)
     }
 
     fn request_stop(&self) {
-        self.state().request_stop();
+        self.with_state(|state| state.request_stop());
     }
 
     fn wait_stopped(&self, deadline: Instant) {
-        self.state().wait_stopped(deadline);
+        self.with_state(|state| state.wait_stopped(deadline));
     }
 }
 
@@ -472,6 +452,10 @@ impl BusDevice for PciDevice {
     }
 }
 
+#[path = "pci_capabilities.rs"]
+mod capabilities;
+#[path = "pci_interrupt.rs"]
+mod interrupt;
 #[path = "pci_saved.rs"]
 mod saved;
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The PCI transport as a driver sees it: capabilities, the BAR, MSI-X messages.
 
-use super::{BAR_BYTES, COMMON, DEVICE_CONFIG, ISR, MSIX_TABLE, NOTIFY, PciDevice};
+use super::{BAR_BYTES, COMMON, COMMON_BYTES, DEVICE_CONFIG, ISR, MSIX_TABLE, NOTIFY, PciDevice};
 use crate::bus::BusDevice;
 use crate::memory::Memory;
 use crate::pci::{MsiMessage, MsiRouter, MsiVector, PciFunction, RouteError};
@@ -9,6 +9,7 @@ use crate::virtio::late_tests::{Handle, Late};
 use crate::virtio::rng::Rng;
 use crate::virtio::{ThreadStart, VirtioTransport};
 use proptest::prelude::*;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -29,7 +30,7 @@ impl MsiRouter for Routes {
 }
 
 struct Function {
-    device: PciDevice,
+    device: Arc<PciDevice>,
     routes: Arc<Routes>,
     events: Vec<Arc<EventFd>>,
     memory: Memory,
@@ -50,7 +51,11 @@ fn function_of(device: Box<dyn VirtioDevice>) -> Function {
     let router: Arc<dyn MsiRouter> = Arc::clone(&routes) as Arc<dyn MsiRouter>;
     let device = PciDevice::new("rng", device, memory.clone(), BAR, vectors, router).expect("a device");
     device.start_threads(&(Arc::new(|_| Ok(())) as ThreadStart)).expect("threads");
-    Function { device, routes, events, memory }
+    assert_eq!(device.pages().map(|(offset, _)| offset), [COMMON, MSIX_TABLE]);
+    let function = Function { device, routes, events, memory };
+    assert_eq!(function.config(4), 0x0010_0400, "memory space and INTx are off, and there are capabilities");
+    function.device.write_config(4, &[6, 4]);
+    function
 }
 
 impl Function {
@@ -68,6 +73,27 @@ impl Function {
 
     fn write(&self, at: u32, value: u32, bytes: usize) {
         self.device.write(u64::from(at), &value.to_le_bytes()[..bytes]);
+    }
+
+    /// Returns what a guest reads that reads the BAR's pages directly.
+    fn shown(&self, at: u32, bytes: usize) -> u32 {
+        let (start, page) = self.device.pages()[usize::from(at >= MSIX_TABLE)];
+        let at = at - start;
+        let word = u32::from_le(page.register((at & !3) as usize).load(Ordering::Relaxed));
+        let value = word >> (at % 4 * 8);
+        if bytes == 4 { value } else { value & ((1 << (bytes * 8)) - 1) }
+    }
+
+    /// Checks that the pages show what reads return.
+    fn check_pages(&self) {
+        let fields = (0..0x10).step_by(4).map(|at| (at, 4)).chain((0x20..COMMON_BYTES).step_by(4).map(|at| (at, 4)));
+        let fields = fields.chain([(0x10, 2), (0x12, 2), (0x14, 1), (0x15, 1)]);
+        let fields = fields.chain((0x16..0x20).step_by(2).map(|at| (at, 2)));
+        let config = (DEVICE_CONFIG..DEVICE_CONFIG + 64).step_by(4).map(|at| (at, 4));
+        let table = (MSIX_TABLE..MSIX_TABLE + 48).step_by(4).map(|at| (at, 4));
+        for (at, bytes) in fields.chain(config).chain(table) {
+            assert_eq!(self.shown(at, bytes), self.read(at, bytes), "{bytes} bytes at {at:#x}");
+        }
     }
 
     /// Returns the offset of the virtio capability with the `cfg_type` `wanted`.
@@ -156,10 +182,11 @@ fn a_reset_that_ends_late_leaves_no_isr_status() {
     assert_eq!(function.read(COMMON + 0x14, 1), 15, "the reset has not ended");
     handle.interrupt().signal_config_changed();
     handle.interrupt().signal_used_queue(0);
+    assert_eq!(function.shown(COMMON + 0x14, 2), 0x10f, "the generation is shown");
     handle.end.open();
     let start = Instant::now();
-    while function.read(COMMON + 0x14, 1) != 0 {
-        assert!(start.elapsed() < Duration::from_secs(10), "the reset does not end");
+    while function.shown(COMMON + 0x14, 1) != 0 {
+        assert!(start.elapsed() < Duration::from_secs(10), "the end of the reset is not shown");
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(function.read(ISR, 1), 0);
@@ -214,8 +241,10 @@ proptest! {
             }
         }
         function.device.write_config(4, &[6, 0]);
+        function.check_pages();
         function.start();
         prop_assert_eq!(function.read(COMMON + 0x14, 1), 15);
+        function.check_pages();
     }
 }
 
@@ -249,6 +278,7 @@ fn a_new_device_has_the_registers_and_messages_of_the_old_one() {
         config.chain(common).chain((0..8).map(|word| function.read(MSIX_TABLE + word * 4, 4))).collect()
     };
     assert_eq!(registers(&new), registers(&old));
+    new.check_pages();
     new.device.start_threads(&(Arc::new(|_| Ok(())) as ThreadStart)).expect("threads");
     assert!(new.device.resume());
     assert_eq!(new.events[1].read().unwrap_or(0), 0, "it is masked");

@@ -138,6 +138,13 @@ impl Virtqueue {
         Arc::clone(&self.abort)
     }
 
+    /// Returns true if the driver has made chains available that the device has not taken.
+    #[must_use]
+    pub fn has_available(&self) -> bool {
+        let available = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
+        !self.broken && available.is_ok_and(|available| available.0 != self.queue.next_avail())
+    }
+
     /// Returns the queue's size in descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {

@@ -3,9 +3,12 @@
 
 use super::queue::RingAddresses;
 use crate::pci::{ConfigSpaceState, MsixState};
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::error::Error;
+use std::fmt;
 use std::io;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -59,6 +62,12 @@ pub enum DeviceState {
     Rng,
     /// The console has nothing: input that the guest has not taken is the host's.
     Console,
+    /// A shared directory that the guest cannot write.
+    Share(ShareState),
+    /// The socket device.
+    Vsock(VsockState),
+    /// The console with ports that are no consoles.
+    Ports(PortsState),
     /// A disk.
     Block(DiskState),
     /// A memory balloon.
@@ -75,6 +84,152 @@ pub enum DeviceState {
         /// The number of queue pairs that the driver uses (virtio 1.3 §5.1.6.5.5).
         active_pairs: u16,
     },
+}
+
+/// What the socket device has. Its connections are none of it: they are gone, and the guest is told so (`TRANSPORT_RESET`,
+/// virtio 1.3 §5.10.6.7).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    /// The context ID of the guest.
+    pub cid: u32,
+    /// The connections that the guest has asked for and has no answer to. They are refused, as a guest that is told that all connections
+    /// are gone may still wait for these.
+    pub unanswered: Vec<PortPair>,
+}
+
+/// A connection of the socket device, by its ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortPair {
+    /// The port of the host.
+    pub host: u32,
+    /// The port of the guest.
+    pub guest: u32,
+}
+
+/// What a guest knows of a shared directory that it cannot write, and has open in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareState {
+    /// The guest may use extended attributes.
+    pub has_attributes: bool,
+    /// The shared directory.
+    pub root: FileId,
+    /// The files that the guest knows, each directory before what is in it.
+    #[serde(deserialize_with = "share_nodes")]
+    pub nodes: Vec<ShareNode>,
+    /// The files and directories that it has open.
+    #[serde(deserialize_with = "share_handles")]
+    pub handles: Vec<ShareHandle>,
+}
+
+/// A file that the guest knows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareNode {
+    /// The number by which the guest knows it (`nodeid`).
+    pub number: u64,
+    /// How often the guest has looked it up, without what it has taken back by FORGET.
+    pub lookups: u64,
+    /// What tells it from others.
+    pub file: FileId,
+    /// Where it is found; `None` where it cannot be.
+    pub place: Option<NodePlace>,
+}
+
+/// Where a file is found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodePlace {
+    /// The number of its directory; 1 is the shared one.
+    pub parent: u64,
+    /// Its name there.
+    pub name: Vec<u8>,
+}
+
+/// By what a file of a shared directory is told from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    /// The number of the device that has it (`st_dev`).
+    pub device: u64,
+    /// Its number there (`st_ino`).
+    pub inode: u64,
+    /// What it is (the `S_IFMT` bits of `st_mode`).
+    pub kind: u32,
+}
+
+/// A file or a directory that the guest has open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareHandle {
+    /// The number by which the guest knows it (`fh`).
+    pub number: u64,
+    /// The number of the file.
+    pub node: u64,
+    /// The flags of open(2).
+    pub flags: u32,
+    /// What tells its content from what it was.
+    pub content: FileContent,
+}
+
+/// By what the content of a file is told from what it was; nothing for a directory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileContent {
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// When it was written last: seconds and nanoseconds since 1970.
+    pub modified: (i64, i64),
+}
+
+/// The most files of a share in a state, and the most that are open.
+const MAX_SHARE_NODES: usize = 1 << 18;
+const MAX_SHARE_HANDLES: usize = 1 << 14;
+
+fn share_nodes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ShareNode>, D::Error> {
+    deserializer.deserialize_seq(AtMost::<ShareNode, MAX_SHARE_NODES>(PhantomData))
+}
+
+fn share_handles<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ShareHandle>, D::Error> {
+    deserializer.deserialize_seq(AtMost::<ShareHandle, MAX_SHARE_HANDLES>(PhantomData))
+}
+
+/// A list of at most `N` items, each of which takes much more memory than it has bytes in a file.
+struct AtMost<T, const N: usize>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>, const N: usize> Visitor<'de> for AtMost<T, N> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "at most {N} items")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Vec<T>, A::Error> {
+        let mut all = Vec::new();
+        while let Some(item) = items.next_element()? {
+            if all.len() >= N {
+                return Err(A::Error::invalid_length(all.len(), &self));
+            }
+            all.push(item);
+        }
+        Ok(all)
+    }
+}
+
+/// What a console with ports has. The connections of the host are none of it: a run makes new ones.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortsState {
+    /// The driver has said that it can take messages (`VIRTIO_CONSOLE_DEVICE_READY`, virtio 1.3 §5.3.6.2).
+    pub is_ready: bool,
+    /// How many of the messages that introduce the ports wait for buffers of the driver.
+    pub introductions: u32,
+    /// The ports, by number.
+    pub ports: Vec<PortState>,
+}
+
+/// A port as its driver knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortState {
+    /// A program of the guest has it open.
+    pub is_open: bool,
+    /// The last thing that the driver was told of the host's connection is that there is one.
+    pub is_told: bool,
+    /// The connection has ended, or there was none to be had.
+    pub has_ended: bool,
 }
 
 /// By what a disk is told from others.
@@ -160,13 +315,43 @@ pub enum PauseError {
         /// Name of the device.
         name: Arc<str>,
     },
-    /// What tells the device from others cannot be read.
-    #[error("the state of {name} cannot be read")]
+    /// It has what no snapshot can have, now.
+    #[error("the state of {name} cannot be saved")]
     State {
         /// Name of the device.
         name: Arc<str>,
-        /// What fstat(2) failed with.
-        source: io::Error,
+        /// What stands against it.
+        source: SaveFault,
+    },
+}
+
+/// What a device has that no snapshot can have.
+#[derive(Debug, Error)]
+pub enum SaveFault {
+    /// What tells it from others cannot be read: fstat(2) failed.
+    #[error("it cannot be read")]
+    Io(#[from] io::Error),
+    /// The host has not taken all that the guest has sent: the rest would be lost, or reach another reader.
+    #[error("the guest has sent bytes to its port {port} that the host has not taken: have them read, and try again")]
+    UnsentBytes {
+        /// The name of the port.
+        port: &'static str,
+    },
+    /// A file is open that cannot be found by a name.
+    #[error(
+        "the guest has the file {path} open, which has been removed or cannot be found by its name any more: have it closed, and try again"
+    )]
+    OpenFile {
+        /// Its path beneath the shared directory, shown and not too long.
+        path: String,
+    },
+    /// The guest knows too many files.
+    #[error(
+        "the guest knows {files} files of it, too many: have it forget those that it does not use (echo 2 >/proc/sys/vm/drop_caches), and try again"
+    )]
+    ManyFiles {
+        /// The number of files.
+        files: usize,
     },
 }
 
@@ -236,6 +421,34 @@ pub enum DeviceFault {
     /// It is of another device.
     #[error("is of another device")]
     Other,
+    /// The shared directory is another one.
+    #[error("is of another directory, or of one that the guest can write: share the one that it had")]
+    OtherShare,
+    /// What no guest can know of a directory.
+    #[error("has files or open files of a shared directory that no guest can have")]
+    NoShare,
+    /// The host does not let hwvmm have as many open files.
+    #[error(
+        "has {files} files of a shared directory, for which this run may not have enough open: raise the limit with `ulimit -n`"
+    )]
+    ManyFiles {
+        /// The number of files.
+        files: usize,
+    },
+    /// A file that the guest has open is not what it was.
+    #[error(
+        "has the file {path} open, which was changed, replaced or removed since, or cannot be read: make the snapshot anew"
+    )]
+    OpenFile {
+        /// Its path beneath the shared directory, shown and not too long.
+        path: String,
+    },
+    /// The guest has another context ID, or more connections than there are.
+    #[error("is of a socket device with another context ID, or with more connections than one has")]
+    Vsock,
+    /// It is none that a console with these ports can have.
+    #[error("is of a console with other ports, or has messages that it never sends")]
+    Ports,
     /// The disk has another size.
     #[error("is of a disk of {expected} bytes, and this one has {found}: give it the disk that it had, or a copy")]
     DiskSize {
@@ -276,7 +489,7 @@ pub enum DeviceFault {
         /// Which of the image's files, counted from 1.
         place: usize,
     },
-    /// What tells the disk from others cannot be read.
-    #[error("cannot be compared with the disk")]
+    /// What tells the disk from others, or a file of a shared directory, cannot be read.
+    #[error("cannot be compared with what the host has")]
     Io(#[source] io::Error),
 }

@@ -153,8 +153,18 @@ fn on_mmio(device: Box<dyn VirtioDevice>) -> Arc<MmioDevice> {
 fn each_thread_is_prepared_by_its_role_before_the_driver_starts() {
     let folder = tempfile::tempdir().expect("a folder");
     use DeviceThread::{Balloon, Block, Console, Fs, Net, Rng, Vsock};
-    let expected: [&[DeviceThread]; DEVICES as usize] =
-        [&[Rng], &[Block; 2], &[Block; 2], &[Console; 2], &[Net], &[Vsock], &[Balloon; 2], &[Fs; 2], &[Vsock]];
+    let expected: [&[DeviceThread]; DEVICES as usize] = [
+        &[Rng],
+        &[Block; 2],
+        &[Block; 2],
+        &[Console; 2],
+        &[Net],
+        &[Vsock],
+        &[Balloon; 2],
+        &[Fs; 2],
+        &[Vsock],
+        &[Fs; 2],
+    ];
     for (kind, expected) in (0..).zip(expected) {
         let seen: Arc<Mutex<Vec<DeviceThread>>> = Arc::default();
         let seen_by_thread = Arc::clone(&seen);

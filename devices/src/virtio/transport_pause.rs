@@ -24,6 +24,7 @@ impl TransportState {
         }
         if self.is_active {
             self.is_paused = true;
+            self.device.prepare_pause();
             self.threads.iter().for_each(WorkerThread::request_reset);
             if !self.all_idle((Instant::now() + RESET_WORK).min(deadline)) {
                 self.abort.store(true, Ordering::Relaxed);

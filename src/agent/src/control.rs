@@ -74,6 +74,8 @@ pub(crate) enum End {
 /// What the agent tells the host.
 #[derive(Debug)]
 pub(crate) enum ToHost<'a> {
+    /// The guest waits for its command.
+    Ready,
     /// The command is about to be executed.
     Started,
     /// The agent cannot go on.
@@ -86,6 +88,7 @@ impl fmt::Display for ToHost<'_> {
     /// With the line's end.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Ready => f.write_str("ready\n"),
             Self::Started => f.write_str("started\n"),
             Self::Failed { stage, text } => writeln!(f, "failed {stage} {}", printable(text)),
             Self::Ended(End::Exited(status)) => writeln!(f, "exited {status}"),

@@ -1,4 +1,5 @@
-//! What the agent is told to do: `/hwvmm/instructions`, records `key=value` that end in NUL.
+//! What the agent is told to do: `/hwvmm/instructions`, records `key=value` that end in NUL. What is about the command alone may come later,
+//! on the control stream (`wait.rs`).
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -24,6 +25,8 @@ pub(crate) enum InstructionsError {
     Value { key: &'static str, value: OsString, expected: &'static str },
     #[error("there is no command (arg=)")]
     NoCommand,
+    #[error("the command is to come later (wait=), and {0:?} is about it")]
+    TooEarly(OsString),
 }
 
 /// The file system that becomes the root.
@@ -70,14 +73,9 @@ pub(crate) struct Window {
     pub(crate) columns: u16,
 }
 
-/// The instructions, as plain data.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Instructions {
-    /// File names below /hwvmm/modules, in the order in which they are loaded.
-    pub(crate) modules: Vec<OsString>,
-    pub(crate) signatures: Signatures,
-    pub(crate) root: Root,
-    pub(crate) writable: Vec<Writable>,
+/// The command, and what it finds.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct CommandSpec {
     /// The command and its arguments; never empty.
     pub(crate) command: Vec<OsString>,
     pub(crate) environment: Vec<(OsString, OsString)>,
@@ -86,6 +84,27 @@ pub(crate) struct Instructions {
     pub(crate) hostname: Option<OsString>,
     /// There if the command gets a pseudo-terminal.
     pub(crate) terminal: Option<Window>,
+}
+
+/// When the agent gets its command.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) enum Task {
+    /// With the instructions.
+    Run(CommandSpec),
+    /// On the control stream, once the guest is ready.
+    #[default]
+    Wait,
+}
+
+/// The instructions, as plain data.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Instructions {
+    /// File names below /hwvmm/modules, in the order in which they are loaded.
+    pub(crate) modules: Vec<OsString>,
+    pub(crate) signatures: Signatures,
+    pub(crate) root: Root,
+    pub(crate) writable: Vec<Writable>,
+    pub(crate) task: Task,
     /// Tests: a folder with Unix sockets named by port, in place of vsock.
     pub(crate) sockets: Option<PathBuf>,
     /// Tests: a file in place of /dev/port.
@@ -105,37 +124,135 @@ fn number<N: std::str::FromStr>(digits: &[u8]) -> Option<N> {
     std::str::from_utf8(digits).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))?.parse().ok()
 }
 
-impl Instructions {
-    /// Reads the records of `/hwvmm/instructions`.
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, InstructionsError> {
-        let mut instructions = Self { workdir: PathBuf::from("/"), ..Self::default() };
-        let records = match bytes {
-            [] => return Err(InstructionsError::NoCommand),
-            [records @ .., 0] => records,
-            _ => return Err(InstructionsError::CutOff),
-        };
-        for record in records.split(|byte| *byte == 0) {
-            let (key, value) = split(record, b'=').ok_or_else(|| InstructionsError::NoValue(text(record)))?;
-            instructions.record(key, value)?;
+/// If a key is one that was asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Key {
+    Known,
+    Unknown,
+}
+
+fn wrong(key: &'static str, value: &[u8], expected: &'static str) -> InstructionsError {
+    InstructionsError::Value { key, value: text(value), expected }
+}
+
+/// A record, taken apart.
+struct Record<'a> {
+    key: &'a [u8],
+    value: &'a [u8],
+}
+
+/// Takes records apart into keys and values.
+fn records(bytes: &[u8]) -> Result<Vec<Record<'_>>, InstructionsError> {
+    let records = match bytes {
+        [] => return Err(InstructionsError::NoCommand),
+        [records @ .., 0] => records,
+        _ => return Err(InstructionsError::CutOff),
+    };
+    let record = |record| {
+        let (key, value) = split(record, b'=').ok_or_else(|| InstructionsError::NoValue(text(record)))?;
+        Ok(Record { key, value })
+    };
+    records.split(|byte| *byte == 0).map(record).collect()
+}
+
+impl CommandSpec {
+    fn new() -> Self {
+        Self {
+            command: Vec::new(),
+            environment: Vec::new(),
+            workdir: PathBuf::from("/"),
+            user: User::default(),
+            hostname: None,
+            terminal: None,
         }
-        if instructions.command.is_empty() {
+    }
+
+    /// Reads the records that are about a command, where they come by themselves.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, InstructionsError> {
+        let mut spec = Self::new();
+        for Record { key, value } in records(bytes)? {
+            if spec.record(key, value)? == Key::Unknown {
+                return Err(InstructionsError::UnknownKey(text(key)));
+            }
+        }
+        spec.finish()
+    }
+
+    /// Fills in what was not given.
+    fn finish(mut self) -> Result<Self, InstructionsError> {
+        if self.command.is_empty() {
             return Err(InstructionsError::NoCommand);
         }
         for (name, value) in DEFAULT_ENVIRONMENT {
-            if !instructions.environment.iter().any(|(given, _)| given == name) {
-                instructions.environment.push((name.into(), value.into()));
+            if !self.environment.iter().any(|(given, _)| given == name) {
+                self.environment.push((name.into(), value.into()));
             }
         }
+        Ok(self)
+    }
+
+    fn record(&mut self, key: &[u8], value: &[u8]) -> Result<Key, InstructionsError> {
+        match key {
+            b"arg" => self.command.push(text(value)),
+            b"env" => {
+                let (name, value) = split(value, b'=')
+                    .filter(|(name, _)| !name.is_empty())
+                    .ok_or_else(|| wrong("env", value, "NAME=VALUE"))?;
+                self.environment.push((text(name), text(value)));
+            }
+            b"workdir" if !value.starts_with(b"/") => return Err(wrong("workdir", value, "an absolute path")),
+            b"workdir" => self.workdir = text(value).into(),
+            b"user" => {
+                let ids = split(value, b':').and_then(|(uid, gid)| Some(User { uid: number(uid)?, gid: number(gid)? }));
+                self.user = ids.ok_or_else(|| wrong("user", value, "UID:GID"))?;
+            }
+            b"hostname" => self.hostname = Some(text(value)),
+            b"terminal" => {
+                let size = split(value, b'x')
+                    .and_then(|(rows, columns)| Some(Window { rows: number(rows)?, columns: number(columns)? }));
+                self.terminal = Some(size.ok_or_else(|| wrong("terminal", value, "ROWSxCOLS"))?);
+            }
+            _ => return Ok(Key::Unknown),
+        }
+        Ok(Key::Known)
+    }
+}
+
+impl Instructions {
+    /// Reads the records of `/hwvmm/instructions`.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, InstructionsError> {
+        let mut instructions = Self::default();
+        let mut spec = CommandSpec::new();
+        let (mut waits, mut of_command) = (false, None);
+        for Record { key, value } in records(bytes)? {
+            if key == b"wait" {
+                if !value.is_empty() {
+                    return Err(wrong("wait", value, "empty"));
+                }
+                waits = true;
+            } else if spec.record(key, value)? == Key::Known {
+                of_command.get_or_insert(key);
+            } else {
+                instructions.record(key, value)?;
+            }
+        }
+        instructions.task = match (waits, of_command) {
+            (true, Some(key)) => return Err(InstructionsError::TooEarly(text(key))),
+            (true, None) => Task::Wait,
+            (false, _) => Task::Run(spec.finish()?),
+        };
         Ok(instructions)
     }
 
+    /// Takes a record that is not about the command.
     fn record(&mut self, key: &[u8], value: &[u8]) -> Result<(), InstructionsError> {
-        let wrong = |key, expected| InstructionsError::Value { key, value: text(value), expected };
         match key {
-            b"module" if value.is_empty() || value.contains(&b'/') => return Err(wrong("module", "a file name")),
+            b"module" if value.is_empty() || value.contains(&b'/') => {
+                return Err(wrong("module", value, "a file name"));
+            }
             b"module" => self.modules.push(text(value)),
             b"signatures" if value == b"left-out" => self.signatures = Signatures::LeftOut,
-            b"signatures" => return Err(wrong("signatures", "\"left-out\"")),
+            b"signatures" => return Err(wrong("signatures", value, "\"left-out\"")),
             b"root" => {
                 let disk = |value| {
                     let (partition, serial) = split(value, b':')?;
@@ -145,34 +262,17 @@ impl Instructions {
                     (Some(tag), _) => Root::Share(text(tag)),
                     (None, Some(disk)) => disk,
                     (None, None) if value == b"none" => Root::Initramfs,
-                    (None, None) => return Err(wrong("root", "\"none\", \"share:TAG\" or \"disk:PARTITION:SERIAL\"")),
+                    (None, None) => {
+                        return Err(wrong("root", value, "\"none\", \"share:TAG\" or \"disk:PARTITION:SERIAL\""));
+                    }
                 }
             }
             b"rw" => {
-                let (tag, path) = split(value, b':').ok_or_else(|| wrong("rw", "TAG:/PATH"))?;
+                let (tag, path) = split(value, b':').ok_or_else(|| wrong("rw", value, "TAG:/PATH"))?;
                 if !path.starts_with(b"/") {
-                    return Err(wrong("rw", "TAG:/PATH"));
+                    return Err(wrong("rw", value, "TAG:/PATH"));
                 }
                 self.writable.push(Writable { tag: text(tag), path: text(path).into() });
-            }
-            b"arg" => self.command.push(text(value)),
-            b"env" => {
-                let (name, value) = split(value, b'=')
-                    .filter(|(name, _)| !name.is_empty())
-                    .ok_or_else(|| wrong("env", "NAME=VALUE"))?;
-                self.environment.push((text(name), text(value)));
-            }
-            b"workdir" if !value.starts_with(b"/") => return Err(wrong("workdir", "an absolute path")),
-            b"workdir" => self.workdir = text(value).into(),
-            b"user" => {
-                let ids = split(value, b':').and_then(|(uid, gid)| Some(User { uid: number(uid)?, gid: number(gid)? }));
-                self.user = ids.ok_or_else(|| wrong("user", "UID:GID"))?;
-            }
-            b"hostname" => self.hostname = Some(text(value)),
-            b"terminal" => {
-                let size = split(value, b'x')
-                    .and_then(|(rows, columns)| Some(Window { rows: number(rows)?, columns: number(columns)? }));
-                self.terminal = Some(size.ok_or_else(|| wrong("terminal", "ROWSxCOLS"))?);
             }
             b"test-sockets" => self.sockets = Some(text(value).into()),
             b"test-ports" => self.ports = Some(text(value).into()),
@@ -186,6 +286,13 @@ impl Instructions {
 mod tests {
     use super::*;
 
+    fn command(instructions: Instructions) -> CommandSpec {
+        match instructions.task {
+            Task::Run(spec) => spec,
+            Task::Wait => panic!("no command"),
+        }
+    }
+
     #[test]
     fn all_keys_are_read() {
         let bytes = b"module=a.ko\0module=b.ko\0root=share:hwvmm-root\0rw=hwvmm-rw0:/srv/a:b\0arg=sh\0arg=-c\0arg=\0env=A=b=c\0\
@@ -194,25 +301,60 @@ mod tests {
         assert_eq!(read.modules, ["a.ko", "b.ko"]);
         assert_eq!(read.root, Root::Share("hwvmm-root".into()));
         assert_eq!(read.writable, [Writable { tag: "hwvmm-rw0".into(), path: "/srv/a:b".into() }]);
-        assert_eq!(read.command, ["sh", "-c", ""]);
-        assert_eq!(read.environment[0], ("A".into(), "b=c".into()));
-        let terms: Vec<_> = read.environment.iter().filter(|(name, _)| name == "TERM").collect();
-        assert_eq!(terms, [&("TERM".into(), "".into())]);
-        assert!(read.environment.iter().any(|(name, _)| name == "PATH"));
-        assert_eq!(read.workdir, PathBuf::from("/tmp"));
         let disk = Instructions::parse(b"root=disk:3:hwvmm-root\0arg=a\0").expect("instructions");
         assert_eq!(disk.root, Root::Disk { serial: "hwvmm-root".into(), partition: 3 });
         assert_eq!((read.signatures, disk.signatures), (Signatures::Checked, Signatures::Checked));
         let unsigned = Instructions::parse(b"signatures=left-out\0arg=a\0").expect("instructions");
         assert_eq!(unsigned.signatures, Signatures::LeftOut);
-        assert_eq!(read.user, User { uid: 1000, gid: 100 });
-        assert_eq!(read.terminal, Some(Window { rows: 24, columns: 80 }));
+        let spec = command(read);
+        assert_eq!(spec.command, ["sh", "-c", ""]);
+        assert_eq!(spec.environment[0], ("A".into(), "b=c".into()));
+        let terms: Vec<_> = spec.environment.iter().filter(|(name, _)| name == "TERM").collect();
+        assert_eq!(terms, [&("TERM".into(), "".into())]);
+        assert!(spec.environment.iter().any(|(name, _)| name == "PATH"));
+        assert_eq!(spec.workdir, PathBuf::from("/tmp"));
+        assert_eq!(spec.user, User { uid: 1000, gid: 100 });
+        assert_eq!(spec.terminal, Some(Window { rows: 24, columns: 80 }));
+        assert_eq!(spec.hostname, Some("guest".into()));
+    }
+
+    #[test]
+    fn a_command_may_come_later() {
+        let read = Instructions::parse(b"module=a.ko\0root=share:hwvmm-root\0wait=\0").expect("instructions");
+        assert_eq!((read.task, read.modules.len()), (Task::Wait, 1));
+        for early in ["arg=a", "env=A=b", "workdir=/", "user=0:0", "hostname=a", "terminal=1x1"] {
+            let bytes = format!("wait=\0{early}\0");
+            let error = Instructions::parse(bytes.as_bytes()).expect_err(early);
+            assert!(matches!(error, InstructionsError::TooEarly(_)), "{error}");
+        }
+        let records = b"arg=sh\0arg=-c\0env=A=b\0workdir=/tmp\0user=1000:100\0hostname=guest\0terminal=24x80\0";
+        let later = CommandSpec::parse(records).expect("a command");
+        assert_eq!(later, command(Instructions::parse(records).expect("instructions")), "one parser for both");
+    }
+
+    #[test]
+    fn a_command_that_comes_later_is_a_command_alone() {
+        let refused: &[&[u8]] = &[
+            b"",
+            b"\0",
+            b"arg=a",
+            b"user=0:0\0",
+            b"arg=a\0workdir=tmp\0",
+            b"arg=a\0module=a.ko\0",
+            b"arg=a\0root=none\0",
+            b"arg=a\0rw=tag:/tmp\0",
+            b"arg=a\0wait=\0",
+            b"arg=a\0test-sockets=/\0",
+        ];
+        for bytes in refused {
+            assert!(CommandSpec::parse(bytes).is_err(), "{:?}", text(bytes));
+        }
     }
 
     #[test]
     fn bytes_that_are_not_utf8_are_kept() {
         let read = Instructions::parse(b"arg=a\xff\n\0").expect("instructions");
-        assert_eq!(read.command, [OsString::from_vec(b"a\xff\n".to_vec())]);
+        assert_eq!(command(read).command, [OsString::from_vec(b"a\xff\n".to_vec())]);
     }
 
     #[test]
@@ -234,6 +376,8 @@ mod tests {
             b"arg=a\0workdir=tmp\0",
             b"arg=a\0signatures=x\0",
             b"arg=a\0rw=tag:tmp\0",
+            b"wait=1\0",
+            b"wait\0",
             b"arg=a\0env==b\0",
             b"arg=a\0\0",
         ];

@@ -29,7 +29,8 @@ pub(crate) fn load(names: &[OsString], signatures: Signatures) -> Result<(), Fai
             None => finit_module(File::open(&path).map_err(|error| failed(&error))?, c"", 0),
         };
         match loaded {
-            Ok(()) | Err(Errno::EXIST) => {}
+            // NODEV: the processor does not have what the module is for.
+            Ok(()) | Err(Errno::EXIST | Errno::NODEV) => {}
             Err(error) => return Err(failed(&error)),
         }
         // The initramfs is memory of the guest.

@@ -3,7 +3,7 @@
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -70,18 +70,22 @@ impl Ports {
     }
 
     /// As [`Self::open`], and waits until the host has connected the port.
-    pub(crate) fn open_connected(&self, name: &str) -> Result<OwnedFd, PortError> {
-        let deadline = Instant::now() + CONNECT;
-        let (file, _) = self.open(name)?;
-        let is_connected = || {
-            let mut polled = [PollFd::new(&file, PollFlags::OUT)];
-            let done = poll(&mut polled, Some(&Timespec::default()));
-            let [polled] = polled;
-            done.is_ok().then(|| polled.revents()).filter(|events| !events.contains(PollFlags::HUP))
-        };
-        until(deadline, is_connected).ok_or(PortError::NotConnected)?;
-        Ok(file)
+    pub(crate) fn open_connected(&self, name: &str) -> Result<(OwnedFd, PortDevice), PortError> {
+        let (file, device) = self.open(name)?;
+        wait_connected(&file)?;
+        Ok((file, device))
     }
+}
+
+/// Waits until the host has connected the port.
+pub(crate) fn wait_connected(file: impl AsFd) -> Result<(), PortError> {
+    let is_connected = || {
+        let mut polled = [PollFd::new(&file, PollFlags::OUT)];
+        let done = poll(&mut polled, Some(&Timespec::default()));
+        let [polled] = polled;
+        done.is_ok().then(|| polled.revents()).filter(|events| !events.contains(PollFlags::HUP))
+    };
+    until(Instant::now() + CONNECT, is_connected).map(drop).ok_or(PortError::NotConnected)
 }
 
 /// Asks `look` until it has an answer, or the deadline has passed.

@@ -1,9 +1,9 @@
 //! The file systems that the command finds.
 
-use crate::instructions::{Instructions, Root};
+use crate::instructions::{CommandSpec, Instructions, Root, Task};
 use crate::report::{Failure, Stage, kernel_log};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount, mount_move};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_move, unmount};
 use std::ffi::{CStr, OsStr, OsString};
 use std::fs::{self, DirBuilder, Permissions};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -100,17 +100,19 @@ pub(crate) fn enter(instructions: &Instructions) -> Result<(), Failure> {
         Mount::new("overlay", NEW_ROOT).with(MountFlags::empty(), Some(data)).mount()?;
         change_root()?;
     }
-    let safe = MountFlags::NOSUID | MountFlags::NODEV;
     Mount::new("devpts", "/dev/pts")
         .with(MountFlags::NOSUID | MountFlags::NOEXEC, Some(c"mode=0620,gid=5,ptmxmode=0666"))
         .mount()?;
+    let workdir = match &instructions.task {
+        Task::Run(spec) => Some(&spec.workdir),
+        Task::Wait => None,
+    };
     for target in ["/dev/shm", "/tmp", "/run"] {
         // A folder below that the command shall start in, and that the root has, stays in sight.
-        if instructions.workdir.starts_with(target) && instructions.workdir.is_dir() {
+        if workdir.is_some_and(|workdir| workdir.starts_with(target) && workdir.is_dir()) {
             continue;
         }
-        let mode = if target == "/run" { c"mode=0755" } else { c"mode=1777" };
-        Mount::new("tmpfs", target).with(safe, Some(mode)).mount()?;
+        mount_scratch(target)?;
     }
     for share in &instructions.writable {
         mount_share(&share.tag, &share.path, MountFlags::empty())?;
@@ -122,9 +124,41 @@ pub(crate) fn enter(instructions: &Instructions) -> Result<(), Failure> {
             kernel_log(&format!("{link}: {error}"));
         }
     }
-    loopback_and_name(instructions.hostname.as_deref());
-    if !instructions.workdir.is_dir() {
-        return Err(Stage::Workdir.failed(instructions.workdir.display(), "it is no folder in the guest"));
+    loopback();
+    match &instructions.task {
+        Task::Run(spec) => settle(spec),
+        Task::Wait => Ok(()),
+    }
+}
+
+/// Mounts a tmpfs over a folder that every guest has of its own.
+fn mount_scratch(target: &str) -> Result<(), Failure> {
+    let safe = MountFlags::NOSUID | MountFlags::NODEV;
+    let mode = if target == "/run" { c"mode=0755" } else { c"mode=1777" };
+    Mount::new("tmpfs", target).with(safe, Some(mode)).mount()
+}
+
+/// Makes of the root that of a command which came after [`enter`].
+pub(crate) fn settle_late(spec: &CommandSpec) -> Result<(), Failure> {
+    for target in ["/tmp", "/run"] {
+        // As in `enter`: nothing was written to the tmpfs yet.
+        if spec.workdir.starts_with(target) && unmount(target, UnmountFlags::DETACH).is_ok() && !spec.workdir.is_dir() {
+            mount_scratch(target)?;
+        }
+    }
+    settle(spec)
+}
+
+/// Names the guest, and checks that the command can start in its folder.
+fn settle(spec: &CommandSpec) -> Result<(), Failure> {
+    // A command may not need the name, so a failure is only logged.
+    if let Some(name) = &spec.hostname
+        && let Err(error) = rustix::system::sethostname(name.as_encoded_bytes())
+    {
+        kernel_log(&format!("host name: {error}"));
+    }
+    if !spec.workdir.is_dir() {
+        return Err(Stage::Workdir.failed(spec.workdir.display(), "it is no folder in the guest"));
     }
     Ok(())
 }
@@ -188,17 +222,12 @@ fn change_root() -> Result<(), Failure> {
     rustix::process::chdir("/").map_err(failed)
 }
 
-/// Takes the loopback interface up, and names the guest. A command may need neither, so a failure is only logged.
-fn loopback_and_name(hostname: Option<&OsStr>) {
+/// Takes the loopback interface up. A command may not need it, so a failure is only logged.
+fn loopback() {
     // IFF_UP and IFF_LOOPBACK; a kernel without networks has no such file.
     match fs::write("/sys/class/net/lo/flags", "0x9") {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => kernel_log(&format!("lo: {error}")),
         _ => {}
-    }
-    if let Some(name) = hostname
-        && let Err(error) = rustix::system::sethostname(name.as_encoded_bytes())
-    {
-        kernel_log(&format!("host name: {error}"));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::command::{self, Stdios};
 use crate::control::{End, FromHost, Lines, ToHost};
-use crate::instructions::{Instructions, Window};
+use crate::instructions::{CommandSpec, Window};
 use crate::report::{Failure, Reporter, Stage, kernel_log};
 use crate::streams::{Kind, Progress, Pump, Side, timespec};
 use crate::transport::{self, Connection};
@@ -23,18 +23,20 @@ const QUIET: Duration = Duration::from_millis(200);
 
 /// Runs the command, and returns when all that it wrote has reached the host.
 pub(crate) fn run(
-    instructions: &Instructions,
+    spec: &CommandSpec,
     connections: transport::Streams,
     control: Rc<OwnedFd>,
     reporter: &Reporter,
 ) -> Result<End, Failure> {
     let io = |error: Errno| Stage::Streams.failed("the command's streams", error);
-    let (stdios, pumps, terminal) = match instructions.terminal {
+    let (stdios, pumps, terminal) = match spec.terminal {
         Some(window) => on_terminal(connections, window)?,
         None => on_pipes(connections).map_err(io)?,
     };
+    // The command is in the agent's session, unless it has a terminal. This fails where the agent leads one already.
+    let _ = rustix::process::setsid();
     reporter.say(&ToHost::Started).map_err(|error| Stage::Connect.failed("control", error))?;
-    let command = command::start(instructions, stdios)?;
+    let command = command::start(spec, stdios)?;
     let ended = reap(command).map_err(|error| Stage::Command.failed("the thread that waits for it", error))?;
     let mut session =
         Session { command, ended, pumps, terminal, control: Some(control), lines: Lines::default(), over: None };

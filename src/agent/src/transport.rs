@@ -1,6 +1,6 @@
 //! The connections to the host: vsock; ports of a virtio console, where the kernel has no vsock; Unix sockets in tests.
 
-use crate::instructions::Instructions;
+use crate::instructions::{Instructions, Task};
 use crate::ports::Ports;
 use crate::report::{Failure, PATIENCE, Stage};
 use crate::streams::{Kind, wait_for};
@@ -36,7 +36,7 @@ pub(crate) struct Streams {
 /// All connections.
 #[derive(Debug)]
 pub(crate) struct Connections {
-    pub(crate) control: OwnedFd,
+    pub(crate) control: Connection,
     pub(crate) streams: Streams,
 }
 
@@ -59,16 +59,21 @@ pub(crate) fn connect(instructions: &Instructions) -> Result<Connections, Failur
 fn by_sockets(instructions: &Instructions, control: Connecting) -> Result<Connections, Failure> {
     let stdin = Connecting::begin(instructions, "stdin", 1)?;
     let stdout = Connecting::begin(instructions, "stdout", 2)?;
-    let stderr = match instructions.terminal {
-        Some(_) => None,
-        None => Some(Connecting::begin(instructions, "stderr", 3)?),
-    };
+    let stderr = if has_stderr(instructions) { Some(Connecting::begin(instructions, "stderr", 3)?) } else { None };
     let streams = Streams {
         stdin: stdin.finish()?,
         stdout: stdout.finish()?,
         stderr: stderr.map(Connecting::finish).transpose()?,
     };
-    Ok(Connections { control: control.finish()?.file, streams })
+    Ok(Connections { control: control.finish()?, streams })
+}
+
+/// Returns false if the command has a terminal. One that comes later may have none.
+fn has_stderr(instructions: &Instructions) -> bool {
+    match &instructions.task {
+        Task::Run(spec) => spec.terminal.is_none(),
+        Task::Wait => true,
+    }
 }
 
 /// Opens the ports. The host connects them in the order in which they are opened: once the last is connected, a stream that is hung up has
@@ -80,8 +85,9 @@ fn by_ports(instructions: &Instructions, ports: &Ports) -> Result<Connections, F
         Ok::<_, Failure>(Connection { file, kind: Kind::Port(device) })
     };
     let (stdin, stdout) = (open("stdin")?, open("stdout")?);
-    let stderr = if instructions.terminal.is_some() { None } else { Some(open("stderr")?) };
-    let control = ports.open_connected("control").map_err(|error| failed("control", error))?;
+    let stderr = if has_stderr(instructions) { Some(open("stderr")?) } else { None };
+    let (file, device) = ports.open_connected("control").map_err(|error| failed("control", error))?;
+    let control = Connection { file, kind: Kind::Port(device) };
     Ok(Connections { control, streams: Streams { stdin, stdout, stderr } })
 }
 
@@ -171,7 +177,7 @@ mod tests {
         hosts.push(listen(3));
         let connections = connect(&instructions(&folder)).expect("connected");
         assert!(connections.streams.stderr.is_some());
-        rustix::io::write(&connections.control, b"started").expect("written");
+        rustix::io::write(&connections.control.file, b"started").expect("written");
         std::fs::remove_dir_all(&folder).expect("removed");
     }
 }

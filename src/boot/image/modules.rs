@@ -5,7 +5,7 @@ use super::file::FileError;
 use super::filesystem::FileSystem;
 use super::find::{FindError, cut};
 use super::volumes::{Seen, Volumes};
-use crate::boot::initramfs::{AgentLink, Driver, IndexFiles, ModuleIndex, Resolved};
+use crate::boot::initramfs::{AgentLink, Driver, IndexFiles, LinkChoice, ModuleIndex, Resolved};
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 
@@ -26,7 +26,7 @@ pub struct WantedModules<'a> {
     /// The drivers that a guest needs, in the order in which they are loaded.
     pub drivers: &'a [Driver],
     /// What the agent may use where the kernel has no vsock.
-    pub other_link: Option<AgentLink>,
+    pub links: LinkChoice,
 }
 
 /// The modules of a kernel that were found in an image.
@@ -78,7 +78,7 @@ fn copy_modules(
     };
     let (dependencies, builtin, soft) = (text("modules.dep")?, text("modules.builtin")?, text("modules.softdep")?);
     let index = ModuleIndex::parse(IndexFiles { dependencies: &dependencies, builtin: &builtin, soft: &soft });
-    let resolved = Resolved::of(&index, wanted.drivers, wanted.other_link);
+    let resolved = Resolved::of(&index, wanted.drivers, wanted.links);
     let Resolved { paths, link } = resolved.map_err(|error| error.to_string())?;
     if paths.len() > MAX_MODULES {
         return Err(format!("modules.dep names {} modules, and hwvmm copies at most {MAX_MODULES}", paths.len()));

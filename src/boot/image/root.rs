@@ -90,7 +90,7 @@ fn named_root(volumes: &Volumes, entry: Option<&str>) -> Option<u32> {
         .cmdline
         .split_ascii_whitespace()
         .filter_map(|word| word.trim_matches('"').strip_prefix("root="))
-        .last()?;
+        .next_back()?;
     volumes.named(root.trim_matches('"'))
 }
 

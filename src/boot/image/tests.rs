@@ -6,7 +6,7 @@ mod ext;
 mod fat;
 
 use super::*;
-use crate::boot::initramfs::{AgentLink, Driver};
+use crate::boot::initramfs::{AgentLink, Driver, LinkChoice};
 use crate::sandbox::Isolation;
 use crate::skip::skipped;
 use fat::fat;
@@ -196,7 +196,7 @@ fn the_modules_of_a_kernel_are_copied() {
     let Some(ext) = ext("ext4", root.path()) else { return };
     let image = disk(&[&fat(2 * MIB, &[]), &ext]);
     fn wanted<'a>(release: &'a str, drivers: &'a [Driver]) -> WantedModules<'a> {
-        WantedModules { release, drivers, other_link: Some(AgentLink::Ports) }
+        WantedModules { release, drivers, links: LinkChoice::VsockFirst }
     }
     let copy = |release: &str, drivers: &[Driver]| {
         let mut out = Vec::new();
@@ -244,7 +244,7 @@ fn damaged_images_are_errors() {
             }
             let range = Range::whole(Rc::new(image), 64 * MIB as u64);
             let _ = find(&range, None, &mut Vec::new(), Some(&mut Vec::new()));
-            let wanted = WantedModules { release: "6.1", drivers: &[Driver::Overlay], other_link: None };
+            let wanted = WantedModules { release: "6.1", drivers: &[Driver::Overlay], links: LinkChoice::Vsock };
             let _ = find_modules(&range, wanted, &mut Vec::new());
         }
     });

@@ -70,15 +70,9 @@ pub struct TerminalSize {
     pub columns: u16,
 }
 
-/// What the agent is told to do, as plain data.
+/// A command, and what it finds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Instructions {
-    /// What becomes of the signatures of modules.
-    pub signatures: Signatures,
-    /// Where the command's root file system comes from.
-    pub root: GuestRoot,
-    /// Shares over folders of the root.
-    pub writable: Vec<WritableShare>,
+pub struct CommandSpec {
     /// The command and its arguments.
     pub command: Vec<OsString>,
     /// Beside these the command has PATH, HOME and TERM.
@@ -91,6 +85,60 @@ pub struct Instructions {
     pub hostname: Option<OsString>,
     /// The size of the command's terminal; `None` if it gets none.
     pub terminal: Option<TerminalSize>,
+}
+
+/// When the agent gets its command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AgentTask {
+    /// With the instructions.
+    Run(CommandSpec),
+    /// Later, on the control stream ([`CommandSpec::message`]).
+    Wait,
+}
+
+/// What the agent is told to do, as plain data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instructions {
+    /// What becomes of the signatures of modules.
+    pub signatures: Signatures,
+    /// Where the command's root file system comes from.
+    pub root: GuestRoot,
+    /// Shares over folders of the root.
+    pub writable: Vec<WritableShare>,
+    /// What the agent is to do then.
+    pub task: AgentTask,
+}
+
+impl CommandSpec {
+    /// The message by which an agent gets the command that waits for one: the line `command LENGTH`, and as many bytes of records.
+    ///
+    /// # Errors
+    /// [`InitramfsError::Nul`] and [`InitramfsError::TooMuch`].
+    pub fn message(&self) -> Result<Vec<u8>, InitramfsError> {
+        let mut records = Records::default();
+        self.records(&mut records)?;
+        let mut message = format!("command {}\n", records.bytes.len()).into_bytes();
+        message.append(&mut records.bytes);
+        Ok(message)
+    }
+
+    fn records(&self, records: &mut Records) -> Result<(), InitramfsError> {
+        for argument in &self.command {
+            records.add("arg", [argument.as_bytes()])?;
+        }
+        for variable in &self.environment {
+            records.add("env", [variable.name.as_bytes(), b"=", variable.value.as_bytes()])?;
+        }
+        records.add("workdir", [self.workdir.as_os_str().as_bytes()])?;
+        records.add("user", [format!("{}:{}", self.user.uid, self.user.gid).as_bytes()])?;
+        if let Some(name) = &self.hostname {
+            records.add("hostname", [name.as_bytes()])?;
+        }
+        if let Some(size) = self.terminal {
+            records.add("terminal", [format!("{}x{}", size.rows, size.columns).as_bytes()])?;
+        }
+        Ok(())
+    }
 }
 
 impl Instructions {
@@ -116,19 +164,9 @@ impl Instructions {
         for share in &self.writable {
             records.add("rw", [share.tag.as_bytes(), b":", share.path.as_os_str().as_bytes()])?;
         }
-        for argument in &self.command {
-            records.add("arg", [argument.as_bytes()])?;
-        }
-        for variable in &self.environment {
-            records.add("env", [variable.name.as_bytes(), b"=", variable.value.as_bytes()])?;
-        }
-        records.add("workdir", [self.workdir.as_os_str().as_bytes()])?;
-        records.add("user", [format!("{}:{}", self.user.uid, self.user.gid).as_bytes()])?;
-        if let Some(name) = &self.hostname {
-            records.add("hostname", [name.as_bytes()])?;
-        }
-        if let Some(size) = self.terminal {
-            records.add("terminal", [format!("{}x{}", size.rows, size.columns).as_bytes()])?;
+        match &self.task {
+            AgentTask::Run(command) => command.records(&mut records)?,
+            AgentTask::Wait => records.add("wait", [])?,
         }
         Ok(records.bytes)
     }
@@ -169,6 +207,12 @@ mod tests {
             signatures: Signatures::Checked,
             root: GuestRoot::Share("hwvmm-root".into()),
             writable: vec![WritableShare { tag: "hwvmm-rw0".into(), path: "/srv".into() }],
+            task: AgentTask::Run(command()),
+        }
+    }
+
+    fn command() -> CommandSpec {
+        CommandSpec {
             command: vec!["sh".into(), "".into()],
             environment: vec![Variable { name: "A".into(), value: "b=c".into() }],
             workdir: "/tmp".into(),
@@ -176,6 +220,19 @@ mod tests {
             hostname: Some("guest".into()),
             terminal: Some(TerminalSize { rows: 24, columns: 80 }),
         }
+    }
+
+    #[test]
+    fn a_command_that_comes_later_is_a_message_with_its_length() {
+        let waiting = Instructions { task: AgentTask::Wait, writable: Vec::new(), ..instructions() };
+        let bytes = waiting.encode(["a.ko"].into_iter()).expect("bytes");
+        assert_eq!(bytes, b"module=a.ko\0root=share:hwvmm-root\0wait=\0");
+        // The agent's tests read the same records.
+        let records = b"arg=sh\0arg=\0env=A=b=c\0workdir=/tmp\0user=1000:100\0hostname=guest\0terminal=24x80\0";
+        let message = command().message().expect("bytes");
+        assert_eq!(message, [format!("command {}\n", records.len()).as_bytes(), records].concat());
+        let long = CommandSpec { command: vec!["a".repeat(MAX_BYTES).into()], ..command() };
+        assert!(matches!(long.message(), Err(InitramfsError::TooMuch { .. })));
     }
 
     #[test]
@@ -199,9 +256,12 @@ mod tests {
 
     #[test]
     fn what_cannot_be_a_record_is_refused() {
-        let nul = Instructions { command: vec!["a\0arg=b".into()], ..instructions() };
-        assert!(matches!(nul.encode(std::iter::empty()), Err(InitramfsError::Nul(_))));
-        let long = Instructions { command: vec!["a".repeat(MAX_BYTES).into()], ..instructions() };
+        let with = |argument: String| {
+            let task = AgentTask::Run(CommandSpec { command: vec![argument.into()], ..command() });
+            Instructions { task, ..instructions() }
+        };
+        assert!(matches!(with("a\0arg=b".into()).encode(std::iter::empty()), Err(InitramfsError::Nul(_))));
+        let long = with("a".repeat(MAX_BYTES));
         assert!(matches!(long.encode(std::iter::empty()), Err(InitramfsError::TooMuch { .. })));
     }
 }

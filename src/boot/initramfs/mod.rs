@@ -13,8 +13,10 @@ mod release;
 pub use cpio::{Archive, CpioError, DeviceNumber};
 pub use error::InitramfsError;
 pub use index::{Driver, IndexError, IndexFiles, ModuleIndex};
-pub use instructions::{GuestRoot, GuestUser, Instructions, Signatures, TerminalSize, Variable, WritableShare};
-pub use link::{AgentLink, Resolved};
+pub use instructions::{
+    AgentTask, CommandSpec, GuestRoot, GuestUser, Instructions, Signatures, TerminalSize, Variable, WritableShare,
+};
+pub use link::{AgentLink, LinkChoice, Resolved};
 pub use modules::{CopiedModule, CopiedModules, ModulesError, Places};
 pub use put::Put;
 pub use release::kernel_release;
@@ -42,10 +44,10 @@ pub struct InitramfsRequest<'a> {
     pub kernel: &'a KernelFile,
     /// Where its modules are.
     pub modules: ModuleSource<'a>,
-    /// The drivers that the guest needs, in the order in which they are loaded. Vsock is among them.
+    /// The drivers that the guest needs, in the order in which they are loaded. Vsock is among them, for what the agent uses.
     pub drivers: &'a [Driver],
-    /// What the agent may use where the kernel has no vsock.
-    pub other_link: Option<AgentLink>,
+    /// What the agent may use.
+    pub links: LinkChoice,
     /// What the agent is to do.
     pub instructions: &'a Instructions,
     /// Files of the host that the initramfs has.
@@ -78,7 +80,7 @@ pub fn build(request: &InitramfsRequest<'_>) -> Result<Initramfs, InitramfsError
     let found = match (release, request.modules) {
         (Some(release), ModuleSource::Host(given)) => {
             let places = Places { kernel: kernel.path(), given };
-            modules::find(places, &release, request.drivers, request.other_link, request.isolation)?
+            modules::find(places, &release, request.drivers, request.links, request.isolation)?
         }
         (_, ModuleSource::Copied(copied)) => modules::of_copies(copied, request.isolation)?,
         (None, ModuleSource::Host(Some(_))) => return Err(InitramfsError::NoRelease(kernel.path().to_owned())),

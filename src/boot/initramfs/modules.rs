@@ -4,7 +4,7 @@
 mod tests;
 
 use super::index::{Driver, IndexError, IndexFiles, ModuleIndex};
-use super::link::{AgentLink, Resolved};
+use super::link::{AgentLink, LinkChoice, Resolved};
 use crate::boot::unpack::{Content, FailedTask, Job, Limits, Task, UnpackError, run_all};
 use crate::bounded_read::{OpenError, ReadError, open_regular, path_of};
 use crate::sandbox::Isolation;
@@ -178,7 +178,7 @@ fn text_if_there(path: &Path) -> Result<String, ModulesError> {
     if path.exists() { text(path) } else { Ok(String::new()) }
 }
 
-/// Finds and reads the modules that `drivers` need, with `other` in place of vsock where the kernel has that alone.
+/// Finds and reads the modules that `drivers` need, with what of `choice` the kernel has in place of vsock.
 ///
 /// # Errors
 /// [`ModulesError`].
@@ -186,7 +186,7 @@ pub(super) fn find(
     places: Places<'_>,
     release: &str,
     drivers: &[Driver],
-    other: Option<AgentLink>,
+    choice: LinkChoice,
     isolation: Isolation,
 ) -> Result<Modules, ModulesError> {
     let folders = candidates(places, release);
@@ -203,7 +203,7 @@ pub(super) fn find(
     let builtin = text_if_there(&folder.join("modules.builtin"))?;
     let soft = text_if_there(&folder.join("modules.softdep"))?;
     let index = ModuleIndex::parse(IndexFiles { dependencies: &dependencies, builtin: &builtin, soft: &soft });
-    let resolved = Resolved::of(&index, drivers, other);
+    let resolved = Resolved::of(&index, drivers, choice);
     let Resolved { paths, link } = resolved.map_err(|source| ModulesError::Index { folder: folder.clone(), source })?;
     // Symbolic links to modules of other kernels are usual (weak-modules). One to anything else would give its contents to the guest.
     let homes: Vec<PathBuf> = SYSTEM_FOLDERS

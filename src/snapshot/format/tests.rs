@@ -1,7 +1,9 @@
 use super::*;
 use crate::config::Transport;
 use crate::kvm::state::{Counter, Msr};
-use crate::snapshot::description::{DiskDescription, ImageFormat, NetDescription, RngDescription};
+use crate::snapshot::description::{
+    DiskDescription, ImageFormat, NetDescription, RngDescription, ShareDescription, SocketsDescription,
+};
 use hwvmm_arch::boot::{BootMethod, Decompressor, EntryProtocol};
 use hwvmm_devices::irq::IrqLine;
 use hwvmm_devices::legacy::SerialPort;
@@ -9,7 +11,10 @@ use hwvmm_devices::memory::Memory;
 use hwvmm_devices::pci::{MsiMessage, MsiRouter, MsiVector, PciRoot, RouteError};
 use hwvmm_devices::virtio::pci::PciDevice;
 use hwvmm_devices::virtio::rng::Rng;
-use hwvmm_devices::virtio::{QueueState, RingAddresses, VirtioTransport as _};
+use hwvmm_devices::virtio::{
+    BusState, DeviceState, FileContent, FileId, NodePlace, PortPair, PortState, PortsState, QueueState, RingAddresses,
+    ShareHandle, ShareNode, ShareState, VirtioTransport as _, VsockState,
+};
 use proptest::prelude::*;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -47,9 +52,12 @@ fn state() -> State {
             register_pages: true,
             disks: Vec::new(),
             nets: Vec::new(),
+            sockets: None,
+            shares: Vec::new(),
             balloon: false,
             rng: Some(RngDescription { bytes_per_second: None }),
             virtio_console: false,
+            agent: None,
             boot: BootMethod { decompressor: Decompressor::None, protocol: EntryProtocol::Multiboot },
             vmgenid: true,
             cpu_vendor: "AuthenticAMD".into(),
@@ -107,18 +115,75 @@ fn a_state_is_read_back() {
     assert_eq!(encode(&read).expect("encoded"), bytes);
 }
 
-/// The sample that the fuzz target starts from is of this version.
-#[test]
-fn the_corpus_has_a_state_of_this_version() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus/snapshot_state");
-    let path = folder.join("two-vcpus");
-    if std::env::var_os("HWVMM_WRITE_CORPUS").is_some() {
-        std::fs::create_dir_all(&folder).expect("made");
-        std::fs::write(&path, encode(&state()).expect("encoded")).expect("written");
+/// The state of a device of the virtio device ID `kind` on virtio-mmio, whose driver has set its `queues`.
+fn connected(kind: u16, queues: usize, size: u16, device: DeviceState) -> VirtioState {
+    let queue = |index: u64| {
+        let base = index * 0x1_0000;
+        let rings = RingAddresses { descriptor_table: base, available_ring: base + 0x4000, used_ring: base + 0x8000 };
+        QueueState { size, ready: true, rings, next_available: 0, next_used: 0 }
+    };
+    VirtioState {
+        kind,
+        queues: (0..).map(queue).take(queues).collect(),
+        device,
+        bus: BusState::Mmio { interrupt_status: 0 },
+        ..virtio()
     }
-    let read =
-        decode(&std::fs::read(path).expect("readable")).expect("of this version: HWVMM_WRITE_CORPUS=1 writes it anew");
-    assert_eq!(read.description, state().description);
+}
+
+/// A machine with what connects a command to the host.
+fn with_command() -> State {
+    let mut state = state();
+    state.description.rng = None;
+    state.description.sockets = Some(SocketsDescription::Vsock { cid: 3 });
+    state.description.shares =
+        ["hwvmm-root", "x"].map(|tag| ShareDescription { tag: tag.into(), path: "/".into() }).into();
+    let file = |inode, kind| FileId { device: 0xfe00, inode, kind };
+    let node = |number, parent, name: &str, kind| {
+        let place = (parent > 0).then(|| NodePlace { parent, name: name.into() });
+        ShareNode { number, lookups: 3, file: file(number, kind), place }
+    };
+    let share = ShareState {
+        has_attributes: true,
+        root: file(2, libc::S_IFDIR),
+        nodes: vec![
+            node(10, 1, "a", libc::S_IFDIR),
+            node(1 << 47 | 11, 10, "b", libc::S_IFDIR),
+            node(12, 1, "file", libc::S_IFREG),
+            node(13, 0, "", libc::S_IFLNK),
+        ],
+        handles: vec![ShareHandle {
+            number: 4,
+            node: 12,
+            flags: 0,
+            content: FileContent { bytes: 7, modified: (1_700_000_000, 5) },
+        }],
+    };
+    let port = PortState { is_open: true, is_told: true, has_ended: false };
+    let ports = PortsState { is_ready: true, introductions: 2, ports: vec![port; 4] };
+    let vsock = VsockState { cid: 3, unanswered: vec![PortPair { host: 77, guest: 1000 }] };
+    state.virtio = vec![
+        connected(19, 3, 256, DeviceState::Vsock(vsock)),
+        connected(26, 2, 512, DeviceState::Share(share)),
+        connected(3, 10, 16, DeviceState::Ports(ports)),
+    ];
+    state
+}
+
+/// The samples that the fuzz target starts from are of this version.
+#[test]
+fn the_corpus_has_states_of_this_version() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus/snapshot_state");
+    for (name, state) in [("two-vcpus", state()), ("command", with_command())] {
+        let path = folder.join(name);
+        if std::env::var_os("HWVMM_WRITE_CORPUS").is_some() {
+            std::fs::create_dir_all(&folder).expect("made");
+            std::fs::write(&path, encode(&state).expect("encoded")).expect("written");
+        }
+        let read = decode(&std::fs::read(path).expect("readable"))
+            .expect("of this version: HWVMM_WRITE_CORPUS=1 writes it anew");
+        assert_eq!((&read.description, &read.virtio), (&state.description, &state.virtio));
+    }
 }
 
 #[test]
@@ -192,6 +257,18 @@ fn contradictions_are_refused() {
         state.virtio = vec![virtio(); 2];
     });
     refused(&|state| state.description.balloon = true);
+    let share = |tag: &str| ShareDescription { tag: tag.into(), path: String::new() };
+    let with_shares = |state: &mut State, tags: &[&str]| {
+        (state.description.rng, state.virtio) = (None, vec![virtio(); tags.len()]);
+        state.description.shares = tags.iter().map(|tag| share(tag)).collect();
+    };
+    for tags in [&["a", "a"][..], &[""], &["a\x1b"], &["1234567890123456789012345678901234567"], &["a"; 32]] {
+        refused(&|state| with_shares(state, tags));
+    }
+    refused(&|state| state.description.sockets = Some(SocketsDescription::Ports));
+    refused(&|state| {
+        (state.description.rng, state.description.sockets) = (None, Some(SocketsDescription::Vsock { cid: 2 }));
+    });
     refused(&|state| state.vcpus[0].msrs = vec![Msr { index: 0, value: 0 }; MAX_ITEMS + 1]);
     let mut version = encode(&state()).expect("encoded");
     version[8] = 9;
@@ -206,7 +283,8 @@ proptest! {
     fn any_payload_is_survived(
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8), end in any::<prop::sample::Index>()
     ) {
-        let mut payload = encode(&state()).expect("encoded").split_off(HEADER);
+        let state = if changes.len() % 2 == 0 { state() } else { with_command() };
+        let mut payload = encode(&state).expect("encoded").split_off(HEADER);
         for (at, value) in changes {
             let at = at.index(payload.len());
             payload[at] = value;

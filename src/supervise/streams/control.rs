@@ -13,6 +13,8 @@ const SHOWN_BYTES: usize = 80;
 /// A line of the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Said {
+    /// The guest waits for a command.
+    Ready,
     /// The command is about to be executed.
     Started,
     /// The agent cannot go on.
@@ -40,10 +42,24 @@ pub(super) enum ControlError {
     OutOfOrder(String),
 }
 
+/// What the agent is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::supervise) enum AgentTask {
+    /// It runs a command.
+    #[default]
+    Run,
+    /// It gets ready for the command of another run.
+    Wait,
+}
+
 /// How far the agent has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
+    /// Nothing was said yet by an agent that runs a command.
     Preparing,
+    /// Nothing was said yet by one that waits.
+    Booting,
+    Waiting,
     Running,
     Done,
 }
@@ -56,13 +72,16 @@ pub(super) struct ControlLines {
     phase: Phase,
 }
 
-impl Default for ControlLines {
-    fn default() -> Self {
-        Self { partial: Vec::new(), phase: Phase::Preparing }
-    }
-}
-
 impl ControlLines {
+    /// Lines of an agent with this task.
+    pub(super) fn of(task: AgentTask) -> Self {
+        let phase = match task {
+            AgentTask::Run => Phase::Preparing,
+            AgentTask::Wait => Phase::Booting,
+        };
+        Self { partial: Vec::new(), phase }
+    }
+
     /// Takes `bytes`, and returns the lines that end in them: two at most over the whole stream.
     ///
     /// # Errors
@@ -89,7 +108,9 @@ impl ControlLines {
         let said = parse(line).ok_or_else(|| ControlError::Unknown(shown()))?;
         self.phase = match (self.phase, &said) {
             (Phase::Preparing, Said::Started) => Phase::Running,
-            (Phase::Preparing | Phase::Running, Said::Failed { .. }) | (Phase::Running, Said::Ended(_)) => Phase::Done,
+            (Phase::Booting, Said::Ready) => Phase::Waiting,
+            (Phase::Preparing | Phase::Booting | Phase::Waiting | Phase::Running, Said::Failed { .. })
+            | (Phase::Running, Said::Ended(_)) => Phase::Done,
             _ => return Err(ControlError::OutOfOrder(shown())),
         };
         Ok(said)
@@ -100,6 +121,7 @@ fn parse(line: &[u8]) -> Option<Said> {
     let line = std::str::from_utf8(line).ok()?;
     let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
     match word {
+        "ready" if line == "ready" => Some(Said::Ready),
         "started" if line == "started" => Some(Said::Started),
         "exited" => Some(Said::Ended(CommandEnd::Exited(number(rest)?))),
         "signaled" => match number(rest)? {
@@ -128,7 +150,19 @@ mod tests {
     use proptest::prelude::*;
 
     fn take(bytes: &[u8]) -> Result<Vec<Said>, ControlError> {
-        ControlLines::default().take(bytes)
+        ControlLines::of(AgentTask::Run).take(bytes)
+    }
+
+    #[test]
+    fn an_agent_that_waits_says_that_it_is_ready() {
+        let waiting = |bytes: &[u8]| ControlLines::of(AgentTask::Wait).take(bytes);
+        assert_eq!(waiting(b"ready\n"), Ok(vec![Said::Ready]));
+        assert_eq!(waiting(b"ready\nfailed root gone\n").expect("valid").len(), 2);
+        for bad in ["started\n", "ready\nready\n", "ready\nstarted\n", "exited 0\n", "failed a b\nready\n"] {
+            assert!(matches!(waiting(bad.as_bytes()), Err(ControlError::OutOfOrder(_))), "{bad:?}");
+        }
+        assert!(matches!(waiting(b"ready \n"), Err(ControlError::Unknown(_))));
+        assert!(matches!(take(b"ready\n"), Err(ControlError::OutOfOrder(_))), "a command was given");
     }
 
     #[test]
@@ -136,7 +170,7 @@ mod tests {
         let whole = b"started\nexited 7\n";
         let expected = vec![Said::Started, Said::Ended(CommandEnd::Exited(7))];
         assert_eq!(take(whole), Ok(expected.clone()));
-        let mut lines = ControlLines::default();
+        let mut lines = ControlLines::of(AgentTask::Run);
         let said: Vec<Said> = whole.iter().flat_map(|byte| lines.take(&[*byte]).expect("valid")).collect();
         assert_eq!(said, expected);
     }
@@ -193,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_line_without_an_end_is_bounded() {
-        let mut lines = ControlLines::default();
+        let mut lines = ControlLines::of(AgentTask::Run);
         assert_eq!(lines.take(&[b'a'; MAX_LINE_BYTES]), Ok(Vec::new()));
         assert_eq!(lines.take(b"a"), Err(ControlError::TooLong));
         assert!(lines.partial.len() <= MAX_LINE_BYTES);

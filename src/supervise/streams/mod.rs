@@ -5,4 +5,4 @@ mod pump;
 mod session;
 mod stdio;
 
-pub(super) use session::{CommandTerminal, Ends, Session};
+pub(super) use session::{AgentStreams, CommandTerminal, Ends, Session};

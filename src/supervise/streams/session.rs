@@ -1,6 +1,9 @@
 //! The parent's side of a command that runs in the guest: its streams, its terminal, and what its agent says.
 
-use super::control::{ControlLines, Said};
+#[cfg(test)]
+mod tests;
+
+use super::control::{AgentTask, ControlLines, Said};
 use super::pump::{Pump, PumpState};
 use super::stdio::{Direction, private_copy};
 use crate::console::terminal_size;
@@ -21,6 +24,9 @@ use std::time::{Duration, Instant};
 const GUEST_END: Duration = Duration::from_secs(10);
 /// How long the readers of stdout and stderr may take nothing once the guest is gone.
 const READERS: Duration = Duration::from_secs(5);
+/// How long a guest that is ready for a command goes on before it is saved: its kernel has left to do what a boot put off, and each run from
+/// the snapshot would do that again.
+const SETTLE: Duration = Duration::from_millis(100);
 /// Reads and writes of a stream before signals and deadlines are looked at again.
 const STEPS: usize = 16;
 
@@ -33,13 +39,33 @@ pub(in crate::supervise) enum CommandTerminal {
     Given,
 }
 
+/// The streams that the agent has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::supervise) enum AgentStreams {
+    /// Those of the command that it boots for.
+    Command(CommandTerminal),
+    /// Those of any command, of which none is used yet.
+    Template,
+    /// The same, for a command that comes when the guest has booted.
+    Late(CommandTerminal),
+}
+
+impl AgentStreams {
+    fn terminal(self) -> CommandTerminal {
+        match self {
+            Self::Command(terminal) | Self::Late(terminal) => terminal,
+            Self::Template => CommandTerminal::None,
+        }
+    }
+}
+
 /// The parent's ends of the connections to the agent.
 pub(in crate::supervise) struct Ends {
     control: UnixStream,
     stdin: UnixStream,
     stdout: UnixStream,
     stderr: Option<UnixStream>,
-    terminal: CommandTerminal,
+    streams: AgentStreams,
 }
 
 impl Ends {
@@ -47,7 +73,7 @@ impl Ends {
     ///
     /// # Errors
     /// Returns the error of socketpair(2).
-    pub(in crate::supervise) fn new(terminal: CommandTerminal) -> io::Result<(Self, Vec<JoinedPort>)> {
+    pub(in crate::supervise) fn new(streams: AgentStreams) -> io::Result<(Self, Vec<JoinedPort>)> {
         let mut ports = Vec::new();
         let mut next = |offset: u32| {
             let (near, far) = UnixStream::pair()?;
@@ -57,8 +83,10 @@ impl Ends {
             Ok::<_, io::Error>(near)
         };
         let (control, stdin, stdout) = (next(0)?, next(1)?, next(2)?);
-        let stderr = if terminal == CommandTerminal::None { Some(next(3)?) } else { None };
-        Ok((Self { control, stdin, stdout, stderr, terminal }, ports))
+        // A guest that waits does not know if its command will have a terminal.
+        let without_stderr = streams == AgentStreams::Command(CommandTerminal::Given);
+        let stderr = if without_stderr { None } else { Some(next(3)?) };
+        Ok((Self { control, stdin, stdout, stderr, streams }, ports))
     }
 }
 
@@ -79,6 +107,8 @@ pub(in crate::supervise) struct Session {
     said_at: Option<Instant>,
     input: Option<Stream>,
     outputs: Vec<Stream>,
+    /// Ends of streams that are not used. The guest would see that they are closed.
+    _unused: Vec<UnixStream>,
     /// Readable when the terminal's size has changed.
     resized: Option<UnixStream>,
     /// The rest of a line for the agent.
@@ -100,20 +130,31 @@ enum Lost {
 
 impl Session {
     /// Connects hwvmm's own stdin, stdout and stderr. To be made after the machine's process was forked: signals are caught, and file
-    /// descriptors opened, that it must not have.
+    /// descriptors opened, that it must not have. `message` is sent to the agent first: its command, where the guest waits for that.
     ///
     /// # Errors
     /// Where a stream cannot be prepared.
-    pub(in crate::supervise) fn new(ends: Ends) -> io::Result<Self> {
+    pub(in crate::supervise) fn new(ends: Ends, message: Vec<u8>) -> io::Result<Self> {
+        let terminal = ends.streams.terminal();
+        let mut session = Self::without_streams(ends.control, AgentTask::Run);
+        session.unsent = message;
+        if ends.streams == AgentStreams::Template {
+            session.lines = ControlLines::of(AgentTask::Wait);
+            session._unused = [ends.stdin, ends.stdout].into_iter().chain(ends.stderr).collect();
+            return Ok(session);
+        }
         let stream =
             |name, source: OwnedFd, sink: OwnedFd| Ok::<_, io::Error>(Stream { name, pump: Pump::new(source, sink)? });
         let output = |name, from: UnixStream, to: OwnedFd| stream(name, from.into(), to);
-        let input = stream("stdin", private_copy(stdin().as_fd(), Direction::Read)?, ends.stdin.into())?;
-        let mut outputs = vec![output("stdout", ends.stdout, private_copy(stdout().as_fd(), Direction::Write)?)?];
-        if let Some(from) = ends.stderr {
-            outputs.push(output("stderr", from, private_copy(stderr().as_fd(), Direction::Write)?)?);
+        session.input = Some(stream("stdin", private_copy(stdin().as_fd(), Direction::Read)?, ends.stdin.into())?);
+        session.outputs.push(output("stdout", ends.stdout, private_copy(stdout().as_fd(), Direction::Write)?)?);
+        match (ends.stderr, terminal) {
+            (Some(from), CommandTerminal::None) => {
+                session.outputs.push(output("stderr", from, private_copy(stderr().as_fd(), Direction::Write)?)?);
+            }
+            (unused, _) => session._unused.extend(unused),
         }
-        let resized = match ends.terminal {
+        session.resized = match terminal {
             CommandTerminal::None => None,
             CommandTerminal::Given => {
                 let (receiver, sender) = UnixStream::pair()?;
@@ -122,18 +163,23 @@ impl Session {
                 Some(receiver)
             }
         };
-        Ok(Self {
-            control: Some(ends.control),
-            lines: ControlLines::default(),
+        Ok(session)
+    }
+
+    fn without_streams(control: UnixStream, task: AgentTask) -> Self {
+        Self {
+            control: Some(control),
+            lines: ControlLines::of(task),
             said: None,
             said_at: None,
-            input: Some(input),
-            outputs,
-            resized,
+            input: None,
+            outputs: Vec::new(),
+            _unused: Vec::new(),
+            resized: None,
             unsent: Vec::new(),
             resized_again: false,
             lost: None,
-        })
+        }
     }
 
     /// What has to be waited for.
@@ -218,15 +264,20 @@ impl Session {
         self.said.is_some()
     }
 
+    /// When the guest is saved that waits for a command; `None` where it does not.
+    pub(in crate::supervise) fn saves_at(&self) -> Option<Instant> {
+        self.said_at.filter(|_| self.said == Some(Said::Ready)).map(|at| at + SETTLE)
+    }
+
     /// When the guest is stopped that goes on after its command; `None` where it has not said how that ended.
     pub(in crate::supervise) fn stops_at(&self) -> Option<Instant> {
-        self.said_at.map(|at| at + GUEST_END)
+        self.said_at.filter(|_| self.said != Some(Said::Ready)).map(|at| at + GUEST_END)
     }
 
     /// How to end a guest that goes on.
     pub(in crate::supervise) fn stop_request(&self) -> Option<StopRequest> {
         match self.said.as_ref()? {
-            Said::Started => None,
+            Said::Ready | Said::Started => None,
             Said::Failed { .. } => Some(StopRequest::NoCommand),
             Said::Ended(end) => Some(StopRequest::Command(*end)),
         }
@@ -332,110 +383,5 @@ impl Stream {
             Ok(count) if count > 0 => fds.first().map(PollFd::revents),
             _ => None,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::exit::CommandEnd;
-    use std::io::Write;
-
-    /// A session whose standard streams are those of the test, and the guest's end of its control stream.
-    fn session() -> (Session, UnixStream) {
-        let (ends, mut ports) = Ends::new(CommandTerminal::None).expect("sockets");
-        let numbers: Vec<u32> = ports.iter().map(|joined| joined.port).collect();
-        assert_eq!(numbers, [FIRST_AGENT_PORT, FIRST_AGENT_PORT + 1, FIRST_AGENT_PORT + 2, FIRST_AGENT_PORT + 3]);
-        let guest = ports.remove(0).socket;
-        let session = Session {
-            control: Some(ends.control),
-            lines: ControlLines::default(),
-            said: None,
-            said_at: None,
-            input: None,
-            outputs: Vec::new(),
-            resized: None,
-            unsent: Vec::new(),
-            resized_again: false,
-            lost: None,
-        };
-        (session, guest)
-    }
-
-    fn after(lines: &str, end: EndReason) -> EndReason {
-        let (mut session, mut guest) = session();
-        guest.write_all(lines.as_bytes()).expect("room");
-        session.serve();
-        session.explain(end)
-    }
-
-    #[test]
-    fn a_guest_without_ports_has_its_status_from_the_control_stream() {
-        let ended = EndReason::Command(CommandEnd::Exited(7));
-        assert_eq!(after("started\nexited 7\n", EndReason::PowerOff), ended);
-        assert_eq!(after("started\nexited 7\n", EndReason::Panicked(None)), EndReason::Panicked(None));
-        assert_eq!(after("started\nexited 0\n", ended.clone()), ended, "the port's status counts where there is one");
-    }
-
-    #[test]
-    fn a_guest_that_ends_before_has_no_status() {
-        let none = EndReason::NoCommandStatus(Box::new(EndReason::PowerOff));
-        assert_eq!(after("started\n", EndReason::PowerOff), none);
-        assert_eq!(after("", EndReason::PowerOff), none);
-        assert_eq!(after("exited 0\n", EndReason::PowerOff), none, "it was not started");
-        assert_eq!(after("started\nexited 0 \x1b[2J\n", EndReason::PowerOff), none);
-    }
-
-    #[test]
-    fn a_failure_of_the_agent_is_told_with_what_may_help() {
-        let failed = "failed root no folder\n";
-        assert_eq!(after(failed, EndReason::PowerOff), EndReason::NoCommand(Some("root: no folder".into())));
-        let hint = EndReason::NoCommand(Some("see --modules".into()));
-        assert_eq!(after(failed, hint), EndReason::NoCommand(Some("root: no folder; see --modules".into())));
-    }
-
-    /// A full disk behind stdout.
-    #[test]
-    fn a_command_whose_output_is_cut_off_has_not_passed() {
-        let (mut session, mut guest) = session();
-        let full = std::fs::File::options().write(true).open("/dev/full").expect("/dev/full");
-        let (mut output, source) = UnixStream::pair().expect("sockets");
-        let pump = Pump::new(source.into(), full.into()).expect("a pump");
-        session.outputs.push(Stream { name: "stdout", pump });
-        output.write_all(b"not ok 1").expect("room");
-        guest.write_all(b"started\nexited 0\n").expect("room");
-        session.serve();
-        let EndReason::Failed(why) = session.explain(EndReason::Command(CommandEnd::Exited(0))) else {
-            panic!("passed")
-        };
-        assert!(why.starts_with("the command exited with status 0, but its stdout was cut off: "), "{why}");
-        assert_eq!(session.explain(EndReason::Panicked(None)), EndReason::Panicked(None));
-    }
-
-    /// Such as `head -1`.
-    #[test]
-    fn a_reader_that_has_seen_enough_is_no_failure() {
-        let (mut session, _guest) = session();
-        let (mut output, source) = UnixStream::pair().expect("sockets");
-        let (sink, reader) = UnixStream::pair().expect("sockets");
-        drop(reader);
-        let pump = Pump::new(source.into(), sink.into()).expect("a pump");
-        session.outputs.push(Stream { name: "stdout", pump });
-        output.write_all(b"text").expect("room");
-        session.serve();
-        let ended = EndReason::Command(CommandEnd::Exited(0));
-        assert_eq!((session.outputs.len(), session.explain(ended.clone())), (0, ended));
-    }
-
-    #[test]
-    fn a_guest_that_goes_on_is_stopped_later() {
-        let (mut session, mut guest) = session();
-        guest.write_all(b"started\n").expect("room");
-        session.serve();
-        assert_eq!((session.stops_at(), session.stop_request()), (None, None));
-        guest.write_all(b"signaled 9\n").expect("room");
-        session.serve();
-        assert!(session.stops_at().is_some_and(|at| at > Instant::now()));
-        assert_eq!(session.stop_request(), Some(StopRequest::Command(CommandEnd::Signaled(9))));
     }
 }

@@ -10,4 +10,4 @@ pub use github::{Annotations, annotation, step_summary};
 pub use html::html;
 pub use junit::junit;
 pub use ktap::{ktap, ktap_lines};
-pub use text::{Colour, line, summary};
+pub use text::{Colour, line, summary, template_line};

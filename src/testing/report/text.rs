@@ -1,6 +1,6 @@
 //! Lines for people.
 
-use super::super::record::{TestResult, Totals};
+use super::super::record::{TemplateRun, TestResult, Totals};
 use super::super::verdict::{Meaning, Verdict};
 use std::fmt::Write as _;
 
@@ -59,6 +59,14 @@ pub fn line(result: &TestResult, colour: Colour) -> String {
     out
 }
 
+/// A line for the boot of a template.
+#[must_use]
+pub fn template_line(run: &TemplateRun) -> String {
+    let (seconds, hundredths) = (run.duration_ms / 1000, run.duration_ms % 1000 / 10);
+    let exits = run.exits.as_ref().map_or_else(String::new, |exits| format!("{} exits", exits.userspace));
+    format!("{:14} {seconds:4}.{hundredths:02} s {exits:>14}  {}\n", "template", run.artifacts)
+}
+
 /// The last line: how many tests came to what.
 #[must_use]
 pub fn summary(totals: &Totals, colour: Colour) -> String {
@@ -89,6 +97,12 @@ mod tests {
         );
         assert!(line(&sample("a", Verdict::Fail), Colour::Yes).starts_with("\x1b[31mfail          \x1b[0m "));
         assert!(line(&sample("a", Verdict::Flaky), Colour::No).contains("again: "), "it is not hidden");
+    }
+
+    #[test]
+    fn the_boot_of_a_template_is_shown_with_its_exits() {
+        let run = TemplateRun { artifacts: "/r/template-1".into(), duration_ms: 4720, exits: None };
+        assert_eq!(template_line(&run), "template          4.72 s                 /r/template-1\n");
     }
 
     #[test]

@@ -10,7 +10,7 @@ pub use control::{BalloonControl, BalloonStats, STAT_NAMES};
 
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
-use crate::virtio::saved::{DeviceFault, DeviceState};
+use crate::virtio::saved::{DeviceFault, DeviceState, SaveFault};
 use crate::virtio::worker::Worker;
 use std::io;
 use std::sync::Arc;
@@ -110,7 +110,7 @@ impl VirtioDevice for Balloon {
         }
     }
 
-    fn save(&self) -> io::Result<Option<DeviceState>> {
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
         let (target_pages, actual_pages) = (self.control.target_pages(), self.control.actual_pages());
         Ok(Some(DeviceState::Balloon { target_pages, actual_pages }))
     }

@@ -30,7 +30,7 @@ pub use qcow2::{CheckJob, CheckPlace, FeatureBit, NamedFileError, Qcow2Error, Ta
 
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, FlushWork, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
-use crate::virtio::saved::{DeviceFault, DeviceState};
+use crate::virtio::saved::{DeviceFault, DeviceState, SaveFault};
 use crate::virtio::slot::Slot;
 use crate::virtio::worker::Worker;
 use engine::{Engine, new_ring};
@@ -164,7 +164,7 @@ impl VirtioDevice for Block {
         Some(Box::new(move || image.flush()) as FlushWork)
     }
 
-    fn save(&self) -> io::Result<Option<DeviceState>> {
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
         Ok(Some(DeviceState::Block(saved::state(&self.image, &self.config())?)))
     }
 

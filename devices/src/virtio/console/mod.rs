@@ -11,7 +11,7 @@ pub use worker::ConsoleOutput;
 
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
-use crate::virtio::saved::{DeviceFault, DeviceState};
+use crate::virtio::saved::{DeviceFault, DeviceState, SaveFault};
 use crate::virtio::slot::Slot;
 use crate::virtio::worker::Worker;
 use std::io;
@@ -80,7 +80,7 @@ impl VirtioDevice for Console {
         read_config_bytes(&config, offset, data);
     }
 
-    fn save(&self) -> io::Result<Option<DeviceState>> {
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
         Ok(Some(DeviceState::Console))
     }
 

@@ -6,7 +6,9 @@
 mod bounce;
 mod guard;
 mod policy;
+mod requests;
 mod root;
+mod saved;
 mod session;
 mod tables;
 #[cfg(test)]
@@ -18,12 +20,16 @@ mod xattr;
 pub use policy::OPEN_FLAGS;
 
 use crate::path_text::PathText as _;
-use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device::{
+    ActivateError, Activation, DeviceKind, FlushWork, InterruptVectors, VirtioDevice, read_config_bytes,
+};
 use crate::virtio::device_thread::{DeviceThread, ThreadPreparation};
+use crate::virtio::saved::{DeviceFault, DeviceState, FileId, SaveFault};
 use crate::virtio::worker::Worker;
 use guard::GuardedFs;
 use policy::{Access, PrivilegedFiles, Rules, Users};
 use root::ImportError;
+use rustix::fs::fstat;
 use session::Session;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -61,6 +67,11 @@ pub enum ShareError {
     #[error("the host's file system has not answered a request of the former driver")]
     Busy,
 }
+
+/// A guest cannot go on with what it knew of a directory.
+#[derive(Debug, Error)]
+#[error("the snapshot cannot be used: its state of the shared directory")]
+struct RestoreError(#[source] DeviceFault);
 
 /// What to share, and how.
 #[derive(Clone, Debug)]
@@ -128,7 +139,9 @@ impl Fs {
             ImportError::Panicked => ShareError::Panicked(options.directory.clone()),
         })?;
         let attributes = Attributes::new().map_err(|error| options.cannot_share(error))?;
-        let fs = Arc::new(GuardedFs::new(inner, attributes, options.rules(), limits));
+        let stat = fstat(directory).map_err(|error| options.cannot_share(error.into()))?;
+        let root = FileId { device: stat.st_dev, inode: stat.st_ino, kind: stat.st_mode & libc::S_IFMT };
+        let fs = Arc::new(GuardedFs::new(inner, root, attributes, options.rules(), limits));
         Ok(Self { tag: options.tag, fs, _mount: None })
     }
 }
@@ -142,6 +155,10 @@ impl VirtioDevice for Fs {
         vec![QUEUE_SIZE; usize::from(QUEUES)]
     }
 
+    fn interrupt_vectors(&self) -> InterruptVectors {
+        InterruptVectors::Shared
+    }
+
     fn thread_role(&self) -> DeviceThread {
         DeviceThread::Fs
     }
@@ -152,7 +169,11 @@ impl VirtioDevice for Fs {
 
     fn thread_preparation(&self) -> ThreadPreparation {
         let privileged_files = self.fs.rules().privileged_files;
-        Arc::new(move || thread::limit(privileged_files).map_err(Into::into))
+        let fs = Arc::clone(&self.fs);
+        Arc::new(move || {
+            thread::limit(privileged_files)?;
+            fs.finish_restore().map_err(|source| Box::new(RestoreError(source)) as _)
+        })
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -164,9 +185,10 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
-        if !self.fs.try_reset() {
+        if !self.fs.keeps() && !self.fs.try_reset() {
             return Err(ActivateError::Device(Box::new(ShareError::Busy)));
         }
+        self.fs.keep(false);
         let session = Arc::new(Session::new(&self.fs));
         let mut workers: Vec<Worker> = Vec::new();
         for index in 0..QUEUES {
@@ -174,5 +196,32 @@ impl VirtioDevice for Fs {
             workers.push(Box::new(worker.map_err(|error| ActivateError::Device(Box::new(error)))?));
         }
         Ok(workers)
+    }
+
+    fn prepare_pause(&mut self) {
+        self.fs.keep(true);
+    }
+
+    /// Nothing is written, but what is open is looked at where the host can be asked.
+    fn flush(&self) -> Option<FlushWork> {
+        let fs = Arc::clone(&self.fs);
+        Some(Box::new(move || {
+            fs.mark_open_files();
+            Ok(())
+        }))
+    }
+
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
+        Ok(self.fs.save()?.map(DeviceState::Share))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceFault> {
+        let DeviceState::Share(state) = state else { return Err(DeviceFault::Other) };
+        self.fs.restore(state)
+    }
+
+    /// What the guest knew is forgotten by the worker that ended last, or when the device is activated again.
+    fn reset(&mut self) {
+        self.fs.keep(false);
     }
 }

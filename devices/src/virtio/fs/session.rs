@@ -18,7 +18,9 @@ impl Session {
 impl Drop for Session {
     /// On the thread of the worker that ends last: forgets the files that the guest knew, which closes them.
     fn drop(&mut self) {
-        // Where a request still waits for the host, the next activation tries again.
-        let _ = self.fs.try_reset();
+        if !self.fs.keeps() {
+            // Where a request still waits for the host, the next activation tries again.
+            let _ = self.fs.try_reset();
+        }
     }
 }

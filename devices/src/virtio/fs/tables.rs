@@ -1,19 +1,27 @@
 //! The inodes that the guest knows and the files that it has open. Each is an open file of this process, so both have a bound.
 
+use crate::virtio::saved::{FileContent, FileId, ShareHandle};
+use libc::stat64;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::io;
 
 /// The most inodes of a share that the guest can know at once (Linux keeps those in its cache of names).
-const MAX_INODES: usize = 1 << 18;
+pub(super) const MAX_INODES: usize = 1 << 18;
 /// The most files and directories of a share that the guest can have open at once.
-const MAX_HANDLES: usize = 1 << 14;
+pub(super) const MAX_HANDLES: usize = 1 << 14;
 /// Fewer inodes than this are worth a warning: a guest may need more for a large source tree.
 const FEW_INODES: usize = 1 << 16;
 
 /// The node of the shared directory, which is never forgotten.
-const ROOT: u64 = 1;
+pub(super) const ROOT: u64 = 1;
+/// The first of the numbers that fuse-backend-rs gives to no node (`VFS_MAX_INO`). Here they are for files that it numbers as the guest
+/// knows another one, from before the snapshot.
+const FIRST_OWN_NUMBER: u64 = 1 << 56;
+/// The numbers of nodes and of open files that a snapshot has are below this.
+pub(super) const MAX_NUMBER: u64 = 1 << 62;
 /// Set in a node for a file whose inode number on the host is 2^47 or more: fuse-backend-rs numbers those itself, from 2 on in
 /// the lowest 47 bits, and remembers their numbers for ever.
 const NUMBERED: u64 = 1 << 55;
@@ -65,20 +73,110 @@ fn raise_file_limit(need: u64) -> u64 {
     need.min(after.saturating_sub(current).max(after / 4))
 }
 
-/// What the guest knows and has open.
+/// What tells a file from others.
+pub(super) fn file_id(stat: &stat64) -> FileId {
+    FileId { device: stat.st_dev, inode: stat.st_ino, kind: stat.st_mode & libc::S_IFMT }
+}
+
+/// Where a name is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// The node of the directory.
+    pub(super) parent: u64,
+    pub(super) name: CString,
+}
+
+/// A file that the guest knows.
+pub(super) struct Node {
+    /// Its number at fuse-backend-rs. `None`: it is from a snapshot, and its name leads to it no longer.
+    pub(super) inner: Option<u64>,
+    /// How often it was looked up, without what the guest has taken back by FORGET.
+    pub(super) lookups: u64,
+    pub(super) file: FileId,
+    /// Where it was found last, if that is kept.
+    pub(super) place: Option<Place>,
+}
+
+/// A file or a directory that the guest has open.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Handle {
+    /// Its number at fuse-backend-rs, and that of its node there.
+    pub(super) inner: u64,
+    pub(super) inner_node: u64,
+    /// The node.
+    pub(super) node: u64,
+    /// The flags that it was opened with.
+    pub(super) flags: u32,
+}
+
+/// What a snapshot has of a share, checked, whose files are to be looked up again.
+pub(super) struct Restoring {
+    /// Each node with its number. None has a number at fuse-backend-rs yet.
+    pub(super) nodes: Vec<(u64, Node)>,
+    pub(super) handles: Vec<ShareHandle>,
+}
+
+/// A file as fuse-backend-rs has found it.
+pub(super) struct Found {
+    pub(super) inner: u64,
+    pub(super) file: FileId,
+    pub(super) place: Option<Place>,
+}
+
+/// What the guest knows and has open, by the numbers that it knows.
 pub(super) struct Tables {
     limits: Limits,
-    /// The number of lookups of each node that the guest has not taken back by FORGET.
-    inodes: HashMap<u64, u64>,
-    /// The node of each open file.
-    handles: HashMap<u64, u64>,
+    pub(super) inodes: HashMap<u64, Node>,
+    pub(super) handles: HashMap<u64, Handle>,
+    /// What tells the contents of open files from others, by node, as they were when the workers ended.
+    pub(super) contents: HashMap<u64, FileContent>,
+    /// The nodes that have another number at fuse-backend-rs: by that, the guest's.
+    renumbered: HashMap<u64, u64>,
+    next_number: u64,
+    next_handle: u64,
     /// A file beyond [`MAX_NUMBERED`] was seen.
     numbers_used_up: bool,
+    /// The guest goes on from a snapshot: a number that is not here is none.
+    is_restored: bool,
 }
 
 impl Tables {
     pub(super) fn new(limits: Limits) -> Self {
-        Self { limits, inodes: HashMap::new(), handles: HashMap::new(), numbers_used_up: false }
+        Self {
+            limits,
+            inodes: HashMap::new(),
+            handles: HashMap::new(),
+            contents: HashMap::new(),
+            renumbered: HashMap::new(),
+            next_number: FIRST_OWN_NUMBER,
+            next_handle: 1,
+            numbers_used_up: false,
+            is_restored: false,
+        }
+    }
+
+    pub(super) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Returns the number that fuse-backend-rs has for `node`.
+    ///
+    /// # Errors
+    /// Returns ESTALE where the node is from a snapshot, and its name leads to it no longer; EBADF where the guest knows none.
+    pub(super) fn inner(&self, node: u64) -> io::Result<u64> {
+        match self.inodes.get(&node) {
+            Some(known) => known.inner.ok_or_else(|| Errno::STALE.into()),
+            None if node != ROOT && self.is_restored => Err(Errno::BADF.into()),
+            None => Ok(node),
+        }
+    }
+
+    /// Returns the number that fuse-backend-rs has for an open file.
+    ///
+    /// # Errors
+    /// Returns EBADF where it is not open.
+    pub(super) fn inner_handle(&self, handle: u64) -> io::Result<u64> {
+        self.handles.get(&handle).map(|handle| handle.inner).ok_or_else(|| Errno::BADF.into())
     }
 
     /// Checks that there is room for a new inode.
@@ -102,68 +200,120 @@ impl Tables {
     ///
     /// # Errors
     /// Returns ENFILE where it is beyond [`MAX_NUMBERED`].
-    pub(super) fn check_number(&mut self, inode: u64) -> io::Result<()> {
-        if inode & NUMBERED != 0 && inode & NUMBER_BITS > MAX_NUMBERED {
+    pub(super) fn check_number(&mut self, inner: u64) -> io::Result<()> {
+        if inner & NUMBERED != 0 && inner & NUMBER_BITS > MAX_NUMBERED {
             self.numbers_used_up = true;
             return Err(Errno::NFILE.into());
         }
         Ok(())
     }
 
-    /// Counts a lookup.
+    /// The number by which the guest knows a node of fuse-backend-rs, if it does.
+    pub(super) fn known_as(&self, inner: u64) -> Option<u64> {
+        let same = || self.inodes.get(&inner).filter(|node| node.inner == Some(inner)).map(|_| inner);
+        if inner == ROOT { Some(ROOT) } else { self.renumbered.get(&inner).copied().or_else(same) }
+    }
+
+    /// Counts a lookup, and returns the number of the node.
     ///
     /// # Errors
     /// Returns ENFILE, and counts nothing, where the inode is new and there is no room for it.
-    pub(super) fn add_lookup(&mut self, inode: u64) -> io::Result<()> {
-        if inode == ROOT {
-            return Ok(());
-        }
-        if let Some(count) = self.inodes.get_mut(&inode) {
-            *count = count.saturating_add(1);
-            return Ok(());
-        }
-        self.check_number(inode)?;
-        self.check_inodes()?;
-        self.inodes.insert(inode, 1);
-        Ok(())
-    }
-
-    /// Takes `count` lookups back.
-    pub(super) fn forget(&mut self, inode: u64, count: u64) {
-        if let Some(left) = self.inodes.get_mut(&inode) {
-            *left = left.saturating_sub(count);
-            if *left == 0 {
-                self.inodes.remove(&inode);
+    pub(super) fn add_lookup(&mut self, found: Found) -> io::Result<u64> {
+        let Found { inner, file, place } = found;
+        if let Some(known) = self.known_as(inner) {
+            if let Some(node) = self.inodes.get_mut(&known) {
+                node.lookups = node.lookups.saturating_add(1);
+                node.place = place;
             }
+            return Ok(known);
         }
+        self.check_number(inner)?;
+        self.check_inodes()?;
+        let number = if self.inodes.contains_key(&inner) { self.own_number() } else { inner };
+        self.insert(number, Node { inner: Some(inner), lookups: 1, file, place });
+        Ok(number)
     }
 
-    /// Counts an open file. A file that is open without a handle is not counted, as it is not kept open.
-    pub(super) fn add_handle(&mut self, handle: Option<u64>, inode: u64) {
-        if let Some(handle) = handle {
-            self.handles.insert(handle, inode);
+    fn own_number(&mut self) -> u64 {
+        let number = self.next_number;
+        self.next_number = number.saturating_add(1);
+        number
+    }
+
+    fn insert(&mut self, number: u64, node: Node) {
+        if let Some(inner) = node.inner.filter(|inner| *inner != number) {
+            self.renumbered.insert(inner, number);
         }
+        self.inodes.insert(number, node);
     }
 
-    /// Takes an open file back.
-    pub(super) fn remove_handle(&mut self, handle: u64) {
-        self.handles.remove(&handle);
+    /// Adds a node of a snapshot, by the number that the guest knows.
+    pub(super) fn insert_restored(&mut self, number: u64, node: Node) {
+        self.next_number = self.next_number.max(number.saturating_add(1));
+        self.insert(number, node);
     }
 
-    /// Empties the tables, and returns each inode with its lookups.
-    pub(super) fn take_inodes(&mut self) -> Vec<(u64, u64)> {
-        std::mem::take(&mut self.inodes).into_iter().collect()
+    /// Adds an open file of a snapshot, by the number that the guest knows.
+    pub(super) fn insert_restored_handle(&mut self, number: u64, handle: Handle) {
+        self.next_handle = self.next_handle.max(number.saturating_add(1));
+        self.handles.insert(number, handle);
     }
 
-    /// Empties the table of open files, and returns each handle with its inode.
-    pub(super) fn take_handles(&mut self) -> Vec<(u64, u64)> {
-        std::mem::take(&mut self.handles).into_iter().collect()
+    /// From now on, numbers that are not here are none.
+    pub(super) fn set_restored(&mut self) {
+        self.is_restored = true;
+    }
+
+    /// Takes `count` lookups back. Returns the number that fuse-backend-rs is to forget, where none are left.
+    pub(super) fn forget(&mut self, number: u64, count: u64) -> Option<u64> {
+        let node = self.inodes.get_mut(&number)?;
+        node.lookups = node.lookups.saturating_sub(count);
+        if node.lookups > 0 {
+            return None;
+        }
+        let inner = self.inodes.remove(&number)?.inner?;
+        self.renumbered.remove(&inner);
+        Some(inner)
+    }
+
+    /// Counts an open file, and returns its number. A file that is open without a handle is not counted, as it is not kept open.
+    pub(super) fn add_handle(&mut self, inner: Option<u64>, node: u64, flags: u32) -> Option<u64> {
+        let (inner, inner_node) = (inner?, self.inner(node).ok()?);
+        let number = self.next_handle;
+        self.next_handle = number.saturating_add(1);
+        self.handles.insert(number, Handle { inner, inner_node, node, flags });
+        Some(number)
+    }
+
+    /// Takes an open file of `node` back.
+    ///
+    /// # Errors
+    /// Returns EBADF where it is not open.
+    pub(super) fn remove_handle(&mut self, handle: u64, node: u64) -> io::Result<Handle> {
+        if self.handles.get(&handle).is_none_or(|open| open.node != node) {
+            return Err(Errno::BADF.into());
+        }
+        self.handles.remove(&handle).ok_or_else(|| Errno::BADF.into())
+    }
+
+    /// Empties the tables.
+    pub(super) fn take(&mut self) -> Self {
+        let numbers_used_up = self.numbers_used_up;
+        std::mem::replace(self, Self { numbers_used_up, ..Self::new(self.limits) })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn file() -> FileId {
+        FileId { device: 1, inode: 2, kind: libc::S_IFREG }
+    }
+
+    fn found(inner: u64) -> Found {
+        Found { inner, file: file(), place: None }
+    }
 
     #[test]
     fn the_limits_fit_into_the_open_files() {
@@ -175,25 +325,54 @@ mod tests {
     #[test]
     fn lookups_are_counted_to_the_bound() {
         let mut tables = Tables::new(Limits { inodes: 2, handles: 1 });
-        assert!([5, 6, 5, ROOT].into_iter().all(|inode| tables.add_lookup(inode).is_ok()));
-        assert!(tables.add_lookup(7).is_err() && tables.check_inodes().is_err());
-        tables.forget(5, 1);
-        assert!(tables.add_lookup(7).is_err());
-        tables.forget(5, u64::MAX);
-        assert!(tables.add_lookup(7).is_ok());
-        tables.add_handle(Some(1), 5);
-        assert!(tables.check_handles().is_err());
-        tables.remove_handle(1);
-        assert!(tables.check_handles().is_ok());
+        assert!(
+            [5, 6, 5, ROOT]
+                .into_iter()
+                .all(|inode| tables.add_lookup(found(inode)).is_ok_and(|number| number == inode))
+        );
+        assert!(tables.add_lookup(found(7)).is_err() && tables.check_inodes().is_err());
+        assert_eq!(tables.forget(5, 1), None);
+        assert!(tables.add_lookup(found(7)).is_err());
+        assert_eq!((tables.forget(5, u64::MAX), tables.forget(5, 1), tables.forget(ROOT, 1)), (Some(5), None, None));
+        assert!(tables.add_lookup(found(7)).is_ok());
+        let handle = tables.add_handle(Some(9), 5, 0).expect("counted");
+        assert!(tables.check_handles().is_err() && tables.inner_handle(handle).is_ok_and(|inner| inner == 9));
+        assert!(tables.remove_handle(handle, 6).is_err() && tables.remove_handle(handle, 5).is_ok());
+        assert!(tables.check_handles().is_ok() && tables.inner_handle(handle).is_err());
     }
 
     #[test]
     fn files_that_are_remembered_for_ever_are_bounded() {
         let mut tables = Tables::new(Limits { inodes: 100, handles: 1 });
-        assert!(tables.add_lookup(NUMBERED | MAX_NUMBERED).is_ok());
-        assert!(tables.add_lookup(MAX_NUMBERED + 1).is_ok());
+        assert!(tables.add_lookup(found(NUMBERED | MAX_NUMBERED)).is_ok());
+        assert!(tables.add_lookup(found(MAX_NUMBERED + 1)).is_ok());
         assert!(tables.check_inodes().is_ok());
-        assert!(tables.add_lookup(NUMBERED | (MAX_NUMBERED + 1)).is_err());
+        assert!(tables.add_lookup(found(NUMBERED | (MAX_NUMBERED + 1))).is_err());
         assert!(tables.check_inodes().is_err());
+        assert!(tables.take().check_inodes().is_err() && tables.check_inodes().is_err());
+    }
+
+    /// A guest that goes on from a snapshot knows 5 as what fuse-backend-rs now numbers 6, and the other way round.
+    #[test]
+    fn numbers_of_a_snapshot_stay_the_guests() {
+        let mut tables = Tables::new(Limits { inodes: 100, handles: 9 });
+        tables.set_restored();
+        let node = |inner| Node { inner, lookups: 2, file: file(), place: None };
+        tables.insert_restored(5, node(Some(6)));
+        tables.insert_restored(7, node(None));
+        assert_eq!((tables.inner(5).ok(), tables.add_lookup(found(6)).ok()), (Some(6), Some(5)));
+        // What has the number 5, or 7, there now is another file.
+        for other in [5, 7] {
+            let number = tables.add_lookup(found(other)).expect("room");
+            assert!(number >= FIRST_OWN_NUMBER && tables.inner(number).ok() == Some(other));
+            assert_eq!(tables.add_lookup(found(other)).ok(), Some(number));
+            assert_eq!(tables.forget(number, 2), Some(other));
+            assert!(tables.inner(number).is_err() && tables.known_as(other).is_none());
+        }
+        let error = |number| tables.inner(number).expect_err("none").raw_os_error();
+        assert_eq!((error(7), error(6), tables.inner(ROOT).ok()), (Some(libc::ESTALE), Some(libc::EBADF), Some(ROOT)));
+        tables.insert_restored_handle(40, Handle { inner: 1, inner_node: 6, node: 5, flags: 0 });
+        assert_eq!(tables.add_handle(Some(1), 5, 0), Some(41));
+        assert_eq!((tables.forget(5, 3), tables.forget(7, 2)), (Some(6), None));
     }
 }

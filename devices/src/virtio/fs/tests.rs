@@ -3,6 +3,7 @@
 
 mod bounds;
 mod hostile;
+mod pause;
 mod savers;
 mod xattr;
 

@@ -4,13 +4,14 @@ use super::super::device::VirtioDevice;
 use super::super::device_thread::ThreadStart;
 use super::super::mock::{Driver, MEMORY_BYTES};
 use super::super::pci::{BAR_BYTES, PciDevice};
-use super::super::saved::{BusState, VirtioState};
+use super::super::saved::{BusState, DeviceState, VirtioState};
 use super::super::transport::VirtioTransport;
 use super::{DEVICES, Source, device, pause};
 use crate::bus::BusDevice;
 use crate::memory::Memory;
 use crate::pci::{MsiMessage, MsiRouter, MsiVector, PciFunction, RouteError};
 use std::error::Error;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -49,7 +50,7 @@ impl MsiRouter for AnyRoute {
 }
 
 struct Function {
-    device: PciDevice,
+    device: Arc<PciDevice>,
     memory: Memory,
     queues: u8,
 }
@@ -127,13 +128,40 @@ pub fn restore(state: &VirtioState, folder: &Path) -> Result<(), Box<dyn Error>>
             continue;
         }
         let on_pci = matches!(state.bus, BusState::Pci { .. });
-        let device: &dyn VirtioTransport = if on_pci { &function.device } else { driver.device() };
+        let device: &dyn VirtioTransport = if on_pci { &*function.device } else { driver.device() };
         let saved = device.save()?;
         assert_eq!((&saved.queues, saved.status, &saved.device), (&state.queues, state.status, &state.device));
         pause(device);
         driver.start(u64::MAX);
         function.start();
         assert_eq!((function.status(), driver.status()), (15, 15), "a reset and a start");
+    }
+    restore_connected(state, folder)
+}
+
+/// The devices that have something of the host: the socket device, ports, and a shared directory. A state that they take need not be
+/// theirs in all: the host may have other files.
+fn restore_connected(state: &VirtioState, folder: &Path) -> Result<(), Box<dyn Error>> {
+    let [old, new] = &["old", "new"].map(|name| folder.join(name));
+    [old, &new.join("shared/a/b")].into_iter().try_for_each(std::fs::create_dir_all)?;
+    for kind in [5, 8, 9] {
+        let mut driver = Driver::new(device(kind, old)?);
+        if state.kind != driver.read(8).try_into().unwrap_or(0) {
+            continue;
+        }
+        let new = device(kind, new)?;
+        let mut state = state.clone();
+        if let DeviceState::Share(share) = &mut state.device {
+            // As if it were of this directory.
+            let root = std::fs::metadata(folder.join("new/shared"))?;
+            share.root.device = root.dev();
+            share.root.inode = root.ino();
+        }
+        if driver.try_replace_with(new, &state).is_ok() {
+            pause(driver.device());
+        }
+        driver.start(u64::MAX);
+        assert_eq!(driver.status(), 15, "a reset and a start");
     }
     Ok(())
 }
@@ -195,7 +223,7 @@ fn step(function: &Function, source: &mut Source<'_>) {
             let _ = function.memory.write_slice(&data, GuestAddress(gpa));
         }
         _ => match source.byte() {
-            0xe0.. => pause(&function.device),
+            0xe0.. => pause(&*function.device),
             queue => function.write(NOTIFY + u64::from(queue % 32) * 4, source.word(), usize::from(source.byte() % 5)),
         },
     }

@@ -19,7 +19,7 @@ pub use vhost::VhostNetError;
 use crate::memory::Memory;
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
-use crate::virtio::saved::{DeviceFault, DeviceState};
+use crate::virtio::saved::{DeviceFault, DeviceState, SaveFault};
 use crate::virtio::slot::Slot;
 use crate::virtio::worker::Worker;
 use control::{ActivePairs, Control};
@@ -147,7 +147,7 @@ impl VirtioDevice for Net {
         read_config_bytes(&config, offset, data);
     }
 
-    fn save(&self) -> io::Result<Option<DeviceState>> {
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
         // Where the host's kernel has the queues, it has their state, too.
         let state = DeviceState::Net { mac: self.mac, active_pairs: self.active_pairs.get() };
         Ok(self.vhost.is_empty().then_some(state))

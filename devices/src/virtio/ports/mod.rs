@@ -5,6 +5,8 @@
 mod control;
 #[cfg(any(test, feature = "test-utils"))]
 pub(in crate::virtio) mod mock;
+#[cfg(test)]
+mod pause_tests;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -12,13 +14,15 @@ mod worker;
 
 pub use stream::{Flow, PortSpec};
 
-use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice, read_config_bytes};
+use crate::virtio::device::{ActivateError, Activation, DeviceKind, InterruptVectors, VirtioDevice, read_config_bytes};
 use crate::virtio::device_thread::DeviceThread;
+use crate::virtio::saved::{DeviceFault, DeviceState, SaveFault};
+use crate::virtio::slot::Slot;
 use crate::virtio::vsock::Connector;
 use crate::virtio::worker::Worker as DeviceWorker;
 use std::sync::Arc;
-use stream::{MAX_CHAIN_BYTES, Stream};
-use worker::Worker;
+use stream::MAX_CHAIN_BYTES;
+use worker::{Kept, Worker, WorkerSetup};
 
 /// `VIRTIO_CONSOLE_F_MULTIPORT` (virtio 1.3 §5.3.3).
 const F_MULTIPORT: u64 = 1 << 1;
@@ -39,13 +43,15 @@ pub struct Ports {
     connector: Arc<Connector>,
     /// The ports; their numbers are their places.
     specs: &'static [PortSpec],
+    /// What no worker has at the moment.
+    slot: Slot<Kept>,
 }
 
 impl Ports {
     /// Makes a device with the ports `specs`, whose connections `connector` asks for.
     #[must_use]
     pub fn new(connector: Arc<Connector>, specs: &'static [PortSpec]) -> Self {
-        Self { connector, specs }
+        Self { connector, specs, slot: Slot::new(None) }
     }
 
     fn numbers(&self) -> std::ops::Range<u16> {
@@ -66,6 +72,10 @@ impl VirtioDevice for Ports {
         vec![QUEUE_SIZE; 2 * self.specs.len() + 2]
     }
 
+    fn interrupt_vectors(&self) -> InterruptVectors {
+        InterruptVectors::Shared
+    }
+
     fn max_chain_bytes(&self) -> u32 {
         MAX_CHAIN_BYTES
     }
@@ -84,11 +94,33 @@ impl VirtioDevice for Ports {
     /// A driver without `VIRTIO_CONSOLE_F_MULTIPORT` enables no control queues, and can do nothing with the device.
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<DeviceWorker>, ActivateError> {
         let (receive, transmit) = (activation.take_queue(CONTROL_RECEIVE)?, activation.take_queue(CONTROL_TRANSMIT)?);
-        let mut streams = Vec::new();
+        let mut ports = Vec::new();
         for (number, spec) in self.numbers().zip(self.specs) {
             let (from_host, to_host) = queues(number);
-            streams.push(Stream::new(*spec, activation.take_queue(from_host)?, activation.take_queue(to_host)?));
+            ports.push((*spec, activation.take_queue(from_host)?, activation.take_queue(to_host)?));
         }
-        Ok(vec![Box::new(Worker::new(Arc::clone(&self.connector), streams, receive, transmit))])
+        let (connector, slot) = (Arc::clone(&self.connector), self.slot.clone());
+        Ok(vec![Box::new(Worker::new(WorkerSetup { connector, ports, receive, transmit, slot }))])
+    }
+
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
+        let kept = self.slot.take().unwrap_or_default();
+        let unsent = kept.links.iter().zip(self.specs).find(|(link, _)| link.has_unsent);
+        let result = match unsent {
+            Some((_, spec)) => Err(SaveFault::UnsentBytes { port: spec.name }),
+            None => Ok(Some(DeviceState::Ports(kept.save(self.specs.len())))),
+        };
+        self.slot.put(Some(kept));
+        result
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceFault> {
+        let DeviceState::Ports(state) = state else { return Err(DeviceFault::Other) };
+        self.slot.put(Some(Kept::restored(state, self.specs)?));
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        drop(self.slot.take());
     }
 }

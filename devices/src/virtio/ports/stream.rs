@@ -1,6 +1,7 @@
 //! A port: its queues, and the connection behind it.
 
 use crate::virtio::queue::Virtqueue;
+use crate::virtio::saved::PortState;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use std::os::unix::net::UnixStream;
@@ -45,11 +46,19 @@ enum Connection {
     Over,
 }
 
-/// A port.
-pub(super) struct Stream {
-    pub(super) spec: PortSpec,
-    receive: Virtqueue,
-    transmit: Virtqueue,
+/// What the driver knows of the host's connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum HostSide {
+    /// There is none.
+    #[default]
+    Closed,
+    /// There is one.
+    Open,
+}
+
+/// What a port has besides its queues. The device keeps it while no worker has it.
+#[derive(Debug)]
+pub(super) struct Link {
     connection: Connection,
     /// Bytes of the guest that the connection has not taken, of one chain: at most [`MAX_CHAIN_BYTES`], from `sent` on.
     held: Vec<u8>,
@@ -58,6 +67,54 @@ pub(super) struct Stream {
     refused: bool,
     /// The guest has closed the port, and sends no more.
     closing: bool,
+    /// A program of the guest has the port open.
+    is_open: bool,
+    /// What the last message for the driver says that was made.
+    pub(super) said: HostSide,
+    /// What the last message says that the driver has got.
+    pub(super) told: HostSide,
+    /// As the worker ended, the guest had sent what its connection had not taken.
+    pub(super) has_unsent: bool,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self {
+            connection: Connection::None,
+            held: Vec::new(),
+            sent: 0,
+            refused: false,
+            closing: false,
+            is_open: false,
+            said: HostSide::Closed,
+            told: HostSide::Closed,
+            has_unsent: false,
+        }
+    }
+}
+
+impl Link {
+    /// The port of a guest that goes on from a snapshot. Its connection is to be asked for.
+    pub(super) fn restored(state: PortState) -> Self {
+        let told = if state.is_told { HostSide::Open } else { HostSide::Closed };
+        Self { is_open: state.is_open, said: told, told, ..Self::default() }
+    }
+
+    pub(super) fn save(&self) -> PortState {
+        PortState {
+            is_open: self.is_open,
+            is_told: self.told == HostSide::Open,
+            has_ended: matches!(self.connection, Connection::Over),
+        }
+    }
+}
+
+/// A port.
+pub(super) struct Stream {
+    pub(super) spec: PortSpec,
+    receive: Virtqueue,
+    transmit: Virtqueue,
+    pub(super) link: Link,
 }
 
 /// How often in a row a queue is looked at whose reader keeps up, before the other ports have their turn.
@@ -72,17 +129,17 @@ enum Go {
 }
 
 impl Stream {
-    pub(super) fn new(spec: PortSpec, receive: Virtqueue, transmit: Virtqueue) -> Self {
-        Self {
-            spec,
-            receive,
-            transmit,
-            connection: Connection::None,
-            held: Vec::new(),
-            sent: 0,
-            refused: false,
-            closing: false,
-        }
+    pub(super) fn new(spec: PortSpec, receive: Virtqueue, transmit: Virtqueue, link: Link) -> Self {
+        Self { spec, receive, transmit, link }
+    }
+
+    /// Takes out what the next worker goes on with.
+    pub(super) fn take_link(&mut self) -> Link {
+        let mut link = std::mem::take(&mut self.link);
+        // What waits for a connection that there never was goes to the next one as well.
+        let has_connection = matches!(link.connection, Connection::Open(_));
+        link.has_unsent = has_connection && (!link.held.is_empty() || link.refused || self.transmit.has_available());
+        link
     }
 
     /// The eventfds that the driver kicks.
@@ -90,29 +147,35 @@ impl Stream {
         [self.receive.kick(), self.transmit.kick()]
     }
 
-    /// Returns true if the guest opens the port for the first time.
+    /// A program of the guest has opened the port.
+    pub(super) fn open(&mut self) {
+        self.link.is_open = true;
+    }
+
+    /// Returns true if the guest has the port open, and its connection was not asked for.
     pub(super) fn wants_connection(&self) -> bool {
-        matches!(self.connection, Connection::None)
+        self.link.is_open && matches!(self.link.connection, Connection::None)
     }
 
     /// The connection was asked for by this number; `None` where that is impossible.
     pub(super) fn asked(&mut self, number: Option<u32>) {
-        self.connection = number.map_or(Connection::Over, Connection::Asked);
+        self.link.connection = number.map_or(Connection::Over, Connection::Asked);
     }
 
     /// Returns true if its connection was asked for by this number.
     pub(super) fn is_asked(&self, number: u32) -> bool {
-        matches!(self.connection, Connection::Asked(asked) if asked == number)
+        matches!(self.link.connection, Connection::Asked(asked) if asked == number)
     }
 
     /// Takes the connection; `None` where there is none to be had. Returns it to be watched.
     pub(super) fn connect(&mut self, socket: Option<UnixStream>) -> Option<&UnixStream> {
-        self.connection = socket.map_or(Connection::Over, Connection::Open);
+        self.link.connection = socket.map_or(Connection::Over, Connection::Open);
         self.socket()
     }
 
-    fn socket(&self) -> Option<&UnixStream> {
-        match &self.connection {
+    /// The connection, where there is one.
+    pub(super) fn socket(&self) -> Option<&UnixStream> {
+        match &self.link.connection {
             Connection::Open(socket) => Some(socket),
             Connection::None | Connection::Asked(_) | Connection::Over => None,
         }
@@ -120,7 +183,8 @@ impl Stream {
 
     /// The guest has closed the port. What it sent before is in the queue.
     pub(super) fn close(&mut self) {
-        self.closing = true;
+        self.link.closing = true;
+        self.link.is_open = false;
     }
 
     /// Moves what can be moved. Returns the connection where it has ended, to be watched no more.
@@ -132,8 +196,8 @@ impl Stream {
         if go == Go::On {
             return None;
         }
-        (self.held, self.sent) = (Vec::new(), 0);
-        match std::mem::replace(&mut self.connection, Connection::Over) {
+        (self.link.held, self.link.sent) = (Vec::new(), 0);
+        match std::mem::replace(&mut self.link.connection, Connection::Over) {
             Connection::Open(socket) => Some(socket),
             Connection::None | Connection::Asked(_) | Connection::Over => None,
         }
@@ -141,7 +205,7 @@ impl Stream {
 
     /// Ends what the guest has closed, once all that it sent was taken.
     fn finish(&mut self) -> Go {
-        if !self.closing || self.refused || !self.held.is_empty() {
+        if !self.link.closing || self.link.refused || !self.link.held.is_empty() {
             return Go::On;
         }
         let Some(socket) = self.socket() else { return Go::On };
@@ -150,7 +214,7 @@ impl Stream {
         }
         match shutdown(socket, Shutdown::Write) {
             Ok(()) => {
-                self.closing = false;
+                self.link.closing = false;
                 Go::On
             }
             Err(_) => Go::Ended,
@@ -162,7 +226,7 @@ impl Stream {
         for _ in 0..LOOKS {
             let go = self.send_once();
             // A chain that had to wait has room now, where its reader has taken what was before it: no event says so.
-            if go == Go::Ended || !self.refused || !self.held.is_empty() || self.socket().is_none() {
+            if go == Go::Ended || !self.link.refused || !self.link.held.is_empty() || self.socket().is_none() {
                 return go;
             }
         }
@@ -174,7 +238,7 @@ impl Stream {
     }
 
     fn send_once(&mut self) -> Go {
-        let Self { transmit, connection, held, sent, refused, .. } = self;
+        let Self { transmit, link: Link { connection, held, sent, refused, .. }, .. } = self;
         let mut go = Go::On;
         *refused = false;
         transmit.serve(|chain| {
@@ -208,7 +272,7 @@ impl Stream {
 
     /// Gives the guest what comes, as it has buffers for it.
     fn deliver(&mut self) -> Go {
-        let Self { receive, connection, .. } = self;
+        let Self { receive, link: Link { connection, .. }, .. } = self;
         let mut bytes = [0; READ_BYTES];
         let mut go = Go::On;
         receive.serve(|chain| {

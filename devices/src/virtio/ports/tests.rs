@@ -10,18 +10,18 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-const TIMEOUT: Duration = Duration::from_secs(20);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A running device, and the host's ends of its first three ports.
-struct Setup {
-    driver: Driver,
-    host: Vec<UnixStream>,
+pub(super) struct Setup {
+    pub(super) driver: Driver,
+    pub(super) host: Vec<UnixStream>,
     /// A buffer in which the next message comes.
-    message: Submitted,
+    pub(super) message: Submitted,
 }
 
 impl Setup {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (device, host) = device().expect("sockets");
         for near in &host {
             near.set_read_timeout(Some(TIMEOUT)).expect("set");
@@ -31,7 +31,7 @@ impl Setup {
         Self { driver, host, message }
     }
 
-    fn say(&mut self, port: u32, event: u16, value: u16) {
+    pub(super) fn say(&mut self, port: u32, event: u16, value: u16) {
         let mut bytes = port.to_le_bytes().to_vec();
         bytes.extend(event.to_le_bytes());
         bytes.extend(value.to_le_bytes());
@@ -39,7 +39,7 @@ impl Setup {
     }
 
     /// The next message: port, event, value, name.
-    fn hear(&mut self) -> (u32, u16, u16, String) {
+    pub(super) fn hear(&mut self) -> (u32, u16, u16, String) {
         let used = self.driver.wait_used(CONTROL_RECEIVE.into());
         let bytes = self.driver.contents(&self.message, used.len);
         self.message = self.driver.submit(CONTROL_RECEIVE.into(), &[], &[64]);
@@ -49,7 +49,7 @@ impl Setup {
     }
 
     /// As Linux does it: the driver is ready, and programs open the first three ports.
-    fn open(&mut self) {
+    pub(super) fn open(&mut self) {
         self.say(0, 0, 1);
         for (number, spec) in (0..).zip(SPECS) {
             assert_eq!(self.hear(), (number, 1, 1, String::new()));
@@ -61,11 +61,11 @@ impl Setup {
         }
     }
 
-    fn send(&mut self, port: u16, bytes: &[u8]) {
+    pub(super) fn send(&mut self, port: u16, bytes: &[u8]) {
         self.driver.request(queues(port).1.into(), &[bytes], &[]);
     }
 
-    fn receive(&mut self, port: u16, most: u32) -> Vec<u8> {
+    pub(super) fn receive(&mut self, port: u16, most: u32) -> Vec<u8> {
         self.driver.request(queues(port).0.into(), &[], &[most])
     }
 }

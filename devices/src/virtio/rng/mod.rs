@@ -8,7 +8,7 @@ use crate::memory::Buffers;
 use crate::virtio::device::{ActivateError, Activation, DeviceKind, VirtioDevice};
 use crate::virtio::device_thread::DeviceThread;
 use crate::virtio::queue::Virtqueue;
-use crate::virtio::saved::{DeviceFault, DeviceState};
+use crate::virtio::saved::{DeviceFault, DeviceState, SaveFault};
 use crate::virtio::worker::{Worker, watch};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rate::TokenBucket;
@@ -52,7 +52,7 @@ impl VirtioDevice for Rng {
         DeviceThread::Rng
     }
 
-    fn save(&self) -> io::Result<Option<DeviceState>> {
+    fn save(&self) -> Result<Option<DeviceState>, SaveFault> {
         Ok(Some(DeviceState::Rng))
     }
 

@@ -9,11 +9,13 @@
 mod connection;
 mod connector;
 mod device;
+mod events;
 mod kernel;
 #[cfg(any(test, feature = "test-utils"))]
 pub(in crate::virtio) mod mock;
 mod muxer;
 mod packet;
+mod sockets;
 mod spec;
 #[cfg(test)]
 mod tests;

@@ -2,10 +2,12 @@
 
 use super::connection::{BUFFER_BYTES, Connection, ConnectionError, MAX_UNSENT_BYTES, State};
 use super::connector::Connector;
+use super::events::Events as GuestEvents;
 use super::packet::{
     HEADER_BYTES, Header, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN,
     SHUTDOWN_SEND, TYPE_STREAM,
 };
+use super::sockets::{FIRST_LOCAL_PORT, Key, MAX_CONNECTIONS, MAX_CONTROL_PACKETS, Pending, Sockets};
 use super::spec::HOST_CID;
 use crate::error::chain as error_chain;
 use crate::memory::{Buffers, Memory};
@@ -13,88 +15,57 @@ use crate::path_text::PathText as _;
 use crate::socket::Listener;
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::Virtqueue;
+use crate::virtio::slot::Slot;
 use crate::virtio::worker::watch;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
-/// The most connections of a guest.
-const MAX_CONNECTIONS: usize = 1024;
-/// The most control packets that wait for receive buffers of the guest; then no packets of the guest are handled.
-const MAX_CONTROL_PACKETS: usize = 1024;
-/// The lowest local port of connections that host programs open.
-const FIRST_LOCAL_PORT: u32 = 1 << 30;
 /// The most bytes of a CONNECT line; the longest valid one is `CONNECT 4294967295\n`.
 const MAX_LINE: usize = 32;
-
-/// Identifies a connection: the port on the host and the port in the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Key {
-    local: u32,
-    peer: u32,
-}
-
-/// A connection of the guest that is being made.
-struct Pending {
-    /// The number of the request for it.
-    number: u32,
-    key: Key,
-    /// The guest's `buf_alloc` and `fwd_cnt`.
-    buf_alloc: u32,
-    fwd_cnt: u32,
-}
 
 pub(super) struct Muxer {
     cid: u64,
     /// Where host programs connect; `None` where none can.
     listener: Option<Arc<Listener>>,
     connector: Arc<Connector>,
-    /// A bounded number: that of the connector's requests without an answer.
-    pending: Vec<Pending>,
     receive: Virtqueue,
     transmit: Virtqueue,
-    connections: HashMap<Key, Connection>,
-    by_fd: HashMap<RawFd, Key>,
-    /// Packets without data that wait for receive buffers of the guest.
-    control_packets: VecDeque<Header>,
-    next_local: u32,
-    /// Connections that may have data for the guest, in the order in which they send.
-    send_queue: VecDeque<Key>,
-    /// Bytes of the guest that all connections keep for host programs, at most [`MAX_UNSENT_BYTES`].
-    unsent_bytes: usize,
-    /// Connections of host programs may wait in the backlog, as there were [`MAX_CONNECTIONS`].
-    accept_paused: bool,
+    /// Where the guest is to be told of closed connections.
+    events: Option<GuestEvents>,
+    sockets: Sockets,
+    /// Where the connections go when the worker ends.
+    slot: Slot<Sockets>,
+}
+
+/// What a worker is made of.
+pub(super) struct MuxerSetup {
+    pub(super) cid: u64,
+    pub(super) listener: Option<Arc<Listener>>,
+    pub(super) connector: Arc<Connector>,
+    pub(super) receive: Virtqueue,
+    pub(super) transmit: Virtqueue,
+    pub(super) events: Option<GuestEvents>,
+    /// Has the connections from before a pause.
+    pub(super) slot: Slot<Sockets>,
+}
+
+impl Drop for Muxer {
+    fn drop(&mut self) {
+        self.slot.put(Some(std::mem::take(&mut self.sockets)));
+    }
 }
 
 impl Muxer {
-    pub(super) fn new(
-        cid: u64,
-        listener: Option<Arc<Listener>>,
-        connector: Arc<Connector>,
-        receive: Virtqueue,
-        transmit: Virtqueue,
-    ) -> Self {
-        Self {
-            cid,
-            listener,
-            connector,
-            pending: Vec::new(),
-            receive,
-            transmit,
-            connections: HashMap::new(),
-            by_fd: HashMap::new(),
-            control_packets: VecDeque::new(),
-            next_local: FIRST_LOCAL_PORT,
-            send_queue: VecDeque::new(),
-            unsent_bytes: 0,
-            accept_paused: false,
-        }
+    pub(super) fn new(setup: MuxerSetup) -> Self {
+        let MuxerSetup { cid, listener, connector, receive, transmit, events, slot } = setup;
+        let sockets = slot.take().unwrap_or_default();
+        Self { cid, listener, connector, receive, transmit, events, sockets, slot }
     }
 
     fn header(&mut self, key: Key, op: u16) -> Header {
-        let fwd_cnt = self.connections.get_mut(&key).map_or(0, Connection::fwd_cnt_for_packet);
+        let fwd_cnt = self.sockets.connections.get_mut(&key).map_or(0, Connection::fwd_cnt_for_packet);
         Header {
             src_cid: HOST_CID,
             dst_cid: self.cid,
@@ -111,32 +82,32 @@ impl Muxer {
     /// Queues a packet without data for the guest.
     fn send_control(&mut self, key: Key, op: u16) {
         let header = self.header(key, op);
-        self.control_packets.push_back(header);
+        self.sockets.control_packets.push_back(header);
     }
 
     /// Adds a connection to the send queue, where it is not in it.
     fn queue_send(&mut self, key: Key) {
-        if let Some(connection) = self.connections.get_mut(&key)
+        if let Some(connection) = self.sockets.connections.get_mut(&key)
             && !std::mem::replace(&mut connection.queued, true)
         {
-            self.send_queue.push_back(key);
+            self.sockets.send_queue.push_back(key);
         }
     }
 
     fn add(&mut self, key: Key, connection: Connection, ops: &mut EventOps<'_>) {
         let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
         watch(ops, Events::new(&connection.stream, events));
-        self.by_fd.insert(connection.stream.as_raw_fd(), key);
-        self.connections.insert(key, connection);
+        self.sockets.by_fd.insert(connection.stream.as_raw_fd(), key);
+        self.sockets.connections.insert(key, connection);
     }
 
     fn remove(&mut self, key: Key, ops: &mut EventOps<'_>) {
-        if let Some(connection) = self.connections.remove(&key) {
-            self.by_fd.remove(&connection.stream.as_raw_fd());
-            self.unsent_bytes = self.unsent_bytes.saturating_sub(connection.unsent_bytes());
+        if let Some(connection) = self.sockets.connections.remove(&key) {
+            self.sockets.by_fd.remove(&connection.stream.as_raw_fd());
+            self.sockets.unsent_bytes = self.sockets.unsent_bytes.saturating_sub(connection.unsent_bytes());
             if connection.queued {
                 // A guest that connects and resets over and over would fill the queue with keys of connections that are gone.
-                self.send_queue.retain(|queued| *queued != key);
+                self.sockets.send_queue.retain(|queued| *queued != key);
             }
             if let Err(error) = ops.remove(Events::new(&connection.stream, EventSet::IN)) {
                 log::debug!("vsock: cannot remove a socket from the event loop: {error}");
@@ -154,8 +125,8 @@ impl Muxer {
     fn accept(&mut self, ops: &mut EventOps<'_>) {
         let Some(listener) = self.listener.clone() else { return };
         loop {
-            self.accept_paused = self.connections.len() >= MAX_CONNECTIONS;
-            if self.accept_paused {
+            self.sockets.accept_paused = self.sockets.connections.len() >= MAX_CONNECTIONS;
+            if self.sockets.accept_paused {
                 return;
             }
             match listener.socket().accept() {
@@ -177,9 +148,9 @@ impl Muxer {
     /// Returns a local port that no connection has.
     fn free_port(&mut self) -> u32 {
         loop {
-            let port = self.next_local;
-            self.next_local = port.checked_add(1).unwrap_or(FIRST_LOCAL_PORT);
-            if !self.connections.keys().any(|key| key.local == port) {
+            let port = self.sockets.next_local;
+            self.sockets.next_local = port.checked_add(1).unwrap_or(FIRST_LOCAL_PORT);
+            if !self.sockets.connections.keys().any(|key| key.local == port) {
                 return port;
             }
         }
@@ -187,7 +158,7 @@ impl Muxer {
 
     /// Reads `CONNECT PORT\n`, a byte at a time, as what follows is data for the guest.
     fn read_connect_line(&mut self, key: Key, ops: &mut EventOps<'_>) {
-        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let Some(connection) = self.sockets.connections.get_mut(&key) else { return };
         let mut byte = [0];
         while connection.line.last() != Some(&b'\n') {
             match connection.stream.read(&mut byte) {
@@ -204,13 +175,13 @@ impl Muxer {
         };
         let named = Key { peer, ..key };
         // The guest can have a connection of its own with this port of the host.
-        if self.connections.contains_key(&named) && named != key {
+        if self.sockets.connections.contains_key(&named) && named != key {
             return self.remove(key, ops);
         }
-        let Some(mut connection) = self.connections.remove(&key) else { return };
+        let Some(mut connection) = self.sockets.connections.remove(&key) else { return };
         connection.state = State::Requested;
-        self.by_fd.insert(connection.stream.as_raw_fd(), named);
-        self.connections.insert(named, connection);
+        self.sockets.by_fd.insert(connection.stream.as_raw_fd(), named);
+        self.sockets.connections.insert(named, connection);
         self.send_control(named, OP_REQUEST);
     }
 
@@ -219,7 +190,7 @@ impl Muxer {
         let memory = self.transmit.memory();
         loop {
             self.transmit.disable_notification();
-            while self.control_packets.len() < MAX_CONTROL_PACKETS
+            while self.sockets.control_packets.len() < MAX_CONTROL_PACKETS
                 && let Some(mut chain) = self.transmit.pop(&memory)
             {
                 if let Some(header) = Header::read(&mut chain.readable) {
@@ -229,7 +200,7 @@ impl Muxer {
             }
             self.transmit.notify();
             // Where too many control packets wait, the kick of the receive queue for new buffers continues.
-            if self.control_packets.len() >= MAX_CONTROL_PACKETS || !self.transmit.enable_notification() {
+            if self.sockets.control_packets.len() >= MAX_CONTROL_PACKETS || !self.transmit.enable_notification() {
                 return;
             }
         }
@@ -243,12 +214,12 @@ impl Muxer {
         if header.kind != TYPE_STREAM {
             // A reset of the same type (virtio 1.3 §5.10.6.4.2).
             let reset = Header { kind: header.kind, ..self.header(key, OP_RST) };
-            self.control_packets.push_back(reset);
+            self.sockets.control_packets.push_back(reset);
             return;
         }
         // The guest does not know of a connection whose guest port is not known yet.
         let is_known = |connection: &&mut Connection| connection.state != State::AwaitingConnectLine;
-        let Some(connection) = self.connections.get_mut(&key).filter(is_known) else {
+        let Some(connection) = self.sockets.connections.get_mut(&key).filter(is_known) else {
             return self.receive_unconnected(key, header, ops);
         };
         connection.update_credit(header.buf_alloc, header.fwd_cnt);
@@ -256,9 +227,11 @@ impl Muxer {
             OP_RST => return self.remove(key, ops),
             OP_CREDIT_REQUEST => self.send_control(key, OP_CREDIT_UPDATE),
             _ => {
-                let (before, room) = (connection.unsent_bytes(), MAX_UNSENT_BYTES.saturating_sub(self.unsent_bytes));
+                let (before, room) =
+                    (connection.unsent_bytes(), MAX_UNSENT_BYTES.saturating_sub(self.sockets.unsent_bytes));
                 let handled = handle_packet(connection, key, header, data, room);
-                self.unsent_bytes = (self.unsent_bytes + connection.unsent_bytes()).saturating_sub(before);
+                self.sockets.unsent_bytes =
+                    (self.sockets.unsent_bytes + connection.unsent_bytes()).saturating_sub(before);
                 if let Err(error) = handled {
                     log::debug!("vsock: {key:?} is reset: {}", error_chain(&error));
                     return self.reset(key, ops);
@@ -270,7 +243,7 @@ impl Muxer {
 
     /// Handles the guest's request to connect to a port of the host.
     fn connect(&mut self, key: Key, header: &Header, ops: &mut EventOps<'_>) {
-        if self.connections.len() + self.pending.len() >= MAX_CONNECTIONS {
+        if self.sockets.connections.len() + self.sockets.pending.len() >= MAX_CONNECTIONS {
             log::info!("vsock: connection to port {} refused: there are {MAX_CONNECTIONS} connections", key.local);
             return self.send_control(key, OP_RST);
         }
@@ -284,7 +257,7 @@ impl Muxer {
         match requested {
             Ok(number) => {
                 let Header { buf_alloc, fwd_cnt, .. } = *header;
-                self.pending.push(Pending { number, key, buf_alloc, fwd_cnt });
+                self.sockets.pending.push(Pending { number, key, buf_alloc, fwd_cnt });
             }
             Err(error) => self.refuse(key, &error),
         }
@@ -304,11 +277,13 @@ impl Muxer {
     fn take_answers(&mut self, ops: &mut EventOps<'_>) {
         while let Some(answer) = self.connector.answer() {
             // Otherwise the guest does not want it any longer, or the device was reset: the connection is closed.
-            let Some(index) = self.pending.iter().position(|pending| pending.number == answer.number) else { continue };
-            let Pending { key, buf_alloc, fwd_cnt, .. } = self.pending.swap_remove(index);
+            let Some(index) = self.sockets.pending.iter().position(|pending| pending.number == answer.number) else {
+                continue;
+            };
+            let Pending { key, buf_alloc, fwd_cnt, .. } = self.sockets.pending.swap_remove(index);
             match answer.result {
                 // The guest uses a port that hwvmm has given to a host program meanwhile.
-                Ok(_) if self.connections.contains_key(&key) => {}
+                Ok(_) if self.sockets.connections.contains_key(&key) => {}
                 Ok(stream) => {
                     let mut connection = Connection::new(stream, State::Established);
                     connection.update_credit(buf_alloc, fwd_cnt);
@@ -323,9 +298,9 @@ impl Muxer {
 
     /// Handles a packet without a connection.
     fn receive_unconnected(&mut self, key: Key, header: &Header, ops: &mut EventOps<'_>) {
-        let before = self.pending.len();
-        self.pending.retain(|pending| pending.key != key);
-        let was_pending = self.pending.len() < before;
+        let before = self.sockets.pending.len();
+        self.sockets.pending.retain(|pending| pending.key != key);
+        let was_pending = self.sockets.pending.len() < before;
         match header.op {
             OP_RST => {}
             OP_REQUEST if !was_pending => self.connect(key, header, ops),
@@ -338,9 +313,9 @@ impl Muxer {
     fn send_packets(&mut self, memory: &Memory, ops: &mut EventOps<'_>) {
         loop {
             self.receive.disable_notification();
-            while !self.control_packets.is_empty() || !self.send_queue.is_empty() {
+            while !self.sockets.control_packets.is_empty() || !self.sockets.send_queue.is_empty() {
                 let Some(mut chain) = self.receive.pop(memory) else { break };
-                let written = match self.control_packets.pop_front() {
+                let written = match self.sockets.control_packets.pop_front() {
                     Some(header) => Some(chain.writable.write(&header.to_bytes())),
                     None => self.write_data_packet(&mut chain, ops),
                 };
@@ -350,7 +325,7 @@ impl Muxer {
                 }
             }
             self.receive.notify();
-            let waiting = !self.control_packets.is_empty() || !self.send_queue.is_empty();
+            let waiting = !self.sockets.control_packets.is_empty() || !self.sockets.send_queue.is_empty();
             // Kicks for new receive buffers are needed only where packets wait for them.
             if !waiting || !self.receive.enable_notification() {
                 return;
@@ -361,8 +336,8 @@ impl Muxer {
     /// Writes a packet of the next connection in the send queue to `chain` and returns its length in bytes. `None` where the
     /// connection has no data.
     fn write_data_packet(&mut self, chain: &mut Chain<'_>, ops: &mut EventOps<'_>) -> Option<usize> {
-        let key = self.send_queue.pop_front()?;
-        let connection = self.connections.get_mut(&key)?;
+        let key = self.sockets.send_queue.pop_front()?;
+        let connection = self.sockets.connections.get_mut(&key)?;
         connection.queued = false;
         if connection.is_closed() {
             self.reset(key, ops);
@@ -404,7 +379,7 @@ impl Muxer {
 
     /// Handles events of a connection's socket.
     fn handle_socket_event(&mut self, key: Key, set: EventSet, ops: &mut EventOps<'_>) {
-        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let Some(connection) = self.sockets.connections.get_mut(&key) else { return };
         if connection.state == State::AwaitingConnectLine {
             return self.read_connect_line(key, ops);
         }
@@ -413,7 +388,7 @@ impl Muxer {
         }
         let before = connection.unsent_bytes();
         let flushed = connection.flush();
-        self.unsent_bytes = (self.unsent_bytes + connection.unsent_bytes()).saturating_sub(before);
+        self.sockets.unsent_bytes = (self.sockets.unsent_bytes + connection.unsent_bytes()).saturating_sub(before);
         if flushed.is_err() {
             return self.reset(key, ops);
         }
@@ -457,25 +432,30 @@ fn handle_packet(
 impl MutEventSubscriber for Muxer {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let fd = events.fd();
+        if let Some(events) = &mut self.events
+            && fd == events.queue().kick().as_raw_fd()
+        {
+            return events.send();
+        }
         if self.listener.as_ref().is_some_and(|listener| fd == listener.socket().as_raw_fd()) {
             self.accept(ops);
         } else if fd == self.connector.as_fd().as_raw_fd() {
             self.take_answers(ops);
-        } else if let Some(key) = self.by_fd.get(&fd).copied() {
+        } else if let Some(key) = self.sockets.by_fd.get(&fd).copied() {
             self.handle_socket_event(key, events.event_set(), ops);
         }
         self.receive.take_kicks();
         self.transmit.take_kicks();
-        if self.accept_paused && self.connections.len() < MAX_CONNECTIONS {
+        if self.sockets.accept_paused && self.sockets.connections.len() < MAX_CONNECTIONS {
             self.accept(ops);
         }
         let memory = self.receive.memory();
         loop {
             self.receive_packets(ops);
-            let before = self.control_packets.len();
+            let before = self.sockets.control_packets.len();
             self.send_packets(&memory, ops);
             // Continue where the guest's packets were not handled, as too many control packets waited, and now fewer do.
-            if before < MAX_CONTROL_PACKETS || self.control_packets.len() >= MAX_CONTROL_PACKETS {
+            if before < MAX_CONTROL_PACKETS || self.sockets.control_packets.len() >= MAX_CONTROL_PACKETS {
                 return;
             }
         }
@@ -487,6 +467,14 @@ impl MutEventSubscriber for Muxer {
         let listener = self.listener.as_ref().map(|listener| listener.socket().as_fd());
         for socket in listener.into_iter().chain([self.connector.as_fd()]) {
             watch(ops, Events::new(&socket, EventSet::IN | EventSet::EDGE_TRIGGERED));
+        }
+        // Those from before a pause.
+        for connection in self.sockets.connections.values() {
+            watch(ops, Events::new(&connection.stream, EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED));
+        }
+        if let Some(events) = &mut self.events {
+            watch(ops, Events::new(events.queue().kick(), EventSet::IN));
+            events.send();
         }
     }
 }

@@ -9,6 +9,7 @@ use super::spec::HOST_CID;
 use super::{Served, Vsock};
 use crate::memory::{Buffers, Memory};
 use crate::virtio::mock::{Driver, Used};
+use crate::virtio::saved::{DeviceState, PortPair, VirtioState, VsockState};
 use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -326,5 +327,99 @@ proptest! {
         driver.submit(0, &[], &[4096]);
         send(&mut driver, packet(OP_REQUEST, 1, 1234, 0), &[]);
         prop_assert_eq!(driver.wait_used(0).len as usize, HEADER_BYTES);
+    }
+}
+
+/// Connections go on over a pause, also with what was on its way in both directions.
+#[test]
+fn a_pause_closes_no_connection() {
+    let (folder, mut driver) = device();
+    let listener = UnixListener::bind(folder.path().join("v_77")).expect("a socket");
+    send(&mut driver, packet(OP_REQUEST, 1000, 77, 0), &[]);
+    let mut socket = patient(listener.accept().expect("a stream").0);
+    assert_eq!(receive(&mut driver).0.op, OP_RESPONSE);
+    for round in 0..20_u8 {
+        driver.device().pause(Instant::now() + Duration::from_secs(20)).expect("paused");
+        socket.write_all(&[round; 9]).expect("room");
+        driver.submit(1, &[&packet(OP_RW, 1000, 77, 7).to_bytes(), &[round; 7]], &[]);
+        assert!(driver.device().resume());
+        let mut seen = [0; 7];
+        socket.read_exact(&mut seen).expect("in time");
+        assert_eq!(seen, [round; 7]);
+        driver.wait_used(1);
+        let (header, data) = receive(&mut driver);
+        assert_eq!((header.op, data.as_slice()), (OP_RW, &[round; 9][..]));
+    }
+    // A reset closes it.
+    driver.start(u64::MAX);
+    assert_eq!(socket.read(&mut [0]).expect("in time"), 0);
+}
+
+/// The guest of a snapshot is told once that its connections are gone, as soon as it has a buffer for that.
+#[test]
+fn a_new_device_resets_the_transport() {
+    for buffer_before in [true, false] {
+        let (folder, mut driver) = device();
+        let listener = UnixListener::bind(folder.path().join("v_77")).expect("a socket");
+        send(&mut driver, packet(OP_REQUEST, 1000, 77, 0), &[]);
+        let mut old = patient(listener.accept().expect("a stream").0);
+        assert_eq!(receive(&mut driver).0.op, OP_RESPONSE);
+        let submitted = buffer_before.then(|| driver.submit(2, &[], &[4]));
+        let other = tempfile::tempdir().expect("a folder");
+        driver.replace(Box::new(super::mock::device(9, &other.path().join("v")).expect("a socket"))).expect("restored");
+        assert_eq!(old.read(&mut [0]).expect("in time"), 0, "it is closed");
+        assert!(driver.device().resume());
+        let submitted = submitted.unwrap_or_else(|| driver.submit(2, &[], &[4]));
+        let Used { head, len } = driver.wait_used(2);
+        assert_eq!((head, driver.contents(&submitted, len)), (u32::from(submitted.head), vec![0; 4]));
+        driver.submit(2, &[], &[4]);
+        // Packets of the old connection are refused, and new ones are made.
+        send(&mut driver, packet(OP_RW, 1000, 77, 1), b"x");
+        assert_eq!(receive(&mut driver).0.op, OP_RST);
+        let listener = UnixListener::bind(other.path().join("v_77")).expect("a socket");
+        send(&mut driver, packet(OP_REQUEST, 1001, 77, 0), &[]);
+        drop(listener.accept().expect("a stream"));
+        assert_eq!(receive(&mut driver).0.op, OP_RESPONSE);
+        assert_eq!(driver.poll_used(2), None, "once");
+    }
+}
+
+/// A connection that was asked for while the machine was saved is refused at once: the guest does not wait for it until its time is up.
+#[test]
+fn a_new_device_refuses_what_had_no_answer() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let device = super::mock::device(9, &folder.path().join("v")).expect("a socket");
+    // Without a buffer for the answers.
+    let mut driver = Driver::running(Box::new(device));
+    let _listener = UnixListener::bind(folder.path().join("v_77")).expect("a socket");
+    send(&mut driver, packet(OP_REQUEST, 1000, 77, 0), &[]);
+    send(&mut driver, packet(OP_REQUEST, 1001, 99, 0), &[]);
+    std::thread::sleep(Duration::from_millis(50));
+    let other = tempfile::tempdir().expect("a folder");
+    driver.replace(Box::new(super::mock::device(9, &other.path().join("v")).expect("a socket"))).expect("restored");
+    assert!(driver.device().resume());
+    for _ in 0..2 {
+        driver.submit(0, &[], &[4096]);
+    }
+    let mut refused: Vec<_> =
+        (0..2).map(|_| receive(&mut driver).0).map(|header| (header.op, header.dst_port)).collect();
+    refused.sort_unstable();
+    assert_eq!(refused, [(OP_RST, 1000), (OP_RST, 1001)]);
+}
+
+#[test]
+fn states_of_other_socket_devices_are_refused() {
+    let (folder, mut driver) = device();
+    driver.device().pause(Instant::now() + Duration::from_secs(20)).expect("paused");
+    let good = driver.device().save().expect("a state");
+    let of = |cid, connections| VirtioState {
+        device: DeviceState::Vsock(VsockState { cid, unanswered: vec![PortPair { host: 1, guest: 2 }; connections] }),
+        ..good.clone()
+    };
+    for (number, (state, fits)) in
+        [(of(9, 0), true), (of(9, 4096), true), (of(9, 4097), false), (of(8, 0), false)].into_iter().enumerate()
+    {
+        let device = super::mock::device(9, &folder.path().join(format!("w{number}"))).expect("a socket");
+        assert_eq!(driver.replace_with(Box::new(device), &state).is_ok(), fits);
     }
 }

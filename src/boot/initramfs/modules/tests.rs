@@ -20,7 +20,7 @@ fn look(tree: &Path, given: Option<&Path>, drivers: &[Driver]) -> Result<Modules
         Places { kernel: &tree.join("boot/vmlinuz"), given },
         "6.1-x",
         drivers,
-        Some(AgentLink::Ports),
+        LinkChoice::VsockFirst,
         Isolation::None,
     )
 }
