@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand.
 
 mod bench;
+mod clone;
 mod ctl;
 mod doctor;
 mod mmu;
@@ -58,7 +59,7 @@ Exit status:
   32   the guest reset itself           33   triple fault
   34   the guest panicked               35   all vCPUs halted with interrupts off
   36   the guest's watchdog ran out     37   KVM cannot run the guest further
-  38   --expect matched no line         39   more exits than --budget allows
+  38   no --expect or --snapshot-at      39   more exits than --budget allows
   40   the machine's process crashed    41   the guest has no status for the command
   42   hwvmm failed
   124  --timeout, --boot-timeout        130  Ctrl-A x
@@ -169,6 +170,13 @@ enum Command {
                             no machine answers or it refuses."
     )]
     Ctl(ctl::Args),
+    /// Run many clones of a snapshot at once
+    #[command(
+        after_help = "Examples:\n  hwvmm clone snapshot -n 20\n  hwvmm clone snapshot -n 20 --json -- --expect '^done$'\n\nThe clones share \
+                            the memory that they do not write. Exit status: 0 if all runs ended with 0, 1 if one did not, 2 for a wrong \
+                            option, 42 where hwvmm failed."
+    )]
+    Clone(clone::Args),
     /// Unpack the kernel in a bzImage into an ELF file
     #[command(
         after_help = "Example: hwvmm unpack vmlinuz --output vmlinux\n\nExit status: 0; 1 where the kernel cannot be unpacked; 2 for \
@@ -212,6 +220,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(*args),
         Command::Test(args) => test::run(&args),
         Command::Ctl(args) => ctl::run(&args),
+        Command::Clone(args) => clone::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Top(args) => top::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -5,7 +5,7 @@ use super::report;
 use super::result_file::ResultFile;
 use super::status_file::StatusRecord;
 use crate::boot::initramfs::TerminalSize;
-use crate::config::{Budget, OnReboot, Requirement, RunConfig, RunOptions, StatsFormat, read_file};
+use crate::config::{Budget, Moment, OnReboot, Pattern, Requirement, RunConfig, RunOptions, StatsFormat, read_file};
 use crate::console::{RawTerminal, StreamFlags, discard_input, terminal_size};
 use crate::error::chain;
 use crate::escape::{escape_json, escape_text};
@@ -18,7 +18,7 @@ use crate::profile::budget::check;
 use crate::profile::render::{Format, Style, render};
 use crate::profile::{self, Profile, RunStats, RunSymbols};
 use crate::sandbox::keep_from_machine;
-use crate::snapshot::{FolderError, Opened, RecordingFolder};
+use crate::snapshot::{Draft, FolderError, Opened, RecordingFolder};
 use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, SuperviseError, Supervised};
 use hwvmm_devices::path_text::PathText as _;
 use std::cell::OnceCell;
@@ -135,6 +135,7 @@ fn run_guest(
     if let Some(snapshot) = &snapshot {
         configure(&mut config, snapshot.description())?;
     }
+    let draft = config.snapshot_at.as_ref().map(|at| Draft::new(&at.dir)).transpose()?;
     let recording = recording(&config, snapshot.as_ref())?;
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     let host = Host::at(Path::new("/"));
@@ -149,7 +150,8 @@ fn run_guest(
         config: &config,
         snapshot: snapshot.as_ref(),
         recording: recording.as_ref(),
-        expect: config.expect.as_ref().map(|pattern| pattern.0.clone()),
+        saving: draft.as_ref(),
+        expect: expected(&config).map(|pattern| pattern.0.clone()),
         stdin: if terminal.is_some() || uses_stdin(&config) && io::stdin().is_terminal() {
             Stdin::Terminal
         } else {
@@ -169,8 +171,14 @@ fn run_guest(
     };
     let Done { record, stats, kernel_log } = start_until_done(&plan)?;
     crate::logging::report_suppressed();
-    let expects = plan.expect.is_some();
-    let end = if expects { record.end.reason.clone().without_the_expected() } else { record.end.reason.clone() };
+    let end = match (&draft, &config.expect) {
+        (Some(_), _) => record.end.reason.clone().without_the_snapshot(),
+        (None, Some(_)) => record.end.reason.clone().without_the_expected(),
+        (None, None) => record.end.reason.clone(),
+    };
+    if let Some(draft) = draft.filter(|_| end == EndReason::Saved) {
+        draft.keep()?;
+    }
     let results =
         Results { config: &config, files, record: &record, end: &end, budget: &budget, kernel_log: &kernel_log };
     let (within, failed) = results.show(stats);
@@ -185,6 +193,14 @@ fn run_guest(
         (status, None) => status,
     };
     Ok(Ended { end, status, entry: record.entry })
+}
+
+/// The pattern that a line of a console is to match.
+fn expected(config: &RunConfig) -> Option<&Pattern> {
+    match config.snapshot_at.as_ref().map(|at| &at.moment) {
+        Some(Moment::Line(pattern)) => Some(pattern),
+        Some(Moment::Mark(_)) | None => config.expect.as_ref(),
+    }
 }
 
 /// The folder in which the pages are written down that the guest uses, where that is wanted.
@@ -375,6 +391,7 @@ impl Results<'_> {
             | EndReason::Seen(_)
             | EndReason::Quit
             | EndReason::Stopped
+            | EndReason::Saved
             | EndReason::Unbootable(_)
             | EndReason::Signal(_) => false,
             EndReason::PowerOff
@@ -388,6 +405,7 @@ impl Results<'_> {
             | EndReason::Watchdog
             | EndReason::Kvm(_)
             | EndReason::NotSeen(_)
+            | EndReason::NotSaved(_)
             | EndReason::TimedOut(_)
             | EndReason::NotBooted(_)
             | EndReason::Failed(_)

@@ -13,6 +13,7 @@ use super::error::ConfigError;
 use super::given::{Given, from_toml};
 use super::machine::{Cpus, Memory};
 use super::module::ModuleConfig;
+use super::snapshot_at::SnapshotAt;
 use super::value::Value;
 use crate::tune::{Lever, Tune};
 use std::ffi::{OsStr, OsString};
@@ -291,6 +292,10 @@ options! {
         /// 64 KiB of a longer one. A line without an end, such as a prompt, is matched when no console has had output for 200 ms, and
         /// when the guest has shut down, halted or reset itself
         expect: Option<Pattern>, [long] "REGEX";
+        /// Save the machine in the new folder DIR, as `hwvmm ctl SOCKET snapshot` does, and end the run with status 0: as soon as the guest has
+        /// written the number N to the mark port (0x508, 4 bytes), or a line of a console matches (as with --expect). With status 38 if the
+        /// guest ends before. `hwvmm run --from DIR` goes on from there
+        snapshot_at: Option<SnapshotAt>, [long] "WHEN" becomes Option<SnapshotAt> = given.saving()?;
         /// What a reset by the guest does
         on_reboot: Option<OnReboot>, [long] "ACTION" default "exit";
     }
@@ -321,6 +326,14 @@ options! {
         trap_msrs: Option<bool>, [long] "on|off" or "on" default "off";
         /// Levers that avoid exits; "all=off" turns all off, "help" lists them and what each saves
         tune: Vec<Levers>, [long] "LIST" becomes Tune = given.levers()?;
+    }
+}
+
+impl RunConfig {
+    /// Returns true if a snapshot can be asked for.
+    #[must_use]
+    pub fn can_be_saved(&self) -> bool {
+        self.api.is_some() || self.snapshot_at.is_some()
     }
 }
 

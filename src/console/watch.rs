@@ -303,6 +303,8 @@ impl Watch {
             | EndReason::NotBooted(_)
             | EndReason::Quit
             | EndReason::Stopped
+            | EndReason::Saved
+            | EndReason::NotSaved(_)
             | EndReason::Signal(_)
             | EndReason::Unbootable(_)
             | EndReason::Failed(_)

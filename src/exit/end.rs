@@ -169,6 +169,8 @@ kinds! {
     NotBooted "not-booted" Self::NotBooted(_),
     Quit "quit" Self::Quit,
     Stopped "stopped" Self::Stopped,
+    Saved "saved" Self::Saved,
+    NotSaved "not-saved" Self::NotSaved(_),
     Signal "signal" Self::Signal(_),
     Unbootable "unbootable" Self::Unbootable(_),
     Failed "failed" Self::Failed(_),
@@ -214,6 +216,10 @@ pub enum EndReason {
     Quit,
     /// `hwvmm ctl SOCKET stop`.
     Stopped,
+    /// The snapshot of `--snapshot-at` is made.
+    Saved,
+    /// The guest ended, cleanly, before the snapshot of `--snapshot-at` was made.
+    NotSaved(Box<EndReason>),
     /// A signal to hwvmm.
     Signal(Signal),
     /// The kernel is none that can be booted so: why. The guest never ran.
@@ -229,7 +235,7 @@ impl EndReason {
     #[must_use]
     pub fn status(&self) -> u8 {
         match self {
-            Self::PowerOff | Self::SystemHalted | Self::Seen(_) | Self::Stopped => status::OK,
+            Self::PowerOff | Self::SystemHalted | Self::Seen(_) | Self::Stopped | Self::Saved => status::OK,
             Self::Reset => status::RESET,
             Self::TripleFault => status::TRIPLE_FAULT,
             Self::Panicked(_) => status::PANIC,
@@ -239,7 +245,7 @@ impl EndReason {
             Self::NoCommand(_) | Self::NoCommandStatus(_) => status::NO_COMMAND_STATUS,
             Self::Watchdog => status::WATCHDOG,
             Self::Kvm(_) => status::KVM,
-            Self::NotSeen(_) => status::NOT_SEEN,
+            Self::NotSeen(_) | Self::NotSaved(_) => status::NOT_SEEN,
             Self::TimedOut(_) | Self::NotBooted(_) => status::TIMEOUT,
             Self::Quit => status::QUIT,
             Self::Signal(signal) => 128 + signal.number(),
@@ -262,10 +268,11 @@ impl EndReason {
             | Self::Seen(_)
             | Self::Quit
             | Self::Stopped
+            | Self::Saved
             | Self::Unbootable(_) => true,
             // SIGQUIT is how one asks a program for what it knows.
             Self::Signal(signal) => *signal != Signal::QUIT,
-            Self::NotSeen(end) => end.is_clean(),
+            Self::NotSeen(end) | Self::NotSaved(end) => end.is_clean(),
             Self::TripleFault
             | Self::Panicked(_)
             | Self::Halted
@@ -292,6 +299,17 @@ impl EndReason {
     pub fn without_the_expected(self) -> Self {
         match self {
             Self::PowerOff | Self::SystemHalted | Self::Reset | Self::Stopped => Self::NotSeen(Box::new(self)),
+            other => other,
+        }
+    }
+
+    /// The end of a run that was to make a snapshot: a clean end without it becomes [`EndReason::NotSaved`].
+    #[must_use]
+    pub fn without_the_snapshot(self) -> Self {
+        match self {
+            Self::PowerOff | Self::SystemHalted | Self::Reset | Self::Stopped | Self::Seen(_) => {
+                Self::NotSaved(Box::new(self))
+            }
             other => other,
         }
     }
@@ -322,6 +340,8 @@ impl fmt::Display for EndReason {
             Self::NotBooted(after) => write!(f, "the guest had not booted after {} s", after.as_secs_f64()),
             Self::Quit => f.write_str("ended by the user"),
             Self::Stopped => f.write_str("stopped through the control socket"),
+            Self::Saved => f.write_str("the snapshot is made"),
+            Self::NotSaved(end) => write!(f, "{end}, and no snapshot was made"),
             Self::Signal(signal) => write!(f, "ended by {signal}"),
             Self::Unbootable(what) | Self::Failed(what) => f.write_str(&escape(what, MAX_BYTES)),
             Self::Crashed(Crash::Refused(what)) => {

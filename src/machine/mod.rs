@@ -21,6 +21,7 @@ mod request;
 mod restore;
 mod run;
 mod save;
+mod saving;
 mod seed;
 mod setup;
 mod testdev;
@@ -176,7 +177,7 @@ impl Machine {
             watches: devices.watches,
             resized: devices.resized,
             saved: devices.saved,
-            msrs: if config.api.is_some() { system.msrs()?.into() } else { Arc::default() },
+            msrs: if config.can_be_saved() { system.msrs()?.into() } else { Arc::default() },
             ram,
             boot: loaded.method(),
             passt,

@@ -8,11 +8,12 @@ use super::net::Passt;
 use super::paused::VirtioDevices;
 use super::request::requests;
 use super::save::Parts;
+use super::saving::Saving;
 use super::working_set::Recorder;
 use super::{Event, Machine, Setup};
 use crate::config::ProfileLevel;
 use crate::console::{Input, UnreadInput, Watch, terminal_size};
-use crate::control::{Live, Server};
+use crate::control::{Live, RequestError, Server};
 use crate::event_loop::{EventLoop, EventLoopError, OnReadable};
 use crate::exit::handler::BusKind;
 use crate::exit::{EndReason, Handler, RunEnd};
@@ -54,6 +55,9 @@ pub enum RunError {
     /// The process cannot be confined.
     #[error("cannot confine the machine's process; --sandbox=off runs it without")]
     Sandbox(#[from] SandboxError),
+    /// The machine that is to be saved has devices whose state cannot be.
+    #[error("--snapshot-at")]
+    Unsaved(#[source] RequestError),
     /// A thread of a device cannot be started.
     #[error(transparent)]
     Device(#[from] TransportError),
@@ -170,7 +174,10 @@ pub struct Ran {
 pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let Machine { vcpus, vm, virtio, api, handler, control, input, watches, resized, saved, .. } = machine;
     let Machine { msrs, ram, boot, register_pages, passt, .. } = machine;
-    let live = api.as_ref().map(Server::live);
+    let of_api = api.as_ref().map(Server::live);
+    let live = of_api.or_else(|| setup.saving.map(|_| Arc::default()));
+    let saving =
+        setup.saving.zip(live.clone()).map(|(files, live)| Saving::new(setup.config, files, live)).transpose()?;
     let unread = input.as_ref().map(Input::unread);
     let mut event_loop = listen(&control, Sources { input, api, requests: setup.requests, resized })?;
     let halt_detector = HaltDetector::new(&vcpus);
@@ -215,6 +222,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
             deadline: setup.output_deadline,
             timeout: setup.config.boot_timeout.unwrap_or_default(),
         },
+        saving,
         recorder,
     };
     let result = limits.wait(&mut event_loop, &threads);

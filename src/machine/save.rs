@@ -49,7 +49,7 @@ pub(super) struct Parts {
 }
 
 /// The options of devices whose state cannot be saved.
-fn unsaved(config: &RunConfig) -> Vec<&'static str> {
+pub(super) fn unsaved(config: &RunConfig) -> Vec<&'static str> {
     let options = [
         ("a command (-- COMMAND)", config.has_command()),
         ("--seed", config.seed.is_some()),

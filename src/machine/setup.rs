@@ -7,7 +7,7 @@ use crate::console::{Announcements, UnreadInput};
 use crate::exit::RunEnd;
 use crate::measure::FlightRecorders;
 use crate::sandbox::Sandbox;
-use crate::snapshot::WorkingSet;
+use crate::snapshot::{Files as SnapshotFiles, WorkingSet};
 use hwvmm_arch::boot::BootMethod;
 use hwvmm_devices::virtio::vsock::Connector;
 use std::os::fd::BorrowedFd;
@@ -60,7 +60,9 @@ pub struct Setup<'a> {
     pub config: &'a RunConfig,
     /// The files that the guest is loaded from.
     pub files: &'a Files,
-    /// The pattern of `--expect`.
+    /// The files that the machine is saved to (`--snapshot-at`).
+    pub saving: Option<&'a SnapshotFiles>,
+    /// The pattern of `--expect`, or that of `--snapshot-at`.
     pub expect: Option<regex::bytes::Regex>,
     /// Where the kernel's log goes whose console is on [`crate::config::ConsoleTarget::Log`].
     pub kernel_log: Option<BorrowedFd<'a>>,

@@ -54,7 +54,7 @@ pub(super) struct BusLayout {
 /// one. No other machine has a use for it, and its interrupt takes the guest some exits.
 fn has_generation_id(config: &RunConfig, source: &Source) -> bool {
     match source {
-        Source::Kernel { .. } => config.api.is_some(),
+        Source::Kernel { .. } => config.can_be_saved(),
         Source::Snapshot { state, .. } => state.description.vmgenid,
     }
 }

@@ -10,6 +10,9 @@ use std::io::{self, Read};
 pub struct MemoryUse {
     /// Guest memory that is resident: what the guest has touched.
     pub guest_kib: u64,
+    /// Part of `guest_kib` that only this process has: pages that were written.
+    #[serde(default)]
+    pub guest_own_kib: u64,
     /// Everything else: code, heap, stacks, libraries.
     pub vmm_kib: u64,
     /// Part of `vmm_kib` that no other process shares.
@@ -58,6 +61,7 @@ impl MemoryUse {
             let kib = || rest.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
             match (field, in_guest) {
                 ("Rss:", true) => found.guest_kib += kib(),
+                ("Private_Dirty:", true) => found.guest_own_kib += kib(),
                 ("Rss:", false) => found.vmm_kib += kib(),
                 ("Private_Clean:" | "Private_Dirty:", false) => found.vmm_private_kib += kib(),
                 _ => {}
@@ -77,7 +81,7 @@ mod tests {
                      200000-400000 rw-p 0 00:00 0\nRss: 2048 kB\nPrivate_Dirty: 2048 kB\n\
                      7f00-7fff rw-p 0 00:00 0 [stack]\nRss: 12 kB\nPrivate_Dirty: 12 kB\n";
         let found = MemoryUse::parse(smaps, &[HvaRange { start: 0x20_0000, bytes: 0x20_0000 }]);
-        assert_eq!(found, MemoryUse { guest_kib: 2048, vmm_kib: 112, vmm_private_kib: 52 });
+        assert_eq!(found, MemoryUse { guest_kib: 2048, guest_own_kib: 2048, vmm_kib: 112, vmm_private_kib: 52 });
         assert!(MemoryUse::now(&[]).expect("/proc").vmm_kib > 0);
     }
 }

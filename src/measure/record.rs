@@ -273,7 +273,7 @@ pub(crate) mod tests {
             coalesced_writes: 3,
             vm_stats: Some(vec![stat("pages_2m", Kind::Instant, &[4])]),
             virtio: vec![VirtioQueue { device: "disk0".into(), queue: 0, kicks: 1, interrupts: 2, requests: 3 }],
-            memory: Some(MemoryUse { guest_kib: 1, vmm_kib: 2, vmm_private_kib: 1 }),
+            memory: Some(MemoryUse { guest_kib: 1, guest_own_kib: 1, vmm_kib: 2, vmm_private_kib: 1 }),
             trace: Some(TraceRecord {
                 vcpus: vec![Some(vm_record()), None],
                 mmu: BTreeMap::from([("kvm_mmu_get_page".into(), 9)]),

@@ -60,8 +60,8 @@ impl fmt::Display for RunStats {
         if let Some(memory) = &self.memory {
             writeln!(
                 f,
-                "memory: guest {} KiB, hwvmm {} KiB ({} KiB its own)",
-                memory.guest_kib, memory.vmm_kib, memory.vmm_private_kib
+                "memory: guest {} KiB ({} KiB its own), hwvmm {} KiB ({} KiB its own)",
+                memory.guest_kib, memory.guest_own_kib, memory.vmm_kib, memory.vmm_private_kib
             )?;
         }
         write!(

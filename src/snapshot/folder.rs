@@ -130,6 +130,16 @@ impl Draft {
         self.files.iter().map(AsFd::as_fd).collect()
     }
 
+    /// Copies of the descriptors of the files, for another process.
+    ///
+    /// # Errors
+    /// [`FolderError::Make`].
+    pub fn targets(&self) -> Result<Files, FolderError> {
+        let copies: io::Result<Vec<_>> = self.files().iter().map(BorrowedFd::try_clone_to_owned).collect();
+        let made = copies.map(check_targets).and_then(|files| files.ok_or_else(|| io::ErrorKind::InvalidData.into()));
+        made.map_err(|error| FolderError::Make(self.target.clone(), error))
+    }
+
     /// Gives the folder its name, once its files are on the disk.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ use crate::logging::{self, RelaySender};
 use crate::machine::{self, Disks, Event, Files, FromImage, Machine, Ran, Setup, Start};
 use crate::measure::{FlightRecorders, MAX_PROFILE_BYTES, MenuEntry};
 use crate::sandbox::{Mode, Sandbox};
-use crate::snapshot::Opened;
+use crate::snapshot::{Draft, Opened};
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::virtio::vsock::Connector;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
@@ -156,9 +156,11 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
             (Files::of_image(config, image, &progress)?, disks)
         }
     };
+    let saving = plan.saving.map(Draft::targets).transpose()?;
     let setup = Setup {
         config,
         files: &files,
+        saving: saving.as_ref(),
         expect: plan.expect.clone(),
         kernel_log: *kernel_log,
         announcements: Announcements::default(),

@@ -9,7 +9,9 @@ mod assembly;
 mod channel;
 mod channels;
 mod child;
+mod clones;
 mod kernel_log;
+mod lines;
 mod message;
 mod mounts;
 mod parent;
@@ -20,6 +22,7 @@ mod signals;
 mod streams;
 mod writable_shares;
 
+pub use clones::{CloneOutput, ClonePlan, CloneResult, clone_options, run_clones};
 pub use kernel_log::{Echo, KernelLogTarget};
 pub use parent::{SuperviseError, Supervised, run};
 pub use parent_death::{ParentDeathError, end_with_parent};

@@ -6,7 +6,7 @@ use crate::boot::initramfs::TerminalSize;
 use crate::config::RunConfig;
 use crate::kvm::System;
 use crate::machine::Stdin;
-use crate::snapshot::{Opened, RecordingFolder};
+use crate::snapshot::{Draft, Opened, RecordingFolder};
 use std::error::Error;
 use std::time::Instant;
 
@@ -21,7 +21,9 @@ pub struct Plan<'a> {
     pub snapshot: Option<&'a Opened>,
     /// Where the pages of memory are written down that the guest uses.
     pub recording: Option<&'a RecordingFolder>,
-    /// The pattern of `--expect`.
+    /// The files that the machine is saved to (`--snapshot-at`).
+    pub saving: Option<&'a Draft>,
+    /// The pattern of `--expect`, or that of `--snapshot-at`.
     pub expect: Option<regex::bytes::Regex>,
     /// The kind of stdin.
     pub stdin: Stdin,

@@ -155,6 +155,8 @@ fn of_end(facts: &Facts, stats: &Stats, complaints: Option<&str>) -> Option<Judg
         | EndKind::Kvm
         | EndKind::Seen
         | EndKind::NotSeen
+        | EndKind::Saved
+        | EndKind::NotSaved
         | EndKind::Unbootable
         | EndKind::Failed
         | EndKind::Crashed => None,
