@@ -14,8 +14,8 @@ fn snapshot(name: &str) -> (PathBuf, u32) {
     machine.snapshot(&snapshot);
     let output = text(&machine.output());
     machine.stop();
-    let whole = output.split_inclusive('\n').filter(|line| line.ends_with('\n') && line.len() == 9);
-    (snapshot, number(whole.last().expect("numbers").trim()))
+    let mut whole = output.split_inclusive('\n').filter(|line| line.ends_with('\n') && line.len() == 9);
+    (snapshot, number(whole.next_back().expect("numbers").trim()))
 }
 
 fn number(line: &str) -> u32 {
