@@ -8,6 +8,7 @@ use super::saved::{VirtioState, VirtioStateError};
 use super::transport::VirtioTransport;
 use crate::bus::BusDevice;
 use crate::memory::Memory;
+use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -140,6 +141,22 @@ impl Driver {
         let new = MmioDevice::new("mock", device, self.memory.clone(), Arc::clone(&self.interrupt)).expect("a device");
         new.restore(state)?;
         new.start_threads(&(Arc::new(|_| Ok(())) as ThreadStart)).expect("threads");
+        self.device = new;
+        Ok(())
+    }
+
+    /// As [`Driver::replace_with`], for a device whose threads may find that the host is another one.
+    ///
+    /// # Errors
+    /// Returns the error of the restore, or that of a thread.
+    pub fn try_replace_with(
+        &mut self,
+        device: Box<dyn VirtioDevice>,
+        state: &VirtioState,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let new = MmioDevice::new("mock", device, self.memory.clone(), Arc::clone(&self.interrupt))?;
+        new.restore(state)?;
+        new.start_threads(&(Arc::new(|_| Ok(())) as ThreadStart))?;
         self.device = new;
         Ok(())
     }

@@ -2,7 +2,7 @@
 //! system then uses.
 
 use super::policy::{Access, Rules};
-use super::tables::{Found, Limits, Place, Tables, file_id};
+use super::tables::{Found, Limits, Place, Restoring, Tables, file_id};
 use super::xattr::Attributes;
 use crate::virtio::saved::FileId;
 use fuse_backend_rs::abi::fuse_abi::CreateIn;
@@ -29,6 +29,8 @@ pub(super) struct GuardedFs {
     pub(super) root: FileId,
     /// Locked while `inner` changes its own tables, so that both always agree.
     tables: Mutex<Tables>,
+    /// What a snapshot has of it, until the first thread of the device looks it up.
+    pub(super) restoring: Mutex<Option<Restoring>>,
     /// The workers end, and the guest goes on with what it knows afterwards.
     keeps: AtomicBool,
 }
@@ -49,6 +51,7 @@ impl GuardedFs {
             rules,
             root,
             tables: Mutex::new(Tables::new(limits)),
+            restoring: Mutex::default(),
             keeps: AtomicBool::new(false),
         }
     }

@@ -66,6 +66,11 @@ pub enum ShareError {
     Busy,
 }
 
+/// A guest cannot go on with what it knew of a directory.
+#[derive(Debug, Error)]
+#[error("the snapshot cannot be used: its state of the shared directory")]
+struct RestoreError(#[source] DeviceFault);
+
 /// What to share, and how.
 #[derive(Clone, Debug)]
 pub struct FsOptions {
@@ -158,7 +163,11 @@ impl VirtioDevice for Fs {
 
     fn thread_preparation(&self) -> ThreadPreparation {
         let privileged_files = self.fs.rules().privileged_files;
-        Arc::new(move || thread::limit(privileged_files).map_err(Into::into))
+        let fs = Arc::clone(&self.fs);
+        Arc::new(move || {
+            thread::limit(privileged_files)?;
+            fs.finish_restore().map_err(|source| Box::new(RestoreError(source)) as _)
+        })
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

@@ -8,7 +8,7 @@
 
 use super::guard::GuardedFs;
 use super::policy::{Access, check_name, open_flags};
-use super::tables::{Handle, MAX_HANDLES, MAX_INODES, MAX_NUMBER, Node, Place, ROOT, Tables, file_id};
+use super::tables::{Handle, MAX_HANDLES, MAX_INODES, MAX_NUMBER, Node, Place, ROOT, Restoring, Tables, file_id};
 use crate::path_text::PathText as _;
 use crate::virtio::saved::{
     DeviceFault, FileContent, FileId, NodePlace, SaveFault, ShareHandle, ShareNode, ShareState,
@@ -19,6 +19,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 /// The most bytes of a share in a snapshot: all of a machine together may have 16 MiB.
@@ -134,33 +135,50 @@ impl GuardedFs {
         Ok(Some(ShareState { has_attributes, root: self.root, nodes, handles }))
     }
 
-    /// Looks up again what the guest knows, and opens what it has open. The guest has asked for nothing yet.
+    /// Takes what the guest is to know and have open. Its files are looked up again by [`Self::finish_restore`].
     ///
     /// # Errors
-    /// Where the state is of another directory or none of any, or an open file is not what it was.
+    /// Where the state is of another directory or none of any.
     pub(super) fn restore(&self, state: &ShareState) -> Result<(), DeviceFault> {
         if self.rules.access != Access::ReadOnly || self.root != state.root {
             return Err(DeviceFault::OtherShare);
         }
         let places = check(state)?;
-        let mut tables = self.tables();
-        let (limits, needed) = (tables.limits(), (state.nodes.len(), state.handles.len()));
+        let (limits, needed) = (self.tables().limits(), (state.nodes.len(), state.handles.len()));
         if needed.0 > limits.inodes || needed.1 > limits.handles {
             return Err(DeviceFault::ManyFiles { files: needed.0.saturating_add(needed.1) });
         }
+        let nodes =
+            state.nodes.iter().zip(places).map(|(node, place)| {
+                (node.number, Node { inner: None, lookups: node.lookups, file: node.file, place })
+            });
+        let restoring = Restoring { nodes: nodes.collect(), handles: state.handles.clone() };
+        *self.restoring.lock().unwrap_or_else(PoisonError::into_inner) = Some(restoring);
+        self.has_attributes.store(state.has_attributes, Ordering::Relaxed);
+        self.keep(true);
+        Ok(())
+    }
+
+    /// Looks up again what the guest knows, and opens what it has open, where there is a snapshot's. To be called on a thread of the device,
+    /// which can do what a guest's own requests can, and no more.
+    ///
+    /// # Errors
+    /// Where an open file is not what it was, or the host has no room for one.
+    pub(super) fn finish_restore(&self) -> Result<(), DeviceFault> {
+        let restoring = self.restoring.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(Restoring { nodes, handles }) = restoring else { return Ok(()) };
+        let mut tables = self.tables();
         tables.set_restored();
-        for (node, place) in state.nodes.iter().zip(places) {
-            let inner = place.as_ref().map(|place| self.look_up(&mut tables, place, node.file)).transpose();
+        for (number, node) in nodes {
+            let inner = node.place.as_ref().map(|place| self.look_up(&mut tables, place, node.file)).transpose();
             let inner = inner.map_err(DeviceFault::Io)?.flatten();
-            tables.insert_restored(node.number, Node { inner, lookups: node.lookups, file: node.file, place });
+            tables.insert_restored(number, Node { inner, ..node });
         }
-        for handle in &state.handles {
-            let opened = self.open_again(&tables, handle);
+        for handle in handles {
+            let opened = self.open_again(&tables, &handle);
             let Some(opened) = opened else { return Err(DeviceFault::OpenFile { path: tables.shown(handle.node) }) };
             tables.insert_restored_handle(handle.number, opened);
         }
-        self.has_attributes.store(state.has_attributes, Ordering::Relaxed);
-        self.keep(true);
         Ok(())
     }
 

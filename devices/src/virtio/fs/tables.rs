@@ -1,6 +1,6 @@
 //! The inodes that the guest knows and the files that it has open. Each is an open file of this process, so both have a bound.
 
-use crate::virtio::saved::{FileContent, FileId};
+use crate::virtio::saved::{FileContent, FileId, ShareHandle};
 use libc::stat64;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -107,6 +107,13 @@ pub(super) struct Handle {
     pub(super) node: u64,
     /// The flags that it was opened with.
     pub(super) flags: u32,
+}
+
+/// What a snapshot has of a share, checked, whose files are to be looked up again.
+pub(super) struct Restoring {
+    /// Each node with its number. None has a number at fuse-backend-rs yet.
+    pub(super) nodes: Vec<(u64, Node)>,
+    pub(super) handles: Vec<ShareHandle>,
 }
 
 /// A file as fuse-backend-rs has found it.

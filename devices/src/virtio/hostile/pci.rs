@@ -157,7 +157,7 @@ fn restore_connected(state: &VirtioState, folder: &Path) -> Result<(), Box<dyn E
             share.root.device = root.dev();
             share.root.inode = root.ino();
         }
-        if driver.replace_with(new, &state).is_ok() {
+        if driver.try_replace_with(new, &state).is_ok() {
             pause(driver.device());
         }
         driver.start(u64::MAX);
