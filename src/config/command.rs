@@ -5,7 +5,6 @@ use super::console::Pattern;
 use super::devices::{ShareConfig, VsockBackend, VsockConfig};
 use super::error::{ConfigError, ValueError};
 use super::module::ModuleConfig;
-use super::options::RunOptions;
 use super::value::{Value, choices};
 use hwvmm_devices::path_text::PathText as _;
 use std::ffi::{OsStr, OsString};
@@ -155,17 +154,6 @@ pub(super) enum AgentTask {
     Template,
 }
 
-impl RunOptions {
-    /// What the agent is for. A command and a template exclude each other.
-    pub(super) fn task(&self) -> AgentTask {
-        match (self.command.is_empty(), &self.template) {
-            (_, Some(_)) => AgentTask::Template,
-            (true, None) => AgentTask::None,
-            (false, None) => AgentTask::Command,
-        }
-    }
-}
-
 /// The options that are about a command, as given.
 pub(super) struct CommandOptions<'a> {
     pub(super) task: AgentTask,
@@ -303,7 +291,7 @@ fn check_late(config: &CommandRelated<'_>) -> Result<(), ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{ConsoleTarget, RunConfig};
+    use crate::config::{ConsoleTarget, RunConfig, RunOptions};
 
     fn parse<T: Value>(text: &str) -> Result<T, ValueError> {
         T::parse(OsStr::new(text))

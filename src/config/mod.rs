@@ -20,6 +20,7 @@ mod module;
 mod options;
 mod quote;
 mod spec;
+mod task;
 mod transport;
 mod value;
 

@@ -10,6 +10,7 @@ mod channel;
 mod channels;
 mod child;
 mod kernel_log;
+mod killed;
 mod message;
 mod mounts;
 mod parent;

@@ -1,39 +1,36 @@
 //! The parent's side: starts the machine's process, waits for its messages, ends it in time.
 
-use super::assembly::{Assembly, Phase, Unusable};
-use super::channel::{self, ChannelError, Received, Receiver, Wait, send_packet};
+use super::assembly::{Assembly, Phase};
+use super::channel::{self, Received, Receiver, Wait, send_packet};
 use super::channels::{self, MachineEnds, ParentEnds};
 use super::child::{self, Inherited};
 use super::kernel_log::KernelLog;
+use super::killed::{GRACE, Killed, SAVE, crash};
 use super::message::Message;
 use super::plan::Plan;
 use super::signals::Signals;
 use super::streams::Session;
 use crate::console::set_line_state;
 use crate::error::chain;
-use crate::exit::{Crash, EndReason, RunEnd};
+use crate::exit::{EndReason, RunEnd};
 use crate::logging::{self, Forwarded, Pending, Relay};
 use crate::machine::{Ran, Start, StopRequest};
 use crate::measure::{FlightRecorders, MemoryUse, RunRecord};
 use crate::memory::give_back_startup;
-use crate::sandbox::{Child, ForkError, PANICKED, Refused, fork};
+use crate::sandbox::{Child, ForkError, PANICKED, fork};
 use hwvmm_devices::path_text::PathText as _;
 use hwvmm_devices::virtio::vsock::{HostConnector, Served};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Signal, WaitStatus, getpid};
+use rustix::process::getpid;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// How long the machine's process may go without a message once it should end.
-const GRACE: Duration = Duration::from_secs(2);
 /// How long it may take in all to send what it leaves.
 const MAX_ENDING: Duration = Duration::from_secs(20);
-/// How long it may take to save its guest: a second for each GiB that is not zero, as a rule.
-const SAVE: Duration = Duration::from_secs(600);
 /// Packets that are read before signals and deadlines are looked at again.
 const PACKETS_AT_ONCE: usize = 64;
 
@@ -141,21 +138,6 @@ pub fn run(plan: &Plan<'_>, start: &Start, signals: &mut Signals) -> Result<Supe
     };
     watch.until_the_end()?;
     watch.finish(&flight_recorders)
-}
-
-/// Why the parent killed the machine's process.
-#[derive(Debug, Error)]
-enum Killed {
-    #[error("it did not end within {} s", GRACE.as_secs())]
-    Late,
-    #[error("it was not saved within {} s", SAVE.as_secs())]
-    NotSaved,
-    #[error("the guest did not run yet")]
-    Starting,
-    #[error(transparent)]
-    Channel(#[from] ChannelError),
-    #[error(transparent)]
-    Unusable(#[from] Unusable),
 }
 
 /// The deadlines of a process that should end.
@@ -496,16 +478,4 @@ enum ChildEnded {
 enum Queue {
     Empty,
     More,
-}
-
-fn crash(status: WaitStatus, reports: &File) -> Crash {
-    let refused = (status.terminating_signal() == Some(Signal::SYS.as_raw())).then(|| Refused::read(reports)).flatten();
-    if let Some(refused) = refused {
-        return Crash::Refused(refused.to_string());
-    }
-    match (status.terminating_signal(), status.exit_status()) {
-        (Some(signal), _) => Crash::Signal(signal),
-        (None, Some(status)) if status == i32::from(PANICKED) => Crash::Panicked,
-        (None, status) => Crash::Exited(status.unwrap_or(0)),
-    }
 }

@@ -1,13 +1,13 @@
 //! The parent's side of a command that runs in the guest: its streams, its terminal, and what its agent says.
 
 use super::control::{AgentTask, ControlLines, Said};
+use super::ends::{AgentStreams, CommandTerminal, Ends};
 use super::pump::{Pump, PumpState};
 use super::stdio::{Direction, private_copy};
 use crate::console::terminal_size;
 use crate::exit::{EndReason, Signal};
-use crate::machine::{FIRST_AGENT_PORT, StopRequest};
+use crate::machine::StopRequest;
 use crate::supervise::signals::Signals;
-use hwvmm_devices::virtio::vsock::JoinedPort;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
@@ -26,66 +26,6 @@ const READERS: Duration = Duration::from_secs(5);
 const SETTLE: Duration = Duration::from_millis(100);
 /// Reads and writes of a stream before signals and deadlines are looked at again.
 const STEPS: usize = 16;
-
-/// Whether the command gets a terminal, which has no stderr of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::supervise) enum CommandTerminal {
-    /// It has three streams.
-    None,
-    /// It has one terminal.
-    Given,
-}
-
-/// The streams that the agent has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::supervise) enum AgentStreams {
-    /// Those of the command that it boots for.
-    Command(CommandTerminal),
-    /// Those of any command, of which none is used yet.
-    Template,
-    /// The same, for a command that comes when the guest has booted.
-    Late(CommandTerminal),
-}
-
-impl AgentStreams {
-    fn terminal(self) -> CommandTerminal {
-        match self {
-            Self::Command(terminal) | Self::Late(terminal) => terminal,
-            Self::Template => CommandTerminal::None,
-        }
-    }
-}
-
-/// The parent's ends of the connections to the agent.
-pub(in crate::supervise) struct Ends {
-    control: UnixStream,
-    stdin: UnixStream,
-    stdout: UnixStream,
-    stderr: Option<UnixStream>,
-    streams: AgentStreams,
-}
-
-impl Ends {
-    /// Makes the connections. The ports are the guest's ends.
-    ///
-    /// # Errors
-    /// Returns the error of socketpair(2).
-    pub(in crate::supervise) fn new(streams: AgentStreams) -> io::Result<(Self, Vec<JoinedPort>)> {
-        let mut ports = Vec::new();
-        let mut next = |offset: u32| {
-            let (near, far) = UnixStream::pair()?;
-            near.set_nonblocking(true)?;
-            far.set_nonblocking(true)?;
-            ports.push(JoinedPort { port: FIRST_AGENT_PORT + offset, socket: far });
-            Ok::<_, io::Error>(near)
-        };
-        let (control, stdin, stdout) = (next(0)?, next(1)?, next(2)?);
-        // A guest that waits does not know if its command will have a terminal.
-        let without_stderr = streams == AgentStreams::Command(CommandTerminal::Given);
-        let stderr = if without_stderr { None } else { Some(next(3)?) };
-        Ok((Self { control, stdin, stdout, stderr, streams }, ports))
-    }
-}
 
 /// A stream of the command.
 struct Stream {
@@ -387,6 +327,7 @@ impl Stream {
 mod tests {
     use super::*;
     use crate::exit::CommandEnd;
+    use crate::machine::FIRST_AGENT_PORT;
     use std::io::{Read, Write};
 
     /// A session whose standard streams are those of the test, and the guest's end of its control stream.
