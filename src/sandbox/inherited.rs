@@ -84,51 +84,18 @@ fn is_folder(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::Directory
 }
 
-/// The number of the mount that a file is in; `None` before Linux 5.8.
-#[cfg(debug_assertions)]
-fn mount_of(path: &str) -> Option<u64> {
-    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
-    let found = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok()?;
-    (found.stx_mask & StatxFlags::MNT_ID.bits() != 0).then_some(found.stx_mnt_id)
-}
-
-/// Returns true if a file is in a mount that is in no mount namespace, as a shared folder is: no `..` leads out of it.
-#[cfg(debug_assertions)]
-fn is_detached(path: &str) -> bool {
-    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
-    let Ok(found) = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID) else { return false };
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let number = found.stx_mnt_id.to_string();
-    // The first word of each line is the mount's number (proc_pid_mountinfo(5)).
-    let is_listed = mounts.lines().any(|line| line.split(' ').next() == Some(&number));
-    found.stx_mask & StatxFlags::MNT_ID.bits() != 0 && !mounts.is_empty() && !is_listed
-}
-
-/// Panics if the process has a folder open that is none of `reach`, nor in the mount of one, as those are that a guest from a snapshot has
-/// open: its `..` leads to the host's files. Those of procfs have been detached by then (view.rs).
+/// Panics if the process has a folder open that is none of `reach`: its `..` leads to the host's files. Those of procfs have been
+/// detached by then (view.rs).
 #[cfg(debug_assertions)]
 #[allow(clippy::panic, reason = "what debug builds are for")]
 pub(super) fn assert_no_folders(reach: &[super::Reach]) {
     use std::os::unix::fs::MetadataExt;
     let shares: Vec<_> = reach.iter().filter_map(|reach| std::fs::metadata(&reach.path).ok()).collect();
-    let folders: Vec<_> = open_files()
-        .unwrap_or_default()
-        .into_iter()
-        .filter_map(|fd| {
-            Some((fd, std::fs::metadata(format!("{OPEN_FILES}/{fd}")).ok().filter(std::fs::Metadata::is_dir)?))
-        })
-        .collect();
-    let mount = |fd| mount_of(&format!("{OPEN_FILES}/{fd}"));
-    let is_share = |folder: &std::fs::Metadata| {
-        shares.iter().any(|share| (share.dev(), share.ino()) == (folder.dev(), folder.ino()))
-    };
-    let mounts: Vec<_> =
-        folders.iter().filter(|(_, folder)| is_share(folder)).filter_map(|(fd, _)| mount(*fd)).collect();
-    for (fd, folder) in &folders {
+    for fd in open_files().unwrap_or_default() {
+        let Ok(folder) = std::fs::metadata(format!("{OPEN_FILES}/{fd}")) else { continue };
+        let is_share = shares.iter().any(|share| (share.dev(), share.ino()) == (folder.dev(), folder.ino()));
         let file_system = || rustix::fs::statfs(format!("{OPEN_FILES}/{fd}")).map(|found| found.f_type);
-        let is_in_share = is_share(folder) || mount(*fd).is_some_and(|mount| mounts.contains(&mount));
-        let is_detached = || is_detached(&format!("{OPEN_FILES}/{fd}"));
-        if !is_in_share && file_system() != Ok(rustix::fs::PROC_SUPER_MAGIC) && !is_detached() {
+        if folder.is_dir() && !is_share && file_system() != Ok(rustix::fs::PROC_SUPER_MAGIC) {
             let name = std::fs::read_link(format!("{OPEN_FILES}/{fd}")).unwrap_or_default();
             panic!("the folder {} is open in the machine's process: {fd}", name.display());
         }

@@ -99,7 +99,7 @@ pub enum RootKind {
     Folder,
     /// A disk.
     Image,
-    /// The initramfs.
+    /// The root stays the initramfs that the guest booted with.
     None,
 }
 

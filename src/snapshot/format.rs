@@ -58,7 +58,7 @@ pub enum FormatError {
     /// The header is cut off, or has another magic.
     #[error("it is no state of hwvmm")]
     Magic,
-    /// Another version.
+    /// The file is of another version of the format.
     #[error("its state has version {found}, and this hwvmm reads version {STATE_VERSION}: make the snapshot anew")]
     Version {
         /// The version that it has.

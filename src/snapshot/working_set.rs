@@ -68,7 +68,7 @@ pub enum WorkingSetError {
     /// The header is cut off, or has another magic.
     #[error("it is no working set of hwvmm")]
     Magic,
-    /// Another version.
+    /// The file is of another version of the format.
     #[error("it has version {found}, and this hwvmm reads version {VERSION}")]
     Version {
         /// The version that it has.

@@ -95,7 +95,7 @@ pub struct Settings {
 /// Where the guest of a test starts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Start {
-    /// It boots.
+    /// The kernel boots, as in each run.
     #[default]
     Boot,
     /// It goes on from a guest that has booted once, for all tests with the same kernel and options.

@@ -124,7 +124,7 @@ pub struct TemplateRun {
     pub artifacts: String,
     /// The duration in milliseconds of host time.
     pub duration_ms: u64,
-    /// Its exits.
+    /// The exits of the boot, where it has left statistics.
     pub exits: Option<ExitCounts>,
 }
 

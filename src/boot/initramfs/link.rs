@@ -23,7 +23,7 @@ pub enum AgentLink {
 /// What the agent may reach the host by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LinkChoice {
-    /// Vsock alone.
+    /// Vsock alone: the user has asked for a vsock device.
     #[default]
     Vsock,
     /// Vsock, or a console's ports where the kernel has no vsock.

@@ -103,7 +103,7 @@ pub(super) struct Handle {
     /// Its number at fuse-backend-rs, and that of its node there.
     pub(super) inner: u64,
     pub(super) inner_node: u64,
-    /// The node.
+    /// The number by which the guest knows it.
     pub(super) node: u64,
     /// The flags that it was opened with.
     pub(super) flags: u32,
