@@ -107,7 +107,9 @@ impl Machine {
             Source::Kernel { .. } => GuestRam::new(&banks, backing(config))?,
             Source::Snapshot { memory, working_set, .. } => {
                 let ram = GuestRam::of_file(&banks, memory)?;
-                working_set.iter().for_each(|set| working_set::prepare(set, &ram, memory, config, system));
+                if let Some(set) = working_set {
+                    working_set::prepare(set, &ram, memory, config, system)?;
+                }
                 ram
             }
         };

@@ -139,11 +139,14 @@ pub fn configure(config: &mut RunConfig, description: &Description) -> Result<()
     config.transport = description.transport;
     config.balloon = description.balloon.then(BalloonConfig::default);
     config.rng = description.rng.map(|rng| RngConfig { bytes_per_second: rng.bytes_per_second });
+    let has_command = config.has_command();
+    // Stdout is a command's; the kernel's log may be on any console.
+    let other = || if has_command { ConsoleTarget::Log } else { ConsoleTarget::Null };
     for (place, target) in (1_u8..).zip(&mut config.serial) {
         let there = description.uarts.contains(&place);
-        connect(target, there, || format!("UART {place}"));
+        connect(target, there, other, || format!("UART {place}"));
     }
-    connect(&mut config.console, description.virtio_console, || "virtio console".into());
+    connect(&mut config.console, description.virtio_console, other, || "virtio console".into());
     config.vsock = sockets(config.vsock.take(), description.sockets).map_err(Mismatch::Sockets)?;
     config.share = shares(std::mem::take(&mut config.share), &description.shares)?;
     let (expected, given) = (description.nets.len(), config.net.len());
@@ -231,10 +234,15 @@ fn shares(mut given: Vec<ShareConfig>, described: &[ShareDescription]) -> Result
     }
 }
 
-/// A console that was not given goes nowhere.
-fn connect(target: &mut Option<ConsoleTarget>, there: bool, name: impl Fn() -> String) {
+/// A console that was not given is connected to `other`.
+fn connect(
+    target: &mut Option<ConsoleTarget>,
+    there: bool,
+    other: impl Fn() -> ConsoleTarget,
+    name: impl Fn() -> String,
+) {
     match (there, &target) {
-        (true, None) => *target = Some(ConsoleTarget::Null),
+        (true, None) => *target = Some(other()),
         (false, Some(_)) => {
             log::info!("the machine of the snapshot has no {}", name());
             *target = None;

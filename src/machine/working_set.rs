@@ -3,7 +3,7 @@
 use super::setup::{Event, Setup};
 use crate::config::RunConfig;
 use crate::kvm::{System, Vcpu};
-use crate::memory::{GuestRam, PAGE_BYTES, Ready, Used};
+use crate::memory::{GuestRam, MemoryError, PAGE_BYTES, Ready, Used};
 use crate::probe::Host;
 use crate::snapshot::{PageRange, PageUse, WorkingSet, bytes_of_banks};
 use crate::tune::Lever;
@@ -22,17 +22,23 @@ const PAGES_AROUND: u64 = 16;
 /// 50 µs.
 const FAULTS_OF_HUGE: u64 = 4;
 
-/// Has the host's pages of `set` ready, before KVM is told of the memory. `file` is what it is mapped from. What fails is logged, as the guest
-/// gets the page when it uses it.
-pub(super) fn prepare(set: &WorkingSet, ram: &GuestRam, file: &File, config: &RunConfig, system: &System) {
+/// Has the host's pages of `set` ready, before KVM is told of the memory. `file` is what it is mapped from. A page that is not ready is
+/// logged, as the guest gets it when it uses it.
+///
+/// # Errors
+/// Where the file cannot be read: the guest must not go on with a part of its memory.
+pub(super) fn prepare(
+    set: &WorkingSet,
+    ram: &GuestRam,
+    file: &File,
+    config: &RunConfig,
+    system: &System,
+) -> Result<(), MemoryError> {
     let maps_ahead = system.capability(KVM_CAP_PRE_FAULT_MEMORY) > 0;
     if !maps_ahead && config.tune.wants(Lever::HugePages) && has_huge_pages() {
         let mut copied = 0;
         for offset in huge_pages(set) {
-            match ram.copy_huge_page(file, offset) {
-                Ok(done) => copied += u64::from(done),
-                Err(error) => return config.tune.cannot(Lever::WorkingSet, &error.to_string()),
-            }
+            copied += u64::from(ram.copy_huge_page(file, offset)?);
         }
         log::debug!("working set: {copied} huge pages");
     }
@@ -43,9 +49,11 @@ pub(super) fn prepare(set: &WorkingSet, ram: &GuestRam, file: &File, config: &Ru
         };
         let (offset, bytes) = (u64::from(range.first) * PAGE_BYTES, u64::from(range.pages) * PAGE_BYTES);
         if let Err(error) = ram.make_ready(offset, bytes, ready) {
-            return config.tune.cannot(Lever::WorkingSet, &error.to_string());
+            config.tune.cannot(Lever::WorkingSet, &error.to_string());
+            break;
         }
     }
+    Ok(())
 }
 
 /// Has KVM map the pages of `set`, where it can.

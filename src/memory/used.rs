@@ -86,7 +86,7 @@ impl GuestRam {
     /// it has one. Nothing may use the memory yet. Leaves it as it is, and returns false, where the bank has no whole huge page there.
     ///
     /// # Errors
-    /// [`MemoryError::Map`], [`MemoryError::Populate`].
+    /// [`MemoryError::Map`], [`MemoryError::Populate`]. The memory must not be used then: a part of it may be zeros.
     pub fn copy_huge_page(&self, file: &File, offset: u64) -> Result<bool, MemoryError> {
         let mut copied = false;
         self.for_each_part(offset, HUGE_PAGE as u64, |mapping, first, bytes| {
@@ -212,6 +212,14 @@ mod tests {
         assert_eq!(copies, [0x3fe, 0x3ff, 0x400, 0x401]);
         assert!(found.contains_key(&8) && found.contains_key(&0x5ff));
         assert_eq!(ram.get().read_obj::<u64>(GuestAddress(1 << 32)).expect("memory"), 0x400);
+    }
+
+    #[test]
+    fn a_file_that_breaks_off_is_an_error() {
+        let file = file();
+        let ram = GuestRam::of_file(&BANKS, &file).expect("mapped");
+        file.set_len(0x30_0000).expect("set");
+        assert!(matches!(ram.copy_huge_page(&file, 0x20_0000), Err(MemoryError::Populate { .. })));
     }
 
     #[test]

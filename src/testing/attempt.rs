@@ -7,6 +7,7 @@ use super::kernel_log::{KernelLog, Taken};
 use super::log::{Findings, Log, Panic, Source};
 use super::options::StdoutOf;
 use super::outcome::{Facts, ProcessEnd, Stop};
+use super::problem::Problem;
 use super::stats::Stats;
 use super::template::Template;
 use crate::escape::escape;
@@ -51,6 +52,8 @@ pub(super) enum AttemptError {
     Folder(#[from] FolderError),
     #[error("the options cannot be written as TOML")]
     Toml(#[from] toml::ser::Error),
+    #[error("the options of the template are not valid: {0}")]
+    Options(#[from] Problem),
     #[error("cannot {0}")]
     Io(&'static str, #[source] io::Error),
 }
@@ -111,6 +114,16 @@ impl Files {
         self.folder.join("from-template.toml")
     }
 
+    /// Writes what [`Files::again`] needs: the options, and that line as a script.
+    ///
+    /// # Errors
+    /// Where the files cannot be written.
+    pub(super) fn write_again(&self, case: &Case) -> Result<(), AttemptError> {
+        write_new(&self.options(), &toml::to_string(&case.options_of_run())?)?;
+        let script = format!("#!/usr/bin/env bash\n{}\n", self.again(case));
+        Ok(write_new_script(&self.folder.join("again.sh"), &script)?)
+    }
+
     /// The line for a shell that runs it again, with the kernel's log in a file and a profile where it has had these.
     pub(super) fn again(&self, case: &Case) -> String {
         let folder = case.folder.canonicalize().unwrap_or_else(|_| case.folder.clone());
@@ -141,7 +154,7 @@ fn quoted(word: &OsStr) -> String {
     format!("$'{}'", bytes.iter().map(byte).collect::<String>())
 }
 
-/// Runs a test once. What it leaves is in `files`.
+/// Runs a test once, after [`Files::write_again`]. What it leaves is in `files`.
 ///
 /// # Errors
 /// Where the process cannot be started or watched.
@@ -151,7 +164,6 @@ pub(super) fn attempt(
     launch: Launch<'_>,
     interrupted: &AtomicBool,
 ) -> Result<Facts, AttemptError> {
-    write_new(&files.options(), &toml::to_string(&case.options_of_run())?)?;
     let options = match launch {
         Launch::Boot => files.options(),
         Launch::From(template, snapshot) => {
@@ -160,7 +172,6 @@ pub(super) fn attempt(
             path
         }
     };
-    write_new_script(&files.folder.join("again.sh"), &format!("#!/usr/bin/env bash\n{}\n", files.again(case)))?;
     let console = new_file(&files.console())?;
     let (log, kernel_log) = match case.needs.stdout {
         StdoutOf::Console => (Log::new(Source::Console, Some(console), case.settings.ktap), None),

@@ -42,7 +42,6 @@ const TAKEN: &[(&str, &str)] = &[
     ("profile-out", BY_COMMAND),
     ("api", BY_COMMAND),
     ("status-file", BY_COMMAND),
-    ("template", BY_COMMAND),
     ("kernel-log", BY_COMMAND),
     ("tty", BY_COMMAND),
 ];

@@ -292,13 +292,11 @@ fn run_case(plan: &Plan<'_>, place: usize, case: &Case, host: &Host) -> Option<C
     let mut result = empty();
     let mut last_counts = None;
     for number in 1..=case.settings.retries.saturating_add(1) {
-        let started = Instant::now();
-        let tried = try_once(plan, place, case, number, &host.templates);
-        let duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let tried = match tried {
+        let tried = match try_once(plan, place, case, number, &host.templates) {
             Ok(tried) => tried,
             Err(error) => Tried::failed(&chain(&error)),
         };
+        let duration_ms = u64::try_from(tried.duration.as_millis()).unwrap_or(u64::MAX);
         if tried.interrupted {
             return None;
         }
@@ -344,6 +342,8 @@ fn of_tries(tries: &[Attempt]) -> Option<(Verdict, String)> {
 /// A try that has ended.
 struct Tried {
     judgement: Judgement,
+    /// Without the boot of a template.
+    duration: Duration,
     interrupted: bool,
     findings: Findings,
     exits: Option<super::stats::ExitCounts>,
@@ -358,6 +358,7 @@ impl Tried {
         let facts = made.facts();
         Self {
             judgement,
+            duration: Duration::ZERO,
             interrupted: facts.is_some_and(|facts| facts.stop == Some(Stop::Interrupted)),
             findings: facts.map(|facts| facts.findings.clone()).unwrap_or_default(),
             exits: None,
@@ -371,6 +372,7 @@ impl Tried {
     fn failed(why: &str) -> Self {
         Self {
             judgement: Judgement::new(Verdict::Infrastructure, why),
+            duration: Duration::ZERO,
             interrupted: false,
             findings: Findings::default(),
             exits: None,
@@ -391,11 +393,15 @@ fn try_once(
     let path = plan.baseline_of(case);
     let profiled = if path.is_some() { Profiled::Yes } else { Profiled::No };
     let files = Files::new(plan.folder.of_try(place, &case.name, number)?, profiled);
+    files.write_again(case)?;
     let interrupted = &plan.interrupted.0;
+    let mut began = Instant::now();
     let facts = match &case.template {
         None => attempt(case, &files, Launch::Boot, interrupted)?,
         Some(template) => {
-            let made = templates.of(case, template, plan.folder, interrupted);
+            let made = templates.of(case, template, plan.folder, number, interrupted);
+            // The time of the boot is that of no test.
+            began = Instant::now();
             // It is there: `of` waits for it.
             let Some(made) = made.get() else { return Ok(Tried::failed("its template was not made")) };
             match made.snapshot(&case.settings) {
@@ -404,6 +410,7 @@ fn try_once(
             }
         }
     };
+    let duration = began.elapsed();
     let mut judgement = judge(&facts, &case.settings);
     let mut counted = None;
     if let Some(path) = path.filter(|_| judgement.verdict == Verdict::Pass) {
@@ -418,6 +425,7 @@ fn try_once(
     let Facts { stop, stats, findings, .. } = facts;
     Ok(Tried {
         judgement,
+        duration,
         interrupted: stop == Some(Stop::Interrupted),
         findings,
         exits: stats.ok().map(|stats| stats.exits()),

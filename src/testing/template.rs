@@ -10,7 +10,10 @@ use toml::{Table, Value};
 const OF_RUN: &[&str] =
     &["command", "env", "workdir", "user", "timeout", "expect", "profile", "budget", "budget-from", "slack", "symbols"];
 /// Options of both the boot and the runs.
-const OF_BOTH: &[&str] = &["root", "disk", "boot-timeout", "sandbox", "kvm", "mmu", "require", "tune", "trap-msrs"];
+const OF_BOTH: &[&str] =
+    &["root", "console", "serial", "boot-timeout", "sandbox", "kvm", "mmu", "require", "tune", "trap-msrs"];
+/// Options of devices that each run would need for itself.
+const REFUSED: &[&str] = &["rw", "share", "net", "vsock", "disk", "seed", "kernel-from", "entry"];
 /// A path that stands for that of the snapshot where options are checked.
 const SOME_PATH: &str = "template";
 
@@ -29,11 +32,8 @@ impl Template {
     /// # Errors
     /// [`Problem`] where they are not for a guest that goes on from a template.
     pub(super) fn of(options: &Table) -> Result<Self, Problem> {
-        if options.contains_key("rw") {
-            return Err(Problem::Contradiction(
-                "template",
-                "is for tests without `rw`: what is open there is not saved",
-            ));
+        if let Some(key) = REFUSED.iter().find(|key| options.contains_key(**key)) {
+            return Err(Problem::Contradiction(key, "cannot be given with `template`: each test would need its own"));
         }
         let (mut boot, mut run) = (Table::new(), Table::new());
         for (key, value) in with_log_level(options.clone(), StdoutOf::Command) {
@@ -98,7 +98,8 @@ mod tests {
     #[test]
     fn what_cannot_be_saved_is_refused() {
         let refused = |text: &str| of(text).expect_err("refused").to_string();
-        assert!(refused("kernel = 'k'\ncommand = ['a']\nrw = ['/srv']").contains("without `rw`"));
+        assert!(refused("kernel = 'k'\ncommand = ['a']\nrw = ['/srv']").contains("rw cannot be given with `template`"));
+        assert!(refused("kernel-from = 'k'\ncommand = ['a']").contains("kernel-from"));
         let initrd = refused("kernel = 'k'\ncommand = ['a']\ninitrd = 'i'");
         assert!(initrd.contains("--initrd"), "{initrd}");
     }

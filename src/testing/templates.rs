@@ -1,9 +1,10 @@
 //! The templates of a suite's run: booted, saved, given to tests, removed.
 
 use super::attempt::{AttemptError, Files, Launch, Profiled, attempt};
-use super::case::Case;
+use super::case::{Case, Needs};
 use super::file::{KtapUse, Settings, Start};
 use super::folder::ResultFolder;
+use super::options::StdoutOf;
 use super::outcome::{Facts, Judgement, judge};
 use super::record::TemplateRun;
 use super::stats::Stats;
@@ -15,11 +16,9 @@ use hwvmm_devices::path_text::PathText as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use toml::Table;
 
-/// The time-out of a boot.
-const BOOT: Duration = Duration::from_secs(300);
 /// Bytes of a path in a report.
 const PATH_BYTES: usize = 4096;
 
@@ -66,7 +65,8 @@ fn of_boot(settings: &Settings) -> Settings {
         status: 0,
         ktap: KtapUse::Ignored,
         start: Start::Boot,
-        silence: settings.silence,
+        // Tests may differ in it, and the boot has a time-out.
+        silence: None,
         fail_on: settings.fail_on.clone(),
     }
 }
@@ -86,18 +86,23 @@ pub(super) struct Templates {
 }
 
 impl Templates {
-    /// Returns the template of `case`, which is made where it is not yet.
+    /// Returns the template of `case`, which is made where it is not yet, and anew where the boot was not good and this is another try.
     pub(super) fn of(
         &self,
         case: &Case,
         template: &Template,
         folder: &ResultFolder,
+        number_of_try: u32,
         interrupted: &AtomicBool,
     ) -> Arc<OnceLock<Made>> {
         let (made, number) = {
             let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
             let same = |entry: &Entry| entry.folder == case.folder && entry.boot == template.boot;
-            let index = entries.iter().position(same).unwrap_or_else(|| {
+            let is_bad = |entry: &Entry| entry.made.get().is_some_and(|made| made.snapshot(&case.settings).is_err());
+            // The last one: those before it were not good.
+            let found = entries.iter().rposition(same);
+            let found = found.filter(|index| number_of_try == 1 || !entries.get(*index).is_some_and(is_bad));
+            let index = found.unwrap_or_else(|| {
                 let (folder, boot) = (case.folder.clone(), template.boot.clone());
                 entries.push(Entry { folder, boot, made: Arc::default() });
                 entries.len() - 1
@@ -152,17 +157,18 @@ fn try_to_make(
     interrupted: &AtomicBool,
 ) -> Result<(Facts, PathBuf), AttemptError> {
     let path = folder.of_template(number)?;
-    let mut needs = case.needs.clone();
-    needs.timeout = BOOT;
+    let options = template.options_of_boot(&snapshot_in(&path));
+    let needs = Needs { stdout: StdoutOf::Command, ..Needs::of(&options)? };
     let boot = Case {
         name: format!("template-{number}"),
         folder: case.folder.clone(),
-        options: template.options_of_boot(&snapshot_in(&path)),
+        options,
         settings: of_boot(&case.settings),
         needs,
         template: None,
     };
     let files = Files::new(path.clone(), Profiled::No);
+    files.write_again(&boot)?;
     let facts = attempt(&boot, &files, Launch::Boot, interrupted)?;
     Ok((facts, path))
 }

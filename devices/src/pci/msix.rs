@@ -255,17 +255,6 @@ impl Msix {
         self.set_control(control);
         true
     }
-
-    /// Disables MSI-X, masks all entries and clears all pending bits, as a reset of the function does.
-    pub fn reset(&self) {
-        let mut state = self.state();
-        state.control = MsixControl::default();
-        for entry in &mut state.entries {
-            entry.control = MASKED;
-            entry.pending = false;
-        }
-        self.show_all(&state);
-    }
 }
 
 #[cfg(test)]

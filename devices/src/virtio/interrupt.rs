@@ -58,7 +58,8 @@ impl DeviceInterrupt {
     /// Increments the configuration generation (virtio 1.3 §2.5) and sends a configuration change notification. Must be
     /// called after the change.
     pub fn signal_config_changed(&self) {
-        self.config_generation.fetch_add(1, Ordering::AcqRel);
+        // By two: the number between is shown while the configuration is written (see shown_state.rs).
+        self.config_generation.fetch_add(2, Ordering::AcqRel);
         self.trigger(InterruptSource::Config);
     }
 

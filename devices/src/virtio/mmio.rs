@@ -258,6 +258,10 @@ impl ShowsState for MmioDevice {
         self.page.write_register(page_offset(CONFIG_GENERATION), state.config_generation());
     }
 
+    fn write_generation(&self, _state: &TransportState, generation: u32) {
+        self.page.write_register(page_offset(CONFIG_GENERATION), generation);
+    }
+
     fn interrupt_for_config(&self) -> io::Result<()> {
         self.interrupt.raise(CONFIG_CHANGED)
     }

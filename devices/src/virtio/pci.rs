@@ -384,6 +384,11 @@ impl ShowsState for PciDevice {
         }
     }
 
+    fn write_generation(&self, state: &TransportState, generation: u32) {
+        let word = common_word(&self.interrupt, state, STATUS_AND_GENERATION);
+        self.page.write_register(in_page(STATUS_AND_GENERATION), word & !0xff00 | (generation & 0xff) << 8);
+    }
+
     fn interrupt_for_config(&self) -> io::Result<()> {
         self.interrupt.send(InterruptSource::Config)
     }

@@ -182,7 +182,7 @@ fn a_reset_that_ends_late_leaves_no_isr_status() {
     assert_eq!(function.read(COMMON + 0x14, 1), 15, "the reset has not ended");
     handle.interrupt().signal_config_changed();
     handle.interrupt().signal_used_queue(0);
-    assert_eq!(function.shown(COMMON + 0x14, 2), 0x10f, "the generation is shown");
+    assert_eq!(function.shown(COMMON + 0x14, 2), 0x20f, "the generation is shown");
     handle.end.open();
     let start = Instant::now();
     while function.shown(COMMON + 0x14, 1) != 0 {

@@ -152,6 +152,9 @@ pub struct FileId {
     pub inode: u64,
     /// What it is (the `S_IFMT` bits of `st_mode`).
     pub kind: u32,
+    /// Of a symbolic link, when it was made, in nanoseconds since 1970; 0 of others. Its target cannot change but with the link, whose number
+    /// another link may get.
+    pub link_made_ns: i64,
 }
 
 /// A file or a directory that the guest has open.

@@ -3,7 +3,7 @@
 
 use super::transport_state::TransportState;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -15,11 +15,14 @@ pub(super) struct ShownState {
     state: Mutex<TransportState>,
     /// The device configuration changed while another thread held the lock; that thread updates the pages afterwards.
     outdated: AtomicBool,
+    /// The configuration's generation that the pages show.
+    generation: AtomicU32,
 }
 
 impl ShownState {
     pub(super) fn new(state: TransportState) -> Self {
-        Self { state: Mutex::new(state), outdated: AtomicBool::new(false) }
+        let generation = AtomicU32::new(state.config_generation());
+        Self { state: Mutex::new(state), outdated: AtomicBool::new(false), generation }
     }
 
     fn try_lock(&self) -> Option<MutexGuard<'_, TransportState>> {
@@ -35,9 +38,11 @@ impl ShownState {
 pub(super) trait ShowsState {
     fn shown(&self) -> &ShownState;
 
-    /// Writes the current values of all readable registers to the pages. The configuration's generation is last, as a driver that reads
-    /// the same generation before and after the configuration takes it for consistent (virtio 1.3 §2.5.3).
+    /// Writes the current values of all readable registers to the pages. The configuration's generation is last.
     fn write_pages(&self, state: &TransportState);
+
+    /// Writes `generation` to the pages in place of that of the configuration.
+    fn write_generation(&self, state: &TransportState, generation: u32);
 
     /// Interrupts the driver for a change of the configuration.
     fn interrupt_for_config(&self) -> io::Result<()>;
@@ -59,8 +64,14 @@ pub(super) trait ShowsState {
         result
     }
 
+    /// Shows `state`. A driver that reads the same generation before and after the configuration takes it for consistent (virtio 1.3
+    /// §2.5.3): while a changed one is written, the pages have a generation that is neither the one before nor the one after.
     fn update_pages(&self, state: &TransportState) {
         self.shown().outdated.store(false, Ordering::SeqCst);
+        let generation = state.config_generation();
+        if self.shown().generation.swap(generation, Ordering::SeqCst) != generation {
+            self.write_generation(state, generation.wrapping_sub(1));
+        }
         self.write_pages(state);
     }
 

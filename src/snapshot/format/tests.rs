@@ -138,7 +138,7 @@ fn with_command() -> State {
     state.description.sockets = Some(SocketsDescription::Vsock { cid: 3 });
     state.description.shares =
         ["hwvmm-root", "x"].map(|tag| ShareDescription { tag: tag.into(), path: "/".into() }).into();
-    let file = |inode, kind| FileId { device: 0xfe00, inode, kind };
+    let file = |inode, kind| FileId { device: 0xfe00, inode, kind, link_made_ns: 0 };
     let node = |number, parent, name: &str, kind| {
         let place = (parent > 0).then(|| NodePlace { parent, name: name.into() });
         ShareNode { number, lookups: 3, file: file(number, kind), place }

@@ -299,7 +299,7 @@ impl Session {
         match (end, &self.said) {
             (EndReason::PowerOff | EndReason::SystemHalted, Some(Said::Ended(end))) => EndReason::Command(*end),
             (
-                end @ (EndReason::NoCommand(_) | EndReason::PowerOff | EndReason::SystemHalted),
+                end @ (EndReason::NoCommand(_) | EndReason::PowerOff | EndReason::SystemHalted | EndReason::Saved),
                 Some(Said::Failed { stage, text }),
             ) => {
                 let mut why = format!("{stage}: {text}");

@@ -140,7 +140,8 @@ impl Fs {
         })?;
         let attributes = Attributes::new().map_err(|error| options.cannot_share(error))?;
         let stat = fstat(directory).map_err(|error| options.cannot_share(error.into()))?;
-        let root = FileId { device: stat.st_dev, inode: stat.st_ino, kind: stat.st_mode & libc::S_IFMT };
+        let root =
+            FileId { device: stat.st_dev, inode: stat.st_ino, kind: stat.st_mode & libc::S_IFMT, link_made_ns: 0 };
         let fs = Arc::new(GuardedFs::new(inner, root, attributes, options.rules(), limits));
         Ok(Self { tag: options.tag, fs, _mount: None })
     }

@@ -75,7 +75,14 @@ fn raise_file_limit(need: u64) -> u64 {
 
 /// What tells a file from others.
 pub(super) fn file_id(stat: &stat64) -> FileId {
-    FileId { device: stat.st_dev, inode: stat.st_ino, kind: stat.st_mode & libc::S_IFMT }
+    let modified_ns = stat.st_mtime.saturating_mul(1_000_000_000).saturating_add(stat.st_mtime_nsec);
+    id_of(stat.st_dev, stat.st_ino, stat.st_mode, modified_ns)
+}
+
+/// What tells a file from others, by the values of stat(2).
+fn id_of(device: u64, inode: u64, mode: u32, modified_ns: i64) -> FileId {
+    let kind = mode & libc::S_IFMT;
+    FileId { device, inode, kind, link_made_ns: if kind == libc::S_IFLNK { modified_ns } else { 0 } }
 }
 
 /// Where a name is.
@@ -308,11 +315,20 @@ mod tests {
     use super::*;
 
     fn file() -> FileId {
-        FileId { device: 1, inode: 2, kind: libc::S_IFREG }
+        FileId { device: 1, inode: 2, kind: libc::S_IFREG, link_made_ns: 0 }
     }
 
     fn found(inner: u64) -> Found {
         Found { inner, file: file(), place: None }
+    }
+
+    #[test]
+    fn another_link_with_the_same_number_is_another_file() {
+        assert_ne!(id_of(1, 7, libc::S_IFLNK | 0o777, 1), id_of(1, 7, libc::S_IFLNK | 0o777, 2));
+        // What is written to a file or made in a directory makes no other one of it.
+        for kind in [libc::S_IFREG, libc::S_IFDIR] {
+            assert_eq!(id_of(1, 7, kind | 0o600, 1), id_of(1, 7, kind | 0o700, 2));
+        }
     }
 
     #[test]

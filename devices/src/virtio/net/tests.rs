@@ -244,7 +244,7 @@ fn a_new_card_announces_itself() {
     };
     wait(0);
     wait(1);
-    assert_eq!(driver.read(0xfc), generation + 2, "the driver is told of both");
+    assert_eq!(driver.read(0xfc), generation + 2 * 2, "the driver is told of both, each counts two");
     driver.request(1, &[&[0; 12], b"another"], &[]);
     assert_eq!(take(&mut socket), b"another");
     let (ours, _socket) = UnixStream::pair().expect("a pair");

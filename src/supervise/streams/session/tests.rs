@@ -94,10 +94,11 @@ fn a_guest_that_is_ready_is_saved_and_not_stopped() {
         let error = stream.read(&mut [0; 8]).expect_err("neither bytes nor an end");
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     }
+    assert_eq!(session.explain(EndReason::Saved), EndReason::Saved);
     guest[0].write_all(b"failed root gone\n").expect("room");
     session.serve();
     assert_eq!((session.saves_at(), session.stop_request()), (None, Some(StopRequest::NoCommand)));
-    assert_eq!(session.explain(EndReason::Saved), EndReason::Saved);
+    assert_eq!(session.explain(EndReason::Saved), EndReason::NoCommand(Some("root: gone".into())));
 }
 
 #[test]

@@ -385,7 +385,8 @@ proptest! {
         let (mut state, mut share) = state_of(&driver);
         let id = |path: &Path| {
             let file = fs::symlink_metadata(path).expect("there");
-            crate::virtio::saved::FileId { device: file.dev(), inode: file.ino(), kind: file.mode() & libc::S_IFMT }
+            let kind = file.mode() & libc::S_IFMT;
+            crate::virtio::saved::FileId { device: file.dev(), inode: file.ino(), kind, link_made_ns: 0 }
         };
         let paths = ["shared/a", "shared/a/b", "shared/a/b/c", "shared/file", "secret"].map(|name| id(&folder.path().join(name)));
         share.nodes = nodes.iter().map(|(number, parent, name, right)| {
