@@ -14,8 +14,9 @@ pub(super) fn sockets_are_connected_anew() -> Outcome {
             let own = vsock(7, &format!("{name}.v"));
             let machine = Machine::boot(&name, guests::count(), &["-m", "32M", "--transport", transport, &own]);
             machine.answer(&["pause"]);
-            let (snapshot, before) = (folder().join(&name), machine.output());
+            let snapshot = folder().join(&name);
             machine.snapshot(&snapshot);
+            let before = machine.output();
             machine.stop();
             let json = fs::read_to_string(snapshot.join("machine.json")).unwrap();
             let description: serde_json::Value = serde_json::from_str(&json).unwrap();
@@ -54,8 +55,9 @@ pub(super) fn shares_are_given_again() -> Outcome {
             let options = ["-m", "32M", "--transport", transport, &share("a", &one), &share("b", &other)];
             let machine = Machine::boot(&name, guests::count(), &options);
             machine.answer(&["pause"]);
-            let (snapshot, before) = (folder().join(format!("{name}-snapshot")), machine.output());
+            let snapshot = folder().join(format!("{name}-snapshot"));
             machine.snapshot(&snapshot);
+            let before = machine.output();
             machine.stop();
             let refused = |options: &[&str], words: &[&str]| {
                 let (status, error) = error_of(&snapshot, options);
