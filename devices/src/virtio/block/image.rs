@@ -2,7 +2,7 @@
 
 use super::error::ImageError;
 use super::file::{HostCache, again, detect, open_file, size};
-use super::lock::{LockError, LockedFile, Use, lock};
+use super::lock::{LockError, LockedFile, Use};
 use super::options::{Format, ImageOptions};
 use super::qcow2::{self, CheckPlace, FormatSource, OpenChain};
 use super::request::SECTOR_BYTES;
@@ -100,23 +100,25 @@ impl Image {
         let stat_error = |source| ImageError::Stat { path: path.clone(), source };
         let host_cache = if options.direct { HostCache::Bypassed } else { HostCache::Used };
         let is_device = file.metadata().map_err(stat_error)?.file_type().is_block_device();
-        lock(&file, if *read_only { Use::Reading } else { Use::ReadingAndWriting }).map_err(|error| match error {
+        let used = if *read_only { Use::Reading } else { Use::ReadingAndWriting };
+        let locked = LockedFile::new(file, used).map_err(|error| match error {
             LockError::Conflict(conflict) => ImageError::Locked { path: path.clone(), conflict },
             LockError::Host(source) => ImageError::Lock { path: path.clone(), source },
         })?;
+        let file = &locked.0;
         let raw = |first_sector| {
             let open_error = |source| ImageError::Open { path: path.clone(), read_only: *read_only, source };
-            let file = again(&file, *read_only, host_cache).map_err(open_error)?;
+            let file = again(file, *read_only, host_cache).map_err(open_error)?;
             let bytes = size(&file).map_err(stat_error)?;
             let content = Content::Raw(file, first_sector);
             Ok(OpenImage { content, bytes, locks: Vec::new(), backing: Vec::new(), read_files: Vec::new() })
         };
         let format = match options.format {
-            Format::Auto => detect(&file, options)?,
+            Format::Auto => detect(file, options)?,
             known => known,
         };
         let qcow2 = |source| {
-            let OpenChain { access, locks, backing, storage } = qcow2::open(options, &file, source, place)?;
+            let OpenChain { access, locks, backing, storage } = qcow2::open(options, file, source, place)?;
             let bytes = access.size();
             let content = Content::Qcow2(Box::new(RwLock::new(access)));
             Ok(OpenImage { content, bytes, locks, backing, read_files: storage })
@@ -130,10 +132,10 @@ impl Image {
         if !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(ImageError::Size { path: path.clone(), bytes });
         }
-        let block_sizes = if is_device { device_block_sizes(&file) } else { file_block_sizes(&file, host_cache) };
+        let block_sizes = if is_device { device_block_sizes(file) } else { file_block_sizes(file, host_cache) };
         Ok(Self {
             content,
-            file: LockedFile(file),
+            file: locked,
             locks,
             read_files,
             backing,

@@ -97,11 +97,8 @@ impl From<LockConflict> for LockError {
     }
 }
 
-/// Locks `file` until its last descriptor is closed.
-///
-/// # Errors
-/// [`LockError`]. Some locks may be held then: the file is to be closed.
-pub(super) fn lock(file: &File, used: Use) -> Result<(), LockError> {
+/// Locks `file`. Where that fails, some locks may be held.
+fn lock(file: &File, used: Use) -> Result<(), LockError> {
     let whole = match used {
         Use::Reading => FlockOperation::NonBlockingLockShared,
         Use::ReadingAndWriting => FlockOperation::NonBlockingLockExclusive,
@@ -132,7 +129,21 @@ pub(super) fn lock(file: &File, used: Use) -> Result<(), LockError> {
 
 /// A file that is unlocked when this is dropped, also where a child process that is being started has a copy of the
 /// descriptor for a moment.
+#[derive(Debug)]
 pub(super) struct LockedFile(pub(super) File);
+
+impl LockedFile {
+    /// Locks `file`.
+    ///
+    /// # Errors
+    /// [`LockError`]. No lock is held then.
+    pub(super) fn new(file: File, used: Use) -> Result<Self, LockError> {
+        // Dropped, it unlocks what was locked before the failure.
+        let locked = Self(file);
+        lock(&locked.0, used)?;
+        Ok(locked)
+    }
+}
 
 impl Drop for LockedFile {
     fn drop(&mut self) {
@@ -200,8 +211,8 @@ mod tests {
         for byte in bytes {
             fcntl(&other, FcntlArg::F_OFD_SETLK(&byte_lock(*byte, libc::F_RDLCK))).expect("locked");
         }
-        match lock(&open(file.path()), used) {
-            Ok(()) => None,
+        match LockedFile::new(open(file.path()), used) {
+            Ok(_) => None,
             Err(LockError::Conflict(LockConflict { conflict, pid: None })) => Some(conflict),
             other => panic!("{other:?}"),
         }
@@ -233,7 +244,7 @@ mod tests {
         {
             let file = tempfile::NamedTempFile::new().expect("a file");
             let (one, other) = (open(file.path()), open(file.path()));
-            lock(&one, used).expect("locked");
+            let one = LockedFile::new(one, used).expect("locked");
             let held: Vec<i64> =
                 (0..300).filter(|byte| holder(&other, *byte, libc::F_WRLCK).expect("asked").is_some()).collect();
             assert_eq!(held, bytes);
@@ -242,18 +253,42 @@ mod tests {
         }
     }
 
+    /// A process that another thread has just forked has copies of all descriptors until its exec.
+    #[test]
+    fn a_copy_of_the_descriptor_keeps_no_lock() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let free = || {
+            let other = open(file.path());
+            rustix::fs::flock(&other, FlockOperation::NonBlockingLockExclusive).is_ok()
+                && (0..300).all(|byte| holder(&other, byte, libc::F_WRLCK).expect("asked").is_none())
+        };
+        let one = open(file.path());
+        let copy = one.try_clone().expect("a copy");
+        let locked = LockedFile::new(one, Use::ReadingAndWriting).expect("locked");
+        assert!(!free());
+        drop(locked);
+        assert!(free(), "it was unlocked");
+        // One that is refused after it has taken some of its locks.
+        let reader = open(file.path());
+        fcntl(&reader, FcntlArg::F_OFD_SETLK(&byte_lock(DENIED + WRITE, libc::F_RDLCK))).expect("locked");
+        LockedFile::new(copy.try_clone().expect("a copy"), Use::ReadingAndWriting).expect_err("a reader");
+        drop(reader);
+        assert!(free(), "it keeps none");
+        drop(copy);
+    }
+
     #[test]
     fn locks_of_the_whole_file_exclude_and_name_their_process() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let other = open(file.path());
         rustix::fs::flock(&other, FlockOperation::LockExclusive).expect("locked");
-        let refused = lock(&open(file.path()), Use::Reading).expect_err("locked");
+        let refused = LockedFile::new(open(file.path()), Use::Reading).expect_err("locked");
         assert!(matches!(refused, LockError::Conflict(LockConflict { conflict: Conflict::WholeFile, pid: None })));
         rustix::fs::flock(&other, FlockOperation::Unlock).expect("unlocked");
         // A process' own lock, as lockf(3) takes it: it excludes an open file description of the same process too.
         let whole = libc::flock { l_len: 0, ..byte_lock(0, libc::F_WRLCK) };
         fcntl(&other, FcntlArg::F_SETLK(&whole)).expect("locked");
-        let refused = lock(&open(file.path()), Use::Reading).expect_err("locked").to_string();
+        let refused = LockedFile::new(open(file.path()), Use::Reading).expect_err("locked").to_string();
         assert_eq!(refused, format!("process {} has locked the whole file", std::process::id()));
     }
 
@@ -263,7 +298,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
         let named = File::from(rustix::fs::open(file.path(), flags, rustix::fs::Mode::empty()).expect("there"));
-        let refused = lock(&named, Use::Reading).expect_err("not open");
+        let refused = LockedFile::new(named, Use::Reading).expect_err("not open");
         assert!(matches!(&refused, LockError::Host(error) if error.raw_os_error() == Some(libc::EBADF)), "{refused:?}");
     }
 }

@@ -3,7 +3,7 @@
 
 use super::super::error::{FileRole, ImageError};
 use super::super::file::{HostCache, again, open_file, reopen, size};
-use super::super::lock::{LockedFile, Use, lock};
+use super::super::lock::{LockedFile, Use};
 use super::super::options::ImageOptions;
 use super::error::{NamedFileError, Qcow2Error};
 use super::header::{Backing, DataPlace};
@@ -134,27 +134,28 @@ impl Chain<'_> {
         }
         let path = resolve(image, &backing.name).ok_or_else(|| bad(NamedFileError::Protocol))?;
         let file = open_regular(&path).map_err(bad)?;
-        self.keep(&file).map_err(bad)?;
+        let locked = self.keep(file).map_err(bad)?;
+        let file = &locked.0;
         self.backing.push(path.clone());
         let used = Use::Reading;
         match backing.format.as_deref() {
             None => Err(bad(NamedFileError::NoFormat)),
             Some(b"raw" | b"file") => {
                 let raw = self
-                    .storage(&file, used)
+                    .storage(file, used)
                     .and_then(|storage| Raw::builder(storage).write(false).open(DenyImplicitOpenGate::default()));
-                self.locks.push(LockedFile(file));
+                self.locks.push(locked);
                 Ok(FormatAccess::new(raw.map_err(|source| bad(NamedFileError::Open(source)))?))
             }
             Some(b"qcow2") => {
-                let bytes = size(&file).map_err(|source| bad(NamedFileError::Open(source)))?;
+                let bytes = size(file).map_err(|source| bad(NamedFileError::Open(source)))?;
                 let damaged = |source| bad(NamedFileError::Qcow2(source));
-                let facts = checked(&file, bytes, FormatSource::Configured, self.place).map_err(damaged)?;
+                let facts = checked(file, bytes, FormatSource::Configured, self.place).map_err(damaged)?;
                 if let DataPlace::File(name) = facts.data {
                     return Err(damaged(Qcow2Error::DataFileNotGiven(name.as_deref().map(text))));
                 }
-                let access = self.image(&Layer { path: &path, file: &file }, facts.backing.as_ref(), None, used)?;
-                self.locks.push(LockedFile(file));
+                let access = self.image(&Layer { path: &path, file }, facts.backing.as_ref(), None, used)?;
+                self.locks.push(locked);
                 Ok(access)
             }
             Some(other) => Err(bad(NamedFileError::Format(text(other)))),
@@ -176,21 +177,21 @@ impl Chain<'_> {
         if self.seen.contains(&new) {
             return Err(bad(NamedFileError::Loop));
         }
-        lock(&file, used).map_err(|error| bad(error.into()))?;
-        let storage = self.storage(&file, used).map_err(|source| bad(NamedFileError::Open(source)))?;
+        let locked = LockedFile::new(file, used).map_err(|error| bad(error.into()))?;
+        let storage = self.storage(&locked.0, used).map_err(|source| bad(NamedFileError::Open(source)))?;
         self.seen.push(new);
-        self.locks.push(LockedFile(file));
+        self.locks.push(locked);
         Ok(storage)
     }
 
     /// Locks a backing file against writers, and notes that it is part of the chain.
-    fn keep(&mut self, file: &File) -> Result<(), NamedFileError> {
-        let new = id(file).map_err(NamedFileError::Open)?;
+    fn keep(&mut self, file: File) -> Result<LockedFile, NamedFileError> {
+        let new = id(&file).map_err(NamedFileError::Open)?;
         if self.seen.contains(&new) {
             return Err(NamedFileError::Loop);
         }
         self.seen.push(new);
-        lock(file, Use::Reading).map_err(Into::into)
+        LockedFile::new(file, Use::Reading).map_err(Into::into)
     }
 
     /// Returns an open file as imago takes it: the same file, whatever its name means by now.
