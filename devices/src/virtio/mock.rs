@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::poll::PollContext;
 
 /// `VIRTQ_DESC_F_NEXT`: another descriptor follows in the chain.
 pub const NEXT: u16 = 1;
@@ -400,6 +401,13 @@ impl Driver {
             assert!(start.elapsed() < TIMEOUT, "no interrupt");
             std::thread::sleep(Duration::from_micros(200));
         }
+    }
+
+    /// Sleeps until the device has sent an interrupt or `other` is signalled, and takes no notice of either; 100 ms at most.
+    pub fn wait_interrupt_or(&self, other: &EventFd) {
+        let events = PollContext::<u32>::new().expect("an epoll instance");
+        events.add(&*self.interrupt, 0).and_then(|()| events.add(other, 1)).expect("added");
+        events.wait_timeout(Duration::from_millis(100)).expect("waited");
     }
 
     /// Returns the number of queues.
