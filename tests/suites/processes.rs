@@ -1,9 +1,9 @@
 //! Suites that are ended from outside, and limits of their process.
 
 use super::harness::{Outcome, Test, hwvmm, text};
-use super::{ENVIRONMENT, suite, when_it_runs};
+use super::{ENVIRONMENT, Suite, suite, when_it_runs};
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 pub(super) const TESTS: &[Test] = &[
@@ -20,10 +20,11 @@ fn a_suite_that_is_ended_ends_its_guests() -> Outcome {
     use rustix::process::Signal;
     when_it_runs(|| {
         for signal in [Signal::TERM, Signal::QUIT] {
-            end_a_suite(signal, Some(130));
+            end_a_suite(signal, Some(130), "true");
         }
         // Nothing of the suite is left to end them.
-        end_a_suite(Signal::KILL, None);
+        end_a_suite(Signal::KILL, None, "true");
+        end_a_suite(Signal::KILL, None, "trap '' TERM");
     })
 }
 
@@ -34,11 +35,20 @@ fn processes_with(part: &str) -> Vec<String> {
     lines.map(|line| text(&line).replace('\0', " ")).filter(|line| line.contains(part)).collect()
 }
 
-/// Ends a suite of guests that run on, and sees them end.
-fn end_a_suite(signal: rustix::process::Signal, status: Option<i32>) {
+/// Starts `hwvmm test` with `arguments` by a shell that runs `before` first.
+fn start_by_shell(suite: &Suite, before: &str, arguments: &str) -> Child {
+    let program = suite.command(&[]).get_program().to_owned();
+    let mut sh = Command::new("sh");
+    sh.arg("-c").arg(format!("{before}; exec \"$0\" test {arguments}")).arg(program).current_dir(suite.path());
+    ENVIRONMENT.iter().for_each(|name| _ = sh.env_remove(name));
+    sh.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
+}
+
+/// Ends a suite of guests that run on, and sees them end. It is started by a shell that runs `before` first.
+fn end_a_suite(signal: rustix::process::Signal, status: Option<i32>, before: &str) {
     let suite = suite(&[("spin/a", ""), ("spin/b", ""), ("spin/c", "")]);
     let folder = suite.path().to_str().unwrap().to_owned();
-    let mut child = suite.command(&["-o", "results", "-j", "2"]).stdout(Stdio::null()).spawn().unwrap();
+    let mut child = start_by_shell(&suite, before, "-o results -j 2");
     let log = suite.path().join("results/00001-a/try-1/console.log");
     let deadline = Instant::now() + Duration::from_secs(10);
     while fs::metadata(&log).map_or(0, |found| found.len()) == 0 && Instant::now() < deadline {
@@ -88,11 +98,7 @@ fn an_image_in_the_place_of_a_kernel_is_none() -> Outcome {
 fn a_suite_under_nohup_is_not_ended_by_sighup() -> Outcome {
     when_it_runs(|| {
         let suite = suite(&[("spin", "silence = '500ms'")]);
-        let program = suite.command(&[]).get_program().to_owned();
-        let mut sh = Command::new("sh");
-        sh.args(["-c", "trap '' HUP; exec \"$0\" test -o results"]).arg(program).current_dir(suite.path());
-        ENVIRONMENT.iter().for_each(|name| _ = sh.env_remove(name));
-        let mut child = sh.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let mut child = start_by_shell(&suite, "trap '' HUP", "-o results");
         let log = suite.path().join("results/00001-spin/try-1/console.log");
         while fs::metadata(&log).map_or(0, |found| found.len()) == 0 && child.try_wait().unwrap().is_none() {
             std::thread::sleep(Duration::from_millis(5));
