@@ -76,7 +76,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "snapshot",
         ],
     ),
-    ("testing", &["bounded_read", "config", "console", "error", "escape", "exit", "probe", "profile", "tune"]),
+    (
+        "testing",
+        &["bounded_read", "config", "console", "error", "escape", "exit", "memory", "probe", "profile", "tune"],
+    ),
     (
         "cli",
         &[

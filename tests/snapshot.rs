@@ -2,6 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail where it stands")]
 
+#[path = "snapshot/at.rs"]
+mod at;
+#[path = "snapshot/clones.rs"]
+mod clones;
 #[path = "snapshot/disks.rs"]
 mod disks;
 mod guests;
@@ -444,6 +448,12 @@ const TESTS: &[Test] = &[
     ("a_full_disk_is_an_error_and_the_guest_goes_on", a_full_disk_is_an_error_and_the_guest_goes_on),
     ("hostile_snapshots_are_refused", hostile_snapshots_are_refused),
     ("a_restore_is_quick", a_restore_is_quick),
+    ("a_run_saves_itself_at_a_mark_or_a_line", at::a_run_saves_itself_at_a_mark_or_a_line),
+    ("a_run_that_cannot_save_itself_says_why", at::a_run_that_cannot_save_itself_says_why),
+    ("twenty_clones_go_on_at_once", clones::twenty_clones_go_on_at_once),
+    ("clones_say_how_they_ended", clones::clones_say_how_they_ended),
+    ("what_clones_cannot_have_is_said_once", clones::what_clones_cannot_have_is_said_once),
+    ("clones_end_with_their_parent", clones::clones_end_with_their_parent),
     ("the_pages_of_a_run_are_ready_in_the_next", working_set::the_pages_of_a_run_are_ready_in_the_next),
     ("a_working_set_that_cannot_be_used_is_not", working_set::a_working_set_that_cannot_be_used_is_not),
 ];

@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand.
 
 mod bench;
+mod clone;
 mod ctl;
 mod doctor;
 mod mmu;
@@ -38,6 +39,7 @@ Examples:
   hwvmm run vmlinuz -t -- bash
   hwvmm run vmlinuz --template booted              (boots once, saves the guest, and ends)
   hwvmm run --from booted -- sh -c 'uname -r; exit 7'       (in a copy of it, without a boot)
+  hwvmm run vmlinuz -i initrd.img --snapshot-at 'expect=login: $,dir=at-login'    (saves the guest there)
   hwvmm run --tune help                         (lists the levers)
   hwvmm run test.flat --testdev --debug-exit --append 'arguments'
   hwvmm run --config vm.toml
@@ -56,12 +58,13 @@ In the file, { escaped = '/tmp/a\\xff' } is a path that is not UTF-8.
 On a terminal, Ctrl-A x ends the run; Ctrl-A Ctrl-A sends one Ctrl-A.
 
 Exit status:
-  0    the guest powered off or halted, a line matched --expect, `hwvmm ctl SOCKET stop`, or --template was saved
+  0    the guest powered off or halted, a line matched --expect, `hwvmm ctl SOCKET stop`, or the guest was
+       saved (--template, --snapshot-at)
   2    wrong option or --config file
   32   the guest reset itself           33   triple fault
   34   the guest panicked               35   all vCPUs halted with interrupts off
   36   the guest's watchdog ran out     37   KVM cannot run the guest further
-  38   --expect matched no line         39   more exits than --budget allows
+  38   no --expect or --snapshot-at      39   more exits than --budget allows
   40   the machine's process crashed    41   the guest has no status for the command
   42   hwvmm failed
   124  --timeout, --boot-timeout        130  Ctrl-A x
@@ -172,6 +175,9 @@ enum Command {
                             no machine answers or it refuses."
     )]
     Ctl(ctl::Args),
+    /// Run many clones of a snapshot at once
+    #[command(after_help = clone::AFTER_HELP)]
+    Clone(clone::Args),
     /// Unpack the kernel in a bzImage into an ELF file
     #[command(
         after_help = "Example: hwvmm unpack vmlinuz --output vmlinux\n\nExit status: 0; 1 where the kernel cannot be unpacked; 2 for \
@@ -215,6 +221,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(*args),
         Command::Test(args) => test::run(&args),
         Command::Ctl(args) => ctl::run(&args),
+        Command::Clone(args) => clone::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Top(args) => top::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -6,7 +6,7 @@ use super::result_file::ResultFile;
 use super::run_results::{describe, show_flight_recorder, stats_text, write_profile, write_stats};
 use super::status_file::StatusRecord;
 use crate::boot::initramfs::TerminalSize;
-use crate::config::{Budget, OnReboot, Requirement, RunConfig, RunOptions, read_file};
+use crate::config::{Budget, Moment, OnReboot, Pattern, Requirement, RunConfig, RunOptions, read_file};
 use crate::console::{RawTerminal, StreamFlags, discard_input, terminal_size};
 use crate::error::chain;
 use crate::escape::escape_text;
@@ -137,7 +137,7 @@ fn run_guest(
     }
     let late_command =
         if snapshot.is_some() && config.has_command() { late_command(&config, terminal)? } else { Vec::new() };
-    let draft = config.template.as_deref().map(Draft::new).transpose()?;
+    let draft = config.saved_to().map(Draft::new).transpose()?;
     let recording = recording(&config, snapshot.as_ref())?;
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     let host = Host::at(Path::new("/"));
@@ -152,9 +152,9 @@ fn run_guest(
         config: &config,
         snapshot: snapshot.as_ref(),
         late_command,
-        template: draft.as_ref().map(Draft::targets).transpose()?,
+        save_to: draft.as_ref().map(Draft::targets).transpose()?,
         recording: recording.as_ref(),
-        expect: config.expect.as_ref().map(|pattern| pattern.0.clone()),
+        expect: expected(&config).map(|pattern| pattern.0.clone()),
         stdin: if terminal.is_some() || uses_stdin(&config) && io::stdin().is_terminal() {
             Stdin::Terminal
         } else {
@@ -174,11 +174,10 @@ fn run_guest(
     };
     let Done { record, stats, kernel_log } = start_until_done(&plan)?;
     crate::logging::report_suppressed();
-    if let (Some(draft), EndReason::Saved) = (draft, &record.end.reason) {
+    let end = ended(&config, &record);
+    if let Some(draft) = draft.filter(|_| end == EndReason::Saved) {
         draft.keep()?;
     }
-    let expects = plan.expect.is_some();
-    let end = if expects { record.end.reason.clone().without_the_expected() } else { record.end.reason.clone() };
     let results =
         Results { config: &config, files, record: &record, end: &end, budget: &budget, kernel_log: &kernel_log };
     let (within, failed) = results.show(stats);
@@ -193,6 +192,24 @@ fn run_guest(
         (status, None) => status,
     };
     Ok(Ended { end, status, entry: record.entry })
+}
+
+/// The pattern that a line of a console is to match.
+fn expected(config: &RunConfig) -> Option<&Pattern> {
+    match config.snapshot_at.as_ref().map(|at| &at.moment) {
+        Some(Moment::Line(pattern)) => Some(pattern),
+        Some(Moment::Mark(_)) | None => config.expect.as_ref(),
+    }
+}
+
+/// The end of a run as its exit status has it: one that was to bring something, and ended without it, is not a good one.
+fn ended(config: &RunConfig, record: &RunRecord) -> EndReason {
+    let reason = record.end.reason.clone();
+    match (&config.snapshot_at, &config.expect) {
+        (Some(_), _) => reason.without_the_snapshot(),
+        (None, Some(_)) => reason.without_the_expected(),
+        (None, None) => reason,
+    }
 }
 
 /// The folder in which the pages are written down that the guest uses, where that is wanted.
@@ -399,6 +416,7 @@ impl Results<'_> {
             | EndReason::Watchdog
             | EndReason::Kvm(_)
             | EndReason::NotSeen(_)
+            | EndReason::NotSaved(_)
             | EndReason::TimedOut(_)
             | EndReason::NotBooted(_)
             | EndReason::Failed(_)

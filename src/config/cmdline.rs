@@ -17,10 +17,16 @@ impl RunConfig {
         self.has_command() || self.template.is_some()
     }
 
-    /// Returns true if a snapshot can be asked for.
+    /// Returns true if the machine may be saved: when it is asked for, or by the run itself.
     #[must_use]
     pub fn may_be_saved(&self) -> bool {
-        self.api.is_some() || self.template.is_some()
+        self.api.is_some() || self.saved_to().is_some()
+    }
+
+    /// Returns the folder in which the run saves its machine.
+    #[must_use]
+    pub fn saved_to(&self) -> Option<&Path> {
+        self.template.as_deref().or(self.snapshot_at.as_ref().map(|at| at.dir.as_path()))
     }
 
     /// Returns true if the parameters of the kernel are those of its image, too. A command has the image's kernel alone: its parameters

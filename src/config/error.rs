@@ -193,6 +193,11 @@ pub enum ConfigError {
     /// An option that a snapshot settles.
     #[error("{0} cannot be given with --from: the machine is that of the snapshot; leave it out")]
     NotWithFrom(&'static str),
+    /// A run that ends with its snapshot waits for nothing else.
+    #[error(
+        "{0} cannot be given with --snapshot-at, which ends the run when it has saved the machine: leave one of them out"
+    )]
+    NotWithSnapshotAt(&'static str),
     /// An option that only a run from a snapshot has.
     #[error("{0} is for a run from a snapshot: give --from DIR, too, or leave it out")]
     OnlyWithFrom(&'static str),

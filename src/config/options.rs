@@ -15,6 +15,7 @@ use super::error::ConfigError;
 use super::given::{Given, from_toml};
 use super::machine::{Cpus, Memory};
 use super::module::ModuleConfig;
+use super::snapshot_at::SnapshotAt;
 use super::value::Value;
 use crate::tune::{Lever, Tune};
 use std::ffi::{OsStr, OsString};
@@ -166,8 +167,7 @@ options! {
         from: Option<PathBuf>, [long] "DIR";
         /// With --from: write down in DIR (file working-set) which pages of memory the guest uses, until it has run for this time or has ended.
         /// Later runs from DIR then have these pages ready before the guest runs (--tune working-set)
-        record_working_set: Option<Duration>, [long] "TIME" or "10s"
-            becomes Option<Duration> = given.recording()?;
+        record_working_set: Option<Duration>, [long] "TIME" or "10s" becomes Option<Duration> = given.recording()?;
         /// Take kernel, initrd and the kernel's parameters out of this disk image, which is a disk of the guest: as the image's boot
         /// loader would (grub.cfg, or /loader/entries; on ext2 to ext4 and FAT). The default parameters come behind the image's;
         /// --cmdline replaces both. A KERNEL that is a disk image means the same. A COMMAND has only the kernel and its modules from
@@ -236,8 +236,7 @@ options! {
         serial: Vec<SerialChoice>, [long] "N=TARGET"
             becomes [Option<ConsoleTarget>; UARTS] = uarts(&given.serial, given.virtio_console().as_ref(), given.usual_console())?;
         /// Console of the guest: serial, or a virtio console (hvc0) on virtio[=stdio|file:PATH|null] [default: serial]
-        console: Option<ConsoleChoice>, [long] "CONSOLE"
-            becomes Option<ConsoleTarget> = given.virtio_console();
+        console: Option<ConsoleChoice>, [long] "CONSOLE" becomes Option<ConsoleTarget> = given.virtio_console();
         /// Stream sockets between guest and host (vsock). With uds, host programs connect to PATH and send "CONNECT PORT";
         /// connections of the guest go to PATH_PORT. With vhost, the host uses its own vsock sockets
         vsock: Option<VsockConfig>, [long] "cid=N,uds=PATH"
@@ -300,6 +299,9 @@ options! {
         /// 64 KiB of a longer one. A line without an end, such as a prompt, is matched when no console has had output for 200 ms, and
         /// when the guest has shut down, halted or reset itself
         expect: Option<Pattern>, [long] "REGEX";
+        /// Save the machine in the new folder DIR, and end the run with status 0, when the guest has written the number N to the mark port
+        /// (0x508), or a line of a console matches, as with --expect. Status 38 if the guest ends before. `hwvmm run --from DIR` goes on from it
+        snapshot_at: Option<SnapshotAt>, [long] "WHEN" becomes Option<SnapshotAt> = given.saving()?;
         /// What a reset by the guest does
         on_reboot: Option<OnReboot>, [long] "ACTION" default "exit";
     }

@@ -117,7 +117,7 @@ impl Write for Output {
         match watch.feed(&bytes[..count]) {
             Fed::Nothing => {}
             Fed::LineBegan => self.control.wake(),
-            Fed::End(end) => self.control.end(end, None),
+            Fed::End(end) => self.control.line_seen(end),
         }
         Ok(count)
     }

@@ -108,7 +108,6 @@ impl Announcements {
                 | EndReason::NoCommandStatus(_)
                 | EndReason::Watchdog
                 | EndReason::Stopped
-                | EndReason::Saved
                 | EndReason::TimedOut(_)
                 | EndReason::NotBooted(_),
             ) => seen.clone(),
@@ -305,6 +304,7 @@ impl Watch {
             | EndReason::Quit
             | EndReason::Stopped
             | EndReason::Saved
+            | EndReason::NotSaved(_)
             | EndReason::Signal(_)
             | EndReason::Unbootable(_)
             | EndReason::Failed(_)

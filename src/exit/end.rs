@@ -11,7 +11,8 @@ const MAX_BYTES: usize = 4096;
 
 /// Exit statuses of `hwvmm run`; also in its `--help`. A guest chooses an odd one by isa-debug-exit.
 pub mod status {
-    /// The guest shut down, `--expect` was seen, `hwvmm ctl SOCKET stop` ended the run, or its template was saved.
+    /// The guest shut down, `--expect` was seen, `hwvmm ctl SOCKET stop` ended the run, or it was saved (`--template`,
+    /// `--snapshot-at`).
     pub const OK: u8 = 0;
     /// Another subcommand than `run` failed.
     pub const FAILURE: u8 = 1;
@@ -34,7 +35,7 @@ pub mod status {
     pub const WATCHDOG: u8 = 36;
     /// KVM gave up on the guest.
     pub const KVM: u8 = 37;
-    /// The guest ended and `--expect` was not seen.
+    /// The guest ended before `--expect` was seen, or the moment of `--snapshot-at` came.
     pub const NOT_SEEN: u8 = 38;
     /// The guest ended well, and made more exits than its budget allows.
     pub const OVER_BUDGET: u8 = 39;
@@ -170,6 +171,7 @@ kinds! {
     Quit "quit" Self::Quit,
     Stopped "stopped" Self::Stopped,
     Saved "saved" Self::Saved,
+    NotSaved "not-saved" Self::NotSaved(_),
     Signal "signal" Self::Signal(_),
     Unbootable "unbootable" Self::Unbootable(_),
     Failed "failed" Self::Failed(_),
@@ -215,8 +217,10 @@ pub enum EndReason {
     Quit,
     /// `hwvmm ctl SOCKET stop`.
     Stopped,
-    /// The guest was ready for a command, and was saved (`--template`).
+    /// The guest was saved: ready for a command (`--template`), or at the moment of `--snapshot-at`.
     Saved,
+    /// The guest ended, cleanly, before the snapshot of `--snapshot-at` was made.
+    NotSaved(Box<EndReason>),
     /// A signal to hwvmm.
     Signal(Signal),
     /// The kernel is none that can be booted so: why. The guest never ran.
@@ -242,7 +246,7 @@ impl EndReason {
             Self::NoCommand(_) | Self::NoCommandStatus(_) => status::NO_COMMAND_STATUS,
             Self::Watchdog => status::WATCHDOG,
             Self::Kvm(_) => status::KVM,
-            Self::NotSeen(_) => status::NOT_SEEN,
+            Self::NotSeen(_) | Self::NotSaved(_) => status::NOT_SEEN,
             Self::TimedOut(_) | Self::NotBooted(_) => status::TIMEOUT,
             Self::Quit => status::QUIT,
             Self::Signal(signal) => 128 + signal.number(),
@@ -269,7 +273,7 @@ impl EndReason {
             | Self::Unbootable(_) => true,
             // SIGQUIT is how one asks a program for what it knows.
             Self::Signal(signal) => *signal != Signal::QUIT,
-            Self::NotSeen(end) => end.is_clean(),
+            Self::NotSeen(end) | Self::NotSaved(end) => end.is_clean(),
             Self::TripleFault
             | Self::Panicked(_)
             | Self::Halted
@@ -296,6 +300,17 @@ impl EndReason {
     pub fn without_the_expected(self) -> Self {
         match self {
             Self::PowerOff | Self::SystemHalted | Self::Reset | Self::Stopped => Self::NotSeen(Box::new(self)),
+            other => other,
+        }
+    }
+
+    /// The end of a run that was to make a snapshot: a clean end without it becomes [`EndReason::NotSaved`].
+    #[must_use]
+    pub fn without_the_snapshot(self) -> Self {
+        match self {
+            Self::PowerOff | Self::SystemHalted | Self::Reset | Self::Stopped | Self::Seen(_) => {
+                Self::NotSaved(Box::new(self))
+            }
             other => other,
         }
     }
@@ -326,7 +341,8 @@ impl fmt::Display for EndReason {
             Self::NotBooted(after) => write!(f, "the guest had not booted after {} s", after.as_secs_f64()),
             Self::Quit => f.write_str("ended by the user"),
             Self::Stopped => f.write_str("stopped through the control socket"),
-            Self::Saved => f.write_str("the guest is ready for a command, and was saved"),
+            Self::Saved => f.write_str("the guest was saved"),
+            Self::NotSaved(end) => write!(f, "{end}, and was not saved"),
             Self::Signal(signal) => write!(f, "ended by {signal}"),
             Self::Unbootable(what) | Self::Failed(what) => f.write_str(&escape(what, MAX_BYTES)),
             Self::Crashed(Crash::Refused(what)) => {

@@ -2,9 +2,10 @@
 
 use super::error::MachineError;
 use super::save::SavedDevices;
+use super::saving_mark::SavingMark;
 use super::setup::{Setup, Start, Stdin};
 use super::virtio::VirtioBuilder;
-use crate::config::ConsoleTarget;
+use crate::config::{ConsoleTarget, Moment};
 use crate::console::{Input, Keys, Output, Sink, UnreadInput, Watch};
 use crate::kvm::Vm;
 use crate::tune::Lever;
@@ -50,7 +51,14 @@ impl Devices {
         devices.add(0x64, 1, "i8042 command", i8042.command_port())?;
         let post: Arc<PostPort> = Arc::clone(&devices.saved.post);
         devices.pio.insert(PORT_POST.into(), 1, "POST code", post)?;
-        devices.add(PORT_MARK, 4, "mark", MarkPort)?;
+        match setup.config.snapshot_at.as_ref().map(|at| &at.moment) {
+            Some(Moment::Mark(number)) => devices.add(PORT_MARK, 4, "mark", SavingMark::new(*number, control))?,
+            Some(Moment::Line(_)) => {
+                control.save_at_line();
+                devices.add(PORT_MARK, 4, "mark", MarkPort)?;
+            }
+            None => devices.add(PORT_MARK, 4, "mark", MarkPort)?,
+        }
         devices.add(PORT_PVPANIC, 1, "pvpanic", PvPanic)?;
         devices.add(PORT_SLEEP_CONTROL, 3, "ACPI power", Power::new(SLEEP_TYPE_S5, RESET_VALUE))?;
         if setup.config.debug_exit {

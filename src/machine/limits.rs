@@ -3,6 +3,7 @@
 use super::drain::Drain;
 use super::halt::HaltDetector;
 use super::paused::VirtioDevices;
+use super::saving::Save;
 use super::working_set::Recorder;
 use crate::console::{Announcements, Look, Watch};
 use crate::event_loop::{EventLoop, EventLoopError};
@@ -33,6 +34,8 @@ pub(super) struct Limits<'a> {
     pub paused: Duration,
     /// When a console must have had output.
     pub output: OutputLimit<'a>,
+    /// Saves the machine when its moment has come (`--snapshot-at`).
+    pub save: Save,
     /// What writes down the pages that the guest uses.
     pub recorder: Option<Recorder<'a>>,
 }
@@ -72,7 +75,7 @@ impl Limits<'_> {
                 Some(at)
             }
             Look::End(end) => {
-                self.control.end(end, None);
+                self.control.line_seen(end);
                 None
             }
         });
@@ -97,6 +100,10 @@ impl Limits<'_> {
         while self.control.ended().is_none() {
             if !self.control.is_paused() {
                 self.virtio.resume_paused();
+            }
+            if self.control.take_snapshot_request() {
+                self.control.end((self.save)(), None);
+                continue;
             }
             let now = Instant::now();
             let dog = self.watchdog_deadline();

@@ -21,6 +21,8 @@ mod request;
 mod restore;
 mod run;
 mod save;
+mod saving;
+mod saving_mark;
 mod seed;
 mod setup;
 mod testdev;

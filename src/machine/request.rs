@@ -1,5 +1,6 @@
 //! Requests of the parent process to a running machine.
 
+use super::saving::Save;
 use crate::event_loop::OnReadable;
 use crate::exit::{CommandEnd, EndReason, Signal};
 use crate::vcpu::Control;
@@ -71,9 +72,6 @@ fn receive(socket: &OwnedFd) -> Received {
         Err(_) => Received::Closed,
     }
 }
-
-/// Saves the machine, and returns the end of the run.
-pub(super) type Save = Box<dyn Fn() -> EndReason + Send>;
 
 /// Returns a subscriber that ends the run when a request arrives on `socket`, or when the parent process is gone.
 pub(super) fn requests(

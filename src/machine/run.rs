@@ -6,14 +6,14 @@ use super::halt::{HaltDetector, stats_readers};
 use super::limits::{Limits, OutputLimit};
 use super::net::Passt;
 use super::paused::VirtioDevices;
-use super::request::{Save, requests};
+use super::request::requests;
 use super::save::Parts;
+use super::saving::{Save, SavingError, saver};
 use super::working_set::Recorder;
 use super::{Event, Machine, Setup};
 use crate::config::ProfileLevel;
 use crate::console::{Input, UnreadInput, Watch, terminal_size};
-use crate::control::{Live, RequestError, Server};
-use crate::error::chain;
+use crate::control::{Live, Server};
 use crate::event_loop::{EventLoop, EventLoopError, OnReadable};
 use crate::exit::handler::BusKind;
 use crate::exit::{EndReason, Handler, RunEnd};
@@ -21,10 +21,9 @@ use crate::kvm::stats::Reader;
 use crate::kvm::{CoalescedRing, Vm};
 use crate::measure::record::{DeviceRange, RunRecord, VERSION};
 use crate::measure::tracer::Tracer;
-use crate::measure::{MemoryUse, cpu_time_ns};
+use crate::measure::{MemoryFiles, MemoryUse, cpu_time_ns, monotonic_ns};
 use crate::memory::{GuestRam, give_back_startup};
 use crate::sandbox::{SandboxError, ThreadRole};
-use crate::snapshot::Files;
 use crate::tune::Lever;
 use crate::vcpu::{Control, FollowExits, Measure, Threads};
 use event_manager::MutEventSubscriber;
@@ -32,11 +31,10 @@ use hwvmm_arch::boot::BootMethod;
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_devices::virtio::TransportError;
 use hwvmm_devices::virtio::console::{ConsoleSize, Port};
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -56,6 +54,9 @@ pub enum RunError {
     /// The process cannot be confined.
     #[error("cannot confine the machine's process; --sandbox=off runs it without")]
     Sandbox(#[from] SandboxError),
+    /// The machine that is to save itself cannot be saved.
+    #[error(transparent)]
+    Saving(#[from] SavingError),
     /// A thread of a device cannot be started.
     #[error(transparent)]
     Device(#[from] TransportError),
@@ -71,12 +72,6 @@ fn watch_size(event_loop: &mut EventLoop, port: Arc<Port>) -> io::Result<()> {
         port.resize(ConsoleSize { columns, rows });
     })));
     Ok(())
-}
-
-/// CLOCK_MONOTONIC, in nanoseconds: perf's records are on it.
-fn monotonic_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
 /// What is measured, and the tracer of VM exits. What is not available is logged, and the run goes on without it.
@@ -107,23 +102,6 @@ struct Sources<'a> {
     requests: Option<BorrowedFd<'a>>,
     save: Save,
     resized: Option<Arc<Port>>,
-}
-
-/// Returns what saves the machine of `live` for its template.
-fn saver(setup: &Setup<'_>, live: Option<Arc<OnceLock<Live>>>) -> Result<Save, RunError> {
-    let files = setup.template.map(Files::try_clone).transpose();
-    let files = files.map_err(|error| RunError::Io("copy the files of the template", error))?;
-    Ok(Box::new(move || {
-        let (Some(files), Some(live)) = (&files, live.as_ref().and_then(|live| live.get())) else {
-            return EndReason::Failed("a machine that does not run cannot be saved".into());
-        };
-        // It does not go on before the run ends.
-        let saved = if live.pause() { live.snapshot(files) } else { Err(RequestError::Busy) };
-        match saved {
-            Ok(_) => EndReason::Saved,
-            Err(error) => EndReason::Failed(format!("the guest cannot be saved: {}", chain(&error))),
-        }
-    }))
 }
 
 /// The event loop with all event sources outside of the guest.
@@ -160,13 +138,14 @@ fn confine_and_start(
     tracer.map_or(Ok(()), |tracer| tracer.start(sandbox)).map_err(thread)
 }
 
-/// Says that the guest starts now. Returns the CPU time used so far, in nanoseconds.
-fn announce_start(setup: &Setup<'_>, boot: BootMethod) -> u64 {
+/// Says that the guest starts now. Returns the CPU time used so far, and the time on CLOCK_MONOTONIC, both in nanoseconds.
+fn announce_start(setup: &Setup<'_>, boot: BootMethod) -> (u64, u64) {
     let startup_cpu_ns = cpu_time_ns();
     let milliseconds = Duration::from_nanos(startup_cpu_ns).as_secs_f64() * 1e3;
     log::debug!("{boot}: {milliseconds:.1} ms of CPU time before the guest runs");
-    (setup.on_event)(Event::Started { boot, startup_cpu_ns });
-    startup_cpu_ns
+    let started_at_ns = monotonic_ns();
+    (setup.on_event)(Event::Started { boot, startup_cpu_ns, started_at_ns });
+    (startup_cpu_ns, started_at_ns)
 }
 
 /// If exits are followed by the interpreter. The test device raises interrupts by ioctls of its own (KVM_IRQ_LINE), which a cluster would
@@ -191,22 +170,23 @@ pub struct Ran {
 pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let Machine { vcpus, vm, virtio, api, handler, control, input, watches, resized, saved, .. } = machine;
     let Machine { msrs, ram, boot, register_pages, passt, .. } = machine;
-    let live = api.as_ref().map(Server::live).or_else(|| setup.template.map(|_| Arc::default()));
+    let live = api.as_ref().map(Server::live).or_else(|| setup.save_to.map(|_| Arc::default()));
     let save = saver(setup, live.clone())?;
     let unread = input.as_ref().map(Input::unread);
-    let mut event_loop = listen(&control, Sources { input, api, requests: setup.requests, save, resized })?;
+    let mut event_loop =
+        listen(&control, Sources { input, api, requests: setup.requests, save: Arc::clone(&save), resized })?;
     let halt_detector = HaltDetector::new(&vcpus);
     let readers = if live.is_some() { stats_readers(&vcpus) } else { Vec::new() };
     if let Err(error) = give_back_startup() {
         log::debug!("memory used at the start is kept: {error}");
     }
     let wants_memory = setup.config.stats.is_some() || setup.config.profile.is_some();
-    let smaps = if wants_memory { File::open(MemoryUse::FILE).ok() } else { None };
+    let memory = if wants_memory { MemoryFiles::open().ok() } else { None };
     let start = Instant::now();
     let recorder = Recorder::new(setup, &ram, start).map_err(|error| RunError::Io("read /proc/self/pagemap", error))?;
     let (measure, mut tracer, missing) = measure(setup, &ram, vcpus.len(), start);
     confine_and_start(setup, passt, &virtio, tracer.as_mut())?;
-    let startup_cpu_ns = announce_start(setup, boot);
+    let (startup_cpu_ns, started_at_ns) = announce_start(setup, boot);
     if handler.ring.is_some() {
         // Before the first output of the guest.
         watches.iter().for_each(|watch| watch.note_flush(start));
@@ -238,14 +218,15 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
             deadline: setup.output_deadline,
             timeout: setup.config.boot_timeout.unwrap_or_default(),
         },
+        save,
         recorder,
     };
     let result = limits.wait(&mut event_loop, &threads);
     let ran = start.elapsed();
     limits.recorder.take().into_iter().for_each(Recorder::finish);
     // Before what only the end needs is in memory: the code of the record, the record.
-    let memory = smaps.and_then(|smaps| MemoryUse::read(&smaps, &ram.host_ranges().collect::<Vec<_>>()).ok());
-    let started = Started { boot, startup_cpu_ns, missing, threads, drain, tracer };
+    let memory = memory.and_then(|files| files.read(&ram.host_ranges().collect::<Vec<_>>()).ok());
+    let started = Started { boot, startup_cpu_ns, started_at_ns, missing, threads, drain, tracer };
     let machine = Stopping { vm: &vm, handler: &handler, virtio: &virtio, control: &control, watches: &watches };
     let record = machine.stop(setup, started, ran, memory, result)?;
     Ok(Ran { record, unread: unread.map(|unread| unread.take()).unwrap_or_default() })
@@ -255,6 +236,7 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
 struct Started {
     boot: BootMethod,
     startup_cpu_ns: u64,
+    started_at_ns: u64,
     /// What could not be measured.
     missing: Vec<String>,
     threads: Threads,
@@ -306,6 +288,7 @@ impl Stopping<'_> {
             // Whoever opened the image knows it.
             entry: None,
             startup_cpu_ns: started.startup_cpu_ns,
+            started_at_ns: started.started_at_ns,
             ran_ns: nanoseconds(ran),
             vcpus,
             devices: devices(self.handler),

@@ -55,7 +55,7 @@ pub(super) struct Parts {
 }
 
 /// The options of devices whose state cannot be saved.
-fn unsaved(config: &RunConfig) -> Vec<&'static str> {
+pub(super) fn unsaved(config: &RunConfig) -> Vec<&'static str> {
     // Those of --rw among them.
     let writable = config.share.iter().filter(|share| !share.read_only).count();
     let options = [

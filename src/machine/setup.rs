@@ -47,6 +47,8 @@ pub enum Event<'a> {
         boot: BootMethod,
         /// CPU time of this process so far, in nanoseconds.
         startup_cpu_ns: u64,
+        /// When that is, in nanoseconds of CLOCK_MONOTONIC.
+        started_at_ns: u64,
     },
     /// The guest's pages that it has used since it went on from a snapshot (`--record-working-set`).
     WorkingSet(WorkingSet),
@@ -60,7 +62,7 @@ pub struct Setup<'a> {
     pub config: &'a RunConfig,
     /// The files that the guest is loaded from.
     pub files: &'a Files,
-    /// The pattern of `--expect`.
+    /// The pattern of `--expect`, or that of `--snapshot-at`.
     pub expect: Option<regex::bytes::Regex>,
     /// Where the kernel's log goes whose console is on [`crate::config::ConsoleTarget::Log`].
     pub kernel_log: Option<BorrowedFd<'a>>,
@@ -72,8 +74,8 @@ pub struct Setup<'a> {
     pub stdin: Stdin,
     /// Which start of the guest it is.
     pub start: &'a Start,
-    /// Where the machine is saved when that is requested ([`super::StopRequest::Save`]).
-    pub template: Option<&'a snapshot::Files>,
+    /// Where the machine is saved: when that is requested ([`super::StopRequest::Save`]), or at the moment of `--snapshot-at`.
+    pub save_to: Option<&'a snapshot::Files>,
     /// A SOCK_SEQPACKET socket on which requests to end the run arrive: one [`super::StopRequest`] in JSON each.
     pub requests: Option<BorrowedFd<'a>>,
     /// Where the flight recorders are kept.

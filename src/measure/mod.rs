@@ -15,7 +15,7 @@ pub mod user_profile;
 
 pub use counters::{Accesses, Counters};
 pub use flight_recorder::{ExitRecord, FlightRecorder, FlightRecorders};
-pub use memory_use::MemoryUse;
+pub use memory_use::{MemoryFiles, MemoryUse};
 pub use profiler::{HandlerTime, NoProfile, Profiler};
 pub use record::{Measured, MenuEntry, RunRecord, VcpuRecord};
 pub use record_check::{RecordError, check_totals, check_trace};
@@ -28,7 +28,17 @@ pub const MAX_PROFILE_BYTES: u64 = 128 << 20;
 /// Returns the CPU time that this process has used, in nanoseconds.
 #[must_use]
 pub fn cpu_time_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    nanoseconds(rustix::time::ClockId::ProcessCPUTime)
+}
+
+/// Returns the time of CLOCK_MONOTONIC in nanoseconds, which all processes and perf's records share.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    nanoseconds(rustix::time::ClockId::Monotonic)
+}
+
+fn nanoseconds(clock: rustix::time::ClockId) -> u64 {
+    let now = rustix::time::clock_gettime(clock);
     let part = |value: i64| u64::try_from(value).unwrap_or(0);
     part(now.tv_sec).saturating_mul(1_000_000_000).saturating_add(part(now.tv_nsec))
 }

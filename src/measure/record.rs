@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of [`RunRecord`]: it changes with its fields.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// What a run leaves behind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +34,8 @@ pub struct RunRecord {
     pub entry: Option<MenuEntry>,
     /// CPU time of hwvmm from its start until the guest ran, in nanoseconds.
     pub startup_cpu_ns: u64,
+    /// When the guest was about to run, in nanoseconds of CLOCK_MONOTONIC; 0 where it never ran.
+    pub started_at_ns: u64,
     /// How long the guest ran, in nanoseconds of wall-clock time.
     pub ran_ns: u64,
     /// The record of each vCPU, in vCPU order.
@@ -64,6 +66,7 @@ impl RunRecord {
             boot: None,
             entry: None,
             startup_cpu_ns: 0,
+            started_at_ns: 0,
             ran_ns: 0,
             vcpus: Vec::new(),
             devices: Vec::new(),
@@ -267,13 +270,20 @@ pub(crate) mod tests {
             boot: Some(BootMethod { decompressor: Decompressor::Host, protocol: EntryProtocol::Linux64 }),
             entry: Some(MenuEntry { number: "1>0".into(), title: "More > Linux".into() }),
             startup_cpu_ns: 1_000,
+            started_at_ns: 5_000,
             ran_ns: 2_000,
             vcpus: vec![vcpu],
             devices: vec![DeviceRange { bus: BusKind::Pio, first: 0x3f8, last: 0x3ff, name: "UART 1".into() }],
             coalesced_writes: 3,
             vm_stats: Some(vec![stat("pages_2m", Kind::Instant, &[4])]),
             virtio: vec![VirtioQueue { device: "disk0".into(), queue: 0, kicks: 1, interrupts: 2, requests: 3 }],
-            memory: Some(MemoryUse { guest_kib: 1, vmm_kib: 2, vmm_private_kib: 1 }),
+            memory: Some(MemoryUse {
+                guest_kib: 1,
+                guest_own_kib: 1,
+                vmm_kib: 2,
+                vmm_private_kib: 1,
+                own_kib: Some(3),
+            }),
             trace: Some(TraceRecord {
                 vcpus: vec![Some(vm_record()), None],
                 mmu: BTreeMap::from([("kvm_mmu_get_page".into(), 9)]),

@@ -227,7 +227,7 @@ mod tests {
             damage(&mut record);
             record.check(2).expect_err("refused").to_string()
         };
-        assert_eq!(damaged(|record| record.version = 9), "its version is 9, not 5");
+        assert_eq!(damaged(|record| record.version = 9), "its version is 9, not 6");
         assert_eq!(damaged(|record| record.vcpus.truncate(1)), "it has 1 records of vCPUs; the machine has 2");
         assert_eq!(damaged(|record| record.end.vcpu = Some(2)), "it ended on vCPU 2, which does not exist");
         assert!(

@@ -1,10 +1,12 @@
 //! Guest memory: anonymous mappings, or private ones of the file of a snapshot, aligned so that a huge page of the host backs a huge page of the guest.
 
+mod available;
 mod own;
 mod shared;
 mod used;
 mod view;
 
+pub use available::available_bytes;
 pub use own::give_back_startup;
 pub use shared::SharedWords;
 pub use used::{Ready, Used};

@@ -55,6 +55,8 @@ pub struct RunStats {
     pub ran_ns: u64,
     /// Nanoseconds of CPU time from hwvmm's start to the first KVM_RUN of the first start.
     pub startup_cpu_ns: u64,
+    /// When the guest of the first start was about to run, in nanoseconds of CLOCK_MONOTONIC; 0 where it never ran.
+    pub started_at_ns: u64,
     /// KVM_RUN returning to hwvmm.
     pub userspace_exits: UserspaceExits,
     /// Coalesced writes (--tune coalesced-io), drained at the next exit: each is one exit less.
@@ -110,6 +112,7 @@ impl RunStats {
             vcpus: record.vcpus.len(),
             ran_ns: record.ran_ns,
             startup_cpu_ns: record.startup_cpu_ns,
+            started_at_ns: record.started_at_ns,
             userspace_exits: userspace_exits(record),
             coalesced_writes: record.coalesced_writes,
             clusters: clusters(record),

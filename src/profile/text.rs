@@ -60,8 +60,8 @@ impl fmt::Display for RunStats {
         if let Some(memory) = &self.memory {
             writeln!(
                 f,
-                "memory: guest {} KiB, hwvmm {} KiB ({} KiB its own)",
-                memory.guest_kib, memory.vmm_kib, memory.vmm_private_kib
+                "memory: guest {} KiB ({} KiB its own), hwvmm {} KiB ({} KiB its own)",
+                memory.guest_kib, memory.guest_own_kib, memory.vmm_kib, memory.vmm_private_kib
             )?;
         }
         write!(
@@ -158,6 +158,7 @@ mod tests {
             vcpus: 1,
             ran_ns: 2_500_000,
             startup_cpu_ns: 1_000_000,
+            started_at_ns: 1,
             userspace_exits: UserspaceExits {
                 total: 3,
                 by_reason: BTreeMap::from([(ExitReason::PioOut, ReasonCount { count: 3, handler_ns: 1000 })]),

@@ -87,6 +87,7 @@ pub(super) struct Assembly {
     boot: Option<BootMethod>,
     entry: Option<MenuEntry>,
     startup_cpu_ns: u64,
+    started_at_ns: u64,
     started: Option<Anchor>,
     end: Option<RunEnd>,
     totals: Option<Totals>,
@@ -107,6 +108,7 @@ impl Assembly {
             boot: None,
             entry: None,
             startup_cpu_ns: 0,
+            started_at_ns: 0,
             started: None,
             end: None,
             totals: None,
@@ -155,7 +157,8 @@ impl Assembly {
         }
         match message {
             Message::Entry(entry) if phase == Phase::Starting && self.entry.is_none() => self.entry = Some(entry),
-            Message::Started { boot, startup_cpu_ns } if phase == Phase::Starting => {
+            Message::Started { boot, startup_cpu_ns, started_at_ns } if phase == Phase::Starting => {
+                self.started_at_ns = started_at_ns;
                 (self.boot, self.startup_cpu_ns, self.started) = (Some(boot), startup_cpu_ns, Some(Anchor::now()));
                 self.phase = Phase::Running;
             }
@@ -208,7 +211,8 @@ impl Assembly {
     pub(super) fn record(self, end: RunEnd, flight_recorders: &FlightRecorders) -> RunRecord {
         let now = Anchor::now();
         let (boot, entry, startup_cpu_ns) = (self.boot, self.entry, self.startup_cpu_ns);
-        let mut record = RunRecord { boot, entry, startup_cpu_ns, ..RunRecord::ended(end) };
+        let started_at_ns = self.started_at_ns;
+        let mut record = RunRecord { boot, entry, startup_cpu_ns, started_at_ns, ..RunRecord::ended(end) };
         if let Some(totals) = self.totals {
             let Totals { version, end: _, ran_ns, devices, coalesced_writes, vm_stats, virtio, memory, missing } =
                 totals;
@@ -243,7 +247,8 @@ mod tests {
     fn started(record: &RunRecord) -> [Message; 3] {
         let boot = record.boot.expect("it started");
         let entry = Message::Entry(record.entry.clone().expect("an entry"));
-        [entry, Message::Started { boot, startup_cpu_ns: record.startup_cpu_ns }, Message::Ended(record.end.clone())]
+        let RunRecord { startup_cpu_ns, started_at_ns, .. } = *record;
+        [entry, Message::Started { boot, startup_cpu_ns, started_at_ns }, Message::Ended(record.end.clone())]
     }
 
     #[test]

@@ -125,8 +125,9 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
             Event::Entry(Listed { number, title }) => {
                 Message::Entry(MenuEntry { number: number.clone(), title: title.clone() })
             }
-            Event::Started { boot, startup_cpu_ns } => {
-                Message::Started { boot, startup_cpu_ns: startup_cpu_ns.saturating_add(*parent_cpu_ns) }
+            Event::Started { boot, startup_cpu_ns, started_at_ns } => {
+                let startup_cpu_ns = startup_cpu_ns.saturating_add(*parent_cpu_ns);
+                Message::Started { boot, startup_cpu_ns, started_at_ns }
             }
             Event::WorkingSet(set) => Message::WorkingSet(set),
             Event::Ended(end) => Message::Ended(end.clone()),
@@ -165,7 +166,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
         output_deadline: boot_deadline.filter(|_| !plan.config.has_agent()),
         stdin: plan.stdin,
         start,
-        template: plan.template.as_ref(),
+        save_to: plan.save_to.as_ref(),
         requests: Some(sender.as_fd()),
         flight_recorders,
         connector: connector.clone(),

@@ -27,6 +27,8 @@ pub(super) enum Message {
         boot: BootMethod,
         /// CPU time of both processes so far, in nanoseconds.
         startup_cpu_ns: u64,
+        /// On CLOCK_MONOTONIC, in nanoseconds.
+        started_at_ns: u64,
     },
     /// The pages that the guest has used, for later runs from the snapshot.
     WorkingSet(WorkingSet),

@@ -9,6 +9,7 @@ mod assembly;
 mod channel;
 mod channels;
 mod child;
+mod clones;
 mod crash;
 mod error;
 mod kernel_log;
@@ -22,6 +23,7 @@ mod signals;
 mod streams;
 mod writable_shares;
 
+pub use clones::{CloneError, CloneOutput, ClonePlan, CloneResult, clone_arguments, run_clones};
 pub use error::SuperviseError;
 pub use kernel_log::{Echo, KernelLogTarget};
 pub use parent::{Supervised, run};

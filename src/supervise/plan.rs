@@ -21,11 +21,11 @@ pub struct Plan<'a> {
     pub snapshot: Option<&'a Opened>,
     /// The message with the command, for a guest that waits for it; empty for others.
     pub late_command: Vec<u8>,
-    /// Where the guest is saved when it is ready for a command.
-    pub template: Option<snapshot::Files>,
+    /// Where the guest is saved: when it is ready for a command (`--template`), or at the moment of `--snapshot-at`.
+    pub save_to: Option<snapshot::Files>,
     /// Where the pages of memory are written down that the guest uses.
     pub recording: Option<&'a RecordingFolder>,
-    /// The pattern of `--expect`.
+    /// The pattern of `--expect`, or that of `--snapshot-at`.
     pub expect: Option<regex::bytes::Regex>,
     /// The kind of stdin.
     pub stdin: Stdin,

@@ -120,6 +120,7 @@ fn used<'a>(config: &'a RunConfig, file: Option<&'a Path>) -> Vec<Used<'a>> {
     config.status_file.iter().for_each(|path| add("--status-file", path, Rule::NoLinks));
     config.kernel_log.iter().for_each(|path| add("--kernel-log", path, Rule::NoLinks));
     config.template.iter().for_each(|path| add("--template", path, Rule::NoLinks));
+    config.snapshot_at.iter().for_each(|at| add("--snapshot-at dir=", &at.dir, Rule::NoLinks));
     config.put.iter().for_each(|put| add("--put", &put.source, Rule::NoLinks));
     config.modules.iter().for_each(|path| add("--modules", path, Rule::NoLinks));
     config.budget_from.iter().for_each(|path| add("--budget-from", path, Rule::NoLinks));
@@ -309,6 +310,7 @@ mod tests {
             ("profile-out = '@/shared/NAME'", "--profile-out"),
             ("budget-from = '@/shared/NAME'", "--budget-from"),
             ("symbols = '@/shared/NAME'", "--symbols"),
+            ("snapshot-at = 'mark=1,dir=@/shared/NAME'", "--snapshot-at dir="),
         ] {
             for name in ["link", "out/of-the-user", "below/../link"] {
                 refused(folder.path(), &options.replace("NAME", name), option);

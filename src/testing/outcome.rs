@@ -149,6 +149,7 @@ fn of_end(facts: &Facts, stats: &Stats, complaints: Option<&str>) -> Option<Judg
         | EndKind::Halted
         | EndKind::DebugExit
         | EndKind::Saved
+        | EndKind::NotSaved
         | EndKind::Command
         | EndKind::NoCommand
         | EndKind::NoCommandStatus

@@ -13,6 +13,7 @@ use super::verdict::{Meaning, Verdict};
 use crate::config::MmuChoice;
 use crate::error::chain;
 use crate::escape::escape;
+use crate::memory::available_bytes;
 use crate::probe::{self, Mmu};
 use crate::profile::Profile;
 use hwvmm_devices::path_text::PathText as _;
@@ -146,7 +147,7 @@ impl Room {
             Jobs::AtMost(jobs) => jobs,
         };
         let slots = slots.clamp(1, MAX_JOBS);
-        Self { memory_bytes: host::memory_bytes().unwrap_or(u64::MAX), slots, jobs }
+        Self { memory_bytes: available_bytes().unwrap_or(u64::MAX), slots, jobs }
     }
 
     fn slots_of(&self, case: &Case) -> usize {

@@ -46,6 +46,10 @@ pub struct Control {
     /// Raised to have each vCPU publish whether it rests.
     inspection: AtomicU64,
     pub(super) gate: Gate,
+    /// A line that is seen asks for a snapshot.
+    pub(super) saves_at_line: AtomicBool,
+    /// A snapshot is asked for.
+    pub(super) snapshot_due: AtomicBool,
     saving: Mutex<Saving>,
 }
 
@@ -61,6 +65,8 @@ impl Control {
             event: EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)?,
             inspection: AtomicU64::new(0),
             gate: Gate::default(),
+            saves_at_line: AtomicBool::new(false),
+            snapshot_due: AtomicBool::new(false),
             saving: Mutex::default(),
         })
     }
