@@ -212,7 +212,7 @@ fn the_line_to_run_it_again_does() -> Outcome {
         let bin = suite.path().join("bin");
         fs::create_dir(&bin).unwrap();
         std::os::unix::fs::symlink(binary(), bin.join("hwvmm")).unwrap();
-        let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default());
+        let path = &format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default());
         let out = Command::new("sh").args(["-c", again]).env("PATH", path).output().unwrap();
         assert_eq!((out.status.code(), &out.stdout[..]), (Some(32), &b"hello\n"[..]), "{}", text(&out.stderr));
         assert!(text(&out.stderr).contains("exits"), "it is profiled, as the run was: {}", text(&out.stderr));
@@ -220,11 +220,18 @@ fn the_line_to_run_it_again_does() -> Outcome {
         let folder = Path::new(results["command-oops"]["attempts"][0]["artifacts"].as_str().unwrap());
         let options: toml::Table = toml::from_str(&fs::read_to_string(folder.join("run.toml")).unwrap()).unwrap();
         assert_eq!(options["append"].to_string(), "[\"loglevel=5\", \"a=b\"]");
-        let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default());
         Command::new(folder.join("again.sh")).env("PATH", path).output().expect("it is a script");
         let (log, again) = (fs::read(folder.join("console.log")).unwrap(), fs::read(folder.join("again.log")).unwrap());
         assert_eq!(text(&again), text(&log), "the kernel complains of the same");
         assert!(text(&log).contains("BUG: "), "{}", text(&log));
+        // An image has come to the path of the kernel: it is none in the test, and so no disk that a guest can write.
+        let mut image = vec![0; 1 << 20];
+        image[510..512].copy_from_slice(&[0x55, 0xaa]);
+        fs::write(suite.path().join("reset"), image).unwrap();
+        let line = results["reset"]["again"].as_str().unwrap();
+        let out = Command::new("sh").args(["-c", line]).env("PATH", path).output().unwrap();
+        let said = text(&out.stderr);
+        assert!(said.contains("kernel") && !said.contains("boot loader"), "{said}");
     })
 }
 

@@ -43,6 +43,11 @@ pub(super) struct Args {
     #[arg(long, hide = true, value_name = "PID")]
     end_with_parent: Option<i32>,
 
+    /// The path of the kernel is that of a kernel, even where a disk image has come there: `hwvmm test` has looked before, and gives an image as
+    /// one, with a disk that cannot be written.
+    #[arg(long, hide = true)]
+    kernel_is_no_image: bool,
+
     #[command(flatten)]
     options: RunOptions,
 }
@@ -265,9 +270,7 @@ fn leave_out_shared_cache(config: &mut RunConfig) {
 fn configuration(args: Args) -> Result<RunConfig, Box<dyn Error>> {
     let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
     let mut options = args.options.or(file);
-    // `hwvmm test` has looked already, and gives an image as one, with a disk that cannot be written. What has come to the path of a
-    // kernel since then is none.
-    options.find_images(|path| args.end_with_parent.is_none() && is_disk_image(path));
+    options.find_images(|path| !args.kernel_is_no_image && is_disk_image(path));
     let mut config = options.into_config()?;
     // What -v prints is the kernel's whole log.
     if is_verbose() && config.has_agent() && config.kernel_log.is_none() {

@@ -95,6 +95,8 @@ pub(super) struct Assembly {
     trace: Option<TraceRecord>,
     line: LineState,
     unread: Option<UnreadInput>,
+    /// Why the kernel cannot be booted.
+    unbootable: Option<String>,
     /// Buckets that the histograms so far have.
     buckets: usize,
 }
@@ -116,6 +118,7 @@ impl Assembly {
             trace: None,
             line: LineState::Start,
             unread: None,
+            unbootable: None,
             buckets: 0,
         }
     }
@@ -134,6 +137,11 @@ impl Assembly {
         self.unread.take().unwrap_or_default()
     }
 
+    /// Takes why the kernel cannot be booted, where the process has said that.
+    pub(super) fn take_unbootable(&mut self) -> Option<String> {
+        self.unbootable.take()
+    }
+
     /// Where the guest's output has left the terminal: in the middle of a line, for all that is known, until the process says so.
     pub(super) fn line(&self) -> LineState {
         match self.phase {
@@ -142,8 +150,7 @@ impl Assembly {
         }
     }
 
-    /// Takes a message of a record. [`Message::Progress`], [`Message::Failed`],
-    /// [`Message::Unbootable`] and [`Message::WorkingSet`] are none.
+    /// Takes a message of a record. [`Message::Progress`], [`Message::Failed`] and [`Message::WorkingSet`] are none.
     ///
     /// # Errors
     /// [`Unusable`].
@@ -157,6 +164,10 @@ impl Assembly {
         }
         match message {
             Message::Entry(entry) if phase == Phase::Starting && self.entry.is_none() => self.entry = Some(entry),
+            // A guest that runs, or has run, has a kernel that was booted.
+            Message::Unbootable(why) if phase == Phase::Starting && self.unbootable.is_none() => {
+                self.unbootable = Some(why);
+            }
             Message::Started { boot, startup_cpu_ns, started_at_ns } if phase == Phase::Starting => {
                 self.started_at_ns = started_at_ns;
                 (self.boot, self.startup_cpu_ns, self.started) = (Some(boot), startup_cpu_ns, Some(Anchor::now()));
@@ -275,11 +286,17 @@ mod tests {
         assert!(assembly.take(entry.clone()).is_err(), "two entries");
         assert!(assembly.take(end.clone()).is_err(), "an end before the start");
         assert!(assembly.take(Message::Complete(LineState::Start)).is_err());
+        let unbootable = Message::Unbootable("no kernel".into());
+        assembly.take(unbootable.clone()).expect("in its place");
+        assert!(assembly.take(unbootable.clone()).is_err(), "twice");
+        assert_eq!((assembly.take_unbootable(), assembly.take_unbootable()), (Some("no kernel".into()), None));
         assembly.take(start.clone()).expect("in its place");
+        assert!(assembly.take(unbootable.clone()).is_err(), "of a guest that runs");
         assert!(assembly.take(start).is_err() && assembly.take(entry).is_err(), "after the start");
         let parts: Vec<Message> = of_record(record).collect();
         assert!(assembly.take(parts[0].clone()).is_err(), "a record before the end");
         assembly.take(end).expect("in its place");
+        assert!(assembly.take(unbootable).is_err() && assembly.take_unbootable().is_none(), "of a guest that has run");
         assembly.take(Message::Unread(UnreadInput::default())).expect("in its place");
         assert!(assembly.take(Message::Unread(UnreadInput::default())).is_err(), "twice");
         assert!(assembly.take(Message::Complete(LineState::Start)).is_err(), "nothing to complete");

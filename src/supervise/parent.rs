@@ -327,10 +327,6 @@ impl Watch<'_> {
                 self.failed.get_or_insert(SuperviseError::Machine(error));
                 self.start_to_end();
             }
-            Message::Unbootable(error) => {
-                self.failed.get_or_insert(SuperviseError::Unbootable(error));
-                self.start_to_end();
-            }
             // Once: the process could make this one write without an end.
             Message::WorkingSet(set) if self.assembly.phase() == Phase::Running && self.recording.is_some() => {
                 let kept = self.recording.take().map_or(Ok(()), |folder| folder.keep(&set));
@@ -346,6 +342,10 @@ impl Watch<'_> {
                 if let Err(error) = self.assembly.take(message) {
                     self.receiver = None;
                     self.kill(error.into());
+                }
+                if let Some(why) = self.assembly.take_unbootable() {
+                    self.failed.get_or_insert(SuperviseError::Unbootable(why));
+                    self.start_to_end();
                 }
             }
         }

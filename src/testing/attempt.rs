@@ -45,6 +45,10 @@ const MESSAGES_BYTES: usize = 4 << 20;
 /// Bytes of its last message that reports show.
 const SAID_BYTES: usize = 400;
 
+/// The kernels and images of a suite were told apart when it was read: what has come to the path of a kernel since then is no image, which
+/// would be a disk that the guest writes.
+const KERNEL: &str = "--kernel-is-no-image";
+
 /// A test could not be run at all.
 #[derive(Debug, Error)]
 pub(super) enum AttemptError {
@@ -128,7 +132,7 @@ impl Files {
     pub(super) fn again(&self, case: &Case) -> String {
         let folder = case.folder.canonicalize().unwrap_or_else(|_| case.folder.clone());
         let (options, log) = (self.options(), self.folder.join("again.log"));
-        let mut words = vec![OsStr::new("run"), OsStr::new("--config"), options.as_os_str()];
+        let mut words = vec![OsStr::new("run"), OsStr::new(KERNEL), OsStr::new("--config"), options.as_os_str()];
         if case.needs.stdout == StdoutOf::Command {
             words.extend([OsStr::new("--kernel-log"), log.as_os_str()]);
         }
@@ -203,7 +207,7 @@ pub(super) fn attempt(
 fn command(case: &Case, files: &Files, options: &Path) -> Command {
     // This very program, also where its file has been replaced meanwhile.
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("hwvmm").arg("run").arg("--config").arg(options);
+    command.arg0("hwvmm").args(["run", KERNEL]).arg("--config").arg(options);
     // Where this process is killed, its guests do not go on.
     command.arg("--end-with-parent").arg(std::process::id().to_string());
     command.arg("--stats=json").arg("--stats-out").arg(files.stats());

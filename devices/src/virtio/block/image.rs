@@ -120,6 +120,9 @@ impl Image {
         let qcow2 = |source| {
             let OpenChain { access, locks, backing, storage } = qcow2::open(options, file, source, place)?;
             let bytes = access.size();
+            if is_device && !read_only {
+                qcow2::warn_of_device(options, file, bytes).map_err(stat_error)?;
+            }
             let content = Content::Qcow2(Box::new(RwLock::new(access)));
             Ok(OpenImage { content, bytes, locks, backing, read_files: storage })
         };

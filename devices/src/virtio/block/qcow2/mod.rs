@@ -7,6 +7,7 @@
 mod chain;
 #[cfg(test)]
 mod chain_tests;
+mod device;
 mod error;
 mod header;
 mod inspect;
@@ -15,6 +16,7 @@ mod tables;
 mod tests;
 
 pub(super) use chain::{OpenChain, open};
+pub(super) use device::warn_of_device;
 pub use error::{FeatureBit, NamedFileError, Qcow2Error, Table};
 pub use inspect::{CheckJob, CheckPlace};
 pub(super) use tables::FormatSource;
