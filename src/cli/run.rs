@@ -21,6 +21,7 @@ use crate::profile::{Profile, RunStats, RunSymbols};
 use crate::sandbox::keep_from_machine;
 use crate::snapshot::{Draft, FolderError, Opened, RecordingFolder};
 use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, SuperviseError, Supervised};
+use crate::tune::Lever;
 use hwvmm_devices::path_text::PathText as _;
 use std::cell::OnceCell;
 use std::error::Error;
@@ -30,7 +31,10 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// For how long the first run from a template writes down which pages it uses.
+const FIRST_RUN: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
 #[command(about = "Boot a guest")]
@@ -143,7 +147,7 @@ fn run_guest(
     let late_command =
         if snapshot.is_some() && config.has_command() { late_command(&config, terminal)? } else { Vec::new() };
     let draft = config.saved_to().map(Draft::new).transpose()?;
-    let recording = recording(&config, snapshot.as_ref())?;
+    let recording = recording(&mut config, snapshot.as_ref())?;
     let budget = report::budget(config.budget.as_ref(), config.budget_from.as_deref(), config.slack)?;
     let host = Host::at(Path::new("/"));
     super::mmu::check(config.mmu, &host)?;
@@ -217,14 +221,21 @@ fn ended(config: &RunConfig, record: &RunRecord) -> EndReason {
     }
 }
 
-/// The folder in which the pages are written down that the guest uses, where that is wanted.
-fn recording(config: &RunConfig, snapshot: Option<&Opened>) -> Result<Option<RecordingFolder>, FolderError> {
-    let (Some(_), Some(path), Some(snapshot)) = (config.record_working_set, &config.from, snapshot) else {
-        return Ok(None);
+/// The folder in which the pages are written down that the guest uses: where that is wanted, and in the first run from a template.
+fn recording(config: &mut RunConfig, snapshot: Option<&Opened>) -> Result<Option<RecordingFolder>, FolderError> {
+    let (Some(path), Some(snapshot)) = (&config.from, snapshot) else { return Ok(None) };
+    let folder = if config.record_working_set.is_some() {
+        Some(RecordingFolder::new(path, snapshot.description())?)
+    } else if config.tune.wants(Lever::WorkingSet) {
+        RecordingFolder::for_first_run(path, snapshot)
+    } else {
+        None
     };
-    let folder = RecordingFolder::new(path, snapshot.description())?;
-    keep_from_machine(folder.as_fd());
-    Ok(Some(folder))
+    if let Some(folder) = &folder {
+        keep_from_machine(folder.as_fd());
+        config.record_working_set.get_or_insert(FIRST_RUN);
+    }
+    Ok(folder)
 }
 
 /// Returns true if hwvmm says what it does (`-v`).

@@ -166,7 +166,7 @@ options! {
         /// measurements are those of this run
         from: Option<PathBuf>, [long] "DIR";
         /// With --from: write down in DIR (file working-set) which pages of memory the guest uses, until it has run for this time or has ended.
-        /// Later runs from DIR then have these pages ready before the guest runs (--tune working-set)
+        /// Later runs from DIR then have these pages ready before the guest runs (--tune working-set). The first run from a --template does it by itself
         record_working_set: Option<Duration>, [long] "TIME" or "10s" becomes Option<Duration> = given.recording()?;
         /// Take kernel, initrd and the kernel's parameters out of this disk image, which is a disk of the guest: as the image's boot
         /// loader would (grub.cfg, or /loader/entries; on ext2 to ext4 and FAT). The default parameters come behind the image's;

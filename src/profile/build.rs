@@ -326,6 +326,16 @@ fn phases(record: &RunRecord, marks: &[Mark], vm: &[Option<VmRecord>]) -> Vec<Ph
     phases
 }
 
+/// Returns the phases of a run from a snapshot: the restore, the time until the first answer, and what comes after it.
+fn phases_from_snapshot(record: &RunRecord, marks: &[Mark]) -> Vec<Phase> {
+    let ran_ns = record.ran_ns;
+    let answer = marks.iter().find(|mark| mark.name == MarkKind::Console).map(|mark| mark.at_ns.min(ran_ns));
+    let phase = |name, start_ns, end_ns| Phase { name, start_ns, end_ns };
+    let before = phase(PhaseName::Restore, 0, record.startup_cpu_ns);
+    let until = phase(PhaseName::FirstAnswer, 0, answer.unwrap_or(ran_ns));
+    [before, until].into_iter().chain(answer.map(|at| phase(PhaseName::Init, at, ran_ns))).collect()
+}
+
 /// The symbols of a run's kernel, or why there are none.
 #[derive(Default)]
 pub struct RunSymbols {
@@ -412,7 +422,10 @@ impl Profile {
             starts: 1,
             ran_ns: record.ran_ns,
             startup_cpu_ns: record.startup_cpu_ns,
-            phases: phases(record, &marks, vm),
+            phases: match config.from {
+                Some(_) => phases_from_snapshot(record, &marks),
+                None => phases(record, &marks, vm),
+            },
             marks,
             vm_exits: (!vm.is_empty()).then(|| vm_exits(vm, &names)).flatten(),
             userspace_exits: userspace_exits(&users, &names),
@@ -433,4 +446,27 @@ fn host_kernel() -> String {
 /// Returns true if the guest decompressed its kernel itself.
 fn is_decompressed_by_guest(record: &RunRecord) -> bool {
     record.boot.is_some_and(BootMethod::is_decompressed_by_guest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit::{EndReason, RunEnd};
+
+    #[test]
+    fn a_run_from_a_snapshot_has_the_phases_until_its_first_answer() {
+        let ended = RunRecord::ended(RunEnd { reason: EndReason::PowerOff, vcpu: None });
+        let record = RunRecord { ran_ns: 50, startup_cpu_ns: 70, ..ended };
+        let phases = |marks: &[Mark]| -> Vec<_> {
+            let phases = phases_from_snapshot(&record, marks);
+            phases.iter().map(|phase| (phase.name.name(), phase.start_ns, phase.end_ns)).collect()
+        };
+        let mark = |name, at_ns| Mark { name, at_ns };
+        let until_the_end = [("restore", 0, 70), ("first-answer", 0, 50)];
+        assert_eq!(phases(&[mark(MarkKind::User, 3)]), until_the_end);
+        let with_output = phases(&[mark(MarkKind::User, 3), mark(MarkKind::Console, 20), mark(MarkKind::Console, 30)]);
+        assert_eq!(with_output, [("restore", 0, 70), ("first-answer", 0, 20), ("init", 20, 50)]);
+        // A mark comes from the machine's process, which may say anything.
+        assert_eq!(phases(&[mark(MarkKind::Console, 90)])[1..], [("first-answer", 0, 50), ("init", 50, 50)]);
+    }
 }

@@ -99,7 +99,7 @@ pub struct Host {
 pub struct Phase {
     /// Name of the phase.
     pub name: PhaseName,
-    /// Start in nanoseconds since the guest first ran; for [`PhaseName::Load`] since hwvmm's start.
+    /// Start in nanoseconds since the guest first ran; for those before the guest ([`PhaseName::is_before_the_guest`]) since hwvmm's start.
     pub start_ns: u64,
     /// End, counted as the start.
     pub end_ns: u64,

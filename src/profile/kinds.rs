@@ -117,8 +117,20 @@ named! {
         Decompress "decompress",
         /// The guest's kernel executed its first instruction.
         Kernel "kernel",
-        /// Programs run, from the first exit of a program on.
+        /// Programs run, from the first exit of a program on; in a run from a snapshot, from the first answer on.
         Init "init",
+        /// hwvmm makes the machine anew from a snapshot. It ends when the guest first runs.
+        Restore "restore",
+        /// The guest goes on from a snapshot, until its first output on a UART; without one, until the run's end, which is a command's answer.
+        FirstAnswer "first-answer",
+    }
+}
+
+impl PhaseName {
+    /// Whether the guest does not run yet: the phase has a clock of its own, hwvmm's.
+    #[must_use]
+    pub fn is_before_the_guest(self) -> bool {
+        matches!(self, Self::Load | Self::Restore)
     }
 }
 

@@ -281,7 +281,7 @@ mod tests {
     }
 
     impl Description {
-        fn of_tests() -> Self {
+        pub(in crate::snapshot) fn of_tests() -> Self {
             use hwvmm_arch::boot::{Decompressor, EntryProtocol};
             Self {
                 hwvmm: "0.1.0".into(),

@@ -266,6 +266,12 @@ impl Opened {
         &self.memory
     }
 
+    /// Whether a run before has written down which pages it used.
+    #[must_use]
+    pub fn has_working_set(&self) -> bool {
+        self.working_set.is_some()
+    }
+
     /// Reads the pages that a run before has used. `None` where none has written them down, or where they cannot be used, which is logged:
     /// a run needs them not.
     #[must_use]

@@ -1,10 +1,13 @@
 //! The file `working-set` of a snapshot's folder, written by a run.
 
 use super::description::Description;
-use super::folder::{FolderError, open_folder};
+use super::folder::{FolderError, Opened, open_folder};
 use super::working_set::{WorkingSet, WorkingSetError};
+use crate::error::chain;
 use hwvmm_devices::path_text::PathText as _;
-use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, fstat, openat, renameat, renameat_with, unlinkat};
+use rustix::io::Errno;
+use rustix::process::geteuid;
 use rustix::rand::{GetRandomFlags, getrandom};
 use std::fs::File;
 use std::io::{self, Write};
@@ -28,6 +31,16 @@ pub struct RecordingFolder {
     path: PathBuf,
     folder: OwnedFd,
     memory_bytes: u64,
+    existing: Existing,
+}
+
+/// What becomes of a file that is there already.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Existing {
+    /// It is replaced: the user asks for a new one.
+    Replaced,
+    /// It stays: of several first runs at the same time the first that ends is the one that counts.
+    Stays,
 }
 
 impl RecordingFolder {
@@ -37,7 +50,30 @@ impl RecordingFolder {
     /// [`FolderError`].
     pub fn new(path: &Path, description: &Description) -> Result<Self, FolderError> {
         let memory_bytes = description.memory_bytes;
-        Ok(Self { path: path.to_owned(), folder: open_folder(path)?, memory_bytes })
+        Ok(Self { path: path.to_owned(), folder: open_folder(path)?, memory_bytes, existing: Existing::Replaced })
+    }
+
+    /// Opens the folder at `path` of `snapshot` for the first run from a template, which writes the pages down without being asked to.
+    /// `None` where the snapshot is no template, has a working set, or is another user's; and where the process cannot know the pages.
+    #[must_use]
+    pub fn for_first_run(path: &Path, snapshot: &Opened) -> Option<Self> {
+        let description = snapshot.description();
+        if description.agent.is_none() || snapshot.has_working_set() || !Path::new("/proc/self/pagemap").exists() {
+            return None;
+        }
+        let folder = Self::new(path, description).ok()?;
+        let own = fstat(&folder.folder).is_ok_and(|stat| stat.st_uid == geteuid().as_raw());
+        own.then_some(Self { existing: Existing::Stays, ..folder })
+    }
+
+    /// Writes `set` as [`RecordingFolder::keep`] does. An error is logged: the run itself does not need the file.
+    pub fn keep_or_log(&self, set: &WorkingSet) {
+        let Err(error) = self.keep(set) else { return };
+        match self.existing {
+            Existing::Replaced => log::warn!("{}", chain(&error)),
+            // Nobody asked for it.
+            Existing::Stays => log::info!("{}", chain(&error)),
+        }
     }
 
     /// Writes `set` to a file of another name, and renames it to `working-set`: other runs find the old one or the new one, whole.
@@ -53,14 +89,25 @@ impl RecordingFolder {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&self.folder, &name, flags, Mode::from(0o600)).map_err(|error| failed(error.into()))?;
         let mut file = File::from(file);
-        let written = file
-            .write_all(&bytes)
-            .and_then(|()| file.sync_all())
-            .and_then(|()| Ok(renameat(&self.folder, &name, &self.folder, super::folder::WORKING_SET)?));
+        let written = file.write_all(&bytes).and_then(|()| file.sync_all()).and_then(|()| Ok(self.rename(&name)?));
         written.map_err(|error| {
             let _ = unlinkat(&self.folder, &name, AtFlags::empty());
             failed(error)
         })
+    }
+
+    /// Gives the file `name` its name, or removes it where another one stays.
+    fn rename(&self, name: &str) -> Result<(), Errno> {
+        let target = super::folder::WORKING_SET;
+        if self.existing == Existing::Replaced {
+            return renameat(&self.folder, name, &self.folder, target);
+        }
+        match renameat_with(&self.folder, name, &self.folder, target, RenameFlags::NOREPLACE) {
+            Err(Errno::EXIST) => unlinkat(&self.folder, name, AtFlags::empty()),
+            // The file system cannot (renameat2(2)): the last one counts.
+            Err(Errno::INVAL) => renameat(&self.folder, name, &self.folder, target),
+            renamed => renamed,
+        }
     }
 }
 
@@ -73,7 +120,7 @@ impl AsFd for RecordingFolder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::{PageRange, PageUse};
+    use crate::snapshot::{AgentDescription, Draft, PageRange, PageUse, RootKind, STATE_VERSION};
     use std::fs;
 
     #[test]
@@ -83,6 +130,7 @@ mod tests {
             path: folder.path().to_owned(),
             folder: open_folder(folder.path()).expect("opened"),
             memory_bytes: 1 << 20,
+            existing: Existing::Replaced,
         };
         let set = |first| WorkingSet::new(1 << 20, vec![PageRange { first, pages: 1, usage: PageUse::Read }]);
         let kept = || {
@@ -95,6 +143,42 @@ mod tests {
         }
         assert!(matches!(target.keep(&set(256)), Err(RecordError::Set(_))), "beyond the memory");
         assert_eq!(kept(), set(200));
+        let first = RecordingFolder { existing: Existing::Stays, ..target };
+        first.keep(&set(100)).expect("nothing to do");
+        assert_eq!(kept(), set(200), "that of the run which ended first");
         assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 1, "nothing else is left");
+        fs::remove_file(folder.path().join("working-set")).expect("removed");
+        first.keep(&set(100)).expect("written");
+        assert_eq!(kept(), set(100));
+    }
+
+    /// A snapshot's folder in `parent`, without memory: only `machine.json` says something.
+    fn snapshot(parent: &Path, name: &str, agent: bool) -> PathBuf {
+        let path = parent.join(name);
+        let mut description = Description { state_version: STATE_VERSION, ..Description::of_tests() };
+        description.agent = agent.then_some(AgentDescription { root: RootKind::Host });
+        Draft::new(&path).expect("made").keep().expect("renamed");
+        fs::write(path.join("machine.json"), serde_json::to_vec(&description).expect("JSON")).expect("written");
+        let memory = fs::File::options().write(true).open(path.join("memory")).expect("open");
+        memory.set_len(description.memory_bytes).expect("sparse");
+        path
+    }
+
+    #[test]
+    fn only_the_first_run_from_a_template_writes_them_down_unasked() {
+        let parent = tempfile::tempdir().expect("a folder");
+        let of = |path: &Path| RecordingFolder::for_first_run(path, &Opened::new(path).expect("a snapshot"));
+        assert!(of(&snapshot(parent.path(), "no-template", false)).is_none());
+        let template = snapshot(parent.path(), "template", true);
+        let (first, second) = (of(&template).expect("the first"), of(&template).expect("at the same time"));
+        let set = |pages| WorkingSet::new(16 << 20, vec![PageRange { first: 0, pages, usage: PageUse::Written }]);
+        second.keep(&set(2)).expect("written");
+        first.keep(&set(1)).expect("left out");
+        let opened = Opened::new(&template).expect("a snapshot");
+        assert_eq!(opened.working_set(), Some(set(2)), "that of the run that ended first");
+        assert!(of(&template).is_none());
+        let asked = RecordingFolder::new(&template, opened.description()).expect("opened");
+        asked.keep(&set(3)).expect("replaced");
+        assert_eq!(Opened::new(&template).expect("a snapshot").working_set(), Some(set(3)));
     }
 }

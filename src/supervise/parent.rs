@@ -329,8 +329,7 @@ impl Watch<'_> {
             }
             // Once: the process could make this one write without an end.
             Message::WorkingSet(set) if self.assembly.phase() == Phase::Running && self.recording.is_some() => {
-                let kept = self.recording.take().map_or(Ok(()), |folder| folder.keep(&set));
-                kept.unwrap_or_else(|error| log::warn!("{}", chain(&error)));
+                self.recording.take().into_iter().for_each(|folder| folder.keep_or_log(&set));
             }
             message => {
                 // This process only waits from now on: what its start took goes back.

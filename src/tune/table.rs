@@ -82,8 +82,8 @@ levers! {
          the host has it. Off by default: it takes time and memory at the start",
         "each page is allocated and mapped when the guest first touches it";
     WorkingSet: "working-set", Memory, true,
-        "A run from a snapshot has the pages ready that an earlier one has written down (--record-working-set): they are mapped or copied \
-         before the guest runs, and mapped in the nested page tables by KVM_PRE_FAULT_MEMORY. Where KVM does not have that, parts of memory \
+        "A run from a snapshot has the pages ready that an earlier one has written down (the first from a template, or one with \
+         --record-working-set): they are mapped or copied before the guest runs, and mapped in the nested page tables by KVM_PRE_FAULT_MEMORY. Where KVM does not have that, parts of memory \
          that use many pages are copied to huge pages (with huge-pages=on)",
         "each page is read, copied and mapped when the guest first touches it";
     FreePages: "free-pages", Memory, true,

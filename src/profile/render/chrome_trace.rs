@@ -3,7 +3,6 @@
 use super::error::RenderError;
 use crate::escape::escape_json;
 use crate::profile::data::{Exits, Profile};
-use crate::profile::kinds::PhaseName;
 use crate::profile::units::microseconds;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -34,7 +33,7 @@ fn counters(name: &str, exits: &Exits, events: &mut Vec<Value>) {
 pub(super) fn render(profile: &Profile) -> Result<String, RenderError> {
     let mut events = vec![json!({"name": "process_name", "ph": "M", "pid": 1, "args": {"name": profile.guest.kernel}})];
     // "load" has a clock of its own, before the guest's.
-    for phase in profile.phases.iter().filter(|phase| phase.name != PhaseName::Load) {
+    for phase in profile.phases.iter().filter(|phase| !phase.name.is_before_the_guest()) {
         events.push(json!({
             "name": phase.name, "cat": "phase", "ph": "X", "ts": microseconds(phase.start_ns), "dur": microseconds(phase.length_ns()),
             "pid": 1, "tid": 1,

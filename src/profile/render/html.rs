@@ -5,7 +5,6 @@ use super::rows::{Row, rows};
 use crate::escape::escape_html as escape;
 use crate::profile::advice::Advice;
 use crate::profile::data::{Exits, Profile};
-use crate::profile::kinds::PhaseName;
 use crate::profile::units::{float, number, share, time};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -116,7 +115,7 @@ fn timeline(profile: &Profile, exits: &Exits, id: &str) -> String {
     }
     let _ = writeln!(out, "<text x=2 y=11>{} in {}</text>", number(highest), time(column_ns));
     let place = |ns: u64| (float(ns) / float(column_ns) * stretch).min(width);
-    for (row, phase) in profile.phases.iter().filter(|phase| phase.name != PhaseName::Load).enumerate() {
+    for (row, phase) in profile.phases.iter().filter(|phase| !phase.name.is_before_the_guest()).enumerate() {
         let x = place(phase.start_ns);
         let y = HEIGHT + 12.0 + if row.is_multiple_of(2) { 0.0 } else { 14.0 };
         // Near the right edge the words stand on the left of their line.
@@ -230,6 +229,7 @@ mod tests {
     use super::*;
     use crate::profile::data::Phase;
     use crate::profile::data::tests::sample;
+    use crate::profile::kinds::PhaseName;
 
     #[test]
     fn a_page_has_everything_and_lets_nothing_in() {
