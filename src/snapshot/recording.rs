@@ -15,6 +15,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
+/// The largest memory in bytes of which a run looks for used pages without being asked to: /proc/self/pagemap has 8 bytes for each page, and
+/// the look must not take as long as a run that hangs (2 s).
+const MAX_UNASKED: u64 = 64 << 30;
+
 /// The pages that a run has used cannot be kept.
 #[derive(Debug, Error)]
 pub enum RecordError {
@@ -54,11 +58,13 @@ impl RecordingFolder {
     }
 
     /// Opens the folder at `path` of `snapshot` for the first run from a template, which writes the pages down without being asked to.
-    /// `None` where the snapshot is no template, has a working set, or is another user's; and where the process cannot know the pages.
+    /// `None` where the snapshot is no template, has a working set, a very large memory, or is another user's; and where the process cannot know the pages.
     #[must_use]
     pub fn for_first_run(path: &Path, snapshot: &Opened) -> Option<Self> {
         let description = snapshot.description();
-        if description.agent.is_none() || snapshot.has_working_set() || !Path::new("/proc/self/pagemap").exists() {
+        let wanted =
+            description.agent.is_some() && !snapshot.has_working_set() && description.memory_bytes <= MAX_UNASKED;
+        if !wanted || !Path::new("/proc/self/pagemap").exists() {
             return None;
         }
         let folder = Self::new(path, description).ok()?;
@@ -153,14 +159,15 @@ mod tests {
     }
 
     /// A snapshot's folder in `parent`, without memory: only `machine.json` says something.
-    fn snapshot(parent: &Path, name: &str, agent: bool) -> PathBuf {
+    fn snapshot(parent: &Path, name: &str, agent: bool, memory_bytes: u64) -> PathBuf {
         let path = parent.join(name);
         let mut description = Description { state_version: STATE_VERSION, ..Description::of_tests() };
+        description.memory_bytes = memory_bytes;
         description.agent = agent.then_some(AgentDescription { root: RootKind::Host });
         Draft::new(&path).expect("made").keep().expect("renamed");
         fs::write(path.join("machine.json"), serde_json::to_vec(&description).expect("JSON")).expect("written");
         let memory = fs::File::options().write(true).open(path.join("memory")).expect("open");
-        memory.set_len(description.memory_bytes).expect("sparse");
+        memory.set_len(memory_bytes).expect("sparse");
         path
     }
 
@@ -168,8 +175,9 @@ mod tests {
     fn only_the_first_run_from_a_template_writes_them_down_unasked() {
         let parent = tempfile::tempdir().expect("a folder");
         let of = |path: &Path| RecordingFolder::for_first_run(path, &Opened::new(path).expect("a snapshot"));
-        assert!(of(&snapshot(parent.path(), "no-template", false)).is_none());
-        let template = snapshot(parent.path(), "template", true);
+        assert!(of(&snapshot(parent.path(), "no-template", false, 16 << 20)).is_none());
+        assert!(of(&snapshot(parent.path(), "large", true, (64 << 30) + (1 << 20))).is_none());
+        let template = snapshot(parent.path(), "template", true, 16 << 20);
         let (first, second) = (of(&template).expect("the first"), of(&template).expect("at the same time"));
         let set = |pages| WorkingSet::new(16 << 20, vec![PageRange { first: 0, pages, usage: PageUse::Written }]);
         second.keep(&set(2)).expect("written");
