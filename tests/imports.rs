@@ -39,6 +39,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &[
             "boot",
             "bounded_read",
+            "cluster",
             "config",
             "console",
             "control",

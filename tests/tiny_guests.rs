@@ -16,7 +16,7 @@ use hwvmm::measure::user_profile::UserRecord;
 use hwvmm::measure::{Counters, FlightRecorders, Measured, NoProfile};
 use hwvmm::memory::{Backing, GuestRam};
 use hwvmm::sandbox::{Sandbox, ThreadRole};
-use hwvmm::vcpu::{Confinement, Control, FollowExits, Measure, Records, Stop, Threads};
+use hwvmm::vcpu::{Confinement, Control, Measure, Records, Stop, Threads};
 use hwvmm_arch::exit_code::{AccessKind, Class};
 use hwvmm_arch::layout::GpaRange;
 use hwvmm_arch::regs::Entry;
@@ -332,16 +332,9 @@ fn is_found_halted(code: &[u8]) -> Result<(bool, u64), String> {
     let vcpu = vcpu(&system, &machine, Mode::Long);
     let control = Arc::new(Control::new().expect("control"));
     let handler = Arc::new(machine.handler);
-    let threads = Threads::start(
-        vec![vcpu],
-        &handler,
-        &control,
-        &Measure::Nothing,
-        &flight_recorders(1),
-        &unconfined(),
-        FollowExits::Never,
-    )
-    .expect("a thread");
+    let threads =
+        Threads::start(vec![vcpu], &handler, &control, &Measure::Nothing, &flight_recorders(1), &unconfined(), None)
+            .expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(3);
     let mut halted = false;
     while !halted && control.ended().is_none() && Instant::now() < deadline {
@@ -375,16 +368,8 @@ fn profiled() -> Result<(Box<UserRecord>, Result<VmRecord, String>), String> {
     }
     let handle = tracer.as_ref().ok().map(Tracer::handle);
     let measure = Measure::Profile { start: Instant::now(), tracer: handle };
-    let threads = Threads::start(
-        vec![vcpu],
-        &handler,
-        &control,
-        &measure,
-        &flight_recorders(1),
-        &unconfined(),
-        FollowExits::Never,
-    )
-    .expect("a thread");
+    let threads = Threads::start(vec![vcpu], &handler, &control, &measure, &flight_recorders(1), &unconfined(), None)
+        .expect("a thread");
     let deadline = Instant::now() + Duration::from_secs(10);
     while control.ended().is_none() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
@@ -482,6 +467,8 @@ const TESTS: &[Test] = &[
     ("self_modifying_code_is_followed", cluster_guests::self_modifying_code),
     ("a_fault_between_followed_accesses", cluster_guests::a_fault_in_the_middle),
     ("locked_instructions_between_followed_accesses", cluster_guests::locked_instructions),
+    ("a_site_without_gain_is_left_until_there_is_one", cluster_guests::a_site_that_is_left),
+    ("a_site_is_followed_by_its_time", cluster_guests::a_site_that_may_cost_less),
     ("accesses_in_the_shadow_of_sti", cluster_guests::the_shadow_of_sti),
     ("a_guest_that_no_interrupt_can_wake_is_detected", || {
         outcome(is_found_halted(guests::halt_for_good()).map(|(halted, _)| assert!(halted)))

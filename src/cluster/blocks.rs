@@ -39,6 +39,7 @@ struct Rest {
 
 /// The cache: each address has one set, and in it the newest block comes first.
 pub(super) struct Blocks {
+    /// Empty before the first cluster.
     blocks: Box<[Block]>,
     /// Changes with each cluster, and within one where the MMU no longer watches all pages of the blocks that were checked. A block is
     /// compared with memory once in an epoch: a write by the guest's own instructions to its pages ends the cluster, and a write
@@ -51,8 +52,7 @@ pub(super) struct Blocks {
 
 impl Blocks {
     pub(super) fn new() -> Self {
-        let blocks = std::iter::repeat_with(Block::none).take(PLACES).collect();
-        Self { blocks, epoch: 1, decoded: 0, compared: 0 }
+        Self { blocks: Box::default(), epoch: 1, decoded: 0, compared: 0 }
     }
 
     /// How many blocks were decoded so far.
@@ -65,8 +65,11 @@ impl Blocks {
         self.compared
     }
 
-    /// Starts a cluster: every block is compared with memory once more.
+    /// Starts a cluster: every block is compared with memory once more. The first makes the cache, of 300 KiB; many guests need none.
     pub(super) fn start(&mut self) {
+        if self.blocks.is_empty() {
+            self.blocks = std::iter::repeat_with(Block::none).take(PLACES).collect();
+        }
         self.epoch += 1;
     }
 

@@ -14,6 +14,7 @@ mod op;
 mod places;
 mod port_exit;
 mod ports;
+mod price;
 mod rare;
 mod site;
 pub mod standalone;
@@ -36,7 +37,9 @@ use mmu::{Mmu, Paging};
 use places::Places;
 pub use port_exit::PortExit;
 use ports::{Deadline, HandlerPorts};
-use site::Sites;
+use price::Price;
+pub use site::Follow;
+use site::{Gain, Sites};
 
 /// The instructions of a cluster: a line on a UART takes about 90 a byte. Where there is no access in a while, the cluster's gain is over.
 const LIMITS: Limits = Limits { most: 16_384, alone: 1_024 };
@@ -46,6 +49,8 @@ const MOST_NS: u64 = 20_000;
 const MOST_NS_MASKED: u64 = 4_000_000;
 /// Exits of port I/O before KVM is asked for the whole state at each exit.
 const WARM_UP: u32 = 16;
+/// Exits of port I/O in a row, none of which has led to a cluster with a gain, after which KVM is no longer asked for it.
+const IDLE: u32 = 512;
 
 const CR0_PE: u64 = 1 << 0;
 const CR0_PG: u64 = 1 << 31;
@@ -87,8 +92,11 @@ pub struct Clusters {
     ram: GuestRam,
     blocks: Blocks,
     sites: Sites,
+    price: Price,
     completion: Completion,
     warm: u32,
+    /// Exits of port I/O since a cluster had a gain.
+    idle: u32,
     khz: u64,
     ticks: u64,
     counts: ClusterCounts,
@@ -119,15 +127,18 @@ impl Ended {
 }
 
 impl Clusters {
-    /// Makes what is needed for the vCPU. `always` follows every exit, whether it gains anything or not, for tests. `None` where this
+    /// Makes what is needed for the vCPU. `None` where this
     /// KVM does not copy the registers at exits (KVM_CAP_SYNC_REGS), and where the guest flushes TLBs by KVM_FEATURE_PV_TLB_FLUSH: KVM
     /// shows a vCPU outside of KVM_RUN to the others as preempted, and they would not wait for what is interpreted meanwhile.
     #[must_use]
-    pub fn new(vcpu: &mut Running<'_>, always: bool) -> Option<Self> {
+    pub fn new(vcpu: &mut Running<'_>, follow: Follow) -> Option<Self> {
         let ram = vcpu.memory()?;
         vcpu.vcpu().syncs_regs().then_some(())?;
         if vcpu.vcpu().has_pv_tlb_flush() {
-            log::warn!(
+            // Asked for, or only tried.
+            let level = if follow == Follow::ByTime { log::Level::Info } else { log::Level::Warn };
+            log::log!(
+                level,
                 "exit clusters: the guest has KVM_FEATURE_PV_TLB_FLUSH, as a snapshot may; exits are not followed"
             );
             return None;
@@ -137,9 +148,11 @@ impl Clusters {
         Some(Self {
             ram,
             blocks: Blocks::new(),
-            sites: Sites::new(always),
+            sites: Sites::new(follow),
+            price: Price::new(),
             completion: Completion::Unknown,
-            warm: if always { WARM_UP } else { 0 },
+            warm: if follow == Follow::Always { WARM_UP } else { 0 },
+            idle: 0,
             khz: khz.max(1),
             ticks: 0,
             counts: ClusterCounts::default(),
@@ -150,7 +163,9 @@ impl Clusters {
     /// Returns what was done so far.
     #[must_use]
     pub fn record(&self) -> ClusterRecord {
-        let ns = u128::from(self.ticks) * 1_000_000 / u128::from(self.khz);
+        let ns = |ticks: u64| u128::from(ticks) * 1_000_000 / u128::from(self.khz);
+        log::debug!("exit clusters: an exit for port I/O took {} ns or more", ns(self.price.of(1)));
+        let ns = ns(self.ticks);
         let (compared, decoded) = (self.blocks.compared(), self.blocks.decoded());
         let counts = ClusterCounts { ns: u64::try_from(ns).unwrap_or(u64::MAX), compared, decoded, ..self.counts };
         ClusterRecord { counts, avoided_at: self.places.all_avoided(), ended_at: self.places.all_ended() }
@@ -167,7 +182,28 @@ impl Clusters {
         exit: PortExit,
         interrupt: Interrupt,
     ) -> Result<Option<EndReason>, KvmError> {
+        let start = clock::tsc();
+        self.price.answered(start);
+        let ended = self.follow_at(vcpu, handler, exit, interrupt, start)?;
+        self.price.goes_on_at(clock::tsc());
+        Ok(ended)
+    }
+
+    /// As [`Self::follow`]; `start` is the TSC.
+    fn follow_at(
+        &mut self,
+        vcpu: &mut Running<'_>,
+        handler: &Handler,
+        exit: PortExit,
+        interrupt: Interrupt,
+        start: u64,
+    ) -> Result<Option<EndReason>, KvmError> {
         let Some(rip) = vcpu.vcpu().synced_rip() else { return Ok(None) };
+        self.idle = self.idle.saturating_add(1);
+        if self.idle >= IDLE && self.sites.may_be_left() {
+            vcpu.vcpu_mut().unsync_state();
+            (self.idle, self.warm) = (0, 0);
+        }
         if !self.sites.is_followed(rip) {
             return Ok(None);
         }
@@ -183,17 +219,20 @@ impl Clusters {
             return Ok(None);
         }
         self.counts.clusters += 1;
-        let start = clock::tsc();
         let ended = if vcpu.has_breakpoints() {
             Ended::at_once(rip, End::State)
         } else {
             self.interpret(vcpu, handler, exit, &state)?
         };
-        self.sites.judge(rip, ended.avoided, ended.instructions);
+        let ticks = clock::tsc().wrapping_sub(start);
+        if self.sites.judge(rip, Gain { avoided: ended.avoided, instructions: ended.instructions, ticks }, &self.price)
+        {
+            self.idle = 0;
+        }
         self.counts.avoided_exits += ended.avoided;
         self.counts.instructions += ended.instructions;
         self.counts.walks += ended.walks;
-        self.ticks += clock::tsc().wrapping_sub(start);
+        self.ticks += ticks;
         self.counts.ends[ended.reason as usize] += 1;
         self.places.ended(ended.rip, ended.reason);
         Ok(ended.run)

@@ -177,7 +177,9 @@ fn data(cpu: &mut Cpu, op: &Op, mmu: &mut Mmu<'_>) -> Result<(), End> {
         Kind::CmovR(_) | Kind::CmovM(_) => conditional_move(cpu, op, mmu)?,
         Kind::Fence => fence(Ordering::SeqCst),
         Kind::Cld => cpu.flags.clear_control(DF),
-        Kind::Cli => cpu.flags.clear_control(IF),
+        // An interrupt that has come meanwhile is taken before it, and not only after what it guards.
+        Kind::Cli if cpu.flags.control(IF) != 0 => return Err(End::Unsupported),
+        Kind::Cli => {}
         // Jumps and port I/O are not for this function.
         Kind::Jcc(_)
         | Kind::Jmp

@@ -262,11 +262,15 @@ fn a_loop_without_an_end_is_left() {
 }
 
 #[test]
-fn cld_and_cli_clear_their_flag() {
-    let mut guest = Guest::new(&[0xfc, 0xfa, 0xf4]);
-    guest.cpu.flags.set(DF | IF | STATUS, DF | IF | AF);
-    assert_eq!(guest.run(), (2, End::Unsupported));
-    assert_eq!(guest.cpu.flags.get() & (DF | IF | STATUS), AF);
+fn cld_clears_its_flag_and_cli_is_left_to_the_processor_where_if_is_set() {
+    // cld; cli; hlt
+    for (interrupts, done) in [(0, 2), (IF, 1)] {
+        let mut guest = Guest::new(&[0xfc, 0xfa, 0xf4]);
+        guest.cpu.flags.set(DF | IF | STATUS, DF | interrupts | AF);
+        assert_eq!(guest.run(), (done, End::Unsupported));
+        assert_eq!(guest.cpu.flags.get() & (DF | IF | STATUS), interrupts | AF);
+        assert_eq!(guest.cpu.rip, CODE + done);
+    }
 }
 
 #[test]

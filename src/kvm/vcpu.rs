@@ -47,6 +47,8 @@ pub struct Vcpu {
     cpuid: Mutex<Vec<kvm_cpuid_entry2>>,
     syncs_regs: bool,
     syncs_sregs: bool,
+    /// The special registers are copied whether the whole state is or not.
+    wants_cpl: bool,
     can_sync_sregs: bool,
     can_sync_events: bool,
     syncs_events: bool,
@@ -74,6 +76,7 @@ impl Vcpu {
             cpuid: Mutex::default(),
             syncs_regs,
             syncs_sregs: false,
+            wants_cpl: false,
             can_sync_sregs: syncs(KVM_SYNC_X86_SREGS),
             can_sync_events: syncs(KVM_SYNC_X86_EVENTS),
             syncs_events: false,
@@ -255,7 +258,7 @@ impl Vcpu {
     pub fn sync_cpl(&mut self) {
         if self.can_sync_sregs {
             self.fd.set_sync_valid_reg(SyncReg::SystemRegister);
-            self.syncs_sregs = true;
+            (self.syncs_sregs, self.wants_cpl) = (true, true);
         }
     }
 
@@ -282,6 +285,18 @@ impl Vcpu {
             (self.syncs_sregs, self.syncs_events) = (true, true);
         }
         can
+    }
+
+    /// Takes [`Vcpu::sync_state`] back: exits take less time.
+    pub fn unsync_state(&mut self) {
+        if self.syncs_events {
+            self.fd.clear_sync_valid_reg(SyncReg::VcpuEvents);
+            self.syncs_events = false;
+        }
+        if self.syncs_sregs && !self.wants_cpl {
+            self.fd.clear_sync_valid_reg(SyncReg::SystemRegister);
+            self.syncs_sregs = false;
+        }
     }
 
     /// The value of the MSR `index` (KVM API 4.18, KVM_GET_MSRS); `None` where KVM does not have it.

@@ -1,6 +1,7 @@
 //! Levers that are settings of KVM's, and what a host can do of them.
 
 use super::files::{Files, Source};
+use crate::cluster::Follow;
 use crate::config::RunConfig;
 use crate::error::chain;
 use crate::kvm::{CoalescedRing, KvmError, System, Vcpu, Vm};
@@ -24,9 +25,22 @@ const KVM_FEATURE_PV_SCHED_YIELD: u32 = 13;
 /// The longest time that a halted vCPU is waited for, in microseconds, where the lever is just on.
 const HALT_POLL_US: u32 = 200;
 
+/// Which exits are followed by the interpreter. Where that is not asked for, they are in guests of one vCPU only: several are better served
+/// by KVM_FEATURE_PV_TLB_FLUSH, which these cannot have. `testdev`: the test device raises interrupts by ioctls of its own
+/// (KVM_IRQ_LINE), which a cluster would not see.
+pub(super) fn follow(tune: &Tune, vcpus: usize, testdev: bool) -> Option<Follow> {
+    let follow = match tune.choice(Lever::ExitClusters) {
+        Choice::On | Choice::Micros(_) => Some(Follow::ByCount),
+        Choice::Gain => Some(Follow::ByTime),
+        Choice::Auto => (Lever::ExitClusters.is_default_on() && vcpus == 1).then_some(Follow::ByTime),
+        Choice::Off => None,
+    };
+    follow.filter(|_| !testdev)
+}
+
 /// KVM's paravirtual features (leaf 0x4000_0001 EAX) whose levers are off. While hwvmm interprets a vCPU, KVM shows it to the others as
 /// preempted: they would take its TLB for flushed when it runs next, and the interpreter would go on with translations of before.
-pub(super) fn hidden_features(tune: &Tune) -> u32 {
+pub(super) fn hidden_features(tune: &Tune, follow: Option<Follow>) -> u32 {
     let bits = [
         (Lever::PvEoi, KVM_FEATURE_PV_EOI),
         (Lever::PvIpi, KVM_FEATURE_PV_SEND_IPI),
@@ -34,9 +48,9 @@ pub(super) fn hidden_features(tune: &Tune) -> u32 {
         (Lever::PvSchedYield, KVM_FEATURE_PV_SCHED_YIELD),
         (Lever::PvUnhalt, KVM_FEATURE_PV_UNHALT),
     ];
-    let interprets = tune.wants(Lever::ExitClusters);
+    let interprets = follow.is_some();
     if interprets && tune.choice(Lever::PvTlbFlush) == Choice::On {
-        tune.cannot(Lever::PvTlbFlush, "exit-clusters=on interprets a vCPU while it counts as preempted");
+        tune.cannot(Lever::PvTlbFlush, "exit-clusters interprets a vCPU while it counts as preempted");
     }
     let is_hidden = |lever| !tune.wants(lever) || interprets && lever == Lever::PvTlbFlush;
     bits.into_iter().filter(|(lever, _)| is_hidden(*lever)).fold(0, |mask, (_, bit)| mask | 1 << bit)
@@ -152,7 +166,7 @@ pub(super) fn options(tune: &Tune, vcpus: u32) -> TransportOptions {
     let spare = || std::thread::available_parallelism().is_ok_and(|host| host.get() > vcpus as usize);
     let micros = match tune.choice(Lever::BusyPoll) {
         Choice::Auto => spare().then_some(POLL_US),
-        Choice::On => Some(POLL_US),
+        Choice::On | Choice::Gain => Some(POLL_US),
         Choice::Micros(micros) => Some(micros),
         Choice::Off => None,
     };
@@ -209,13 +223,27 @@ mod tests {
     #[test]
     fn each_feature_has_its_own_bit() {
         let mut tune = Tune::default();
-        assert_eq!(hidden_features(&tune), 0);
+        assert_eq!(hidden_features(&tune, None), 0);
         tune.set("pv-eoi=off,pv-ipi=off").expect("valid");
-        assert_eq!(hidden_features(&tune), 1 << 6 | 1 << 11);
+        assert_eq!(hidden_features(&tune, None), 1 << 6 | 1 << 11);
         tune.set("all=off").expect("valid");
-        assert_eq!(hidden_features(&tune).count_ones(), 5);
-        let mut tune = Tune::default();
-        tune.set("exit-clusters=on").expect("valid");
-        assert_eq!(hidden_features(&tune), 1 << KVM_FEATURE_PV_TLB_FLUSH, "an interpreted vCPU counts as preempted");
+        assert_eq!(hidden_features(&tune, None).count_ones(), 5);
+        let hidden = hidden_features(&Tune::default(), Some(Follow::ByTime));
+        assert_eq!(hidden, 1 << KVM_FEATURE_PV_TLB_FLUSH, "an interpreted vCPU counts as preempted");
+    }
+
+    #[test]
+    fn exits_of_several_vcpus_are_followed_where_that_is_asked_for() {
+        let follow = |text: &str, vcpus, testdev| {
+            let mut tune = Tune::default();
+            tune.set(text).expect("valid");
+            follow(&tune, vcpus, testdev)
+        };
+        let by_default = Lever::ExitClusters.is_default_on().then_some(Follow::ByTime);
+        assert_eq!((follow("", 1, false), follow("", 2, false)), (by_default, None));
+        assert_eq!(follow("exit-clusters=gain", 2, false), Some(Follow::ByTime));
+        let asked = "exit-clusters=on";
+        assert_eq!((follow(asked, 1, false), follow(asked, 4, false)), (Some(Follow::ByCount), Some(Follow::ByCount)));
+        assert_eq!((follow("exit-clusters=off", 1, false), follow(asked, 1, true)), (None, None));
     }
 }

@@ -50,7 +50,7 @@ use crate::exit::Handler;
 use crate::kvm::{System, Vcpu, Vm};
 use crate::memory::{Backing, GuestRam};
 use crate::snapshot::{Irqchip, State};
-use crate::tune::{Lever, Tune};
+use crate::tune::Lever;
 use crate::vcpu::Control;
 use devices::Devices;
 use files::Source;
@@ -147,7 +147,7 @@ impl Machine {
         let api = config.api.as_deref().map(serve).transpose()?;
         let BuiltVirtio { devices: virtio, readonly_pages } = builder.finish(&mut devices.pio)?;
         let vcpus = match &loaded {
-            From::Kernel(loaded) => create_vcpus(system, &vm, &processors, loaded, &config.tune)?,
+            From::Kernel(loaded) => create_vcpus(system, &vm, &processors, loaded, config)?,
             From::Snapshot(state) => {
                 let vcpus = restore::vcpus(&vm, state, processors.supported.as_slice(), &processors.apic_ids)?;
                 restore::devices(&vm, state, &devices.saved)?;
@@ -331,8 +331,11 @@ fn create_vcpus(
     vm: &Vm,
     processors: &Processors,
     loaded: &Loaded,
-    tune: &Tune,
+    config: &RunConfig,
 ) -> Result<Vec<Vcpu>, MachineError> {
+    let tune = &config.tune;
+    let hidden_features =
+        levers::hidden_features(tune, levers::follow(tune, processors.apic_ids.len(), config.testdev));
     let tsc_deadline = system.has_tsc_deadline() && levers::wants_tsc_deadline(tune);
     let mut vcpus = Vec::with_capacity(processors.apic_ids.len());
     for (index, &apic_id) in processors.apic_ids.iter().enumerate() {
@@ -344,7 +347,7 @@ fn create_vcpus(
             tsc_deadline,
             x2apic: tune.wants(Lever::X2Apic),
             tsc_frequency: tune.wants(Lever::CpuidTsc),
-            hidden_features: levers::hidden_features(tune),
+            hidden_features,
             mtrr: !tune.wants(Lever::HideMtrr),
         };
         vcpu.set_cpuid(&cpuid::for_vcpu(processors.supported.as_slice(), &options))?;

@@ -3,6 +3,7 @@
 use super::confine::{self, device_threads, reach};
 use super::drain::Drain;
 use super::halt::{HaltDetector, stats_readers};
+use super::levers;
 use super::limits::{Limits, OutputLimit};
 use super::net::Passt;
 use super::paused::VirtioDevices;
@@ -24,8 +25,7 @@ use crate::measure::tracer::Tracer;
 use crate::measure::{MemoryFiles, MemoryUse, cpu_time_ns, monotonic_ns};
 use crate::memory::{GuestRam, give_back_startup};
 use crate::sandbox::{SandboxError, ThreadRole};
-use crate::tune::Lever;
-use crate::vcpu::{Control, FollowExits, Measure, Threads};
+use crate::vcpu::{Control, Measure, Threads};
 use event_manager::MutEventSubscriber;
 use hwvmm_arch::boot::BootMethod;
 use hwvmm_arch::layout::GpaRange;
@@ -148,13 +148,6 @@ fn announce_start(setup: &Setup<'_>, boot: BootMethod) -> (u64, u64) {
     (startup_cpu_ns, started_at_ns)
 }
 
-/// If exits are followed by the interpreter. The test device raises interrupts by ioctls of its own (KVM_IRQ_LINE), which a cluster would
-/// not see.
-fn follow(setup: &Setup<'_>) -> FollowExits {
-    let follows = setup.config.tune.wants(Lever::ExitClusters) && !setup.config.testdev;
-    if follows { FollowExits::Adaptive } else { FollowExits::Never }
-}
-
 /// What a run leaves.
 pub struct Ran {
     /// What was counted and measured, and how the run ended.
@@ -192,9 +185,9 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
         watches.iter().for_each(|watch| watch.note_flush(start));
     }
     let confinement = confine::vcpus(setup.config, &setup.sandbox);
-    let threads =
-        Threads::start(vcpus, &handler, &control, &measure, setup.flight_recorders, &confinement, follow(setup))
-            .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
+    let follow = levers::follow(&setup.config.tune, vcpus.len(), setup.config.testdev);
+    let threads = Threads::start(vcpus, &handler, &control, &measure, setup.flight_recorders, &confinement, follow)
+        .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
     if let Some(live) = live {
         let (vm, ram, handler) = (Arc::clone(&vm), ram.clone(), Arc::clone(&handler));
         let (devices, virtio) = (saved.clone(), Arc::clone(&virtio));

@@ -19,6 +19,8 @@ pub enum Choice {
     On,
     /// The lever is not used.
     Off,
+    /// The lever is used where it gains time. Only levers that are judged while the guest runs have this setting.
+    Gain,
     /// The lever is used for this many microseconds. Only levers that are times have this setting.
     Micros(u32),
 }
@@ -33,7 +35,7 @@ pub enum TuneError {
     #[error("there is no lever '{0}'; `--tune help` lists them")]
     Unknown(String),
     /// The lever does not have this setting.
-    #[error("{name} is on, off or auto{}, not '{value}'", if *.kind == ValueKind::Time { ", or a number of microseconds up to 100000" } else { "" })]
+    #[error("{name} is on, off or auto{}, not '{value}'", .kind.more())]
     Value {
         /// The name of the lever.
         name: String,
@@ -60,7 +62,7 @@ impl Default for Tune {
 }
 
 impl Tune {
-    /// Applies a list `name=on|off|auto|US,...` to the settings. The name `all` means every lever; `all=on` those whose default
+    /// Applies a list `name=on|off|auto|gain|US,...` to the settings. The name `all` means every lever; `all=on` those whose default
     /// is on.
     ///
     /// # Errors
@@ -94,7 +96,7 @@ impl Tune {
     pub fn wants(&self, lever: Lever) -> bool {
         match self.choice(lever) {
             Choice::Auto => lever.is_default_on(),
-            Choice::On | Choice::Micros(_) => true,
+            Choice::On | Choice::Gain | Choice::Micros(_) => true,
             Choice::Off => false,
         }
     }
@@ -114,6 +116,7 @@ impl Tune {
                 Choice::Auto => continue,
                 Choice::On => "on".to_owned(),
                 Choice::Off => "off".to_owned(),
+                Choice::Gain => "gain".to_owned(),
                 Choice::Micros(micros) => micros.to_string(),
             };
             // Writing to a String cannot fail.
@@ -129,6 +132,7 @@ fn parse(name: &str, value: &str, kind: ValueKind) -> Result<Choice, TuneError> 
         "auto" => Choice::Auto,
         "on" => Choice::On,
         "off" => Choice::Off,
+        "gain" if kind == ValueKind::Gain => Choice::Gain,
         number if kind == ValueKind::Time => {
             Choice::Micros(number.parse().ok().filter(|us| (1..=MAX_MICROS).contains(us)).ok_or_else(error)?)
         }
@@ -241,6 +245,8 @@ mod tests {
         assert!(tune.wants(Lever::UartCount) && !tune.wants(Lever::DisableHlt));
         tune.set("all=auto,disable-hlt=on").expect("valid");
         assert_eq!(tune.describe(), "disable-hlt=on");
+        tune.set("disable-hlt=auto,exit-clusters=gain").expect("valid");
+        assert_eq!((tune.describe().as_str(), tune.wants(Lever::ExitClusters)), ("exit-clusters=gain", true));
     }
 
     #[test]
@@ -250,6 +256,8 @@ mod tests {
         assert!(error("no-pic=on").contains("'no-pic'"));
         assert!(error("pci-probing=30").contains("'30'"));
         assert!(error("halt-poll=0").contains("microseconds"));
+        assert!(error("halt-poll=gain").contains("microseconds") && !error("uart-count=gain").contains("or gain"));
+        assert!(error("exit-clusters=30").contains("or gain"));
         assert!(error("halt-poll=100001").contains("100000"));
     }
 }

@@ -42,6 +42,19 @@ pub enum ValueKind {
     Switch,
     /// The same, or a number of microseconds.
     Time,
+    /// The same, or `gain`.
+    Gain,
+}
+
+impl ValueKind {
+    /// What the lever takes beside `on`, `off` and `auto`, for a message.
+    pub(super) fn more(self) -> &'static str {
+        match self {
+            Self::Switch => "",
+            Self::Time => ", or a number of microseconds up to 100000",
+            Self::Gain => ", or gain",
+        }
+    }
 }
 
 struct Row {
@@ -157,8 +170,9 @@ levers! {
          exit, at most 100 ms (KVM_CAP_COALESCED_PIO, KVM_CAP_COALESCED_MMIO); polled output of a UART is written in lines",
         "each of these writes is a userspace exit, and each byte of polled output is written by itself";
     ExitClusters: "exit-clusters", Coalescing, false,
-        "After an exit for port I/O hwvmm interprets the guest's next instructions, where the accesses among them have saved exits \
-         lately. Off by default: see src/cluster/README.md",
+        "After an exit for port I/O hwvmm interprets the guest's next instructions. on: at sites where that has lately saved an exit for \
+         each 100 instructions or less; gain: where it took less time than the exits that it saved. Off by default: see \
+         src/cluster/README.md",
         "each of these accesses is an exit";
     CpuidTsc: "cpuid-tsc", Cpu, true,
         "CPUID has the frequencies of the TSC and of the APIC timer (leaf 0x40000010, and 0x15 on Intel)",
@@ -234,7 +248,11 @@ impl Lever {
     /// The values that the lever takes.
     #[must_use]
     pub fn value_kind(self) -> ValueKind {
-        if matches!(self, Self::HaltPoll | Self::BusyPoll) { ValueKind::Time } else { ValueKind::Switch }
+        match self {
+            Self::HaltPoll | Self::BusyPoll => ValueKind::Time,
+            Self::ExitClusters => ValueKind::Gain,
+            _ => ValueKind::Switch,
+        }
     }
 
     /// What the lever does, in sentences without the last full stop.

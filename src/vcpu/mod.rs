@@ -8,4 +8,4 @@ mod threads;
 
 pub use run_loop::{Records, Stop, run};
 pub use saving::SaveError;
-pub use threads::{Confinement, Control, FollowExits, Inspector, Measure, Threads};
+pub use threads::{Confinement, Control, Inspector, Measure, Threads};

@@ -3,7 +3,7 @@
 use super::pause::{Gate, Passed};
 use super::run_loop::{Records, Stop, run};
 use super::saving::{SaveError, Saving};
-use crate::cluster::Clusters;
+use crate::cluster::{Clusters, Follow};
 use crate::error::chain;
 use crate::exit::{EndReason, Handler, RunEnd};
 use crate::kvm::clock::Anchor;
@@ -117,17 +117,6 @@ pub enum Measure {
         /// The tracer of VM exits.
         tracer: Option<tracer::Handle>,
     },
-}
-
-/// Which exits are followed in software (src/cluster).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FollowExits {
-    /// None.
-    Never,
-    /// Those that gain by it.
-    Adaptive,
-    /// All that can be, for tests.
-    Always,
 }
 
 /// What the threads of vCPUs may do on the host.
@@ -272,7 +261,7 @@ impl Threads {
         measure: &Measure,
         flight_recorders: &FlightRecorders,
         confinement: &Confinement,
-        follow: FollowExits,
+        follow: Option<Follow>,
     ) -> io::Result<Self> {
         kick::install()?;
         let start = Anchor::now();
@@ -383,7 +372,7 @@ struct Work {
     handler: Arc<Handler>,
     control: Arc<Control>,
     confinement: Confinement,
-    follow: FollowExits,
+    follow: Option<Follow>,
 }
 
 impl Work {
@@ -411,9 +400,7 @@ impl Work {
         let mut records = Records { counters, flight_recorder, clusters: None, profiler };
         let rip = {
             let mut running = vcpu.enter();
-            if self.follow != FollowExits::Never {
-                records.clusters = Clusters::new(&mut running, self.follow == FollowExits::Always);
-            }
+            records.clusters = self.follow.and_then(|follow| Clusters::new(&mut running, follow));
             let stopped = match self.confine() {
                 Err(error) => Ok(Stop::End(EndReason::Failed(chain(&error)))),
                 Ok(()) if self.control.is_stopping() => Ok(Stop::Asked),

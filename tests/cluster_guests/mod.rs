@@ -1,7 +1,7 @@
 //! Tiny guests whose exits are followed in software: they must end as they do without that, and make fewer exits.
 
 use super::*;
-use hwvmm::cluster::Clusters;
+use hwvmm::cluster::{Clusters, Follow};
 use hwvmm::measure::clusters::ClusterCounts;
 
 struct Followed {
@@ -9,7 +9,7 @@ struct Followed {
     clusters: ClusterCounts,
 }
 
-fn followed(code: &[u8]) -> Result<Followed, String> {
+fn followed(code: &[u8], follow: Follow) -> Result<Followed, String> {
     let system = system()?;
     let machine = machine(&system, code, Mode::Long, false);
     let mut vcpu = vcpu(&system, &machine, Mode::Long);
@@ -17,7 +17,7 @@ fn followed(code: &[u8]) -> Result<Followed, String> {
     let flight_recorder = flight_recorders(1).of_vcpu(0).expect("a recorder");
     let guard = Guard::start();
     let mut running = vcpu.enter();
-    let clusters = Clusters::new(&mut running, true).ok_or("this host's KVM does not copy registers at exits")?;
+    let clusters = Clusters::new(&mut running, follow).ok_or("this host's KVM does not copy registers at exits")?;
     let mut records = Records { counters, flight_recorder, clusters: Some(clusters), profiler: NoProfile };
     let stop = hwvmm::vcpu::run(&mut running, &machine.handler, &mut records, |_, _| true).expect("KVM_RUN");
     drop(guard);
@@ -35,9 +35,13 @@ fn followed(code: &[u8]) -> Result<Followed, String> {
 /// Runs the guest with and without clusters: both end well, the device sees the same accesses, and none is lost between exits and
 /// avoided exits.
 fn compared(code: &[u8], most_exits: u64) -> Outcome {
+    compared_where(code, Follow::Always, most_exits)
+}
+
+fn compared_where(code: &[u8], follow: Follow, most_exits: u64) -> Outcome {
     outcome(run(code, Mode::Long).and_then(|plain| {
         assert_eq!(plain.end, EndReason::DebugExit(3), "without clusters");
-        let Followed { ran, clusters } = followed(code)?;
+        let Followed { ran, clusters } = followed(code, follow)?;
         assert_eq!(ran.end, EndReason::DebugExit(3), "with clusters: {clusters:?}");
         assert_eq!(*ran.latch.items.lock().unwrap(), *plain.latch.items.lock().unwrap());
         assert_eq!(*ran.latch.reads.lock().unwrap(), *plain.latch.reads.lock().unwrap());
@@ -72,6 +76,16 @@ pub(crate) fn a_fault_in_the_middle() -> Outcome {
 
 pub(crate) fn locked_instructions() -> Outcome {
     compared(guests::cluster_locked(), 30)
+}
+
+/// Nothing is gained for long, so that KVM is no longer asked for the state, and then something is.
+pub(crate) fn a_site_that_is_left() -> Outcome {
+    compared_where(guests::cluster_left(), Follow::ByCount, 1_600)
+}
+
+/// What an exit costs here is not known: any number of them may be avoided.
+pub(crate) fn a_site_that_may_cost_less() -> Outcome {
+    compared_where(guests::cluster_left(), Follow::ByTime, 2_301)
 }
 
 /// The access behind STI, the one behind that, and what ends the run.

@@ -58,6 +58,33 @@ payload!(
     "out %al,$0xf4",
 );
 
+// 1,500 accesses that are alone, then 800 with a few instructions between two.
+payload!(
+    cluster_left,
+    ".code64",
+    "mov $0x8000,%esp",
+    "mov $1500,%ebx",
+    "1:",
+    "rdtsc",
+    "mov %ebx,%eax",
+    "out %al,$0x10",
+    "dec %ebx",
+    "jnz 1b",
+    "mov $400,%ebx",
+    "2:",
+    "mov %ebx,%eax",
+    "out %al,$0x10",
+    "in $0x10,%al",
+    "cmp %bl,%al",
+    "jne 9f",
+    "dec %ebx",
+    "jnz 2b",
+    "mov $1,%al",
+    "out %al,$0xf4",
+    "9: mov $2,%al",
+    "out %al,$0xf4",
+);
+
 // Waits in a loop whose first and last access are the same instruction, until the device says 0x35: its fifth read of 2 bytes.
 payload!(
     cluster_poll,
