@@ -1,34 +1,28 @@
 //! `hwvmm run`.
 
-use super::output::{fail, print_stderr, say};
+use super::output::{fail, say};
 use super::report;
-use super::result_file::ResultFile;
-use super::run_results::{describe, show_flight_recorder, stats_text, write_profile, write_stats};
+use super::run_results::{ResultFiles, Results, Within};
 use super::status_file::StatusRecord;
 use crate::boot::initramfs::TerminalSize;
-use crate::config::{Budget, Moment, OnReboot, Pattern, Requirement, RunConfig, RunOptions, read_file};
+use crate::config::{Moment, OnReboot, Pattern, Requirement, RunConfig, RunOptions, read_file};
 use crate::console::{RawTerminal, StreamFlags, discard_input, terminal_size};
 use crate::error::chain;
-use crate::escape::escape_text;
 use crate::exit::end::status;
-use crate::exit::{EndKind, EndReason, RunEnd};
+use crate::exit::{EndReason, RunEnd};
+use crate::logging::is_verbose;
 use crate::machine::{Ran, Start, Stdin, configure, detect_disk_formats, is_disk_image, late_command};
 use crate::measure::{MenuEntry, RunRecord};
 use crate::probe::{ANY_KVM, Host, check_linux};
-use crate::profile::budget::check;
-use crate::profile::render::{Format, Style, render};
-use crate::profile::{Profile, RunStats, RunSymbols};
+use crate::profile::RunStats;
 use crate::sandbox::keep_from_machine;
 use crate::snapshot::{Draft, FolderError, Opened, RecordingFolder};
 use crate::supervise::{self, Echo, KernelLogTarget, Plan, Signals, SuperviseError, Supervised};
 use crate::tune::Lever;
 use hwvmm_devices::path_text::PathText as _;
-use std::cell::OnceCell;
 use std::error::Error;
-use std::fs::File;
 use std::io::{self, IsTerminal, Write as _};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -190,17 +184,21 @@ fn run_guest(
     let results =
         Results { config: &config, files, record: &record, end: &end, budget: &budget, kernel_log: &kernel_log };
     let (within, failed) = results.show(stats);
-    let status = match (end.status(), failed) {
-        // What the guest ended with is what the caller wants to know.
-        (status::OK, Some(error)) => return Err(error),
+    let status = exit_status(&end, within, failed)?;
+    Ok(Ended { end, status, entry: record.entry })
+}
+
+/// The exit status of hwvmm: what the guest ended with is what the caller wants to know; else `failed` is what it ends with.
+fn exit_status(end: &EndReason, within: Within, failed: Option<Box<dyn Error>>) -> Result<u8, Box<dyn Error>> {
+    match (end.status(), failed) {
+        (status::OK, Some(error)) => Err(error),
         (status, Some(error)) => {
             fail(error.as_ref());
-            status
+            Ok(status)
         }
-        (status::OK, None) if within == Within::No => status::OVER_BUDGET,
-        (status, None) => status,
-    };
-    Ok(Ended { end, status, entry: record.entry })
+        (status::OK, None) if within == Within::No => Ok(status::OVER_BUDGET),
+        (status, None) => Ok(status),
+    }
 }
 
 /// The pattern that a line of a console is to match.
@@ -236,11 +234,6 @@ fn recording(config: &mut RunConfig, snapshot: Option<&Opened>) -> Result<Option
         config.record_working_set.get_or_insert(FIRST_RUN);
     }
     Ok(folder)
-}
-
-/// Returns true if hwvmm says what it does (`-v`).
-fn is_verbose() -> bool {
-    log::max_level() >= log::LevelFilter::Info
 }
 
 fn no_hardware(host: &Host) -> String {
@@ -291,155 +284,6 @@ fn configuration(args: Args) -> Result<RunConfig, Box<dyn Error>> {
         report::check_reasons(budget)?;
     }
     Ok(config)
-}
-
-/// Whether a run kept to its budget.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Within {
-    Yes,
-    No,
-}
-
-/// The files that a run writes at its end.
-struct ResultFiles {
-    stats: Option<ResultFile>,
-    profile: Option<ResultFile>,
-    status: Option<ResultFile>,
-    /// Written while the guest runs.
-    kernel_log: Option<File>,
-}
-
-impl ResultFiles {
-    fn open(config: &RunConfig) -> Result<Self, Box<dyn Error>> {
-        let open = |path: &Option<PathBuf>| path.as_deref().map(ResultFile::open).transpose();
-        Ok(Self {
-            stats: open(&config.stats_out)?,
-            profile: open(&config.profile_out)?,
-            status: open(&config.status_file)?,
-            kernel_log: config.kernel_log.as_deref().map(open_kernel_log).transpose()?,
-        })
-    }
-}
-
-/// Opens the file for the kernel's log, and empties it. It must take all that is written at once: the parent process does not wait.
-fn open_kernel_log(path: &Path) -> Result<File, Box<dyn Error>> {
-    let failed = |error: io::Error| format!("--kernel-log {}: cannot write it: {error}", path.shown());
-    let options = || File::options().append(true).create(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).clone();
-    let file = options().open(path).map_err(failed)?;
-    let kind = file.metadata().map_err(failed)?.file_type();
-    if kind.is_file() {
-        file.set_len(0).map_err(failed)?;
-    } else if !kind.is_char_device() {
-        return Err(format!("--kernel-log {}: it is neither a file nor a character device", path.shown()).into());
-    }
-    keep_from_machine(file.as_fd());
-    Ok(file)
-}
-
-/// What is known after a run.
-struct Results<'a> {
-    config: &'a RunConfig,
-    files: &'a ResultFiles,
-    /// Of the last start.
-    record: &'a RunRecord,
-    /// The end as the exit status has it.
-    end: &'a EndReason,
-    budget: &'a Budget,
-    /// The last lines of the kernel's log.
-    kernel_log: &'a [String],
-}
-
-impl Results<'_> {
-    /// Prints and writes all of it; `stats` are of all starts. A file that cannot be written is no reason to lose what else is known: the
-    /// first such error is returned.
-    fn show(&self, stats: Option<RunStats>) -> (Within, Option<Box<dyn Error>>) {
-        let Self { config, record, end, .. } = self;
-        let starts = stats.as_ref().map_or(1, |stats| stats.starts);
-        let of_end = |stats| RunStats { end: end.to_string(), end_kind: end.kind(), status: end.status(), ..stats };
-        let stats = stats.map(of_end);
-        let stats =
-            stats.as_ref().and_then(|stats| Some((stats_text(config.stats?, stats), self.files.stats.as_ref())));
-        let mut failed: Option<Box<dyn Error>> = None;
-        // Before anything that can take long: symbols, a stderr that is not read, a FIFO without a reader.
-        if let Some((text, Some(file))) = &stats
-            && !file.can_wait()
-        {
-            failed = write_stats(text, file).err();
-        }
-        let symbols = OnceCell::new();
-        let symbols = || symbols.get_or_init(|| RunSymbols::load(config, record));
-        // A guest that never ran has none.
-        let profile = config.profile.filter(|_| end.kind() != EndKind::Unbootable).map(|_| {
-            let mut profile = Profile::new(config, record, symbols());
-            profile.costs = super::bench::saved_costs();
-            (profile.end, profile.status, profile.starts) = (end.to_string(), end.status(), starts);
-            profile
-        });
-        if let (Some(profile), Some(file)) = (&profile, &self.files.profile)
-            && !file.can_wait()
-        {
-            failed = failed.or(write_profile(profile, file).err());
-        }
-        self.show_kernel_log();
-        if !end.is_clean() {
-            show_flight_recorder(record, symbols());
-        }
-        // After the flight recorder: this is the line that must stay on the screen.
-        if !matches!(end, EndReason::Command(_)) || is_verbose() {
-            say(&describe(record, end));
-        }
-        match &stats {
-            Some((Ok(text), None)) => print_stderr(&escape_text(text)),
-            Some((text, Some(file))) if file.can_wait() => failed = failed.or(write_stats(text, file).err()),
-            _ => {}
-        }
-        let Some(profile) = profile else { return (Within::Yes, failed) };
-        let style = Style { colour: io::stderr().is_terminal(), ..Style::default() };
-        match render(&profile, Format::Text, style) {
-            Ok(text) => print_stderr(&text),
-            Err(error) => failed = failed.or(Some(error.into())),
-        }
-        if let Some(file) = self.files.profile.as_ref().filter(|file| file.can_wait()) {
-            failed = failed.or(write_profile(&profile, file).err());
-        }
-        let within = if report::show_checks(&check(self.budget, &profile)) { Within::Yes } else { Within::No };
-        (within, failed)
-    }
-}
-
-impl Results<'_> {
-    /// Prints the last lines of the kernel's log where they may explain an end, and were not printed before.
-    fn show_kernel_log(&self) {
-        let wanted = match self.end {
-            EndReason::Command(_)
-            | EndReason::DebugExit(_)
-            | EndReason::Seen(_)
-            | EndReason::Quit
-            | EndReason::Stopped
-            | EndReason::Saved
-            | EndReason::Unbootable(_)
-            | EndReason::Signal(_) => false,
-            EndReason::PowerOff
-            | EndReason::SystemHalted
-            | EndReason::Reset
-            | EndReason::TripleFault
-            | EndReason::Panicked(_)
-            | EndReason::Halted
-            | EndReason::NoCommand(_)
-            | EndReason::NoCommandStatus(_)
-            | EndReason::Watchdog
-            | EndReason::Kvm(_)
-            | EndReason::NotSeen(_)
-            | EndReason::NotSaved(_)
-            | EndReason::TimedOut(_)
-            | EndReason::NotBooted(_)
-            | EndReason::Failed(_)
-            | EndReason::Crashed(_) => true,
-        };
-        if wanted && !is_verbose() && !self.kernel_log.is_empty() {
-            print_stderr(&format!("The kernel's log ends with:\n{}\n", self.kernel_log.join("\n")));
-        }
-    }
 }
 
 fn uses_stdin(config: &RunConfig) -> bool {

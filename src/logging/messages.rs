@@ -16,6 +16,12 @@ use std::time::Instant;
 /// The longest message of the `log` crate, in bytes.
 const LOG_BYTES: usize = 2 << 10;
 
+/// Returns true if hwvmm says what it does (`-v`).
+#[must_use]
+pub fn is_verbose() -> bool {
+    log::max_level() >= LevelFilter::Info
+}
+
 /// The destination of this process's messages.
 pub enum Sink {
     /// Lines are written to stderr by this process.

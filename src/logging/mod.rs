@@ -11,6 +11,8 @@ mod packet;
 mod relay;
 mod stderr;
 
-pub use messages::{Flush, Pending, Sink, finish, init, leave_out_backtraces, print, pump, report_suppressed, say};
+pub use messages::{
+    Flush, Pending, Sink, finish, init, is_verbose, leave_out_backtraces, print, pump, report_suppressed, say,
+};
 pub use packet::RelaySender;
 pub use relay::{Forwarded, Relay, relay};

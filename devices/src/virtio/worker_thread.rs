@@ -17,6 +17,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The longest thread name that Linux keeps, in bytes without the terminating zero (`TASK_COMM_LEN`).
 const MAX_THREAD_NAME: usize = 15;
+/// The stack of a thread. Less than a huge page: where the host has transparent huge pages, one in the middle of each stack would be memory
+/// that no thread uses.
+pub(super) const STACK_BYTES: usize = 1 << 20;
 /// The longest time that a thread may take to start.
 const START: Duration = Duration::from_secs(10);
 /// The longest time that a thread may take to end once its worker was told to do nothing more.
@@ -177,6 +180,7 @@ impl WorkerThread {
         let handle = std::thread::Builder::new()
             // The standard library panics at a zero.
             .name(name.chars().filter(|c| *c != '\0').take(MAX_THREAD_NAME).collect())
+            .stack_size(STACK_BYTES)
             .spawn(move || Body { name, shared, event_loop, worker: None }.run(&plan))
             .map_err(|source| WorkerError::Thread { name: self.name.clone(), source })?;
         self.handle = Some(handle);

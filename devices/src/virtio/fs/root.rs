@@ -1,6 +1,7 @@
 //! Opens a shared directory, once: what its path names later is not used.
 
 use super::thread::unshare_file_system_attributes;
+use crate::virtio::worker_thread::STACK_BYTES;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::io;
@@ -51,7 +52,8 @@ pub(super) fn import(root: BorrowedFd<'_>) -> Result<PassthroughFs, ImportError>
     // This clears the umask, which must not be that of the whole process.
     std::thread::scope(|scope| {
         let import = || unshare_file_system_attributes().and_then(|()| fs.import());
-        let thread = std::thread::Builder::new().name("fs-open".into()).spawn_scoped(scope, import)?;
+        let thread =
+            std::thread::Builder::new().name("fs-open".into()).stack_size(STACK_BYTES).spawn_scoped(scope, import)?;
         Ok(thread.join().map_err(|_| ImportError::Panicked)??)
     })
     .map(|()| fs)
