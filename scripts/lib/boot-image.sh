@@ -1,6 +1,17 @@
 # Disk images with a boot loader's configuration, as vendors ship them. Sourced by scripts that use them.
 # shellcheck shell=bash
 
+# debian_qcow2 OUT: makes OUT, an ext4 file system with the system of guest_image as debian.qcow2, and room for what a guest writes to it. A
+# block device would have none: a qcow2 file grows.
+debian_qcow2() {
+    local dir=$1.root
+    mkdir "$dir"
+    qemu-img convert -O qcow2 "$HWVMM_LAB/guest/debian.img" "$dir/debian.qcow2"
+    truncate -s 1536M "$1"
+    mke2fs -q -F -t ext4 -d "$dir" "$1"
+    rm -r "$dir"
+}
+
 # boot_images DIR: makes DIR/disk.img and DIR/disk.qcow2, a disk with an MBR and two partitions: an ext4 file system with other files, and
 # one with the root of a small system, the kernel of $HWVMM_KERNEL_DIR with the modules for a command, an initramfs and grub.cfg in it; and DIR/xfs.img, which has the
 # magic number of xfs alone. Needs mke2fs, qemu-img and a busybox without libraries.

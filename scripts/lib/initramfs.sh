@@ -100,7 +100,7 @@ guest_root_initramfs() {
     initramfs "$HWVMM_LAB/guest/root.cpio.gz" fill_root "$HWVMM_ROOT/scripts/in-guest/root-init" "$HWVMM_KERNEL_DIR/version"
 }
 fill_root() {
-    add_applets "$1" sh mount umount insmod sleep mkdir switch_root poweroff cat echo
+    add_applets "$1" sh mount umount insmod sleep mkdir switch_root poweroff cat echo findfs
     add_modules "$1" virtio_pci virtio_mmio virtio_console virtio_blk crc32c_generic crc32c_intel ext4
     install -m 755 "$HWVMM_ROOT/scripts/in-guest/root-init" "$1/init"
 }
