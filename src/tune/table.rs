@@ -169,10 +169,10 @@ levers! {
         "KVM queues writes to UARTs, I/O APIC entries, virtio-mmio queue addresses and unmapped ports until the next userspace \
          exit, at most 100 ms (KVM_CAP_COALESCED_PIO, KVM_CAP_COALESCED_MMIO); polled output of a UART is written in lines",
         "each of these writes is a userspace exit, and each byte of polled output is written by itself";
-    ExitClusters: "exit-clusters", Coalescing, false,
+    ExitClusters: "exit-clusters", Coalescing, true,
         "After an exit for port I/O hwvmm interprets the guest's next instructions. on: at sites where that has lately saved an exit for \
-         each 100 instructions or less; gain: where it took less time than the exits that it saved. Off by default: see \
-         src/cluster/README.md",
+         each 100 instructions or less; gain: where it took less time than the exits that it saved. The default is gain in a guest of one \
+         vCPU, off in others, which have pv-tlb-flush instead",
         "each of these accesses is an exit";
     CpuidTsc: "cpuid-tsc", Cpu, true,
         "CPUID has the frequencies of the TSC and of the APIC timer (leaf 0x40000010, and 0x15 on Intel)",
