@@ -94,6 +94,8 @@ pub struct Clusters {
     sites: Sites,
     price: Price,
     completion: Completion,
+    /// Calls of KVM_RUN with immediate_exit since they were last taken.
+    runs: u32,
     warm: u32,
     /// Exits of port I/O since a cluster had a gain.
     idle: u32,
@@ -151,6 +153,7 @@ impl Clusters {
             sites: Sites::new(follow),
             price: Price::new(),
             completion: Completion::Unknown,
+            runs: 0,
             warm: if follow == Follow::Always { WARM_UP } else { 0 },
             idle: 0,
             khz: khz.max(1),
@@ -169,6 +172,11 @@ impl Clusters {
         let (compared, decoded) = (self.blocks.compared(), self.blocks.decoded());
         let counts = ClusterCounts { ns: u64::try_from(ns).unwrap_or(u64::MAX), compared, decoded, ..self.counts };
         ClusterRecord { counts, avoided_at: self.places.all_avoided(), ended_at: self.places.all_ended() }
+    }
+
+    /// Returns how often KVM_RUN was called since the last time, with immediate_exit: an exit each, though the guest did not run.
+    pub fn take_runs(&mut self) -> u32 {
+        std::mem::take(&mut self.runs)
     }
 
     /// Follows an exit that has been answered, which has led to `interrupt`. Returns how the run ended, where an access to a device in the cluster has ended it.
@@ -258,6 +266,7 @@ impl Clusters {
         let (mut cpu, answered);
         match self.completion {
             Completion::Unknown | Completion::Always => {
+                self.runs += 1;
                 vcpu.complete_port_io()?;
                 let Some(completed) = vcpu.synced_state() else { return nothing(End::State) };
                 if self.completion == Completion::Unknown {
@@ -271,6 +280,7 @@ impl Clusters {
             }
             Completion::AtInstruction | Completion::Dropped => {
                 if self.completion == Completion::AtInstruction {
+                    self.runs += 1;
                     let dropped = vcpu.abandon_port_io(state.regs, state.regs.rip)?;
                     self.completion = if dropped { Completion::Dropped } else { Completion::Always };
                 }
@@ -292,6 +302,7 @@ impl Clusters {
         cpu.write_to(&mut regs);
         if answered && regs.rip == state.regs.rip {
             // KVM would complete the access once more.
+            self.runs += 1;
             vcpu.abandon_port_io(regs, state.regs.rip)?;
         }
         vcpu.set_synced_regs(regs);

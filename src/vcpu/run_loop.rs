@@ -1,9 +1,9 @@
 //! The run loop: the only place that runs a guest, and the only place that counts.
 
 use crate::cluster::{Clusters, Interrupt, PortExit};
-use crate::exit::{EndReason, ExitReason, Handler, Outcome};
+use crate::exit::{EndReason, ExitReason, Handler, Outcome, Route};
 use crate::kvm::vcpu::Running;
-use crate::kvm::{KvmError, clock};
+use crate::kvm::{Exit, KvmError, clock};
 use crate::measure::flight_recorder::Detail;
 use crate::measure::{Counters, ExitRecord, FlightRecorder, Profiler};
 use hwvmm_devices::irq::raised_by_this_thread;
@@ -27,6 +27,17 @@ pub struct Records<P> {
     pub clusters: Option<Clusters>,
     /// The profiler; [`crate::measure::NoProfile`] where nothing is measured.
     pub profiler: P,
+}
+
+impl<P: Profiler> Records<P> {
+    /// Counts an exit of a KVM_RUN that has not run the guest.
+    fn interrupted(&mut self, rip: Option<u64>, cpl: Option<u8>) {
+        let reason = ExitReason::Interrupted;
+        let record = ExitRecord { reason, detail: Detail::of(&Exit::Interrupted), rip, cpl, tsc: clock::tsc() };
+        let stamp = self.profiler.stamp();
+        self.profiler.record(record, Route::None, stamp);
+        self.counters.record(reason, Route::None);
+    }
 }
 
 /// Runs a vCPU until the run ends. `kicked` is called after each kick; the loop ends if it returns true.
@@ -56,10 +67,12 @@ pub fn run<P: Profiler>(
         records.flight_recorder.push(record);
         match handled.outcome {
             Outcome::Continue => {
-                if let (Some(clusters), Some(exit)) = (&mut records.clusters, port_io)
-                    && let Some(end) = clusters.follow(vcpu, handler, exit, interrupt)?
-                {
-                    return Ok(Stop::End(end));
+                if let (Some(clusters), Some(exit)) = (&mut records.clusters, port_io) {
+                    let ended = clusters.follow(vcpu, handler, exit, interrupt)?;
+                    (0..clusters.take_runs()).for_each(|_| records.interrupted(rip, cpl));
+                    if let Some(end) = ended {
+                        return Ok(Stop::End(end));
+                    }
                 }
             }
             Outcome::Kicked => {
