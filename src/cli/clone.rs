@@ -104,7 +104,7 @@ pub(super) struct Args {
 /// The summary.
 #[derive(Serialize)]
 struct Summary {
-    /// Of the format.
+    /// The version of this format.
     version: u32,
     /// Milliseconds until the last clone had ended.
     elapsed_ms: u64,
@@ -121,14 +121,21 @@ struct RunArguments {
 }
 
 pub(super) fn run(args: &Args) -> ExitCode {
-    let common = match check(args) {
-        Ok(common) => common,
+    let opened = match Opened::new(&args.dir) {
+        Ok(opened) => opened,
+        Err(error) => {
+            fail(&error);
+            return ExitCode::from(status::ERROR);
+        }
+    };
+    let prepared = match prepare(args, &opened) {
+        Ok(prepared) => prepared,
         Err(error) => {
             fail(error.as_ref());
             return ExitCode::from(status::USAGE);
         }
     };
-    match try_run(args, &common) {
+    match try_run(args, prepared) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             fail(error.as_ref());
@@ -137,8 +144,24 @@ pub(super) fn run(args: &Args) -> ExitCode {
     }
 }
 
+/// What is to be done, checked.
+struct Prepared {
+    /// The options that all clones have.
+    common: Vec<OsString>,
+    count: u32,
+    files: Option<Outputs>,
+}
+
+fn prepare(args: &Args, opened: &Opened) -> Result<Prepared, Box<dyn Error>> {
+    let common = check(args, opened)?;
+    let processors = || std::thread::available_parallelism().ok().and_then(|count| u32::try_from(count.get()).ok());
+    let count = args.count.unwrap_or_else(|| processors().unwrap_or(1).min(MAX_CLONES));
+    let files = args.output.as_deref().map(|folder| Outputs::new(folder, count)).transpose()?;
+    Ok(Prepared { common, count, files })
+}
+
 /// Checks the options with those of the first clone: what is wrong with them is said once. Returns the options that all clones have.
-fn check(args: &Args) -> Result<Vec<OsString>, Box<dyn Error>> {
+fn check(args: &Args, opened: &Opened) -> Result<Vec<OsString>, Box<dyn Error>> {
     for option in &args.with {
         let name = option.split('=').next().unwrap_or_default();
         if NOT_FOR_CLONES.contains(&name) {
@@ -151,7 +174,6 @@ fn check(args: &Args) -> Result<Vec<OsString>, Box<dyn Error>> {
             return Err(format!("--with {name}: hwvmm run has no option of this name: see hwvmm run --help").into());
         }
     }
-    let opened = Opened::new(&args.dir)?;
     let mut common: Vec<OsString> = vec!["--from".into(), args.dir.clone().into()];
     common.push(format!("--timeout={}ms", args.timeout.as_millis()).into());
     // A working set in huge pages has fewer exits and takes memory of its own: 2 MiB for each page that is written in another 2 MiB.
@@ -168,16 +190,14 @@ fn check(args: &Args) -> Result<Vec<OsString>, Box<dyn Error>> {
     Ok(common)
 }
 
-fn try_run(args: &Args, common: &[OsString]) -> Result<u8, Box<dyn Error>> {
-    let processors = || std::thread::available_parallelism().ok().and_then(|count| u32::try_from(count.get()).ok());
-    let count = args.count.unwrap_or_else(|| processors().unwrap_or(1).min(MAX_CLONES));
-    let files = args.output.as_deref().map(|folder| Outputs::new(folder, count)).transpose()?;
+fn try_run(args: &Args, prepared: Prepared) -> Result<u8, Box<dyn Error>> {
+    let Prepared { common, count, files } = prepared;
     let interrupted = catch_signals()?;
     let start = Instant::now();
     let clones = run_clones(&ClonePlan {
         count,
         at_once: args.jobs.unwrap_or(count),
-        arguments: &|number| clone_arguments(common, &args.with, &args.command, number),
+        arguments: &|number| clone_arguments(&common, &args.with, &args.command, number),
         timeout: args.timeout,
         interrupted: &interrupted,
         on_output: &|clone, output| match (&files, output) {

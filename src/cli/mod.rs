@@ -64,7 +64,8 @@ Exit status:
   32   the guest reset itself           33   triple fault
   34   the guest panicked               35   all vCPUs halted with interrupts off
   36   the guest's watchdog ran out     37   KVM cannot run the guest further
-  38   no --expect or --snapshot-at      39   more exits than --budget allows
+  38   it ended before --expect or --snapshot-at
+  39   more exits than --budget allows
   40   the machine's process crashed    41   the guest has no status for the command
   42   hwvmm failed
   124  --timeout, --boot-timeout        130  Ctrl-A x

@@ -188,7 +188,7 @@ fn run_guest(
     Ok(Ended { end, status, entry: record.entry })
 }
 
-/// The exit status of hwvmm: what the guest ended with is what the caller wants to know; else `failed` is what it ends with.
+/// The exit status of hwvmm. The guest's own comes first; `failed` counts only where that is 0.
 fn exit_status(end: &EndReason, within: Within, failed: Option<Box<dyn Error>>) -> Result<u8, Box<dyn Error>> {
     match (end.status(), failed) {
         (status::OK, Some(error)) => Err(error),

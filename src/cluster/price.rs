@@ -1,8 +1,8 @@
 //! What an exit costs on this host.
 
 /// The least time of an exit to user space that was seen: from going on with the guest until its next port I/O is answered, in ticks of
-/// the TSC. The guest's own instructions are in it, so that what is measured is never less than the exit. Of many, the least has only a
-/// few: a driver's loop exits every fifty instructions or so.
+/// the TSC. The guest's own instructions are in it, so that what is measured is never less than the exit. The least of many samples has
+/// few of them: a driver's loop exits every fifty instructions or so.
 pub(super) struct Price {
     least: u64,
     /// When hwvmm last went on with the guest; `None` before.
@@ -14,7 +14,7 @@ impl Price {
         Self { least: u64::MAX, since: None }
     }
 
-    /// Port I/O has been answered at `now`. What lies between may have been several exits; it is a sample nonetheless, and a dear one.
+    /// Port I/O has been answered at `now`. What lies between may have been several exits; it is a sample nonetheless, and one that is too long, which the least leaves out.
     pub(super) fn answered(&mut self, now: u64) {
         if let Some(since) = self.since {
             // On a host whose processors' TSCs differ a thread that has moved may see time go back: a large number.

@@ -171,7 +171,7 @@ mod tests {
         for _ in 0..4 {
             sites.judge(5, gain(100, 100, 1), &Price::new());
         }
-        // No exit there was looked at yet: the site is not that of the table.
+        // `judge` changes no site that `is_followed` has not entered: this one is new.
         assert!(sites.is_followed(5));
         for _ in 0..4 {
             sites.judge(5, gain(100, 100, 1), &Price::new());

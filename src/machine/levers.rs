@@ -32,7 +32,7 @@ pub(super) fn follow(tune: &Tune, vcpus: usize, testdev: bool) -> Option<Follow>
     let follow = match tune.choice(Lever::ExitClusters) {
         Choice::On | Choice::Micros(_) => Some(Follow::ByCount),
         Choice::Gain => Some(Follow::ByTime),
-        Choice::Auto => (Lever::ExitClusters.is_default_on() && vcpus == 1).then_some(Follow::ByTime),
+        Choice::Auto => (vcpus == 1).then_some(Follow::ByTime),
         Choice::Off => None,
     };
     follow.filter(|_| !testdev)
@@ -239,8 +239,7 @@ mod tests {
             tune.set(text).expect("valid");
             follow(&tune, vcpus, testdev)
         };
-        let by_default = Lever::ExitClusters.is_default_on().then_some(Follow::ByTime);
-        assert_eq!((follow("", 1, false), follow("", 2, false)), (by_default, None));
+        assert_eq!((follow("", 1, false), follow("", 2, false)), (Some(Follow::ByTime), None));
         assert_eq!(follow("exit-clusters=gain", 2, false), Some(Follow::ByTime));
         let asked = "exit-clusters=on";
         assert_eq!((follow(asked, 1, false), follow(asked, 4, false)), (Some(Follow::ByCount), Some(Follow::ByCount)));

@@ -63,7 +63,7 @@ impl Default for Tune {
 
 impl Tune {
     /// Applies a list `name=on|off|auto|gain|US,...` to the settings. The name `all` means every lever; `all=on` those whose default
-    /// is on.
+    /// is on for every guest.
     ///
     /// # Errors
     /// [`TuneError`].
@@ -73,7 +73,7 @@ impl Tune {
             if name == "all" {
                 let choice = parse(name, value, ValueKind::Switch)?;
                 for lever in Lever::ALL {
-                    if choice != Choice::On || lever.is_default_on() {
+                    if choice != Choice::On || lever.is_default_on() && lever.value_kind() != ValueKind::Gain {
                         self.choices[lever.index()] = choice;
                     }
                 }
@@ -243,6 +243,7 @@ mod tests {
         assert_eq!(tune.choice(Lever::HaltPoll), Choice::Micros(30));
         tune.set("all=on").expect("valid");
         assert!(tune.wants(Lever::UartCount) && !tune.wants(Lever::DisableHlt));
+        assert_eq!(tune.choice(Lever::ExitClusters), Choice::Off, "as all=off had it: not for every guest");
         tune.set("all=auto,disable-hlt=on").expect("valid");
         assert_eq!(tune.describe(), "disable-hlt=on");
         tune.set("disable-hlt=auto,exit-clusters=gain").expect("valid");

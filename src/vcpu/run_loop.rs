@@ -32,6 +32,8 @@ pub struct Records<P> {
 impl<P: Profiler> Records<P> {
     /// Counts an exit of a KVM_RUN that has not run the guest.
     fn interrupted(&mut self, rip: Option<u64>, cpl: Option<u8>) {
+        // The time of the exit before ends here.
+        self.profiler.enter();
         let reason = ExitReason::Interrupted;
         let record = ExitRecord { reason, detail: Detail::of(&Exit::Interrupted), rip, cpl, tsc: clock::tsc() };
         let stamp = self.profiler.stamp();

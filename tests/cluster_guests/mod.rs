@@ -86,7 +86,7 @@ pub(crate) fn a_site_that_is_left() -> Outcome {
     compared_where(guests::cluster_left(), Follow::ByCount, 1_600)
 }
 
-/// What an exit costs here is not known: any number of them may be avoided.
+/// What an exit costs here is not known: any number of them may be avoided. The bound is that of a run without clusters.
 pub(crate) fn a_site_that_may_cost_less() -> Outcome {
     compared_where(guests::cluster_left(), Follow::ByTime, 2_301)
 }

@@ -22,6 +22,10 @@ fn number(line: &str) -> u32 {
     line.bytes().fold(0, |number, digit| number << 4 | u32::from(digit - b'0'))
 }
 
+fn digits(number: u32) -> String {
+    (0..8).rev().map(|digit| char::from(b'0' + (number >> (4 * digit) & 15) as u8)).collect()
+}
+
 fn clone(snapshot: &PathBuf, options: &[&str]) -> Output {
     hwvmm().arg("clone").arg(snapshot).args(options).output().expect("started")
 }
@@ -41,7 +45,9 @@ pub(crate) fn twenty_clones_go_on_at_once() -> Outcome {
         let memory = fs::read(snapshot.join("memory")).expect("readable");
         let outputs = folder().join("outputs");
         let folder = outputs.to_str().expect("UTF-8");
-        let out = clone(&snapshot, &[&["-n", "20", "--json", "--output", folder], &UNTIL_A_NUMBER[..]].concat());
+        // The second whole number: a round of the guest's is whole by then, wherever it was saved.
+        let until = format!("expect=^{}$", digits(last + 2).replace('?', "\\?"));
+        let out = clone(&snapshot, &["-n", "20", "--json", "--output", folder, "--with", &until]);
         assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
         let summary = summary(&out);
         let clones = summary["clones"].as_array().expect("clones");
@@ -55,10 +61,12 @@ pub(crate) fn twenty_clones_go_on_at_once() -> Outcome {
                 "clone {index}: runs after {runs} us, first line {line} us, own memory {own} KiB, the guest's {of_guest} KiB"
             );
             assert_eq!((figure("clone"), figure("status"), &clone["end_kind"]), (index as u64, 0, &"seen".into()));
-            assert!(0 < runs && runs < line && line < ended, "{clone}");
+            assert!(0 < runs && runs < line && line <= ended, "{clone}");
             // 256 pages, a stack, and a bit more: not the 4 MiB that it reads.
             assert!((1024..1400).contains(&of_guest), "{clone}");
-            assert!(figure("userspace_exits") > 0 && figure("vm_exits") > 0, "{clone}");
+            assert!(figure("userspace_exits") > 0, "{clone}");
+            // Not known before Linux 5.14.
+            assert!(clone["vm_exits"].as_u64() != Some(0), "{clone}");
             assert!(own > of_guest && own < 10 << 10, "{clone}");
             let console = fs::read_to_string(outputs.join(format!("{index}.out"))).expect("readable");
             let first = console.lines().find(|line| line.len() == 8).expect("a whole number");
@@ -108,7 +116,7 @@ pub(crate) fn what_clones_cannot_have_is_said_once() -> Outcome {
             (&["-n", "1001"], 2, "1..=1000"),
             (&["-j", "0"], 2, "1..=1000"),
             (&["--timeout", "x"], 2, "not a time"),
-            (&["--output", "/dev/null"], 42, "cannot make the folder"),
+            (&["--output", "/dev/null"], 2, "cannot make the folder"),
             (&["--with", "stats"], 2, "clones do not have this option"),
             (&["--with", "snapshot-at=mark=1,dir=x"], 2, "clones do not have this option"),
             (&["--with", "colour=red"], 2, "no option of this name"),
@@ -123,11 +131,11 @@ pub(crate) fn what_clones_cannot_have_is_said_once() -> Outcome {
             assert_eq!(said.matches(words).count(), 1, "{said}");
         }
         let out = clone(&folder().join("none"), &[]);
-        assert!(out.status.code() == Some(2) && text(&out.stderr).contains("cannot read"), "{}", text(&out.stderr));
+        assert!(out.status.code() == Some(42) && text(&out.stderr).contains("cannot read"), "{}", text(&out.stderr));
     })
 }
 
-/// The process IDs of runs from the snapshot.
+/// How many processes run from the snapshot.
 fn runs_of(snapshot: &str) -> usize {
     let processes = fs::read_dir("/proc").expect("/proc").flatten();
     let commands = processes.filter_map(|process| fs::read(process.path().join("cmdline")).ok());

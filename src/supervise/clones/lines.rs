@@ -1,6 +1,6 @@
 //! Lines out of pieces of bytes.
 
-/// The longest line that is kept whole. A longer one comes in parts.
+/// The longest line that is kept whole, in bytes. A longer one comes in parts.
 const MAX_LINE: usize = 64 << 10;
 
 /// The beginning of a line whose end has not come yet.

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
-/// What the clones are.
+/// What [`run_clones`](super::run_clones) is to do.
 pub struct ClonePlan<'a> {
     /// How many.
     pub count: u32,

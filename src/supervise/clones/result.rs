@@ -1,5 +1,6 @@
 //! How a clone has ended, and what it took.
 
+use crate::exit::EndKind;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,7 +20,7 @@ pub struct CloneResult {
     /// The end of its run; `None` where that is not known, as where the run did not start.
     pub end: Option<String>,
     /// The kind of that end, as in --status-file.
-    pub end_kind: Option<String>,
+    pub end_kind: Option<EndKind>,
     /// Microseconds from the start of its process until its guest was about to run.
     pub first_instruction_us: Option<u64>,
     /// Microseconds from the start of its process until the first line of its output.
@@ -40,7 +41,7 @@ pub struct CloneResult {
 #[derive(Deserialize)]
 struct Stats {
     end: String,
-    end_kind: String,
+    end_kind: EndKind,
     started_at_ns: u64,
     userspace_exits: Exits,
     kvm: Option<BTreeMap<String, u64>>,
@@ -104,7 +105,7 @@ mod tests {
         result.read(&file(text), 4000);
         let expected = CloneResult {
             end: Some("e".into()),
-            end_kind: Some("power-off".into()),
+            end_kind: Some(EndKind::PowerOff),
             first_instruction_us: Some(5),
             own_kib: Some(6),
             guest_own_kib: Some(5),

@@ -105,10 +105,12 @@ impl Running {
     /// Reads what there is, and looks whether the process has ended. `ready` says for each of [`Self::interests`] if something is.
     pub(super) fn serve(&mut self, ready: &mut impl Iterator<Item = bool>, plan: &ClonePlan<'_>) -> io::Result<()> {
         let (number, started) = (self.result.clone, self.started);
+        // What it has printed before its end is read behind it.
+        let ended = self.status.is_some().then_some(self.result.ended_us);
         if self.stdout.is_some() && ready.next() == Some(true) {
             let first = &mut self.result.first_line_us;
             let is_open = read(self.stdout.as_mut(), &mut self.output, |line| {
-                first.get_or_insert_with(|| microseconds(started));
+                first.get_or_insert_with(|| ended.unwrap_or_else(|| microseconds(started)));
                 (plan.on_output)(number, CloneOutput::Line(line));
             });
             if !is_open {

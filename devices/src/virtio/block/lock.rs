@@ -258,9 +258,10 @@ mod tests {
     fn a_copy_of_the_descriptor_keeps_no_lock() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let free = || {
-            let other = open(file.path());
-            rustix::fs::flock(&other, FlockOperation::NonBlockingLockExclusive).is_ok()
-                && (0..300).all(|byte| holder(&other, byte, libc::F_WRLCK).expect("asked").is_none())
+            // Unlocked, and not only closed: other tests start processes, which have copies for a moment.
+            let other = LockedFile(open(file.path()));
+            rustix::fs::flock(&other.0, FlockOperation::NonBlockingLockExclusive).is_ok()
+                && (0..300).all(|byte| holder(&other.0, byte, libc::F_WRLCK).expect("asked").is_none())
         };
         let one = open(file.path());
         let copy = one.try_clone().expect("a copy");
@@ -269,8 +270,8 @@ mod tests {
         drop(locked);
         assert!(free(), "it was unlocked");
         // One that is refused after it has taken some of its locks.
-        let reader = open(file.path());
-        fcntl(&reader, FcntlArg::F_OFD_SETLK(&byte_lock(DENIED + WRITE, libc::F_RDLCK))).expect("locked");
+        let reader = LockedFile(open(file.path()));
+        fcntl(&reader.0, FcntlArg::F_OFD_SETLK(&byte_lock(DENIED + WRITE, libc::F_RDLCK))).expect("locked");
         LockedFile::new(copy.try_clone().expect("a copy"), Use::ReadingAndWriting).expect_err("a reader");
         drop(reader);
         assert!(free(), "it keeps none");
