@@ -72,6 +72,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "machine",
             "measure",
             "memory",
+            "probe",
             "sandbox",
             "seqpacket",
             "snapshot",

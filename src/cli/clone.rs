@@ -10,6 +10,7 @@ use crate::snapshot::Opened;
 use crate::supervise::{self, CloneOutput, ClonePlan, CloneResult, clone_arguments, run_clones};
 use clap::Parser;
 use hwvmm_devices::path_text::PathText as _;
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde::Serialize;
 use std::cell::RefCell;
 use std::error::Error;
@@ -18,7 +19,8 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::num::NonZero;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -27,6 +29,8 @@ use std::time::{Duration, Instant};
 
 /// The most clones: each has two processes and some twenty open files.
 const MAX_CLONES: u32 = 1000;
+/// Memory that a clone takes at most besides its guest's, in bytes.
+const VMM_BYTES: u64 = 64 << 20;
 /// Bytes of a line of a guest that are printed.
 const LINE_BYTES: usize = 4096;
 /// Options of `hwvmm run` that are not for clones: what they start from, what `hwvmm clone` has itself or reads, and what one alone can do.
@@ -149,6 +153,8 @@ struct Prepared {
     /// The options that all clones have.
     common: Vec<OsString>,
     count: u32,
+    /// The most memory that a clone takes, in bytes.
+    most_bytes: u64,
     files: Option<Outputs>,
 }
 
@@ -157,7 +163,8 @@ fn prepare(args: &Args, opened: &Opened) -> Result<Prepared, Box<dyn Error>> {
     let processors = || std::thread::available_parallelism().ok().and_then(|count| u32::try_from(count.get()).ok());
     let count = args.count.unwrap_or_else(|| processors().unwrap_or(1).min(MAX_CLONES));
     let files = args.output.as_deref().map(|folder| Outputs::new(folder, count)).transpose()?;
-    Ok(Prepared { common, count, files })
+    let most_bytes = opened.description().memory_bytes.saturating_add(VMM_BYTES);
+    Ok(Prepared { common, count, most_bytes, files })
 }
 
 /// Checks the options with those of the first clone: what is wrong with them is said once. Returns the options that all clones have.
@@ -191,12 +198,13 @@ fn check(args: &Args, opened: &Opened) -> Result<Vec<OsString>, Box<dyn Error>> 
 }
 
 fn try_run(args: &Args, prepared: Prepared) -> Result<u8, Box<dyn Error>> {
-    let Prepared { common, count, files } = prepared;
+    let Prepared { common, count, most_bytes, files } = prepared;
     let interrupted = catch_signals()?;
     let start = Instant::now();
     let clones = run_clones(&ClonePlan {
         count,
         at_once: args.jobs.unwrap_or(count),
+        most_bytes,
         arguments: &|number| clone_arguments(&common, &args.with, &args.command, number),
         timeout: args.timeout,
         interrupted: &interrupted,
@@ -287,20 +295,24 @@ fn text(summary: &Summary) -> String {
 
 /// The files of the outputs.
 struct Outputs {
-    folder: PathBuf,
+    folder: OwnedFd,
     /// The first error.
     failed: RefCell<Option<String>>,
 }
 
 impl Outputs {
     /// Makes the folder, with two empty files for each clone. Only this user can read them.
-    fn new(folder: &Path, count: u32) -> Result<Self, Box<dyn Error>> {
-        let failed = |error: io::Error| format!("cannot make the folder {}: {error}", folder.shown());
-        fs::DirBuilder::new().mode(0o700).create(folder).map_err(failed)?;
-        let open = |name: String| File::options().write(true).create_new(true).mode(0o600).open(folder.join(name));
-        let mut names = (0..count).flat_map(|number| [format!("{number}.out"), format!("{number}.err")]);
-        names.try_for_each(|name| open(name).map(drop)).map_err(failed)?;
-        Ok(Self { folder: folder.to_owned(), failed: RefCell::new(None) })
+    fn new(path: &Path, count: u32) -> Result<Self, Box<dyn Error>> {
+        let failed = |error: io::Error| format!("cannot make the folder {}: {error}", path.shown());
+        fs::DirBuilder::new().mode(0o700).create(path).map_err(failed)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let folder = openat(CWD, path, flags, Mode::empty()).map_err(|error| failed(error.into()))?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let names = (0..count).flat_map(|number| [format!("{number}.out"), format!("{number}.err")]);
+        for name in names {
+            openat(&folder, &name, flags, Mode::from(0o600)).map_err(|error| failed(error.into()))?;
+        }
+        Ok(Self { folder, failed: RefCell::new(None) })
     }
 
     /// Writes a line. No file stays open: thousands would be more than a process may have.
@@ -309,9 +321,20 @@ impl Outputs {
             CloneOutput::Line(line) => (format!("{clone}.out"), line),
             CloneOutput::Error(line) => (format!("{clone}.err"), line),
         };
-        let file = File::options().append(true).open(self.folder.join(name));
-        if let Err(error) = file.and_then(|mut file| file.write_all(line)) {
+        if let Err(error) = self.open(&name).and_then(|mut file| file.write_all(line)) {
             self.failed.borrow_mut().get_or_insert_with(|| format!("cannot write an output of clone {clone}: {error}"));
+        }
+    }
+
+    /// Opens a file again. The folder may be in a share that another guest writes.
+    fn open(&self, name: &str) -> io::Result<File> {
+        let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = File::from(openat(&self.folder, name, flags, Mode::empty())?);
+        let found = file.metadata()?;
+        if found.is_file() && found.nlink() == 1 {
+            Ok(file)
+        } else {
+            Err(io::Error::other(format!("{name} is no longer the file that was made")))
         }
     }
 }

@@ -153,6 +153,7 @@ fn run_guest(
     let quiet = !io::stderr().is_terminal();
     let plan = Plan {
         config: &config,
+        mmu: host.mmu(),
         snapshot: snapshot.as_ref(),
         late_command,
         save_to: draft.as_ref().map(Draft::targets).transpose()?,

@@ -141,9 +141,11 @@ fn port_io(cpu: &mut Cpu, op: &Op, ports: &mut impl Ports) -> Result<Option<End>
     } else {
         ports.output(access, cpu.get(RAX, op.width)).ok_or(End::Port)?
     };
+    // An access may take a device long.
+    let interrupts = interrupts(cpu);
     Ok(match end {
-        PortEnd::Nothing => None,
-        PortEnd::Interrupt => (interrupts(cpu) == Interrupts::Taken).then_some(End::Interrupt),
         PortEnd::Stop => Some(End::Stopped),
+        PortEnd::Interrupt if interrupts == Interrupts::Taken => Some(End::Interrupt),
+        PortEnd::Nothing | PortEnd::Interrupt => ports.interrupted(interrupts),
     })
 }

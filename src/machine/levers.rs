@@ -5,7 +5,7 @@ use crate::cluster::Follow;
 use crate::config::RunConfig;
 use crate::error::chain;
 use crate::kvm::{CoalescedRing, KvmError, System, Vcpu, Vm};
-use crate::probe::without_exits;
+use crate::probe::{Mmu, without_exits};
 use crate::snapshot::Irqchip;
 use crate::tune::{Choice, Lever, Tune};
 use hwvmm_arch::acpi::VirtioMmio;
@@ -25,17 +25,23 @@ const KVM_FEATURE_PV_SCHED_YIELD: u32 = 13;
 /// The longest time that a halted vCPU is waited for, in microseconds, where the lever is just on.
 const HALT_POLL_US: u32 = 200;
 
-/// Which exits are followed by the interpreter. Where that is not asked for, they are in guests of one vCPU only: several are better served
-/// by KVM_FEATURE_PV_TLB_FLUSH, which these cannot have. `testdev`: the test device raises interrupts by ioctls of its own
-/// (KVM_IRQ_LINE), which a cluster would not see.
-pub(super) fn follow(tune: &Tune, vcpus: usize, testdev: bool) -> Option<Follow> {
+/// Which exits are followed by the interpreter, in a guest with so many `vcpus`. Where that is not asked for, they are in guests of one vCPU
+/// only: several are better served by KVM_FEATURE_PV_TLB_FLUSH, which these cannot have. None is where KVM has shadow page tables: it learns of
+/// changes to the guest's page tables by write protection, which the interpreter's writes do not meet. Nor with the test device, which raises
+/// interrupts by ioctls of its own (KVM_IRQ_LINE).
+pub(super) fn follow(config: &RunConfig, mmu: Mmu, vcpus: usize) -> Option<Follow> {
+    let tune = &config.tune;
     let follow = match tune.choice(Lever::ExitClusters) {
         Choice::On | Choice::Micros(_) => Some(Follow::ByCount),
         Choice::Gain => Some(Follow::ByTime),
         Choice::Auto => (vcpus == 1).then_some(Follow::ByTime),
         Choice::Off => None,
     };
-    follow.filter(|_| !testdev)
+    if follow.is_some() && mmu != Mmu::Nested {
+        tune.cannot(Lever::ExitClusters, "the host's KVM is not known to use nested page tables");
+        return None;
+    }
+    follow.filter(|_| !config.testdev)
 }
 
 /// KVM's paravirtual features (leaf 0x4000_0001 EAX) whose levers are off. While hwvmm interprets a vCPU, KVM shows it to the others as
@@ -208,6 +214,7 @@ pub(super) fn set_vm(vm: &Vm, system: &System, tune: &Tune) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::RunOptions;
 
     #[test]
     fn a_periodic_tick_is_without_the_tsc_deadline() {
@@ -234,15 +241,22 @@ mod tests {
 
     #[test]
     fn exits_of_several_vcpus_are_followed_where_that_is_asked_for() {
-        let follow = |text: &str, vcpus, testdev| {
-            let mut tune = Tune::default();
-            tune.set(text).expect("valid");
-            follow(&tune, vcpus, testdev)
+        let of = |text: &str, mmu, vcpus, testdev| {
+            let options: RunOptions = toml::from_str("kernel = 'k'").expect("TOML");
+            let mut config = RunConfig { testdev, ..options.into_config().expect("a configuration") };
+            config.tune.set(text).expect("valid");
+            follow(&config, mmu, vcpus)
         };
+        let follow = |text: &str, vcpus, testdev| of(text, Mmu::Nested, vcpus, testdev);
         assert_eq!((follow("", 1, false), follow("", 2, false)), (Some(Follow::ByTime), None));
         assert_eq!(follow("exit-clusters=gain", 2, false), Some(Follow::ByTime));
         let asked = "exit-clusters=on";
         assert_eq!((follow(asked, 1, false), follow(asked, 4, false)), (Some(Follow::ByCount), Some(Follow::ByCount)));
         assert_eq!((follow("exit-clusters=off", 1, false), follow(asked, 1, true)), (None, None));
+        for (text, mmu) in
+            [("", Mmu::Shadow), (asked, Mmu::Shadow), ("", Mmu::Unknown), ("exit-clusters=gain", Mmu::Unknown)]
+        {
+            assert_eq!(of(text, mmu, 1, false), None, "KVM would not see writes to page tables");
+        }
     }
 }

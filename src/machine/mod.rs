@@ -44,6 +44,7 @@ pub use seed::SeedError;
 pub use setup::{Event, Setup, Start, Stdin};
 
 use crate::boot::{self, KernelError, Loaded};
+use crate::cluster::Follow;
 use crate::config::{Pages, RunConfig};
 use crate::console::{Input, Watch};
 use crate::exit::Handler;
@@ -91,6 +92,8 @@ pub struct Machine {
     msrs: Arc<[u32]>,
     ram: GuestRam,
     boot: BootMethod,
+    /// Which exits are followed by the interpreter.
+    follow: Option<Follow>,
     /// The guest was told to find registers in memory.
     register_pages: bool,
     passt: Vec<Passt>,
@@ -146,8 +149,9 @@ impl Machine {
         let serve = |path| crate::control::Server::new(path, balloon, most, Arc::clone(&control));
         let api = config.api.as_deref().map(serve).transpose()?;
         let BuiltVirtio { devices: virtio, readonly_pages } = builder.finish(&mut devices.pio)?;
+        let follow = levers::follow(config, setup.mmu, processors.apic_ids.len());
         let vcpus = match &loaded {
-            From::Kernel(loaded) => create_vcpus(system, &vm, &processors, loaded, config)?,
+            From::Kernel(loaded) => create_vcpus(system, &vm, &processors, loaded, config, follow)?,
             From::Snapshot(state) => {
                 let vcpus = restore::vcpus(&vm, state, processors.supported.as_slice(), &processors.apic_ids)?;
                 restore::devices(&vm, state, &devices.saved)?;
@@ -171,6 +175,7 @@ impl Machine {
         let handler = Handler { pio: devices.pio.freeze(), mmio: mmio.freeze(), ring };
         Ok(Self {
             vcpus,
+            follow,
             vm,
             virtio: Arc::new(virtio),
             register_pages: layout.pages,
@@ -332,10 +337,10 @@ fn create_vcpus(
     processors: &Processors,
     loaded: &Loaded,
     config: &RunConfig,
+    follow: Option<Follow>,
 ) -> Result<Vec<Vcpu>, MachineError> {
     let tune = &config.tune;
-    let hidden_features =
-        levers::hidden_features(tune, levers::follow(tune, processors.apic_ids.len(), config.testdev));
+    let hidden_features = levers::hidden_features(tune, follow);
     let tsc_deadline = system.has_tsc_deadline() && levers::wants_tsc_deadline(tune);
     let mut vcpus = Vec::with_capacity(processors.apic_ids.len());
     for (index, &apic_id) in processors.apic_ids.iter().enumerate() {

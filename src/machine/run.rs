@@ -3,7 +3,6 @@
 use super::confine::{self, device_threads, reach};
 use super::drain::Drain;
 use super::halt::{HaltDetector, stats_readers};
-use super::levers;
 use super::limits::{Limits, OutputLimit};
 use super::net::Passt;
 use super::paused::VirtioDevices;
@@ -162,7 +161,7 @@ pub struct Ran {
 /// Where threads or the event loop cannot be created.
 pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
     let Machine { vcpus, vm, virtio, api, handler, control, input, watches, resized, saved, .. } = machine;
-    let Machine { msrs, ram, boot, register_pages, passt, .. } = machine;
+    let Machine { msrs, ram, boot, follow, register_pages, passt, .. } = machine;
     let live = api.as_ref().map(Server::live).or_else(|| setup.save_to.map(|_| Arc::default()));
     let save = saver(setup, live.clone())?;
     let unread = input.as_ref().map(Input::unread);
@@ -185,7 +184,6 @@ pub fn run(machine: Machine, setup: &Setup<'_>) -> Result<Ran, RunError> {
         watches.iter().for_each(|watch| watch.note_flush(start));
     }
     let confinement = confine::vcpus(setup.config, &setup.sandbox);
-    let follow = levers::follow(&setup.config.tune, vcpus.len(), setup.config.testdev);
     let threads = Threads::start(vcpus, &handler, &control, &measure, setup.flight_recorders, &confinement, follow)
         .map_err(|error| RunError::Io("start a vCPU's thread", error))?;
     if let Some(live) = live {

@@ -6,6 +6,7 @@ use crate::config::RunConfig;
 use crate::console::{Announcements, UnreadInput};
 use crate::exit::RunEnd;
 use crate::measure::FlightRecorders;
+use crate::probe::Mmu;
 use crate::sandbox::Sandbox;
 use crate::snapshot::{self, WorkingSet};
 use hwvmm_arch::boot::BootMethod;
@@ -60,6 +61,8 @@ pub enum Event<'a> {
 pub struct Setup<'a> {
     /// The configuration of the machine.
     pub config: &'a RunConfig,
+    /// How the host translates guest addresses.
+    pub mmu: Mmu,
     /// The files that the guest is loaded from.
     pub files: &'a Files,
     /// The pattern of `--expect`, or that of `--snapshot-at`.

@@ -2,7 +2,7 @@
 
 use super::description::Description;
 use super::folder::{FolderError, Opened, open_folder};
-use super::working_set::{WorkingSet, WorkingSetError};
+use super::working_set::{PAGE, PageUse, WorkingSet, WorkingSetError};
 use crate::error::chain;
 use hwvmm_devices::path_text::PathText as _;
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, fstat, openat, renameat, renameat_with, unlinkat};
@@ -18,6 +18,8 @@ use thiserror::Error;
 /// The largest memory in bytes of which a run looks for used pages without being asked to: /proc/self/pagemap has 8 bytes for each page, and
 /// the look must not take as long as a run that hangs (2 s).
 const MAX_UNASKED: u64 = 64 << 30;
+/// A working set that nobody asked for has at most this part of memory written.
+const UNASKED_PART: u64 = 8;
 
 /// The pages that a run has used cannot be kept.
 #[derive(Debug, Error)]
@@ -25,6 +27,9 @@ pub enum RecordError {
     /// They are not those of a machine of the snapshot.
     #[error("the machine's process tells no working set of this snapshot")]
     Set(#[source] WorkingSetError),
+    /// Nobody asked for it, and all later runs would have as much memory of their own.
+    #[error("the working set is not kept: the guest has written {} KiB, more than a part in {UNASKED_PART} of its memory", .0 >> 10)]
+    TooMuch(u64),
     /// The file cannot be written.
     #[error("cannot write the working set of the snapshot {}", .0.shown())]
     Write(PathBuf, #[source] io::Error),
@@ -64,7 +69,7 @@ impl RecordingFolder {
         let description = snapshot.description();
         let wanted =
             description.agent.is_some() && !snapshot.has_working_set() && description.memory_bytes <= MAX_UNASKED;
-        if !wanted || !Path::new("/proc/self/pagemap").exists() {
+        if !wanted || File::open("/proc/self/pagemap").is_err() {
             return None;
         }
         let folder = Self::new(path, description).ok()?;
@@ -88,6 +93,10 @@ impl RecordingFolder {
     /// [`RecordError`].
     pub fn keep(&self, set: &WorkingSet) -> Result<(), RecordError> {
         let bytes = set.check(self.memory_bytes).and_then(|()| set.encode()).map_err(RecordError::Set)?;
+        let written = set.pages(PageUse::Written).saturating_mul(PAGE);
+        if self.existing == Existing::Stays && written > self.memory_bytes / UNASKED_PART {
+            return Err(RecordError::TooMuch(written));
+        }
         let failed = |error: io::Error| RecordError::Write(self.path.clone(), error);
         let mut random = [0; 8];
         getrandom(&mut random, GetRandomFlags::empty()).map_err(|error| failed(error.into()))?;
@@ -126,7 +135,7 @@ impl AsFd for RecordingFolder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::{AgentDescription, Draft, PageRange, PageUse, RootKind, STATE_VERSION};
+    use crate::snapshot::{AgentDescription, Draft, PageRange, RootKind, STATE_VERSION};
     use std::fs;
 
     #[test]
@@ -180,6 +189,8 @@ mod tests {
         let template = snapshot(parent.path(), "template", true, 16 << 20);
         let (first, second) = (of(&template).expect("the first"), of(&template).expect("at the same time"));
         let set = |pages| WorkingSet::new(16 << 20, vec![PageRange { first: 0, pages, usage: PageUse::Written }]);
+        let too_much = second.keep(&set(513));
+        assert!(matches!(too_much, Err(RecordError::TooMuch(bytes)) if bytes == 513 * PAGE), "an eighth of 16 MiB");
         second.keep(&set(2)).expect("written");
         first.keep(&set(1)).expect("left out");
         let opened = Opened::new(&template).expect("a snapshot");

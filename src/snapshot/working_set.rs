@@ -16,7 +16,7 @@ const MAGIC: [u8; 8] = *b"hwvmm\0WS";
 const VERSION: u32 = 1;
 const HEADER: usize = 16;
 /// The size of a page in bytes.
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 
 /// The most ranges of a working set. In a message between processes it takes less than 1 MiB.
 pub(super) const MAX_RANGES: usize = 8192;

@@ -159,6 +159,7 @@ fn run_machine(inherited: &Inherited<'_>, sender: &Sender) -> Result<Ran, Box<dy
     };
     let setup = Setup {
         config,
+        mmu: plan.mmu,
         files: &files,
         expect: plan.expect.clone(),
         kernel_log: *kernel_log,

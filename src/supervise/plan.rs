@@ -6,6 +6,7 @@ use crate::boot::initramfs::TerminalSize;
 use crate::config::RunConfig;
 use crate::kvm::System;
 use crate::machine::Stdin;
+use crate::probe::Mmu;
 use crate::snapshot::{self, Opened, RecordingFolder};
 use std::error::Error;
 use std::time::Instant;
@@ -17,6 +18,8 @@ pub type Check<'a> = dyn Fn(&System, &KernelFile) -> Result<(), Box<dyn Error>> 
 pub struct Plan<'a> {
     /// The configuration of the machine.
     pub config: &'a RunConfig,
+    /// How the host translates guest addresses.
+    pub mmu: Mmu,
     /// The snapshot that the guest goes on from, in place of a kernel.
     pub snapshot: Option<&'a Opened>,
     /// The message with the command, for a guest that waits for it; empty for others.

@@ -413,7 +413,9 @@ impl Work {
                 Ok(Stop::End(end)) => self.control.end(end, Some(self.index)),
                 Err(error) => self.control.end(self.failure(&error), Some(self.index)),
             }
-            running.vcpu().regs().ok().map(|regs| regs.rip)
+            // Those in kvm_run are newer where an access in a cluster has ended the run.
+            let synced = running.vcpu().synced_rip();
+            synced.or_else(|| running.vcpu().regs().ok().map(|regs| regs.rip))
         };
         *self.shared.target.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let Records { counters, flight_recorder, clusters, profiler } = records;

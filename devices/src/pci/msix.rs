@@ -3,6 +3,7 @@
 use super::msi::{MsiMessage, MsiRouter, MsiVector};
 use crate::error::chain;
 use crate::half::Half;
+use crate::irq::note_raised;
 use crate::page::{PageError, RegisterPage};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -152,6 +153,7 @@ impl Msix {
             entry.pending = true;
             return Ok(());
         }
+        note_raised();
         entry.vector.event.write(1)
     }
 
@@ -167,10 +169,11 @@ impl Msix {
             }
             entry.routed = Some(message);
         }
-        if std::mem::take(&mut entry.pending)
-            && let Err(error) = entry.vector.event.write(1)
-        {
-            log::error!("MSI-X entry {index}: cannot send the pending message: {error}");
+        if std::mem::take(&mut entry.pending) {
+            note_raised();
+            if let Err(error) = entry.vector.event.write(1) {
+                log::error!("MSI-X entry {index}: cannot send the pending message: {error}");
+            }
         }
     }
 

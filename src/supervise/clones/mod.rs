@@ -112,7 +112,7 @@ impl Clones<'_> {
         }
         for mut over in self.running.extract_if(.., |running| running.is_over()) {
             let result = std::mem::take(&mut over.result);
-            result.own_kib.into_iter().for_each(|kib| self.room.took(kib));
+            result.own_kib.into_iter().for_each(|kib| self.room.took(kib, self.plan.most_bytes));
             self.ended.push(result);
         }
         Ok(())

@@ -10,6 +10,8 @@ pub struct ClonePlan<'a> {
     pub count: u32,
     /// How many of them run at once at most. There are fewer where the host has no memory, process or file for more.
     pub at_once: u32,
+    /// The most memory that one takes, in bytes.
+    pub most_bytes: u64,
     /// The arguments of `hwvmm run` for the clone with this number, from 0.
     pub arguments: &'a dyn Fn(u32) -> Vec<OsString>,
     /// How long each may run. It is to end by itself; this process waits a bit longer, and kills it then.

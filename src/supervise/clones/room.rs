@@ -49,9 +49,9 @@ impl Room {
         running == 0 || running < self.at_once && taken <= self.memory_bytes
     }
 
-    /// A clone took this memory, in KiB: others will, too.
-    pub(super) fn took(&mut self, own_kib: u64) {
-        self.clone_bytes = self.clone_bytes.max(own_kib.saturating_mul(1024));
+    /// A clone took this memory, in KiB, of `most_bytes` that one can take: others will, too. A process that a guest has taken over tells it.
+    pub(super) fn took(&mut self, own_kib: u64, most_bytes: u64) {
+        self.clone_bytes = self.clone_bytes.max(own_kib.saturating_mul(1024).min(most_bytes));
     }
 
     /// No more processes can be started than the `running` ones.
@@ -70,9 +70,9 @@ mod tests {
         assert!(room.has_room(19) && !room.has_room(20) && !room.is_none());
         let mut room = Room::new(20, 10 * CLONE_BYTES, u64::MAX);
         assert!(room.has_room(9) && !room.has_room(10));
-        room.took(2 * CLONE_BYTES / 1024);
+        room.took(2 * CLONE_BYTES / 1024, u64::MAX);
         assert!(room.has_room(4) && !room.has_room(5), "others take as much");
-        room.took(100 * CLONE_BYTES / 1024);
+        room.took(u64::MAX, 100 * CLONE_BYTES);
         assert!(room.has_room(0) && !room.has_room(1), "one may run");
         let room = Room::new(1000, u64::MAX, 1024);
         assert!(room.has_room(123) && !room.has_room(124));

@@ -37,8 +37,8 @@ pub(super) struct Running {
     stats: File,
     status: Option<ExitStatus>,
     ended: Option<Instant>,
-    /// When it is killed.
-    kill_at: Instant,
+    /// When it is killed; `None` where the clock does not reach that time.
+    kill_at: Option<Instant>,
     killed: bool,
     pub(super) result: CloneResult,
 }
@@ -61,7 +61,7 @@ impl Running {
         let (started, started_ns) = (Instant::now(), monotonic_ns());
         let mut child = command.spawn()?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-        let kill_at = started.checked_add(plan.timeout.saturating_add(GRACE)).unwrap_or(started + GRACE);
+        let kill_at = started.checked_add(plan.timeout.saturating_add(GRACE));
         Ok(Self {
             child,
             started,
@@ -98,7 +98,8 @@ impl Running {
                 // The child is not waited for yet, so that the ID is its own.
                 let _ = kill_process(pid, Signal::TERM);
             }
-            self.kill_at = self.kill_at.min(now + GRACE);
+            let soon = now + GRACE;
+            self.kill_at = Some(self.kill_at.map_or(soon, |at| at.min(soon)));
         }
     }
 
@@ -138,7 +139,7 @@ impl Running {
                 self.result.ended_us = microseconds(self.started);
                 self.result.read(&self.stats, self.started_ns);
                 self.ended = Some(now);
-            } else if self.kill_at <= now && !self.killed {
+            } else if self.kill_at.is_some_and(|at| at <= now) && !self.killed {
                 self.killed = true;
                 self.child.kill()?;
             }
