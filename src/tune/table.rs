@@ -172,7 +172,7 @@ levers! {
     ExitClusters: "exit-clusters", Coalescing, true,
         "After an exit for port I/O hwvmm interprets the guest's next instructions. on: at sites where that has lately saved an exit for \
          each 100 instructions or less; gain: where it took less time than the exits that it saved. The default is gain in a guest of one \
-         vCPU, off in others, which have pv-tlb-flush instead",
+         vCPU, off in others, which have pv-tlb-flush instead. Never with shadow paging",
         "each of these accesses is an exit";
     CpuidTsc: "cpuid-tsc", Cpu, true,
         "CPUID has the frequencies of the TSC and of the APIC timer (leaf 0x40000010, and 0x15 on Intel)",
