@@ -10,6 +10,8 @@ mod clones;
 mod disks;
 mod guests;
 mod harness;
+#[path = "snapshot/numbers.rs"]
+mod numbers;
 #[path = "snapshot/sockets.rs"]
 mod sockets;
 #[path = "snapshot/template.rs"]

@@ -1,6 +1,7 @@
 //! Runs that save their machine by themselves (`--snapshot-at`).
 
 use super::harness::{Outcome, folder, hwvmm, text};
+use super::numbers::number as number_of;
 use super::{Machine, guests, names, with_kvm};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -33,10 +34,9 @@ fn check_goes_on(name: &str, snapshot: &Path, before: &[u8]) {
     machine.wait_for_lines(4);
     let both = text(&[before, &machine.output()].concat());
     machine.stop();
-    let digits = |line: &str| line.bytes().fold(0, |number, digit| number << 4 | u32::from(digit - b'0'));
     let lines: Vec<&str> = both.lines().skip(1).collect();
     for (number, line) in (1_u32..).zip(&lines[..lines.len() - 1]) {
-        assert_eq!((line.len(), digits(line)), (8, number), "{both}");
+        assert_eq!((line.len(), number_of(line)), (8, number), "{both}");
     }
 }
 

@@ -1,30 +1,11 @@
 //! Many runs from one snapshot at once (`hwvmm clone`).
 
 use super::harness::{Outcome, folder, hwvmm, text};
-use super::{Machine, guests, names, wait, with_kvm};
+use super::numbers::{digits, number, snapshot};
+use super::{names, wait, with_kvm};
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Output, Stdio};
-
-/// A snapshot of a guest that counts, and the last number that it printed.
-fn snapshot(name: &str) -> (PathBuf, u32) {
-    let machine = Machine::boot(name, guests::touch(), &["-m", "32M"]);
-    let snapshot = folder().join(name);
-    machine.answer(&["pause"]);
-    machine.snapshot(&snapshot);
-    let output = text(&machine.output());
-    machine.stop();
-    let mut whole = output.split_inclusive('\n').filter(|line| line.ends_with('\n') && line.len() == 9);
-    (snapshot, number(whole.next_back().expect("numbers").trim()))
-}
-
-fn number(line: &str) -> u32 {
-    line.bytes().fold(0, |number, digit| number << 4 | u32::from(digit - b'0'))
-}
-
-fn digits(number: u32) -> String {
-    (0..8).rev().map(|digit| char::from(b'0' + (number >> (4 * digit) & 15) as u8)).collect()
-}
 
 fn clone(snapshot: &PathBuf, options: &[&str]) -> Output {
     hwvmm().arg("clone").arg(snapshot).args(options).output().expect("started")

@@ -1,32 +1,14 @@
 //! The pages that a run from a snapshot uses are written down, and ready in the next one.
 
-use super::harness::{Outcome, folder, text};
-use super::{Machine, error_of, guests, names, with_kvm};
+use super::harness::{Outcome, text};
+use super::numbers::{numbers, snapshot};
+use super::{Machine, error_of, names, with_kvm};
 use hwvmm::snapshot::{PageUse, WorkingSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 const MEMORY: u64 = 32 << 20;
-
-/// The snapshot of a guest that reads 4 MiB and writes 1 MiB again and again, and the last number that it printed.
-fn snapshot(name: &str) -> (PathBuf, u32) {
-    let machine = Machine::boot(name, guests::touch(), &["-m", "32M"]);
-    let snapshot = folder().join(name);
-    machine.answer(&["pause"]);
-    machine.snapshot(&snapshot);
-    let last = *numbers(&machine).last().expect("numbers");
-    machine.stop();
-    (snapshot, last)
-}
-
-/// The numbers of whole lines.
-fn numbers(machine: &Machine) -> Vec<u32> {
-    let output = text(&machine.output());
-    let whole = output.split_inclusive('\n').filter(|line| line.ends_with('\n') && line.len() == 9);
-    let digit = |number: u32, digit: u8| number << 4 | u32::from(digit - b'0');
-    whole.map(|line| line.trim().bytes().fold(0, digit)).collect()
-}
 
 /// Runs from the snapshot, which goes on behind the number `last`. Returns the KiB of guest memory that it took, and what it said.
 fn goes_on(name: &str, snapshot: &Path, last: u32, options: &[&str]) -> (u64, String) {
@@ -34,7 +16,7 @@ fn goes_on(name: &str, snapshot: &Path, last: u32, options: &[&str]) -> (u64, St
     all.extend(options);
     let machine = Machine::start(name, &[Path::new("--from"), snapshot], &all);
     machine.wait_for_lines(3);
-    let numbers = numbers(&machine);
+    let numbers = numbers(&text(&machine.output()));
     assert!((last + 1..=last + 2).contains(&numbers[0]) && numbers[1] == numbers[0] + 1, "{last}, then {numbers:?}");
     let errors = machine.stop();
     let json = errors.lines().find(|line| line.starts_with('{')).expect("statistics");
