@@ -3,6 +3,7 @@
 use super::harness::{Outcome, folder, hwvmm, text};
 use super::numbers::{digits, number, snapshot};
 use super::{names, wait, with_kvm};
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Output, Stdio};
@@ -127,7 +128,7 @@ pub(crate) fn clones_end_with_their_parent() -> Outcome {
     with_kvm(|| {
         let (snapshot, _) = snapshot("clones-parent");
         let path = snapshot.to_str().expect("UTF-8");
-        for (signal, status) in [("-INT", Some(130)), ("-TERM", Some(143)), ("-KILL", None)] {
+        for (signal, status) in [(Signal::INT, Some(130)), (Signal::TERM, Some(143)), (Signal::KILL, None)] {
             let parent = hwvmm()
                 .args(["clone", path, "-n", "4", "-j", "3", "--json"])
                 .stdout(Stdio::piped())
@@ -136,8 +137,7 @@ pub(crate) fn clones_end_with_their_parent() -> Outcome {
                 .expect("started");
             // Each has a process for its machine.
             wait("six processes", || runs_of(path) == 6);
-            let id = parent.id().to_string();
-            assert!(std::process::Command::new("kill").args([signal, &id]).status().expect("started").success());
+            kill_process(Pid::from_child(&parent), signal).expect("sent");
             let out = parent.wait_with_output().expect("ended");
             assert_eq!(out.status.code(), status);
             wait("no process", || runs_of(path) == 0);
