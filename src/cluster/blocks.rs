@@ -10,7 +10,7 @@ use crate::measure::clusters::ClusterEnd as End;
 use crate::memory::{GuestPage, PAGE_BYTES};
 
 /// Sets of the cache, of two blocks each: log2 of their number.
-const SETS_LOG2: u32 = 11;
+const SETS_LOG2: u32 = 9;
 /// Blocks in the cache.
 const PLACES: usize = 2 << SETS_LOG2;
 /// The longest instruction in bytes (SDM vol. 2A §2.3.11).
@@ -25,7 +25,7 @@ pub(super) struct Block {
     /// The 8-byte words that hold the block's bytes in its first page.
     words: Box<[u64]>,
     /// The instruction's bytes in the page behind it.
-    rest: Option<Rest>,
+    rest: Option<Box<Rest>>,
     /// None where the first instruction is not interpreted.
     pub(super) steps: Box<[Step]>,
 }
@@ -65,7 +65,7 @@ impl Blocks {
         self.compared
     }
 
-    /// Starts a cluster: every block is compared with memory once more. The first makes the cache, of 300 KiB; many guests need none.
+    /// Starts a cluster: every block is compared with memory once more. The first makes the cache, of 64 KiB without the blocks; many guests need none.
     pub(super) fn start(&mut self) {
         if self.blocks.is_empty() {
             self.blocks = std::iter::repeat_with(Block::none).take(PLACES).collect();
@@ -177,7 +177,7 @@ impl Block {
         if ops.is_empty() {
             return None;
         }
-        let rest = Rest { gpa: rest_gpa, words: rest.into() };
+        let rest = Box::new(Rest { gpa: rest_gpa, words: rest.into() });
         Some(Self { rip, checked: 0, gpa, words: words.into(), rest: Some(rest), steps: steps(ops) })
     }
 
