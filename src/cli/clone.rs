@@ -105,7 +105,7 @@ pub(super) struct Args {
     command: Vec<OsString>,
 }
 
-/// The summary.
+/// What `--json` prints: all clones, and how long they took.
 #[derive(Serialize)]
 struct Summary {
     /// The version of this format.

@@ -30,7 +30,7 @@ pub struct MemoryFiles {
 }
 
 impl MemoryFiles {
-    /// Opens them.
+    /// Opens the files of this process.
     ///
     /// # Errors
     /// Returns an error if /proc/self/smaps cannot be opened.

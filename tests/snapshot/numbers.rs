@@ -26,7 +26,7 @@ pub(super) fn number(line: &str) -> u32 {
     line.bytes().fold(0, |number, digit| number << 4 | u32::from(digit - b'0'))
 }
 
-/// Its digits.
+/// The eight digits of a number, as the guest prints it.
 pub(super) fn digits(number: u32) -> String {
     (0..8).rev().map(|digit| char::from(b'0' + (number >> (4 * digit) & 15) as u8)).collect()
 }

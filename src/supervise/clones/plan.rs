@@ -6,7 +6,7 @@ use std::time::Duration;
 
 /// What [`run_clones`](super::run_clones) is to do.
 pub struct ClonePlan<'a> {
-    /// How many.
+    /// The number of clones.
     pub count: u32,
     /// How many of them run at once at most. There are fewer where the host has no memory, process or file for more.
     pub at_once: u32,
