@@ -231,7 +231,15 @@ fn a_running_machine() -> Outcome {
     with_profile(|_| {
         let kernel = file("spin.elf", &guests::multiboot(guests::spin()));
         let socket = folder().join("vm.sock").display().to_string();
-        let mut vm = command(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "30s", "--api", &socket, &kernel])
+        // In the background of a shell, SIGQUIT is ignored, which hwvmm would leave so.
+        let run = command(&["run", "-m", "16M", COALESCED_IO_OFF, "--timeout", "30s", "--api", &socket, &kernel]);
+        let mut vm = Command::new("env")
+            .arg("--default-signal")
+            .arg(run.get_program())
+            .args(run.get_args())
+            .env("HOME", folder())
+            .env_remove("XDG_CACHE_HOME")
+            .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()

@@ -129,7 +129,12 @@ pub(crate) fn clones_end_with_their_parent() -> Outcome {
         let (snapshot, _) = snapshot("clones-parent");
         let path = snapshot.to_str().expect("UTF-8");
         for (signal, status) in [(Signal::INT, Some(130)), (Signal::TERM, Some(143)), (Signal::KILL, None)] {
-            let parent = hwvmm()
+            // In the background of a shell, SIGINT is ignored, which hwvmm would leave so.
+            let parent = std::process::Command::new("env")
+                .arg("--default-signal")
+                .arg(hwvmm().get_program())
+                .env("HOME", folder())
+                .env_remove("XDG_CACHE_HOME")
                 .args(["clone", path, "-n", "4", "-j", "3", "--json"])
                 .stdout(Stdio::piped())
                 .stderr(Stdio::null())

@@ -38,7 +38,9 @@ fn processes_with(part: &str) -> Vec<String> {
 /// Starts `hwvmm test` with `arguments` by a shell that runs `before` first.
 fn start_by_shell(suite: &Suite, before: &str, arguments: &str) -> Child {
     let program = suite.command(&[]).get_program().to_owned();
-    let mut sh = Command::new("sh");
+    let mut sh = Command::new("env");
+    sh.args(["--default-signal", "sh"]);
+    // In the background of a shell, SIGINT and SIGQUIT are ignored, which hwvmm would leave so, and which a shell cannot undo.
     sh.arg("-c").arg(format!("{before}; exec \"$0\" test {arguments}")).arg(program).current_dir(suite.path());
     ENVIRONMENT.iter().for_each(|name| _ = sh.env_remove(name));
     sh.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
